@@ -1,0 +1,1 @@
+"""The compiler: recipes, the pipeline, calibration, verification, reports and the command line."""

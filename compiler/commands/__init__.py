@@ -1,0 +1,1 @@
+"""One module a subcommand of `qcompile`: `add_parser(subparsers)` and `run(args) -> int`."""

@@ -1,0 +1,69 @@
+"""What a pass is: parameters in the constructor, one `call` on a region, decisions left behind."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from qcompile.passes.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a pass did with a node, and why: `action` is a past participle ("quantized", "folded", "skipped", ...)."""
+
+    node: str
+    action: str
+    reason: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Region:
+    """The part of a model a pass works on: the whole graph, or one segment of it with its statistics.
+
+    nodes: the region's nodes in topological order; nodes outside it must not change.
+    statistics: by activation value; empty when the pipeline runs without calibration.
+    """
+
+    model: ir.Model
+    nodes: list[ir.Node]
+    statistics: dict[ir.Value, Statistics] = field(default_factory=dict)
+
+    @classmethod
+    def whole(cls, model: ir.Model) -> "Region":
+        """The whole main graph, without statistics."""
+        return cls(model, list(model.graph))
+
+    def live_nodes(self) -> Iterator[ir.Node]:
+        """The region's nodes that are still in the graph."""
+        return (node for node in self.nodes if node.graph is self.model.graph)
+
+
+class Pass(ABC):
+    """One rewrite. Its docstring's first line is what `qcompile passes` prints.
+
+    name: how a recipe calls it.
+    whole_model: it runs once over the whole graph, before the model is walked segment by segment.
+    needs_statistics: it cannot work without calibration.
+    requires: names of passes that must stand before it in the list; `followed_by`: one of them must come after it.
+    """
+
+    name: ClassVar[str]
+    whole_model: ClassVar[bool] = False
+    needs_statistics: ClassVar[bool] = False
+    requires: ClassVar[Sequence[str]] = ()
+    followed_by: ClassVar[Sequence[str]] = ()
+
+    def __init__(self) -> None:
+        self.decisions: list[Decision] = []
+
+    @abstractmethod
+    def call(self, region: Region) -> None:
+        """Rewrite the region in place and append to `decisions`."""
+
+    def decide(self, node: str, action: str, reason: str, **detail: Any) -> None:
+        """Leave one decision behind."""
+        self.decisions.append(Decision(node, action, reason, detail))

@@ -1,0 +1,141 @@
+"""Finding what a weight quantizer works on: MatMuls with a constant 2-D weight, and embedding lookups."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.affine import Array
+
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+# What may stand between the last MatMul of a decoder and its logits.
+_HEAD_TAIL = {"Add", "Cast", "Identity", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze"}
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A MatMul whose second operand is a constant: activation (…, K) times weight (K, N).
+
+    `weight` is the initializer; `transposed` says that it is stored as (N, K) behind a Transpose (a tied embedding).
+    """
+
+    node: ir.Node
+    activation: ir.Value
+    weight: ir.Value
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        """The node's name, which include and exclude patterns and reports use."""
+        return self.node.name or ""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N)."""
+        stored = constant(self.weight).shape
+        a, b = int(stored[0]), int(stored[1])
+        return (b, a) if self.transposed else (a, b)
+
+    def read(self) -> Array:
+        """The weight as float32 (K, N); a copy or a read-only view."""
+        stored = constant(self.weight).numpy()
+        return np.asarray(stored.T if self.transposed else stored, dtype=np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A Gather along axis 0 of a constant table (V, K)."""
+
+    node: ir.Node
+    indices: ir.Value
+    table: ir.Value
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self.node.name or ""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, K): vocabulary, width."""
+        stored = constant(self.table).shape
+        return int(stored[0]), int(stored[1])
+
+
+def constant(value: ir.Value) -> ir.TensorProtocol:
+    """The tensor of an initializer."""
+    if value.const_value is None:
+        raise TypeError(f"{value.name} is no constant")
+    return value.const_value
+
+
+def is_weight(value: ir.Value | None) -> bool:
+    """Whether the value is an initializer of float type and rank 2."""
+    if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
+        return False
+    return value.const_value.dtype in _FLOATS and len(value.const_value.shape) == 2
+
+
+def as_linear(node: ir.Node) -> Linear | str:
+    """The node as a Linear, or the reason why it is none. Only for MatMul nodes."""
+    left, right = node.inputs[0], node.inputs[1]
+    if left is None or right is None:
+        return "an operand is missing"
+    transposed, weight = False, right
+    producer = right.producer()
+    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
+        permutation = producer.attributes.get("perm")
+        if permutation is None or list(permutation.as_ints()) == [1, 0]:
+            transposed, weight = True, producer.inputs[0]
+    if is_weight(weight):
+        return Linear(node, left, weight, transposed)
+    if left.const_value is not None and right.const_value is None:
+        return "the constant is the left operand"
+    if right.const_value is None:
+        return "no constant weight (a product of two activations)"
+    rank = len(right.const_value.shape)
+    return f"the weight has rank {rank}, not 2" if rank != 2 else f"the weight is {right.const_value.dtype}"
+
+
+def find_linears(nodes: Iterable[ir.Node]) -> list[Linear]:
+    """All Linears among the nodes, in order."""
+    found = (as_linear(node) for node in nodes if node.op_type == "MatMul" and node.domain == "")
+    return [linear for linear in found if isinstance(linear, Linear)]
+
+
+def find_embeddings(nodes: Iterable[ir.Node]) -> list[Embedding]:
+    """All lookups of rows of a constant float table by computed indices, in order."""
+    found = []
+    for node in nodes:
+        if node.op_type != "Gather" or node.domain != "":
+            continue
+        table, indices = node.inputs[0], node.inputs[1]
+        axis = node.attributes.get_int("axis", 0)
+        if is_weight(table) and table is not None and indices is not None and axis == 0 and indices.const_value is None:
+            found.append(Embedding(node, indices, table))
+    return found
+
+
+def vocabulary_size(model: ir.Model) -> int | None:
+    """Rows of the largest embedding table, or None for a model without one."""
+    return max((e.shape[0] for e in find_embeddings(model.graph)), default=None)
+
+
+def is_lm_head(linear: Linear, vocabulary: int | None) -> bool:
+    """Whether the linear gives a decoder's logits: as wide as the vocabulary, and nothing but elementwise
+    operators between it and a graph output."""
+    if vocabulary is None or linear.shape[1] != vocabulary:
+        return False
+    value: ir.Value = linear.node.outputs[0]
+    for _ in range(16):
+        if value.is_graph_output():
+            return True
+        nodes = {use.node for use in value.uses()}
+        if len(nodes) != 1:
+            return False
+        node = nodes.pop()
+        if node.op_type not in _HEAD_TAIL:
+            return False
+        value = node.outputs[0]
+    return False

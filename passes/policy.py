@@ -1,0 +1,44 @@
+"""Which weight is quantized to what."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from qcompile.passes.linears import Embedding, Linear, is_lm_head
+from qcompile.passes.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The user's choice, applied to one weight at a time.
+
+    body: spec of ordinary linears. lm_head, embedding: their own spec, or None to keep them in float.
+    include, exclude: shell patterns on node and weight names; exclude wins.
+    """
+
+    body: QuantSpec
+    lm_head: QuantSpec | None
+    embedding: QuantSpec | None
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+
+    def for_linear(self, linear: Linear, vocabulary: int | None) -> QuantSpec | str:
+        """The spec of a linear, or the reason why it stays in float."""
+        refusal = self._refusal(linear.name, linear.weight.name or "")
+        if refusal:
+            return refusal
+        if is_lm_head(linear, vocabulary):
+            return self.lm_head or "lm_head is kept in float"
+        return self.body
+
+    def for_embedding(self, embedding: Embedding) -> QuantSpec | str:
+        """The spec of an embedding table, or the reason why it stays in float."""
+        return self._refusal(embedding.name, embedding.table.name or "") or self.embedding or "embedding is kept in float"
+
+    def _refusal(self, *names: str) -> str:
+        for pattern in self.exclude:
+            if any(fnmatchcase(name, pattern) for name in names):
+                return f"excluded by {pattern!r}"
+        if not any(fnmatchcase(name, pattern) for pattern in self.include for name in names):
+            return "not among the included names"
+        return ""

@@ -1,0 +1,96 @@
+"""How a tensor is quantized: element type, granularity, symmetry."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.passes.errors import UserError
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale for every index along `axis`."""
+
+    axis: int
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale for every `group_size` consecutive values along axis 0 of a (K, N) weight; the last group may be partial."""
+
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise UserError(f"a group size must be at least 1, got {self.group_size}")
+
+
+Granularity = PerTensor | PerChannel | PerGroup
+
+_DTYPES = {
+    (4, True): ir.DataType.INT4,
+    (4, False): ir.DataType.UINT4,
+    (8, True): ir.DataType.INT8,
+    (8, False): ir.DataType.UINT8,
+}
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """An integer grid for a (K, N) weight.
+
+    `symmetric` grids are signed and have no zero point; asymmetric ones are unsigned with an integer zero point.
+    `signed_scale` lets a symmetric scale be negative, so that the value of largest magnitude always meets the longer
+    end of the grid (-8 at 4 bits); runtimes that demand positive scales turn it off.
+    `scale_dtype` is what the file stores (the element type of the activations).
+    """
+
+    bits: int
+    granularity: Granularity
+    symmetric: bool = False
+    signed_scale: bool = True
+    scale_dtype: npt.DTypeLike = np.float32
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise UserError(f"weights are quantized to 4 or 8 bits, got {self.bits}")
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """The ONNX element type of the codes."""
+        return _DTYPES[self.bits, self.symmetric]
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code."""
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return self.qmin + (1 << self.bits) - 1
+
+    def group_size(self, k: int) -> int:
+        """Rows of a (k, N) weight that share a scale: the block size of ONNX's blocked DequantizeLinear."""
+        return self.granularity.group_size if isinstance(self.granularity, PerGroup) else k
+
+    def groups(self, k: int) -> int:
+        """Number of groups along a dimension of size k, a partial last one included."""
+        return -(-k // self.group_size(k)) if k else 0
+
+    def bits_per_weight(self, k: int, scale_bits: int = 32) -> float:
+        """Stored bits per weight of a (k, N) weight, scales and zero points included."""
+        overhead = scale_bits + (0 if self.symmetric else self.bits)
+        return self.bits + overhead * self.groups(k) / max(k, 1)
+
+    def __str__(self) -> str:
+        grid = "sym" if self.symmetric else "asym"
+        size = f"g{self.granularity.group_size}" if isinstance(self.granularity, PerGroup) else "per-column"
+        return f"int{self.bits} {size} {grid}"
