@@ -1,0 +1,140 @@
+"""Tokenizers (a tokenizer.json beside the model) and windows of token ids."""
+
+import json
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.passes.errors import UserError
+
+Ids = npt.NDArray[np.int64]
+
+_log = logging.getLogger(__name__)
+
+# Embedding tables are padded to round sizes, by a few percent. A tokenizer with fewer ids than this is another model's.
+_SMALLEST_SHARE = 0.75
+
+
+class Tokenizer:
+    """A tokenizer.json, with truncation and padding off, and the end-of-text ids of the files beside it."""
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        self.path = path
+        try:
+            self._inner: Any = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"{path} is not a tokenizer.json: {str(error).splitlines()[0]}") from error
+        self._inner.no_truncation()
+        self._inner.no_padding()
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of the text. special: add what the tokenizer puts around a text (BOS, [CLS] … [SEP])."""
+        return list(self._inner.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of the ids. special: keep special tokens visible."""
+        return str(self._inner.decode(list(ids), skip_special_tokens=not special))
+
+    @cached_property
+    def size(self) -> int:
+        """The largest id plus one, added tokens included."""
+        return max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @cached_property
+    def base_size(self) -> int:
+        """The largest id plus one, without added tokens."""
+        return max(self._inner.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, or None."""
+        found = self._inner.token_to_id(token)
+        return None if found is None else int(found)
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a text, from generation_config.json, config.json and tokenizer_config.json."""
+        found: set[int] = set()
+        for name in ("generation_config.json", "config.json"):
+            entry = _json(self.path.parent / name).get("eos_token_id")
+            found.update(entry if isinstance(entry, list) else [entry] if isinstance(entry, int) else [])
+        token = _json(self.path.parent / "tokenizer_config.json").get("eos_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and (known := self.token_id(text)) is not None:
+            found.add(known)
+        return frozenset(found)
+
+    def check_vocabulary(self, rows: int | None, ids: Sequence[int] | Ids = ()) -> None:
+        """Refuse a tokenizer of another model: ids beyond the `rows` of the embedding, or far fewer ids than rows."""
+        if rows is None:
+            return
+        largest = max(self.base_size, int(max(ids, default=-1)) + 1)
+        if largest > rows:
+            raise UserError(
+                f"{self.path} does not fit the model: it has ids up to {largest - 1}, "
+                f"the model's embedding has {rows} rows (give the model's own with --tokenizer DIR)"
+            )
+        if self.size < _SMALLEST_SHARE * rows:
+            raise UserError(
+                f"{self.path} does not fit the model: it has {self.size} ids, "
+                f"the model's embedding has {rows} rows (give the model's own with --tokenizer DIR)"
+            )
+
+
+def find_tokenizer(path: Path) -> Path | None:
+    """The tokenizer.json that is `path`, in the folder `path`, or beside the file `path`; None without one."""
+    candidates = [path / "tokenizer.json"] if path.is_dir() else [path, path.parent / "tokenizer.json"]
+    return next((c for c in candidates if c.is_file() and c.suffix == ".json"), None)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer at `path`: a tokenizer.json, its folder, or a model file beside it."""
+    found = find_tokenizer(Path(path))
+    if found is None:
+        raise UserError(f"no tokenizer.json at {path}: give its folder with --tokenizer DIR")
+    return Tokenizer(found)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file; bad bytes and emptiness are the user's error."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): give a plain text file") from error
+    if not text.strip():
+        raise UserError(f"{path} holds no text")
+    return text
+
+
+def windows(ids: Sequence[int] | Ids, context: int, count: int | None = None, *, partial: bool = False) -> list[Ids]:
+    """Non-overlapping windows of `context` ids from the start, at most `count`, each int64 (context,).
+
+    A remainder shorter than `context` is left out unless `partial`; a text shorter than one window is one short window.
+    """
+    if context < 2:
+        raise UserError(f"a context needs at least 2 tokens, got {context}")
+    flat = np.asarray(ids, dtype=np.int64)
+    if len(flat) < 2:
+        raise UserError(f"the text has {len(flat)} tokens: at least 2 are needed")
+    starts = range(0, len(flat), context)
+    cut = [flat[start : start + context] for start in starts][:count]
+    if not partial and len(cut) > 1 and len(cut[-1]) < context:
+        cut.pop()
+    return [window for window in cut if len(window) > 1]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        _log.warning("%s is not valid JSON (%s): ignored", path, error)
+        return {}
+    return loaded if isinstance(loaded, dict) else {}

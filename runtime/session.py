@@ -1,0 +1,117 @@
+"""ONNX Runtime sessions. The only module that imports onnxruntime, and only when a session is asked for."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.passes.errors import UserError
+
+# 1.23 and older crash on an absent optional input of an inlined model-local function.
+MINIMUM = (1, 24, 4)
+_INSTALL = "pip install 'qcompile-onnx[cpu]' or 'qcompile-onnx[cuda]'"
+_ALIASES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "gpu": "CUDAExecutionProvider"}
+
+
+def session(
+    model: Path | str | bytes,
+    *,
+    providers: Sequence[str] = ("cpu",),
+    accuracy_level: int = 0,
+    threads: int | None = None,
+    optimize: bool = True,
+    folder: Path | None = None,
+    weights: Mapping[str, npt.NDArray[Any]] | None = None,
+) -> Any:
+    """An onnxruntime.InferenceSession of a model file or of serialized bytes.
+
+    accuracy_level: what ORT may do to the activations of 4-bit MatMuls it fuses itself. Left alone it picks 4, int8
+    activations (a relative error near 1e-2); 0 computes in the model's own type.
+    optimize: False turns every graph optimization off, so that each node runs as the file has it.
+    folder: where the external data of a model given as bytes lies.
+    weights: initializers handed over in memory; the model must declare each as external data of that shape and type.
+    """
+    ort = _runtime()
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise UserError(f"{model}: no such model file")
+    names = provider_names(providers)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if weights:
+        values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in weights.values()]
+        options.add_external_initializers(list(weights), values)
+    source = model if isinstance(model, bytes) else str(model)
+    label = "the model" if isinstance(model, bytes) else str(model)
+    try:
+        created = ort.InferenceSession(source, options, providers=names)
+    except Exception as error:  # ORT's exception classes share no base but Exception
+        raise UserError(f"{label}: ONNX Runtime {ort.__version__} cannot load it: {readable(error)}") from error
+    if names[0] not in created.get_providers():
+        raise UserError(f"ONNX Runtime could not start {names[0]} (are its CUDA and cuDNN libraries installed?)")
+    return created
+
+
+def provider_names(providers: Sequence[str]) -> list[str]:
+    """ONNX Runtime's names of the providers ("cpu", "cuda", or its own), CPU last to take what the others leave."""
+    ort = _runtime()
+    available = list(ort.get_available_providers())
+    names = [_ALIASES.get(name.lower(), name) for name in providers]
+    for name in names:
+        if name not in available:
+            known = ", ".join(available)
+            raise UserError(f"ONNX Runtime {ort.__version__} here has no provider {name}; it has {known} ({_INSTALL})")
+    if "CUDAExecutionProvider" in names and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # finds the CUDA libraries of the nvidia-* packages
+    cpu = _ALIASES["cpu"]
+    return [name for name in dict.fromkeys(names) if name != cpu] + [cpu]
+
+
+def run(session: Any, outputs: Sequence[str] | None, feeds: Mapping[str, Any]) -> list[Any]:
+    """The named outputs (all of them for None) as numpy arrays; a failure inside ORT is told in one line."""
+    try:
+        return list(session.run(None if outputs is None else list(outputs), dict(feeds)))
+    except Exception as error:  # ORT's exception classes share no base but Exception
+        shapes = ", ".join(f"{name} {getattr(array, 'shape', '?')}" for name, array in list(feeds.items())[:6])
+        raise UserError(f"ONNX Runtime failed on inputs {shapes}: {readable(error)}") from error
+
+
+def ort_version() -> str:
+    """The version of the installed ONNX Runtime."""
+    return str(_runtime().__version__)
+
+
+def readable(error: Exception) -> str:
+    """The first line of an ONNX Runtime error, without its status prefix and C++ source position."""
+    text = str(error).strip()
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"/\S+\.(?:cc|h|cpp|cuh?):\d+ .*?(?:\) |\] )(?=\S)", "", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:400] if lines else type(error).__name__
+
+
+def _runtime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"ONNX Runtime is not installed: {_INSTALL}") from error
+    version = getattr(onnxruntime, "__version__", None)
+    if version is None:  # the folder is left over from an uninstalled package
+        raise UserError(f"ONNX Runtime is broken: reinstall it with {_INSTALL}")
+    if _parsed(version) < MINIMUM:
+        wanted = ".".join(map(str, MINIMUM))
+        raise UserError(f"ONNX Runtime {version} is too old: qcompile needs {wanted} or newer ({_INSTALL})")
+    return onnxruntime
+
+
+def _parsed(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
