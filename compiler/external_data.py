@@ -1,0 +1,144 @@
+"""Tensors as bytes on disk: finding, checking and streaming them, and a file that holds equal bytes once."""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.errors import UserError
+
+_CHUNK = 8 << 20
+# Every tensor starts on a cache line, and one worth mapping by itself on a page.
+_ALIGNMENT = 64
+_PAGE = 4096
+_PAGE_ALIGNED_FROM = 1 << 20
+
+
+def tensors_of(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Every tensor of the model with its name: initializers and attributes of all graphs, subgraphs and functions."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.name or "", value.const_value
+    for node, attribute in attributes_of(model):
+        where = node.outputs[0].name if node.outputs else node.name
+        for tensor in tensors_in(attribute):
+            yield where or "", tensor
+
+
+def attributes_of(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Attr]]:
+    """Every attribute that holds tensors, with its node, in all graphs, subgraphs and functions."""
+    nodes = itertools.chain(model.graph.all_nodes(), *(function.all_nodes() for function in model.functions.values()))
+    for node in nodes:
+        for attribute in node.attributes.values():
+            if tensors_in(attribute):
+                yield node, attribute
+
+
+def tensors_in(attribute: ir.Attr) -> list[ir.TensorProtocol]:
+    """The tensors an attribute holds; none for most attributes."""
+    if attribute.is_ref() or attribute.type not in (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS):
+        return []
+    return [attribute.as_tensor()] if attribute.type == ir.AttributeType.TENSOR else list(attribute.as_tensors())
+
+
+def check_external(tensor: ir.ExternalTensor, name: str, folder: Path) -> None:
+    """Raise UserError unless the bytes of `tensor` are all there, in a file inside `folder` (resolved)."""
+    location = os.fspath(tensor.location)
+    where = f"tensor {name!r} of the model in {folder}"
+    path = (folder / location).resolve()
+    if not location or os.path.isabs(location) or not path.is_relative_to(folder):
+        raise UserError(
+            f"{where}: its external data {location!r} lies outside of the model's folder; "
+            "copy the data file beside the model (cp -L follows links) and export with a relative location"
+        )
+    if not path.is_file():
+        raise UserError(f"{where}: its external data file {location!r} is missing; copy it beside the model")
+    status = path.stat()
+    if status.st_nlink > 1:  # onnx and onnx_ir refuse to read such a file later on
+        raise UserError(f"{where}: {location!r} has more than one hard link, which ONNX tools refuse; copy the file")
+    offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
+    if offset < 0 or length != tensor.nbytes:
+        raise UserError(
+            f"{where}: {length} bytes at offset {offset} of {location!r} do not hold {tensor.dtype.name} "
+            f"{tuple(tensor.shape)} ({tensor.nbytes} bytes); export the model again"
+        )
+    if offset + length > status.st_size:
+        raise UserError(
+            f"{where}: {location!r} is too short ({status.st_size} bytes, {offset + length} needed); "
+            "copy or download it again"
+        )
+
+
+def chunks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
+    """The bytes of the tensor as a file holds them (little endian, packed), a few MiB at a time.
+
+    A file is read rather than mapped, so that its pages do not count as this process's memory.
+    """
+    if isinstance(tensor, ir.LazyTensor):
+        yield from chunks(tensor.raw())
+    elif isinstance(tensor, ir.ExternalTensor):
+        yield from _file_chunks(tensor)
+    else:
+        packed = tensor.dtype.bitwidth < 8
+        data = np.frombuffer(tensor.tobytes(), np.uint8) if packed else np.ascontiguousarray(tensor.numpy())
+        flat = data.reshape(-1).view(np.uint8)
+        for start in range(0, flat.size, _CHUNK):
+            yield flat[start : start + _CHUNK].data
+
+
+def _file_chunks(tensor: ir.ExternalTensor) -> Iterator[memoryview]:
+    left = tensor.nbytes
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.offset or 0)
+        while left:
+            data = file.read(min(left, _CHUNK))
+            if not data:
+                raise UserError(f"{tensor.path} became shorter while it was read; do not change it during a compile")
+            left -= len(data)
+            yield memoryview(data)
+
+
+class DataWriter:
+    """Appends tensors to one external data file, equal bytes once, whatever their shapes and types."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._end = 0
+        self._offsets: dict[tuple[int, bytes], int] = {}
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._end
+
+    def append(self, tensor: ir.TensorProtocol) -> int:
+        """The offset of the tensor's bytes, written now unless they stand in the file already."""
+        alignment = _PAGE if tensor.nbytes > _PAGE_ALIGNED_FROM else _ALIGNMENT
+        start = -(-self._end // alignment) * alignment
+        self._file.seek(start)
+        digest, length = hashlib.sha256(), 0
+        for chunk in chunks(tensor):
+            digest.update(chunk)
+            self._file.write(chunk)
+            length += len(chunk)
+        key = (length, digest.digest())
+        if key in self._offsets:  # a tie: take back what was written
+            self._file.flush()
+            self._file.truncate(self._end)
+            return self._offsets[key]
+        self._offsets[key] = start
+        self._end = start + length
+        return start
+
+    def digest(self) -> str:
+        """A name for the content of the file: equal content, equal digest."""
+        whole = hashlib.sha256()
+        for (length, content), offset in self._offsets.items():
+            whole.update(b"%d %d " % (offset, length) + content)
+        return whole.hexdigest()

@@ -1,0 +1,170 @@
+"""Models from and to disk: every check of a bad file on the way in, all or nothing on the way out (`saving`)."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from qcompile.compiler.external_data import check_external, chunks, tensors_of
+from qcompile.compiler.saving import SaveReport, save_model
+from qcompile.passes.errors import UserError
+
+__all__ = ["SaveReport", "check_finite", "check_output_path", "load_model", "model_hash", "save_model"]
+
+logger = logging.getLogger(__name__)
+
+# What ONNX Runtime 1.24 to 1.32 load.
+MAX_OPSET = 26
+MAX_IR_VERSION = 13
+_MIN_IR_VERSION = 3
+# protobuf's own limit.
+_MAX_PROTO = 2**31 - 1
+# Operators and operand positions that make an initializer a weight, and operators that only move or convert one.
+_WEIGHT_OPERANDS = {("MatMul", 0), ("MatMul", 1), ("Gather", 0)} | {
+    (op, index) for op in ("Gemm", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN") for index in (1, 2)
+}
+_MOVES = {"Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity"}
+
+
+def load_model(path: Path) -> ir.Model:
+    """The model at `path`, its external weights left on disk; UserError for everything that is wrong with the files."""
+    proto = _parse(path)
+    try:
+        model = ir.serde.deserialize_model(proto)
+    except Exception as error:
+        raise UserError(f"{path}: damaged ONNX graph ({_root_cause(error)}); export the model again") from error
+    _check_versions(model, path)
+    folder = path.parent.resolve()
+    for name, tensor in tensors_of(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            check_external(tensor, name, folder)
+            tensor.base_dir = folder  # never "", with which onnx_ir leaves out its own checks of the path
+    return model
+
+
+def check_finite(model: ir.Model) -> None:
+    """Raise UserError for a NaN in any tensor, or an Inf in a weight; reads every float tensor once, in chunks.
+
+    An Inf elsewhere is legitimate: attention masks are made of them. So is a NaN that stands alone.
+    """
+    weights = {id(value.const_value) for value in _weights(model)}
+    for name, tensor in tensors_of(model):
+        if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16 or tensor.size < 2:
+            continue
+        nans, infs = _count_non_finite(tensor)
+        if nans or (infs and id(tensor) in weights):
+            raise UserError(
+                f"tensor {name!r} holds {nans} NaN and {infs} Inf among {tensor.size} values; export the model again"
+            )
+
+
+def model_hash(path: Path) -> str:
+    """sha256 of the model file and of the external data files it names, in order of their names."""
+    digest = hashlib.sha256()
+    for file in (path, *sorted(_data_files(path))):
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_output_path(source: Path, output: Path) -> None:
+    """Raise UserError if writing `output` would overwrite the source model, its data, or a folder."""
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; give the name of the output file, such as {output / 'model.onnx'}")
+    for file in (source, *_data_files(source)):
+        if output.exists() and file.exists() and output.samefile(file):
+            raise UserError(f"the output {output} is the input file {file}; choose another name with -o")
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give the path of an .onnx model")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give the path of an .onnx model")
+    if path.stat().st_size > _MAX_PROTO:
+        raise UserError(f"{path} is over 2 GB, which no ONNX model file can be; save its weights as external data")
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
+    except Exception as error:  # protobuf's DecodeError, whose module depends on the implementation
+        raise UserError(f"{path} is no ONNX model, or a truncated one{_looks_like(path)}") from error
+    if not proto.HasField("graph") or not proto.ir_version:
+        raise UserError(f"{path} holds no ONNX graph{_looks_like(path)}")
+    if not proto.graph.node or not proto.graph.output:
+        raise UserError(f"{path}: the graph has no nodes or no outputs, nothing to compile; export the model again")
+    if not proto.opset_import:
+        raise UserError(f"{path} names no opset: it is truncated; copy or export it again")
+    if proto.graph.sparse_initializer:
+        name = proto.graph.sparse_initializer[0].values.name
+        raise UserError(f"{path}: sparse tensor {name!r} is not supported; export the model with dense weights")
+    return proto
+
+
+def _looks_like(path: Path) -> str:
+    """The end of a message about a file that is no model: what it is instead, and what to do."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "; it is a Git LFS pointer: run `git lfs pull`"
+    if start.startswith(b"GGUF") or start[8:10] == b'{"':
+        return "; it holds weights without a graph: run `qcompile export` first"
+    if start[4:8] == b"ORTM":
+        return "; it is in ORT format: give the .onnx file it was made from"
+    return "; copy or export it again"
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _check_versions(model: ir.Model, path: Path) -> None:
+    imports = model.opset_imports
+    if "ai.onnx" in imports:  # an alias of the empty domain
+        imports[""] = max(imports.pop("ai.onnx"), imports.get("", 0))
+    opset = imports.get("", 1)
+    if opset > MAX_OPSET:
+        raise UserError(f"{path} has opset {opset}; ONNX Runtime loads up to {MAX_OPSET}: export it with a lower one")
+    if model.ir_version < _MIN_IR_VERSION:
+        raise UserError(f"{path} has IR version {model.ir_version}, from before ONNX 1.0; export the model again")
+    if model.ir_version > MAX_IR_VERSION:
+        logger.info("IR version %d lowered to %d", model.ir_version, MAX_IR_VERSION)
+        model.ir_version = MAX_IR_VERSION
+
+
+def _weights(model: ir.Model) -> Iterator[ir.Value]:
+    """Initializers that a linear operator or a lookup uses, maybe through something that only moves them."""
+    for value in model.graph.initializers.values():
+        reached = [value]
+        for current in reached:  # grows while it is walked
+            reached += [use.node.outputs[0] for use in current.uses() if use.node.op_type in _MOVES and use.idx == 0]
+            if any((use.node.op_type, use.idx) in _WEIGHT_OPERANDS for use in current.uses()):
+                yield value
+                break
+
+
+def _count_non_finite(tensor: ir.TensorProtocol) -> tuple[int, int]:
+    nans = infs = 0
+    for chunk in chunks(tensor):
+        values = np.frombuffer(chunk, tensor.dtype.numpy())
+        if not np.isfinite(values).all():
+            nans += int(np.isnan(values).sum())
+            infs += int(np.isinf(values).sum())
+    return nans, infs
+
+
+def _data_files(path: Path) -> set[Path]:
+    """The external data files that the model at `path` names and that exist."""
+    try:
+        model = ir.serde.deserialize_model(_parse(path))
+    except Exception:  # load_model says what is wrong with it
+        return set()
+    named = {path.parent / tensor.location for _, tensor in tensors_of(model) if isinstance(tensor, ir.ExternalTensor)}
+    return {file for file in named if file.is_file()}
