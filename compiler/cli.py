@@ -1,0 +1,161 @@
+"""The command line: `qcompile MODEL.onnx …` compiles; the other commands are named first."""
+
+import argparse
+import difflib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from qcompile.passes.errors import UserError
+
+# Imported only when chosen, so that --help answers at once.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "compile": ("qcompile.compiler.commands.compile", "quantize a model (the default: qcompile MODEL.onnx …)"),
+    "passes": ("qcompile.compiler.commands.passes", "list the passes and their parameters"),
+    "export": ("qcompile.compiler.commands.export", "export a Hugging Face or GGUF model to ONNX"),
+    "eval": ("qcompile.compiler.commands.eval", "perplexity, KL divergence and agreement with a reference"),
+    "inspect": (
+        "qcompile.compiler.commands.inspect",
+        "what is in a model: types, sizes, what is quantized and why not",
+    ),
+    "generate": ("qcompile.compiler.commands.generate", "text from a decoder"),
+}
+_GLOBAL = {"-v", "-vv", "--verbose", "--traceback"}
+_USAGE = "qcompile MODEL.onnx [options]\n       qcompile COMMAND …"
+_EXAMPLES = """\
+examples:
+  qcompile export smollm2-135m -o smol
+  qcompile smol/model.onnx --passes smooth,awq,pack -o small/model.onnx
+  qcompile eval small/model.onnx --against smol/model.onnx --text novel.txt --tokenizer smol
+  qcompile generate small/model.onnx --prompt "The capital of France is" --tokenizer smol
+
+`qcompile COMMAND --help` tells a command's options. Exit codes: 0 done, 1 a bug, 2 bad input, 130 interrupted."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are UserErrors, and which takes no abbreviations."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        """Bad arguments are bad input like any other."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _guarded(arguments)
+    except BrokenPipeError:  # the reader went away: `qcompile inspect … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _guarded(arguments: list[str]) -> int:
+    """Every failure as one line on stderr, unless --traceback asks for more."""
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except SystemExit as exit:  # argparse, after --help and --version
+        return exit.code if isinstance(exit.code, int) else 0
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt:
+        return _fail("interrupted, nothing was written", 130)
+    except (UserError, OSError, MemoryError, Exception) as error:
+        if "--traceback" in arguments:
+            raise
+        return _explain(error)
+
+
+def _explain(error: BaseException) -> int:
+    """Print an exception as one line; the exit code."""
+    if isinstance(error, UserError):
+        return _fail(f"error: {error}", 2)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"error: {where}{error.strerror}", 2)
+    if isinstance(error, MemoryError):
+        return _fail("error: out of memory: use fewer --samples or a shorter --context, or a larger machine", 2)
+    kind = type(error).__name__
+    return _fail(f"internal error: {kind}: {error} (this is a bug; run with --traceback and report it)", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print("qcompile: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    leading = next((i for i, word in enumerate(arguments) if word not in _GLOBAL), len(arguments))
+    options, rest = arguments[:leading], arguments[leading:]
+    if not rest or rest[0] in ("-h", "--help", "help", "--version"):
+        return _top_level(rest)
+    name = rest.pop(0) if rest[0] in COMMANDS else _default_command(rest[0])
+    parser = Parser(prog="qcompile")
+    module = _module(name)
+    module.add_parser(parser.add_subparsers(dest="command"))
+    args = _with_globals(parser, name).parse_args([name, *rest, *options])
+    _start_logging(args.verbose)
+    return int(module.run(args))
+
+
+def _top_level(rest: list[str]) -> int:
+    if rest and rest[0] == "--version":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"qcompile {version('qcompile-onnx')}")
+        except PackageNotFoundError:
+            print("qcompile (not installed)")
+        return 0
+    width = max(len(name) for name in COMMANDS)
+    commands = "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    print(f"usage: {_USAGE}\n\nAn ONNX quantization compiler.\n\ncommands:\n{commands}\n\n{_EXAMPLES}")
+    return 0 if rest else 2
+
+
+def _default_command(first: str) -> str:
+    """compile, unless the word looks like a mistyped command."""
+    if not first.startswith("-") and "." not in first and os.sep not in first and not os.path.exists(first):
+        close = difflib.get_close_matches(first, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}; or give a MODEL.onnx"
+        raise UserError(f"no command {first!r} and no such file: {hint}")
+    return "compile"
+
+
+def _module(name: str) -> Any:
+    path = COMMANDS[name][0]
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name == path:
+            raise UserError(f"the command {name!r} is not part of this installation") from error
+        raise
+
+
+def _with_globals(parser: Parser, name: str) -> Parser:
+    """The parser with -v and --traceback on the chosen command."""
+    actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    command = next(actions).choices[name]
+    command.add_argument("-v", "--verbose", action="count", default=0, help="say more on stderr (-vv: everything)")
+    command.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
+    return parser
+
+
+def _start_logging(verbose: int) -> None:
+    levels = [logging.WARNING, logging.INFO, logging.DEBUG]
+    logging.basicConfig(level=levels[min(verbose, 2)], format="%(name)s: %(message)s", stream=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 still gets its tables
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""What commands print with: tables that survive a pipe, progress bars with the time left."""
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+# Into a file or a pipe nothing is cut or wrapped, however long a node's name is.
+_PIPE_WIDTH = 10_000
+
+
+def console() -> Console:
+    """A console on stdout; as wide as it takes where that is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False)
+
+
+def table(title: str, *columns: str, numbers: int = 0) -> Table:
+    """A table whose last `numbers` columns are aligned to the right; names fold instead of being cut."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for index, column in enumerate(columns):
+        right = index >= len(columns) - numbers
+        made.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
+    return made
+
+
+def progress() -> Progress:
+    """A bar on stderr with steps done and time left; silent where stderr is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes as MB of a million, or KB below one."""
+    return f"{size / 1e6:.1f} MB" if size >= 1_000_000 else f"{size / 1e3:.1f} KB"

@@ -1,0 +1,99 @@
+"""Distances between a model and its reference: next-token scores from logits, noise of any output."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.passes.errors import UserError
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+# Rows of logits worked on at a time: 64 x 49152 float32 is 12 MB, and a few such buffers live at once.
+_ROWS = 64
+
+
+def log_softmax(logits: npt.NDArray[Any]) -> Floats:
+    """Logarithms of the softmax over the last axis of logits (rows, V) of any float type; sums in float64."""
+    shifted = logits.astype(np.float32)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
+    shifted -= np.log(total).astype(np.float32)
+    return shifted
+
+
+@dataclass
+class TokenScores:
+    """Scores of every next-token prediction so far, one array for each window: nats, nats, booleans."""
+
+    nll: list[Doubles] = field(default_factory=list)
+    kl: list[Doubles] = field(default_factory=list)
+    agree: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+
+    def add(self, logits: npt.NDArray[Any], targets: npt.NDArray[np.int64], reference: Floats | None) -> None:
+        """Score logits (L, V) against the tokens that follow, targets (L,), and the reference's log_softmax (L, V)."""
+        for start in range(0, len(targets), _ROWS):
+            rows = slice(start, start + _ROWS)
+            scores = log_softmax(logits[rows])
+            wanted = targets[rows]
+            self.nll.append(-scores[np.arange(len(wanted)), wanted].astype(np.float64))
+            if reference is not None:
+                known = reference[rows]
+                self.kl.append((np.exp(known) * (known - scores)).sum(axis=-1, dtype=np.float64))
+                self.agree.append(known.argmax(axis=-1) == scores.argmax(axis=-1))
+
+
+def log_softmax_rows(logits: npt.NDArray[Any]) -> Floats:
+    """log_softmax of logits (L, V), a few rows at a time."""
+    out = np.empty(logits.shape, np.float32)
+    for start in range(0, len(logits), _ROWS):
+        out[start : start + _ROWS] = log_softmax(logits[start : start + _ROWS])
+    return out
+
+
+def mean_and_error(values: list[Doubles]) -> tuple[float, float]:
+    """The mean and its standard error, taking the values as independent."""
+    flat = np.concatenate(values)
+    error = flat.std(ddof=1) / np.sqrt(len(flat)) if len(flat) > 1 else np.nan
+    return float(flat.mean()), float(error)
+
+
+@dataclass
+class OutputNoise:
+    """How far an output is from the reference's, over all batches: sums of squares and of products in float64."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    power: float = 0.0
+    product: float = 0.0
+    size: int = 0
+
+    def add(self, reference: npt.NDArray[Any], output: npt.NDArray[Any]) -> None:
+        """Two arrays of one shape and any number type."""
+        a, b = reference.reshape(-1).astype(np.float64), output.reshape(-1).astype(np.float64)
+        self.signal += float(a @ a)
+        self.noise += float(np.square(a - b).sum())
+        self.power += float(b @ b)
+        self.product += float(a @ b)
+        self.size += a.size
+
+    @property
+    def sqnr(self) -> float:
+        """Signal over noise in dB; infinite for equal outputs."""
+        if self.noise == 0:
+            return float("inf")
+        return float(10 * np.log10(self.signal / self.noise)) if self.signal else float("-inf")
+
+    @property
+    def cosine(self) -> float:
+        """Cosine between the two outputs as vectors; 1 for two zero vectors."""
+        length = float(np.sqrt(self.signal * self.power))
+        return self.product / length if length else float(self.signal == self.power)
+
+
+def check_finite_output(array: npt.NDArray[Any], name: str, model: str) -> None:
+    """Refuse NaN and infinity in an output of a model."""
+    if array.dtype.kind in "fV" and not np.isfinite(array).all():
+        raise UserError(f"{model}: output {name!r} contains NaN or infinity")
