@@ -1,4 +1,4 @@
-"""Tensors as bytes on disk: finding, checking and streaming them, and a file that holds equal bytes once."""
+"""Tensors as bytes on disk: finding and checking them, and a file that holds equal bytes once."""
 
 import hashlib
 import itertools
@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.errors import UserError
+from qcompile.passes.tensors import chunks
 
-_CHUNK = 8 << 20
 # Every tensor starts on a cache line, and one worth mapping by itself on a page.
 _ALIGNMENT = 64
 _PAGE = 4096
@@ -73,35 +72,6 @@ def check_external(tensor: ir.ExternalTensor, name: str, folder: Path) -> None:
             f"{where}: {location!r} is too short ({status.st_size} bytes, {offset + length} needed); "
             "copy or download it again"
         )
-
-
-def chunks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
-    """The bytes of the tensor as a file holds them (little endian, packed), a few MiB at a time.
-
-    A file is read rather than mapped, so that its pages do not count as this process's memory.
-    """
-    if isinstance(tensor, ir.LazyTensor):
-        yield from chunks(tensor.raw())
-    elif isinstance(tensor, ir.ExternalTensor):
-        yield from _file_chunks(tensor)
-    else:
-        packed = tensor.dtype.bitwidth < 8
-        data = np.frombuffer(tensor.tobytes(), np.uint8) if packed else np.ascontiguousarray(tensor.numpy())
-        flat = data.reshape(-1).view(np.uint8)
-        for start in range(0, flat.size, _CHUNK):
-            yield flat[start : start + _CHUNK].data
-
-
-def _file_chunks(tensor: ir.ExternalTensor) -> Iterator[memoryview]:
-    left = tensor.nbytes
-    with open(tensor.path, "rb") as file:
-        file.seek(tensor.offset or 0)
-        while left:
-            data = file.read(min(left, _CHUNK))
-            if not data:
-                raise UserError(f"{tensor.path} became shorter while it was read; do not change it during a compile")
-            left -= len(data)
-            yield memoryview(data)
 
 
 class DataWriter:

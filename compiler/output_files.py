@@ -4,7 +4,8 @@ import contextlib
 import mmap
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +23,35 @@ def temporary(path: Path, kind: str) -> Iterator[Path]:
         yield name
     finally:
         name.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """`path` inside a hidden folder beside it, where the output can be tried before `publish`; gone at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(path)
+    folder = path.with_name(f".{path.name}.{os.getpid()}.stage.tmp")
+    try:
+        folder.mkdir()
+        yield folder / path.name
+    finally:
+        _remove(folder)
+
+
+def publish(staged: Sequence[Path], path: Path) -> tuple[Path, ...]:
+    """Move a staged model, and its data if there is any, to `path`; a reader sees the old model or the new one."""
+    model, *data = staged
+    targets = [path.with_name(file.name) for file in data]
+    replace_pair((data[0], targets[0]) if data else None, (model, path))
+    remove_unmentioned(path)
+    return (path, *targets)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def settle(file: BinaryIO) -> None:
@@ -61,7 +91,7 @@ def remove_stale(path: Path) -> None:
     for file in path.parent.iterdir():
         match = pattern.fullmatch(file.name)
         if match and not _alive(int(match[1])):
-            file.unlink(missing_ok=True)
+            _remove(file)
 
 
 def remove_unmentioned(path: Path) -> None:

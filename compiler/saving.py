@@ -16,8 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.compiler import output_files
-from qcompile.compiler.external_data import DataWriter, attributes_of, chunks, tensors_in, tensors_of
+from qcompile.compiler.external_data import DataWriter, attributes_of, tensors_in, tensors_of
 from qcompile.passes.errors import UserError
+from qcompile.passes.tensors import chunks
 
 # Smaller tensors stay in the model file, where they cost less than an entry in the data file.
 _INLINE_BELOW = 1024

@@ -9,9 +9,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qcompile.compiler.external_data import check_external, chunks, tensors_of
+from qcompile.compiler.external_data import check_external, tensors_of
 from qcompile.compiler.saving import SaveReport, save_model
 from qcompile.passes.errors import UserError
+from qcompile.passes.tensors import chunks
 
 __all__ = ["SaveReport", "check_finite", "check_output_path", "load_model", "model_hash", "save_model"]
 

@@ -1,0 +1,89 @@
+"""Small graph edits that every step of `prepare` shares."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+
+class Decide(Protocol):
+    """Leaves one decision behind; Pass.decide."""
+
+    def __call__(self, node: str, action: str, reason: str, **detail: Any) -> None:
+        """What happened to the node, and why."""
+
+
+class Names:
+    """Value names that are free in a model, subgraphs included: ONNX wants no name to shadow another."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._used: set[str | None] = {None, ""}
+        for graph in model.graphs():
+            self._used.update(value.name for value in (*graph.inputs, *graph.initializers.values()))
+            self._used.update(value.name for node in graph for value in node.outputs)
+
+    def fresh(self, wanted: str) -> str:
+        """`wanted`, or with a number behind it; taken from now on."""
+        name, count = wanted, 0
+        while name in self._used:
+            count += 1
+            name = f"{wanted}_{count}"
+        self._used.add(name)
+        return name
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether the value is an initializer whose content nobody can change when the model runs."""
+    return value is not None and value.is_initializer() and value.const_value is not None and not value.is_graph_input()
+
+
+def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    """A new initializer of the graph."""
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype))
+    tensor.name = name
+    value.const_value = tensor
+    graph.register_initializer(value)
+    return value
+
+
+def insert_before(
+    place: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: dict[str, Any] | None = None,
+    *,
+    name: str,
+    output: str,
+) -> ir.Value:
+    """The output, called `output`, of a new node that stands right before `place` in its graph."""
+    node = ir.node(op_type, inputs, attributes, name=name)
+    node.outputs[0].name = output
+    assert place.graph is not None
+    place.graph.insert_before(place, node)
+    return node.outputs[0]
+
+
+def constant_before(place: ir.Node, array: npt.NDArray[Any], *, output: str) -> ir.Value:
+    """The output of a new Constant node right before `place`; unlike an initializer it may stand in a function."""
+    value = insert_before(place, "Constant", [], {"value": ir.tensor(array, name=output)}, name=output, output=output)
+    value.shape, value.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    return value
+
+
+def take_over(old: ir.Value, new: ir.Value, names: Names) -> None:
+    """Put `new` where `old` is used, as a graph output too, under the old name, shape and type."""
+    new.shape, new.type = old.shape, old.type
+    name = old.name
+    old.name = names.fresh(f"{name}_replaced")
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    new.name = name
+
+
+def small_array(value: ir.Value | None, limit: int = 64) -> npt.NDArray[Any] | None:
+    """The content of a small constant, an initializer or a Constant node's output; None for anything else."""
+    if value is None or value.is_graph_input():
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return np.asarray(tensor.numpy()) if tensor is not None and tensor.size <= limit else None

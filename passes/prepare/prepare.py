@@ -1,0 +1,61 @@
+"""The pass itself: its steps, in order."""
+
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.prepare.constants import fix_defaults, lift_constants, load_small
+from qcompile.passes.prepare.duplicates import merge_duplicates
+from qcompile.passes.prepare.folding import fold_weights
+from qcompile.passes.prepare.gemm import split_gemms
+from qcompile.passes.prepare.identities import remove_identities
+from qcompile.passes.prepare.opset import raise_opset
+from qcompile.passes.prepare.subgraphs import report_subgraphs
+from qcompile.passes.prepare.tidy import infer_shapes, inline_functions, name_nodes, remove_traces, remove_unused, sort
+
+
+class Prepare(Pass):
+    """Canonicalize the graph: opset 21, weights as initializers, Gemm as MatMul and Add, no copies.
+
+    Case 1: nodes are sorted and get names of their own; the exporter's stack traces are removed; model-local functions
+            are inlined, but for qcompile's.
+    Case 2: an initializer that is a graph input too (a default value) becomes a constant; small external tensors are
+            read; Constant nodes of the main graph become initializers.
+    Case 3: an opset below `opset` is raised to it, in subgraphs too; impossible for an operator: UserError.
+    Case 4: Identity and Dropout are bypassed.
+    Case 5: equal initializers over 1 KiB become one, which ties what an exporter copied.
+    Case 6: Transpose, Cast, Reshape, Squeeze and Unsqueeze of a weight are folded into it, lazily. A weight that
+            others use as it is (a tied embedding) keeps its one copy, and the Transpose stays.
+    Case 7: a Gemm with constant weight becomes MatMul and Add.
+    Case 8: what no output needs is removed, and shapes are inferred again.
+    Case 9: weights in subgraphs of If, Loop and Scan are left alone, each with its reason.
+    Inputs and outputs keep names, order and types; weights keep their types and are never all in memory.
+    """
+
+    name = "prepare"
+    whole_model = True
+
+    def __init__(self, *, opset: int = 21) -> None:
+        super().__init__()
+        self.opset = opset
+
+    def call(self, region: Region) -> None:
+        """Rewrite the whole model in place."""
+        model, decide = region.model, self.decide
+        sort(model)  # Case 1
+        remove_traces(model, decide)
+        name_nodes(model, decide)
+        inline_functions(model, decide)
+        fix_defaults(model, decide)  # Case 2
+        load_small(model)
+        infer_shapes(model, decide)
+        raise_opset(model, self.opset, decide)  # Case 3
+        lift_constants(model, decide)  # Case 2
+        remove_identities(model, decide)  # Case 4
+        remove_unused(model, decide)  # so that a dead user does not look like a shared weight
+        merge_duplicates(model, decide)  # Case 5
+        fold_weights(model, decide)  # Case 6
+        split_gemms(model, decide)  # Case 7
+        remove_unused(model, decide)  # Case 8
+        sort(model)
+        name_nodes(model, decide)
+        infer_shapes(model, decide)
+        report_subgraphs(model, decide)  # Case 9
+        region.nodes = list(model.graph)
