@@ -1,0 +1,130 @@
+"""`qcompile export`: a Hugging Face folder, a GGUF file or a zoo model to ONNX."""
+
+import argparse
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qcompile.models import export, zoo
+from qcompile.models.check import Arrays
+from qcompile.passes.errors import UserError
+from qcompile.runtime.session import run as run_session
+from qcompile.runtime.session import session
+
+_DESCRIPTION = """\
+Export a model to ONNX (opset 21, dynamic batch and sequence), and check it against torch on a real prompt.
+
+SOURCE is a Hugging Face folder, a .gguf file, or the name of a zoo model (--list). DIR gets model.onnx,
+model.onnx.data, the tokenizer, config.json and export.json (versions, source hash, the error that the check found).
+Needs the extra qcompile-onnx[export]; zoo models are downloaded once with pip, hash-checked, and kept in
+~/.cache/qcompile (QCOMPILE_CACHE moves it).
+"""
+_EXAMPLES = """\
+examples:
+  qcompile export smollm2-135m -o smollm2
+  qcompile export ./my-model -o my-model-onnx --kv-cache --dtype fp16
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `export` to the command line."""
+    parser = subparsers.add_parser(
+        "export",
+        help="a Hugging Face folder, a GGUF file or a zoo model to ONNX",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", nargs="?", help="a Hugging Face folder, a .gguf file, or a zoo name"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, help="the folder to write; an earlier export is replaced"
+    )
+    parser.add_argument(
+        "--kv-cache",
+        action="store_true",
+        help="past keys and values as inputs, present ones as outputs: generates token by token",
+    )
+    parser.add_argument("--dtype", choices=export.DTYPES, default="fp32", help="type of weights and activations (fp32)")
+    parser.add_argument("--layers", metavar="N", type=int, help="keep only the first N layers, for tests and trials")
+    parser.add_argument("--list", action="store_true", help="list the zoo and stop")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, and say what to type next."""
+    console = Console()
+    if args.list:
+        console.print(_zoo_table())
+        return 0
+    if args.source is None or args.output is None:
+        raise UserError("give a SOURCE and a folder: qcompile export SOURCE -o DIR (--list shows the zoo)")
+    with _Steps(console) as steps:
+        done = export.export_model(
+            args.source,
+            args.output,
+            open_model=_open,
+            kv_cache=args.kv_cache,
+            dtype=args.dtype,
+            max_layers=args.layers,
+            progress=steps.begin,
+        )
+    found = done.record["check"]
+    if isinstance(found, dict):
+        error, tokens = found["max_relative_error"], found["tokens"]
+        console.print(
+            f"agrees with torch on {tokens} tokens: relative error {error:.1e} (at most {found['tolerance']:.0e})"
+        )
+    console.print(f"wrote {done.path} ({done.size / 1e6:.0f} MB) in {done.seconds:.0f} s", highlight=False)
+    console.print(f"next: qcompile {shlex.quote(str(done.path))} --passes smooth,awq,pack", highlight=False)
+    return 0
+
+
+class _Steps:
+    """A spinner beside the step that runs, a line with its seconds for each that is done."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._status = console, console.status("")
+        self._step, self._since = "", 0.0
+
+    def __enter__(self) -> "_Steps":
+        self._status.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._end()
+        self._status.stop()
+
+    def begin(self, step: str) -> None:
+        """The step before is done, this one begins."""
+        self._end()
+        self._step, self._since = step, time.monotonic()
+        self._status.update(step)
+
+    def _end(self) -> None:
+        if self._step:
+            self._console.print(f"  {self._step} [dim]{time.monotonic() - self._since:.1f} s[/dim]", highlight=False)
+
+
+def _open(path: Path) -> Any:
+    """A model file as a function from inputs by name to outputs by name, on the CPU."""
+    opened = session(path)
+    names = [output.name for output in opened.get_outputs()]
+
+    def call(feeds: Arrays) -> Arrays:
+        return dict(zip(names, run_session(opened, names, feeds), strict=True))
+
+    return call
+
+
+def _zoo_table() -> Table:
+    table = Table("name", "model", "licence", "package", title="Zoo: pinned models that pip fetches")
+    for model in zoo.ZOO.values():
+        table.add_row(model.name, model.description, model.licence, f"{model.package} {model.version}")
+    return table

@@ -1,0 +1,138 @@
+"""What `qcompile export` refuses, in one line, and what it leaves behind when it is cut short."""
+
+import argparse
+import builtins
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcompile.compiler.commands import export as command
+from qcompile.models import cache, hf, publish, zoo
+from qcompile.models.export import export_model
+from qcompile.passes.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def export(source: str | Path, target: Path, **options: Any) -> None:
+    export_model(source, target, open_model=command._open, **options)
+
+
+def refusal(source: str | Path, target: Path, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        export(source, target, **options)
+    assert "\n" not in str(caught.value)
+    assert not list(target.parent.glob(f".{target.name}-*")), "nothing temporary is left"
+    return str(caught.value)
+
+
+def test_sources_that_are_none(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    assert "no zoo model (smollm2-135m" in refusal("no-such-thing", target)
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refusal(tmp_path / "empty", target)
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    assert "no weights" in refusal(tmp_path / "empty", target)
+    (tmp_path / "empty" / "model.safetensors").write_bytes(b"x")
+    assert "transformers cannot load it" in refusal(tmp_path / "empty", target)
+    assert "compile it with `qcompile" in refusal(tmp_path / "a.onnx", target)
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF, not really")
+    assert "transformers cannot load it" in refusal(tmp_path / "bad.gguf", target)
+    assert "--dtype is fp32 or fp16" in refusal("x", target, dtype="int8")
+    assert not target.exists()
+
+
+def test_targets_that_may_not_be_overwritten(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    assert "holds the source" in refusal(source, source)
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refusal(source, tmp_path / "file")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "model.onnx").write_text("precious")
+    assert "was not written by `qcompile export`" in refusal(source, tmp_path / "foreign")
+    assert (tmp_path / "foreign" / "model.onnx").read_text() == "precious"
+
+
+def test_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without_torch(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "torch":
+            raise ModuleNotFoundError("No module named 'torch'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    assert "install qcompile-onnx[export]" in refusal(tmp_path, tmp_path / "out")
+
+
+def test_layers_out_of_range() -> None:
+    class Config:
+        num_hidden_layers, layer_types = 4, ("a", "b", "a", "b")
+
+    config = Config()
+    for layers in (0, 5):
+        with pytest.raises(UserError, match=f"has 4 layers: cannot keep {layers}"):
+            hf.cut_layers(config, layers)
+    hf.cut_layers(config, 3)
+    assert (config.num_hidden_layers, config.layer_types) == (3, ("a", "b", "a"))
+
+
+def test_ready_models_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = tmp_path / "ready.onnx"
+    ready.write_bytes(b"an onnx file")
+    monkeypatch.setattr(zoo, "fetch", lambda name: ready)
+    export("rapidocr-cls", tmp_path / "out")
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == b"an onnx file"
+    assert cache.sha256([ready]) in (tmp_path / "out" / "export.json").read_text()
+    assert "copied as it is" in refusal("rapidocr-cls", tmp_path / "out", kv_cache=True)
+
+
+def test_a_cut_while_moving_leaves_no_graph_beside_foreign_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, real = tmp_path / "out", os.replace
+    target.mkdir()
+    for name in ("model.onnx", "model.onnx.data", "export.json"):
+        (target / name).write_text("old")
+
+    for survived in range(3):
+        moved: list[str] = []
+
+        def cut(source: Path, place: Path, moved: list[str] = moved, survived: int = survived) -> None:
+            if len(moved) == survived:
+                raise KeyboardInterrupt
+            moved.append(Path(place).name)
+            real(source, place)
+
+        with publish.staging(target, "x") as work:
+            for name in ("model.onnx", "model.onnx.data", "export.json"):
+                (work / name).write_text("new")
+            monkeypatch.setattr(os, "replace", cut)
+            with pytest.raises(KeyboardInterrupt):
+                publish.publish(work, target)
+        monkeypatch.setattr(os, "replace", real)
+        assert not (target / "model.onnx").exists()
+        (target / "model.onnx").write_text("old")
+        (target / "export.json").write_text("old")
+    with publish.staging(target, "x") as work:
+        (work / "model.onnx").write_text("new")
+        publish.publish(work, target)
+    assert (target / "model.onnx").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_command_lists_the_zoo_and_asks_for_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["export", "--list"])
+    assert args.run(args) == 0
+    assert "minilm-l6" in capsys.readouterr().out
+    args = parser.parse_args(["export", "minilm-l6"])
+    with pytest.raises(UserError, match="-o DIR"):
+        args.run(args)
