@@ -121,8 +121,8 @@ def _looks_like(path: Path) -> str:
 
 
 def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while error.__cause__ is not None or error.__context__ is not None:  # onnx_ir wraps, and fails while it wraps
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 

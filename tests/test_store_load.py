@@ -1,0 +1,216 @@
+"""Every kind of bad file: one line that says what is wrong, and nothing loaded."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from qcompile.compiler.store import check_finite, check_output_path, load_model, model_hash
+from qcompile.passes.errors import UserError
+
+
+def _model(weight: np.ndarray | None = None, *, opset: int = 21, ir_version: int = 10) -> onnx.ModelProto:
+    model = onnx.parser.parse_model(
+        f"""<ir_version: {ir_version}, opset_import: ["" : {opset}]>
+            g (float[N,8] x) => (float[N,64] y) {{ y = MatMul(x, w) }}"""
+    )
+    array = np.arange(512, dtype=np.float32).reshape(8, 64) if weight is None else weight
+    model.graph.initializer.append(numpy_helper.from_array(array, "w"))
+    return model
+
+
+def _external(folder: Path, **entries: object) -> Path:
+    """model.onnx in the folder whose weight lies in w.data, with the given entries of its reference overridden."""
+    model = _model()
+    tensor = model.graph.initializer[0]
+    (folder / "w.data").write_bytes(tensor.raw_data)
+    onnx.external_data_helper.set_external_data(tensor, "w.data", 0, 2048)
+    for entry in tensor.external_data:
+        entry.value = str(entries.get(entry.key, entry.value))
+    tensor.ClearField("raw_data")
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_loads_with_the_weights_on_disk(tmp_path, monkeypatch):
+    path = _external(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = load_model(Path("model.onnx"))
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(model.graph.initializers["w"].const_value.numpy().ravel(), np.arange(512))
+    check_finite(model)
+    assert model_hash(path) == model_hash(path)
+
+
+def _whole() -> bytes:
+    return _model().SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no ONNX graph"),
+        (b"hello, this is no model", "no ONNX model"),
+        (bytes(range(256)) * 40, "no ONNX model|holds no ONNX graph"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git lfs pull"),
+        (b"GGUF\x03\x00\x00\x00", "qcompile export"),
+        (_whole()[:-400], "truncated"),
+        (_whole()[:30], "no ONNX model|holds no ONNX graph"),
+        (_whole()[: _whole().rindex(b"\x42\x04")], "names no opset"),
+        (_model(opset=27).SerializeToString(), "opset 27.*up to 26"),
+        (_model(ir_version=2).SerializeToString(), "IR version 2"),
+        (helper.make_model(helper.make_graph([], "g", [], [])).SerializeToString(), "no nodes"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "file",
+)
+def test_bad_content(tmp_path, content, message):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    path = tmp_path / "model.onnx"
+    whole = _whole()
+    for size in range(0, len(whole), 7):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError):
+            load_model(path)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        load_model(tmp_path / "none.onnx")
+    with pytest.raises(UserError, match="is not a file"):
+        load_model(tmp_path)
+
+
+def test_newer_ir_version_is_lowered(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(_model(ir_version=14).SerializeToString())
+    assert load_model(path).ir_version == 13
+
+
+def test_domain_alias(tmp_path):
+    model = _model()
+    model.opset_import[0].domain = "ai.onnx"
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert load_model(path).opset_imports == {"": 21}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"location": "gone.data"}, "'gone.data' is missing"),
+        ({"location": "../w.data"}, "outside of the model's folder"),
+        ({"location": "sub/../../w.data"}, "outside of the model's folder"),
+        ({"location": "/etc/hostname"}, "outside of the model's folder"),
+        ({"location": ""}, "outside of the model's folder"),
+        ({"location": "link.data"}, "outside of the model's folder"),
+        ({"location": "hard.data"}, "hard link"),
+        ({"offset": 64}, "too short"),
+        ({"offset": -1}, "damaged ONNX graph.*-1"),
+        ({"length": 2047}, "do not hold"),
+    ],
+)
+def test_bad_external_data(tmp_path, entries, message):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (tmp_path / "w.data").write_bytes(bytes(2048))
+    (tmp_path / "twin.data").write_bytes(bytes(2048))
+    (folder / "link.data").symlink_to(tmp_path / "w.data")
+    os.link(tmp_path / "twin.data", folder / "hard.data")
+    path = _external(folder, **entries)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(path)
+    assert "'w'" in str(caught.value) or "for tensor w" in str(caught.value)
+
+
+def test_links_within_the_folder_are_fine(tmp_path):
+    path = _external(tmp_path, location="link.data")
+    (tmp_path / "link.data").symlink_to("w.data")
+    assert load_model(path).graph.initializers["w"].const_value.numpy()[0, 1] == 1
+
+
+def test_tensors_of_subgraphs_are_checked_too(tmp_path):
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]> g (bool c) => (float[4] y) {
+             y = If (c) <then_branch = t () => (float[4] a) { a = Constant <value = float[4] {1,2,3,4}> () },
+                         else_branch = e () => (float[4] b) { b = Constant <value = float[4] {1,2,3,4}> () }> }"""
+    )
+    tensor = model.graph.node[0].attribute[0].g.node[0].attribute[0].t
+    tensor.ClearField("float_data")
+    tensor.raw_data = bytes(16)
+    onnx.external_data_helper.set_external_data(tensor, "gone.data", 0, 16)
+    tensor.ClearField("raw_data")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=r"gone\.data. is missing"):
+        load_model(path)
+
+
+def test_sparse_weights_are_refused(tmp_path):
+    model = _model()
+    values = helper.make_tensor("s", TensorProto.FLOAT, [1], [1.0])
+    indices = helper.make_tensor("i", TensorProto.INT64, [1], [3])
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [8]))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="sparse tensor 's'"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_weight_is_named(tmp_path, dtype, bad):
+    import ml_dtypes
+
+    weight = np.ones((8, 64), ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    weight[3, 5] = bad
+    model = _model()
+    model.graph.ClearField("initializer")
+    kind = getattr(TensorProto, {"float32": "FLOAT", "float64": "DOUBLE"}.get(dtype, dtype.upper()))
+    model.graph.initializer.append(helper.make_tensor("w", kind, [8, 64], weight.tobytes(), raw=True))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    message = "'w' holds 1 NaN and 0 Inf" if np.isnan(bad) else "'w' holds 0 NaN and 1 Inf"
+    with pytest.raises(UserError, match=message):
+        check_finite(load_model(path))
+
+
+def test_infinite_masks_are_legitimate(tmp_path):
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[2,2] x) => (float[2,2] y) { y = Add(x, mask) }'
+    )
+    mask = np.array([[0, -np.inf], [0, 0]], np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(mask, "mask"))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    check_finite(load_model(path))
+
+
+def test_output_path(tmp_path):
+    path = _external(tmp_path)
+    (tmp_path / "same.onnx").symlink_to(path)
+    for output in (path, tmp_path / "same.onnx", tmp_path / "w.data"):
+        with pytest.raises(UserError, match="is the input file"):
+            check_output_path(path, output)
+    with pytest.raises(UserError, match="is a folder"):
+        check_output_path(path, tmp_path)
+    check_output_path(path, tmp_path / "new.onnx")
+
+
+def test_hash_covers_the_weights(tmp_path):
+    path = _external(tmp_path)
+    before = model_hash(path)
+    (tmp_path / "w.data").write_bytes(bytes(2048))
+    assert model_hash(path) != before

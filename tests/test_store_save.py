@@ -1,0 +1,294 @@
+"""Saving: what is read back is what was saved, equal bytes once, and all or nothing."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcompile.compiler import output_files, saving
+from qcompile.compiler.store import load_model, save_model
+from qcompile.passes.errors import UserError
+from qcompile.passes.tensors import lazy
+
+DTYPES = ["float32", "float16", "float64", "int8", "uint8", "int64", "bool", "bfloat16", "int4", "uint4"]
+
+
+def _model(tensors: dict[str, ir.TensorProtocol]) -> ir.Model:
+    """A graph that hands out each of the tensors."""
+    nodes, values = [], []
+    for name, tensor in tensors.items():
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        values.append(value)
+        nodes.append(ir.node("Identity", [value], name=f"node_{name}"))
+        nodes[-1].outputs[0].name = f"{name}_out"
+    outputs = [node.outputs[0] for node in nodes]
+    for output, value in zip(outputs, values, strict=True):
+        output.shape, output.type = value.shape, value.type
+    graph = ir.Graph([], outputs, nodes=nodes, initializers=values, name="g", opset_imports={"": 21})
+    return ir.Model(graph, ir_version=10)
+
+
+def _tensor(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> ir.Tensor:
+    target = getattr(ml_dtypes, dtype, None) or np.dtype(dtype)
+    return ir.Tensor(rng.integers(0, 8, shape).astype(target))
+
+
+def _content(path: Path) -> dict[str, tuple[str, bytes]]:
+    return {
+        name: (str(value.const_value.dtype), value.const_value.tobytes())
+        for name, value in load_model(path).graph.initializers.items()
+    }
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 70), max_size=3), st.sampled_from(DTYPES)), min_size=1, max_size=6),
+    st.integers(0, 2**31),
+)
+def test_round_trip(tmp_path_factory, specs, seed):
+    folder = tmp_path_factory.mktemp("save")
+    rng = np.random.default_rng(seed)
+    tensors = {f"t{i}": _tensor(rng, tuple(shape), dtype) for i, (shape, dtype) in enumerate(specs)}
+    model = _model(tensors)
+    report = save_model(model, folder / "model.onnx", metadata={"key": "value"})
+    onnx.checker.check_model(report.paths[0], full_check=True)
+    assert _content(report.paths[0]) == {n: (str(t.dtype), t.tobytes()) for n, t in tensors.items()}
+    assert load_model(report.paths[0]).metadata_props["key"] == "value"
+    assert all(model.graph.initializers[name].const_value is tensor for name, tensor in tensors.items())
+    assert "key" not in model.metadata_props
+    assert [path.name for path in sorted(report.paths)] == _files(folder)
+    assert report.data_bytes == sum(path.stat().st_size for path in report.paths[1:])
+    assert report.model_bytes == report.paths[0].stat().st_size
+
+
+def test_equal_bytes_are_stored_once_whatever_the_shape(tmp_path):
+    table = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    other = table + 1
+    tensors = {"a": ir.Tensor(table), "x": ir.Tensor(other), "b": ir.Tensor(table.reshape(32, 64).copy())}
+    report = save_model(_model(tensors), tmp_path / "model.onnx")
+    assert report.data_bytes == 2 * table.nbytes
+    loaded = load_model(report.paths[0]).graph.initializers
+    assert loaded["a"].const_value.offset == loaded["b"].const_value.offset == 0
+    np.testing.assert_array_equal(loaded["b"].const_value.numpy(), table.reshape(32, 64))
+    np.testing.assert_array_equal(loaded["x"].const_value.numpy(), other)
+
+
+def test_offsets_are_aligned(tmp_path):
+    sizes = [2000, 3001, 1 << 20, (1 << 20) + 1, 5000]
+    rng = np.random.default_rng(0)
+    tensors = {f"t{i}": ir.Tensor(rng.integers(0, 255, size, np.uint8)) for i, size in enumerate(sizes)}
+    report = save_model(_model(tensors), tmp_path / "model.onnx")
+    offsets = [value.const_value.offset for value in load_model(report.paths[0]).graph.initializers.values()]
+    assert all(offset % 64 == 0 for offset in offsets)
+    assert offsets[3] % 4096 == 0
+
+
+def test_small_tensors_stay_in_the_model_file(tmp_path):
+    report = save_model(_model({"a": ir.Tensor(np.ones(8, np.float32))}), tmp_path / "model.onnx")
+    assert _files(tmp_path) == ["model.onnx"]
+    assert report.data_bytes == 0
+
+
+def test_same_content_same_bytes(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {name: ir.Tensor(rng.standard_normal((64, 64)).astype(np.float32)) for name in "abc"}
+    first = save_model(_model(tensors), tmp_path / "one" / "model.onnx")
+    second = save_model(load_model(first.paths[0]), tmp_path / "two" / "model.onnx")
+    for a, b in zip(first.paths, second.paths, strict=True):
+        assert a.name == b.name
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_lazy_tensors_are_evaluated_once_and_one_at_a_time(tmp_path):
+    evaluated = []
+
+    def watched(name: str):
+        def function(array):
+            evaluated.append(name)
+            return array * 2
+
+        return function
+
+    base = ir.Tensor(np.ones((64, 64), np.float32))
+    tensors = {name: lazy(base, watched(name), shape=(64, 64)) for name in "ab"}
+    report = save_model(_model(tensors), tmp_path / "model.onnx")
+    assert evaluated == ["a", "b"]
+    assert report.data_bytes == 64 * 64 * 4, "equal results are a tie"
+
+
+def test_external_tensors_in_attributes_and_subgraphs_move_into_the_model(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "c.data").write_bytes(np.arange(400, dtype=np.float32).tobytes())
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]> g (bool c) => (float[400] y) {
+             y = If (c) <then_branch = t () => (float[400] a) { a = Constant <value = float[400] {}> () },
+                         else_branch = e () => (float[400] b) { b = Constant <value = float[400] {}> () }> }"""
+    )
+    for branch in model.graph.node[0].attribute:
+        tensor = branch.g.node[0].attribute[0].t
+        tensor.raw_data = bytes(1600)
+        onnx.external_data_helper.set_external_data(tensor, "c.data", 0, 1600)
+        tensor.ClearField("raw_data")
+    (tmp_path / "in" / "model.onnx").write_bytes(model.SerializeToString())
+    report = save_model(load_model(tmp_path / "in" / "model.onnx"), tmp_path / "out" / "model.onnx")
+    assert _files(tmp_path / "out") == ["model.onnx"]
+    node = onnx.load(report.paths[0]).graph.node[0].attribute[0].g.node[0]
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(node.attribute[0].t), np.arange(400))
+
+
+def _big(value: float) -> ir.Model:
+    return _model({"w": ir.Tensor(np.full((64, 64), value, np.float32))})
+
+
+def test_overwriting_replaces_the_pair_and_spares_other_models(tmp_path):
+    old = save_model(_big(1), tmp_path / "model.onnx")
+    (tmp_path / "copy.onnx").write_bytes(old.paths[0].read_bytes())
+    new = save_model(_big(2), tmp_path / "model.onnx")
+    assert _files(tmp_path) == sorted(["copy.onnx", "model.onnx", old.paths[1].name, new.paths[1].name])
+    (tmp_path / "copy.onnx").unlink()
+    last = save_model(_big(3), tmp_path / "model.onnx")
+    assert _files(tmp_path) == sorted(["model.onnx", last.paths[1].name]), "nobody needs the older data any more"
+
+
+def test_saving_over_the_model_that_is_loaded(tmp_path):
+    save_model(_big(1), tmp_path / "model.onnx")
+    model = load_model(tmp_path / "model.onnx")
+    save_model(model, tmp_path / "model.onnx")
+    np.testing.assert_array_equal(model.graph.initializers["w"].const_value.numpy(), 1)
+
+
+class _Disk:
+    """Opens files that share what little room is left."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def open(self, path: Path, mode: str) -> "_File":
+        return _File(self, open(path, mode))
+
+
+class _File:
+    def __init__(self, disk: _Disk, file) -> None:
+        self._disk, self._file = disk, file
+
+    def write(self, data) -> int:
+        self._disk.room -= len(data)
+        if self._disk.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._file.write(data)
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+
+def _snapshot(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in _files(folder)}
+
+
+@pytest.mark.parametrize("room", [0, 10_000, 64 * 64 * 4], ids=["nothing", "some", "data only"])
+def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch, room):
+    save_model(_big(1), tmp_path / "model.onnx")
+    before = _snapshot(tmp_path)
+    monkeypatch.setattr(saving, "open", _Disk(room).open, raising=False)
+    with pytest.raises(UserError, match=r"cannot write .*No space left.*free some space"):
+        save_model(_big(2), tmp_path / "model.onnx")
+    assert _snapshot(tmp_path) == before
+
+
+def test_file_size_limit_of_the_system(tmp_path):
+    script = f"""
+import resource, sys, numpy as np, onnx_ir as ir
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_store_save as t
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    t.save_model(t._big(1), Path({str(tmp_path)!r}) / "model.onnx")
+except t.UserError as error:
+    print(error)
+"""
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "File too large" in output
+    assert _files(tmp_path) == []
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_interrupted(tmp_path, monkeypatch, moment, count):
+    save_model(_big(1), tmp_path / "model.onnx")
+    before = _snapshot(tmp_path)
+    calls = []
+    original = getattr(os, moment)
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(output_files.os, moment, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(_big(2), tmp_path / "model.onnx")
+    monkeypatch.undo()
+    assert _snapshot(tmp_path) == before
+
+
+def test_interrupted_right_after_the_second_rename(tmp_path, monkeypatch):
+    original = os.replace
+
+    def late(source, target):
+        original(source, target)
+        if Path(target).suffix == ".onnx":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(output_files.os, "replace", late)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(_big(2), tmp_path / "model.onnx")
+    monkeypatch.undo()
+    assert _content(tmp_path / "model.onnx")["w"][1] == np.full((64, 64), 2, np.float32).tobytes()
+
+
+def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match="needs 0 MB, 0 MB are free"):
+        save_model(_big(1), tmp_path / "model.onnx")
+    assert _files(tmp_path) == []
+    save_model(_big(1), tmp_path / "model.onnx", check_space=False)
+
+
+def test_parent_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(UserError, match="cannot write"):
+        save_model(_big(1), tmp_path / "file" / "model.onnx")
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        (tmp_path / f".model.onnx.{pid}.data.tmp").write_bytes(b"x")
+    (tmp_path / f".other.onnx.{dead.pid}.data.tmp").write_bytes(b"x")
+    (tmp_path / "model-0123456789ab.data").write_bytes(b"x")
+    (tmp_path / "model-mine.data").write_bytes(b"x")
+    report = save_model(_big(1), tmp_path / "model.onnx")
+    expected = [f".model.onnx.{os.getppid()}.data.tmp", f".other.onnx.{dead.pid}.data.tmp", "model-mine.data"]
+    assert _files(tmp_path) == sorted([*expected, *(path.name for path in report.paths)])
