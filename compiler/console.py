@@ -15,9 +15,9 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False)
 
 
-def table(title: str, *columns: str, numbers: int = 0) -> Table:
+def table(*columns: str, numbers: int = 0) -> Table:
     """A table whose last `numbers` columns are aligned to the right; names fold instead of being cut."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, column in enumerate(columns):
         right = index >= len(columns) - numbers
         made.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)

@@ -38,7 +38,7 @@ def token_ids(graph: ir.Graph) -> tuple[ir.Value | None, int | None]:
 def _lookup(node: ir.Node) -> tuple[ir.Value, int, int] | None:
     """(indices, rows, size) of a lookup in a constant table: a Gather, or an embedding operator."""
     if node.domain == "qcompile" and node.op_type.startswith("Embedding"):
-        table, indices, axis = node.inputs[1], node.inputs[0], 1
+        table, indices, axis = node.inputs[2], node.inputs[0], 1  # scales (G, V): codes may be two a byte
     elif node.op_type == "GatherBlockQuantized" or (node.op_type == "Gather" and node.domain == ""):
         table, indices = node.inputs[0], node.inputs[1]
         name = "gather_axis" if node.op_type == "GatherBlockQuantized" else "axis"

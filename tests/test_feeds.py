@@ -96,8 +96,8 @@ def test_quantized_embeddings_are_lookups(kind: str) -> None:
     rows, width = 12, 4
     scale = np.ones((1, rows), np.float32)
     if kind == "qcompile":
-        nodes = [helper.make_node("EmbeddingInt8", ["a", "w", "s"], ["y"], domain="qcompile")]
-        weights = {"w": np.zeros((width, rows), np.int8), "s": scale}
+        nodes = [helper.make_node("EmbeddingInt4", ["a", "w", "s"], ["y"], domain="qcompile")]
+        weights = {"w": np.zeros((width, rows // 2), np.uint8), "s": scale}
     elif kind == "block":
         attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": 16}
         nodes = [helper.make_node("GatherBlockQuantized", ["w", "a", "s"], ["y"], domain="com.microsoft", **attributes)]

@@ -1,0 +1,83 @@
+"""`qcompile inspect`: what is in a model file."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qcompile.compiler.console import console, megabytes, table
+from qcompile.compiler.inspection import Summary, WeightGroup, inspect
+
+# Inputs and outputs of a model with caches are alike by the dozen.
+_FEW = 8
+
+
+def add_parser(subparsers: Any) -> None:
+    """The options of `qcompile inspect`."""
+    parser = subparsers.add_parser("inspect", description="Show what is in a model: types, sizes, what is quantized.")
+    parser.add_argument("model", type=Path, metavar="MODEL.onnx")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--all", action="store_true", help="list every weight instead of alike ones together")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the summary."""
+    summary = inspect(args.model, every=args.all)
+    if args.json:
+        print(json.dumps(summary.as_dict(), indent=2))
+        return 0
+    out = console()
+    _head(out, summary, every=args.all)
+    _types(out, summary)
+    _weights(out, summary)
+    for tie in summary.ties:
+        out.print(f"shared: {tie}")
+    for key, value in summary.metadata.items():
+        out.print(f"{key}: {json.dumps(value) if not isinstance(value, str) else value}")
+    return 0
+
+
+def _head(out: Console, summary: Summary, *, every: bool) -> None:
+    opsets = ", ".join(f"{domain} {version}" for domain, version in summary.opsets.items())
+    out.print(f"{summary.path}: {megabytes(summary.file_bytes)}, {summary.parameters:,} parameters")
+    out.print(f"IR version {summary.ir_version}, opsets {opsets}, made by {summary.producer or 'unknown'}")
+    for title, values in (("input", summary.inputs), ("output", summary.outputs)):
+        for line in values if every or len(values) <= _FEW else values[:_FEW]:
+            out.print(f"{title:7} {line}")
+        if not every and len(values) > _FEW:
+            out.print(f"{title:7} … {len(values) - _FEW} more (--all lists them)")
+    counts = ", ".join(f"{name} {count}" for name, count in summary.operators.items())
+    out.print(f"operators: {counts}")
+    if summary.functions:
+        out.print(f"functions: {', '.join(summary.functions)}")
+
+
+def _types(out: Console, summary: Summary) -> None:
+    shown = table("constants", "tensors", "elements", "bytes", numbers=3)
+    for share in summary.types:
+        shown.add_row(share.dtype, str(share.tensors), f"{share.elements:,}", megabytes(share.bytes))
+    out.print(shown)
+    bits = [f"linears {summary.linear_bits:.3f}"] if summary.linear_bits is not None else []
+    bits += [f"whole file {summary.file_bits:.3f}"] if summary.file_bits is not None else []
+    if bits:
+        out.print(f"bits per weight: {', '.join(bits)}")
+
+
+def _weights(out: Console, summary: Summary) -> None:
+    shown = table("weights", "count", "operator", "kind", "shape", "stored as", "quantized")
+    for group in summary.weights:
+        shape = " x ".join(map(str, group.shape))
+        name = group.pattern if group.count == 1 else f"{group.pattern}…"
+        shown.add_row(name, str(group.count), group.operator, group.kind, shape, group.form, _verdict(group))
+    if summary.weights:
+        out.print(shown)
+    linears = [group for group in summary.weights if group.kind == "linear"]
+    if linears:
+        done = sum(group.count for group in linears if group.quantized)
+        out.print(f"{done} of {sum(group.count for group in linears)} linears are quantized")
+
+
+def _verdict(group: WeightGroup) -> str:
+    return "yes" if group.quantized else f"no: {group.reason}"

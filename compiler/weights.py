@@ -1,0 +1,204 @@
+"""The weights of a graph as they stand: every linear and lookup, quantized in one of the known ways or not, and why."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qcompile.passes.linears import as_linear, find_embeddings
+
+# Quantized matrix products of ONNX itself: slots of (codes, scale, zero point), -1 where there is none.
+_INTEGER_PRODUCTS = {"MatMulInteger": (1, -1, 3), "QLinearMatMul": (3, 4, 5), "DynamicQuantizeMatMul": (1, 2, 3)}
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One use of a weight by a node.
+
+    kind: "linear", "embedding", "conv", or "product" for a MatMul without weight. shape: (K, N) of a linear, (V, K) of
+    an embedding, the stored one of a convolution. form: what the node computes with, such as "uint4 g64 asym", or
+    the element type of a float weight. quantized: whether codes are stored. reason: why it is not quantized.
+    tensors: its initializers, the codes or the float weight first.
+    """
+
+    node: str
+    operator: str
+    kind: str
+    shape: tuple[int, ...]
+    form: str
+    quantized: bool
+    reason: str
+    tensors: tuple[ir.TensorProtocol, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of weights; 0 for a product."""
+        count = 1 if self.shape else 0
+        for dim in self.shape:
+            count *= dim
+        return count
+
+
+def find_weights(graph: ir.Graph) -> list[Weight]:
+    """Every linear, embedding and convolution of the main graph, in order."""
+    lookups = {embedding.node: embedding for embedding in find_embeddings(graph)}
+    found: list[Weight] = []
+    for node in graph:
+        if node in lookups:
+            table = lookups[node].table
+            found.append(_float(node, "embedding", table, lookups[node].shape, "kept in float"))
+        else:
+            found.extend(_weights(node))
+    return found
+
+
+def _weights(node: ir.Node) -> Iterator[Weight]:
+    """The weight that a node uses, if any."""
+    if node.domain == "qcompile" and node.op_type.startswith(("MatMul", "Embedding")):
+        yield _own(node)
+    elif node.op_type == "MatMulNBits":
+        yield _nbits(node)
+    elif node.op_type == "GatherBlockQuantized":
+        yield _block_gather(node)
+    elif node.op_type in _INTEGER_PRODUCTS:
+        yield from _integer_product(node)
+    elif node.domain == "" and node.op_type in ("MatMul", "Gemm"):
+        yield _product(node)
+    elif node.domain == "" and node.op_type == "Gather":
+        yield from _gathered_codes(node)
+    elif node.domain == "" and node.op_type in ("Conv", "ConvTranspose"):
+        weight = node.inputs[1]
+        if weight is not None and (tensor := stored(weight)) is not None:
+            yield _float(node, "conv", weight, _dims(tensor), "only linears and embeddings are quantized")
+
+
+def _own(node: ir.Node) -> Weight:
+    operands = [node.inputs[i] if i < len(node.inputs) else None for i in (1, 2, 3)]
+    tensors = tuple(t for v in operands if v is not None and (t := stored(v)) is not None)
+    kind = "linear" if node.op_type.startswith("MatMul") else "embedding"
+    scale = _dims(tensors[1]) if len(tensors) > 1 else (1, 1)
+    codes, block = _dims(tensors[0]), node.attributes.get_int("block_size", 0)
+    shape = (codes[0], scale[-1])
+    bits = 4 if node.op_type.endswith("4") else tensors[0].dtype.bitwidth
+    signed = tensors[0].dtype in (ir.DataType.INT4, ir.DataType.INT8)
+    form = _form(f"{'' if signed else 'u'}int{bits}", block, shape[0], symmetric=len(tensors) < 3)
+    return Weight(
+        node.name or "", node.op_type, kind, shape if kind == "linear" else shape[::-1], form, True, "", tensors
+    )
+
+
+def _nbits(node: ir.Node) -> Weight:
+    shape = (node.attributes.get_int("K", 0), node.attributes.get_int("N", 0))
+    operands = [node.inputs[i] if i < len(node.inputs) else None for i in (1, 2, 3)]
+    tensors = tuple(t for v in operands if v is not None and (t := stored(v)) is not None)
+    form = _form(
+        f"int{node.attributes.get_int('bits', 4)}",
+        node.attributes.get_int("block_size", 0),
+        shape[0],
+        symmetric=len(node.inputs) < 4 or node.inputs[3] is None,
+    )
+    return Weight(node.name or "", node.op_type, "linear", shape, form, True, "", tensors)
+
+
+def _block_gather(node: ir.Node) -> Weight:
+    tensors = tuple(t for v in node.inputs if v is not None and (t := stored(v)) is not None)
+    bits, codes = node.attributes.get_int("bits", 4), _dims(tensors[0])
+    per_byte = 8 // bits if tensors[0].dtype.bitwidth == 8 else 1
+    shape = (codes[0], codes[-1] * per_byte)
+    form = _form(f"int{bits}", node.attributes.get_int("block_size", 128), shape[1], symmetric=len(tensors) < 3)
+    return Weight(node.name or "", node.op_type, "embedding", shape, form, True, "", tensors)
+
+
+def _integer_product(node: ir.Node) -> Iterator[Weight]:
+    slots = [slot for slot in _INTEGER_PRODUCTS[node.op_type] if 0 <= slot < len(node.inputs)]
+    values = [node.inputs[slot] for slot in slots]
+    tensors = tuple(t for v in values if v is not None and (t := stored(v)) is not None)
+    if tensors and len(tensors[0].shape) == 2:
+        form = f"{tensors[0].dtype.name.lower()} with integer activations"
+        yield Weight(node.name or "", node.op_type, "linear", _dims(tensors[0]), form, True, "", tensors)
+
+
+def _product(node: ir.Node) -> Weight:
+    """A MatMul or Gemm: of dequantized codes, of a float weight, or of two activations."""
+    weight = node.inputs[1]
+    decoded = dequantized(weight) if weight is not None else None
+    name = node.name or ""
+    if decoded is not None:
+        tensors, block = decoded
+        codes = _dims(tensors[0])
+        flipped = node.attributes.get_int("transB", 0) != (_behind_transpose(weight) is not None)
+        shape = codes[::-1] if flipped and len(codes) == 2 else codes
+        form = _form(tensors[0].dtype.name.lower(), block, shape[0], symmetric=len(tensors) < 3)
+        return Weight(name, f"DequantizeLinear + {node.op_type}", "linear", shape, form, True, "", tensors)
+    if node.op_type == "Gemm":
+        tensor = stored(weight) if weight is not None else None
+        if tensor is None or weight is None or len(tensor.shape) != 2:
+            return Weight(name, node.op_type, "product", (), "", False, "no constant 2-D weight", ())
+        shape = _dims(tensor)[::-1] if node.attributes.get_int("transB", 0) else _dims(tensor)
+        return _float(node, "linear", weight, shape, "a Gemm: the pass `prepare` makes a MatMul of it")
+    linear = as_linear(node)
+    if not isinstance(linear, str):
+        return _float(node, "linear", linear.weight, linear.shape, "kept in float")
+    tensor = stored(weight) if weight is not None else None
+    if tensor is not None and weight is not None:
+        held = "in a Constant node: the pass `prepare` lifts it" if weight.const_value is None else linear
+        return _float(node, "linear", weight, _dims(tensor), held)
+    return Weight(name, node.op_type, "product", (), "", False, linear, ())
+
+
+def _gathered_codes(node: ir.Node) -> Iterator[Weight]:
+    """A lookup of codes that are dequantized behind it: Gather of an integer table, then DequantizeLinear."""
+    table = node.inputs[0]
+    tensor = stored(table) if table is not None else None
+    if tensor is None or len(tensor.shape) != 2 or tensor.dtype.bitwidth > 8 or tensor.dtype.is_floating_point():
+        return
+    uses = [use for use in node.outputs[0].uses() if use.node.op_type == "DequantizeLinear" and use.idx == 0]
+    if uses:
+        shape = _dims(tensor)
+        if node.attributes.get_int("axis", 0) == 1:
+            shape = shape[::-1]
+        block = uses[0].node.attributes.get_int("block_size", 0)
+        form = _form(tensor.dtype.name.lower(), block, shape[1], symmetric=len(uses[0].node.inputs) < 3)
+        operator = "Gather + DequantizeLinear"
+        yield Weight(node.name or "", operator, "embedding", shape, form, True, "", (tensor,))
+
+
+def stored(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node."""
+    if value.const_value is not None:
+        return value.const_value
+    producer = value.producer()
+    if producer is None or producer.op_type != "Constant" or "value" not in producer.attributes:
+        return None
+    return producer.attributes["value"].as_tensor()
+
+
+def dequantized(value: ir.Value | None) -> tuple[tuple[ir.TensorProtocol, ...], int] | None:
+    """(codes, scale, zero point if any) and block size of a value that a DequantizeLinear makes of constants."""
+    producer = value.producer() if value is not None else None
+    if producer is not None and producer.op_type in ("Transpose", "Cast", "Reshape"):
+        return dequantized(producer.inputs[0])
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return None
+    tensors = tuple(t for v in producer.inputs if v is not None and (t := stored(v)) is not None)
+    return (tensors, producer.attributes.get_int("block_size", 0)) if len(tensors) > 1 else None
+
+
+def _behind_transpose(value: ir.Value | None) -> ir.Node | None:
+    producer = value.producer() if value is not None else None
+    return producer if producer is not None and producer.op_type == "Transpose" else None
+
+
+def _float(node: ir.Node, kind: str, weight: ir.Value, shape: tuple[int, ...], reason: str) -> Weight:
+    tensor = stored(weight)
+    assert tensor is not None
+    return Weight(node.name or "", node.op_type, kind, shape, tensor.dtype.name.lower(), False, reason, (tensor,))
+
+
+def _form(codes: str, block: int, k: int, *, symmetric: bool) -> str:
+    size = f"g{block}" if 0 < block < k else "per-column"
+    return f"{codes} {size} {'sym' if symmetric else 'asym'}"
+
+
+def _dims(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    return tuple(int(dim) for dim in tensor.shape.numpy())

@@ -1,0 +1,157 @@
+"""compiler/cli.py: choosing commands, one line for every failure, exit codes."""
+
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qcompile.compiler import cli
+from qcompile.compiler.cli import COMMANDS, main
+from qcompile.compiler.console import console, megabytes, table
+from qcompile.passes.errors import UserError
+
+Fake = Callable[[Callable[[Any], int]], None]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Replace every command's module by one that runs the given function."""
+
+    def install(body: Callable[[Any], int]) -> None:
+        def add_parser(subparsers: Any) -> None:
+            parser = subparsers.add_parser(chosen[0])
+            parser.add_argument("model", nargs="?")
+            parser.add_argument("--passes")
+
+        chosen: list[str] = []
+
+        def module(name: str) -> Any:
+            chosen.append(name)
+            return types.SimpleNamespace(add_parser=add_parser, run=body)
+
+        monkeypatch.setattr(cli, "_module", module)
+
+    return install
+
+
+def _raise(error: BaseException) -> Callable[[Any], int]:
+    def body(args: Any) -> int:
+        raise error
+
+    return body
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["model.onnx", "--passes", "pack"], "compile"),
+        (["--passes", "pack", "model.onnx"], "compile"),
+        (["-v", "model.onnx"], "compile"),
+        (["compile", "model.onnx"], "compile"),
+        (["eval", "model.onnx", "-v"], "eval"),
+        (["--traceback", "inspect", "model.onnx"], "inspect"),
+    ],
+)
+def test_without_a_command_the_model_is_compiled(fake: Fake, arguments: list[str], command: str) -> None:
+    seen: list[Any] = []
+    fake(lambda args: seen.append(args) or 0)  # type: ignore[func-returns-value]
+    assert main(arguments) == 0
+    assert (seen[0].command, seen[0].model) == (command, "model.onnx")
+    assert seen[0].verbose == arguments.count("-v")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("bad\n  thing"), 2, "qcompile: error: bad thing"),
+        (FileNotFoundError(2, "No such file or directory", "x.onnx"), 2, "error: x.onnx: No such file or directory"),
+        (OSError(28, "No space left on device"), 2, "qcompile: error: No space left on device"),
+        (MemoryError(), 2, "out of memory: use fewer --samples"),
+        (KeyboardInterrupt(), 130, "qcompile: interrupted, nothing was written"),
+        (ZeroDivisionError("oops"), 1, "ZeroDivisionError: oops (this is a bug; run with --traceback"),
+    ],
+)
+def test_failures_are_one_line(
+    fake: Fake, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    fake(_raise(error))
+    assert main(["eval", "model.onnx"]) == code
+    captured = capsys.readouterr()
+    assert line in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_traceback_raises(fake: Fake) -> None:
+    fake(_raise(ZeroDivisionError("oops")))
+    with pytest.raises(ZeroDivisionError):
+        main(["eval", "model.onnx", "--traceback"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["evla"], "no command 'evla' and no such file: did you mean 'eval'?"),
+        (["xyzzy"], "commands: compile, passes"),
+        (["eval", "model.onnx", "--pases", "x"], "unrecognized arguments: --pases"),
+        (["eval", "model.onnx", "--pass", "x"], "unrecognized arguments: --pass x"),
+    ],
+)
+def test_bad_arguments_are_bad_input(
+    fake: Fake, capsys: pytest.CaptureFixture[str], arguments: list[str], line: str
+) -> None:
+    fake(lambda args: 0)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert line in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name}" in shown for name in COMMANDS)
+    assert "examples:" in shown
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+    assert "qcompile " in capsys.readouterr().out
+    for name in ("eval", "inspect", "generate"):
+        assert main([name, "--help"]) == 0
+        assert "--traceback" in capsys.readouterr().out
+
+
+def test_help_imports_no_numeric_library() -> None:
+    code = (
+        "import sys; from qcompile.compiler.cli import main; main(['--help']);"
+        "sys.exit(any(name in sys.modules for name in ('numpy', 'onnx', 'onnx_ir', 'onnxruntime', 'torch', 'rich')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    code = (
+        "import sys, types; from qcompile.compiler import cli\n"
+        "def run(args):\n    print('line ' * 100000)\n    return 0\n"
+        "add = lambda s: s.add_parser('inspect')\n"
+        "cli._module = lambda name: types.SimpleNamespace(run=run, add_parser=add)\n"
+        "sys.exit(cli.main(['inspect']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
+def test_tables_in_a_pipe_keep_long_names(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "/".join(["model.layers.10.self_attention.query_projection"] * 6)
+    shown = table("name", "size", numbers=1)
+    shown.add_row(name, megabytes(1_500_000))
+    console().print(shown)
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.split() == [name, "1.5", "MB"]
