@@ -1,0 +1,335 @@
+"""The steps of `prepare` on small graphs: operators out, numbers as before, reasons for what stays."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from qcompile.models.tiny import tiny_branch, tiny_conv, tiny_decoder
+from qcompile.passes.base import Decision, Region
+from qcompile.passes.linears import find_embeddings, find_linears
+from qcompile.passes.prepare import Prepare
+
+K, N = 96, 200  # a float32 weight is over 64 KiB, where a second copy counts
+
+
+def parse(
+    body: str, *, inputs: str = "float[M,K] x", outputs: str = "float[M,N] y", opset: int = 21, **weights
+) -> ir.Model:
+    """A model from ONNX text, with arrays for its weights."""
+    text = f'<ir_version: 8, opset_import: ["" : {opset}]> g ({inputs}) => ({outputs}) {{ {body} }}'
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
+    return ir.from_proto(proto)
+
+
+def prepare(model: ir.Model, **options: int) -> list[Decision]:
+    step = Prepare(**options)
+    step.call(Region.whole(model))
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    return step.decisions
+
+
+def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)
+
+
+def check(model: ir.Model, feeds: dict[str, np.ndarray], *, tolerance: float = 1e-5, **options: int) -> list[Decision]:
+    """Prepare the model; outputs within `tolerance` of the largest before."""
+    before = run(model, feeds)
+    signature = [[(v.name, v.type, v.shape) for v in values] for values in (model.graph.inputs, model.graph.outputs)]
+    decisions = prepare(model, **options)
+    for old, new in zip(before, run(model, feeds), strict=True):
+        assert old.dtype == new.dtype
+        np.testing.assert_allclose(new, old, rtol=0, atol=tolerance * max(np.abs(old).max(initial=0), 1e-6))
+    after = [[(v.name, v.type, v.shape) for v in values] for values in (model.graph.inputs, model.graph.outputs)]
+    assert after == signature
+    return decisions
+
+
+def operators(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+def reasons(decisions: list[Decision], action: str) -> list[str]:
+    return [decision.reason for decision in decisions if decision.action == action]
+
+
+def weight(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+X = {"x": weight(5, K, seed=9)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "array"),
+    [
+        ("value = float[2] {1.5, 2}", [1.5, 2]),
+        ("value_float = 1.5", 1.5),
+        ("value_floats = [1.5, 2.0]", [1.5, 2]),
+    ],
+)
+def test_constant_nodes_become_initializers(kind, array):
+    model = parse(f"c = Constant <{kind}> () y = Add(x, c)", inputs="float[2] x", outputs="float[2] y")
+    decisions = check(model, {"x": np.ones(2, np.float32)})
+    assert operators(model) == ["Add"]
+    np.testing.assert_array_equal(model.graph.initializers["c"].const_value.numpy(), np.array(array, np.float32))
+    assert reasons(decisions, "lifted") == ["1 Constant nodes became initializers"]
+
+
+def test_constant_that_is_an_output_stays():
+    model = parse("y = Constant <value = float[2] {1, 2}> ()", inputs="", outputs="float[2] y")
+    decisions = check(model, {})
+    assert reasons(decisions, "kept") == ["the Constant is a graph output"]
+
+
+def test_constants_of_subgraphs_stay():
+    model = tiny_branch()
+    inside = [len(list(graph.all_nodes())) for graph in model.graph.subgraphs()]
+    decisions = prepare(model)
+    assert [len(list(graph.all_nodes())) for graph in model.graph.subgraphs()] == inside
+    kept = reasons(decisions, "skipped")
+    assert kept
+    assert all("inside the subgraph of If node" in reason and "left in float" in reason for reason in kept)
+
+
+def test_default_inputs_become_constants():
+    model = parse("y = MatMul(x, w)", inputs="float[M,K] x, float[96,200] w", w=weight(K, N))
+    assert not find_linears(model.graph)
+    decisions = prepare(model)
+    assert [value.name for value in model.graph.inputs] == ["x"]
+    assert len(find_linears(model.graph)) == 1
+    assert "1 graph inputs with default values" in reasons(decisions, "fixed")[0]
+
+
+def test_chain_of_moves_is_folded_into_the_weight():
+    body = """s = Constant <value = int64[2] {200, -1}> () a = Constant <value = int64[1] {0}> ()
+        r = Reshape(w, s) u = Unsqueeze(r, a) q = Squeeze(u, a) i = Identity(q) t = Transpose(i) c = Cast <to = 1> (t)
+        d = Dropout(c) y = MatMul(x, d)"""
+    model = parse(body, w=weight(N * K))
+    check(model, X)
+    assert operators(model) == ["MatMul"]
+    (linear,) = find_linears(model.graph)
+    np.testing.assert_array_equal(linear.read(), weight(N * K).reshape(N, K).T)
+    assert isinstance(linear.weight.const_value, ir.LazyTensor)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "allowzero"), [([0, -1], 0), ([-1, 0], 0), ([8, 2, 0], 0), ([4, 4, 4], 1), ([-1], 0)]
+)
+def test_reshape_follows_the_standard(wanted, allowzero):
+    shape = (8, 2, 4) if len(wanted) == 3 and 0 in wanted else (16, 4)
+    shape = (2, 8, 4) if wanted == [-1, 0] else shape
+    body = f"z = Reshape <allowzero = {allowzero}> (w, s) y = Mul(z, x)"
+    model = parse(body, inputs="float x", outputs="float[] y", w=weight(*shape), s=np.array(wanted, np.int64))
+    whole = [shape[i] if size == 0 else size for i, size in enumerate(wanted)]
+    model.graph.outputs[0].shape = ir.Shape(np.empty(shape).reshape(whole).shape)
+    check(model, {"x": np.array(2, np.float32)})
+    assert operators(model) == ["Mul"]
+
+
+def test_weight_of_a_transpose_and_others_keeps_one_copy():
+    table = weight(N, K)
+    body = "e = Gather(w, ids) t = Transpose <perm = [1, 0]> (w) y = MatMul(e, t)"
+    model = parse(body, inputs="int64[M] ids", w=table)
+    decisions = check(model, {"ids": np.arange(7)})
+    assert operators(model) == ["Gather", "Transpose", "MatMul"]
+    assert reasons(decisions, "kept") == ["w is also used without this Transpose; one copy of it is kept"]
+    assert find_linears(model.graph)[0].weight is find_embeddings(model.graph)[0].table
+
+
+def test_copied_embedding_is_tied_again():
+    body = "e = Gather(w, ids) t = Transpose <perm = [1, 0]> (v) y = MatMul(e, t)"
+    model = parse(body, inputs="int64[M] ids", w=weight(N, K), v=weight(N, K))
+    decisions = check(model, {"ids": np.arange(7)})
+    assert reasons(decisions, "merged") == ["the same values as w"]
+    assert find_linears(model.graph)[0].weight is find_embeddings(model.graph)[0].table
+
+
+def test_almost_equal_weights_stay_apart():
+    other = weight(K, N)
+    other[-1, -1] += 1
+    model = parse("a = MatMul(x, w) b = MatMul(x, v) y = Add(a, b)", w=weight(K, N), v=other)
+    check(model, X)
+    assert set(model.graph.initializers) == {"w", "v"}
+
+
+def test_equal_transposes_of_one_weight_are_folded_once():
+    body = "s = Transpose(w) t = Transpose <perm = [1, 0]> (w) a = MatMul(x, s) b = MatMul(x, t) y = Add(a, b)"
+    model = parse(body, w=weight(N, K))
+    check(model, X)
+    assert len(model.graph.initializers) <= 2
+    model = parse(body.replace(" <perm = [1, 0]>", ""), w=weight(N, K))
+    check(model, X)
+    assert operators(model) == ["MatMul", "MatMul", "Add"]
+    assert len(model.graph.initializers) == 1
+
+
+def test_cast_weight_is_folded_only_for_a_linear():
+    half = weight(K, N, dtype=np.float16)
+    model = parse("c = Cast <to = 1> (w) y = MatMul(x, c)", w=half)
+    check(model, X)
+    assert operators(model) == ["MatMul"]
+    model = parse("c = Cast <to = 1> (w) y = Add(x, c)", inputs="float[400,200] x", w=weight(400, N, dtype=np.float16))
+    decisions = check(model, {"x": weight(400, N)})
+    assert operators(model) == ["Cast", "Add"]
+    assert "32 bits instead of 16" in reasons(decisions, "kept")[0]
+
+
+def test_quantized_weight_is_left_alone():
+    codes = np.random.default_rng(0).integers(-128, 127, (K, N)).astype(np.int8)
+    model = parse("d = DequantizeLinear(w, s) y = MatMul(x, d)", w=codes, s=np.float32(0.1))
+    decisions = check(model, X)
+    assert operators(model) == ["DequantizeLinear", "MatMul"]
+    assert reasons(decisions, "skipped") == ["the weight is already quantized"]
+
+
+def test_outputs_keep_their_names_through_identities():
+    model = parse(
+        "a = MatMul(x, w) y = Identity(a) z = Identity(a)", outputs="float[M,N] y, float[M,N] z", w=weight(K, N)
+    )
+    check(model, X)
+    assert operators(model) == ["MatMul", "Identity", "Identity"]
+
+
+def test_dropout_in_training_and_used_masks_stay():
+    body = "r = Constant <value = float {0.5}> () t = Constant <value = bool {1}> () d = Dropout(x, r, t) y = Relu(d)"
+    model = parse(body, outputs="float[M,K] y")
+    prepare(model)
+    assert operators(model) == ["Dropout", "Relu"]
+    model = parse("d, m = Dropout(x) y = Relu(d)", outputs="float[M,K] y, bool[M,K] m")
+    check(model, X)
+    assert operators(model) == ["Dropout", "Relu"]
+
+
+def test_unused_and_unnamed():
+    model = parse("u = Relu(x) v = Relu(x) y = MatMul(v, w)", w=weight(K, N), unused=weight(3, 3))
+    for node in model.graph:
+        node.name = ""
+    check(model, X)
+    assert operators(model) == ["Relu", "MatMul"]
+    assert set(model.graph.initializers) == {"w"}
+    names = [node.name for node in model.graph]
+    assert len(set(names)) == 2
+    assert names[1].startswith("MatMul")
+
+
+def test_duplicate_node_names_become_unique():
+    model = parse("u = Relu(x) y = MatMul(u, w)", w=weight(K, N))
+    for node in model.graph:
+        node.name = "same"  # which ONNX Runtime refuses
+    prepare(model)
+    assert [node.name for node in model.graph] == ["same", "same_1"]
+
+
+def test_unsorted_graphs_are_sorted():
+    model = parse("u = Relu(x) y = MatMul(u, w)", w=weight(K, N))
+    first = model.graph[0]
+    model.graph.remove(first)
+    model.graph.append(first)
+    prepare(model)
+    assert operators(model) == ["Relu", "MatMul"]
+
+
+def test_model_local_functions_are_inlined():
+    text = f"""<ir_version: 10, opset_import: ["" : 21, "local" : 1]> g (float[M,{K}] x) => (float[M,{N}] y)
+        {{ y = local.Linear(x, w) }}
+        <domain: "local", opset_import: ["" : 21]> Linear (a, b) => (c) {{ t = Transpose(b) c = MatMul(a, t) }}"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight(N, K), "w"))
+    model = ir.from_proto(proto)
+    decisions = check(model, X)
+    assert operators(model) == ["MatMul"]
+    assert "local.Linear" in reasons(decisions, "inlined")[0]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_halves_keep_their_type(dtype):
+    import ml_dtypes
+
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
+    model = parse("t = Transpose(w) y = MatMul(x, t)", inputs=f"{dtype}[M,K] x", outputs=f"{dtype}[M,N] y")
+    tensor = ir.Tensor(weight(N, K).astype(kind), name="w")
+    (value,) = [node.inputs[0] for node in model.graph if node.op_type == "Transpose"]
+    value.const_value, value.type, value.shape = tensor, ir.TensorType(tensor.dtype), ir.Shape((N, K))
+    model.graph.register_initializer(value)
+    prepare(model)
+    assert operators(model) == ["MatMul"]
+    assert find_linears(model.graph)[0].weight.const_value.dtype == tensor.dtype
+
+
+def test_tiny_models():
+    ids = {"input_ids": np.arange(10)[None] % 7, "attention_mask": np.ones((1, 10), np.int64)}
+    model = tiny_decoder()
+    linears = len(find_linears(model.graph))
+    check(model, ids)
+    assert len(find_linears(model.graph)) == linears
+    assert find_linears(model.graph)[-1].transposed
+    check(tiny_decoder(dtype="fp16"), ids, tolerance=1e-3)
+    model = tiny_conv()
+    feeds = {v.name: weight(*(d if isinstance(d, int) else 2 for d in v.shape)) for v in model.graph.inputs}
+    check(model, feeds)
+    assert model.opset_imports[""] == 21
+
+
+def test_idempotent():
+    model = tiny_conv()
+    prepare(model)
+    before = ir.to_proto(model).SerializeToString()
+    assert not [d for d in prepare(model) if d.action not in ("skipped", "kept")]
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rapidocr-det", "rapidocr-rec", "rapidocr-cls"])
+def test_rapidocr(name, tmp_path):
+    from qcompile.compiler.store import load_model, save_model
+    from qcompile.models.zoo import fetch
+
+    path: Path = fetch(name)
+    model = load_model(path)
+    prepare(model)
+    report = save_model(model, tmp_path / "model.onnx")
+    feeds = {model.graph.inputs[0].name: weight(1, 3, 48 if "det" not in name else 96, 192)}
+    old, new = (ort.InferenceSession(str(file)).run(None, feeds)[0] for file in (path, report.paths[0]))
+    np.testing.assert_allclose(new, old, rtol=0, atol=1e-5 * np.abs(old).max())
+
+
+@pytest.mark.slow
+def test_more_than_two_gigabytes(tmp_path):
+    import resource
+
+    from qcompile.compiler.store import load_model
+
+    rows, columns, count = 16384, 8192, 5  # 512 MiB each
+    names = [f"w{i}" for i in range(count)]
+    body = " ".join(f"t{i} = Transpose({n}) a{i} = MatMul(x, t{i})" for i, n in enumerate(names))
+    outputs = ", ".join(f"float[M,{rows}] a{i}" for i in range(count))
+    text = f'<ir_version: 7, opset_import: ["" : 12]> g (float[M,{columns}] x) => ({outputs}) {{ {body} }}'
+    proto = onnx.parser.parse_model(text)
+    for i, name in enumerate(names):
+        tensor = onnx.TensorProto(name=name, data_type=1, dims=[rows, columns], raw_data=b"")
+        onnx.external_data_helper.set_external_data(tensor, "w.data", i * rows * columns * 4, rows * columns * 4)
+        tensor.ClearField("raw_data")
+        proto.graph.initializer.append(tensor)
+    with open(tmp_path / "w.data", "wb") as file:  # sparse: it takes a few blocks
+        file.truncate(count * rows * columns * 4)
+        for i in range(count):
+            file.seek(i * rows * columns * 4)
+            file.write(np.float32(i + 1).tobytes())
+    (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
+    model = load_model(tmp_path / "model.onnx")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Prepare().call(Region.whole(model))
+    assert operators(model) == ["MatMul"] * count
+    assert len(model.graph.initializers) == count
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 200_000, "kilobytes: no weight was brought into memory"
