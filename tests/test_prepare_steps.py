@@ -154,6 +154,40 @@ def test_copied_embedding_is_tied_again():
     assert find_linears(model.graph)[0].weight is find_embeddings(model.graph)[0].table
 
 
+def test_head_folded_into_a_copy_is_tied_again():
+    table = weight(N, K)
+    body = "e = Gather(w, ids) a = MatMul(e, v) b = MatMul(e, v) y = Add(a, b)"
+    model = parse(body, inputs="int64[M] ids", w=table, v=np.ascontiguousarray(table.T))
+    decisions = check(model, {"ids": np.arange(7)})
+    assert reasons(decisions, "tied") == ["the transposed values of w"]
+    first, second = find_linears(model.graph)
+    assert first.weight is second.weight is find_embeddings(model.graph)[0].table
+    assert operators(model).count("Transpose") == 1
+    other = np.ascontiguousarray(table.T)
+    other[-1, -1] += 1
+    model = parse(body, inputs="int64[M] ids", w=table, v=other)
+    assert not reasons(check(model, {"ids": np.arange(7)}), "tied")
+
+
+def test_weights_that_subgraphs_capture():
+    body = """c = Constant <value = float[1] {2}> () i = Identity(x) t = Transpose(w) a = MatMul(x, t)
+        b = If (flag) <then_branch = p () => (float[M,K] q) { u = Mul(i, c) v = MatMul(u, w2) q = Relu(v) },
+                       else_branch = r () => (float[M,K] s) { m = Transpose(w) n = MatMul(x, m) s = MatMul(n, w) }>
+        y = MatMul(b, t)"""
+    weights = {"w": weight(N, K), "w2": weight(K, K)}
+    for flag in (True, False):
+        model = parse(body, inputs="float[M,K] x, bool flag", outputs="float[M,N] y, float[M,N] a", **weights)
+        decisions = check(model, X | {"flag": np.array(flag)})
+        assert operators(model) == ["Transpose", "MatMul", "If", "MatMul"], "the subgraph needs w as it is"
+        assert len(reasons(decisions, "skipped")) == 2
+
+
+def test_initializer_that_is_an_output_stays():
+    model = parse("t = Transpose(w) y = MatMul(x, t)", outputs="float[M,N] y, float[200,96] w", w=weight(N, K))
+    decisions = check(model, X)
+    assert "also used without" in reasons(decisions, "kept")[0]
+
+
 def test_almost_equal_weights_stay_apart():
     other = weight(K, N)
     other[-1, -1] += 1

@@ -9,6 +9,7 @@ from qcompile.passes.prepare.identities import remove_identities
 from qcompile.passes.prepare.opset import raise_opset
 from qcompile.passes.prepare.subgraphs import report_subgraphs
 from qcompile.passes.prepare.tidy import infer_shapes, inline_functions, name_nodes, remove_traces, remove_unused, sort
+from qcompile.passes.prepare.ties import tie_heads
 
 
 class Prepare(Pass):
@@ -20,7 +21,8 @@ class Prepare(Pass):
             read; Constant nodes of the main graph become initializers.
     Case 3: an opset below `opset` is raised to it, in subgraphs too; impossible for an operator: UserError.
     Case 4: Identity and Dropout are bypassed.
-    Case 5: equal initializers over 1 KiB become one, which ties what an exporter copied.
+    Case 5: equal initializers over 1 KiB become one, and a linear that is an embedding turned round becomes its
+            Transpose: what an exporter copied is tied again.
     Case 6: Transpose, Cast, Reshape, Squeeze and Unsqueeze of a weight are folded into it, lazily. A weight that
             others use as it is (a tied embedding) keeps its one copy, and the Transpose stays.
     Case 7: a Gemm with constant weight becomes MatMul and Add.
@@ -53,6 +55,8 @@ class Prepare(Pass):
         merge_duplicates(model, decide)  # Case 5
         fold_weights(model, decide)  # Case 6
         split_gemms(model, decide)  # Case 7
+        sort(model)
+        tie_heads(model, decide)  # Case 5
         remove_unused(model, decide)  # Case 8
         sort(model)
         name_nodes(model, decide)
