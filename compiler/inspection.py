@@ -105,7 +105,7 @@ def _groups(weights: list[Weight], *, every: bool) -> list[WeightGroup]:
     counted: Counter[WeightGroup] = Counter()
     for w in weights:
         # linear, linear_1, linear_2 are alike, as are layers.0.up and layers.1.up.
-        pattern = w.node if every else re.sub(r"[_.]?\d+$", "", w.node)
+        pattern = w.node if every else re.sub(r"[_.]\d+$", "", w.node)
         pattern = pattern if every else re.sub(r"\d+", "*", pattern)
         counted[WeightGroup(pattern, 1, w.operator, w.kind, w.shape, w.form, w.quantized, w.reason)] += 1
     return [replace(group, count=count) for group, count in counted.items()]

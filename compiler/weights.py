@@ -129,6 +129,7 @@ def _product(node: ir.Node) -> Weight:
         flipped = node.attributes.get_int("transB", 0) != (_behind_transpose(weight) is not None)
         shape = codes[::-1] if flipped and len(codes) == 2 else codes
         form = _form(tensors[0].dtype.name.lower(), block, shape[0], symmetric=len(tensors) < 3)
+        name = tensors[0].name or name  # inlined nodes are numbered, their weights keep their names
         return Weight(name, f"DequantizeLinear + {node.op_type}", "linear", shape, form, True, "", tensors)
     if node.op_type == "Gemm":
         tensor = stored(weight) if weight is not None else None
@@ -152,15 +153,17 @@ def _gathered_codes(node: ir.Node) -> Iterator[Weight]:
     tensor = stored(table) if table is not None else None
     if tensor is None or len(tensor.shape) != 2 or tensor.dtype.bitwidth > 8 or tensor.dtype.is_floating_point():
         return
-    uses = [use for use in node.outputs[0].uses() if use.node.op_type == "DequantizeLinear" and use.idx == 0]
-    if uses:
-        shape = _dims(tensor)
-        if node.attributes.get_int("axis", 0) == 1:
-            shape = shape[::-1]
-        block = uses[0].node.attributes.get_int("block_size", 0)
-        form = _form(tensor.dtype.name.lower(), block, shape[1], symmetric=len(uses[0].node.inputs) < 3)
-        operator = "Gather + DequantizeLinear"
-        yield Weight(node.name or "", operator, "embedding", shape, form, True, "", (tensor,))
+    axis, readers = node.attributes.get_int("axis", 0), [use.node for use in node.outputs[0].uses()]
+    rows, columns = _dims(tensor)
+    for reader in readers:
+        if reader.op_type == "DequantizeLinear" and reader.inputs[0] is node.outputs[0]:
+            shape = (columns, rows) if axis == 1 else (rows, columns)
+            block = reader.attributes.get_int("block_size", 0)
+            form = _form(tensor.dtype.name.lower(), block, shape[1], symmetric=len(reader.inputs) < 3)
+            yield Weight(node.name or "", "Gather + DequantizeLinear", "embedding", shape, form, True, "", (tensor,))
+        elif reader.op_type == "BitShift" and axis == 1 and rows > 1:  # columns of two codes a byte, (K, V / 2)
+            shape, operator = (2 * columns, rows), "Gather + BitShift"
+            yield Weight(node.name or "", operator, "embedding", shape, "uint4", True, "", (tensor,))
 
 
 def stored(value: ir.Value) -> ir.TensorProtocol | None:

@@ -118,8 +118,12 @@ def find_embeddings(nodes: Iterable[ir.Node]) -> list[Embedding]:
 
 
 def vocabulary_size(model: ir.Model) -> int | None:
-    """Rows of the largest embedding table, or None for a model without one."""
-    return max((e.shape[0] for e in find_embeddings(model.graph)), default=None)
+    """Rows of the largest embedding table, packed or not, or None for a model without one."""
+    sizes = [embedding.shape[0] for embedding in find_embeddings(model.graph)]
+    for node in model.graph:
+        if node.domain == "qcompile" and node.op_type.startswith("Embedding") and node.inputs[2] is not None:
+            sizes.append(int(constant(node.inputs[2]).shape[1]))
+    return max(sizes, default=None)
 
 
 def is_lm_head(linear: Linear, vocabulary: int | None) -> bool:

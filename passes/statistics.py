@@ -6,6 +6,9 @@ import numpy as np
 
 from qcompile.passes.affine import Array
 
+# How strongly a corrected weight is held to the original, as a fraction of each channel's energy.
+_PULL = 0.05
+
 
 @dataclass
 class Statistics:
@@ -33,6 +36,19 @@ class Statistics:
         if self.cross is not None:
             self.cross = self.cross * inverse[:, None] * inverse[None, :]
         self.absmax = self.absmax * np.abs(inverse)
+
+    def target(self, w: Array) -> Array:
+        """The weight (K, N) that best reproduces the float model's X₀ w from X; w itself without `cross`.
+
+        Minimizes ‖X w' - X₀ w‖² with a small pull towards w, as in asymmetric calibration (GPTAQ, Li et al. 2025).
+        """
+        if self.cross is None:
+            return w
+        diagonal = np.diagonal(self.gram)
+        pull = np.diag(diagonal * np.float32(_PULL) + np.float32(1e-6) * diagonal.mean() + np.float32(1e-12))
+        return np.linalg.solve(
+            (self.gram + pull).astype(np.float64), ((self.cross + pull) @ w).astype(np.float64)
+        ).astype(np.float32)
 
     def add(self, other: "Statistics") -> None:
         """Add the statistics of a second activation that meets the same weight."""

@@ -1,0 +1,144 @@
+"""`qcompile MODEL.onnx …`: the main job."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qcompile.compiler.dry_run import print_plan
+from qcompile.compiler.pipeline import Calibration, compile_model, report_path
+from qcompile.compiler.recipe import TARGETS, Recipe, load_recipe, parse_passes, save_recipe
+from qcompile.compiler.report import print_report
+from qcompile.compiler.store import check_output_path
+from qcompile.passes.errors import UserError
+
+_DESCRIPTION = """\
+Quantize the weights of an ONNX model. The result is one ONNX file (and its data file) that any ONNX Runtime
+application can load. Without --passes the best known list runs: smooth,awq,gptq,pack. `--passes pack` alone is
+plain rounding to nearest and needs no data. Parameters go in parentheses: "smooth(alpha=0.5),awq,pack(clip=false)";
+`qcompile passes` lists them."""
+_DEFAULTS = Recipe()
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's options."""
+    parser = subparsers.add_parser(
+        "compile", help="quantize a model", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="the float model")
+    parser.add_argument("-o", "--output", type=Path, help="the compiled model (default: MODEL-int4.onnx beside it)")
+    add = parser.add_argument_group("what to do").add_argument
+    add("--passes", help="ordered list of passes (default: smooth,awq,gptq,pack)")
+    add("--bits", type=int, help="bits of ordinary weights: 4 or 8 (default: 4)")
+    add("--group-size", type=int, metavar="N", help="weights that share a scale; 0: one scale a column (default: 128)")
+    symmetry = parser.add_mutually_exclusive_group()
+    symmetry.add_argument("--symmetric", action="store_true", default=None, help="signed codes without zero points")
+    symmetry.add_argument(
+        "--asymmetric", dest="symmetric", action="store_false", help="unsigned codes with zero points (default)"
+    )
+    add("--lm-head", type=_bits, metavar="{4,8,keep}", help="bits of the output projection (default: 8)")
+    add("--embedding", type=_bits, metavar="{4,8,keep}", help="bits of the token embedding (default: 8)")
+    add("--include", action="append", metavar="PATTERN", help="quantize only nodes or weights of this name; may repeat")
+    add("--exclude", action="append", metavar="PATTERN", help="keep these in float; may repeat")
+    add("--target", choices=TARGETS, help="operators of the output: qcompile functions (default), "
+        "com.microsoft nodes, or plain ONNX")  # fmt: skip
+    add("--recipe", type=Path, metavar="FILE", help="settings from a YAML or TOML file; options given here win")
+    add("--save-recipe", type=Path, metavar="FILE", help="write the settings used to a YAML file")
+    add = parser.add_argument_group("calibration").add_argument
+    add("--calibration", nargs="+", default=[], metavar="FILE",
+        help="text, .jsonl, .npz files, or module:function (default: bundled text, else the model's own samples)")  # fmt: skip
+    add("--tokenizer", type=Path, metavar="DIR", help="folder with tokenizer.json (default: beside the model)")
+    add("--samples", type=int, metavar="N", help="calibration windows (default: 32)")
+    add("--context", type=int, metavar="N", help="tokens of a window (default: 512)")
+    add("--seed", type=int, help="of everything random: same input, seed and versions, same bytes (default: 0)")
+    add("--provider", help="ONNX Runtime execution provider for calibration and checks (default: cpu)")
+    add = parser.add_argument_group("safety").add_argument
+    add("--min-coverage", type=float, metavar="SHARE", help="fail below this share of MatMul weights (default: 0.95)")
+    add("--dry-run", action="store_true", help="print the plan: nodes, sizes before and after, memory; write nothing")
+    parser.set_defaults(run=run)
+
+
+def _bits(text: str) -> int | str:
+    if text in ("4", "8", "keep"):
+        return text if text == "keep" else int(text)
+    raise argparse.ArgumentTypeError(f"expected 4, 8 or keep, got {text!r}")
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe file's settings, overridden by the options given."""
+    plain = (load_recipe(args.recipe) if args.recipe else _DEFAULTS).to_dict()
+    names = ("bits", "group_size", "symmetric", "target", "samples", "context", "min_coverage", "seed", "provider")
+    given = {name: getattr(args, name) for name in (*names, "lm_head", "embedding", "include", "exclude")}
+    plain |= {name: value for name, value in given.items() if value is not None}
+    if args.passes is not None:
+        plain["passes"] = [str(step) for step in parse_passes(args.passes)]
+    return Recipe.from_dict(plain, "options")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile, or with --dry-run say what would happen."""
+    recipe = recipe_of(args)
+    output: Path = args.output or args.model.with_name(f"{args.model.stem}-int{recipe.bits}.onnx")
+    if output.is_dir() or str(args.output or "").endswith("/"):
+        output = output / args.model.name
+    console = Console()
+    check_output_path(args.model, output)
+    if args.save_recipe is not None and args.save_recipe.resolve() in (args.model.resolve(), output.resolve()):
+        raise UserError(f"--save-recipe {args.save_recipe} would overwrite a model; choose another name")
+    calibration = Calibration(args.calibration, args.tokenizer)
+    if args.dry_run:
+        print_plan(args.model, output, recipe, calibration, console)
+        return 0
+    with _Bar(console) as bar:
+        report = compile_model(args.model, recipe, output=output, calibration=calibration, progress=bar)
+    if args.save_recipe is not None:
+        save_recipe(recipe, args.save_recipe)
+    print_report(report, console)
+    for file in (*report.files, str(report_path(output))):
+        console.print(f"wrote     {_relative(file)}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _relative(file: str) -> str:
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
+
+
+class _Bar:
+    """A progress bar with the time left; plain lines now and then where the output is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.started, self.told = console, time.monotonic(), 0.0
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
+        )  # fmt: skip
+        self.task = self.bar.add_task("starting", total=None)
+
+    def __enter__(self) -> "_Bar":
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def step(self, name: str) -> None:
+        """A new step of the job."""
+        self.bar.update(self.task, description=name)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self.told > 15 or not name.startswith("segment")):
+            self.told = now
+            self.console.print(f"{now - self.started:5.0f} s  {name}", highlight=False)
+
+    def total(self, rows: int) -> None:
+        """Tokens that the segments will see."""
+        self.bar.update(self.task, total=max(rows, 1))
+
+    def advance(self, rows: int) -> None:
+        """Tokens done."""
+        self.bar.update(self.task, advance=rows)

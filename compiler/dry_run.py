@@ -1,0 +1,76 @@
+"""What a compile would do, without doing it."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from rich.console import Console
+from rich.table import Table
+
+from qcompile.compiler.inputs import input_plan
+from qcompile.compiler.pipeline import Calibration, element_type, file_size
+from qcompile.compiler.plan import build, make_policy
+from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.segments import Segment, split
+from qcompile.compiler.store import load_model
+from qcompile.passes.base import Region
+from qcompile.passes.linears import Linear, find_embeddings, find_linears, vocabulary_size
+from qcompile.passes.spec import QuantSpec
+
+
+def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibration, console: Console) -> None:
+    """Print the nodes by decision, sizes before and after, and the memory that compiling will need."""
+    model = load_model(path)
+    before = file_size(path, model)
+    scale_dtype = np.float16 if element_type(model) == ir.DataType.FLOAT16 else np.float32
+    passes = build(recipe, scale_dtype)
+    for rewrite in passes:
+        if rewrite.whole_model:
+            rewrite.call(Region.whole(model))
+    linears, vocabulary = find_linears(model.graph), vocabulary_size(model)
+    policy = make_policy(recipe, scale_dtype)
+    chosen = {linear: policy.for_linear(linear, vocabulary) for linear in linears}
+    looked_up = {embedding: policy.for_embedding(embedding) for embedding in find_embeddings(model.graph)}
+    table = Table(title=f"{path} → {output}", title_justify="left")
+    for name in ("nodes", "operator", "decision", "weights"):
+        table.add_column(name)
+    rows: dict[tuple[str, str], list[int]] = {}
+    for kind, sites in (("MatMul", chosen), ("Gather", looked_up)):
+        for site, spec in sites.items():  # type: ignore[attr-defined]
+            rows.setdefault((kind, str(spec)), []).append(int(np.prod(site.shape)))
+    for (kind, decision), sizes in rows.items():
+        table.add_row(str(len(sizes)), kind, decision, f"{sum(sizes) / 1e6:.2f} M")
+    console.print(table)
+    weights: dict[ir.Value, tuple[QuantSpec, int, int]] = {}
+    for linear, spec in chosen.items():
+        if isinstance(spec, QuantSpec):
+            weights[linear.weight] = (spec, *linear.shape)
+    for embedding, spec in looked_up.items():
+        if isinstance(spec, QuantSpec):
+            weights.setdefault(embedding.table, (spec, embedding.shape[1], embedding.shape[0]))
+    width = 8 * np.dtype(scale_dtype).itemsize
+    packed = sum(spec.bits_per_weight(k, width) * k * n / 8 for spec, k, n in weights.values())
+    removed = sum(k * n * width // 8 for _, k, n in weights.values())
+    console.print(f"passes    {', '.join(p.name for p in passes)}")
+    plan = input_plan(model)
+    segments = split(model, {linear.node for linear in linears}.__contains__)
+    console.print(f"walk      {len(segments)} segments; inputs: {', '.join(given.name for given in plan.inputs)}")
+    packs = any(p.name == "pack" for p in passes)
+    after = before - removed + packed if packs else before
+    console.print(f"size      {before / 1e6:.1f} MB → about {after / 1e6:.1f} MB")
+    rows_seen = recipe.samples * recipe.context if any(p.needs_statistics for p in passes) else 0
+    console.print(f"memory    about {_memory(segments, linears, rows_seen) / 1e9:.1f} GB")
+
+
+def _memory(segments: list[Segment], linears: list[Linear], rows: int) -> float:
+    """Bytes that a compile holds at its peak: libraries, carried activations, the largest segment's weights and Grams."""
+    by_node = {linear.node: linear for linear in linears}
+    largest, width = 0.0, 0
+    for segment in segments:
+        own = [by_node[node] for node in segment.nodes if node in by_node]
+        inputs = {linear.activation: linear.shape[0] for linear in own}
+        weights = sum(4.0 * k * n for k, n in (linear.shape for linear in own))
+        grams = sum(8.0 * k * k for k in inputs.values()) if rows else 0.0
+        largest = max(largest, 5 * weights + 2 * grams)
+        width = max([width, *(linear.shape[0] for linear in own[:1])])
+    return 4e8 + largest + 8.0 * rows * width

@@ -1,0 +1,128 @@
+"""Cutting a runnable piece out of a graph: the nodes between some values and others, and the weights they use."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto, helper
+
+from qcompile.runtime.session import session
+
+# Initializers below this many bytes stay inside the protobuf, where shape inference can read them.
+_INLINE = 4096
+_IN_MEMORY = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.UINT8, ir.DataType.INT8}
+
+
+@dataclass
+class Piece:
+    """A part of a model as a ModelProto of its own.
+
+    inputs: names of the graph inputs and carried values it reads; outputs: names of what it gives.
+    weights: the large initializers, declared in the proto as external and handed to the session in memory.
+    """
+
+    proto: onnx.ModelProto
+    inputs: list[str]
+    outputs: list[str]
+    weights: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+    def session(self, provider: str = "cpu") -> Any:
+        """An ONNX Runtime session of the piece."""
+        return session(self.proto.SerializeToString(), providers=(provider,), weights=self.weights)
+
+    def add_weight(self, name: str, array: npt.NDArray[Any]) -> str:
+        """Add an initializer that the model does not have; returns its name."""
+        self.proto.graph.initializer.append(_declared(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape))
+        self.weights[name] = array
+        return name
+
+
+def extract(model: ir.Model, given: Sequence[ir.Value], wanted: Sequence[ir.Value]) -> Piece:
+    """The nodes that compute `wanted` from `given`, from graph inputs and from initializers."""
+    nodes, used = _needed(model, given, wanted)
+    proto = onnx.ModelProto(ir_version=min(model.ir_version, 13))
+    for domain, version in model.graph.opset_imports.items():
+        proto.opset_import.append(helper.make_opsetid(domain, version))
+    proto.functions.extend(ir.to_proto(function) for function in model.functions.values())
+    graph = proto.graph
+    graph.name = "piece"
+    graph.node.extend(ir.to_proto(node) for node in nodes)
+    piece = Piece(proto, [], [str(value.name) for value in wanted])
+    for value in used:
+        if value.is_initializer():
+            _add_initializer(piece, value)
+        else:
+            piece.inputs.append(str(value.name))
+            graph.input.append(_info(value))
+    graph.output.extend(_info(value) for value in wanted)
+    return piece
+
+
+def captured(node: ir.Node) -> Iterator[ir.Value]:
+    """Values that a node reads: its inputs, and what its subgraphs take from outside."""
+    for value in node.inputs:
+        if value is not None:
+            yield value
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs: Iterable[ir.Graph] = (attribute.as_graph(),)
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs = attribute.as_graphs()
+        else:
+            continue
+        for graph in graphs:
+            for inner in graph:
+                yield from (value for value in captured(inner) if not _inside(value, graph))
+
+
+def _inside(value: ir.Value, graph: ir.Graph) -> bool:
+    producer = value.producer()
+    if producer is not None:
+        return producer.graph is graph
+    return value in graph.inputs or any(value is own for own in graph.initializers.values())
+
+
+def _needed(
+    model: ir.Model, given: Sequence[ir.Value], wanted: Sequence[ir.Value]
+) -> tuple[list[ir.Node], list[ir.Value]]:
+    """Nodes in the graph's order, and the values they read that none of them computes."""
+    stop, seen, used = set(given), set[ir.Node](), dict[ir.Value, None]()
+    stack = list(wanted)
+    while stack:
+        value = stack.pop()
+        producer = value.producer()
+        if value in stop or producer is None:
+            used[value] = None
+        elif producer not in seen:
+            seen.add(producer)
+            stack.extend(captured(producer))
+    return [node for node in model.graph if node in seen], list(used)
+
+
+def _info(value: ir.Value) -> onnx.ValueInfoProto:
+    if value.type is None:
+        return helper.make_tensor_value_info(str(value.name), TensorProto.FLOAT, None)
+    return ir.serde.serialize_value(value)
+
+
+def _declared(name: str, data_type: int, shape: Iterable[int]) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=data_type, data_location=TensorProto.EXTERNAL)
+    tensor.dims.extend(int(size) for size in shape)
+    tensor.external_data.add(key="location", value="in-memory")
+    return tensor
+
+
+def _add_initializer(piece: Piece, value: ir.Value) -> None:
+    tensor, name = value.const_value, str(value.name)
+    assert tensor is not None
+    if tensor.nbytes >= _INLINE and tensor.dtype in _IN_MEMORY:
+        piece.proto.graph.initializer.append(_declared(name, int(tensor.dtype), tensor.shape.numpy()))
+        piece.weights[name] = np.asarray(tensor.numpy())
+        return
+    inline = TensorProto(name=name, data_type=int(tensor.dtype), raw_data=tensor.tobytes())
+    inline.dims.extend(int(size) for size in tensor.shape.numpy())
+    piece.proto.graph.initializer.append(inline)

@@ -1,0 +1,216 @@
+"""The whole job: load, prepare, calibrate and rewrite segment by segment, verify, save."""
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.compiler import output_files
+from qcompile.compiler.inputs import InputPlan, input_plan
+from qcompile.compiler.plan import build
+from qcompile.compiler.recipe import Recipe, dump_recipe
+from qcompile.compiler.report import Report, write_report
+from qcompile.compiler.segments import Segment, split
+from qcompile.compiler.sources import Data, gather
+from qcompile.compiler.store import check_finite, check_output_path, load_model, model_hash, save_model
+from qcompile.compiler.stream import Arrays, Runner, Stream
+from qcompile.compiler.verify import check_reloaded, compare_outputs, node_errors, probe_nodes, run_file
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.errors import UserError
+from qcompile.passes.formats.lower import check_block_size, lower
+from qcompile.passes.linears import find_linears
+from qcompile.passes.pack import Pack
+from qcompile.runtime.session import ort_version
+
+_SCALE_DTYPES = {ir.DataType.FLOAT16: np.float16}
+
+
+class Progress(Protocol):
+    """Told what is going on; the command line draws a bar, the default says nothing."""
+
+    def step(self, name: str) -> None:
+        """A new step of the job begins."""
+
+    def total(self, rows: int) -> None:
+        """Tokens that the segments will see in all."""
+
+    def advance(self, rows: int) -> None:
+        """So many tokens went through a segment."""
+
+
+class Silent:
+    """No progress shown."""
+
+    def step(self, name: str) -> None:
+        """Nothing."""
+
+    def total(self, rows: int) -> None:
+        """Nothing."""
+
+    def advance(self, rows: int) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the user gives: files (text, .jsonl, .npz) or module:function, and a tokenizer if none lies beside the model."""
+
+    files: Sequence[str] = ()
+    tokenizer: Path | None = None
+
+
+def compile_model(
+    model: Path | str,
+    recipe: Recipe | None = None,
+    *,
+    output: Path | str,
+    calibration: Calibration | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compile the model file to `output` (with its data file and report.json beside it); everything or nothing.
+
+    Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
+    """
+    recipe, calibration, progress = recipe or Recipe(), calibration or Calibration(), progress or Silent()
+    source, target = Path(model), Path(output)
+    started = time.monotonic()
+    if recipe.target == "matmulnbits" and recipe.group_size:
+        check_block_size(recipe.group_size)
+    progress.step("loading")
+    check_output_path(source, target)
+    graph = load_model(source)
+    check_finite(graph)
+    passes = build(recipe, _SCALE_DTYPES.get(element_type(graph), np.float32))
+    report = Report(str(source), model_hash(source), recipe.to_dict(), versions())
+    report.source_bytes = file_size(source, graph)
+    progress.step("preparing")
+    for whole in (p for p in passes if p.whole_model):
+        whole.call(Region.whole(graph))
+    job = _Job(graph, recipe, passes, report, progress)
+    plan = input_plan(graph)
+    needed = any(p.needs_statistics for p in passes)
+    data = gather(plan, source, recipe, calibration.files, calibration.tokenizer, needed=needed)
+    report.data = data.description
+    verified = job.walk(plan, data)
+    report.decisions = {p.name: p.decisions for p in passes}
+    _check_coverage(report, recipe)
+    progress.step("saving")
+    lower(graph, recipe.target)
+    with output_files.staging(target) as staged:
+        saved = save_model(graph, staged, metadata=_metadata(report, recipe))
+        progress.step("running the saved file")
+        reloaded = run_file(staged, plan, data.checks, recipe.provider)
+        report.reload_error = check_reloaded(reloaded, verified, element_type(graph))
+        report.compiled_bytes = saved.model_bytes + saved.data_bytes
+        report.files = [str(path) for path in output_files.publish(saved.paths, target.absolute())]
+    report.seconds = time.monotonic() - started
+    report.peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    write_report(report, report_path(target))
+    return report
+
+
+def report_path(output: Path) -> Path:
+    """Where the report of a compiled model lies."""
+    return output.with_name(f"{output.stem}.report.json")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides the result."""
+    found = {"onnxruntime": ort_version()}
+    for name in ("qcompile-onnx", "onnx", "onnx-ir", "onnxscript", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+class _Job:
+    """One compile on its way through the segments."""
+
+    def __init__(self, model: ir.Model, recipe: Recipe, passes: Sequence[Pass], report: Report, progress: Progress):
+        self.model, self.recipe, self.report, self.progress = model, recipe, report, progress
+        self.passes = [p for p in passes if not p.whole_model]
+        self.pack = next((p for p in passes if isinstance(p, Pack)), None)
+
+    def walk(self, plan: InputPlan, data: Data) -> list[Arrays]:
+        """Take both streams through all segments, rewriting each; returns the outputs on the check batches."""
+        targets = {linear.node for linear in find_linears(self.model.graph)}
+        segments = split(self.model, targets.__contains__)
+        runner = Runner(self.model, plan, self.recipe.provider, self.progress.advance)
+        calibration, checks = Stream(data.calibration), Stream(data.checks)
+        rows = sum(b.rows for b in data.calibration) * 2 + sum(b.rows for b in data.checks) * 2
+        self.progress.total(rows * len(segments))
+        outputs: list[tuple[Arrays, Arrays]] = [({}, {}) for _ in data.checks]
+        for number, segment in enumerate(segments, 1):
+            self.progress.step(f"segment {number} of {len(segments)}")
+            self._rewrite(runner, segment, calibration, checks, outputs)
+        self.report.outputs = compare_outputs([c for c, _ in outputs], [o for _, o in outputs])
+        return [compiled for compiled, _ in outputs]
+
+    def _rewrite(
+        self, runner: Runner, segment: Segment, calibration: Stream, checks: Stream, outputs: list[tuple[Arrays, Arrays]]
+    ) -> None:
+        region = Region(self.model, list(segment.nodes))
+        if calibration.batches:
+            activations = list(dict.fromkeys(linear.activation for linear in find_linears(segment.nodes)))
+            region.statistics = runner.collect(segment, activations, calibration, cross=True)
+        before = runner.outputs(segment, checks, original=True)
+        for rewrite in self.passes:
+            rewrite.call(region)
+        if self.pack is not None:
+            self.pack.skip_rest(region)
+        after = runner.outputs(
+            segment, checks, original=False, prepare=lambda piece: probe_nodes(piece, segment.nodes)
+        )
+        self.report.nodes += node_errors(segment.nodes, after)
+        if calibration.batches:
+            runner.advance(segment, calibration)
+        if segment.carry is not None:
+            name = str(segment.carry.name)
+            checks.original, checks.quantized = [b[name] for b in before], [a[name] for a in after]
+        own = {str(value.name) for value in self.model.graph.outputs}
+        for kept, a, b in zip(outputs, after, before, strict=True):
+            kept[0].update((name, array) for name, array in a.items() if name in own)
+            kept[1].update((name, array) for name, array in b.items() if name in own)
+
+
+def _check_coverage(report: Report, recipe: Recipe) -> None:
+    if "pack" in report.decisions and report.coverage < recipe.min_coverage:
+        reasons = sorted({d.reason for d in report.skipped("MatMul")})
+        raise UserError(
+            f"only {report.coverage:.1%} of the MatMul weights were quantized, below --min-coverage {recipe.min_coverage}; "
+            f"left in float: {'; '.join(reasons[:4])}; nothing was written"
+        )
+
+
+def element_type(model: ir.Model) -> ir.DataType:
+    """The float type of most weights."""
+    sizes: dict[ir.DataType, int] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
+    return max(sizes, key=lambda dtype: sizes[dtype], default=ir.DataType.FLOAT)
+
+
+def file_size(path: Path, model: ir.Model) -> int:
+    """Bytes of a model file and of the external data it uses."""
+    tensors = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+    return path.stat().st_size + sum({(t.location, t.offset): t.nbytes for t in tensors}.values())
+
+
+def _metadata(report: Report, recipe: Recipe) -> dict[str, str]:
+    told = " ".join(f"{name} {number}" for name, number in report.versions.items())
+    return {
+        "qcompile.recipe": dump_recipe(recipe),
+        "qcompile.source": report.source_hash,
+        "qcompile.versions": told,
+        "qcompile.data": report.data,
+    }

@@ -1,0 +1,125 @@
+"""From a recipe to pass objects: which passes there are, their parameters, and how they depend on each other."""
+
+import inspect
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.compiler.recipe import Recipe, Step
+from qcompile.passes.awq import Awq
+from qcompile.passes.base import Pass
+from qcompile.passes.errors import UserError
+from qcompile.passes.gptq import ErrorCompensated, Gptq
+from qcompile.passes.pack import Pack
+from qcompile.passes.policy import Policy
+from qcompile.passes.prepare import Prepare
+from qcompile.passes.rounding import Rounding, round_with_clip
+from qcompile.passes.smooth import Smooth
+from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
+
+# Every pass, in the order in which a full list runs them.
+PASSES: dict[str, type[Pass]] = {"prepare": Prepare, "smooth": Smooth, "awq": Awq, "gptq": Gptq, "pack": Pack}
+
+
+def build(recipe: Recipe, scale_dtype: npt.DTypeLike = np.float32) -> list[Pass]:
+    """The passes of a recipe, `prepare` first; UserError for an unknown pass or parameter, or an impossible order."""
+    steps = list(recipe.passes)
+    if not any(step.name == "prepare" for step in steps):
+        steps.insert(0, Step("prepare"))
+    check_order(steps)
+    policy = make_policy(recipe, scale_dtype)
+    return [_make(step, steps[i + 1 :], recipe, policy) for i, step in enumerate(steps)]
+
+
+def check_order(steps: Sequence[Step]) -> None:
+    """Raise UserError for an unknown pass, a repeated one, or one whose neighbours are missing."""
+    names = [step.name for step in steps]
+    for i, name in enumerate(names):
+        if name not in PASSES:
+            raise UserError(f"unknown pass {name!r}; the passes are {', '.join(PASSES)}")
+        if name in names[:i]:
+            raise UserError(f"pass {name!r} is listed twice")
+        after = PASSES[name].followed_by
+        if after and not any(later in after for later in names[i + 1 :]):
+            raise UserError(f"pass {name!r} must be followed by {' or '.join(after)}: add it to --passes behind {name}")
+    if names.index("prepare") != 0:
+        raise UserError("pass 'prepare' must come first")
+    if "pack" in names and names[-1] != "pack":
+        raise UserError(f"pass {names[-1]!r} stands behind 'pack', where no float weights are left: move it before pack")
+
+
+def make_policy(recipe: Recipe, scale_dtype: npt.DTypeLike) -> Policy:
+    """Specs of every kind of weight.
+
+    8-bit weights are unsigned with zero points whatever `symmetric` says: ONNX Runtime fuses only those.
+    """
+    granularity = PerGroup(recipe.group_size) if recipe.group_size else PerChannel(axis=1)
+    symmetric = recipe.symmetric and recipe.bits == 4
+    # TensorRT demands positive scales, and it is what the plain form is for.
+    body = QuantSpec(recipe.bits, granularity, symmetric, recipe.target != "qdq", scale_dtype)
+
+    def vocabulary(bits: int | None) -> QuantSpec | None:
+        return QuantSpec(bits, granularity, symmetric=False, scale_dtype=scale_dtype) if bits else None
+
+    return Policy(body, vocabulary(recipe.lm_head), vocabulary(recipe.embedding), recipe.include, recipe.exclude)
+
+
+def parameters(kind: type[Pass]) -> dict[str, inspect.Parameter]:
+    """The parameters of a pass that a recipe can set."""
+    found = inspect.signature(kind.__init__, eval_str=True).parameters.values()
+    return {parameter.name: parameter for parameter in found if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def summary(kind: type[Pass]) -> str:
+    """What a pass does, in a line."""
+    return (inspect.getdoc(kind) or "").split("\n", 1)[0]
+
+
+def _make(step: Step, later: Sequence[Step], recipe: Recipe, policy: Policy) -> Pass:
+    kind = PASSES[step.name]
+    known = parameters(kind)
+    for key, value in step.parameters.items():
+        if key not in known:
+            choice = ", ".join(known) or "none"
+            raise UserError(f"pass {step.name!r} has no parameter {key!r}; it has {choice}")
+        _check_type(step.name, known[key], value)
+    given: dict[str, Any] = dict(step.parameters)
+    if "seed" in known:
+        given.setdefault("seed", recipe.seed)
+    if step.name == "prepare":
+        return kind(**given)
+    positional = inspect.signature(kind.__init__).parameters
+    if "rounding" in positional:
+        return kind(policy, following_rounding(later), **given)  # type: ignore[call-arg]
+    return kind(policy, **given)  # type: ignore[call-arg]
+
+
+def following_rounding(later: Sequence[Step]) -> Rounding:
+    """The rounding that candidates are judged by: that of `gptq` if it comes later, without its slow refinements."""
+    for step in later:
+        if step.name == "gptq":
+            return ErrorCompensated(damping=float(step.parameters.get("damping", 0.01)), sweeps=0, refit=False)
+    return round_with_clip
+
+
+def _check_type(name: str, parameter: inspect.Parameter, value: Any) -> None:
+    allowed = typing.get_args(parameter.annotation) or (parameter.annotation,)
+    if typing.get_origin(parameter.annotation) is typing.Literal:
+        allowed = (typing.Literal[parameter.annotation],)
+    for kind in allowed:
+        if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
+            return
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return
+        if isinstance(kind, type) and type(value) is kind:
+            return
+    wanted = " or ".join(getattr(kind, "__name__", str(kind).removeprefix("typing.Literal")) for kind in allowed)
+    raise UserError(f"pass {name!r}: parameter {parameter.name} takes {wanted}, got {value!r}")
+
+
+def describe(parameters_of: Mapping[str, inspect.Parameter]) -> str:
+    """Parameters with their defaults, as a pass list would give them."""
+    return ", ".join(f"{name}={parameter.default}" for name, parameter in parameters_of.items())

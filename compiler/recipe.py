@@ -1,0 +1,155 @@
+"""What to do with a model: an ordered list of passes and the settings around it."""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qcompile.passes.errors import UserError
+
+TARGETS = ("qcompile", "matmulnbits", "qdq")
+_ITEM = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\(([^()]*)\))?\s*$")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of the list, with the parameters given to it."""
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{key}={_scalar(value)}" for key, value in self.parameters.items())
+        return f"{self.name}({given})" if given else self.name
+
+
+def parse_passes(text: str) -> tuple[Step, ...]:
+    """The steps of a list such as "smooth(alpha=auto),awq,pack(target=qdq)"."""
+    steps = []
+    for item in re.split(r",(?![^(]*\))", text):
+        match = _ITEM.match(item)
+        if match is None:
+            raise UserError(f"cannot read {item.strip()!r} in the pass list {text!r}: expected name or name(key=value, …)")
+        steps.append(Step(match[1], dict(_pair(part, text) for part in (match[2] or "").split(",") if part.strip())))
+    return tuple(steps)
+
+
+def _pair(text: str, whole: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip() or not value.strip():
+        raise UserError(f"cannot read {text.strip()!r} in the pass list {whole!r}: expected key=value")
+    return key.strip(), yaml.safe_load(value)
+
+
+def _scalar(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+DEFAULT_PASSES = parse_passes("smooth,awq,gptq,pack")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the compiled bytes, beside the model and the calibration data.
+
+    passes: in order; `prepare` runs first whether listed or not. bits, group_size, symmetric: of ordinary linears;
+    group_size 0 is one scale a column. lm_head, embedding: bits, or None to keep float. samples, context: calibration
+    windows and their tokens. min_coverage: share of the MatMul weights that must be quantized, else compiling fails.
+    """
+
+    passes: tuple[Step, ...] = DEFAULT_PASSES
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    target: str = "qcompile"
+    lm_head: int | None = 8
+    embedding: int | None = 8
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    samples: int = 32
+    context: int = 512
+    min_coverage: float = 0.95
+    seed: int = 0
+    provider: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UserError(f"unknown target {self.target!r}; choose one of {', '.join(TARGETS)}")
+        if self.group_size != 0 and not 8 <= self.group_size <= 4096:
+            raise UserError(f"group size {self.group_size} is not possible; give 8 to 4096, or 0 for one scale a column")
+        if self.bits not in (4, 8):
+            raise UserError(f"weights are quantized to 4 or 8 bits, got {self.bits}")
+        for name, bits in (("lm_head", self.lm_head), ("embedding", self.embedding)):
+            if bits not in (4, 8, None):
+                raise UserError(f"{name} takes 4, 8 or keep, got {bits}")
+        if not 0 <= self.min_coverage <= 1:
+            raise UserError(f"min_coverage must lie between 0 and 1, got {self.min_coverage}")
+        if self.samples < 1 or self.context < 2:
+            raise UserError(f"samples must be at least 1 and context at least 2, got {self.samples} and {self.context}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a recipe file holds them."""
+        plain = asdict(self)
+        plain["passes"] = [str(step) for step in self.passes]
+        plain["include"], plain["exclude"] = list(self.include), list(self.exclude)
+        for name in ("lm_head", "embedding"):
+            plain[name] = plain[name] or "keep"
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any], source: str = "recipe") -> "Recipe":
+        """The recipe of plain values; an unknown key or a value of the wrong type is an error."""
+        known = {f.name: f for f in fields(cls)}
+        for key in plain:
+            if key not in known:
+                raise UserError(f"{source}: unknown key {key!r}; known keys are {', '.join(known)}")
+        return cls(**{key: _converted(key, value, source) for key, value in plain.items()})
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe in a .yaml, .yml or .toml file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        plain = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"recipe {path} must be a table of keys and values, such as 'bits: 4'")
+    return Recipe.from_dict(plain, str(path))
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as YAML, ready for `--recipe`."""
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML text."""
+    return str(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+
+
+def _converted(key: str, value: Any, source: str) -> Any:
+    expected: dict[str, tuple[type, ...]] = {
+        "bits": (int,), "group_size": (int,), "symmetric": (bool,), "target": (str,), "samples": (int,),
+        "context": (int,), "min_coverage": (int, float), "seed": (int,), "provider": (str,),
+    }  # fmt: skip
+    if key == "passes":
+        text = ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
+        return parse_passes(text)
+    if key in ("include", "exclude"):
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise UserError(f"{source}: {key} must be a list of patterns, got {value!r}")
+        return tuple(items)
+    if key in ("lm_head", "embedding"):
+        if value in ("keep", None):
+            return None
+        expected[key] = (int,)
+    if not isinstance(value, expected[key]) or (isinstance(value, bool) and bool not in expected[key]):
+        kinds = " or ".join(kind.__name__ for kind in expected[key])
+        raise UserError(f"{source}: {key} must be {kinds}, got {value!r}")
+    return value

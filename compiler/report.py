@@ -1,0 +1,142 @@
+"""What was done: coverage, sizes, errors; as JSON and as a table on the terminal."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qcompile.compiler.verify import NodeError, OutputError
+from qcompile.passes.base import Decision
+
+
+@dataclass
+class Report:
+    """Everything a compile leaves behind beside the model.
+
+    decisions: by pass, in order. sizes in bytes, seconds, peak_memory in bytes.
+    """
+
+    source: str
+    source_hash: str
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    data: str = ""
+    decisions: dict[str, list[Decision]] = field(default_factory=dict)
+    nodes: list[NodeError] = field(default_factory=list)
+    outputs: list[OutputError] = field(default_factory=list)
+    reload_error: float | None = None
+    files: list[str] = field(default_factory=list)
+    source_bytes: int = 0
+    compiled_bytes: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+    def packed(self, kind: str) -> list[Decision]:
+        """Decisions of `pack` that quantized a node of the kind (MatMul or Gather)."""
+        return [d for d in self.decisions.get("pack", []) if d.action == "quantized" and d.detail.get("kind") == kind]
+
+    def skipped(self, kind: str) -> list[Decision]:
+        """Decisions of `pack` that left a node of the kind in float, for want of a format."""
+        return [d for d in self.decisions.get("pack", []) if d.action == "skipped" and d.detail.get("kind") == kind]
+
+    @property
+    def coverage(self) -> float:
+        """Share of the MatMul weights (elements, each weight once) that were quantized, 1.0 where there are none.
+
+        Weights that the user chose to keep in float ("kept") do not count; those no format covers ("skipped") do.
+        """
+        done, left = (_elements(part) for part in (self.packed("MatMul"), self.skipped("MatMul")))
+        return done / (done + left) if done + left else 1.0
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Average stored bits of the quantized MatMul weights, scales and zero points included."""
+        weights = _unique(self.packed("MatMul"))
+        total = sum(d.detail["weights"] for d in weights)
+        return sum(d.detail["bits_per_weight"] * d.detail["weights"] for d in weights) / total if total else None
+
+    def to_json(self) -> str:
+        """The whole report."""
+        plain = asdict(self)
+        plain["coverage"], plain["bits_per_weight"] = self.coverage, self.bits_per_weight
+        return json.dumps(plain, indent=1, default=str) + "\n"
+
+
+def _unique(decisions: Sequence[Decision]) -> list[Decision]:
+    return list({d.detail.get("weight", d.node): d for d in decisions}.values())
+
+
+def _elements(decisions: Sequence[Decision]) -> int:
+    return sum(int(d.detail.get("weights", 0)) for d in _unique(decisions))
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the report as JSON, in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(report.to_json(), encoding="utf-8")
+    temporary.replace(path)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The coverage table, the errors worth knowing, the sizes."""
+    if "pack" in report.decisions:
+        console.print(_coverage(report))
+    _print_passes(report, console)
+    _print_errors(report, console)
+    saved = f"{_mb(report.source_bytes)} → {_mb(report.compiled_bytes)}"
+    bits = f", {report.bits_per_weight:.2f} bits per packed MatMul weight" if report.bits_per_weight else ""
+    console.print(f"size      {saved}{bits}")
+    console.print(f"took      {report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB")
+
+
+def _coverage(report: Report) -> Table:
+    table = Table(title=f"coverage: {report.coverage:.1%} of the MatMul weights quantized", title_justify="left")
+    for name, justify in (("nodes", "right"), ("operator", "left"), ("decision", "left"), ("weights", "right"), ("MB", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    rows: Counter[tuple[str, str]] = Counter()
+    weights: Counter[tuple[str, str]] = Counter()
+    size: Counter[tuple[str, str]] = Counter()
+    seen: set[str] = set()
+    for d in report.decisions["pack"]:
+        key = (str(d.detail.get("kind", "")), d.reason if d.action == "quantized" else f"float: {d.reason}")
+        rows[key] += 1
+        name = str(d.detail.get("weight", d.node))
+        if name not in seen:
+            weights[key] += int(d.detail.get("weights", 0))
+            size[key] += int(d.detail.get("bytes", 4 * int(d.detail.get("weights", 0))))
+            seen.add(name)
+    for key in rows:
+        amount = f"{weights[key] / 1e6:.2f} M" if weights[key] else ""
+        megabytes = f"{size[key] / 1e6:.1f}" if weights[key] else "shared" if key[1].startswith("int") else ""
+        table.add_row(str(rows[key]), key[0], key[1], amount, megabytes)
+    return table
+
+
+def _print_passes(report: Report, console: Console) -> None:
+    for name, decisions in report.decisions.items():
+        if name == "pack" or not decisions:
+            continue
+        actions = Counter(d.action for d in decisions)
+        told = ", ".join(f"{count} {action}" for action, count in actions.items())
+        console.print(f"{name:<9} {told}")
+
+
+def _print_errors(report: Report, console: Console) -> None:
+    console.print(f"data      {report.data}")
+    if report.nodes:
+        worst = sorted(report.nodes, key=lambda n: -n.error)
+        middle = worst[len(worst) // 2]
+        console.print(f"nodes     relative error: median {middle.error:.3f}, worst {worst[0].error:.3f} ({worst[0].node})")
+    for output in report.outputs[:4]:
+        console.print(f"output    {output.name}: relative error {output.relative:.3g}, cosine {output.cosine:.5f}")
+    if report.reload_error is not None:
+        console.print(f"reloaded  the saved file reproduces the verified outputs to {report.reload_error:.1e}")
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,165 @@
+"""Where calibration data comes from, in this order: the user, the bundled text, the model itself."""
+
+import importlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompile.compiler.feeds import Batch, InputPlan, npz_batches, token_batches
+from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.sampling import sample_windows
+from qcompile.compiler.tokens import Ids, Tokenizer, find_tokenizer, load_tokenizer
+from qcompile.models.text import calibration_text, read_texts
+from qcompile.passes.errors import UserError
+from qcompile.runtime.session import session
+
+_log = logging.getLogger(__name__)
+
+# Batches that the finished model is checked on: few and short, since every output of theirs is kept.
+_CHECKS, _CHECK_TOKENS = 2, 48
+# Windows of a model with caches that are followed by a decode step: their caches are kept through all segments.
+_DECODED = 4
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches for statistics, batches to check the result on, and a sentence that says where both come from."""
+
+    calibration: list[Batch]
+    checks: list[Batch]
+    description: str
+
+
+def gather(
+    plan: InputPlan, model: Path, recipe: Recipe, files: Sequence[str], tokenizer: Path | None, *, needed: bool
+) -> Data:
+    """The calibration data of a model; with `needed` False only what the checks take."""
+    arrays = [Path(file) for file in files if file.endswith(".npz")]
+    functions = [file for file in files if ":" in file and not Path(file).exists()]
+    texts = [Path(file) for file in files if Path(file) not in arrays and file not in functions]
+    if sum(map(bool, (arrays, functions, texts))) > 1:
+        raise UserError("--calibration takes text files, .npz files or one module:function, not a mixture")
+    if arrays:
+        batches = npz_batches(plan, arrays)
+        return Data(batches if needed else [], batches[:_CHECKS], f"{len(batches)} batches of {_names(arrays)}")
+    if functions:
+        batches = [_given(plan, feeds) for feeds in _call(functions[0])]
+        if not batches:
+            raise UserError(f"{functions[0]} gave no batches")
+        return Data(batches if needed else [], batches[:_CHECKS], f"{len(batches)} batches of {functions[0]}")
+    if plan.floats or plan.unknown or plan.ids is None:
+        if needed:
+            plan.require_tokens()
+        return _random(plan)
+    found = load_tokenizer(tokenizer) if tokenizer is not None else _beside(model)
+    if found is None and texts:
+        raise UserError(f"--calibration {texts[0]} is text, but no tokenizer.json lies beside {model}: give --tokenizer")
+    if found is not None:
+        return _from_text(plan, recipe, found, texts, needed=needed)
+    return _sampled(plan, model, recipe) if needed else _random(plan)
+
+
+def spread(ids: Sequence[int], context: int, count: int) -> list[Ids]:
+    """Up to `count` windows of `context` tokens, spread evenly over the text and disjoint."""
+    flat = np.asarray(ids, np.int64)
+    whole = len(flat) // context
+    if whole <= 1:
+        return [flat[:context]] if len(flat) > 1 else []
+    chosen = np.unique(np.linspace(0, whole - 1, min(count, whole)).round().astype(int))
+    return [flat[i * context : (i + 1) * context] for i in chosen]
+
+
+def _from_text(plan: InputPlan, recipe: Recipe, tokenizer: Tokenizer, texts: Sequence[Path], *, needed: bool) -> Data:
+    documents = read_texts(texts) if texts else [calibration_text()]
+    source = _names(texts) if texts else "the bundled text (speeches and a novel, English)"
+    ids = [token for document in documents for token in tokenizer.encode(document)]
+    tokenizer.check_vocabulary(plan.vocabulary, ids)
+    context = plan.sequence or recipe.context
+    windows = spread(ids, context, recipe.samples)
+    if not windows:
+        raise UserError(f"the calibration text has {len(ids)} tokens: give at least two")
+    if needed and len(windows) < recipe.samples:
+        _log.warning("the calibration text holds %d windows of %d tokens, not %d", len(windows), context, recipe.samples)
+    checks = [window if plan.sequence else window[:_CHECK_TOKENS] for window in windows[: _CHECKS * (plan.batch or 1)]]
+    calibration = _batches(plan, windows) if needed else []
+    described = f"{len(windows)} windows of {len(windows[0])} tokens from {source}" if needed else source
+    return Data(calibration, token_batches(plan, checks, decode_step=bool(plan.past)), described)
+
+
+def _batches(plan: InputPlan, windows: Sequence[Ids]) -> list[Batch]:
+    """Prefill of every window; with caches, a decode step behind the first few."""
+    if not plan.past or plan.sequence or plan.batch not in (None, 1):
+        return token_batches(plan, windows, decode_step=bool(plan.past))
+    decoded, rest = windows[:_DECODED], windows[_DECODED:]
+    return token_batches(plan, decoded, decode_step=True) + (token_batches(plan, rest) if rest else [])
+
+
+def _sampled(plan: InputPlan, model: Path, recipe: Recipe) -> Data:
+    if plan.logits is None:
+        raise UserError("no tokenizer lies beside the model, and it is no decoder to sample text from: give --tokenizer")
+    running = session(model, providers=(recipe.provider,))
+    windows = sample_windows(running, plan, recipe.samples, recipe.context, recipe.seed)
+    checks = [window if plan.sequence else window[:_CHECK_TOKENS] for window in windows[: _CHECKS * (plan.batch or 1)]]
+    return Data(
+        _batches(plan, windows),
+        token_batches(plan, checks, decode_step=bool(plan.past)),
+        f"{len(windows)} windows of {len(windows[0])} tokens sampled from the model itself (no tokenizer beside it)",
+    )
+
+
+def _random(plan: InputPlan) -> Data:
+    """Checks on random inputs, for a compile that needs no data."""
+    rng = np.random.default_rng(0)
+    if plan.ids is not None and not plan.floats and not plan.unknown:
+        length = plan.sequence or _CHECK_TOKENS
+        count = _CHECKS * (plan.batch or 1)
+        windows = [rng.integers(plan.vocabulary or 2, size=length) for _ in range(count)]
+        return Data([], token_batches(plan, windows, decode_step=bool(plan.past)), "random tokens (checks only)")
+    feeds = {}
+    for given in plan.inputs:
+        shape = [dim if isinstance(dim, int) and dim > 0 else _free(i, len(given.shape)) for i, dim in enumerate(given.shape)]
+        draw = rng.normal(size=shape) if given.is_float else rng.integers(0, 2, size=shape)
+        feeds[given.name] = np.asarray(draw).astype(given.dtype)
+    return Data([], [Batch(feeds, 1)], "random normal inputs (checks only; give .npz files for real ones)")
+
+
+def _free(axis: int, rank: int) -> int:
+    """A size for a free dimension: one batch, images large enough for every stride, short sequences."""
+    if axis == 0:
+        return 1
+    return 64 if rank == 4 else 16
+
+
+def _beside(model: Path) -> Tokenizer | None:
+    path = find_tokenizer(model)
+    return load_tokenizer(path) if path is not None else None
+
+
+def _call(reference: str) -> Iterable[Any]:
+    """What module:function gives: an iterable of dicts from input name to array."""
+    module, _, name = reference.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--calibration {reference}: {error}") from error
+    given: Iterable[Any] = function()
+    return given
+
+
+def _given(plan: InputPlan, feeds: Any) -> Batch:
+    names = {given.name for given in plan.inputs}
+    if not isinstance(feeds, dict) or set(feeds) - names or names - set(feeds) - plan.past_names:
+        raise UserError(f"a calibration batch must be a dict with an array for each of {', '.join(sorted(names))}")
+    arrays = {name: np.asarray(array) for name, array in feeds.items()}
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(f"a calibration batch holds NaN or infinity in {name!r}")
+    return Batch(arrays, max((len(array) for array in arrays.values() if array.ndim), default=1))
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths[:3]) + (", …" if len(paths) > 3 else "")

@@ -1,0 +1,122 @@
+"""Trust, but run it: every packed node against its weights, the whole model before and after the disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.compiler.extract import Piece
+from qcompile.compiler.feeds import Batch, InputPlan, complete
+from qcompile.compiler.stream import Arrays
+from qcompile.passes import observers
+from qcompile.passes.affine import Array, Quantized
+from qcompile.passes.errors import UserError
+from qcompile.passes.pack import REFERENCE
+from qcompile.runtime.session import run, session
+
+# A packed node must compute with exactly its dequantized weights, but for the rounding of its element type.
+_EXACT = {ir.DataType.FLOAT: 1e-4, ir.DataType.DOUBLE: 1e-4, ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}
+
+
+@dataclass(frozen=True)
+class NodeError:
+    """A packed node on the check batches.
+
+    error: ‖y - X W‖ / ‖X W‖ with W the float weight. operator_error: the same with the dequantized weight in the place
+    of W: what the operator itself adds.
+    """
+
+    node: str
+    error: float
+    operator_error: float
+
+
+def probe_nodes(piece: Piece, nodes: Sequence[ir.Node]) -> list[str]:
+    """Add to a piece, beside each packed node, products with its float and dequantized weights, and compare."""
+    names: list[str] = []
+    for node in nodes:
+        reference: tuple[Array, Quantized] | None = node.meta.get(REFERENCE)
+        if reference is None:
+            continue
+        y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
+        for end, weight in ((".exact", reference[1].dequantize()), (".wanted", reference[0])):
+            names += observers.compare_product(piece.proto.graph, y, x, piece.add_weight(y + end, weight), end)
+    return names
+
+
+def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[NodeError]:
+    """Errors of the packed nodes, summed over batches; UserError where an operator does not compute what it should."""
+    found = []
+    for node in nodes:
+        if node.meta.pop(REFERENCE, None) is None:
+            continue
+        y = str(node.outputs[0].name)
+        wanted, exact = (_ratio(y, end, outputs) for end in (".wanted", ".exact"))
+        dtype = node.outputs[0].dtype or ir.DataType.FLOAT
+        if not exact <= _EXACT.get(dtype, 1e-4):
+            raise UserError(
+                f"node {node.name}: the packed operator differs from its own weights by {exact:.1e} in this ONNX Runtime; "
+                "please report it with the model"
+            )
+        found.append(NodeError(node.name or "", wanted, exact))
+    return found
+
+
+def _ratio(y: str, end: str, outputs: Sequence[Arrays]) -> float:
+    difference = sum(float(batch[observers.difference(y, end)]) for batch in outputs)
+    reference = sum(float(batch[observers.reference(y, end)]) for batch in outputs)
+    return float(np.sqrt(difference / reference)) if reference > 0 else float(difference > 0)
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """An output of the compiled model against the float one: relative error ‖a - b‖ / ‖b‖ and cosine, on the checks."""
+
+    name: str
+    relative: float
+    cosine: float
+
+
+def compare_outputs(compiled: Sequence[Arrays], original: Sequence[Arrays]) -> list[OutputError]:
+    """Every float output that both have; NaN in one of them only is an error."""
+    names = [name for name in original[0] if name in compiled[0] and original[0][name].dtype.kind == "f"]
+    return [_compared(name, [a[name] for a in compiled], [b[name] for b in original]) for name in names]
+
+
+def _compared(name: str, a: Sequence[npt.NDArray[Any]], b: Sequence[npt.NDArray[Any]]) -> OutputError:
+    x, y = (np.concatenate([part.astype(np.float64).ravel() for part in parts]) for parts in (a, b))
+    if not np.isfinite(x).all() and np.isfinite(y).all():
+        raise UserError(f"output {name} of the compiled model is NaN or infinite where the float model's is not")
+    keep = np.isfinite(x) & np.isfinite(y)
+    x, y = x[keep], y[keep]
+    scale, size = float(np.linalg.norm(y)), float(np.linalg.norm(x))
+    difference = float(np.linalg.norm(x - y))
+    return OutputError(
+        name,
+        difference / scale if scale else float(difference > 0),
+        float(x @ y) / (scale * size) if scale and size else float(scale == size),
+    )
+
+
+def run_file(path: Path, plan: InputPlan, batches: Sequence[Batch], provider: str) -> list[Arrays]:
+    """Every output of a saved model for each batch."""
+    running = session(path, providers=(provider,))
+    names = [output.name for output in running.get_outputs()]
+    results: list[Arrays] = []
+    for batch in batches:
+        feeds = batch.feeds if batch.follows is None else complete(plan, batch.feeds, results[batch.follows])
+        results.append(dict(zip(names, run(running, names, feeds), strict=True)))
+    return results
+
+
+def check_reloaded(reloaded: Sequence[Arrays], verified: Sequence[Arrays], dtype: ir.DataType) -> float:
+    """The largest relative error of the reloaded file against the graph that was verified; UserError above the limit."""
+    worst = max((error.relative for error in compare_outputs(reloaded, verified)), default=0.0)
+    limit = _EXACT.get(dtype, 1e-4)
+    if not worst <= limit:
+        raise UserError(f"the saved file differs from the verified graph by {worst:.1e} (limit {limit:.0e}); nothing was kept")
+    return worst

@@ -1,0 +1,132 @@
+"""Putting quantized weights into a graph as inputs of the operators of domain `qcompile`."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.passes.affine import Array, Codes, Quantized
+from qcompile.passes.formats import functions
+from qcompile.passes.linears import Embedding, Linear, constant
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The initializers of one quantized weight (K, N).
+
+    codes: (K, N) of the grid's type. scale: (G, N). zero_point: (G, N) of the codes' type, None when symmetric.
+    block_size: rows that share a scale.
+    """
+
+    codes: ir.Value
+    scale: ir.Value
+    zero_point: ir.Value | None
+    block_size: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return constant(self.codes).dtype.bitwidth
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them together."""
+        values = (self.codes, self.scale, self.zero_point)
+        return sum(constant(value).nbytes for value in values if value is not None)
+
+
+def pack_nibbles(codes: Codes) -> npt.NDArray[np.uint8]:
+    """Codes in ONNX's 4-bit layout: flat, two a byte, the first in the low nibble; the last byte padded with zero."""
+    flat = np.ascontiguousarray(codes).reshape(-1).astype(np.uint8) & 15
+    if flat.size % 2:
+        flat = np.concatenate([flat, np.zeros(1, np.uint8)])
+    packed: npt.NDArray[np.uint8] = flat[::2] | (flat[1::2] << 4)
+    return packed
+
+
+def store(model: ir.Model, name: str, quantized: Quantized) -> Tensors:
+    """Add the initializers of a quantized weight to the model, named after the float weight."""
+    spec, qparams = quantized.spec, quantized.qparams
+    suffix = f"int{spec.bits}"
+    codes = _integer(model, f"{name}.{suffix}", quantized.codes, spec.dtype)
+    scale = add_initializer(model, f"{name}.{suffix}.scale", ir.tensor(qparams.scale.astype(spec.scale_dtype)))
+    zero_point = None
+    if not spec.symmetric:
+        zero_point = _integer(model, f"{name}.{suffix}.zero_point", qparams.zero_point.astype(np.uint8), spec.dtype)
+    return Tensors(codes, scale, zero_point, spec.group_size(quantized.codes.shape[0]))
+
+
+def replace_matmul(model: ir.Model, linear: Linear, tensors: Tensors) -> None:
+    """Turn the MatMul node into MatMulInt4 or MatMulInt8, in place: its outputs stay the same values."""
+    inputs = [linear.activation, tensors.codes, tensors.scale]
+    if tensors.zero_point is not None:
+        inputs.append(tensors.zero_point)
+    transposed = linear.node.inputs[1].producer() if linear.transposed and linear.node.inputs[1] else None
+    _become(model, linear.node, f"MatMulInt{tensors.bits}", inputs, tensors.block_size)
+    if transposed is not None and not transposed.outputs[0].uses() and transposed.graph is not None:
+        transposed.graph.remove(transposed, safe=True)
+    drop_unused(model, linear.weight)
+
+
+def replace_embedding(model: ir.Model, embedding: Embedding, tensors: Tensors) -> None:
+    """Turn the Gather node into EmbeddingInt4 or EmbeddingInt8, in place."""
+    if tensors.zero_point is None:
+        raise ValueError("an embedding operator always has zero points")
+    codes, zero_point = tensors.codes, tensors.zero_point
+    if tensors.bits == 4:
+        codes, zero_point = _as_bytes(model, codes), _as_bytes(model, zero_point)
+    inputs = [embedding.indices, codes, tensors.scale, zero_point]
+    _become(model, embedding.node, f"EmbeddingInt{tensors.bits}", inputs, tensors.block_size)
+    drop_unused(model, embedding.table)
+
+
+def add_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """A new initializer of the main graph; a number is appended to a name that is taken."""
+    taken, base, count = model.graph.initializers, name, 1
+    while name in taken:
+        name, count = f"{base}.{count}", count + 1
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def drop_unused(model: ir.Model, value: ir.Value) -> None:
+    """Remove an initializer that nothing reads any more."""
+    if not value.uses() and not value.is_graph_output() and value.name in model.graph.initializers:
+        del model.graph.initializers[value.name]
+
+
+def floats(value: ir.Value) -> Array:
+    """A constant as float32."""
+    return np.asarray(constant(value).numpy(), dtype=np.float32)
+
+
+def _integer(model: ir.Model, name: str, codes: Codes, dtype: ir.DataType) -> ir.Value:
+    if dtype.bitwidth == 8:
+        return add_initializer(model, name, ir.Tensor(codes, dtype=dtype))
+    return add_initializer(model, name, ir.PackedTensor(pack_nibbles(codes), dtype, shape=ir.Shape(codes.shape)))
+
+
+def _as_bytes(model: ir.Model, value: ir.Value) -> ir.Value:
+    """A 4-bit tensor (R, V) as uint8 (R, ceil(V / 2)): with V even the very same bytes, which the file stores once."""
+    name, tensor = f"{value.name}.bytes", constant(value)
+    if name in model.graph.initializers:
+        return model.graph.initializers[name]
+    rows, columns = (int(size) for size in tensor.shape)
+    if columns % 2 == 0:
+        packed = np.frombuffer(tensor.tobytes(), np.uint8).reshape(rows, columns // 2)
+    else:
+        codes = np.asarray(tensor.numpy()).astype(np.uint8)
+        packed = pack_nibbles(np.pad(codes, ((0, 0), (0, 1)))).reshape(rows, -1)
+    return add_initializer(model, name, ir.Tensor(packed))
+
+
+def _become(model: ir.Model, node: ir.Node, operator: str, inputs: list[ir.Value], block_size: int) -> None:
+    functions.register(model, operator)
+    node.resize_inputs(len(inputs))
+    for i, value in enumerate(inputs):
+        node.replace_input_with(i, value)
+    node.op_type, node.domain, node.overload = operator, functions.DOMAIN, ""
+    node.attributes.clear()
+    node.attributes["block_size"] = ir.AttrInt64("block_size", block_size)

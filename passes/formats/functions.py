@@ -1,0 +1,85 @@
+"""The operators of domain `qcompile`, as ONNX functions of standard operators.
+
+The body is the specification, the oracle of the tests, and what runs where no kernel library is registered.
+
+| operator | inputs | output |
+|---|---|---|
+| MatMulInt4, MatMulInt8 | x (…, K); w (K, N); scale (G, N); zero_point (G, N), optional | (…, N) |
+| EmbeddingInt4 | indices (…) int; w (K, ceil(V / 2)) uint8, two codes a byte; scale (G, V); zero_point (G, ceil(V / 2)) | (…, K) |
+| EmbeddingInt8 | indices (…) int; w (K, V); scale (G, V); zero_point (G, V) | (…, K) |
+
+G = ceil(K / block_size). Codes of element (k, n) decode to (w - zero_point) * scale of group k // block_size.
+An embedding reads columns of the very tensor that a tied lm_head multiplies with, so both can share one copy; 4-bit
+tables are read as bytes because ONNX Runtime gathers no 4-bit types.
+"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,valid-type,misc"
+# ruff: noqa: RUF100
+
+from functools import cache
+
+import onnx_ir as ir
+import onnxscript
+from onnxscript import INT64
+from onnxscript import opset21 as op
+
+DOMAIN = "qcompile"
+VERSION = 1
+_DOMAIN_OPSET = onnxscript.values.Opset(DOMAIN, VERSION)
+
+
+@onnxscript.script(_DOMAIN_OPSET, default_opset=op)
+def MatMulInt4(x, w, scale, zero_point, block_size: int):  # noqa: N802
+    return op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size))
+
+
+@onnxscript.script(_DOMAIN_OPSET, default_opset=op)
+def MatMulInt8(x, w, scale, zero_point, block_size: int):  # noqa: N802
+    return op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size))
+
+
+@onnxscript.script(_DOMAIN_OPSET, default_opset=op)
+def EmbeddingInt8(indices: INT64, w, scale, zero_point, block_size: int):  # noqa: N802
+    flat = op.Reshape(indices, op.Constant(value_ints=[-1]))
+    codes = op.Gather(w, flat, axis=1)
+    scales = op.Gather(scale, flat, axis=1)
+    zero_points = op.Gather(zero_point, flat, axis=1)
+    columns = op.DequantizeLinear(codes, scales, zero_points, axis=0, block_size=block_size)
+    shape = op.Concat(op.Shape(indices), op.Shape(w, start=0, end=1), axis=0)
+    return op.Reshape(op.Transpose(columns, perm=[1, 0]), shape)
+
+
+@onnxscript.script(_DOMAIN_OPSET, default_opset=op)
+def EmbeddingInt4(indices: INT64, w, scale, zero_point, block_size: int):  # noqa: N802
+    flat = op.Cast(op.Reshape(indices, op.Constant(value_ints=[-1])), to=7)
+    two = op.Constant(value_int=2)
+    # Element 2j of a row is the low nibble of byte j, element 2j + 1 the high one; negative indices keep their parity.
+    odd = op.Mod(flat, two)
+    byte = op.Div(op.Sub(flat, odd), two)
+    shift = op.Cast(op.Mul(odd, op.Constant(value_int=4)), to=2)
+    mask = op.Cast(op.Constant(value_int=15), to=2)
+    codes = op.BitwiseAnd(op.BitShift(op.Gather(w, byte, axis=1), shift, direction="RIGHT"), mask)
+    zero_points = op.BitwiseAnd(op.BitShift(op.Gather(zero_point, byte, axis=1), shift, direction="RIGHT"), mask)
+    scales = op.Gather(scale, flat, axis=1)
+    columns = op.DequantizeLinear(codes, scales, zero_points, axis=0, block_size=block_size)
+    shape = op.Concat(op.Shape(indices), op.Shape(w, start=0, end=1), axis=0)
+    return op.Reshape(op.Transpose(columns, perm=[1, 0]), shape)
+
+
+@cache
+def _protos() -> dict[str, bytes]:
+    functions = (MatMulInt4, MatMulInt8, EmbeddingInt8, EmbeddingInt4)
+    return {function.name: function.to_function_proto().SerializeToString() for function in functions}
+
+
+def body(name: str) -> ir.Function:
+    """A fresh copy of the operator's ONNX function."""
+    import onnx
+
+    return ir.from_proto(onnx.FunctionProto.FromString(_protos()[name]))
+
+
+def register(model: ir.Model, name: str) -> None:
+    """Make sure that the model carries the operator's body and imports its domain."""
+    function = body(name)
+    model.functions.setdefault(function.identifier(), function)
+    model.graph.opset_imports.setdefault(DOMAIN, VERSION)

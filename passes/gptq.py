@@ -1,0 +1,178 @@
+"""Error-compensated rounding (GPTQ, Frantar et al. 2022) from the Gram matrix alone."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, expand, quantize, storable
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.linears import Linear, find_linears, vocabulary_size
+from qcompile.passes.policy import Policy
+from qcompile.passes.rounding import better_columns, relative_error
+from qcompile.passes.spec import QuantSpec
+from qcompile.passes.statistics import Statistics
+
+_BLOCK = 128
+QUANTIZED = "qcompile.quantized"
+
+
+@dataclass(frozen=True)
+class ErrorCompensated:
+    """Rounds a weight row by row, in order of falling activation energy, and spreads each error over the rows to come.
+
+    Groups are static: their ranges are chosen before any row is rounded, so codes stay in natural order and nothing
+    is permuted at run time. Afterwards `sweeps` rounds of coordinate descent revisit every code with all others
+    fixed, and the group scales are refit by least squares for the codes chosen; a column keeps a step only if its exact
+    output error fell.
+
+    damping: added to the Gram matrix's diagonal, as a fraction of it.
+    """
+
+    damping: float = 0.01
+    sweeps: int = 2
+    refit: bool = True
+
+    def __call__(self, w: Array, spec: QuantSpec, statistics: Statistics | None) -> Quantized:
+        """Codes of w (K, N) that keep X·w, by the statistics of X."""
+        if statistics is None:
+            raise TypeError("error-compensated rounding needs statistics")
+        w = np.ascontiguousarray(w, dtype=np.float32)
+        gram = _damped(statistics.gram, self.damping)
+        qparams = choose_qparams(w, spec, importance=np.diagonal(gram))
+        nearest = Quantized(quantize(w, qparams, spec), qparams, spec)
+        best = better_columns(nearest, _compensate(w, gram, qparams, spec), w, statistics)
+        for _ in range(self.sweeps):
+            if self.refit:
+                best = better_columns(best, _refit_scales(w, gram, best), w, statistics)
+            best = better_columns(best, _descend(w, gram, best), w, statistics)
+        if self.refit:
+            best = better_columns(best, _refit_scales(w, gram, best), w, statistics)
+        return best
+
+
+class Gptq(Pass):
+    """Choose codes by error-compensated rounding on the Gram matrix (act-order, static groups, refit scales)."""
+
+    name: ClassVar[str] = "gptq"
+    needs_statistics: ClassVar[bool] = True
+    followed_by: ClassVar[tuple[str, ...]] = ("pack",)
+
+    def __init__(self, policy: Policy, *, damping: float = 0.01, sweeps: int = 2, refit: bool = True) -> None:
+        super().__init__()
+        self.policy = policy
+        self.rounding = ErrorCompensated(damping, sweeps, refit)
+
+    def call(self, region: Region) -> None:
+        """Leave the codes of every quantizable linear with statistics in its weight's meta, for `pack` to write."""
+        vocabulary = vocabulary_size(region.model)
+        together: dict[tuple[int, QuantSpec], list[Linear]] = {}
+        for linear in find_linears(region.live_nodes()):
+            spec = self.policy.for_linear(linear, vocabulary)
+            if isinstance(spec, str) or QUANTIZED in linear.weight.meta:
+                continue
+            if linear.activation not in region.statistics:
+                self.decide(linear.name, "skipped", "its input was not observed")
+                continue
+            together.setdefault((id(linear.activation), spec), []).append(linear)
+        for (_, spec), linears in together.items():
+            self._round(linears, spec, region.statistics[linears[0].activation])
+
+    def _round(self, linears: list[Linear], spec: QuantSpec, statistics: Statistics) -> None:
+        """Round the weights that share an input side by side: columns do not affect each other."""
+        weights = [statistics.target(linear.read()) for linear in linears]
+        joint = self.rounding(np.concatenate(weights, axis=1), spec, statistics)
+        start = 0
+        for linear, w in zip(linears, weights, strict=True):
+            stop = start + w.shape[1]
+            part = _columns(joint, start, stop)
+            linear.weight.meta[QUANTIZED] = part
+            error = relative_error(part.dequantize() - w, w, statistics.gram)
+            self.decide(linear.name, "rounded", "error-compensated", relative_error=error)
+            start = stop
+
+
+def _columns(q: Quantized, start: int, stop: int) -> Quantized:
+    part = QParams(q.qparams.scale[:, start:stop], q.qparams.zero_point[:, start:stop])
+    return Quantized(np.ascontiguousarray(q.codes[:, start:stop]), part, q.spec)
+
+
+def _damped(gram: Array, damping: float) -> Array:
+    """The Gram matrix with its diagonal raised: each channel by a fraction of itself, dead channels to the mean."""
+    diagonal = np.diagonal(gram).astype(np.float64)
+    floor = 1e-6 * float(diagonal.mean()) + 1e-12
+    damped = gram.copy()
+    np.fill_diagonal(damped, (diagonal * (1 + damping) + floor).astype(np.float32))
+    return damped
+
+
+def _inverse_factor(gram: Array) -> npt.NDArray[np.float64]:
+    """Upper triangular U with UᵀU = gram⁻¹, from the Cholesky factor of the matrix read backwards."""
+    backwards = np.linalg.cholesky(gram[::-1, ::-1].astype(np.float64))
+    return np.linalg.inv(backwards[::-1, ::-1])
+
+
+def _compensate(w: Array, gram: Array, qparams: QParams, spec: QuantSpec) -> Quantized:
+    """The GPTQ sweep over w (K, N) in order of falling energy."""
+    k = w.shape[0]
+    order = np.argsort(-np.diagonal(gram), kind="stable")
+    upper = _inverse_factor(gram[order][:, order]).astype(np.float32)
+    scale, zero = (expand(p, spec, k)[order] for p in (qparams.scale, qparams.zero_point))
+    work, codes = w[order], np.empty(w.shape, np.float32)
+    for start in range(0, k, _BLOCK):
+        stop = min(start + _BLOCK, k)
+        block, errors = work[start:stop], np.empty((stop - start, w.shape[1]), np.float32)
+        for i in range(stop - start):
+            row = start + i
+            codes[row] = np.clip(np.rint(block[i] / scale[row]) + zero[row], spec.qmin, spec.qmax)
+            errors[i] = (block[i] - (codes[row] - zero[row]) * scale[row]) / upper[row, row]
+            block[i + 1 :] -= upper[row, row + 1 : stop, None] * errors[i]
+        work[stop:] -= upper[start:stop, stop:].T @ errors
+    natural = np.empty_like(codes)
+    natural[order] = codes
+    return Quantized(natural.astype(np.int8 if spec.symmetric else np.uint8), qparams, spec)
+
+
+def _descend(w: Array, gram: Array, q: Quantized) -> Quantized:
+    """One pass of coordinate descent: each code set to its best value with all other codes fixed."""
+    spec, k = q.spec, w.shape[0]
+    scale, zero = expand(q.qparams.scale, spec, k), expand(q.qparams.zero_point, spec, k)
+    levels = q.codes.astype(np.float32) - zero
+    pull = gram @ (w - levels * scale)
+    diagonal = np.diagonal(gram)
+    for start in range(0, k, _BLOCK):
+        stop = min(start + _BLOCK, k)
+        local, change = gram[start:stop, start:stop], np.zeros((stop - start, w.shape[1]), np.float32)
+        block = pull[start:stop]
+        for i in range(stop - start):
+            row = start + i
+            wish = levels[row] + block[i] / (diagonal[row] * scale[row])
+            better = np.clip(np.rint(wish), spec.qmin - zero[row], spec.qmax - zero[row])
+            change[i] = (better - levels[row]) * scale[row]
+            levels[row] = better
+            block[i + 1 :] -= local[i + 1 :, i, None] * change[i]
+        if stop < k:
+            pull[stop:] -= gram[stop:, start:stop] @ change
+    return Quantized((levels + zero).astype(q.codes.dtype), q.qparams, spec)
+
+
+def _refit_scales(w: Array, gram: Array, q: Quantized) -> Quantized:
+    """The least-squares group scales for fixed codes: with A the group-wise levels, solve (AᵀGA) s = AᵀGw a column."""
+    spec, (k, n) = q.spec, w.shape
+    groups, size = spec.groups(k), spec.group_size(k)
+    levels = q.codes.astype(np.float32) - expand(q.qparams.zero_point, spec, k)
+    starts = np.arange(0, k, size)
+    right = np.add.reduceat(levels * (gram @ w), starts, axis=0)
+    normal = np.empty((n, groups, groups), np.float64)
+    for j in range(groups):
+        part = slice(j * size, min((j + 1) * size, k))
+        normal[:, j] = np.add.reduceat(levels * (gram[:, part] @ levels[part]), starts, axis=0).T
+    diagonal = np.einsum("nii->ni", normal)
+    diagonal += 1e-4 * diagonal + 1e-9 * diagonal.max(initial=0.0) + 1e-30
+    solved = np.linalg.solve(normal, right.T.astype(np.float64)[..., None])[..., 0].T.astype(np.float32)
+    usable = np.isfinite(solved) & (np.abs(solved) > 0)
+    if not spec.signed_scale or not spec.symmetric:
+        usable &= solved > 0
+    scale = storable(np.where(usable, solved, q.qparams.scale), spec)
+    return Quantized(q.codes, QParams(scale, q.qparams.zero_point), spec)

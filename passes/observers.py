@@ -1,0 +1,90 @@
+"""Observers: graph rewrites that reduce an activation to statistics inside ONNX Runtime."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+GRAM, ABSMAX, CROSS, ROWS = ".gram", ".absmax", ".cross", ".rows_seen"
+
+
+def observe(graph: onnx.GraphProto, value: str, *, reference: str | None = None) -> list[str]:
+    """Append reductions of the activation `value` (…, K) to a graph; returns the names of the new outputs.
+
+    `value`.gram (K, K) = XᵀX and `value`.absmax (K,), float32, and the number of rows (1,) int64; with `reference`, another activation of that shape,
+    also `value`.cross (K, K) = XᵀX₀.
+    """
+    rows = _rows(graph, value)
+    axis0 = _constant(graph, "qcompile.axis0", [0])
+    transposed = f"{value}.transposed"
+    graph.node.extend(
+        [
+            helper.make_node("Transpose", [rows], [transposed], perm=[1, 0]),
+            helper.make_node("MatMul", [transposed, rows], [value + GRAM]),
+            helper.make_node("Abs", [rows], [f"{value}.abs"]),
+            helper.make_node("ReduceMax", [f"{value}.abs", axis0], [value + ABSMAX], keepdims=0),
+            helper.make_node("Shape", [rows], [value + ROWS], end=1),
+        ]
+    )
+    add_outputs(graph, [value + ROWS], TensorProto.INT64)
+    outputs = [value + GRAM, value + ABSMAX]
+    if reference is not None:
+        graph.node.append(helper.make_node("MatMul", [transposed, _rows(graph, reference)], [value + CROSS]))
+        outputs.append(value + CROSS)
+    add_outputs(graph, outputs)
+    return outputs
+
+
+def difference(value: str, end: str) -> str:
+    """The name of ‖value - reference‖² that `compare_product` adds."""
+    return f"{value}{end}.difference2"
+
+
+def reference(value: str, end: str) -> str:
+    """The name of ‖reference‖² that `compare_product` adds."""
+    return f"{value}{end}.reference2"
+
+
+def compare_product(graph: onnx.GraphProto, y: str, x: str, weight: str, end: str) -> list[str]:
+    """Append ‖y - x·weight‖² and ‖x·weight‖², float32 scalars, as outputs; returns their names."""
+    product, delta = f"{y}{end}.product", f"{y}{end}.delta"
+    names = [difference(y, end), reference(y, end)]
+    graph.node.append(helper.make_node("MatMul", [_float(graph, x), weight], [product]))
+    graph.node.append(helper.make_node("Sub", [_float(graph, y), product], [delta]))
+    for source, name in zip((delta, product), names, strict=True):
+        graph.node.append(helper.make_node("ReduceSumSquare", [source], [name], keepdims=0))
+    add_outputs(graph, names)
+    return names
+
+
+def add_outputs(graph: onnx.GraphProto, names: Iterable[str], element_type: int = TensorProto.FLOAT) -> None:
+    """Declare values as graph outputs, of unknown shape."""
+    graph.output.extend(helper.make_tensor_value_info(name, element_type, None) for name in names)
+
+
+def _float(graph: onnx.GraphProto, value: str) -> str:
+    name = f"{value}.float"
+    if not any(name in node.output for node in graph.node):
+        graph.node.append(helper.make_node("Cast", [value], [name], to=TensorProto.FLOAT))
+    return name
+
+
+def _rows(graph: onnx.GraphProto, value: str) -> str:
+    """The value as a float32 matrix (rows, K)."""
+    shape, name = f"{value}.last", f"{value}.rows"
+    minus_one = _constant(graph, "qcompile.minus1", [-1])
+    graph.node.extend(
+        [
+            helper.make_node("Shape", [value], [shape], start=-1),
+            helper.make_node("Concat", [minus_one, shape], [f"{value}.shape2"], axis=0),
+            helper.make_node("Reshape", [_float(graph, value), f"{value}.shape2"], [name]),
+        ]
+    )
+    return name
+
+
+def _constant(graph: onnx.GraphProto, name: str, values: list[int]) -> str:
+    if not any(tensor.name == name for tensor in graph.initializer):
+        graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
+    return name

@@ -1,0 +1,122 @@
+"""Writing quantized weights into the graph."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from qcompile.passes.affine import Quantized
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.formats import emit
+from qcompile.passes.gptq import QUANTIZED
+from qcompile.passes.linears import Embedding, Linear, as_linear, find_embeddings, find_linears, vocabulary_size
+from qcompile.passes.policy import Policy
+from qcompile.passes.rounding import relative_error, round_to_nearest, round_with_clip
+from qcompile.passes.spec import QuantSpec
+
+# Weight meta: the emitted initializers by spec, for every later node that uses the same weight.
+PACKED = "qcompile.packed"
+# Node meta: the float weight a packed node stands for, until the node is verified.
+REFERENCE = "qcompile.reference"
+# Weight meta, set by awq: whether ranges may be clipped.
+CLIP = "qcompile.clip"
+
+
+class Pack(Pass):
+    """Replace float weights by integer codes and scales: MatMul by MatMulInt4 or MatMulInt8, lookups by Embedding…
+
+    Case 1: codes chosen by an earlier pass (`gptq`) are written as they are.
+    Case 2: with statistics, ranges are clipped by E[x²]-weighted search where that lowers the exact output error.
+    Case 3: otherwise plain rounding to nearest on the range of each group.
+    Case 4: a weight that several nodes share, a tied embedding among them, is stored once.
+    """
+
+    name: ClassVar[str] = "pack"
+
+    def __init__(self, policy: Policy, *, keep_reference: bool = True) -> None:
+        super().__init__()
+        self.policy = policy
+        self.keep_reference = keep_reference
+
+    def call(self, region: Region) -> None:
+        """Rewrite every quantizable node of the region in place; skip the others with a reason."""
+        vocabulary = vocabulary_size(region.model)
+        nodes = list(region.live_nodes())
+        for linear in find_linears(nodes):
+            spec = self.policy.for_linear(linear, vocabulary)
+            if isinstance(spec, str):
+                self._keep(linear, spec)
+            else:
+                self._pack_linear(region, linear, spec)
+        for embedding in find_embeddings(nodes):
+            chosen = self.policy.for_embedding(embedding)
+            if isinstance(chosen, str):
+                self._keep(embedding, chosen)
+            else:
+                self._pack_embedding(region, embedding, chosen)
+
+    def skip_rest(self, region: Region) -> None:
+        """Account for the nodes with weights that no format covers."""
+        for node in region.live_nodes():
+            if node.op_type == "MatMul" and node.domain == "" and isinstance(reason := as_linear(node), str):
+                weights = max((v.const_value.size for v in node.inputs if v is not None and v.const_value), default=0)
+                if weights:
+                    self.decide(node.name or "", "skipped", reason, kind="MatMul", weights=weights)
+            elif node.op_type in {"Conv", "ConvTranspose", "Gemm", "LSTM", "GRU"}:
+                self.decide(node.name or "", "skipped", f"no packed format for {node.op_type} weights", kind=node.op_type)
+
+    def _keep(self, site: Linear | Embedding, reason: str) -> None:
+        kind = "MatMul" if isinstance(site, Linear) else "Gather"
+        size, name = int(np.prod(site.shape)), _weight_name(site)
+        self.decide(site.name, "kept", reason, kind=kind, weights=size, weight=name)
+
+    def _pack_linear(self, region: Region, linear: Linear, spec: QuantSpec) -> None:
+        statistics = region.statistics.get(linear.activation)
+        stored = linear.weight.meta.setdefault(PACKED, {})
+        w = linear.read()
+        key = (spec, linear.transposed)
+        if key not in stored:
+            quantized: Quantized | None = linear.weight.meta.pop(QUANTIZED, None)
+            if quantized is None or quantized.spec != spec:
+                clip = linear.weight.meta.get(CLIP, True)
+                rounding = round_with_clip if clip else round_to_nearest
+                quantized = rounding(w, spec, statistics)
+            stored[key] = (quantized, emit.store(region.model, str(linear.weight.name), quantized))
+        quantized, tensors = stored[key]
+        detail: dict[str, object] = {}
+        if statistics is not None:
+            detail["predicted_error"] = relative_error(quantized.dequantize() - w, w, statistics.gram)
+        if self.keep_reference:
+            linear.node.meta[REFERENCE] = (w, quantized)
+        emit.replace_matmul(region.model, linear, tensors)
+        self._quantized(linear, spec, linear.shape[0], tensors, **detail)
+
+    def _pack_embedding(self, region: Region, embedding: Embedding, spec: QuantSpec) -> None:
+        # A table (V, K) is the transpose of the (K, V) weight that a tied lm_head multiplies with.
+        stored = embedding.table.meta.setdefault(PACKED, {})
+        key = (spec, True)
+        if key not in stored:
+            w = np.ascontiguousarray(np.asarray(emit.floats(embedding.table)).T)
+            quantized = round_to_nearest(w, spec, None)
+            stored[key] = (quantized, emit.store(region.model, str(embedding.table.name), quantized))
+        _, tensors = stored[key]
+        emit.replace_embedding(region.model, embedding, tensors)
+        self._quantized(embedding, spec, embedding.shape[1], tensors)
+
+    def _quantized(
+        self, site: Linear | Embedding, spec: QuantSpec, k: int, tensors: emit.Tensors, **detail: object
+    ) -> None:
+        self.decide(
+            site.name,
+            "quantized",
+            str(spec),
+            kind="MatMul" if isinstance(site, Linear) else "Gather",
+            weights=int(np.prod(site.shape)),
+            weight=_weight_name(site),
+            bytes=tensors.nbytes,
+            bits_per_weight=spec.bits_per_weight(k, 8 * np.dtype(spec.scale_dtype).itemsize),
+            **detail,
+        )
+
+
+def _weight_name(site: Linear | Embedding) -> str:
+    return str((site.weight if isinstance(site, Linear) else site.table).name)
