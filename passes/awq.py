@@ -1,0 +1,100 @@
+"""Activation-aware weight quantization: scale salient channels up before rounding (Lin et al. 2023)."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from qcompile.passes.affine import Array
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.errors import UserError
+from qcompile.passes.fold import fold
+from qcompile.passes.linears import find_linears, vocabulary_size
+from qcompile.passes.pairs import find_pairs
+from qcompile.passes.policy import Policy
+from qcompile.passes.rounding import Rounding
+from qcompile.passes.scale_search import Choice, Judge, Judges, normalized, search_all, weight_power
+
+# Whether the linear's rounding may clip its ranges; `pack` reads it from the weight's meta.
+CLIP = "qcompile.clip"
+
+_SAMPLES = 96
+_FINALISTS = 3
+# Exponents of the weight's root mean square: none, as in the paper's text, or a half.
+_WEIGHT_EXPONENTS = (0.0, 0.5)
+_LARGEST = 0.8
+
+
+class Awq(Pass):
+    """Scale salient input channels by activation magnitude, searched on a grid by the exact output error.
+
+    Each pair (see `pairs`) is divided by s = E[x²]^(beta / 2) / E[w²]^(gamma / 2) per channel, where that lowers the
+    output error after `rounding`.
+    grid: number of betas in a first round; a second, finer one follows around the best.
+    clip: let `pack` clip the range of each group, column by column where that lowers the output error.
+    insert_mul: where no constant can absorb the factor, add a Mul (which costs run time).
+    """
+
+    name: ClassVar[str] = "awq"
+    needs_statistics: ClassVar[bool] = True
+    followed_by: ClassVar[tuple[str, ...]] = ("pack",)
+
+    def __init__(
+        self,
+        policy: Policy,
+        rounding: Rounding,
+        *,
+        grid: int = 8,
+        clip: bool = True,
+        insert_mul: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if grid < 1:
+            raise UserError(f"awq: grid must be at least 1, got {grid}")
+        self.policy, self.rounding, self.grid, self.seed = policy, rounding, grid, seed
+        self.clip, self.insert_mul = clip, insert_mul
+
+    def call(self, region: Region) -> None:
+        """Choose all factors on the region as it is, fold them, and mark the weights whose ranges may be clipped."""
+        pairs, skipped = find_pairs(region, insert=self.insert_mul)
+        self.decisions += skipped
+        judges = Judges(region, self.policy, self.rounding, samples=_SAMPLES, seed=self.seed)
+        choices = search_all(pairs, judges, self._search)
+        for pair, choice in zip(pairs, choices, strict=True):
+            linears = [linear.name for linear in pair.linears]
+            if isinstance(choice, str):
+                self.decide(pair.name, "skipped", choice, linears=linears)
+                continue
+            detail = {"kind": pair.kind, "linears": linears, "relative_loss": choice.relative_loss}
+            if not choice.worth_it:
+                self.decide(pair.name, "skipped", "no scale lowers the output error", **detail)
+                continue
+            fold(pair, choice.factor, region)
+            self.decide(pair.name, "folded", choice.label, **detail)
+        self._mark(region)
+
+    def _mark(self, region: Region) -> None:
+        vocabulary = vocabulary_size(region.model)
+        for linear in find_linears(region.live_nodes()):
+            if not isinstance(self.policy.for_linear(linear, vocabulary), str):
+                linear.weight.meta[CLIP] = self.clip
+
+    def _search(self, judge: Judge) -> Choice | None:
+        energy = judge.pair.pool_mean(judge.statistics.mean_square)
+        power = weight_power(judge.pair)
+        spacing = _LARGEST / self.grid
+
+        def candidates(betas: list[float]) -> dict[str, Array]:
+            exponents = [(beta, gamma) for beta in betas for gamma in _WEIGHT_EXPONENTS]
+            return {f"beta={b:.3g} gamma={g:g}": awq_factor(energy, power, b, g) for b, g in exponents}
+
+        coarse = candidates([spacing * (i + 1) for i in range(self.grid)])
+        return judge.best(coarse, finalists=_FINALISTS)
+
+
+def awq_factor(energy: Array, power: Array, beta: float, gamma: float) -> Array:
+    """s = E[x²]^(beta / 2) / E[w²]^(gamma / 2), geometric mean 1, float32 (K,); 1 for channels that are always zero."""
+    dead = (energy == 0) | (power == 0)
+    with np.errstate(divide="ignore"):
+        factor = energy ** (beta / 2) / power ** (gamma / 2)
+    return normalized(np.where(dead, 0, factor))

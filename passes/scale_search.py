@@ -1,0 +1,143 @@
+"""Judging channel factors: the exact output error after the rounding that will follow, on a sample of columns.
+
+A factor s (K,) turns weights W into s·W and the Gram matrix G into G / (s sᵀ), which leaves X W alone; what it changes
+is the rounding. The loss is tr(Dᵀ G D) with D = rounding(s·W) / s - W, summed over the quantized linears of a pair.
+Columns are rounded independently of each other, so a sample of them tells enough.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qcompile.passes.affine import Array, output_error
+from qcompile.passes.base import Region
+from qcompile.passes.fold import row_peaks
+from qcompile.passes.linears import vocabulary_size
+from qcompile.passes.pairs import Pair
+from qcompile.passes.policy import Policy
+from qcompile.passes.rounding import Rounding, round_to_nearest
+from qcompile.passes.spec import QuantSpec
+from qcompile.passes.statistics import Statistics
+
+# A factor must lower the sampled loss by this fraction to be kept: less is within the noise of the sample.
+MARGIN = 0.005
+# Factors lie within this range around their geometric mean.
+_WIDEST = 1e3
+_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A candidate's label, its factor (K,), and the sampled loss relative to no factor at all."""
+
+    label: str
+    factor: Array
+    relative_loss: float
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether the factor beats doing nothing by more than the noise."""
+        return self.relative_loss < 1 - MARGIN
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """The loss of a pair as a function of its factor.
+
+    columns: for each spec, sampled weight columns of the linears that use it, float32 (K, n).
+    """
+
+    pair: Pair
+    statistics: Statistics
+    rounding: Rounding
+    columns: list[tuple[QuantSpec, Array]]
+
+    def loss(self, factor: Array | None, rounding: Rounding | None = None) -> float:
+        """Σ ‖X (Ŵ / s - W)‖² with the factor s (K,), None for all ones, after `rounding` (the judge's own)."""
+        rounding = rounding or self.rounding
+        statistics = self.statistics
+        if factor is not None and rounding is not round_to_nearest:
+            statistics = replace(statistics)
+            statistics.rescale(factor)
+        rows = np.ones((self.statistics.gram.shape[0], 1), np.float32) if factor is None else factor[:, None]
+        total = 0.0
+        for spec, w in self.columns:
+            rounded = rounding(w * rows, spec, statistics).dequantize()
+            total += output_error(rounded / rows - w, self.statistics.gram)
+        return total
+
+    def best(self, candidates: Mapping[str, Array], *, finalists: int) -> Choice | None:
+        """The candidate of least loss: plain rounding, which is cheap, names the finalists, `rounding` decides."""
+        base = self.loss(None)
+        if not candidates or not base > 0:
+            return None
+        if len(candidates) > finalists:
+            screened = {label: self.loss(factor, round_to_nearest) for label, factor in candidates.items()}
+            candidates = {label: candidates[label] for label in sorted(screened, key=screened.__getitem__)[:finalists]}
+        losses = {label: self.loss(factor) for label, factor in candidates.items()}
+        label = min(losses, key=losses.__getitem__)
+        return Choice(label, candidates[label], losses[label] / base)
+
+
+class Judges:
+    """Makes the judge of a pair. samples: about how many columns it rounds for one candidate."""
+
+    def __init__(self, region: Region, policy: Policy, rounding: Rounding, *, samples: int, seed: int) -> None:
+        self.statistics, self.rounding, self.samples, self.seed = region.statistics, rounding, samples, seed
+        self._policy, self._vocabulary = policy, vocabulary_size(region.model)
+
+    def __call__(self, pair: Pair) -> Judge | str:
+        """The judge of a pair, or why there is nothing to judge."""
+        statistics = self.statistics.get(pair.value)
+        if statistics is None:
+            return "its input was not observed"
+        specs = [(linear, self._policy.for_linear(linear, self._vocabulary)) for linear in pair.linears]
+        quantized = [(linear, spec) for linear, spec in specs if isinstance(spec, QuantSpec)]
+        if not quantized:
+            return f"none of its linears is quantized: {specs[0][1]}"
+        rng = np.random.default_rng([self.seed, zlib.crc32(pair.name.encode())])
+        fraction = min(1.0, self.samples / sum(linear.shape[1] for linear, _ in quantized))
+        by_spec: dict[QuantSpec, list[Array]] = {}
+        for linear, spec in quantized:
+            n = linear.shape[1]
+            chosen = np.sort(rng.choice(n, int(np.ceil(n * fraction)), replace=False))
+            by_spec.setdefault(spec, []).append(linear.read()[:, chosen])
+        columns = [(spec, statistics.target(np.concatenate(parts, axis=1))) for spec, parts in by_spec.items()]
+        return Judge(pair, statistics, self.rounding, columns)
+
+
+def search_all(pairs: list[Pair], judges: Judges, search: Callable[[Judge], Choice | None]) -> list[Choice | str]:
+    """For every pair its choice, or why it has none. Pairs are searched side by side; the order changes nothing."""
+
+    def one(pair: Pair) -> Choice | str:
+        judge = judges(pair)
+        if isinstance(judge, str):
+            return judge
+        return search(judge) or "its inputs or weights are all zero, or rounding is exact"
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(one, pairs))
+
+
+def normalized(factor: Array) -> Array:
+    """The factor (K,) with geometric mean 1, kept in range; 1 where it says nothing (dead channels, zero weights)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logarithm = np.log(factor.astype(np.float64))
+    usable = np.isfinite(logarithm)
+    center = logarithm[usable].mean() if usable.any() else 0.0
+    logarithm = np.where(usable, logarithm - center, 0.0)
+    return np.asarray(np.exp(np.clip(logarithm, -np.log(_WIDEST), np.log(_WIDEST))), np.float32)
+
+
+def weight_peaks(pair: Pair) -> Array:
+    """max |W| of each input channel over the linears of the pair, pooled where channels share a factor; (K,)."""
+    return pair.pool_max(np.max([row_peaks(linear) for linear in pair.linears], axis=0))
+
+
+def weight_power(pair: Pair) -> Array:
+    """E[W²] of each input channel over the linears of the pair, pooled where channels share a factor; (K,)."""
+    total = np.sum([np.square(linear.read()).sum(axis=1) for linear in pair.linears], axis=0)
+    return pair.pool_mean(total / sum(linear.shape[1] for linear in pair.linears))

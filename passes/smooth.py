@@ -1,0 +1,71 @@
+"""SmoothQuant: migrate outliers from activations into weights, by constants only (Xiao et al. 2022)."""
+
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from qcompile.passes.affine import Array
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.errors import UserError
+from qcompile.passes.fold import fold
+from qcompile.passes.pairs import find_pairs
+from qcompile.passes.policy import Policy
+from qcompile.passes.rounding import Rounding
+from qcompile.passes.scale_search import Choice, Judge, Judges, normalized, search_all, weight_peaks
+
+_ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)
+_SAMPLES = 64
+_FINALISTS = 2
+
+
+class Smooth(Pass):
+    """Migrate activation outliers into the weights by SmoothQuant's factors, folded into constants.
+
+    Each pair (see `pairs`) is divided by s = max|X|^alpha / max|W|^(1 - alpha) per channel.
+    Case 1: alpha is a number in 0..1: every pair with a quantized linear is smoothed by it.
+    Case 2: alpha is "auto": the alpha of least output error after `rounding`, and none where that is no gain.
+    """
+
+    name: ClassVar[str] = "smooth"
+    needs_statistics: ClassVar[bool] = True
+
+    def __init__(
+        self, policy: Policy, rounding: Rounding, *, alpha: float | Literal["auto"] = "auto", seed: int = 0
+    ) -> None:
+        super().__init__()
+        if alpha != "auto" and not (isinstance(alpha, int | float) and 0 <= alpha <= 1):
+            raise UserError(f"smooth: alpha must be 'auto' or a number from 0 to 1, got {alpha!r}")
+        self.policy, self.rounding, self.alpha, self.seed = policy, rounding, alpha, seed
+
+    def call(self, region: Region) -> None:
+        """Choose all factors on the region as it is, then fold them."""
+        pairs, skipped = find_pairs(region)
+        self.decisions += skipped
+        judges = Judges(region, self.policy, self.rounding, samples=_SAMPLES, seed=self.seed)
+        choices = search_all(pairs, judges, self._search)
+        for pair, choice in zip(pairs, choices, strict=True):
+            linears = [linear.name for linear in pair.linears]
+            if isinstance(choice, str):
+                self.decide(pair.name, "skipped", choice, linears=linears)
+                continue
+            detail = {"kind": pair.kind, "linears": linears, "relative_loss": choice.relative_loss}
+            if self.alpha == "auto" and not choice.worth_it:
+                self.decide(pair.name, "skipped", "no alpha lowers the output error", **detail)
+                continue
+            fold(pair, choice.factor, region)
+            self.decide(pair.name, "folded", choice.label, **detail)
+
+    def _search(self, judge: Judge) -> Choice | None:
+        activation = judge.pair.pool_max(judge.statistics.absmax)
+        weight = weight_peaks(judge.pair)
+        alphas = _ALPHAS if self.alpha == "auto" else (self.alpha,)
+        candidates = {f"alpha={alpha:g}": smoothing_factor(activation, weight, float(alpha)) for alpha in alphas}
+        return judge.best(candidates, finalists=_FINALISTS)
+
+
+def smoothing_factor(activation: Array, weight: Array, alpha: float) -> Array:
+    """s = max|X|^alpha / max|W|^(1 - alpha), geometric mean 1, float32 (K,); 1 for channels that are always zero."""
+    dead = (activation == 0) | (weight == 0)
+    with np.errstate(divide="ignore"):
+        factor = activation**alpha / weight ** (1 - alpha)
+    return normalized(np.where(dead, 0, factor))
