@@ -116,7 +116,7 @@ def test_rule(name):
 
 def test_every_rule_is_met():
     bodies = " ".join(body for _, body, _ in CASES.values())
-    tested_elsewhere = {"GroupNormalization"}
+    tested_elsewhere = {"GroupNormalization", "Scan"}
     assert [
         op for op in RULES if f"{op}(" not in bodies and f"{op} <" not in bodies and not op.startswith("Reduce")
     ] == [op for op in RULES if op in tested_elsewhere]
@@ -141,6 +141,11 @@ def test_group_normalization_gets_a_scale_for_every_channel():
         (11, 'y = Resize <coordinate_transformation_mode = "tf_half_pixel_for_nn"> (x, none, scales)', "tf_half_pixel"),
         (11, "y, z, v, m, n = BatchNormalization(x, b, b, b, b) w = Relu(z)", "training mode"),
         (11, "y = Imaginary(x)", "there is no such operator"),
+        (
+            8,
+            "y = Scan <num_scan_inputs = 1, body = t (float[4,6] i) => (float[4,6] o) { o = Relu(i) }> (none, x)",
+            "batches",
+        ),
         (6, "y = Relu(x)", "opset 6 is older than 7"),
     ],
 )

@@ -179,7 +179,19 @@ def test_weights_that_subgraphs_capture():
         model = parse(body, inputs="float[M,K] x, bool flag", outputs="float[M,N] y, float[M,N] a", **weights)
         decisions = check(model, X | {"flag": np.array(flag)})
         assert operators(model) == ["Transpose", "MatMul", "If", "MatMul"], "the subgraph needs w as it is"
-        assert len(reasons(decisions, "skipped")) == 2
+        assert len(reasons(decisions, "skipped")) == 3
+
+
+def test_loops_are_left_alone():
+    body = """n = Constant <value = int64 {3}> () c = Constant <value = bool {1}> ()
+        y = Loop (n, c, x) <body = b (int64 i, bool go, float[M,K] h) => (bool on, float[M,K] next)
+            { on = Identity(go) t = Transpose(w) m = MatMul(h, t) g = Gemm(m, w) next = Tanh(g) }>"""
+    model = parse(body, outputs="float[M,K] y", w=weight(K, K))
+    decisions = check(model, X, tolerance=1e-4)
+    assert operators(model) == ["Loop"]
+    assert (
+        reasons(decisions, "skipped") == [f"inside the subgraph of Loop node {model.graph[0].name}: left in float"] * 2
+    )
 
 
 def test_initializer_that_is_an_output_stays():

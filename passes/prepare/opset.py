@@ -27,6 +27,7 @@ def raise_opset(model: ir.Model, target: int, decide: Decide) -> None:
         raise UserError(
             f"opset {source} is older than {MIN_OPSET}; export the model again with opset {target} or newer"
         )
+    model.opset_imports.setdefault("", target)  # custom operators alone name none, and get company here
     converted: Counter[str] = Counter()
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         imported = graph.opset_imports.get("", source)

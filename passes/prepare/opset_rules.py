@@ -173,6 +173,11 @@ def _dft(node: ir.Node, names: Names) -> bool:
     return True
 
 
+def _scan(node: ir.Node, names: Names) -> str:
+    """Case 14: Scan lost its batch axis and its input of lengths."""
+    return "it scans batches"
+
+
 _AXES = partial(_attribute_to_input, name="axes", index=1)
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 
@@ -196,6 +201,7 @@ RULES: dict[str, Sequence[tuple[int, Rule]]] = {
     "ReduceSum": ((13, _AXES),),
     "Resize": ((11, _resize_10), (13, _resize_13)),
     "RoiAlign": ((16, partial(_explicit, attribute="coordinate_transformation_mode", value="output_half_pixel")),),
+    "Scan": ((9, _scan),),
     "Scatter": ((11, partial(_rename, op_type="ScatterElements")),),
     "Slice": tuple(
         (10, partial(_attribute_to_input, name=name, index=index))
