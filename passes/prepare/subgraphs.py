@@ -24,10 +24,10 @@ def _is_weight(value: ir.Value | None) -> bool:
 
 def _report(graph: Iterable[ir.Node], owner: ir.Node | None, decide: Decide) -> None:
     for node in graph:
-        if owner is not None and node.domain == "" and node.op_type in ("MatMul", "Gemm"):
-            if _is_weight(node.inputs[1]):
-                reason = f"inside the subgraph of {owner.op_type} node {owner.name}: left in float"
-                decide(node.name or "", "skipped", reason)
+        is_linear = node.domain == "" and node.op_type in ("MatMul", "Gemm")
+        if owner is not None and is_linear and _is_weight(node.inputs[1]):
+            reason = f"inside the subgraph of {owner.op_type} node {owner.name}: left in float"
+            decide(node.name or "", "skipped", reason)
         for attribute in node.attributes.values():
             if attribute.is_ref():
                 continue
