@@ -42,7 +42,10 @@ def prompt_ids(folder: Path, vocab: int) -> tuple[str, npt.NDArray[np.int64]]:
     if path.is_file():
         from tokenizers import Tokenizer
 
-        ids = Tokenizer.from_file(str(path)).encode(PROMPT).ids
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        ids = tokenizer.encode(PROMPT).ids
         if len(ids) >= 4 and max(ids) < vocab:
             return PROMPT, np.array(ids[:64], np.int64)
     return "(no tokenizer: random ids)", np.random.default_rng(0).integers(0, vocab, 20)

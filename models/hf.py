@@ -80,8 +80,8 @@ def open_gguf(path: Path, source: str) -> Checkpoint:
     """A GGUF file, dequantized once into a float32 Hugging Face folder in the cache."""
     require_export_extra()
     digest = cache.sha256([path])
-    wanted = ("config.json", "model.safetensors", "tokenizer.json")
-    folder = cache.entry(f"gguf/{path.stem}-{digest[:12]}", lambda work: _convert(path, work), complete=wanted[:1])
+    wanted = ("config.json", "tokenizer.json")
+    folder = cache.entry(f"gguf/{path.stem}-{digest[:12]}", lambda work: _convert(path, work), complete=wanted)
     return Checkpoint(folder, source, digest)
 
 
