@@ -36,7 +36,7 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
         table.add_column(name)
     rows: dict[tuple[str, str], list[int]] = {}
     for kind, sites in (("MatMul", chosen), ("Gather", looked_up)):
-        for site, spec in sites.items():  # type: ignore[attr-defined]
+        for site, spec in sites.items():
             rows.setdefault((kind, str(spec)), []).append(int(np.prod(site.shape)))
     for (kind, decision), sizes in rows.items():
         table.add_row(str(len(sizes)), kind, decision, f"{sum(sizes) / 1e6:.2f} M")
@@ -63,7 +63,7 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
 
 
 def _memory(segments: list[Segment], linears: list[Linear], rows: int) -> float:
-    """Bytes that a compile holds at its peak: libraries, carried activations, the largest segment's weights and Grams."""
+    """Bytes held at the peak: libraries, carried activations, the largest segment's weights and Gram matrices."""
     by_node = {linear.node: linear for linear in linears}
     largest, width = 0.0, 0
     for segment in segments:

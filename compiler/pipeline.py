@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompile.compiler import output_files
 from qcompile.compiler.inputs import InputPlan, input_plan
-from qcompile.compiler.plan import build
+from qcompile.compiler.plan import build, effective
 from qcompile.compiler.recipe import Recipe, dump_recipe
 from qcompile.compiler.report import Report, write_report
 from qcompile.compiler.segments import Segment, split
@@ -59,7 +59,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the user gives: files (text, .jsonl, .npz) or module:function, and a tokenizer if none lies beside the model."""
+    """What the user gives: files (text, .jsonl, .npz) or module:function, and a tokenizer's folder."""
 
     files: Sequence[str] = ()
     tokenizer: Path | None = None
@@ -77,7 +77,7 @@ def compile_model(
 
     Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
     """
-    recipe, calibration, progress = recipe or Recipe(), calibration or Calibration(), progress or Silent()
+    recipe, calibration, progress = effective(recipe or Recipe()), calibration or Calibration(), progress or Silent()
     source, target = Path(model), Path(output)
     started = time.monotonic()
     if recipe.target == "matmulnbits" and recipe.group_size:
@@ -155,7 +155,12 @@ class _Job:
         return [compiled for compiled, _ in outputs]
 
     def _rewrite(
-        self, runner: Runner, segment: Segment, calibration: Stream, checks: Stream, outputs: list[tuple[Arrays, Arrays]]
+        self,
+        runner: Runner,
+        segment: Segment,
+        calibration: Stream,
+        checks: Stream,
+        outputs: list[tuple[Arrays, Arrays]],
     ) -> None:
         region = Region(self.model, list(segment.nodes))
         if calibration.batches:
@@ -166,9 +171,7 @@ class _Job:
             rewrite.call(region)
         if self.pack is not None:
             self.pack.skip_rest(region)
-        after = runner.outputs(
-            segment, checks, original=False, prepare=lambda piece: probe_nodes(piece, segment.nodes)
-        )
+        after = runner.outputs(segment, checks, original=False, prepare=lambda piece: probe_nodes(piece, segment.nodes))
         self.report.nodes += node_errors(segment.nodes, after)
         if calibration.batches:
             runner.advance(segment, calibration)
@@ -185,8 +188,8 @@ def _check_coverage(report: Report, recipe: Recipe) -> None:
     if "pack" in report.decisions and report.coverage < recipe.min_coverage:
         reasons = sorted({d.reason for d in report.skipped("MatMul")})
         raise UserError(
-            f"only {report.coverage:.1%} of the MatMul weights were quantized, below --min-coverage {recipe.min_coverage}; "
-            f"left in float: {'; '.join(reasons[:4])}; nothing was written"
+            f"only {report.coverage:.1%} of the MatMul weights were quantized, below --min-coverage "
+            f"{recipe.min_coverage}; left in float: {'; '.join(reasons[:4])}; nothing was written"
         )
 
 

@@ -3,6 +3,7 @@
 import inspect
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,14 @@ def build(recipe: Recipe, scale_dtype: npt.DTypeLike = np.float32) -> list[Pass]
     return [_make(step, steps[i + 1 :], recipe, policy) for i, step in enumerate(steps)]
 
 
+def effective(recipe: Recipe) -> Recipe:
+    """The recipe with a target that its pack step names: pack(target=qdq) is --target qdq."""
+    for step in recipe.passes:
+        if step.name == "pack" and step.parameters.get("target") is not None:
+            return replace(recipe, target=str(step.parameters["target"]))
+    return recipe
+
+
 def check_order(steps: Sequence[Step]) -> None:
     """Raise UserError for an unknown pass, a repeated one, or one whose neighbours are missing."""
     names = [step.name for step in steps]
@@ -48,7 +57,9 @@ def check_order(steps: Sequence[Step]) -> None:
     if names.index("prepare") != 0:
         raise UserError("pass 'prepare' must come first")
     if "pack" in names and names[-1] != "pack":
-        raise UserError(f"pass {names[-1]!r} stands behind 'pack', where no float weights are left: move it before pack")
+        raise UserError(
+            f"pass {names[-1]!r} stands behind 'pack', where no float weights are left: move it before pack"
+        )
 
 
 def make_policy(recipe: Recipe, scale_dtype: npt.DTypeLike) -> Policy:
@@ -107,8 +118,6 @@ def following_rounding(later: Sequence[Step]) -> Rounding:
 
 def _check_type(name: str, parameter: inspect.Parameter, value: Any) -> None:
     allowed = typing.get_args(parameter.annotation) or (parameter.annotation,)
-    if typing.get_origin(parameter.annotation) is typing.Literal:
-        allowed = (typing.Literal[parameter.annotation],)
     for kind in allowed:
         if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
             return

@@ -33,7 +33,9 @@ def parse_passes(text: str) -> tuple[Step, ...]:
     for item in re.split(r",(?![^(]*\))", text):
         match = _ITEM.match(item)
         if match is None:
-            raise UserError(f"cannot read {item.strip()!r} in the pass list {text!r}: expected name or name(key=value, …)")
+            raise UserError(
+                f"cannot read {item.strip()!r} in the pass list {text!r}: expected name or name(key=value, …)"
+            )
         steps.append(Step(match[1], dict(_pair(part, text) for part in (match[2] or "").split(",") if part.strip())))
     return tuple(steps)
 
@@ -80,7 +82,9 @@ class Recipe:
         if self.target not in TARGETS:
             raise UserError(f"unknown target {self.target!r}; choose one of {', '.join(TARGETS)}")
         if self.group_size != 0 and not 8 <= self.group_size <= 4096:
-            raise UserError(f"group size {self.group_size} is not possible; give 8 to 4096, or 0 for one scale a column")
+            raise UserError(
+                f"group size {self.group_size} is not possible; give 8 to 4096, or 0 for one scale a column"
+            )
         if self.bits not in (4, 8):
             raise UserError(f"weights are quantized to 4 or 8 bits, got {self.bits}")
         for name, bits in (("lm_head", self.lm_head), ("embedding", self.embedding)):

@@ -96,7 +96,13 @@ def print_report(report: Report, console: Console) -> None:
 
 def _coverage(report: Report) -> Table:
     table = Table(title=f"coverage: {report.coverage:.1%} of the MatMul weights quantized", title_justify="left")
-    for name, justify in (("nodes", "right"), ("operator", "left"), ("decision", "left"), ("weights", "right"), ("MB", "right")):
+    for name, justify in (
+        ("nodes", "right"),
+        ("operator", "left"),
+        ("decision", "left"),
+        ("weights", "right"),
+        ("MB", "right"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     rows: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
@@ -131,7 +137,9 @@ def _print_errors(report: Report, console: Console) -> None:
     if report.nodes:
         worst = sorted(report.nodes, key=lambda n: -n.error)
         middle = worst[len(worst) // 2]
-        console.print(f"nodes     relative error: median {middle.error:.3f}, worst {worst[0].error:.3f} ({worst[0].node})")
+        console.print(
+            f"nodes     relative error: median {middle.error:.3f}, worst {worst[0].error:.3f} ({worst[0].node})"
+        )
     for output in report.outputs[:4]:
         console.print(f"output    {output.name}: relative error {output.relative:.3g}, cosine {output.cosine:.5f}")
     if report.reload_error is not None:

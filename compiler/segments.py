@@ -15,9 +15,9 @@ _LARGE = 1 << 14
 class Segment:
     """Consecutive nodes of a graph.
 
-    carried: the value that enters from the segment before (None for the first); carry: the value that goes on to the
-    next one (None for the last). What depends on no large weight (masks, rotary tables) belongs to no segment: each piece
-    that needs it computes it again.
+    carried: the value that enters from the segment before (None for the first). carry: the value that goes on to the
+    next one (None for the last). What depends on no large weight (masks, rotary tables) belongs to no segment: each
+    piece that needs it computes it again.
     """
 
     nodes: list[ir.Node]
@@ -28,7 +28,7 @@ class Segment:
 def split(model: ir.Model, is_target: Callable[[ir.Node], bool]) -> list[Segment]:
     """The model's segments, each with at least one target node; a graph without any is one segment.
 
-    Nodes are cut apart after node i where exactly one value computed up to there, downstream of a target, is read later.
+    Nodes are cut apart where exactly one value computed so far is read later.
     """
     heavy = _downstream(model, is_target)
     index = {node: i for i, node in enumerate(heavy)}

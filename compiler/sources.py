@@ -57,7 +57,9 @@ def gather(
         return _random(plan)
     found = load_tokenizer(tokenizer) if tokenizer is not None else _beside(model)
     if found is None and texts:
-        raise UserError(f"--calibration {texts[0]} is text, but no tokenizer.json lies beside {model}: give --tokenizer")
+        raise UserError(
+            f"--calibration {texts[0]} is text, but no tokenizer.json lies beside {model}: give --tokenizer"
+        )
     if found is not None:
         return _from_text(plan, recipe, found, texts, needed=needed)
     return _sampled(plan, model, recipe) if needed else _random(plan)
@@ -83,7 +85,9 @@ def _from_text(plan: InputPlan, recipe: Recipe, tokenizer: Tokenizer, texts: Seq
     if not windows:
         raise UserError(f"the calibration text has {len(ids)} tokens: give at least two")
     if needed and len(windows) < recipe.samples:
-        _log.warning("the calibration text holds %d windows of %d tokens, not %d", len(windows), context, recipe.samples)
+        _log.warning(
+            "the calibration text holds %d windows of %d tokens, not %d", len(windows), context, recipe.samples
+        )
     checks = [window if plan.sequence else window[:_CHECK_TOKENS] for window in windows[: _CHECKS * (plan.batch or 1)]]
     calibration = _batches(plan, windows) if needed else []
     described = f"{len(windows)} windows of {len(windows[0])} tokens from {source}" if needed else source
@@ -100,7 +104,9 @@ def _batches(plan: InputPlan, windows: Sequence[Ids]) -> list[Batch]:
 
 def _sampled(plan: InputPlan, model: Path, recipe: Recipe) -> Data:
     if plan.logits is None:
-        raise UserError("no tokenizer lies beside the model, and it is no decoder to sample text from: give --tokenizer")
+        raise UserError(
+            "no tokenizer lies beside the model, and it is no decoder to sample text from: give --tokenizer"
+        )
     running = session(model, providers=(recipe.provider,))
     windows = sample_windows(running, plan, recipe.samples, recipe.context, recipe.seed)
     checks = [window if plan.sequence else window[:_CHECK_TOKENS] for window in windows[: _CHECKS * (plan.batch or 1)]]
@@ -121,7 +127,9 @@ def _random(plan: InputPlan) -> Data:
         return Data([], token_batches(plan, windows, decode_step=bool(plan.past)), "random tokens (checks only)")
     feeds = {}
     for given in plan.inputs:
-        shape = [dim if isinstance(dim, int) and dim > 0 else _free(i, len(given.shape)) for i, dim in enumerate(given.shape)]
+        shape = [
+            dim if isinstance(dim, int) and dim > 0 else _free(i, len(given.shape)) for i, dim in enumerate(given.shape)
+        ]
         draw = rng.normal(size=shape) if given.is_float else rng.integers(0, 2, size=shape)
         feeds[given.name] = np.asarray(draw).astype(given.dtype)
     return Data([], [Batch(feeds, 1)], "random normal inputs (checks only; give .npz files for real ones)")

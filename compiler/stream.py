@@ -78,7 +78,7 @@ class Runner:
         carried_out = [str(value.name) + (TWIN if twin else "") for value in carry]
         observers.add_outputs(graph, carried_out, _element_type(segment.carry))
         found: dict[ir.Value, Statistics] = {}
-        advanced = []
+        advanced: list[npt.NDArray[Any]] = []
         for outputs in self._run(piece, segment, stream, twin=twin):
             for value in activations:
                 _accumulate(found, value, outputs)
@@ -96,7 +96,12 @@ class Runner:
         stream.quantized = [outputs[name] for outputs in self._run(piece, segment, stream, twin=False)]
 
     def outputs(
-        self, segment: Segment, stream: Stream, *, original: bool, prepare: Callable[[Piece], Sequence[str]] | None = None
+        self,
+        segment: Segment,
+        stream: Stream,
+        *,
+        original: bool,
+        prepare: Callable[[Piece], Sequence[str]] | None = None,
     ) -> list[Arrays]:
         """Everything the segment gives for each batch: its carry, its graph outputs, and what `prepare` adds.
 

@@ -59,8 +59,8 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
         dtype = node.outputs[0].dtype or ir.DataType.FLOAT
         if not exact <= _EXACT.get(dtype, 1e-4):
             raise UserError(
-                f"node {node.name}: the packed operator differs from its own weights by {exact:.1e} in this ONNX Runtime; "
-                "please report it with the model"
+                f"node {node.name}: the packed operator differs from its own weights by {exact:.1e} in this ONNX "
+                "Runtime; please report it with the model"
             )
         found.append(NodeError(node.name or "", wanted, exact))
     return found
@@ -114,9 +114,11 @@ def run_file(path: Path, plan: InputPlan, batches: Sequence[Batch], provider: st
 
 
 def check_reloaded(reloaded: Sequence[Arrays], verified: Sequence[Arrays], dtype: ir.DataType) -> float:
-    """The largest relative error of the reloaded file against the graph that was verified; UserError above the limit."""
+    """The largest relative error of the reloaded file against the verified graph; UserError above the limit."""
     worst = max((error.relative for error in compare_outputs(reloaded, verified)), default=0.0)
     limit = _EXACT.get(dtype, 1e-4)
     if not worst <= limit:
-        raise UserError(f"the saved file differs from the verified graph by {worst:.1e} (limit {limit:.0e}); nothing was kept")
+        raise UserError(
+            f"the saved file differs from the verified graph by {worst:.1e} (limit {limit:.0e}); nothing was kept"
+        )
     return worst

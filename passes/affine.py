@@ -12,7 +12,7 @@ import numpy.typing as npt
 from qcompile.passes.spec import QuantSpec
 
 Array = npt.NDArray[np.float32]
-Codes = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
+Codes = npt.NDArray[np.int8 | np.uint8]
 
 # Fractions of the full range tried by the clip search; 1.0 first, so that ties keep the unclipped range.
 _SHRINK = tuple(1.0 - 0.03 * step for step in range(18))
@@ -95,8 +95,7 @@ def choose_qparams(w: Array, spec: QuantSpec, *, importance: Array | None = None
 def quantize(w: Array, qparams: QParams, spec: QuantSpec) -> Codes:
     """Nearest codes of w (K, N), int8 or uint8 (K, N) whatever the bit width."""
     codes = _round(grouped(w, spec), qparams, spec)
-    dtype = np.int8 if spec.symmetric else np.uint8
-    return codes.reshape(-1, w.shape[1])[: w.shape[0]].astype(dtype)
+    return codes.reshape(-1, w.shape[1])[: w.shape[0]].astype(spec.code_dtype)
 
 
 def dequantize(codes: Codes, qparams: QParams, spec: QuantSpec) -> Array:
@@ -144,4 +143,5 @@ def _refit(blocks: Array, qparams: QParams, spec: QuantSpec, weight: Array) -> Q
 
 def _weighted_error(blocks: Array, qparams: QParams, spec: QuantSpec, weight: Array) -> Array:
     residual = (_round(blocks, qparams, spec) - qparams.zero_point[:, None]) * qparams.scale[:, None] - blocks
-    return np.einsum("gkn,gkn->gn", residual * weight, residual)
+    error: Array = np.einsum("gkn,gkn->gn", residual * weight, residual)
+    return error

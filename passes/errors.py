@@ -5,4 +5,4 @@ Every layer may import this module: it imports nothing.
 
 
 class UserError(ValueError):
-    """Bad input, told in one line: what is wrong, where, and what to do. The command line prints it and exits with 2."""
+    """Bad input, told in one line: what is wrong, where, what to do. The command line prints it and exits with 2."""

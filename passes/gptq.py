@@ -110,7 +110,7 @@ def _damped(gram: Array, damping: float) -> Array:
 def _inverse_factor(gram: Array) -> npt.NDArray[np.float64]:
     """Upper triangular U with UᵀU = gram⁻¹, from the Cholesky factor of the matrix read backwards."""
     backwards = np.linalg.cholesky(gram[::-1, ::-1].astype(np.float64))
-    return np.linalg.inv(backwards[::-1, ::-1])
+    return np.asarray(np.linalg.inv(backwards[::-1, ::-1]), np.float64)
 
 
 def _compensate(w: Array, gram: Array, qparams: QParams, spec: QuantSpec) -> Quantized:
@@ -131,7 +131,7 @@ def _compensate(w: Array, gram: Array, qparams: QParams, spec: QuantSpec) -> Qua
         work[stop:] -= upper[start:stop, stop:].T @ errors
     natural = np.empty_like(codes)
     natural[order] = codes
-    return Quantized(natural.astype(np.int8 if spec.symmetric else np.uint8), qparams, spec)
+    return Quantized(natural.astype(spec.code_dtype), qparams, spec)
 
 
 def _descend(w: Array, gram: Array, q: Quantized) -> Quantized:

@@ -33,8 +33,7 @@ class Linear:
     @property
     def shape(self) -> tuple[int, int]:
         """(K, N)."""
-        stored = constant(self.weight).shape
-        a, b = int(stored[0]), int(stored[1])
+        a, b = dimensions(self.weight)
         return (b, a) if self.transposed else (a, b)
 
     def read(self) -> Array:
@@ -59,8 +58,8 @@ class Embedding:
     @property
     def shape(self) -> tuple[int, int]:
         """(V, K): vocabulary, width."""
-        stored = constant(self.table).shape
-        return int(stored[0]), int(stored[1])
+        rows, columns = dimensions(self.table)
+        return rows, columns
 
 
 def constant(value: ir.Value) -> ir.TensorProtocol:
@@ -68,6 +67,11 @@ def constant(value: ir.Value) -> ir.TensorProtocol:
     if value.const_value is None:
         raise TypeError(f"{value.name} is no constant")
     return value.const_value
+
+
+def dimensions(value: ir.Value) -> tuple[int, ...]:
+    """The shape of an initializer."""
+    return tuple(int(size) for size in constant(value).shape.numpy())
 
 
 def is_weight(value: ir.Value | None) -> bool:
@@ -122,7 +126,7 @@ def vocabulary_size(model: ir.Model) -> int | None:
     sizes = [embedding.shape[0] for embedding in find_embeddings(model.graph)]
     for node in model.graph:
         if node.domain == "qcompile" and node.op_type.startswith("Embedding") and node.inputs[2] is not None:
-            sizes.append(int(constant(node.inputs[2]).shape[1]))
+            sizes.append(dimensions(node.inputs[2])[1])
     return max(sizes, default=None)
 
 

@@ -12,8 +12,8 @@ GRAM, ABSMAX, CROSS, ROWS = ".gram", ".absmax", ".cross", ".rows_seen"
 def observe(graph: onnx.GraphProto, value: str, *, reference: str | None = None) -> list[str]:
     """Append reductions of the activation `value` (…, K) to a graph; returns the names of the new outputs.
 
-    `value`.gram (K, K) = XᵀX and `value`.absmax (K,), float32, and the number of rows (1,) int64; with `reference`, another activation of that shape,
-    also `value`.cross (K, K) = XᵀX₀.
+    `value`.gram (K, K) = XᵀX and `value`.absmax (K,), float32, and the number of rows (1,) int64; with `reference`,
+    another activation of that shape, also `value`.cross (K, K) = XᵀX₀.
     """
     rows = _rows(graph, value)
     axis0 = _constant(graph, "qcompile.axis0", [0])

@@ -1,6 +1,6 @@
 """Writing quantized weights into the graph."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -28,14 +28,14 @@ class Pack(Pass):
     Case 2: with statistics, ranges are clipped by E[x²]-weighted search where that lowers the exact output error.
     Case 3: otherwise plain rounding to nearest on the range of each group.
     Case 4: a weight that several nodes share, a tied embedding among them, is stored once.
+    target: the operators of the output, as the option --target; None leaves it to that option.
     """
 
     name: ClassVar[str] = "pack"
 
-    def __init__(self, policy: Policy, *, keep_reference: bool = True) -> None:
+    def __init__(self, policy: Policy, *, target: Literal["qcompile", "matmulnbits", "qdq"] | None = None) -> None:
         super().__init__()
-        self.policy = policy
-        self.keep_reference = keep_reference
+        self.policy, self.target = policy, target
 
     def call(self, region: Region) -> None:
         """Rewrite every quantizable node of the region in place; skip the others with a reason."""
@@ -62,7 +62,9 @@ class Pack(Pass):
                 if weights:
                     self.decide(node.name or "", "skipped", reason, kind="MatMul", weights=weights)
             elif node.op_type in {"Conv", "ConvTranspose", "Gemm", "LSTM", "GRU"}:
-                self.decide(node.name or "", "skipped", f"no packed format for {node.op_type} weights", kind=node.op_type)
+                self.decide(
+                    node.name or "", "skipped", f"no packed format for {node.op_type} weights", kind=node.op_type
+                )
 
     def _keep(self, site: Linear | Embedding, reason: str) -> None:
         kind = "MatMul" if isinstance(site, Linear) else "Gather"
@@ -85,8 +87,7 @@ class Pack(Pass):
         detail: dict[str, object] = {}
         if statistics is not None:
             detail["predicted_error"] = relative_error(quantized.dequantize() - w, w, statistics.gram)
-        if self.keep_reference:
-            linear.node.meta[REFERENCE] = (w, quantized)
+        linear.node.meta[REFERENCE] = (w, quantized)
         emit.replace_matmul(region.model, linear, tensors)
         self._quantized(linear, spec, linear.shape[0], tensors, **detail)
 

@@ -33,7 +33,9 @@ class Policy:
 
     def for_embedding(self, embedding: Embedding) -> QuantSpec | str:
         """The spec of an embedding table, or the reason why it stays in float."""
-        return self._refusal(embedding.name, embedding.table.name or "") or self.embedding or "embedding is kept in float"
+        return (
+            self._refusal(embedding.name, embedding.table.name or "") or self.embedding or "embedding is kept in float"
+        )
 
     def _refusal(self, *names: str) -> str:
         for pattern in self.exclude:

@@ -45,7 +45,8 @@ def better_columns(a: Quantized, b: Quantized, w: Array, statistics: Statistics)
 
 def column_errors(delta: Array, gram: Array) -> Array:
     """‖X delta‖² of each column of delta (K, N), float32 (N,)."""
-    return np.einsum("kn,kn->n", delta, gram @ delta)
+    errors: Array = np.einsum("kn,kn->n", delta, gram @ delta)
+    return errors
 
 
 def relative_error(delta: Array, w: Array, gram: Array) -> float:

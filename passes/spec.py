@@ -23,7 +23,7 @@ class PerChannel:
 
 @dataclass(frozen=True)
 class PerGroup:
-    """One scale for every `group_size` consecutive values along axis 0 of a (K, N) weight; the last group may be partial."""
+    """One scale for every `group_size` values along axis 0 of a (K, N) weight; the last group may be partial."""
 
     group_size: int
 
@@ -66,6 +66,11 @@ class QuantSpec:
     def dtype(self) -> ir.DataType:
         """The ONNX element type of the codes."""
         return _DTYPES[self.bits, self.symmetric]
+
+    @property
+    def code_dtype(self) -> type[np.int8] | type[np.uint8]:
+        """The numpy type of unpacked codes, whatever the bit width."""
+        return np.int8 if self.symmetric else np.uint8
 
     @property
     def qmin(self) -> int:

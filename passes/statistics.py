@@ -27,7 +27,7 @@ class Statistics:
     @property
     def mean_square(self) -> Array:
         """E[x²] of each channel, float32 (K,)."""
-        return np.diagonal(self.gram) / max(self.rows, 1)
+        return np.diagonal(self.gram) / np.float32(max(self.rows, 1))
 
     def rescale(self, factor: Array) -> None:
         """Follow a rewrite that divides channel k of the activation by factor[k] (K,)."""

@@ -26,7 +26,10 @@ _DEFAULTS = Recipe()
 def add_parser(subparsers: Any) -> None:
     """Add the command's options."""
     parser = subparsers.add_parser(
-        "compile", help="quantize a model", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        "compile",
+        help="quantize a model",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="the float model")
     parser.add_argument("-o", "--output", type=Path, help="the compiled model (default: MODEL-int4.onnx beside it)")
@@ -48,8 +51,8 @@ def add_parser(subparsers: Any) -> None:
     add("--recipe", type=Path, metavar="FILE", help="settings from a YAML or TOML file; options given here win")
     add("--save-recipe", type=Path, metavar="FILE", help="write the settings used to a YAML file")
     add = parser.add_argument_group("calibration").add_argument
-    add("--calibration", nargs="+", default=[], metavar="FILE",
-        help="text, .jsonl, .npz files, or module:function (default: bundled text, else the model's own samples)")  # fmt: skip
+    sources = "text, .jsonl, .npz files, or module:function (default: bundled text, else the model's own samples)"
+    add("--calibration", nargs="+", default=[], metavar="FILE", help=sources)
     add("--tokenizer", type=Path, metavar="DIR", help="folder with tokenizer.json (default: beside the model)")
     add("--samples", type=int, metavar="N", help="calibration windows (default: 32)")
     add("--context", type=int, metavar="N", help="tokens of a window (default: 512)")

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from qcompile.passes.affine import Array, Codes, Quantized
 from qcompile.passes.formats import functions
-from qcompile.passes.linears import Embedding, Linear, constant
+from qcompile.passes.linears import Embedding, Linear, constant, dimensions
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,10 @@ class Tensors:
 
 def pack_nibbles(codes: Codes) -> npt.NDArray[np.uint8]:
     """Codes in ONNX's 4-bit layout: flat, two a byte, the first in the low nibble; the last byte padded with zero."""
-    flat = np.ascontiguousarray(codes).reshape(-1).astype(np.uint8) & 15
+    flat: npt.NDArray[np.uint8] = np.ascontiguousarray(codes).reshape(-1).astype(np.uint8) & np.uint8(15)
     if flat.size % 2:
-        flat = np.concatenate([flat, np.zeros(1, np.uint8)])
-    packed: npt.NDArray[np.uint8] = flat[::2] | (flat[1::2] << 4)
-    return packed
+        flat = np.append(flat, np.uint8(0))
+    return np.asarray(flat[::2] | (flat[1::2] << 4), np.uint8)
 
 
 def store(model: ir.Model, name: str, quantized: Quantized) -> Tensors:
@@ -86,15 +85,18 @@ def add_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir
     taken, base, count = model.graph.initializers, name, 1
     while name in taken:
         name, count = f"{base}.{count}", count + 1
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
     model.graph.register_initializer(value)
     return value
 
 
 def drop_unused(model: ir.Model, value: ir.Value) -> None:
     """Remove an initializer that nothing reads any more."""
-    if not value.uses() and not value.is_graph_output() and value.name in model.graph.initializers:
-        del model.graph.initializers[value.name]
+    name = str(value.name)
+    if not value.uses() and not value.is_graph_output() and name in model.graph.initializers:
+        del model.graph.initializers[name]
 
 
 def floats(value: ir.Value) -> Array:
@@ -113,7 +115,7 @@ def _as_bytes(model: ir.Model, value: ir.Value) -> ir.Value:
     name, tensor = f"{value.name}.bytes", constant(value)
     if name in model.graph.initializers:
         return model.graph.initializers[name]
-    rows, columns = (int(size) for size in tensor.shape)
+    rows, columns = dimensions(value)
     if columns % 2 == 0:
         packed = np.frombuffer(tensor.tobytes(), np.uint8).reshape(rows, columns // 2)
     else:

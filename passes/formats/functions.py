@@ -5,18 +5,18 @@ The body is the specification, the oracle of the tests, and what runs where no k
 | operator | inputs | output |
 |---|---|---|
 | MatMulInt4, MatMulInt8 | x (…, K); w (K, N); scale (G, N); zero_point (G, N), optional | (…, N) |
-| EmbeddingInt4 | indices (…) int; w (K, ceil(V / 2)) uint8, two codes a byte; scale (G, V); zero_point (G, ceil(V / 2)) | (…, K) |
+| EmbeddingInt4 | indices (…) int; w (K, C) uint8; scale (G, V); zero_point (G, C) uint8 | (…, K) |
 | EmbeddingInt8 | indices (…) int; w (K, V); scale (G, V); zero_point (G, V) | (…, K) |
 
-G = ceil(K / block_size). Codes of element (k, n) decode to (w - zero_point) * scale of group k // block_size.
+G = ceil(K / block_size); C = ceil(V / 2) bytes of two codes each, the even column's in the low nibble. Codes of element (k, n) decode to (w - zero_point) * scale of group k // block_size.
 An embedding reads columns of the very tensor that a tied lm_head multiplies with, so both can share one copy; 4-bit
 tables are read as bytes because ONNX Runtime gathers no 4-bit types.
 """
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,valid-type,misc"
-# ruff: noqa: RUF100
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,valid-type,misc,untyped-decorator"
 
 from functools import cache
 
+import onnx
 import onnx_ir as ir
 import onnxscript
 from onnxscript import INT64
@@ -73,13 +73,13 @@ def _protos() -> dict[str, bytes]:
 
 def body(name: str) -> ir.Function:
     """A fresh copy of the operator's ONNX function."""
-    import onnx
-
-    return ir.from_proto(onnx.FunctionProto.FromString(_protos()[name]))
+    return ir.serde.deserialize_function(onnx.FunctionProto.FromString(_protos()[name]))
 
 
 def register(model: ir.Model, name: str) -> None:
     """Make sure that the model carries the operator's body and imports its domain."""
-    function = body(name)
-    model.functions.setdefault(function.identifier(), function)
     model.graph.opset_imports.setdefault(DOMAIN, VERSION)
+    function = body(name)
+    # The body's operators mean the same from opset 21 on, and ONNX Runtime inlines them under the model's version.
+    function.opset_imports[""] = max(function.opset_imports[""], model.graph.opset_imports.get("", 21))
+    model.functions.setdefault(function.identifier(), function)

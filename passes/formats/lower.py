@@ -8,7 +8,7 @@ from onnx_ir.passes.common import InlinePass
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import functions
 from qcompile.passes.formats.emit import add_initializer, drop_unused, pack_nibbles
-from qcompile.passes.linears import constant
+from qcompile.passes.linears import constant, dimensions
 
 _MICROSOFT = "com.microsoft"
 
@@ -58,8 +58,9 @@ def _matmul(model: ir.Model, node: ir.Node, cache: dict[tuple[ir.Value, bool], l
     bits, block_size = int(node.op_type[-1]), node.attributes["block_size"].as_int()
     check_block_size(block_size)
     x, codes, scale, *zero_point = node.inputs
-    assert codes is not None and scale is not None
-    k, n = (int(size) for size in constant(codes).shape)
+    assert codes is not None
+    assert scale is not None
+    k, n = dimensions(codes)
     key = (codes, False)
     if key not in cache:
         blob, scales, zeros = _rows(codes, scale, zero_point[0] if zero_point else None, bits, block_size)
@@ -80,8 +81,10 @@ def _embedding(model: ir.Model, node: ir.Node, cache: dict[tuple[ir.Value, bool]
     bits, block_size = int(node.op_type[-1]), node.attributes["block_size"].as_int()
     check_block_size(block_size)
     indices, codes, scale, zero_point = node.inputs
-    assert codes is not None and scale is not None and zero_point is not None
-    k = int(constant(codes).shape[0])
+    assert codes is not None
+    assert scale is not None
+    assert zero_point is not None
+    k = dimensions(codes)[0]
     key = (codes, True)
     if key not in cache:
         blob, scales, zeros = _rows(codes, scale, zero_point, bits, block_size)
@@ -145,8 +148,8 @@ def _become(node: ir.Node, operator: str, inputs: list[ir.Value | None], attribu
         node.replace_input_with(i, value)
     node.op_type, node.domain = operator, _MICROSOFT
     node.attributes.clear()
-    for name, value in attributes.items():
-        node.attributes[name] = ir.AttrInt64(name, value)
+    for name, number in attributes.items():
+        node.attributes[name] = ir.AttrInt64(name, number)
 
 
 def _slice_last(model: ir.Model, node: ir.Node, k: int) -> None:
