@@ -29,7 +29,7 @@ class Awq(Pass):
 
     Each pair (see `pairs`) is divided by s = E[x²]^(beta / 2) / E[w²]^(gamma / 2) per channel, where that lowers the
     output error after `rounding`.
-    grid: number of betas in a first round; a second, finer one follows around the best.
+    grid: number of betas, evenly spaced up to 0.8; each is tried with gamma 0 and 0.5.
     clip: let `pack` clip the range of each group, column by column where that lowers the output error.
     insert_mul: where no constant can absorb the factor, add a Mul (which costs run time).
     """

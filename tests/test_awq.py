@@ -1,0 +1,132 @@
+"""awq: salient channels are scaled up where that lowers the output error, by constants, or by a Mul on request."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from qcompile.models.tiny.build import Builder
+from qcompile.passes.awq import CLIP, Awq, awq_factor
+from qcompile.passes.base import Region
+from qcompile.passes.errors import UserError
+from qcompile.passes.linears import find_linears
+from qcompile.passes.policy import Policy
+from qcompile.passes.rounding import relative_error, round_to_nearest, round_with_clip
+from qcompile.passes.spec import PerGroup, QuantSpec
+from qcompile.passes.statistics import Statistics
+
+K, N = 64, 96
+SPEC = QuantSpec(4, PerGroup(32))
+POLICY = Policy(SPEC, lm_head=None, embedding=None)
+
+
+def salient_model(*, foldable: bool = True) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """x → gamma (→ Gelu) → linear, and inputs (rows, K) of which some channels are much louder."""
+    rng = np.random.default_rng(0)
+    b = Builder(opset=21)
+    v = b.Mul(b.input("x", ir.DataType.FLOAT, ["rows", K]), b.weight("gamma", np.ones(K, np.float32)))
+    if not foldable:
+        v = b.Gelu(v, name="act")
+    model = b.model({"y": b.MatMul(v, rng.standard_normal((K, N)).astype(np.float32), name="fc")})
+    loudness = np.exp(1.5 * rng.standard_normal(K))
+    return model, {"x": (rng.standard_normal((400, K)) * loudness).astype(np.float32)}
+
+
+def observed(model: ir.Model, feeds: dict[str, np.ndarray]) -> Region:
+    region = Region.whole(model)
+    for linear in find_linears(model.graph):
+        proto = ir.to_proto(model)
+        proto.graph.output.add().name = linear.activation.name
+        rows = ort.InferenceSession(proto.SerializeToString()).run([linear.activation.name], feeds)[0]
+        region.statistics[linear.activation] = Statistics(len(rows), rows.T @ rows, np.abs(rows).max(axis=0))
+    return region
+
+
+def output(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)[0]
+
+
+def error(region: Region, rounding: object = round_to_nearest) -> float:
+    (linear,) = find_linears(region.live_nodes())
+    w, statistics = linear.read(), region.statistics[linear.activation]
+    return relative_error(rounding(w, SPEC, statistics).dequantize() - w, w, statistics.gram)
+
+
+@pytest.mark.parametrize("rounding", [round_to_nearest, round_with_clip])
+def test_error_falls_where_channels_are_salient(rounding: object) -> None:
+    model, feeds = salient_model()
+    region = observed(model, feeds)
+    before, reference, nodes = error(region, rounding), output(model, feeds), len(model.graph)
+    awq = Awq(POLICY, rounding)
+    awq.call(region)
+    assert [decision.action for decision in awq.decisions] == ["folded"]
+    assert error(region, rounding) < 0.85 * before
+    # All columns were sampled, so the reported loss is the whole loss.
+    expected = (error(region, rounding) / before) ** 2
+    assert awq.decisions[0].detail["relative_loss"] == pytest.approx(expected, rel=1e-3)
+    assert len(model.graph) == nodes
+    np.testing.assert_allclose(output(model, feeds), reference, atol=1e-5 * np.abs(reference).max())
+
+
+def test_a_finer_grid_is_no_worse() -> None:
+    losses = []
+    for grid in (1, 4, 16):
+        model, feeds = salient_model()
+        awq = Awq(POLICY, round_to_nearest, grid=grid)
+        awq.call(observed(model, feeds))
+        losses.append(awq.decisions[0].detail["relative_loss"])
+    assert losses[0] >= losses[1] >= losses[2]
+    assert losses[2] < losses[0]
+
+
+def test_even_channels_are_left_alone() -> None:
+    model, feeds = salient_model()
+    region = observed(model, feeds)
+    for statistics in region.statistics.values():
+        statistics.gram = np.eye(K, dtype=np.float32)
+    (linear,) = find_linears(model.graph)
+    linear.weight.const_value = ir.tensor(np.sign(linear.read()), name=linear.weight.name)
+    awq = Awq(POLICY, round_to_nearest)
+    awq.call(region)
+    assert awq.decisions[0].action == "skipped"
+
+
+def test_insert_mul_only_on_request() -> None:
+    model, feeds = salient_model(foldable=False)
+    region = observed(model, feeds)
+    awq = Awq(POLICY, round_to_nearest)
+    awq.call(region)
+    assert awq.decisions[0].reason == "Gelu act is not homogeneous"
+
+    before, reference = error(region), output(model, feeds)
+    inserting = Awq(POLICY, round_to_nearest, insert_mul=True)
+    inserting.call(region)
+    assert inserting.decisions[0].action == "folded"
+    assert inserting.decisions[0].detail["kind"] == "inserted"
+    assert [node.op_type for node in model.graph] == ["Mul", "Gelu", "Mul", "MatMul"]
+    assert error(region) < before
+    np.testing.assert_allclose(output(model, feeds), reference, atol=1e-5 * np.abs(reference).max())
+
+    again = Awq(POLICY, round_to_nearest, insert_mul=True)  # the inserted Mul is a producer now
+    again.call(region)
+    assert len(model.graph) == 4
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_weights_say_whether_they_may_be_clipped(clip: bool) -> None:
+    model, feeds = salient_model()
+    Awq(POLICY, round_with_clip, clip=clip).call(observed(model, feeds))
+    assert [linear.weight.meta[CLIP] for linear in find_linears(model.graph)] == [clip]
+    model, feeds = salient_model()
+    Awq(Policy(SPEC, None, None, exclude=("fc",)), round_with_clip).call(observed(model, feeds))
+    assert all(CLIP not in linear.weight.meta for linear in find_linears(model.graph))
+
+
+def test_factor_of_dead_channels_is_one() -> None:
+    factor = awq_factor(np.array([0, 16, 1], np.float32), np.ones(3, np.float32), 0.5, 0.5)
+    np.testing.assert_allclose(factor, [1, 2**0.5, 0.5**0.5], rtol=1e-6)
+
+
+def test_bad_grid() -> None:
+    with pytest.raises(UserError, match="grid must be at least 1"):
+        Awq(POLICY, round_to_nearest, grid=0)
