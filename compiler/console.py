@@ -10,9 +10,15 @@ from rich.table import Table
 _PIPE_WIDTH = 10_000
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave a reader that went away to the command line, instead of rich's exit code 1."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """A console on stdout; as wide as it takes where that is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False)
+    return _Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False)
 
 
 def table(*columns: str, numbers: int = 0) -> Table:

@@ -51,7 +51,10 @@ class Sampling:
 def generate_ids(
     subject: Subject, prompt: list[int], count: int, sampling: Sampling, stop: frozenset[int] = frozenset()
 ) -> Iterator[int]:
-    """At most `count` token ids that follow the prompt, one at a time, until one of `stop` (which is not given)."""
+    """At most `count` token ids that follow the prompt, one at a time, until one of `stop` (which is not given).
+
+    What the model cannot do is said at once, not when the first id is asked for.
+    """
     plan = subject.plan
     plan.require_decoder()
     if not prompt:
@@ -59,8 +62,13 @@ def generate_ids(
     if (plan.batch or 1) != 1 or (plan.sequence and (plan.past or plan.sequence < len(prompt) + count)):
         given = list(plan.ids.shape) if plan.ids else []
         raise UserError(f"the graph's input has the fixed shape {given}: it cannot take {len(prompt) + count} tokens")
+    return _generate(_Cached(subject) if plan.past else _Rerun(subject), prompt, count, sampling, stop)
+
+
+def _generate(
+    step: "_Cached | _Rerun", prompt: list[int], count: int, sampling: Sampling, stop: frozenset[int]
+) -> Iterator[int]:
     generator = np.random.default_rng(sampling.seed)
-    step = _Cached(subject) if plan.past else _Rerun(subject)
     fresh = prompt
     for _ in range(count):
         token = sampling.choose(step.logits(fresh), generator)

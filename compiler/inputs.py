@@ -135,8 +135,13 @@ def input_plan(model: ir.Model) -> InputPlan:
 def _input(value: ir.Value) -> Input:
     if value.dtype is None or value.shape is None or not isinstance(value.type, ir.TensorType):
         raise UserError(f"graph input {value.name!r} has no tensor type or no rank: the model must say both")
-    dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+    dims = tuple(_dim(dim if isinstance(dim, int) else dim.value) for dim in value.shape)
     return Input(value.name or "", np.dtype(value.dtype.numpy()), dims)
+
+
+def _dim(dim: Dim) -> Dim:
+    """Old exporters write -1 for a free dimension."""
+    return None if isinstance(dim, int) and dim < 0 else dim
 
 
 def _role_by_name(given: Input) -> str | None:

@@ -107,7 +107,10 @@ def _groups(weights: list[Weight], *, every: bool) -> list[WeightGroup]:
         # linear, linear_1, linear_2 are alike, as are layers.0.up and layers.1.up.
         pattern = w.node if every else re.sub(r"[_.]\d+$", "", w.node)
         pattern = pattern if every else re.sub(r"\d+", "*", pattern)
-        counted[WeightGroup(pattern, 1, w.operator, w.kind, w.shape, w.form, w.quantized, w.reason)] += 1
+        shape = w.shape
+        if w.kind == "conv" and not every:  # a vision model has dozens, no two alike, none of them quantized
+            pattern, shape = w.operator, ()
+        counted[WeightGroup(pattern, 1, w.operator, w.kind, shape, w.form, w.quantized, w.reason)] += 1
     return [replace(group, count=count) for group, count in counted.items()]
 
 

@@ -195,6 +195,12 @@ def test_npz_is_split_where_the_graph_fixes_the_batch(tmp_path: Path) -> None:
     assert parts[1].feeds["x"][0, 0] == 6
 
 
+def test_minus_one_is_a_free_dimension(tmp_path: Path) -> None:
+    plan = input_plan(_floats("x", [-1, 3]))
+    assert plan.inputs[0].shape == (None, 3)
+    assert len(npz_batches(plan, [_save(tmp_path / "a.npz", x=np.ones((5, 3), np.float32))])) == 1
+
+
 def test_npz_of_ids_derives_masks_and_caches(tmp_path: Path) -> None:
     model = tiny_decoder(kv_cache=True)
     (batch,) = npz_batches(input_plan(model), [_save(tmp_path / "a.npz", input_ids=np.ones((2, 4), np.int32))])

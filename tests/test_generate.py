@@ -82,14 +82,14 @@ def test_nan_logits_are_refused() -> None:
 def test_what_cannot_generate(tmp_path: Path) -> None:
     subject = _subject(tmp_path / "model.onnx", tiny_decoder())
     with pytest.raises(UserError, match="the prompt has no tokens"):
-        next(generate_ids(subject, [], 4, Sampling()))
+        generate_ids(subject, [], 4, Sampling())
     with pytest.raises(UserError, match="no decoder"):
-        next(generate_ids(_subject(tmp_path / "e.onnx", tiny_encoder()), PROMPT, 4, Sampling()))
+        generate_ids(_subject(tmp_path / "e.onnx", tiny_encoder()), PROMPT, 4, Sampling())
     fixed = tiny_decoder()
     for value in fixed.graph.inputs:
         value.shape = ir.Shape([1, 6])
     with pytest.raises(UserError, match=r"fixed shape \[1, 6\]: it cannot take 8 tokens"):
-        next(generate_ids(_subject(tmp_path / "f.onnx", fixed), PROMPT, 4, Sampling()))
+        generate_ids(_subject(tmp_path / "f.onnx", fixed), PROMPT, 4, Sampling())
 
 
 def test_pieces_of_a_character_wait_for_the_rest(tmp_path: Path) -> None:

@@ -137,6 +137,14 @@ def test_alike_weights_are_listed_together_unless_all_are_wanted(tmp_path: Path)
     assert summary.parameters == K * K
 
 
+def test_convolutions_are_one_line(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Conv", ["x" if i == 0 else f"v{i}", f"w{i}"], [f"v{i + 1}"]) for i in range(3)]
+    path = _save(tmp_path / "m.onnx", nodes, [_array(f"w{i}", np.ones((1, 1, i + 1), "f")) for i in range(3)])
+    group = _only(inspect(path))
+    assert (group.pattern, group.kind, group.count, group.quantized) == ("Conv", "conv", 3, False)
+    assert group.reason == "only linears and embeddings are quantized"
+
+
 def test_shared_regions_of_external_data_are_ties(tmp_path: Path) -> None:
     nodes = [helper.make_node("MatMul", ["x", "a"], ["u"]), helper.make_node("MatMul", ["u", "b"], ["y"])]
     tensors = [_array(name, np.ones((K, K), "f")) for name in "ab"]
