@@ -43,7 +43,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("out") / "plain"
-    export_model(llama, target, open_model=command._open)
+    export_model(llama, target, open_model=command.open_model)
     return target
 
 
@@ -96,7 +96,7 @@ def test_record_says_what_was_done(llama: Path, plain: Path) -> None:
 
 
 def test_cache_prefills_from_nothing_and_decodes(llama: Path, tmp_path: Path) -> None:
-    export_model(llama, tmp_path / "kv", open_model=command._open, kv_cache=True)
+    export_model(llama, tmp_path / "kv", open_model=command.open_model, kv_cache=True)
     opened = session(tmp_path / "kv" / "model.onnx")
     inputs = {value.name: value.shape for value in opened.get_inputs()}
     assert inputs["past_key_values.1.value"] == ["batch", 2, "past_sequence", 16]
@@ -142,7 +142,7 @@ def test_encoder_and_an_overwritten_export(tmp_path: Path) -> None:
     (target / "export.json").write_text("{}")
     (target / "model.onnx").write_text("an earlier one")
     (target / "compiled.onnx").write_text("mine")
-    export_model(tmp_path / "bert", target, open_model=command._open)
+    export_model(tmp_path / "bert", target, open_model=command.open_model)
     model = ir.load(target / "model.onnx")
     assert [value.name for value in model.graph.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
     assert [value.name for value in model.graph.outputs] == ["last_hidden_state", "pooler_output"]
@@ -150,7 +150,7 @@ def test_encoder_and_an_overwritten_export(tmp_path: Path) -> None:
     assert (target / "compiled.onnx").read_text() == "mine"
     assert "random ids" in json.loads((target / "export.json").read_text())["check"]["prompt"]
     with pytest.raises(UserError, match="is an encoder"):
-        export_model(tmp_path / "bert", target, open_model=command._open, kv_cache=True)
+        export_model(tmp_path / "bert", target, open_model=command.open_model, kv_cache=True)
 
 
 def test_disagreement_is_an_error_and_nothing_is_written(
@@ -158,7 +158,7 @@ def test_disagreement_is_an_error_and_nothing_is_written(
 ) -> None:
     monkeypatch.setattr(trace, "to_onnx", lambda *_: tiny_decoder())
     with pytest.raises(UserError, match=r"disagrees with torch: relative error \S+ at prompt:logits"):
-        export_model(llama, tmp_path / "new", open_model=command._open)
+        export_model(llama, tmp_path / "new", open_model=command.open_model)
     assert not list(tmp_path.iterdir())
 
 
@@ -166,7 +166,7 @@ def test_disagreement_is_an_error_and_nothing_is_written(
 @pytest.mark.parametrize("kv_cache", [False, True])
 def test_the_zoo_decoder(tmp_path: Path, kv_cache: bool) -> None:
     """SmolLM2-135M out of its GGUF file, whole."""
-    done = export_model("smollm2-135m", tmp_path / "smol", open_model=command._open, kv_cache=kv_cache)
+    done = export_model("smollm2-135m", tmp_path / "smol", open_model=command.open_model, kv_cache=kv_cache)
     assert done.size < 545e6
     assert len(find_linears(ir.load(done.path).graph)) == 211
     assert done.record["check"]["max_relative_error"] < 1e-3
@@ -175,5 +175,5 @@ def test_the_zoo_decoder(tmp_path: Path, kv_cache: bool) -> None:
 @pytest.mark.slow
 def test_the_zoo_encoder(tmp_path: Path) -> None:
     """MiniLM-L6 as it was published."""
-    done = export_model("minilm-l6", tmp_path / "minilm", open_model=command._open)
+    done = export_model("minilm-l6", tmp_path / "minilm", open_model=command.open_model)
     assert done.record["check"]["max_relative_error"] < 1e-3

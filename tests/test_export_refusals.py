@@ -20,7 +20,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 
 def export(source: str | Path, target: Path, **options: Any) -> None:
-    export_model(source, target, open_model=command._open, **options)
+    export_model(source, target, open_model=command.open_model, **options)
 
 
 def refusal(source: str | Path, target: Path, **options: Any) -> str:

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         done = export.export_model(
             args.source,
             args.output,
-            open_model=_open,
+            open_model=open_model,
             kv_cache=args.kv_cache,
             dtype=args.dtype,
             max_layers=args.layers,
@@ -81,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
             f"agrees with torch on {tokens} tokens: relative error {error:.1e} (at most {found['tolerance']:.0e})"
         )
     console.print(f"wrote {done.path} ({done.size / 1e6:.0f} MB) in {done.seconds:.0f} s", highlight=False)
-    console.print(f"next: qcompile {shlex.quote(str(done.path))} --passes smooth,awq,pack", highlight=False)
+    # A copied graph has no tokenizer to calibrate with; pack alone needs none.
+    passes = "smooth,awq,pack" if isinstance(found, dict) else "pack"
+    console.print(f"next: qcompile {shlex.quote(str(done.path))} --passes {passes}", highlight=False)
     return 0
 
 
@@ -112,7 +114,7 @@ class _Steps:
             self._console.print(f"  {self._step} [dim]{time.monotonic() - self._since:.1f} s[/dim]", highlight=False)
 
 
-def _open(path: Path) -> Any:
+def open_model(path: Path) -> Any:
     """A model file as a function from inputs by name to outputs by name, on the CPU."""
     opened = session(path)
     names = [output.name for output in opened.get_outputs()]

@@ -4,8 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.models.tiny.build import Builder
-from qcompile.models.tiny.weights import linear_weight
-from qcompile.passes.affine import Array
+from qcompile.models.tiny.weights import Array, linear_weight
 
 
 def tiny_mlp(*, k: int = 48, hidden: int = 64, seed: int = 0, opset: int = 21, dtype: str = "fp32") -> ir.Model:

@@ -1,8 +1,9 @@
 """Random weights that behave like trained ones: correlated activations, columns of unequal size, heavy tails."""
 
 import numpy as np
+import numpy.typing as npt
 
-from qcompile.passes.affine import Array
+Array = npt.NDArray[np.float32]
 
 
 def linear_weight(rng: np.random.Generator, k: int, n: int, *, gain: float = 1.0) -> Array:
