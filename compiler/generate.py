@@ -56,7 +56,7 @@ def generate_ids(
     What the model cannot do is said at once, not when the first id is asked for.
     """
     plan = subject.plan
-    plan.require_decoder()
+    subject.require_decoder()
     if not prompt:
         raise UserError("the prompt has no tokens: give some text with --prompt")
     if (plan.batch or 1) != 1 or (plan.sequence and (plan.past or plan.sequence < len(prompt) + count)):

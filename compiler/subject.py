@@ -24,9 +24,16 @@ class Subject:
         self.session: Any = session(path, providers=(provider,), accuracy_level=accuracy_level)
         self.outputs: list[str] = [output.name for output in self.session.get_outputs()]
 
+    def require_decoder(self) -> str:
+        """The name of the logits of a model that is a decoder."""
+        try:
+            return self.plan.require_decoder()
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+
     def logits(self, window: Ids) -> npt.NDArray[Any]:
         """The logits (L, V) of a window (L,)."""
-        name = self.plan.require_decoder()
+        name = self.require_decoder()
         if self.plan.vocabulary and window.max() >= self.plan.vocabulary:
             raise UserError(
                 f"{self.path}: token id {window.max()} in the text, {self.plan.vocabulary} in the vocabulary"

@@ -107,7 +107,7 @@ def test_what_cannot_be_evaluated(pair: tuple[Path, Path], tmp_path: Path) -> No
     poisoned = _saved(tiny_decoder(), tmp_path / "nan.onnx", poison=np.nan)
     with pytest.raises(UserError, match=r"nan.onnx: output 'logits' contains NaN"):
         evaluate(poisoned, WINDOWS)
-    with pytest.raises(UserError, match="no decoder"):
+    with pytest.raises(UserError, match=r"encoder\.onnx: the model is no decoder"):
         evaluate(_saved(tiny_encoder(), tmp_path / "encoder.onnx"), WINDOWS)
 
 

@@ -168,7 +168,14 @@ def test_inspect_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     node = helper.make_node("MatMul", ["x", "w"], ["y"], name="a_linear_with_a_long_name_" + "x" * 80)
     recipe = '{"passes": ["smooth", "pack"]}'
     tensors = [_array("w", np.ones((K, N), "f"))]
-    path = str(_save(tmp_path / "m.onnx", [node], tensors, **{"qcompile.recipe": recipe, "note": "text"}))
+    path = str(
+        _save(
+            tmp_path / "m.onnx",
+            [node],
+            tensors,
+            **{"qcompile.recipe": recipe, "note": "text", "vocabulary": "a\n" * 999},
+        )
+    )
     assert main(["inspect", path]) == 0
     shown = capsys.readouterr().out
     for part in (

@@ -12,6 +12,7 @@ from qcompile.compiler.inspection import Summary, WeightGroup, inspect
 
 # Inputs and outputs of a model with caches are alike by the dozen.
 _FEW = 8
+_LONG = 200
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     for tie in summary.ties:
         out.print(f"shared: {tie}")
     for key, value in summary.metadata.items():
-        out.print(f"{key}: {json.dumps(value) if not isinstance(value, str) else value}")
+        out.print(f"{key}: {_shortened(value) if not key.startswith('qcompile.') else json.dumps(value)}")
     return 0
 
 
@@ -77,6 +78,12 @@ def _weights(out: Console, summary: Summary) -> None:
     if linears:
         done = sum(group.count for group in linears if group.quantized)
         out.print(f"{done} of {sum(group.count for group in linears)} linears are quantized")
+
+
+def _shortened(value: Any) -> str:
+    """Others' metadata in one line: some models carry a whole vocabulary there."""
+    text = " ".join((value if isinstance(value, str) else json.dumps(value)).split())
+    return text if len(text) <= _LONG else f"{text[:_LONG]} … ({len(text)} characters, --json shows all)"
 
 
 def _verdict(group: WeightGroup) -> str:
