@@ -73,6 +73,8 @@ def _float(graph: onnx.GraphProto, value: str) -> str:
 def _rows(graph: onnx.GraphProto, value: str) -> str:
     """The value as a float32 matrix (rows, K)."""
     shape, name = f"{value}.last", f"{value}.rows"
+    if any(name in node.output for node in graph.node):
+        return name
     minus_one = _constant(graph, "qcompile.minus1", [-1])
     graph.node.extend(
         [

@@ -8,7 +8,8 @@ The body is the specification, the oracle of the tests, and what runs where no k
 | EmbeddingInt4 | indices (…) int; w (K, C) uint8; scale (G, V); zero_point (G, C) uint8 | (…, K) |
 | EmbeddingInt8 | indices (…) int; w (K, V); scale (G, V); zero_point (G, V) | (…, K) |
 
-G = ceil(K / block_size); C = ceil(V / 2) bytes of two codes each, the even column's in the low nibble. Codes of element (k, n) decode to (w - zero_point) * scale of group k // block_size.
+G = ceil(K / block_size); C = ceil(V / 2) bytes of two codes each, the even column's in the low nibble.
+The code of element (k, n) decodes to (w - zero_point) * scale, both of group k // block_size.
 An embedding reads columns of the very tensor that a tied lm_head multiplies with, so both can share one copy; 4-bit
 tables are read as bytes because ONNX Runtime gathers no 4-bit types.
 """
@@ -28,33 +29,35 @@ _DOMAIN_OPSET = onnxscript.values.Opset(DOMAIN, VERSION)
 
 
 @onnxscript.script(_DOMAIN_OPSET, default_opset=op)
-def MatMulInt4(x, w, scale, zero_point, block_size: int):  # noqa: N802
+def MatMulInt4(x, w, scale, zero_point, block_size: int):
     return op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size))
 
 
 @onnxscript.script(_DOMAIN_OPSET, default_opset=op)
-def MatMulInt8(x, w, scale, zero_point, block_size: int):  # noqa: N802
+def MatMulInt8(x, w, scale, zero_point, block_size: int):
     return op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size))
 
 
 @onnxscript.script(_DOMAIN_OPSET, default_opset=op)
-def EmbeddingInt8(indices: INT64, w, scale, zero_point, block_size: int):  # noqa: N802
+def EmbeddingInt8(indices: INT64, w, scale, zero_point, block_size: int):
     flat = op.Reshape(indices, op.Constant(value_ints=[-1]))
     codes = op.Gather(w, flat, axis=1)
     scales = op.Gather(scale, flat, axis=1)
     zero_points = op.Gather(zero_point, flat, axis=1)
     columns = op.DequantizeLinear(codes, scales, zero_points, axis=0, block_size=block_size)
     shape = op.Concat(op.Shape(indices), op.Shape(w, start=0, end=1), axis=0)
-    return op.Reshape(op.Transpose(columns, perm=[1, 0]), shape)
+    return op.Reshape(op.Transpose(columns, perm=[1, 0]), shape, allowzero=1)
 
 
 @onnxscript.script(_DOMAIN_OPSET, default_opset=op)
-def EmbeddingInt4(indices: INT64, w, scale, zero_point, block_size: int):  # noqa: N802
+def EmbeddingInt4(indices: INT64, w, scale, zero_point, block_size: int):
     flat = op.Cast(op.Reshape(indices, op.Constant(value_ints=[-1])), to=7)
     two = op.Constant(value_int=2)
-    # Element 2j of a row is the low nibble of byte j, element 2j + 1 the high one; negative indices keep their parity.
-    odd = op.Mod(flat, two)
-    byte = op.Div(op.Sub(flat, odd), two)
+    # Negative indices count from V, not from the end of the bytes. The scales, gathered by `flat`, check the bounds.
+    column = op.Where(op.Less(flat, op.Constant(value_int=0)), op.Add(flat, op.Shape(scale, start=1, end=2)), flat)
+    # Element 2j of a row is the low nibble of byte j, element 2j + 1 the high one.
+    odd = op.Mod(column, two)
+    byte = op.Div(op.Sub(column, odd), two)
     shift = op.Cast(op.Mul(odd, op.Constant(value_int=4)), to=2)
     mask = op.Cast(op.Constant(value_int=15), to=2)
     codes = op.BitwiseAnd(op.BitShift(op.Gather(w, byte, axis=1), shift, direction="RIGHT"), mask)
@@ -62,7 +65,7 @@ def EmbeddingInt4(indices: INT64, w, scale, zero_point, block_size: int):  # noq
     scales = op.Gather(scale, flat, axis=1)
     columns = op.DequantizeLinear(codes, scales, zero_points, axis=0, block_size=block_size)
     shape = op.Concat(op.Shape(indices), op.Shape(w, start=0, end=1), axis=0)
-    return op.Reshape(op.Transpose(columns, perm=[1, 0]), shape)
+    return op.Reshape(op.Transpose(columns, perm=[1, 0]), shape, allowzero=1)
 
 
 @cache

@@ -1,0 +1,166 @@
+"""Error-compensated rounding: against a plain reference, as a local minimum, and on Gram matrices that are none."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from qcompile.passes.affine import QParams, Quantized, choose_qparams, quantize
+from qcompile.passes.gptq import ErrorCompensated, _compensate, _descend, _refit_scales
+from qcompile.passes.rounding import column_errors, round_to_nearest, round_with_clip
+from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
+from qcompile.passes.statistics import Statistics
+
+GRIDS = {
+    "sym": {"symmetric": True},
+    "positive": {"symmetric": True, "signed_scale": False},
+    "asym": {"symmetric": False},
+}
+
+
+def _problem(k: int, n: int, *, rows: int = 400, seed: int = 0) -> tuple[np.ndarray, Statistics]:
+    """Weights (k, n), and statistics of correlated channels of very different energy."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, k)) @ (np.eye(k) + 0.5 * rng.standard_normal((k, k))) * rng.lognormal(0, 0.7, k)
+    return rng.standard_t(5, (k, n)).astype(np.float32), _statistics(x)
+
+
+def _statistics(x: np.ndarray) -> Statistics:
+    x = x.astype(np.float32)
+    return Statistics(len(x), x.T @ x, np.abs(x).max(axis=0))
+
+
+def _raised(gram: np.ndarray, damping: float) -> np.ndarray:
+    """The Gram matrix with `damping` of each channel's energy added to its diagonal."""
+    return gram + np.diag(np.float32(damping) * np.diagonal(gram))
+
+
+def _nearest(w: np.ndarray, spec: QuantSpec) -> Quantized:
+    return round_to_nearest(w, spec, None)
+
+
+def _errors(q: Quantized, w: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """‖X D‖² of each column in float64."""
+    return column_errors(q.dequantize().astype(np.float64) - w, gram.astype(np.float64))
+
+
+def _textbook(w: np.ndarray, gram: np.ndarray, qparams: QParams, spec: QuantSpec) -> np.ndarray:
+    """Frantar et al. 2022, one row at a time in float64, the inverse Hessian updated after each: codes (K, N)."""
+    k, size = w.shape[0], spec.group_size(w.shape[0])
+    work, inverse = w.astype(np.float64), np.linalg.inv(gram.astype(np.float64))
+    codes = np.zeros(w.shape)
+    for row in sorted(range(k), key=lambda r: -gram[r, r]):
+        scale, zero = (p[row // size].astype(np.float64) for p in (qparams.scale, qparams.zero_point))
+        codes[row] = np.clip(np.rint(work[row] / scale) + zero, spec.qmin, spec.qmax)
+        error = (work[row] - (codes[row] - zero) * scale) / inverse[row, row]
+        work -= np.outer(inverse[:, row], error)
+        inverse -= np.outer(inverse[:, row], inverse[row]) / inverse[row, row]
+    return codes
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("k", "size"), [(1, 4), (7, 4), (40, 16), (150, 64)])
+def test_the_sweep_is_the_textbook_s(k, size, grid) -> None:
+    """150 rows are more than one lazy block of 128; act-order leaves the codes in natural order."""
+    w, statistics = _problem(k, 6, seed=k)
+    spec, gram = QuantSpec(4, PerGroup(size), **GRIDS[grid]), _raised(statistics.gram, 0.01)
+    qparams = choose_qparams(w, spec)
+    np.testing.assert_array_equal(_compensate(w, gram, qparams, spec).codes, _textbook(w, gram, qparams, spec))
+
+
+def test_uncorrelated_channels_need_no_compensation() -> None:
+    w, _ = _problem(20, 5)
+    spec = QuantSpec(4, PerGroup(8))
+    gram = np.diag(np.linspace(3, 1, 20)).astype(np.float32)
+    q = _nearest(w, spec)
+    np.testing.assert_array_equal(_compensate(w, gram, q.qparams, spec).codes, q.codes)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_descent_ends_where_no_single_code_lowers_the_error(grid) -> None:
+    """Every code of three rows is tried with the others fixed; 300 columns, started from plain rounding."""
+    w, statistics = _problem(3, 300, seed=1)
+    spec, gram = QuantSpec(4, PerGroup(2), **GRIDS[grid]), statistics.gram
+    q = _nearest(w, spec)
+    moved = 0
+    for _ in range(20):
+        following = _descend(w, gram, q)
+        moved += int((following.codes != q.codes).sum())
+        q = following
+    assert moved > 20, "plain rounding is no minimum here"
+    reached = _errors(q, w, gram)
+    for row, code in itertools.product(range(3), range(spec.qmin, spec.qmax + 1)):
+        codes = q.codes.copy()
+        codes[row] = code
+        other = _errors(Quantized(codes, q.qparams, spec), w, gram)
+        assert (other >= reached * (1 - 1e-4) - 1e-6 * gram.max()).all()
+
+
+def test_descent_works_across_blocks() -> None:
+    """The error falls with every round, though the products are updated 128 rows at a time."""
+    w, statistics = _problem(200, 8)
+    q = _nearest(w, QuantSpec(4, PerGroup(64)))
+    for _ in range(3):
+        following = _descend(w, statistics.gram, q)
+        assert (_errors(following, w, statistics.gram) < _errors(q, w, statistics.gram) * (1 + 1e-5)).all()
+        q = following
+    assert _errors(q, w, statistics.gram).sum() < 0.7 * _errors(_nearest(w, q.spec), w, statistics.gram).sum()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("size", [32, 96])
+def test_refit_is_the_least_squares_solution(size, grid) -> None:
+    w, statistics = _problem(96, 10)
+    spec, gram = QuantSpec(4, PerGroup(size), **GRIDS[grid]), statistics.gram
+    q = _nearest(w, spec)
+    refit = _refit_scales(w, gram, q)
+    np.testing.assert_array_equal(refit.codes, q.codes)
+    assert (_errors(refit, w, gram) <= _errors(q, w, gram) * (1 + 1e-4)).all()
+    assert _errors(refit, w, gram).sum() < 0.99 * _errors(q, w, gram).sum()
+    factor = np.linalg.cholesky(gram.astype(np.float64)).T
+    levels = q.codes.astype(np.float64) - np.repeat(q.qparams.zero_point, size, axis=0)
+    for column in range(3):
+        groups = [factor[:, i : i + size] @ levels[i : i + size, column] for i in range(0, 96, size)]
+        wanted = np.linalg.lstsq(np.stack(groups, axis=1), factor @ w[:, column], rcond=None)[0]
+        np.testing.assert_allclose(refit.qparams.scale[:, column], wanted, rtol=5e-3)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("granularity", [PerGroup(32), PerGroup(40), PerChannel(1)], ids=str)
+def test_compensated_beats_clipped_beats_plain(granularity, grid) -> None:
+    w, statistics = _problem(96, 20, seed=2)
+    spec = QuantSpec(4, granularity, **GRIDS[grid])
+    roundings = (round_to_nearest, round_with_clip, ErrorCompensated(sweeps=0, refit=False), ErrorCompensated())
+    found = [rounding(w, spec, statistics) for rounding in roundings]
+    plain, clipped, compensated, refined = (_errors(q, w, statistics.gram) for q in found)
+    assert (clipped <= plain * (1 + 1e-5)).all()
+    assert compensated.sum() < 0.8 * clipped.sum()
+    assert (refined <= compensated * (1 + 1e-5)).all()
+    assert refined.sum() < 0.95 * compensated.sum()
+    assert found[-1].codes.dtype == spec.code_dtype
+    if grid == "positive":
+        assert (found[-1].qparams.scale > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_columns_do_not_affect_each_other(dtype) -> None:
+    w, statistics = _problem(140, 9)
+    spec, rounding = QuantSpec(4, PerGroup(64), scale_dtype=dtype), ErrorCompensated()
+    joint = rounding(w, spec, statistics)
+    for part in (slice(0, 1), slice(1, 5), slice(5, 9)):
+        alone = rounding(w[:, part], spec, statistics)
+        np.testing.assert_array_equal(alone.codes, joint.codes[:, part])
+        np.testing.assert_allclose(alone.qparams.scale, joint.qparams.scale[:, part], rtol=1e-6)
+
+
+def test_more_damping_means_less_compensation() -> None:
+    w, statistics = _problem(48, 12)
+    spec = QuantSpec(4, PerGroup(16))
+    gram = _raised(statistics.gram, 1e6)
+    qparams = choose_qparams(w, spec)
+    np.testing.assert_array_equal(_compensate(w, gram, qparams, spec).codes, quantize(w, qparams, spec))
+
+
+def test_statistics_are_demanded() -> None:
+    with pytest.raises(TypeError, match="needs statistics"):
+        ErrorCompensated()(np.ones((4, 4), np.float32), QuantSpec(4, PerGroup(4)), None)

@@ -1,0 +1,91 @@
+"""passes/observers.py: what the inserted reductions give, against numpy on the same activations."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from qcompile.passes import observers
+from qcompile.runtime.session import run, session
+
+K = 7
+SHAPES = [(5, K), (2, 3, K), (2, 3, 2, K), (1, 1, K), (K,)]
+TYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
+
+
+def _graph(names: list[str], rank: int, dtype: type) -> onnx.ModelProto:
+    """Each value is the negation of an input `<name>_in`, so that it is the output of a node."""
+    dims = [None] * (rank - 1) + [K]
+    inputs = [helper.make_tensor_value_info(f"{name}_in", TYPES[dtype], dims) for name in names]
+    nodes = [helper.make_node("Neg", [f"{name}_in"], [name]) for name in names]
+    graph = helper.make_graph(nodes, "g", inputs, [])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def _run(model: onnx.ModelProto, names: list[str], feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    made = session(model.SerializeToString(), threads=1)
+    return dict(zip(names, run(made, names, feeds), strict=True))
+
+
+def _activation(shape: tuple[int, ...], dtype: type, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(shape) * np.arange(1, K + 1)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_statistics_are_numpy_s(shape, dtype) -> None:
+    model = _graph(["x", "x0"], len(shape), dtype)
+    wanted = observers.observe(model.graph, "x", reference="x0")
+    assert wanted == ["x.gram", "x.absmax", "x.cross"]
+    x, x0 = _activation(shape, dtype), _activation(shape, dtype, 1)
+    found = _run(model, [*wanted, "x" + observers.ROWS], {"x_in": -x, "x0_in": -x0})
+    rows, reference = (array.reshape(-1, K).astype(np.float64) for array in (x, x0))
+    limit = {"rtol": 1e-5, "atol": 1e-5 * np.square(rows).sum()}
+    np.testing.assert_allclose(found["x.gram"], rows.T @ rows, **limit)
+    np.testing.assert_allclose(found["x.cross"], rows.T @ reference, **limit)
+    np.testing.assert_array_equal(found["x.absmax"], np.abs(rows).max(axis=0).astype(np.float32))
+    assert found["x" + observers.ROWS].tolist() == [len(rows)]
+    assert {array.dtype for name, array in found.items() if name in wanted} == {np.dtype(np.float32)}
+
+
+def test_half_precision_activations_are_summed_in_single() -> None:
+    """600 · 200² is far beyond float16."""
+    model = _graph(["x"], 2, np.float16)
+    observers.observe(model.graph, "x")
+    found = _run(model, ["x.gram"], {"x_in": np.full((600, K), 200, np.float16)})
+    np.testing.assert_allclose(found["x.gram"], 600 * 200.0**2, rtol=1e-6)
+
+
+def test_several_values_of_one_graph() -> None:
+    model = _graph(["x", "y"], 3, np.float32)
+    names = observers.observe(model.graph, "x") + observers.observe(model.graph, "y", reference="x")
+    x, y = _activation((2, 4, K), np.float32), _activation((2, 4, K), np.float32, 1)
+    found = _run(model, names, {"x_in": -x, "y_in": -y})
+    a, b = x.reshape(-1, K), y.reshape(-1, K)
+    for name, product in (("x.gram", a.T @ a), ("y.gram", b.T @ b), ("y.cross", b.T @ a)):
+        np.testing.assert_allclose(found[name], product, rtol=0, atol=1e-4 * np.abs(product).max())
+
+
+def test_the_observed_graph_still_gives_its_outputs() -> None:
+    model = _graph(["x"], 2, np.float32)
+    model.graph.output.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, K]))
+    observers.observe(model.graph, "x")
+    x = _activation((4, K), np.float32)
+    np.testing.assert_array_equal(_run(model, ["x"], {"x_in": -x})["x"], x)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_compare_product(dtype) -> None:
+    rng, n = np.random.default_rng(0), 5
+    model = _graph(["x"], 3, dtype)
+    x = _activation((2, 3, K), dtype)
+    w = rng.standard_normal((K, n)).astype(np.float32)
+    y = (x.astype(np.float32) @ w + 0.1 * rng.standard_normal((2, 3, n))).astype(dtype)
+    model.graph.input.append(helper.make_tensor_value_info("y", TYPES[dtype], [None, None, n]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
+    names = observers.compare_product(model.graph, "y", "x", "w", ".fc")
+    assert names == [observers.difference("y", ".fc"), observers.reference("y", ".fc")]
+    found = _run(model, names, {"x_in": -x, "y": y})
+    product = x.astype(np.float64) @ w
+    assert found[names[0]] == pytest.approx(np.square(y - product).sum(), rel=1e-4)
+    assert found[names[1]] == pytest.approx(np.square(product).sum(), rel=1e-5)

@@ -1,0 +1,69 @@
+"""passes/rounding.py: the exact error of a rounding, and clipping that never loses by it."""
+
+import numpy as np
+import pytest
+
+from qcompile.passes.affine import QParams, Quantized, output_error
+from qcompile.passes.rounding import better_columns, column_errors, relative_error, round_to_nearest, round_with_clip
+from qcompile.passes.spec import PerGroup, QuantSpec
+from qcompile.passes.statistics import Statistics
+
+K, N, ROWS = 96, 24, 300
+SPECS = {"sym": QuantSpec(4, PerGroup(32), symmetric=True), "asym": QuantSpec(4, PerGroup(40))}
+
+
+def _data(seed: int = 0) -> tuple[np.ndarray, np.ndarray, Statistics]:
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((ROWS, K)) @ rng.standard_normal((K, K)) * rng.lognormal(0, 1, K)).astype(np.float32)
+    w = rng.standard_t(4, (K, N)).astype(np.float32)
+    return x, w, Statistics(ROWS, x.T @ x, np.abs(x).max(axis=0))
+
+
+def _output_errors(q: Quantized, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return np.square(x.astype(np.float64) @ (q.dequantize().astype(np.float64) - w)).sum(axis=0)
+
+
+def test_gram_errors_are_output_errors() -> None:
+    x, w, statistics = _data()
+    q = round_to_nearest(w, SPECS["asym"], None)
+    delta, wanted = q.dequantize() - w, _output_errors(q, x, w)
+    np.testing.assert_allclose(column_errors(delta, statistics.gram), wanted, rtol=1e-3)
+    assert output_error(delta, statistics.gram) == pytest.approx(wanted.sum(), rel=1e-3)
+    scale = np.square(x.astype(np.float64) @ w).sum()
+    assert relative_error(delta, w, statistics.gram) == pytest.approx(np.sqrt(wanted.sum() / scale), rel=1e-3)
+
+
+def test_relative_error_of_nothing_is_zero() -> None:
+    zeros = np.zeros((K, N), np.float32)
+    assert relative_error(zeros, zeros, np.eye(K, dtype=np.float32)) == 0.0
+    assert relative_error(zeros + 1, zeros + 1, np.zeros((K, K), np.float32)) == 0.0
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("seed", range(3))
+def test_clipping_loses_in_no_column_and_wins_overall(name, seed) -> None:
+    x, w, statistics = _data(seed)
+    plain = _output_errors(round_to_nearest(w, SPECS[name], statistics), x, w)
+    clipped = _output_errors(round_with_clip(w, SPECS[name], statistics), x, w)
+    assert (clipped <= plain * (1 + 1e-4)).all()
+    assert clipped.sum() < 0.97 * plain.sum()
+
+
+def test_clipping_without_statistics_is_plain_rounding() -> None:
+    _, w, _ = _data()
+    a, b = round_with_clip(w, SPECS["asym"], None), round_to_nearest(w, SPECS["asym"], None)
+    np.testing.assert_array_equal(a.codes, b.codes)
+    np.testing.assert_array_equal(a.qparams.scale, b.qparams.scale)
+
+
+def test_better_columns_takes_each_column_whole() -> None:
+    """Codes, scales and zero points of a column come from one candidate; ties stay with the first."""
+    spec = QuantSpec(4, PerGroup(2))
+    w = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 1]], np.float32)
+    ones, zeros = np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32)
+    a = Quantized(np.array([[1, 2, 1]] * 3, np.uint8), QParams(ones, zeros), spec)
+    b = Quantized(np.array([[4, 3, 3]] * 3, np.uint8), QParams(ones, zeros + 2), spec)
+    best = better_columns(a, b, w, Statistics(1, np.eye(3, dtype=np.float32), np.ones(3, np.float32)))
+    np.testing.assert_array_equal(best.codes, [[1, 3, 1]] * 3)
+    np.testing.assert_array_equal(best.qparams.zero_point, [[0, 2, 0]] * 2)
+    np.testing.assert_array_equal(best.dequantize(), w)
