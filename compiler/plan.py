@@ -125,8 +125,14 @@ def _check_type(name: str, parameter: inspect.Parameter, value: Any) -> None:
             return
         if isinstance(kind, type) and type(value) is kind:
             return
-    wanted = " or ".join(getattr(kind, "__name__", str(kind).removeprefix("typing.Literal")) for kind in allowed)
+    wanted = " or ".join(_told(kind) for kind in allowed if kind is not type(None))
     raise UserError(f"pass {name!r}: parameter {parameter.name} takes {wanted}, got {value!r}")
+
+
+def _told(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    return str(kind.__name__)
 
 
 def describe(parameters_of: Mapping[str, inspect.Parameter]) -> str:

@@ -1,5 +1,6 @@
 """What to do with a model: an ordered list of passes and the settings around it."""
 
+import contextlib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -44,7 +45,17 @@ def _pair(text: str, whole: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip() or not value.strip():
         raise UserError(f"cannot read {text.strip()!r} in the pass list {whole!r}: expected key=value")
-    return key.strip(), yaml.safe_load(value)
+    return key.strip(), _value(value.strip())
+
+
+def _value(text: str) -> Any:
+    """true or false, an integer, a number (1e-3 too, which YAML takes for a word), or else a word."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _scalar(value: Any) -> str:

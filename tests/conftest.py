@@ -1,0 +1,77 @@
+"""What the tests of the pipeline share: a folder with models in it, quick compiles, and folders as they were."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from qcompile.compiler import cli
+from qcompile.compiler.pipeline import Calibration, compile_model
+from qcompile.compiler.recipe import Recipe, parse_passes
+from qcompile.compiler.report import Report
+from qcompile.compiler.store import save_model
+from qcompile.models.text import calibration_text
+from qcompile.models.tiny import tiny_tokenizer
+
+# Enough for statistics of full rank in the tiny models (K up to 160) within a second.
+QUICK = {"samples": 8, "context": 32, "group_size": 32}
+
+
+@dataclass
+class Bench:
+    """A folder to work in: `in/` holds float models and a tokenizer, `out/` what is compiled."""
+
+    folder: Path
+    text: Path
+
+    def save(self, model: ir.Model, name: str = "model.onnx", *, tokenizer: bool = True) -> Path:
+        """The model with its external data in `in/`, a tokenizer of 256 bytes beside it."""
+        path = self.folder / "in" / name
+        save_model(model, path)
+        if tokenizer:
+            tiny_tokenizer(256, path.parent)
+        return path
+
+    def compile(self, model: Path, passes: str = "pack", *, output: str = "out/model.onnx", **settings: Any) -> Report:
+        """Compile in this process, calibrated on a short text."""
+        calibration = settings.pop("calibration", [str(self.text)])
+        recipe = Recipe(**{**QUICK, "passes": parse_passes(passes), **settings})
+        return compile_model(model, recipe, output=self.folder / output, calibration=Calibration(calibration))
+
+    def run(self, model: Path, *options: str) -> int:
+        """The exit code of the command line, compiling to out/model.onnx."""
+        quick = ["--samples", "8", "--context", "32"]
+        if "--group-size" not in options:
+            quick += ["--group-size", "32"]
+        if "-o" not in options:
+            quick += ["-o", str(self.folder / "out" / "model.onnx")]
+        return cli.main([str(model), *quick, *options])
+
+    def snapshot(self) -> dict[str, str]:
+        """Every file and folder, hidden ones too, with the hash of its content."""
+        files = sorted(self.folder.rglob("*"))
+        return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for p in files}
+
+
+@pytest.fixture(scope="session")
+def short_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first pages of the bundled text: encoding all of it takes most of a tiny compile's time."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(calibration_text()[:6000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def bench(tmp_path: Path, short_text: Path) -> Bench:
+    """A working folder of its own for each test."""
+    return Bench(tmp_path / "bench", short_text)
+
+
+@pytest.fixture(scope="session")
+def make_bench(tmp_path_factory: pytest.TempPathFactory, short_text: Path) -> Callable[[str], Bench]:
+    """A working folder that several tests read."""
+    return lambda name: Bench(tmp_path_factory.mktemp(name), short_text)

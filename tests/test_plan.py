@@ -1,0 +1,104 @@
+"""compiler/plan.py: from pass lists to passes, their order, their parameters, the specs of each kind of weight."""
+
+from typing import Any
+
+import pytest
+
+from qcompile.compiler.cli import main
+from qcompile.compiler.plan import PASSES, build, effective, following_rounding, make_policy, parameters
+from qcompile.compiler.recipe import Recipe, parse_passes
+from qcompile.passes.errors import UserError
+from qcompile.passes.gptq import ErrorCompensated
+from qcompile.passes.pack import Pack
+from qcompile.passes.rounding import round_with_clip
+from qcompile.passes.smooth import Smooth
+from qcompile.passes.spec import PerChannel, PerGroup
+
+
+def _build(passes: str, **settings: Any) -> list[Any]:
+    return build(Recipe(passes=parse_passes(passes), **settings))
+
+
+@pytest.mark.parametrize(
+    ("passes", "built"),
+    [
+        ("pack", ["prepare", "pack"]),
+        ("prepare", ["prepare"]),
+        ("prepare,smooth", ["prepare", "smooth"]),
+        ("smooth,awq,gptq,pack", ["prepare", "smooth", "awq", "gptq", "pack"]),
+        ("awq,smooth,pack", ["prepare", "awq", "smooth", "pack"]),
+    ],
+)
+def test_prepare_comes_first_and_the_order_is_kept(passes: str, built: list[str]) -> None:
+    assert [p.name for p in _build(passes)] == built
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ("quantize", r"unknown pass 'quantize'; the passes are prepare, smooth, awq, gptq, pack"),
+        ("pack,pack", r"pass 'pack' is listed twice"),
+        ("smooth,prepare,pack", r"pass 'prepare' must come first"),
+        ("pack,smooth", r"pass 'smooth' stands behind 'pack'"),
+        ("smooth,awq", r"pass 'awq' must be followed by pack"),
+        ("gptq", r"pass 'gptq' must be followed by pack"),
+        ("pack(size=3)", r"pass 'pack' has no parameter 'size'; it has target"),
+        ("pack(target=gguf)", r"parameter target takes .*got 'gguf'"),
+        ("smooth(alpha=high),pack", r"parameter alpha takes float or .*'auto'.*got 'high'"),
+        ("smooth(alpha=2),pack", r"alpha must be 'auto' or a number from 0 to 1, got 2"),
+        ("smooth(alpha=true),pack", r"parameter alpha takes"),
+        ("awq(grid=true),pack", r"parameter grid takes int, got True"),
+        ("awq(grid=2.5),pack", r"parameter grid takes int, got 2.5"),
+        ("awq(grid=0),pack", r"grid must be at least 1, got 0"),
+        ("gptq(refit=1),pack", r"parameter refit takes bool, got 1"),
+    ],
+)
+def test_impossible_lists_are_told(passes: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _build(passes)
+
+
+def test_parameters_reach_the_pass() -> None:
+    _, smooth, awq, gptq, _ = _build("smooth(alpha=0.5),awq(insert_mul=true),gptq(damping=1e-3,sweeps=1),pack")
+    assert isinstance(smooth, Smooth)
+    assert smooth.alpha == 0.5
+    assert awq.insert_mul is True
+    assert gptq.rounding == ErrorCompensated(damping=1e-3, sweeps=1)
+
+
+def test_the_seed_is_the_recipes_unless_given() -> None:
+    assert [p.seed for p in _build("smooth,awq(seed=5),pack", seed=3)[1:3]] == [3, 5]
+
+
+def test_the_target_of_pack_is_the_recipes() -> None:
+    assert effective(Recipe(passes=parse_passes("smooth,pack(target=qdq)"))).target == "qdq"
+    assert effective(Recipe(target="matmulnbits")).target == "matmulnbits"
+
+
+def test_candidates_are_judged_by_the_rounding_that_follows() -> None:
+    judged = following_rounding(parse_passes("awq,gptq(damping=0.05),pack"))
+    assert judged == ErrorCompensated(damping=0.05, sweeps=0, refit=False)
+    assert following_rounding(parse_passes("awq,pack")) is round_with_clip
+
+
+def test_specs_of_each_kind_of_weight() -> None:
+    policy = make_policy(Recipe(symmetric=True, group_size=64, lm_head=None, embedding=4), "float16")
+    assert (policy.body.bits, policy.body.granularity, policy.body.symmetric) == (4, PerGroup(64), True)
+    assert policy.lm_head is None
+    assert policy.embedding is not None
+    assert (policy.embedding.bits, policy.embedding.symmetric) == (4, False)
+    assert make_policy(Recipe(group_size=0), "float32").body.granularity == PerChannel(axis=1)
+
+
+def test_8_bit_weights_have_zero_points_and_qdq_has_positive_scales() -> None:
+    assert not make_policy(Recipe(bits=8, symmetric=True), "float32").body.symmetric
+    assert not make_policy(Recipe(symmetric=True, target="qdq"), "float32").body.signed_scale
+
+
+def test_every_pass_tells_its_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["passes"]) == 0
+    shown = capsys.readouterr().out
+    for name, kind in PASSES.items():
+        assert name in shown
+        assert all(f"{parameter}=" in shown for parameter in parameters(kind))
+    assert issubclass(PASSES["pack"], Pack)

@@ -1,0 +1,154 @@
+"""compiler/stream.py: segment by segment gives what the whole model gives, and statistics are those of numpy."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qcompile.compiler.feeds import Batch, complete, input_plan, token_batches
+from qcompile.compiler.segments import Segment, split
+from qcompile.compiler.stream import Arrays, Runner, Stream
+from qcompile.models.tiny import tiny_decoder, tiny_encoder
+from qcompile.passes.errors import UserError
+from qcompile.passes.linears import find_linears
+from qcompile.passes.statistics import Statistics
+from qcompile.runtime.session import run, session
+
+WINDOWS = list(np.random.default_rng(0).integers(0, 256, size=(3, 14)))
+
+
+def _segments(model: ir.Model) -> list[Segment]:
+    return split(model, {linear.node for linear in find_linears(model.graph)}.__contains__)
+
+
+def _activations(nodes: Any) -> list[ir.Value]:
+    return list(dict.fromkeys(linear.activation for linear in find_linears(nodes)))
+
+
+def _whole(model: ir.Model, batches: list[Batch], extra: list[ir.Value] | None = None) -> list[Arrays]:
+    """Every output of the model, and the extra values, run as one graph."""
+    proto, plan = ir.to_proto(model), input_plan(model)
+    proto.graph.output.extend(ir.serde.serialize_value(value) for value in extra or [])
+    running, names = session(proto.SerializeToString()), [o.name for o in proto.graph.output]
+    results: list[Arrays] = []
+    for batch in batches:
+        feeds = batch.feeds if batch.follows is None else complete(plan, batch.feeds, results[batch.follows])
+        results.append(dict(zip(names, run(running, names, feeds), strict=True)))
+    return results
+
+
+def _damage(segment: Segment) -> None:
+    """A visible change to every weight of a segment, in the place of its quantization."""
+    rng = np.random.default_rng(1)
+    for linear in find_linears(segment.nodes):
+        w = linear.weight.const_value.numpy()
+        noise = 1 + 0.2 * rng.standard_normal(w.shape)
+        linear.weight.const_value = ir.tensor((w * noise).astype(w.dtype), name=linear.weight.name)
+
+
+def _walk(model: ir.Model, batches: list[Batch]) -> tuple[dict[ir.Value, Statistics], list[Arrays]]:
+    """Statistics of every linear's input, and all outputs, with nothing rewritten."""
+    runner, stream, checks = Runner(model, input_plan(model)), Stream(batches), Stream(batches)
+    found: dict[ir.Value, Statistics] = {}
+    outputs: list[Arrays] = [{} for _ in batches]
+    for segment in _segments(model):
+        found |= runner.collect(segment, _activations(segment.nodes), stream, cross=True)
+        runner.advance(segment, stream)
+        given = runner.outputs(segment, checks, original=True)
+        if segment.carry is not None:
+            checks.original = [arrays[str(segment.carry.name)] for arrays in given]
+        for kept, arrays in zip(outputs, given, strict=True):
+            kept.update(arrays)
+    return found, outputs
+
+
+@pytest.mark.parametrize("kind", ["rms", "skip", "cache", "encoder"])
+def test_segments_give_what_the_whole_model_gives(kind: str) -> None:
+    model = {
+        "rms": lambda: tiny_decoder(),
+        "skip": lambda: tiny_decoder(norm="skip"),
+        "cache": lambda: tiny_decoder(kv_cache=True),
+        "encoder": lambda: tiny_encoder(),
+    }[kind]()
+    batches = token_batches(input_plan(model), WINDOWS, decode_step=kind == "cache")
+    assert any(batch.follows is not None for batch in batches) == (kind == "cache")
+    activations = _activations(model.graph)
+    expected = _whole(model, batches, activations)
+    found, outputs = _walk(model, batches)
+    for given, wanted in zip(outputs, expected, strict=True):
+        for value in model.graph.outputs:
+            name = str(value.name)
+            scale = np.abs(wanted[name]).max()
+            np.testing.assert_allclose(given[name], wanted[name], rtol=0, atol=1e-6 * scale)
+    assert set(found) == set(activations)
+    for value in activations:
+        _check(found[value], np.concatenate([_rows(arrays, value) for arrays in expected]))
+
+
+def _rows(arrays: Arrays, value: ir.Value) -> Any:
+    array = arrays[str(value.name)].astype(np.float64)
+    return array.reshape(-1, array.shape[-1])
+
+
+def _check(statistics: Statistics, x: Any, x0: Any | None = None) -> None:
+    assert statistics.rows == len(x)
+    np.testing.assert_allclose(statistics.absmax, np.abs(x).max(axis=0), rtol=1e-5, atol=1e-5)
+    for found, exact in ((statistics.gram, x.T @ x), (statistics.cross, None if x0 is None else x.T @ x0)):
+        if exact is not None:
+            assert found is not None
+            np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
+def test_later_segments_see_what_the_rewritten_ones_give() -> None:
+    """gram = XᵀX and cross = XᵀX₀: X of the changed model, X₀ of the original, both run as whole graphs."""
+    model, original = tiny_decoder(tied=False), tiny_decoder(tied=False)
+    batches = token_batches(input_plan(model), WINDOWS)
+    runner, stream = Runner(model, input_plan(model)), Stream(batches)
+    first, second, *_ = _segments(model)
+    before = runner.collect(first, _activations(first.nodes), stream, cross=True)
+    assert all(statistics.cross is None for statistics in before.values())
+    _damage(first)
+    runner.advance(first, stream)
+    after = runner.collect(second, _activations(second.nodes), stream, cross=True)
+    names = {str(value.name) for value in after}
+    twins = [value for node in original.graph for value in node.outputs if value.name in names]
+    changed, plain = _whole(model, batches, list(after)), _whole(original, batches, twins)
+    for value, statistics in after.items():
+        x, x0 = (np.concatenate([_rows(arrays, value) for arrays in results]) for results in (changed, plain))
+        assert np.linalg.norm(x - x0) > 0.05 * np.linalg.norm(x0), "the damage is felt here"
+        _check(statistics, x, x0)
+
+
+def test_a_decode_step_reads_the_caches_of_the_rewritten_graph() -> None:
+    model = tiny_decoder(kv_cache=True, tied=False)
+    batches = token_batches(input_plan(model), WINDOWS, decode_step=True)
+    runner, stream = Runner(model, input_plan(model)), Stream(batches)
+    found: dict[ir.Value, Statistics] = {}
+    for segment in _segments(model):
+        if segment.carried is not None:  # what the changed first segment gives
+            found |= runner.collect(segment, _activations(segment.nodes), stream, cross=True)
+        else:
+            runner.collect(segment, _activations(segment.nodes), stream, cross=True)
+            _damage(segment)
+        runner.advance(segment, stream)
+    expected = _whole(model, batches, list(found))
+    for value, statistics in found.items():
+        _check(statistics, np.concatenate([_rows(arrays, value) for arrays in expected]))
+
+
+def test_an_activation_that_overflows_is_named() -> None:
+    model = tiny_decoder(tied=False)
+    norm = model.graph.initializers["model.layers.1.post_attention_layernorm.weight"]
+    norm.const_value = ir.tensor(np.full(64, 3e38, np.float32), name=norm.name)
+    with pytest.raises(UserError, match=r"activation model.layers.1.post_attention_layernorm.out is NaN or infinite"):
+        _walk(model, token_batches(input_plan(model), WINDOWS))
+
+
+def test_progress_counts_the_tokens_of_every_run() -> None:
+    model, seen = tiny_decoder(), []
+    batches = token_batches(input_plan(model), WINDOWS)
+    runner, stream = Runner(model, input_plan(model), progress=seen.append), Stream(batches)
+    first, *_ = _segments(model)
+    runner.collect(first, _activations(first.nodes), stream, cross=True)
+    assert seen == [14, 14, 14]
