@@ -1,0 +1,131 @@
+"""Imports point one way (docs/architecture.md), and importing qcompile loads neither torch nor ONNX Runtime."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("compiler", "passes", "runtime", "models")
+ERRORS = "qcompile.passes.errors"
+# What the modules of each layer may import; a package stands for its submodules too.
+ALLOWED = {
+    "compiler": {"qcompile.compiler", "qcompile.passes", "qcompile.runtime", "qcompile.models"}
+    | {"numpy", "onnx", "onnx_ir", "rich", "yaml", "tokenizers"},
+    "passes": {"qcompile.passes", "numpy", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"},
+    "runtime": {"qcompile.runtime", ERRORS, "numpy", "onnx"},
+    "models": {"qcompile.models", ERRORS, "numpy", "onnx", "onnx_ir", "onnxscript", "tokenizers"},
+}
+# What only functions may import: extras of the installation, which most commands do without.
+LAZY = {
+    "compiler": set(),
+    "passes": set(),
+    "runtime": set(),
+    "models": {"torch", "transformers", "gguf", "safetensors"},
+}
+# Single modules with a right of their own; onnxruntime, too, only in functions.
+LAZY_OF_MODULE = {"runtime/session.py": {"onnxruntime"}}
+
+
+def _imports(tree: ast.AST, *, inside: bool = False) -> Iterator[tuple[int, str, bool]]:
+    """(line, module, whether inside a function) of every import; a relative one as its dots."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            # `from qcompile.passes import errors` may name a module as well as a member.
+            deeper = module == "qcompile" or module in {f"qcompile.{layer}" for layer in LAYERS}
+            yield from ((node.lineno, f"{module}.{a.name}" if deeper else module, inside) for a in node.names)
+        else:
+            function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from _imports(node, inside=inside or function)
+
+
+def _within(module: str, packages: set[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def violations(root: Path) -> list[str]:
+    """`path:line imports module` for every import that breaks the rule."""
+    found = []
+    for path in sorted(path for layer in LAYERS for path in (root / layer).rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        layer = name.split("/")[0]
+        lazy = LAZY[layer] | LAZY_OF_MODULE.get(name, set())
+        for line, module, inside in _imports(ast.parse(path.read_text())):
+            allowed = ALLOWED[layer] | (lazy if inside else set())
+            if module.split(".")[0] not in sys.stdlib_module_names and not _within(module, allowed):
+                found.append(f"{name}:{line} imports {module}")
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    assert sum(1 for layer in LAYERS for _ in (ROOT / layer).rglob("*.py")) > 50, "the walk sees the sources"
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "module"),
+    [
+        ("passes/bad.py", "from qcompile.compiler import store", "qcompile.compiler.store"),
+        ("passes/bad.py", "import qcompile.runtime.session", "qcompile.runtime.session"),
+        ("passes/formats/bad.py", "def f():\n    import onnxruntime", "onnxruntime"),
+        ("passes/bad.py", "from . import spec", "."),
+        ("passes/bad.py", "from passes import spec", "passes"),
+        ("runtime/bad.py", "def f():\n    import onnxruntime", "onnxruntime"),
+        ("runtime/session.py", "import onnxruntime", "onnxruntime"),
+        ("runtime/bad.py", "from qcompile.passes import affine", "qcompile.passes.affine"),
+        ("runtime/bad.py", "from qcompile.passes.errors_of_mine import X", "qcompile.passes.errors_of_mine"),
+        ("models/bad.py", "if True:\n    import torch", "torch"),
+        ("models/bad.py", "class A:\n    from transformers.models import bert", "transformers.models"),
+        ("models/bad.py", "from qcompile.passes.spec import QuantSpec", "qcompile.passes.spec"),
+        ("compiler/bad.py", "def f():\n    import torch", "torch"),
+        ("compiler/bad.py", "import onnxruntime as ort", "onnxruntime"),
+    ],
+)
+def test_the_walk_finds_planted_violations(tmp_path, path, code, module) -> None:
+    for layer in LAYERS:
+        (tmp_path / layer / "formats").mkdir(parents=True)
+    (tmp_path / "passes" / "good.py").write_text("import numpy as np\nfrom qcompile.passes import spec\n")
+    (tmp_path / "models" / "good.py").write_text("from qcompile.passes import errors\ndef f():\n    import torch\n")
+    assert violations(tmp_path) == []
+    (tmp_path / path).write_text(code + "\n")
+    (found,) = violations(tmp_path)
+    assert found == f"{path}:{1 + code.count(chr(10))} imports {module}"
+
+
+# Modules that must stay out, and (Linux) shared libraries, among them what a CUDA build of ONNX Runtime would load.
+_PROBE = """
+import json, pathlib, sys
+maps = pathlib.Path("/proc/self/maps")
+libraries = {line.split("/")[-1] for line in maps.read_text().split() if ".so" in line} if maps.exists() else set()
+heavy = [name for name in ("torch", "transformers", "onnxruntime", "tensorflow", "onnx") if name in sys.modules]
+heavy += sorted(name for name in libraries if name.startswith(("libcu", "libnv", "libonnxruntime", "libtorch")))
+print(json.dumps(heavy))
+"""
+
+
+def _loaded(code: str) -> list[str]:
+    """What of the above a fresh interpreter has loaded after running `code`."""
+    done = subprocess.run([sys.executable, "-c", code + "\n" + _PROBE], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_importing_every_module_loads_no_framework() -> None:
+    files = [path.relative_to(ROOT).with_suffix("") for layer in LAYERS for path in (ROOT / layer).rglob("*.py")]
+    modules = sorted("qcompile." + ".".join(file.parts).removesuffix(".__init__") for file in files)
+    assert {"qcompile.compiler", "qcompile.compiler.pipeline", "qcompile.runtime.session"} <= set(modules)
+    assert _loaded("\n".join(f"import {module}" for module in modules)) == ["onnx"]
+
+
+def test_the_command_line_starts_light() -> None:
+    assert _loaded("import qcompile.compiler.cli") == []
+
+
+def test_the_probe_sees_a_loaded_runtime() -> None:
+    assert "onnxruntime" in _loaded("import onnxruntime")

@@ -1,0 +1,60 @@
+"""passes/policy.py: who is quantized to what, and the reasons of those who are not."""
+
+import pytest
+
+from qcompile.models.tiny import tiny_decoder
+from qcompile.passes.linears import find_embeddings, find_linears, vocabulary_size
+from qcompile.passes.policy import Policy
+from qcompile.passes.spec import PerGroup, QuantSpec
+
+BODY, HEAD, TABLE = QuantSpec(4, PerGroup(32)), QuantSpec(8, PerGroup(64)), QuantSpec(8, PerGroup(16))
+MODEL = tiny_decoder(layers=1)
+LINEARS = {linear.name: linear for linear in find_linears(MODEL.graph)}
+(EMBEDDING,) = find_embeddings(MODEL.graph)
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def _answers(policy: Policy) -> dict[str, QuantSpec | str]:
+    vocabulary = vocabulary_size(MODEL)
+    return {name: policy.for_linear(linear, vocabulary) for name, linear in LINEARS.items()}
+
+
+def test_body_head_and_embedding_have_specs_of_their_own() -> None:
+    policy = Policy(BODY, HEAD, TABLE)
+    assert _answers(policy) == {name: HEAD if name == "lm_head" else BODY for name in LINEARS}
+    assert policy.for_embedding(EMBEDDING) == TABLE
+
+
+def test_none_keeps_them_with_a_reason() -> None:
+    policy = Policy(BODY, None, None)
+    assert _answers(policy)["lm_head"] == "lm_head is kept in float"
+    assert policy.for_embedding(EMBEDDING) == "embedding is kept in float"
+    assert _answers(policy)[Q_PROJ] == BODY
+
+
+@pytest.mark.parametrize("pattern", [Q_PROJ, "*q_proj", "*.q_proj.weight", "*[q]_proj*"])
+def test_exclude_matches_node_or_weight_names(pattern) -> None:
+    answers = _answers(Policy(BODY, HEAD, TABLE, exclude=("nothing", pattern)))
+    assert answers.pop(Q_PROJ) == f"excluded by {pattern!r}"
+    assert not any(isinstance(answer, str) for answer in answers.values())
+
+
+def test_patterns_are_whole_names_and_mind_case() -> None:
+    for pattern in ("q_proj", "*Q_PROJ*", "*.q_proj.weigh"):
+        assert _answers(Policy(BODY, HEAD, TABLE, exclude=(pattern,)))[Q_PROJ] == BODY
+
+
+def test_include_leaves_the_others_out() -> None:
+    policy = Policy(BODY, HEAD, TABLE, include=("*mlp*", "lm_head"))
+    quantized = {name for name, answer in _answers(policy).items() if isinstance(answer, QuantSpec)}
+    assert quantized == {name for name in LINEARS if ".mlp." in name or name == "lm_head"}
+    assert _answers(policy)[Q_PROJ] == "not among the included names"
+    assert policy.for_embedding(EMBEDDING) == "not among the included names"
+
+
+def test_exclude_wins_over_include_and_reaches_the_embedding() -> None:
+    policy = Policy(BODY, HEAD, TABLE, include=("*",), exclude=("model.embed_tokens.weight",))
+    reason = "excluded by 'model.embed_tokens.weight'"
+    assert policy.for_embedding(EMBEDDING) == reason
+    assert _answers(policy)["lm_head"] == reason, "the tied head is the same weight"
+    assert _answers(policy)[Q_PROJ] == BODY
