@@ -17,7 +17,7 @@ from qcompile.passes.scale_search import Choice, Judge, Judges, normalized, sear
 # Whether the linear's rounding may clip its ranges; `pack` reads it from the weight's meta.
 CLIP = "qcompile.clip"
 
-_SAMPLES = 96
+_SAMPLES = 192
 _FINALISTS = 3
 # Exponents of the weight's root mean square: none, as in the paper's text, or a half.
 _WEIGHT_EXPONENTS = (0.0, 0.5)

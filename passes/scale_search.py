@@ -1,8 +1,8 @@
 """Judging channel factors: the exact output error after the rounding that will follow, on a sample of columns.
 
 A factor s (K,) turns weights W into s·W and the Gram matrix G into G / (s sᵀ), which leaves X W alone; what it changes
-is the rounding. The loss is tr(Dᵀ G D) with D = rounding(s·W) / s - W, summed over the quantized linears of a pair.
-Columns are rounded independently of each other, so a sample of them tells enough.
+is the rounding. The loss of a linear is tr(Dᵀ G D) / tr(Wᵀ G W) with D = rounding(s·W) / s - W; a pair's is their mean
+by width. Columns are rounded independently of each other, so a sample of them tells enough.
 """
 
 import zlib
@@ -47,7 +47,7 @@ class Choice:
 class Judge:
     """The loss of a pair as a function of its factor.
 
-    columns: for each spec, sampled weight columns of the linears that use it, float32 (K, n).
+    columns: for each spec, sampled weight columns of the linears that use it, float32 (K, n), at unit output power.
     """
 
     pair: Pair
@@ -104,9 +104,16 @@ class Judges:
         for linear, spec in quantized:
             n = linear.shape[1]
             chosen = np.sort(rng.choice(n, int(np.ceil(n * fraction)), replace=False))
-            by_spec.setdefault(spec, []).append(linear.read()[:, chosen])
+            sample = _at_unit_output(linear.read()[:, chosen], statistics)
+            by_spec.setdefault(spec, []).append(sample)
         columns = [(spec, statistics.target(np.concatenate(parts, axis=1))) for spec, parts in by_spec.items()]
         return Judge(pair, statistics, self.rounding, columns)
+
+
+def _at_unit_output(w: Array, statistics: Statistics) -> Array:
+    """w (K, n) divided so that ‖X w‖² = n. Rounding follows a column's scale, so this only weighs linears equally."""
+    power = output_error(w, statistics.gram) / w.shape[1]
+    return w / np.float32(np.sqrt(power)) if power > 0 else w
 
 
 def search_all(pairs: list[Pair], judges: Judges, search: Callable[[Judge], Choice | None]) -> list[Choice | str]:

@@ -14,7 +14,7 @@ from qcompile.passes.rounding import Rounding
 from qcompile.passes.scale_search import Choice, Judge, Judges, normalized, search_all, weight_peaks
 
 _ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)
-_SAMPLES = 64
+_SAMPLES = 96
 _FINALISTS = 2
 
 
