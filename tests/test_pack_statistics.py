@@ -1,0 +1,112 @@
+"""The pass `pack` where there are statistics or codes already: which rounding it takes, and what it reports."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qcompile.models.tiny import tiny_mlp
+from qcompile.passes.affine import Quantized
+from qcompile.passes.base import Decision, Region
+from qcompile.passes.gptq import QUANTIZED, ErrorCompensated
+from qcompile.passes.linears import Linear, find_linears
+from qcompile.passes.pack import CLIP, REFERENCE, Pack
+from qcompile.passes.policy import Policy
+from qcompile.passes.rounding import round_to_nearest, round_with_clip
+from qcompile.passes.spec import PerGroup, QuantSpec
+from qcompile.passes.statistics import Statistics
+
+SPEC = QuantSpec(4, PerGroup(16))
+
+
+def _region() -> tuple[Region, Linear, Statistics]:
+    """A model's first linear with statistics of its input."""
+    model = tiny_mlp()
+    linear = find_linears(model.graph)[0]
+    k = linear.shape[0]
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((200, k)) @ rng.standard_normal((k, k))).astype(np.float32)
+    region, statistics = Region(model, [linear.node]), Statistics(200, x.T @ x, np.abs(x).max(axis=0))
+    region.statistics[linear.activation] = statistics
+    return region, linear, statistics
+
+
+def _pack(region: Region, spec: QuantSpec = SPEC) -> Decision:
+    step = Pack(Policy(spec, None, None))
+    step.call(region)
+    (decision,) = step.decisions
+    return decision
+
+
+def _stored(linear: Linear, quantized: Quantized) -> None:
+    """The node's operands are exactly this quantized weight."""
+    codes, scale, *zero_point = (value.const_value.numpy() for value in linear.node.inputs[1:])
+    np.testing.assert_array_equal(codes.astype(np.int16), quantized.codes.astype(np.int16))
+    np.testing.assert_array_equal(scale.astype(np.float32), quantized.qparams.scale)
+    for array in zero_point:
+        np.testing.assert_array_equal(array.astype(np.float32), quantized.qparams.zero_point)
+
+
+@pytest.mark.parametrize("spec", [SPEC, QuantSpec(4, PerGroup(40), symmetric=True, scale_dtype=np.float16)], ids=str)
+def test_statistics_bring_the_clip_search_and_a_predicted_error(spec) -> None:
+    region, linear, statistics = _region()
+    w = linear.read()
+    wanted = round_with_clip(w, spec, statistics)
+    decision = _pack(region, spec)
+    _stored(linear, wanted)
+    delta, gram = wanted.dequantize().astype(np.float64) - w, statistics.gram.astype(np.float64)
+    error = np.sqrt(np.sum(delta * (gram @ delta)) / np.sum(w * (gram @ w)))
+    assert decision.detail["predicted_error"] == pytest.approx(error, rel=1e-3)
+
+
+def test_awq_may_forbid_clipping() -> None:
+    region, linear, _ = _region()
+    w = linear.read()
+    linear.weight.meta[CLIP] = False
+    _pack(region)
+    _stored(linear, round_to_nearest(w, SPEC, None))
+
+
+def test_codes_of_gptq_are_written_as_they_are() -> None:
+    region, linear, statistics = _region()
+    w = linear.read()
+    chosen = ErrorCompensated()(w, SPEC, statistics)
+    assert (chosen.codes != round_with_clip(w, SPEC, statistics).codes).any()
+    linear.weight.meta[QUANTIZED] = chosen
+    _pack(region)
+    _stored(linear, chosen)
+    assert QUANTIZED not in linear.weight.meta
+
+
+def test_codes_for_another_grid_are_not_used() -> None:
+    region, linear, statistics = _region()
+    w = linear.read()
+    linear.weight.meta[QUANTIZED] = ErrorCompensated()(w, QuantSpec(4, PerGroup(32)), statistics)
+    _pack(region)
+    _stored(linear, round_with_clip(w, SPEC, statistics))
+
+
+def test_without_statistics_rounding_is_plain_and_nothing_is_predicted() -> None:
+    region, linear, _ = _region()
+    w = linear.read()
+    region.statistics.clear()
+    decision = _pack(region)
+    _stored(linear, round_to_nearest(w, SPEC, None))
+    assert "predicted_error" not in decision.detail
+
+
+def test_the_node_keeps_its_reference_for_verification() -> None:
+    region, linear, _ = _region()
+    w = linear.read()
+    _pack(region)
+    reference, quantized = linear.node.meta[REFERENCE]
+    np.testing.assert_array_equal(reference, w)
+    _stored(linear, quantized)
+
+
+def test_nodes_outside_the_region_are_left_alone() -> None:
+    region, linear, _ = _region()
+    outside = [node.op_type for node in region.model.graph if node is not linear.node]
+    _pack(region)
+    assert [node.op_type for node in region.model.graph if node is not linear.node] == outside
+    assert isinstance(linear.node, ir.Node)
+    assert linear.node.op_type == "MatMulInt4"
