@@ -15,12 +15,18 @@ _MICROSOFT = "com.microsoft"
 
 def lower(model: ir.Model, target: str) -> None:
     """Rewrite the packed operators in place for `target`: qcompile (as they are), qdq or matmulnbits."""
+    for value in list(model.graph.initializers.values()):  # 4-bit tables that are only looked up, as bytes
+        if constant(value).dtype.bitwidth == 4:
+            drop_unused(model, value)
     if target == "qcompile":
         return
     if target == "matmulnbits":
         to_matmulnbits(model)
     elif target == "qdq":
+        names = {str(node.outputs[0].name): node.name for node in model.graph if node.domain == functions.DOMAIN}
         InlinePass(criteria=lambda function: function.domain == functions.DOMAIN)(model)
+        for node in model.graph:
+            node.name = names.get(str(node.outputs[0].name), node.name)
     else:
         raise UserError(f"unknown target {target!r}")
     for key in [key for key in model.functions if key[0] == functions.DOMAIN]:
