@@ -151,6 +151,8 @@ class _Job:
         for number, segment in enumerate(segments, 1):
             self.progress.step(f"segment {number} of {len(segments)}")
             self._rewrite(runner, segment, calibration, checks, outputs)
+        if self.pack is not None:
+            self.pack.skip_rest(self.model)
         self.report.outputs = compare_outputs([c for c, _ in outputs], [o for _, o in outputs])
         return [compiled for compiled, _ in outputs]
 
@@ -169,8 +171,6 @@ class _Job:
         before = runner.outputs(segment, checks, original=True)
         for rewrite in self.passes:
             rewrite.call(region)
-        if self.pack is not None:
-            self.pack.skip_rest(region)
         after = runner.outputs(segment, checks, original=False, prepare=lambda piece: probe_nodes(piece, segment.nodes))
         self.report.nodes += node_errors(segment.nodes, after)
         if calibration.batches:

@@ -3,6 +3,7 @@
 from typing import ClassVar, Literal
 
 import numpy as np
+import onnx_ir as ir
 
 from qcompile.passes.affine import Quantized
 from qcompile.passes.base import Pass, Region
@@ -54,17 +55,19 @@ class Pack(Pass):
             else:
                 self._pack_embedding(region, embedding, chosen)
 
-    def skip_rest(self, region: Region) -> None:
-        """Account for the nodes with weights that no format covers."""
-        for node in region.live_nodes():
-            if node.op_type == "MatMul" and node.domain == "" and isinstance(reason := as_linear(node), str):
+    def skip_rest(self, model: ir.Model) -> None:
+        """Account for the nodes with weights that no format covers, those in subgraphs among them."""
+        for node in ir.traversal.RecursiveGraphIterator(model.graph):
+            name, inner = node.name or "", node.graph is not model.graph
+            if node.op_type == "MatMul" and node.domain == "":
+                reason = as_linear(node)
+                if not isinstance(reason, str):
+                    reason = "inside a subgraph (If, Loop or Scan)" if inner else ""
                 weights = max((v.const_value.size for v in node.inputs if v is not None and v.const_value), default=0)
-                if weights:
-                    self.decide(node.name or "", "skipped", reason, kind="MatMul", weights=weights)
+                if reason and weights:
+                    self.decide(name, "skipped", reason, kind="MatMul", weights=weights)
             elif node.op_type in {"Conv", "ConvTranspose", "Gemm", "LSTM", "GRU"}:
-                self.decide(
-                    node.name or "", "skipped", f"no packed format for {node.op_type} weights", kind=node.op_type
-                )
+                self.decide(name, "skipped", f"no packed format for {node.op_type} weights", kind=node.op_type)
 
     def _keep(self, site: Linear | Embedding, reason: str) -> None:
         kind = "MatMul" if isinstance(site, Linear) else "Gather"

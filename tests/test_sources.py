@@ -1,0 +1,166 @@
+"""compiler/sources.py: the user's data, else the bundled text, else the model's own samples, else none."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qcompile.compiler.inputs import input_plan
+from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.sources import Data, gather, spread
+from qcompile.compiler.tokens import load_tokenizer
+from qcompile.models.text import calibration_text
+from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
+from qcompile.passes.errors import UserError
+
+RECIPE = Recipe(samples=4, context=16)
+
+
+def _gather(
+    bench: Any,
+    model: ir.Model,
+    *files: Path | str,
+    needed: bool = True,
+    tokenizer: Path | None = None,
+    beside: bool = True,
+) -> Data:
+    path = bench.save(model, tokenizer=beside)
+    return gather(input_plan(model), path, RECIPE, [str(f) for f in files], tokenizer, needed=needed)
+
+
+def _ids(data: Data) -> list[list[int]]:
+    return [batch.feeds["input_ids"][0].tolist() for batch in data.calibration]
+
+
+def test_windows_are_disjoint_and_spread_over_the_whole_text() -> None:
+    windows = spread(range(1000), 16, 4)
+    assert [len(w) for w in windows] == [16] * 4
+    assert (windows[0][0], windows[-1][-1]) == (0, 1000 // 16 * 16 - 1)
+    assert len({int(i) for w in windows for i in w}) == 64
+    assert len(spread(range(40), 16, 4)) == 2, "no window twice"
+    assert [w.tolist() for w in spread(range(5), 16, 4)] == [[0, 1, 2, 3, 4]]
+    assert spread([1], 16, 4) == []
+
+
+def test_the_bundled_text_where_a_tokenizer_lies_beside_the_model(bench: Any) -> None:
+    data = _gather(bench, tiny_decoder())
+    tokenizer = load_tokenizer(bench.folder / "in")
+    start = tokenizer.encode(calibration_text()[:64])[:16]
+    assert _ids(data)[0] == start
+    assert len(data.calibration) == 4
+    assert data.description == "4 windows of 16 tokens from the bundled text (speeches and a novel, English)"
+    assert [batch.rows for batch in data.checks] == [16, 16]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_the_users_text_comes_first(bench: Any, tmp_path: Path, suffix: str) -> None:
+    path, text = tmp_path / f"mine{suffix}", "abcdefgh" * 8
+    path.write_text(text if suffix == ".txt" else "\n".join(json.dumps({"text": text[i : i + 32]}) for i in (0, 32)))
+    data = _gather(bench, tiny_decoder(), path)
+    tokenizer = load_tokenizer(bench.folder / "in")
+    assert [tokenizer.decode(ids) for ids in _ids(data)] == ["abcdefgh" * 2] * 4
+    assert f"from mine{suffix}" in data.description
+
+
+def test_a_tokenizer_from_elsewhere(bench: Any, tmp_path: Path) -> None:
+    folder = tiny_tokenizer(256, tmp_path / "tok").parent
+    assert len(_gather(bench, tiny_decoder(), tokenizer=folder, beside=False).calibration) == 4
+
+
+def test_without_a_tokenizer_the_model_samples_its_own_text(bench: Any) -> None:
+    first, second = (_gather(bench, tiny_decoder(), beside=False) for _ in range(2))
+    assert "sampled from the model itself (no tokenizer beside it)" in first.description
+    assert _ids(first) == _ids(second), "by the recipe's seed"
+    assert len({tuple(ids) for ids in _ids(first)}) == 4
+    assert all(0 <= token < 256 for ids in _ids(first) for token in ids)
+
+
+def test_models_with_caches_see_a_decode_step(bench: Any) -> None:
+    data = _gather(bench, tiny_decoder(kv_cache=True))
+    assert [batch.follows for batch in data.calibration] == [None, 0, None, 2, None, 4, None, 6]
+    assert [batch.rows for batch in data.calibration] == [15, 1] * 4
+    assert [batch.follows for batch in data.checks] == [None, 0, None, 2]
+
+
+def test_arrays(bench: Any, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.npz" for i in range(3)]
+    for i, path in enumerate(paths):
+        np.savez(path, x=np.full((5, 48), i, np.float32))
+    data = _gather(bench, tiny_mlp(), *paths, beside=False)
+    assert [batch.feeds["x"].shape for batch in data.calibration] == [(5, 48)] * 3
+    assert data.description == "3 batches of 0.npz, 1.npz, 2.npz"
+    assert len(data.checks) == 2
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module of the user's with functions that give batches."""
+    (tmp_path / "my_batches.py").write_text(
+        "import numpy as np\n"
+        "def good():\n    for i in range(3):\n        yield {'x': np.full((4, 48), i, np.float32)}\n"
+        "def empty():\n    return []\n"
+        "def wrong():\n    return [{'y': np.ones(3)}]\n"
+        "def poisoned():\n    return [{'x': np.full((4, 48), np.nan, np.float32)}]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "my_batches"
+    sys.modules.pop("my_batches", None)
+
+
+def test_a_function_of_the_users(bench: Any, module: str) -> None:
+    data = _gather(bench, tiny_mlp(), f"{module}:good", beside=False)
+    assert [(batch.rows, float(batch.feeds["x"][0, 0])) for batch in data.calibration] == [(4, 0), (4, 1), (4, 2)]
+    assert data.description == "3 batches of my_batches:good"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty", r"my_batches:empty gave no batches"),
+        ("wrong", r"must be a dict with an array for each of x"),
+        ("poisoned", r"NaN or infinity in 'x'"),
+        ("absent", r"my_batches:absent: .*has no attribute 'absent'"),
+    ],
+)
+def test_functions_that_give_nothing_usable(bench: Any, module: str, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _gather(bench, tiny_mlp(), f"{module}:{name}", beside=False)
+
+
+def test_without_need_only_the_checks_are_made(bench: Any) -> None:
+    for model in (tiny_decoder(), tiny_mlp(), tiny_conv()):
+        data = _gather(bench, model, needed=False, beside=False)
+        assert data.calibration == []
+        assert data.checks
+        assert "checks only" in data.description, "random inputs are never used silently"
+
+
+@pytest.mark.parametrize(
+    ("make", "files", "message"),
+    [
+        (tiny_mlp, [], r"float input 'x' .*cannot be made from text.*\.npz"),
+        (tiny_encoder, [], r"no tokenizer lies beside the model, and it is no decoder to sample text from"),
+        (tiny_decoder, ["{text}"], r"is text, but no tokenizer.json lies beside .*: give --tokenizer"),
+        (tiny_decoder, ["{text}", "a.npz"], r"not a mixture"),
+        (tiny_decoder, ["no_such_module:f"], r"no_such_module:f: No module named"),
+    ],
+)
+def test_data_that_cannot_be_had(bench: Any, make: Any, files: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _gather(bench, make(), *(f.format(text=bench.text) for f in files), beside=False)
+
+
+@pytest.mark.parametrize("size", [100, 400])
+def test_a_tokenizer_of_another_model(bench: Any, tmp_path: Path, size: int) -> None:
+    folder = tiny_tokenizer(size, tmp_path / "tok").parent
+    if size > 256:  # special tokens beyond the table are not used by text; ordinary ones are
+        raw = json.loads((folder / "tokenizer.json").read_text())
+        raw["model"]["vocab"]["zz"] = 399
+        (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"does not fit the model"):
+        _gather(bench, tiny_decoder(), tokenizer=folder)
