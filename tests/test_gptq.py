@@ -126,6 +126,16 @@ def test_refit_is_the_least_squares_solution(size, grid) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
+def test_refit_turns_a_scale_round_only_where_it_may(grid) -> None:
+    """Least squares would give the second group the scale -1."""
+    spec, levels = QuantSpec(4, PerGroup(1), **GRIDS[grid]), np.array([[1.0], [-1.0]], np.float32)
+    zero = np.full((2, 1), 0 if spec.symmetric else 4, np.float32)
+    q = Quantized((levels + zero).astype(spec.code_dtype), QParams(np.full((2, 1), 0.5, np.float32), zero), spec)
+    refit = _refit_scales(np.ones((2, 1), np.float32), np.eye(2, dtype=np.float32), q)
+    np.testing.assert_allclose(refit.qparams.scale[:, 0], [1, -1 if grid == "sym" else 0.5], rtol=2e-4)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("granularity", [PerGroup(32), PerGroup(40), PerChannel(1)], ids=str)
 def test_compensated_beats_clipped_beats_plain(granularity, grid) -> None:
     w, statistics = _problem(96, 20, seed=2)

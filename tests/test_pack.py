@@ -8,7 +8,6 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from qcompile.models.tiny import tiny_conv, tiny_decoder
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
@@ -180,17 +179,3 @@ def test_what_is_left_alone_has_its_reason(body, weights, policy, action, reason
 
 def test_products_of_activations_are_no_one_s_business() -> None:
     assert _pack(_model("y = MatMul(x, z)")) == {}
-
-
-def test_convolutions_are_counted_as_skipped() -> None:
-    decisions = _pack(tiny_conv())
-    skipped = {name for name, decision in decisions.items() if decision.reason == "no packed format for Conv weights"}
-    assert skipped == {"conv_0", "conv_1"}
-
-
-def test_a_kept_head_of_a_decoder() -> None:
-    model = tiny_decoder(layers=1)
-    decisions = _pack(model, Policy(SPEC, None, EIGHT))
-    assert (decisions["lm_head"].action, decisions["lm_head"].reason) == ("kept", "lm_head is kept in float")
-    assert Counter(decision.action for decision in decisions.values()) == {"quantized": 7 + 1, "kept": 1}
-    assert Counter(_operators(model))["MatMulInt4"] == 7
