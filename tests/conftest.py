@@ -1,6 +1,7 @@
 """What the tests of the pipeline share: a folder with models in it, quick compiles, and folders as they were."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,17 @@ class Bench:
             quick += ["-o", str(self.folder / "out" / "model.onnx")]
         return cli.main([str(model), *quick, *options])
 
+    def refuses(self, capsys: pytest.CaptureFixture[str], model: Path, options: list[str], message: str) -> None:
+        """Bad input: exit code 2, one line on stderr that says so, and not a byte in any folder has changed."""
+        before = self.snapshot()
+        passes = [] if {"--passes", "--recipe"} & set(options) else ["--passes", "pack"]
+        assert self.run(model, *passes, *options) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+        assert error.startswith("qcompile: error: ")
+        assert re.search(message, error), error
+        assert self.snapshot() == before
+
     def snapshot(self) -> dict[str, str]:
         """Every file and folder, hidden ones too, with the hash of its content."""
         files = sorted(self.folder.rglob("*"))
@@ -75,3 +87,13 @@ def bench(tmp_path: Path, short_text: Path) -> Bench:
 def make_bench(tmp_path_factory: pytest.TempPathFactory, short_text: Path) -> Callable[[str], Bench]:
     """A working folder that several tests read."""
     return lambda name: Bench(tmp_path_factory.mktemp(name), short_text)
+
+
+@pytest.fixture
+def occupied(bench: Bench) -> Bench:
+    """A bench whose output folder holds what an earlier run left."""
+    (bench.folder / "in").mkdir(parents=True)
+    (bench.folder / "out").mkdir()
+    for name in ("model.onnx", "model.report.json", "model-0123456789ab.data"):
+        (bench.folder / "out" / name).write_bytes(b"model-0123456789ab.data of an earlier run")
+    return bench
