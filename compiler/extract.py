@@ -32,7 +32,7 @@ class Piece:
 
     def session(self, provider: str = "cpu") -> Any:
         """An ONNX Runtime session of the piece."""
-        return session(self.proto.SerializeToString(), providers=(provider,), weights=self.weights)
+        return session(self.proto.SerializeToString(), providers=(provider,), weights=self.weights, spin=False)
 
     def add_weight(self, name: str, array: npt.NDArray[Any]) -> str:
         """Add an initializer that the model does not have; returns its name."""

@@ -1,6 +1,7 @@
 """The names beside an output file: hidden temporary ones while it is written, and data files named by their content."""
 
 import contextlib
+import errno
 import mmap
 import os
 import re
@@ -8,6 +9,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+from qcompile.passes.errors import UserError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def data_path(model: Path, digest: str) -> Path:
@@ -26,13 +31,24 @@ def temporary(path: Path, kind: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Failures of the file system while `path` is written, as UserErrors."""
+    try:
+        yield
+    except OSError as error:
+        hint = "free some space or write elsewhere" if error.errno in _NO_SPACE else "choose another place with -o"
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
+
+
+@contextlib.contextmanager
 def staging(path: Path) -> Iterator[Path]:
     """`path` inside a hidden folder beside it, where the output can be tried before `publish`; gone at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(path)
     folder = path.with_name(f".{path.name}.{os.getpid()}.stage.tmp")
-    try:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(path)
         folder.mkdir()
+    try:
         yield folder / path.name
     finally:
         _remove(folder)
@@ -42,8 +58,9 @@ def publish(staged: Sequence[Path], path: Path) -> tuple[Path, ...]:
     """Move a staged model, and its data if there is any, to `path`; a reader sees the old model or the new one."""
     model, *data = staged
     targets = [path.with_name(file.name) for file in data]
-    replace_pair((data[0], targets[0]) if data else None, (model, path))
-    remove_unmentioned(path)
+    with writing(path):
+        replace_pair((data[0], targets[0]) if data else None, (model, path))
+        remove_unmentioned(path)
     return (path, *targets)
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from qcompile.compiler import output_files
 from qcompile.compiler.inputs import InputPlan, input_plan
@@ -169,8 +170,10 @@ class _Job:
             activations = list(dict.fromkeys(linear.activation for linear in find_linears(segment.nodes)))
             region.statistics = runner.collect(segment, activations, calibration, cross=True)
         before = runner.outputs(segment, checks, original=True)
-        for rewrite in self.passes:
-            rewrite.call(region)
+        # The passes work on columns side by side in threads of their own; BLAS threads inside those only fight.
+        with threadpool_limits(limits=1, user_api="blas"):
+            for rewrite in self.passes:
+                rewrite.call(region)
         after = runner.outputs(segment, checks, original=False, prepare=lambda piece: probe_nodes(piece, segment.nodes))
         self.report.nodes += node_errors(segment.nodes, after)
         if calibration.batches:

@@ -6,7 +6,6 @@ step, then data files that no model mentions any more are removed. Killed at any
 model, the new one or the old one.
 """
 
-import errno
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from qcompile.passes.tensors import chunks
 
 # Smaller tensors stay in the model file, where they cost less than an entry in the data file.
 _INLINE_BELOW = 1024
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,13 @@ def save_model(
     Weights are evaluated and written one at a time, equal bytes once. `metadata` joins the model's own metadata.
     """
     path = path.absolute()
-    try:
+    with output_files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         output_files.remove_stale(path)
         if check_space:
             _check_space(model, path.parent)
         with output_files.temporary(path, "data") as data, output_files.temporary(path, "model") as target:
             report = _write(model, path, data, target, metadata or {})
-    except OSError as error:
-        hint = "free some space or write elsewhere" if error.errno in _NO_SPACE else "choose another place with -o"
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
     output_files.remove_unmentioned(path)
     return report
 

@@ -75,20 +75,16 @@ def choose_qparams(w: Array, spec: QuantSpec, *, importance: Array | None = None
     if importance is None:
         return _from_range(blocks, spec, np.float32(1))
     weight = grouped(np.ascontiguousarray(importance[:, None], dtype=np.float32), spec, fill=0.0)
-    best: QParams | None = None
-    best_error: Array | None = None
+    best = _from_range(blocks, spec, np.float32(1))
+    best_error = _weighted_error(blocks, best, spec, weight)
     for shrink in _SHRINK:
         candidate = _refit(blocks, _from_range(blocks, spec, np.float32(shrink)), spec, weight)
         error = _weighted_error(blocks, candidate, spec, weight)
-        if best is None or best_error is None:
-            best, best_error = candidate, error
-            continue
         better = error < best_error
         best = QParams(
             np.where(better, candidate.scale, best.scale), np.where(better, candidate.zero_point, best.zero_point)
         )
         best_error = np.minimum(error, best_error)
-    assert best is not None
     return best
 
 

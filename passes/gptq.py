@@ -1,20 +1,23 @@
 """Error-compensated rounding (GPTQ, Frantar et al. 2022) from the Gram matrix alone."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, expand, quantize, storable
-from qcompile.passes.base import Pass, Region
+from qcompile.passes.algebra import damped, inverse_factor
+from qcompile.passes.base import Decision, Pass, Region
 from qcompile.passes.linears import Linear, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
-from qcompile.passes.rounding import better_columns, relative_error
+from qcompile.passes.rounding import column_errors, merge_columns, relative_error
 from qcompile.passes.spec import QuantSpec
 from qcompile.passes.statistics import Statistics
 
-_BLOCK = 128
+# Rows rounded one by one before the rest follows in one matrix product.
+_BLOCK = 32
+_THREADS = 2
 QUANTIZED = "qcompile.quantized"
 
 
@@ -39,17 +42,31 @@ class ErrorCompensated:
         if statistics is None:
             raise TypeError("error-compensated rounding needs statistics")
         w = np.ascontiguousarray(w, dtype=np.float32)
-        gram = _damped(statistics.gram, self.damping)
+        gram = damped(statistics.gram, self.damping)
         qparams = choose_qparams(w, spec, importance=np.diagonal(gram))
-        nearest = Quantized(quantize(w, qparams, spec), qparams, spec)
-        best = better_columns(nearest, _compensate(w, gram, qparams, spec), w, statistics)
+        best = _Candidate(w, statistics.gram, Quantized(quantize(w, qparams, spec), qparams, spec))
+        best.improve(_compensate(w, gram, qparams, spec))
         for _ in range(self.sweeps):
             if self.refit:
-                best = better_columns(best, _refit_scales(w, gram, best), w, statistics)
-            best = better_columns(best, _descend(w, gram, best), w, statistics)
+                best.improve(_refit_scales(w, gram, best.quantized))
+            best.improve(_descend(w, gram, best.quantized))
         if self.refit:
-            best = better_columns(best, _refit_scales(w, gram, best), w, statistics)
-        return best
+            best.improve(_refit_scales(w, gram, best.quantized))
+        return best.quantized
+
+
+class _Candidate:
+    """The best rounding so far of each column, with its exact output error."""
+
+    def __init__(self, w: Array, gram: Array, quantized: Quantized) -> None:
+        self.w, self.gram, self.quantized = w, gram, quantized
+        self.errors = column_errors(quantized.dequantize() - w, gram)
+
+    def improve(self, other: Quantized) -> None:
+        """Take over every column that `other` rounds with less error."""
+        errors = column_errors(other.dequantize() - self.w, self.gram)
+        self.quantized = merge_columns(self.quantized, other, errors < self.errors)
+        self.errors = np.minimum(errors, self.errors)
 
 
 class Gptq(Pass):
@@ -76,21 +93,24 @@ class Gptq(Pass):
                 self.decide(linear.name, "skipped", "its input was not observed")
                 continue
             together.setdefault((id(linear.activation), spec), []).append(linear)
-        for (_, spec), linears in together.items():
-            self._round(linears, spec, region.statistics[linears[0].activation])
+        with ThreadPoolExecutor(_THREADS) as pool:
+            jobs = [(group, spec, region.statistics[group[0].activation]) for (_, spec), group in together.items()]
+            for decisions in pool.map(lambda job: self._round(*job), jobs):
+                self.decisions += decisions
 
-    def _round(self, linears: list[Linear], spec: QuantSpec, statistics: Statistics) -> None:
+    def _round(self, linears: list[Linear], spec: QuantSpec, statistics: Statistics) -> list[Decision]:
         """Round the weights that share an input side by side: columns do not affect each other."""
-        weights = [statistics.target(linear.read()) for linear in linears]
-        joint = self.rounding(np.concatenate(weights, axis=1), spec, statistics)
-        start = 0
-        for linear, w in zip(linears, weights, strict=True):
-            stop = start + w.shape[1]
-            part = _columns(joint, start, stop)
+        wanted = statistics.target(np.concatenate([linear.read() for linear in linears], axis=1))
+        joint = self.rounding(wanted, spec, statistics)
+        start, decisions = 0, []
+        for linear in linears:
+            stop = start + linear.shape[1]
+            part, w = _columns(joint, start, stop), wanted[:, start:stop]
             linear.weight.meta[QUANTIZED] = part
             error = relative_error(part.dequantize() - w, w, statistics.gram)
-            self.decide(linear.name, "rounded", "error-compensated", relative_error=error)
+            decisions.append(Decision(linear.name, "rounded", "error-compensated", {"relative_error": error}))
             start = stop
+        return decisions
 
 
 def _columns(q: Quantized, start: int, stop: int) -> Quantized:
@@ -98,26 +118,11 @@ def _columns(q: Quantized, start: int, stop: int) -> Quantized:
     return Quantized(np.ascontiguousarray(q.codes[:, start:stop]), part, q.spec)
 
 
-def _damped(gram: Array, damping: float) -> Array:
-    """The Gram matrix with its diagonal raised: each channel by a fraction of itself, dead channels to the mean."""
-    diagonal = np.diagonal(gram).astype(np.float64)
-    floor = 1e-6 * float(diagonal.mean()) + 1e-12
-    damped = gram.copy()
-    np.fill_diagonal(damped, (diagonal * (1 + damping) + floor).astype(np.float32))
-    return damped
-
-
-def _inverse_factor(gram: Array) -> npt.NDArray[np.float64]:
-    """Upper triangular U with UᵀU = gram⁻¹, from the Cholesky factor of the matrix read backwards."""
-    backwards = np.linalg.cholesky(gram[::-1, ::-1].astype(np.float64))
-    return np.asarray(np.linalg.inv(backwards[::-1, ::-1]), np.float64)
-
-
 def _compensate(w: Array, gram: Array, qparams: QParams, spec: QuantSpec) -> Quantized:
     """The GPTQ sweep over w (K, N) in order of falling energy."""
     k = w.shape[0]
     order = np.argsort(-np.diagonal(gram), kind="stable")
-    upper = _inverse_factor(gram[order][:, order]).astype(np.float32)
+    upper = inverse_factor(gram[order][:, order]).astype(np.float32)
     scale, zero = (expand(p, spec, k)[order] for p in (qparams.scale, qparams.zero_point))
     work, codes = w[order], np.empty(w.shape, np.float32)
     for start in range(0, k, _BLOCK):

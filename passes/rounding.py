@@ -3,8 +3,9 @@
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from qcompile.passes.affine import Array, Quantized, choose_qparams, output_error, quantize
+from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, output_error, quantize
 from qcompile.passes.spec import QuantSpec
 from qcompile.passes.statistics import Statistics
 
@@ -34,11 +35,15 @@ def round_with_clip(w: Array, spec: QuantSpec, statistics: Statistics | None) ->
 
 def better_columns(a: Quantized, b: Quantized, w: Array, statistics: Statistics) -> Quantized:
     """For each column of w, the candidate with the smaller output error."""
-    gram = statistics.gram
-    error_a, error_b = (column_errors(q.dequantize() - w, gram) for q in (a, b))
-    use_b = error_b < error_a
-    qparams = type(a.qparams)(
-        np.where(use_b, b.qparams.scale, a.qparams.scale), np.where(use_b, b.qparams.zero_point, a.qparams.zero_point)
+    error_a, error_b = (column_errors(q.dequantize() - w, statistics.gram) for q in (a, b))
+    return merge_columns(a, b, error_b < error_a)
+
+
+def merge_columns(a: Quantized, b: Quantized, use_b: npt.NDArray[np.bool_]) -> Quantized:
+    """Columns of b where use_b (N,) says so, else of a."""
+    qparams = QParams(
+        np.where(use_b, b.qparams.scale, a.qparams.scale),
+        np.where(use_b, b.qparams.zero_point, a.qparams.zero_point),
     )
     return Quantized(np.where(use_b, b.codes, a.codes), qparams, a.spec)
 

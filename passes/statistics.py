@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcompile.passes.affine import Array
+from qcompile.passes.algebra import damped, solve
 
 # How strongly a corrected weight is held to the original, as a fraction of each channel's energy.
 _PULL = 0.05
@@ -45,10 +46,9 @@ class Statistics:
         if self.cross is None:
             return w
         diagonal = np.diagonal(self.gram)
-        pull = np.diag(diagonal * np.float32(_PULL) + np.float32(1e-6) * diagonal.mean() + np.float32(1e-12))
-        return np.linalg.solve(
-            (self.gram + pull).astype(np.float64), ((self.cross + pull) @ w).astype(np.float64)
-        ).astype(np.float32)
+        raised = damped(self.gram, _PULL)
+        pull = np.diagonal(raised) - diagonal
+        return solve(raised, self.cross @ w + pull[:, None] * w)
 
     def add(self, other: "Statistics") -> None:
         """Add the statistics of a second activation that meets the same weight."""

@@ -25,6 +25,7 @@ def session(
     optimize: bool = True,
     folder: Path | None = None,
     weights: Mapping[str, npt.NDArray[Any]] | None = None,
+    spin: bool = True,
 ) -> Any:
     """An onnxruntime.InferenceSession of a model file or of serialized bytes.
 
@@ -33,6 +34,7 @@ def session(
     optimize: False turns every graph optimization off, so that each node runs as the file has it.
     folder: where the external data of a model given as bytes lies.
     weights: initializers handed over in memory; the model must declare each as external data of that shape and type.
+    spin: let idle threads of the session wait actively: best for one session alone, a waste beside other work.
     """
     ort = _runtime()
     if not isinstance(model, bytes) and not Path(model).is_file():
@@ -45,6 +47,7 @@ def session(
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if weights:

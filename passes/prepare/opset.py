@@ -80,5 +80,5 @@ def _schema_problem(node: ir.Node, opset: int) -> str | None:
 def _impossible(node: ir.Node, source: int, target: int, why: str) -> UserError:
     return UserError(
         f"node {node.name!r}: {node.op_type} of opset {source} cannot be converted to opset {target} ({why}); "
-        f"export the model again with opset {target} or newer, or compile it with --target matmulnbits"
+        f"export the model again with opset {target} or newer"
     )
