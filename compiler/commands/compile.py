@@ -1,6 +1,7 @@
 """`qcompile MODEL.onnx …`: the main job."""
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qcompile.compiler.console import console as stdout
 from qcompile.compiler.dry_run import print_plan
 from qcompile.compiler.pipeline import Calibration, compile_model, report_path
 from qcompile.compiler.recipe import TARGETS, Recipe, load_recipe, parse_passes, save_recipe
@@ -32,7 +34,8 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="the float model")
-    parser.add_argument("-o", "--output", type=Path, help="the compiled model (default: MODEL-int4.onnx beside it)")
+    told = "the compiled model, or a folder for it (default: MODEL-int4.onnx beside it)"
+    parser.add_argument("-o", "--output", help=told)
     add = parser.add_argument_group("what to do").add_argument
     add("--passes", help="ordered list of passes (default: smooth,awq,gptq,pack)")
     add("--bits", type=int, help="bits of ordinary weights: 4 or 8 (default: 4)")
@@ -84,10 +87,10 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 def run(args: argparse.Namespace) -> int:
     """Compile, or with --dry-run say what would happen."""
     recipe = recipe_of(args)
-    output: Path = args.output or args.model.with_name(f"{args.model.stem}-int{recipe.bits}.onnx")
-    if output.is_dir() or str(args.output or "").endswith("/"):
+    output = Path(args.output) if args.output else args.model.with_name(f"{args.model.stem}-int{recipe.bits}.onnx")
+    if output.is_dir() or (args.output or "").endswith(("/", os.sep)):
         output = output / args.model.name
-    console = Console()
+    console = stdout()
     check_output_path(args.model, output)
     if args.save_recipe is not None and args.save_recipe.resolve() in (args.model.resolve(), output.resolve()):
         raise UserError(f"--save-recipe {args.save_recipe} would overwrite a model; choose another name")

@@ -1,0 +1,99 @@
+"""compiler/report.py: what is counted, and what JSON and the terminal show of it."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qcompile.compiler.report import Report, print_report, write_report
+from qcompile.compiler.verify import NodeError, OutputError
+from qcompile.models.tiny import tiny_branch, tiny_conv, tiny_decoder
+from qcompile.passes.base import Decision
+
+
+def _decision(
+    node: str, action: str, weights: int, *, kind: str = "MatMul", weight: str = "", **detail: Any
+) -> Decision:
+    reason = "int4 g32 asym" if action == "quantized" else f"{action} for a reason"
+    return Decision(node, action, reason, {"kind": kind, "weights": weights, "weight": weight or node, **detail})
+
+
+def _packed(node: str, weights: int, **options: Any) -> Decision:
+    return _decision(node, "quantized", weights, **{"bytes": weights // 2, "bits_per_weight": 5.0, **options})
+
+
+def _report(*decisions: Decision) -> Report:
+    return Report("a.onnx", "hash", {}, {}, decisions={"pack": list(decisions)})
+
+
+@pytest.mark.parametrize(
+    ("decisions", "coverage"),
+    [
+        ([], 1.0),
+        ([_packed("a", 300), _decision("b", "skipped", 100)], 0.75),
+        ([_packed("a", 300), _decision("b", "kept", 100)], 1.0),
+        ([_packed("a", 300, weight="w"), _packed("b", 300, weight="w"), _decision("c", "skipped", 100)], 0.75),
+        ([_packed("a", 300), _packed("e", 900, kind="Gather"), _decision("b", "skipped", 100)], 0.75),
+        ([_packed("a", 300), Decision("conv", "skipped", "no format", {"kind": "Conv"})], 1.0),
+    ],
+    ids=["nothing", "skipped counts", "kept is the user's wish", "shared once", "lookups apart", "only MatMul"],
+)
+def test_coverage(decisions: list[Decision], coverage: float) -> None:
+    assert _report(*decisions).coverage == coverage
+
+
+def test_bits_per_weight_is_an_average_over_weights() -> None:
+    report = _report(
+        _packed("a", 300), _packed("b", 100, bits_per_weight=9.0), _packed("b2", 100, weight="b", bits_per_weight=9.0)
+    )
+    assert report.bits_per_weight == 6.0
+    assert _report(_decision("a", "skipped", 10)).bits_per_weight is None
+
+
+def test_json_holds_everything(tmp_path: Path) -> None:
+    report = _report(_packed("a", 300, predicted_error=0.25))
+    report.nodes = [NodeError("a", 0.1, 1e-7)]
+    report.outputs = [OutputError("y", 0.02, 0.999)]
+    write_report(report, tmp_path / "r.json")
+    plain = json.loads((tmp_path / "r.json").read_text())
+    assert plain["nodes"] == [{"node": "a", "error": 0.1, "operator_error": 1e-7}]
+    assert plain["outputs"] == [{"name": "y", "relative": 0.02, "cosine": 0.999}]
+    assert plain["decisions"]["pack"][0]["detail"]["predicted_error"] == 0.25
+    assert (plain["coverage"], plain["bits_per_weight"]) == (1.0, 5.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def _shown(report: Report) -> str:
+    console = Console(width=160, file=io.StringIO())
+    print_report(report, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_table_of_a_decoder(bench: Any) -> None:
+    shown = _shown(bench.compile(bench.save(tiny_decoder()), "smooth,gptq,pack"))
+    assert "coverage: 100.0% of the MatMul weights quantized" in shown
+    rows = {tuple(line.replace("│", " ").split()[:5]) for line in shown.splitlines()}
+    assert ("14", "MatMul", "int4", "g32", "asym") in rows
+    assert ("1", "MatMul", "int8", "g32", "asym") in rows
+    assert ("1", "Gather", "int8", "g32", "asym") in rows
+    assert "smooth    " in shown
+    assert "gptq      " in shown
+    assert "8 windows of 32 tokens from text.txt" in shown
+    assert "output    logits: relative error" in shown
+    assert "peak memory" in shown
+    assert "the saved file reproduces the verified outputs" in shown
+
+
+def test_every_skipped_node_has_its_reason(bench: Any) -> None:
+    for model, reasons in (
+        (tiny_conv(), {"conv_0": "no packed format for Conv", "conv_1": "no packed format for Conv"}),
+        (tiny_branch(), {"then": "inside a subgraph", "else": "inside a subgraph"}),
+    ):
+        report = bench.compile(bench.save(model, tokenizer=False), calibration=[], min_coverage=0.1)
+        skipped = {d.node: d.reason for d in report.decisions["pack"] if d.action == "skipped"}
+        assert skipped.keys() == reasons.keys()
+        assert all(skipped[node].startswith(reason) for node, reason in reasons.items())
+        assert all(reason in _shown(report) for reason in skipped.values())
