@@ -1,0 +1,84 @@
+"""kill -9 at random moments of a compile: the output is the old model or the new one, complete, and no litter stays."""
+
+import hashlib
+import multiprocessing
+import random
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcompile.compiler.pipeline import Calibration, compile_model
+from qcompile.compiler.recipe import Recipe, parse_passes
+from qcompile.compiler.store import load_model
+from qcompile.models.tiny import tiny_decoder
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["qcompile.compiler.pipeline", "onnxruntime"])
+KILLS = 50
+PASSES = parse_passes("pack")
+
+
+def _pair(output: Path) -> tuple[str, ...]:
+    """Hashes of the model and of the data it names, every byte of which is there."""
+    model = load_model(output)  # checks that all external data is there
+    (name,) = {str(value.const_value.location) for value in model.graph.initializers.values() if _external(value)}
+    return tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in (output, output.with_name(name)))
+
+
+def _external(value: Any) -> bool:
+    return hasattr(value.const_value, "location")
+
+
+def _started(source: Path, output: Path, text: Path, bits: int) -> BaseProcess:
+    """A process that compiles, forked from one that has imported everything and started no thread."""
+    recipe = Recipe(passes=PASSES, bits=bits, group_size=32, samples=8, context=32)
+    settings = {"output": output, "calibration": Calibration([str(text)])}
+    process = SERVER.Process(target=compile_model, args=(source, recipe), kwargs=settings)
+    process.start()
+    return process
+
+
+def _duration(source: Path, output: Path, text: Path, bits: int) -> float:
+    started = time.monotonic()
+    process = _started(source, output, text, bits)
+    process.join()
+    assert process.exitcode == 0
+    return time.monotonic() - started
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments(bench: Any) -> None:
+    source, text = bench.save(tiny_decoder()), bench.text
+    out = bench.folder / "out"
+    output = out / "model.onnx"
+    known: dict[int, tuple[str, ...]] = {}
+    for bits in (4, 8, 4):  # the first one waits for the imports
+        seconds = _duration(source, output, text, bits)
+        known[bits] = _pair(output)
+    assert known[4] != known[8]
+    assert len(list(out.iterdir())) == 3
+    random_moments, outcomes = random.Random(0), []
+    for number in range(KILLS):
+        bits = 8 if _pair(output) == known[4] else 4
+        process = _started(source, output, text, bits)
+        # Half of the kills anywhere, half near the end, where files are written and renamed.
+        early = 0.0 if number % 2 else 0.7
+        time.sleep(seconds * random_moments.uniform(early, 1.2))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        after = _pair(output)
+        assert after in known.values()
+        assert process.exitcode != 0 or after == known[bits]
+        outcomes.append(after == known[bits])
+        assert len(list(out.iterdir())) <= 9, "what killed runs leave is removed by the next, not piled up"
+    assert set(outcomes) == {True, False}, "some kills came before the switch and some after it"
+    _duration(source, output, text, 4)
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["model.onnx", "model.report.json", *(path.name for path in out.glob("model-*.data"))]
+    )
+    assert len(list(out.glob("model-*.data"))) == 1
