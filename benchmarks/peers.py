@@ -389,11 +389,33 @@ def score(args: argparse.Namespace) -> int:
         raise SystemExit("--score needs --text FILE...")
     done = [record for record in records(args.output) if record["status"] == "ok"]
     made = [args.output / f"{record['peer']}-{record['setting']}" / "model.onnx" for record in done]
+    scores = args.output / "scores.json"
     command = [args.python, "-m", "qcompile.compiler.cli", "eval", *map(str, [*made, *args.also])]
     command += ["--against", str(args.model), "--text", *map(str, args.text), "--tokenizer", str(args.tokenizer)]
-    command += ["--context", str(args.context), "--tokens", str(args.tokens)]
-    command += ["--json", str(args.output / "scores.json")]
-    return subprocess.run(command, check=False).returncode
+    command += ["--context", str(args.context), "--tokens", str(args.tokens), "--json", str(scores)]
+    code = subprocess.run(command, check=False).returncode
+    if code == 0:
+        print(score_table(json.loads(scores.read_text(encoding="utf-8"))))
+    return code
+
+
+def score_table(rows: list[dict]) -> str:
+    """A Markdown table of `qcompile eval --json`: a line a model, a group of columns a text, the mean KL last."""
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    names = [Path(text).stem for text in texts]
+    columns = [f"{name}: {what}" for name in names for what in ("KL", "perplexity", "top-1")]
+    lines = ["| model | " + " | ".join(columns) + " | mean KL | mean top-1 |", "|---" * (len(columns) + 3) + "|"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        if any(row["kl"] is None for row in of_model):
+            continue  # the reference itself
+        cells = [Path(model).parent.name]
+        for row in of_model:
+            cells += [f"{row['kl']:.4f} ± {row['kl_error']:.4f}", f"{row['perplexity']:.2f}", f"{row['agreement']:.2%}"]
+        cells.append(f"{np.mean([row['kl'] for row in of_model]):.4f}")
+        cells.append(f"{np.mean([row['agreement'] for row in of_model]):.2%}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
