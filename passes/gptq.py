@@ -9,7 +9,7 @@ import numpy as np
 from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, expand, quantize, storable
 from qcompile.passes.algebra import damped, inverse_factor
 from qcompile.passes.base import Decision, Pass, Region
-from qcompile.passes.linears import Linear, find_linears, vocabulary_size
+from qcompile.passes.linears import PACKED, Linear, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import column_errors, merge_columns, relative_error
 from qcompile.passes.spec import QuantSpec
@@ -88,6 +88,9 @@ class Gptq(Pass):
         for linear in find_linears(region.live_nodes()):
             spec = self.policy.for_linear(linear, vocabulary)
             if isinstance(spec, str) or QUANTIZED in linear.weight.meta:
+                continue
+            if (spec, linear.transposed) in linear.weight.meta.get(PACKED, {}):
+                self.decide(linear.name, "skipped", "its weight is packed already, for a node of an earlier segment")
                 continue
             if linear.activation not in region.statistics:
                 self.decide(linear.name, "skipped", "its input was not observed")

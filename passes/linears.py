@@ -9,6 +9,8 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+# Weight meta: the emitted initializers by (spec, transposed), for every later node that uses the same weight.
+PACKED = "qcompile.packed"
 # What may stand between the last MatMul of a decoder and its logits.
 _HEAD_TAIL = {"Add", "Cast", "Identity", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze"}
 

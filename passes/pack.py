@@ -9,13 +9,11 @@ from qcompile.passes.affine import Quantized
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.formats import emit
 from qcompile.passes.gptq import QUANTIZED
-from qcompile.passes.linears import Embedding, Linear, as_linear, find_embeddings, find_linears, vocabulary_size
+from qcompile.passes.linears import PACKED, Embedding, Linear, as_linear, find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import relative_error, round_to_nearest, round_with_clip
 from qcompile.passes.spec import QuantSpec
 
-# Weight meta: the emitted initializers by spec, for every later node that uses the same weight.
-PACKED = "qcompile.packed"
 # Node meta: the float weight a packed node stands for, until the node is verified.
 REFERENCE = "qcompile.reference"
 # Weight meta, set by awq: whether ranges may be clipped.

@@ -10,8 +10,7 @@ from qcompile.passes.absorb import Absorber, Trace, other_consumers, trace, weig
 from qcompile.passes.affine import Array
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.channel_map import Indices, last_axis
-from qcompile.passes.linears import Linear, find_linears
-from qcompile.passes.pack import PACKED
+from qcompile.passes.linears import PACKED, Linear, find_linears
 
 Kind = Literal["norm", "gate", "attention", "linear", "inserted"]
 
