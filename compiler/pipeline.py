@@ -146,7 +146,7 @@ class _Job:
         segments = split(self.model, targets.__contains__)
         runner = Runner(self.model, plan, self.recipe.provider, self.progress.advance)
         calibration, checks = Stream(data.calibration), Stream(data.checks)
-        rows = sum(b.rows for b in data.calibration) * 2 + sum(b.rows for b in data.checks) * 2
+        rows = 2 * sum(batch.rows for batch in (*data.calibration, *data.checks))
         self.progress.total(rows * len(segments))
         outputs: list[tuple[Arrays, Arrays]] = [({}, {}) for _ in data.checks]
         for number, segment in enumerate(segments, 1):
@@ -168,7 +168,7 @@ class _Job:
         region = Region(self.model, list(segment.nodes))
         if calibration.batches:
             activations = list(dict.fromkeys(linear.activation for linear in find_linears(segment.nodes)))
-            region.statistics = runner.collect(segment, activations, calibration, cross=True)
+            region.statistics = runner.collect(segment, activations, calibration)
         before = runner.outputs(segment, checks, original=True)
         # The passes work on columns side by side in threads of their own; BLAS threads inside those only fight.
         with threadpool_limits(limits=1, user_api="blas"):

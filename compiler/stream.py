@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 
 from qcompile.compiler.extract import Piece, extract
@@ -19,7 +18,6 @@ from qcompile.runtime.session import run
 
 Arrays = dict[str, npt.NDArray[Any]]
 Progress = Callable[[int], None]
-TWIN = "::float"
 
 
 @dataclass
@@ -27,7 +25,7 @@ class Stream:
     """Batches on their way through the graph.
 
     quantized: the carried activation of each batch behind the segments rewritten so far (None before the first).
-    original: the same activation in the float graph.
+    original: the same activation in the float graph, where it is needed (for checks).
     presents: caches of the batches that a later one follows, as the last run left them.
     """
 
@@ -35,11 +33,6 @@ class Stream:
     quantized: list[npt.NDArray[Any]] | None = None
     original: list[npt.NDArray[Any]] | None = None
     presents: dict[int, Arrays] = field(default_factory=dict)
-
-    @property
-    def diverged(self) -> bool:
-        """Whether the two graphs differ up to here."""
-        return self.quantized is not None
 
     def followed(self) -> set[int]:
         """Numbers of the batches whose caches a later batch reads."""
@@ -55,35 +48,21 @@ class Runner:
     provider: str = "cpu"
     progress: Progress = field(default=lambda rows: None)
 
-    def collect(
-        self, segment: Segment, activations: Sequence[ir.Value], stream: Stream, *, cross: bool
-    ) -> dict[ir.Value, Statistics]:
-        """Advance the float stream through the segment and gather statistics of its activations.
-
-        The statistics are those that the rewritten graph so far produces; with `cross` each carries XᵀX₀ too.
-        """
-        twin = stream.diverged
-        carry = [segment.carry] if segment.carry is not None else []
+    def collect(self, segment: Segment, activations: Sequence[ir.Value], stream: Stream) -> dict[ir.Value, Statistics]:
+        """Statistics of the segment's activations on what the graph, rewritten up to here, feeds it."""
         presents = self._presents(segment) if stream.followed() else []
-        piece = extract(self.model, _given(segment), [*activations, *carry, *presents])
+        piece = extract(self.model, _given(segment), [*activations, *presents])
         graph = piece.proto.graph
-        drop = [str(value.name) for value in (*activations, *carry)]
-        keep = [output for output in graph.output if output.name not in drop]
+        observed = {str(value.name) for value in activations}
+        kept = [output for output in graph.output if output.name not in observed]
         del graph.output[:]
-        graph.output.extend(keep)
-        copied = _add_twin(piece, segment) if twin else set()
-        for value in activations:
-            name = str(value.name)
-            observers.observe(graph, name, reference=name + TWIN if twin and cross and name in copied else None)
-        carried_out = [str(value.name) + (TWIN if twin else "") for value in carry]
-        observers.add_outputs(graph, carried_out, _element_type(segment.carry))
+        graph.output.extend(kept)
+        for name in observed:
+            observers.observe(graph, name)
         found: dict[ir.Value, Statistics] = {}
-        advanced: list[npt.NDArray[Any]] = []
-        for outputs in self._run(piece, segment, stream, twin=twin):
+        for outputs in self._run(piece, segment, stream):
             for value in activations:
                 _accumulate(found, value, outputs)
-            advanced.extend(outputs[name] for name in carried_out)
-        stream.original = advanced or None
         return found
 
     def advance(self, segment: Segment, stream: Stream) -> None:
@@ -93,7 +72,7 @@ class Runner:
         presents = self._presents(segment) if stream.followed() else []
         piece = extract(self.model, _given(segment), [segment.carry, *presents])
         name = str(segment.carry.name)
-        stream.quantized = [outputs[name] for outputs in self._run(piece, segment, stream, twin=False)]
+        stream.quantized = [outputs[name] for outputs in self._run(piece, segment, stream)]
 
     def outputs(
         self,
@@ -113,7 +92,7 @@ class Runner:
         if prepare is not None:
             piece.outputs.extend(prepare(piece))
         source = Stream(stream.batches, stream.original if original else stream.quantized, None, stream.presents)
-        return list(self._run(piece, segment, source, twin=False))
+        return list(self._run(piece, segment, source))
 
     def _outputs(self, segment: Segment) -> list[ir.Value]:
         """Graph outputs that the segment computes."""
@@ -124,7 +103,7 @@ class Runner:
         names = {pair.present for pair in self.plan.past}
         return [value for value in self._outputs(segment) if value.name in names]
 
-    def _run(self, piece: Piece, segment: Segment, stream: Stream, *, twin: bool) -> Iterator[Arrays]:
+    def _run(self, piece: Piece, segment: Segment, stream: Stream) -> Iterator[Arrays]:
         names = [output.name for output in piece.proto.graph.output]
         if not names:
             return
@@ -138,8 +117,6 @@ class Runner:
                 feeds |= {p.past.name: past[p.present] for p in self.plan.past if p.past.name in inputs}
             if segment.carried is not None and stream.quantized is not None:
                 feeds[str(segment.carried.name)] = stream.quantized[i]
-            if twin and segment.carried is not None and stream.original is not None:
-                feeds[str(segment.carried.name) + TWIN] = stream.original[i]
             outputs = dict(zip(names, run(session, names, feeds), strict=True))
             if i in followed:
                 kept = stream.presents.setdefault(i, {})
@@ -152,68 +129,15 @@ def _given(segment: Segment) -> list[ir.Value]:
     return [segment.carried] if segment.carried is not None else []
 
 
-def _element_type(value: ir.Value | None) -> int:
-    return int(value.dtype) if value is not None and value.dtype is not None else onnx.TensorProto.FLOAT
-
-
 def _accumulate(found: dict[ir.Value, Statistics], value: ir.Value, outputs: Arrays) -> None:
     name = str(value.name)
     gram, absmax, rows = (outputs[name + end] for end in (observers.GRAM, observers.ABSMAX, observers.ROWS))
-    cross = outputs.get(name + observers.CROSS)
     if not np.isfinite(absmax).all():
         raise UserError(f"activation {name} is NaN or infinite on the calibration data: the model overflows there")
     if value not in found:
-        found[value] = Statistics(int(rows[0]), gram, absmax, cross)
+        found[value] = Statistics(int(rows[0]), gram, absmax)
         return
     own = found[value]
     own.rows += int(rows[0])
     own.gram += gram
     np.maximum(own.absmax, absmax, out=own.absmax)
-    if own.cross is not None and cross is not None:
-        own.cross += cross
-
-
-def _add_twin(piece: Piece, segment: Segment) -> set[str]:
-    """Duplicate what depends on the carried value, reading its float original; returns the names copied."""
-    assert segment.carried is not None
-    carried = str(segment.carried.name)
-    graph = piece.proto.graph
-    copied = {carried}
-    for given in list(graph.input):
-        if given.name == carried:
-            twin = graph.input.add()
-            twin.CopyFrom(given)
-            twin.name = carried + TWIN
-    for node in list(graph.node):
-        if not _reads(node, copied):
-            continue
-        copy = graph.node.add()
-        copy.CopyFrom(node)
-        copy.name = node.name + TWIN
-        _rename(copy, copied)
-        del copy.output[:]
-        copy.output.extend(name + TWIN if name else "" for name in node.output)
-        copied.update(name for name in node.output if name)
-    return copied
-
-
-def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def _reads(node: onnx.NodeProto, names: set[str]) -> bool:
-    return any(name in names for name in node.input) or any(
-        _reads(inner, names) for graph in _subgraphs(node) for inner in graph.node
-    )
-
-
-def _rename(node: onnx.NodeProto, names: set[str]) -> None:
-    for i, name in enumerate(node.input):
-        if name in names:
-            node.input[i] = name + TWIN
-    for graph in _subgraphs(node):
-        for inner in graph.node:
-            _rename(inner, names)

@@ -30,12 +30,6 @@ def inverse_factor(gram: Array) -> Array64:
     return _inverse_lower(backwards)[::-1, ::-1]
 
 
-def solve(gram: Array, right: Array) -> Array:
-    """gram⁻¹ right, for a positive definite gram (K, K) and right (K, N)."""
-    factor = inverse_factor(gram)
-    return np.asarray(factor.T @ (factor @ right), np.float32)
-
-
 def _inverse_lower(lower: Array64) -> Array64:
     """The inverse of a lower triangular matrix, by halves."""
     size = lower.shape[0]

@@ -103,7 +103,7 @@ class Gptq(Pass):
 
     def _round(self, linears: list[Linear], spec: QuantSpec, statistics: Statistics) -> list[Decision]:
         """Round the weights that share an input side by side: columns do not affect each other."""
-        wanted = statistics.target(np.concatenate([linear.read() for linear in linears], axis=1))
+        wanted = np.concatenate([linear.read() for linear in linears], axis=1)
         joint = self.rounding(wanted, spec, statistics)
         start, decisions = 0, []
         for linear in linears:

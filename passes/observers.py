@@ -6,14 +6,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-GRAM, ABSMAX, CROSS, ROWS = ".gram", ".absmax", ".cross", ".rows_seen"
+GRAM, ABSMAX, ROWS = ".gram", ".absmax", ".rows_seen"
 
 
-def observe(graph: onnx.GraphProto, value: str, *, reference: str | None = None) -> list[str]:
+def observe(graph: onnx.GraphProto, value: str) -> list[str]:
     """Append reductions of the activation `value` (…, K) to a graph; returns the names of the new outputs.
 
-    `value`.gram (K, K) = XᵀX and `value`.absmax (K,), float32, and the number of rows (1,) int64; with `reference`,
-    another activation of that shape, also `value`.cross (K, K) = XᵀX₀.
+    `value`.gram (K, K) = XᵀX and `value`.absmax (K,), float32; `value`.rows_seen (1,), int64.
     """
     rows = _rows(graph, value)
     axis0 = _constant(graph, "qcompile.axis0", [0])
@@ -28,12 +27,8 @@ def observe(graph: onnx.GraphProto, value: str, *, reference: str | None = None)
         ]
     )
     add_outputs(graph, [value + ROWS], TensorProto.INT64)
-    outputs = [value + GRAM, value + ABSMAX]
-    if reference is not None:
-        graph.node.append(helper.make_node("MatMul", [transposed, _rows(graph, reference)], [value + CROSS]))
-        outputs.append(value + CROSS)
-    add_outputs(graph, outputs)
-    return outputs
+    add_outputs(graph, [value + GRAM, value + ABSMAX])
+    return [value + GRAM, value + ABSMAX, value + ROWS]
 
 
 def difference(value: str, end: str) -> str:

@@ -106,7 +106,7 @@ class Judges:
             chosen = np.sort(rng.choice(n, int(np.ceil(n * fraction)), replace=False))
             sample = _at_unit_output(linear.read()[:, chosen], statistics)
             by_spec.setdefault(spec, []).append(sample)
-        columns = [(spec, statistics.target(np.concatenate(parts, axis=1))) for spec, parts in by_spec.items()]
+        columns = [(spec, np.concatenate(parts, axis=1)) for spec, parts in by_spec.items()]
         return Judge(pair, statistics, self.rounding, columns)
 
 
