@@ -88,13 +88,16 @@ def test_smollm2(tmp_path: Path, capsys: pytest.CaptureFixture[str], kv_cache: b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passes", ["prepare,pack", "smooth,awq,pack", ALL])
-def test_minilm(tmp_path: Path, passes: str) -> None:
-    """Six linears in each of six layers, and the pooler."""
-    report = _compiled(_exported("minilm-l6"), tmp_path / "model.onnx", passes, samples=16, context=128)
-    assert (report.coverage, len(report.packed("MatMul"))) == (1.0, 37)
-    assert [d for d in report.decisions["pack"] if d.action == "skipped"] == []
-    assert all(output.cosine > 0.99 for output in report.outputs)
+def test_minilm(tmp_path: Path) -> None:
+    """Six linears in each of six layers, and the pooler; each longer list comes closer to the float outputs."""
+    source, cosines = _exported("minilm-l6"), []
+    for passes in ("prepare,pack", "smooth,awq,pack", ALL):
+        report = _compiled(source, tmp_path / "model.onnx", passes, samples=16, context=128)
+        assert (report.coverage, len(report.packed("MatMul"))) == (1.0, 37)
+        assert [d for d in report.decisions["pack"] if d.action == "skipped"] == []
+        cosines.append(min(output.cosine for output in report.outputs))
+    assert 0.95 < cosines[0] < cosines[1] < cosines[2]
+    assert cosines[2] > 0.98
 
 
 def _images(path: Path, shape: tuple[int, ...]) -> str:
