@@ -37,9 +37,8 @@ def main() -> None:
     texts = sorted(TEXT.glob("eval-*.txt"))
     qcompile("eval", *compiled, "--against", model, "--text", *texts, "--tokenizer", source, "--tokens", args.tokens)
     qcompile("generate", compiled[-1], "--prompt", PROMPT, "--tokenizer", source, "--max-tokens", 24)
-    print(
-        f"\nThe whole demo took {(time.monotonic() - started) / 60:.1f} minutes. The smallest good model: {compiled[-1]}"
-    )
+    minutes = (time.monotonic() - started) / 60
+    print(f"\nThe whole demo took {minutes:.1f} minutes. The model to keep: {compiled[-1]}")
 
 
 def qcompile(*arguments: object) -> None:

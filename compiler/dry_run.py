@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from rich.console import Console
-from rich.table import Table
 
+from qcompile.compiler.console import table
 from qcompile.compiler.inputs import input_plan
-from qcompile.compiler.pipeline import Calibration, element_type, file_size
-from qcompile.compiler.plan import build, make_policy
+from qcompile.compiler.pipeline import Calibration, check_target, element_type, file_size
+from qcompile.compiler.plan import build, effective, make_policy
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.segments import Segment, split
 from qcompile.compiler.store import load_model
@@ -20,27 +20,27 @@ from qcompile.passes.spec import QuantSpec
 
 def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibration, console: Console) -> None:
     """Print the nodes by decision, sizes before and after, and the memory that compiling will need."""
-    model = load_model(path)
+    model, recipe = load_model(path), effective(recipe)
     before = file_size(path, model)
     scale_dtype = np.float16 if element_type(model) == ir.DataType.FLOAT16 else np.float32
     passes = build(recipe, scale_dtype)
     for rewrite in passes:
         if rewrite.whole_model:
             rewrite.call(Region.whole(model))
+    check_target(model, recipe)
     linears, vocabulary = find_linears(model.graph), vocabulary_size(model)
     policy = make_policy(recipe, scale_dtype)
     chosen = {linear: policy.for_linear(linear, vocabulary) for linear in linears}
     looked_up = {embedding: policy.for_embedding(embedding) for embedding in find_embeddings(model.graph)}
-    table = Table(title=f"{path} → {output}", title_justify="left")
-    for name in ("nodes", "operator", "decision", "weights"):
-        table.add_column(name)
+    console.print(f"plan      {path} → {output}", soft_wrap=True)
+    made = table("nodes", "operator", "decision", "weights", numbers=1)
     rows: dict[tuple[str, str], list[int]] = {}
     for kind, sites in (("MatMul", chosen), ("Gather", looked_up)):
         for site, spec in sites.items():
             rows.setdefault((kind, str(spec)), []).append(int(np.prod(site.shape)))
     for (kind, decision), sizes in rows.items():
-        table.add_row(str(len(sizes)), kind, decision, f"{sum(sizes) / 1e6:.2f} M")
-    console.print(table)
+        made.add_row(str(len(sizes)), kind, decision, f"{sum(sizes) / 1e6:.2f} M")
+    console.print(made)
     weights: dict[ir.Value, tuple[QuantSpec, int, int]] = {}
     for linear, spec in chosen.items():
         if isinstance(spec, QuantSpec):

@@ -1,6 +1,6 @@
 """The whole job: load, prepare, calibrate and rewrite segment by segment, verify, save."""
 
-import resource
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from threadpoolctl import threadpool_limits
 
 from qcompile.compiler import output_files
 from qcompile.compiler.inputs import InputPlan, input_plan
-from qcompile.compiler.plan import build, effective
+from qcompile.compiler.plan import build, effective, make_policy
 from qcompile.compiler.recipe import Recipe, dump_recipe
-from qcompile.compiler.report import Report, write_report
+from qcompile.compiler.report import Report
 from qcompile.compiler.segments import Segment, split
 from qcompile.compiler.sources import Data, gather
 from qcompile.compiler.store import check_finite, check_output_path, load_model, model_hash, save_model
@@ -25,7 +25,7 @@ from qcompile.compiler.verify import check_reloaded, compare_outputs, node_error
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.lower import check_block_size, lower
-from qcompile.passes.linears import find_linears
+from qcompile.passes.linears import find_linears, vocabulary_size
 from qcompile.passes.pack import Pack
 from qcompile.runtime.session import ort_version
 
@@ -81,8 +81,6 @@ def compile_model(
     recipe, calibration, progress = effective(recipe or Recipe()), calibration or Calibration(), progress or Silent()
     source, target = Path(model), Path(output)
     started = time.monotonic()
-    if recipe.target == "matmulnbits" and recipe.group_size:
-        check_block_size(recipe.group_size)
     progress.step("loading")
     check_output_path(source, target)
     graph = load_model(source)
@@ -93,6 +91,7 @@ def compile_model(
     progress.step("preparing")
     for whole in (p for p in passes if p.whole_model):
         whole.call(Region.whole(graph))
+    check_target(graph, recipe)
     job = _Job(graph, recipe, passes, report, progress)
     plan = input_plan(graph)
     needed = any(p.needs_statistics for p in passes)
@@ -109,11 +108,34 @@ def compile_model(
         reloaded = run_file(staged, plan, data.checks, recipe.provider)
         report.reload_error = check_reloaded(reloaded, verified, element_type(graph))
         report.compiled_bytes = saved.model_bytes + saved.data_bytes
-        report.files = [str(path) for path in output_files.publish(saved.paths, target.absolute())]
-    report.seconds = time.monotonic() - started
-    report.peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    write_report(report, report_path(target))
+        report.files = [file.name for file in (*saved.paths, report_path(target))]
+        report.seconds, report.peak_memory = time.monotonic() - started, peak_memory()
+        staged_report = report_path(staged)
+        with output_files.writing(target):
+            staged_report.write_text(report.to_json(), encoding="utf-8")
+        output_files.publish(saved.paths, target.absolute())
+        staged_report.replace(report_path(target))
     return report
+
+
+def check_target(model: ir.Model, recipe: Recipe) -> None:
+    """Raise UserError where the target does not take the group size of a weight, before any work is done."""
+    if recipe.target != "matmulnbits" or recipe.passes[-1].name != "pack":
+        return
+    policy, vocabulary = make_policy(recipe, np.float32), vocabulary_size(model)
+    for linear in find_linears(model.graph):
+        spec = policy.for_linear(linear, vocabulary)
+        if not isinstance(spec, str):
+            check_block_size(spec.group_size(linear.shape[0]))
+
+
+def peak_memory() -> int:
+    """Bytes of the largest resident memory of this process so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def report_path(output: Path) -> Path:

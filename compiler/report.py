@@ -4,12 +4,11 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from qcompile.compiler.console import table
 from qcompile.compiler.verify import NodeError, OutputError
 from qcompile.passes.base import Decision
 
@@ -75,17 +74,10 @@ def _elements(decisions: Sequence[Decision]) -> int:
     return sum(int(d.detail.get("weights", 0)) for d in _unique(decisions))
 
 
-def write_report(report: Report, path: Path) -> None:
-    """Write the report as JSON, in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(report.to_json(), encoding="utf-8")
-    temporary.replace(path)
-
-
 def print_report(report: Report, console: Console) -> None:
     """The coverage table, the errors worth knowing, the sizes."""
     if "pack" in report.decisions:
-        console.print(_coverage(report))
+        _print_coverage(report, console)
     _print_passes(report, console)
     _print_errors(report, console)
     saved = f"{_mb(report.source_bytes)} → {_mb(report.compiled_bytes)}"
@@ -94,16 +86,12 @@ def print_report(report: Report, console: Console) -> None:
     console.print(f"took      {report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB")
 
 
-def _coverage(report: Report) -> Table:
-    table = Table(title=f"coverage: {report.coverage:.1%} of the MatMul weights quantized", title_justify="left")
-    for name, justify in (
-        ("nodes", "right"),
-        ("operator", "left"),
-        ("decision", "left"),
-        ("weights", "right"),
-        ("MB", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+def _print_coverage(report: Report, console: Console) -> None:
+    covered = f"{report.coverage:.1%} of the MatMul weights quantized"
+    if not report.packed("MatMul") and not report.skipped("MatMul"):
+        covered = "there was no MatMul weight to quantize"
+    console.print(f"coverage  {covered}")
+    made = table("nodes", "operator", "decision", "weights", "MB", numbers=2)
     rows: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
     size: Counter[tuple[str, str]] = Counter()
@@ -119,8 +107,8 @@ def _coverage(report: Report) -> Table:
     for key in rows:
         amount = f"{weights[key] / 1e6:.2f} M" if weights[key] else ""
         megabytes = f"{size[key] / 1e6:.1f}" if weights[key] else "shared" if key[1].startswith("int") else ""
-        table.add_row(str(rows[key]), key[0], key[1], amount, megabytes)
-    return table
+        made.add_row(str(rows[key]), key[0], key[1], amount, megabytes)
+    console.print(made)
 
 
 def _print_passes(report: Report, console: Console) -> None:

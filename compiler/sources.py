@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,8 @@ def _beside(model: Path) -> Tokenizer | None:
 def _call(reference: str) -> Iterable[Any]:
     """What module:function gives: an iterable of dicts from input name to array."""
     module, _, name = reference.partition(":")
+    if str(Path.cwd()) not in sys.path:  # an installed command does not look in the current folder by itself
+        sys.path.insert(0, str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -11,11 +11,8 @@ from qcompile.passes.fold import fold
 from qcompile.passes.linears import find_linears, vocabulary_size
 from qcompile.passes.pairs import find_pairs
 from qcompile.passes.policy import Policy
-from qcompile.passes.rounding import Rounding
+from qcompile.passes.rounding import CLIP, Rounding
 from qcompile.passes.scale_search import Choice, Judge, Judges, normalized, search_all, weight_power
-
-# Whether the linear's rounding may clip its ranges; `pack` reads it from the weight's meta.
-CLIP = "qcompile.clip"
 
 _SAMPLES = 192
 _FINALISTS = 3

@@ -48,13 +48,12 @@ class Pass(ABC):
     name: how a recipe calls it.
     whole_model: it runs once over the whole graph, before the model is walked segment by segment.
     needs_statistics: it cannot work without calibration.
-    requires: names of passes that must stand before it in the list; `followed_by`: one of them must come after it.
+    followed_by: names of passes of which one must come later in the list.
     """
 
     name: ClassVar[str]
     whole_model: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = False
-    requires: ClassVar[Sequence[str]] = ()
     followed_by: ClassVar[Sequence[str]] = ()
 
     def __init__(self) -> None:

@@ -11,13 +11,11 @@ from qcompile.passes.formats import emit
 from qcompile.passes.gptq import QUANTIZED
 from qcompile.passes.linears import PACKED, Embedding, Linear, as_linear, find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
-from qcompile.passes.rounding import relative_error, round_to_nearest, round_with_clip
+from qcompile.passes.rounding import CLIP, relative_error, round_to_nearest, round_with_clip
 from qcompile.passes.spec import QuantSpec
 
 # Node meta: the float weight a packed node stands for, until the node is verified.
 REFERENCE = "qcompile.reference"
-# Weight meta, set by awq: whether ranges may be clipped.
-CLIP = "qcompile.clip"
 
 
 class Pack(Pass):
@@ -61,11 +59,11 @@ class Pack(Pass):
                 reason = as_linear(node)
                 if not isinstance(reason, str):
                     reason = "inside a subgraph (If, Loop or Scan)" if inner else ""
-                weights = max((v.const_value.size for v in node.inputs if v is not None and v.const_value), default=0)
-                if reason and weights:
+                if reason and (weights := _largest_constant(node)):
                     self.decide(name, "skipped", reason, kind="MatMul", weights=weights)
             elif node.op_type in {"Conv", "ConvTranspose", "Gemm", "LSTM", "GRU"}:
-                self.decide(name, "skipped", f"no packed format for {node.op_type} weights", kind=node.op_type)
+                reason, weights = f"no packed format for {node.op_type} weights", _largest_constant(node)
+                self.decide(name, "skipped", reason, kind=node.op_type, weights=weights)
 
     def _keep(self, site: Linear | Embedding, reason: str) -> None:
         kind = "MatMul" if isinstance(site, Linear) else "Gather"
@@ -118,6 +116,11 @@ class Pack(Pass):
             bits_per_weight=spec.bits_per_weight(k, 8 * np.dtype(spec.scale_dtype).itemsize),
             **detail,
         )
+
+
+def _largest_constant(node: ir.Node) -> int:
+    """Elements of the largest constant that a node reads."""
+    return max((v.const_value.size for v in node.inputs if v is not None and v.const_value is not None), default=0)
 
 
 def _weight_name(site: Linear | Embedding) -> str:

@@ -9,6 +9,9 @@ from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, ou
 from qcompile.passes.spec import QuantSpec
 from qcompile.passes.statistics import Statistics
 
+# Weight meta, set by `awq` for `pack`: whether ranges may be clipped.
+CLIP = "qcompile.clip"
+
 
 class Rounding(Protocol):
     """Quantizes a weight w (K, N) on the grid of `spec`, with the statistics of its input where there are any."""

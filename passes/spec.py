@@ -10,11 +10,6 @@ from qcompile.passes.errors import UserError
 
 
 @dataclass(frozen=True)
-class PerTensor:
-    """One scale for the whole tensor."""
-
-
-@dataclass(frozen=True)
 class PerChannel:
     """One scale for every index along `axis`."""
 
@@ -32,7 +27,7 @@ class PerGroup:
             raise UserError(f"a group size must be at least 1, got {self.group_size}")
 
 
-Granularity = PerTensor | PerChannel | PerGroup
+Granularity = PerChannel | PerGroup
 
 _DTYPES = {
     (4, True): ir.DataType.INT4,

@@ -29,9 +29,3 @@ class Statistics:
         inverse = (1.0 / factor).astype(np.float32)
         self.gram = self.gram * inverse[:, None] * inverse[None, :]
         self.absmax = self.absmax * np.abs(inverse)
-
-    def add(self, other: "Statistics") -> None:
-        """Add the statistics of a second activation that meets the same weight."""
-        self.rows += other.rows
-        self.gram = self.gram + other.gram
-        self.absmax = np.maximum(self.absmax, other.absmax)

@@ -117,7 +117,7 @@ def test_what_is_printed(bench: Any, capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr()
     assert printed.err == ""
     assert [f"s  {step}" in printed.out for step in ("loading", "preparing", "saving")] == [True] * 3
-    assert "coverage: 100.0%" in printed.out
+    assert "coverage  100.0%" in printed.out
     assert re.search(r"size      0\.4 MB → 0\.1 MB, 5\.79 bits per packed MatMul weight", printed.out)
     written = [line.split()[1] for line in printed.out.splitlines() if line.startswith("wrote ")]
     assert sorted(Path(name).name for name in written) == sorted(os.listdir(bench.folder / "out"))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from qcompile.compiler.store import load_model, save_model
@@ -172,3 +173,19 @@ def test_matmulnbits_refuses_other_block_sizes(granularity, size) -> None:
 def test_unknown_targets_are_refused() -> None:
     with pytest.raises(UserError, match="unknown target 'tensorrt'"):
         lower(tiny_mlp(), "tensorrt")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_onnx_runtime_fuses_every_packed_product(tmp_path, bits, symmetric, target) -> None:
+    """MatMulNBits for all, whatever mixture of symmetric and asymmetric weights share an operator."""
+    body, table = QuantSpec(4, PerGroup(32), symmetric), QuantSpec(bits, PerGroup(32))
+    model = _decoder(target, body, table, tied=True, vocab=102)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
+    operators = [node.op_type for node in optimized.graph.node]
+    assert operators.count("MatMulNBits") == 8, Counter(operators)

@@ -125,7 +125,7 @@ def test_everything_is_verified_and_accounted_for(made: Any, name: str) -> None:
     convolutions = {f"conv_{i}": "no packed format for Conv weights" for i in range(2)}
     assert skipped == (convolutions if name == "conv" else {})
     assert report.compiled_bytes < report.source_bytes
-    assert report.compiled_bytes == sum(Path(file).stat().st_size for file in report.files)
+    assert report.compiled_bytes == sum((m.output.parent / file).stat().st_size for file in report.files[:-1])
 
 
 @pytest.mark.parametrize("name", ["rms", "conv"])
@@ -141,7 +141,7 @@ def test_what_lies_in_the_folder_and_in_the_file(made: Any, name: str) -> None:
     assert written["recipe"]["passes"] == ["smooth", "awq", "gptq", "pack"]
     assert written["source_hash"] == m.report.source_hash
     assert set(written["versions"]) >= {"onnxruntime", "onnx", "onnx-ir", "numpy", "qcompile-onnx"}
-    assert written["files"] == [str(m.output), str(m.output.parent / data[0])]
+    assert written["files"] == [m.output.name, data[0], f"{m.output.stem}.report.json"]
     assert {d["node"] for d in written["decisions"]["pack"]} == {d.node for d in m.report.decisions["pack"]}
     packed = [d["detail"] for d in written["decisions"]["pack"] if d["detail"]["kind"] == "MatMul"]
     assert all(isinstance(detail["predicted_error"], float) for detail in packed), "a number, not its repr"

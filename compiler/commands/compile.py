@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from qcompile.compiler.console import console as stdout
 from qcompile.compiler.dry_run import print_plan
-from qcompile.compiler.pipeline import Calibration, compile_model, report_path
+from qcompile.compiler.pipeline import Calibration, compile_model
 from qcompile.compiler.recipe import TARGETS, Recipe, load_recipe, parse_passes, save_recipe
 from qcompile.compiler.report import print_report
 from qcompile.compiler.store import check_output_path
@@ -90,27 +90,22 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output) if args.output else args.model.with_name(f"{args.model.stem}-int{recipe.bits}.onnx")
     if output.is_dir() or (args.output or "").endswith(("/", os.sep)):
         output = output / args.model.name
-    console = stdout()
+    screen = stdout()
     check_output_path(args.model, output)
     if args.save_recipe is not None and args.save_recipe.resolve() in (args.model.resolve(), output.resolve()):
         raise UserError(f"--save-recipe {args.save_recipe} would overwrite a model; choose another name")
     calibration = Calibration(args.calibration, args.tokenizer)
     if args.dry_run:
-        print_plan(args.model, output, recipe, calibration, console)
+        print_plan(args.model, output, recipe, calibration, screen)
         return 0
-    with _Bar(console) as bar:
+    with _Bar(screen) as bar:
         report = compile_model(args.model, recipe, output=output, calibration=calibration, progress=bar)
     if args.save_recipe is not None:
         save_recipe(recipe, args.save_recipe)
-    print_report(report, console)
-    for file in (*report.files, str(report_path(output))):
-        console.print(f"wrote     {_relative(file)}", soft_wrap=True, highlight=False)
+    print_report(report, screen)
+    for file in report.files:
+        screen.print(f"wrote     {output.with_name(file)}", soft_wrap=True)
     return 0
-
-
-def _relative(file: str) -> str:
-    path = Path(file)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
 
 
 class _Bar:

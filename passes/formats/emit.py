@@ -72,10 +72,9 @@ def replace_embedding(model: ir.Model, embedding: Embedding, tensors: Tensors) -
     """Turn the Gather node into EmbeddingInt4 or EmbeddingInt8, in place."""
     if tensors.zero_point is None:
         raise ValueError("an embedding operator always has zero points")
-    codes, zero_point = tensors.codes, tensors.zero_point
-    if tensors.bits == 4:
-        codes, zero_point = _as_bytes(model, codes), _as_bytes(model, zero_point)
-    inputs = [embedding.indices, codes, tensors.scale, zero_point]
+    view = _as_bytes if tensors.bits == 4 else _alias
+    codes, zero_point = view(model, tensors.codes), view(model, tensors.zero_point)
+    inputs = [embedding.indices, codes, _alias(model, tensors.scale), zero_point]
     _become(model, embedding.node, f"EmbeddingInt{tensors.bits}", inputs, tensors.block_size)
     drop_unused(model, embedding.table)
 
@@ -110,6 +109,16 @@ def _integer(model: ir.Model, name: str, codes: Codes, dtype: ir.DataType) -> ir
     return add_initializer(model, name, ir.PackedTensor(pack_nibbles(codes), dtype, shape=ir.Shape(codes.shape)))
 
 
+def _alias(model: ir.Model, value: ir.Value) -> ir.Value:
+    """A second initializer of the same tensor, stored once on disk.
+
+    ONNX Runtime fuses a tied lm_head into one product only if nothing else reads its initializers.
+    """
+    name = f"{value.name}.lookup"
+    known = model.graph.initializers.get(name)
+    return known if known is not None else add_initializer(model, name, constant(value))
+
+
 def _as_bytes(model: ir.Model, value: ir.Value) -> ir.Value:
     """A 4-bit tensor (R, V) as uint8 (R, ceil(V / 2)): with V even the very same bytes, which the file stores once."""
     name, tensor = f"{value.name}.bytes", constant(value)
@@ -125,7 +134,7 @@ def _as_bytes(model: ir.Model, value: ir.Value) -> ir.Value:
 
 
 def _become(model: ir.Model, node: ir.Node, operator: str, inputs: list[ir.Value], block_size: int) -> None:
-    functions.register(model, operator)
+    functions.register(model, operator, zero_points=len(inputs) == 4)
     node.resize_inputs(len(inputs))
     for i, value in enumerate(inputs):
         node.replace_input_with(i, value)

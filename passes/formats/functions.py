@@ -74,15 +74,28 @@ def _protos() -> dict[str, bytes]:
     return {function.name: function.to_function_proto().SerializeToString() for function in functions}
 
 
-def body(name: str) -> ir.Function:
-    """A fresh copy of the operator's ONNX function."""
-    return ir.serde.deserialize_function(onnx.FunctionProto.FromString(_protos()[name]))
+def body(name: str, *, zero_points: bool = True) -> ir.Function:
+    """A fresh copy of the operator's ONNX function.
+
+    zero_points: False leaves that input out. ONNX Runtime fuses a DequantizeLinear of two inputs, and one of three, but
+    none whose third is absent, which is what inlining makes of an optional input that a node does not give.
+    """
+    proto = onnx.FunctionProto.FromString(_protos()[name])
+    if not zero_points:
+        proto.input.remove("zero_point")
+        for node in proto.node:
+            if "zero_point" in node.input:
+                node.input.remove("zero_point")
+    return ir.serde.deserialize_function(proto)
 
 
-def register(model: ir.Model, name: str) -> None:
-    """Make sure that the model carries the operator's body and imports its domain."""
+def register(model: ir.Model, name: str, *, zero_points: bool = True) -> None:
+    """Make sure that the model carries a body of the operator that takes zero points where they are given."""
     model.graph.opset_imports.setdefault(DOMAIN, VERSION)
-    function = body(name)
+    function = body(name, zero_points=zero_points)
+    known = model.functions.get(function.identifier())
+    if known is not None and len(known.inputs) >= len(function.inputs):
+        return
     # The body's operators mean the same from opset 21 on, and ONNX Runtime inlines them under the model's version.
     function.opset_imports[""] = max(function.opset_imports[""], model.graph.opset_imports.get("", 21))
-    model.functions.setdefault(function.identifier(), function)
+    model.functions[function.identifier()] = function

@@ -15,23 +15,47 @@ _MICROSOFT = "com.microsoft"
 
 def lower(model: ir.Model, target: str) -> None:
     """Rewrite the packed operators in place for `target`: qcompile (as they are), qdq or matmulnbits."""
-    for value in list(model.graph.initializers.values()):  # 4-bit tables that are only looked up, as bytes
-        if constant(value).dtype.bitwidth == 4:
-            drop_unused(model, value)
-    if target == "qcompile":
-        return
+    if target not in ("qcompile", "qdq", "matmulnbits"):
+        raise UserError(f"unknown target {target!r}")
+    for value in list(model.graph.initializers.values()):  # tables that are only looked up, under another name
+        drop_unused(model, value)
     if target == "matmulnbits":
         to_matmulnbits(model)
-    elif target == "qdq":
+    else:
+        _complete_zero_points(model)
+    if target == "qcompile":
+        return
+    if target == "qdq":
         names = {str(node.outputs[0].name): node.name for node in model.graph if node.domain == functions.DOMAIN}
         InlinePass(criteria=lambda function: function.domain == functions.DOMAIN)(model)
         for node in model.graph:
             node.name = names.get(str(node.outputs[0].name), node.name)
-    else:
-        raise UserError(f"unknown target {target!r}")
     for key in [key for key in model.functions if key[0] == functions.DOMAIN]:
         del model.functions[key]
     model.graph.opset_imports.pop(functions.DOMAIN, None)
+
+
+def _complete_zero_points(model: ir.Model) -> None:
+    """Give explicit zeros to symmetric nodes whose operator other nodes use with zero points.
+
+    Both share one body; with its optional input left open ONNX Runtime would not fuse them (see `functions.body`).
+    """
+    for node in model.graph:
+        function = model.functions.get(node.op_identifier())
+        if node.domain != functions.DOMAIN or function is None or len(node.inputs) == len(function.inputs):
+            continue
+        codes, scale = node.inputs[1], node.inputs[2]
+        assert codes is not None
+        assert scale is not None
+        dtype, shape = constant(codes).dtype, dimensions(scale)
+        zeros = np.zeros(shape, np.int8)
+        tensor = (
+            ir.PackedTensor(pack_nibbles(zeros), dtype, shape=shape)
+            if dtype.bitwidth == 4
+            else ir.Tensor(zeros, dtype=dtype)
+        )
+        node.resize_inputs(len(function.inputs))
+        node.replace_input_with(3, add_initializer(model, f"{codes.name}.zero_point", tensor))
 
 
 def check_block_size(block_size: int) -> None:
@@ -95,15 +119,20 @@ def _embedding(model: ir.Model, node: ir.Node, cache: dict[tuple[ir.Value, bool]
     if key not in cache:
         blob, scales, zeros = _rows(codes, scale, zero_point, bits, block_size)
         assert zeros is not None
+        if bits == 4 and zeros.shape[1] % 2:
+            # ONNX Runtime before 1.27 misreads zero points that fill no whole byte a row: one more block, never read.
+            blob = np.pad(blob.reshape(len(scales), -1), ((0, 0), (0, block_size // 2)))
+            scales, zeros = np.pad(scales, ((0, 0), (0, 1))), np.pad(zeros, ((0, 0), (0, 1)))
         cache[key] = [
             _add(model, codes, ".rows", blob.reshape(len(scales), -1)),
             _add(model, scale, "", scales),
             _add(model, codes, ".rows.zero_point", _bit_pack(zeros, bits)),
         ]
     data, scales_value, zeros_value = cache[key]
+    padded = dimensions(scales_value)[1] * block_size
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block_size, "bits": bits}
     _become(node, "GatherBlockQuantized", [data, indices, scales_value, zeros_value], attributes)
-    if k % block_size:
+    if k < padded:
         _slice_last(model, node, k)
     for value in (codes, scale, zero_point):
         drop_unused(model, value)
