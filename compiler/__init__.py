@@ -1,1 +1,22 @@
-"""The compiler: recipes, the pipeline, calibration, verification, reports and the command line."""
+"""The compiler: recipes, the pipeline, calibration, verification, reports and the command line.
+
+`compile_model`, `Calibration`, `Recipe` and `parse_passes` can be imported from here.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "compile_model": "qcompile.compiler.pipeline",
+    "Calibration": "qcompile.compiler.pipeline",
+    "Recipe": "qcompile.compiler.recipe",
+    "parse_passes": "qcompile.compiler.recipe",
+}
+__all__ = ["Calibration", "Recipe", "compile_model", "parse_passes"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when first asked for: `qcompile --help` needs none of them."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

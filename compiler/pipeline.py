@@ -70,16 +70,21 @@ def compile_model(
     model: Path | str,
     recipe: Recipe | None = None,
     *,
-    output: Path | str,
-    calibration: Calibration | None = None,
+    output: Path | str | None = None,
+    calibration: Calibration | Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Compile the model file to `output` (with its data file and report.json beside it); everything or nothing.
 
+    output: MODEL-int4.onnx beside the model where it is not given. calibration: files, or files and a tokenizer.
+
     Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
     """
-    recipe, calibration, progress = effective(recipe or Recipe()), calibration or Calibration(), progress or Silent()
-    source, target = Path(model), Path(output)
+    recipe, progress = effective(recipe or Recipe()), progress or Silent()
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration)
+    source = Path(model)
+    target = default_output(source, recipe) if output is None else Path(output)
     started = time.monotonic()
     progress.step("loading")
     check_output_path(source, target)
@@ -136,6 +141,11 @@ def peak_memory() -> int:
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def default_output(model: Path, recipe: Recipe) -> Path:
+    """Where a compiled model goes that is given no name."""
+    return model.with_name(f"{model.stem}-int{recipe.bits}.onnx")
 
 
 def report_path(output: Path) -> Path:

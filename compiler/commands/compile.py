@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from qcompile.compiler.console import console as stdout
 from qcompile.compiler.dry_run import print_plan
-from qcompile.compiler.pipeline import Calibration, compile_model
+from qcompile.compiler.pipeline import Calibration, compile_model, default_output
 from qcompile.compiler.recipe import TARGETS, Recipe, load_recipe, parse_passes, save_recipe
 from qcompile.compiler.report import print_report
 from qcompile.compiler.store import check_output_path
@@ -87,7 +87,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 def run(args: argparse.Namespace) -> int:
     """Compile, or with --dry-run say what would happen."""
     recipe = recipe_of(args)
-    output = Path(args.output) if args.output else args.model.with_name(f"{args.model.stem}-int{recipe.bits}.onnx")
+    output = Path(args.output) if args.output else default_output(args.model, recipe)
     if output.is_dir() or (args.output or "").endswith(("/", os.sep)):
         output = output / args.model.name
     screen = stdout()
