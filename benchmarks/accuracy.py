@@ -1,0 +1,70 @@
+"""qcompile's own int4 models on the terms of peers.py: head and embedding in float, so that only the linears count.
+
+    python benchmarks/accuracy.py MODEL.onnx -o OUT [--settings g64-asym,g64-sym,g128-asym,g128-sym]
+
+Compiles MODEL.onnx (a float decoder, tokenizer.json beside it) by every pass list at every setting, scores all of them
+with `qcompile eval` on benchmarks/text, and prints a Markdown table. What is already compiled is not made again.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+TEXTS = sorted((Path(__file__).parent / "text").glob("eval-*.txt"))
+SETTINGS = "g64-asym,g64-sym,g128-asym,g128-sym"
+LISTS = ("awq,pack", "smooth,awq,gptq,pack")
+
+
+def main() -> None:
+    """Compile, evaluate, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--settings", default=SETTINGS)
+    parser.add_argument("--tokens", type=int, default=4096, help="evaluated tokens of each text")
+    args = parser.parse_args()
+    rows = {}
+    for setting in args.settings.split(","):
+        match = re.fullmatch(r"g(\d+)-(asym|sym)", setting)
+        if match is None:
+            parser.error(f"setting {setting!r}: expected gN-asym or gN-sym")
+        for passes in LISTS:
+            target = args.output / setting / passes.replace(",", "-") / "model.onnx"
+            rows[target] = (setting, passes)
+            if not target.exists():
+                kept = ["--lm-head", "keep", "--embedding", "keep", f"--{match[2]}metric"]
+                qcompile(args.model, "--passes", passes, "--group-size", match[1], *kept, "-o", target)
+    scores = args.output / "scores.json"
+    against = ["--against", args.model, "--tokenizer", args.model.parent]
+    qcompile("eval", *rows, *against, "--text", *TEXTS, "--tokens", args.tokens, "--json", scores)
+    print_table(rows, json.loads(scores.read_text(encoding="utf-8")))
+
+
+def print_table(rows: dict[Path, tuple[str, str]], scores: list[dict[str, object]]) -> None:
+    """One Markdown row a model: KL and top-1 agreement of each text, and their means."""
+    names = " | ".join(f"KL {text.stem} | top-1 % {text.stem}" for text in TEXTS)
+    print(f"\n| setting | passes | {names} | mean KL | mean top-1 % | s | peak GB |")
+    print("|---|---|" + "---|" * (2 * len(TEXTS) + 4))
+    for target, (setting, passes) in rows.items():
+        own = [score for score in scores if Path(str(score["model"])) == target]
+        divergences = [float(str(score["kl"])) for score in own]
+        agreements = [100 * float(str(score["agreement"])) for score in own]
+        cells = [f"{kl:.4f} | {top:.1f}" for kl, top in zip(divergences, agreements, strict=True)]
+        report = json.loads(target.with_name("model.report.json").read_text(encoding="utf-8"))
+        means = f"{sum(divergences) / len(own):.4f} | {sum(agreements) / len(own):.1f}"
+        print(f"| {setting} | {passes} | {' | '.join(cells)} | **{means.replace(' | ', '** | ')} | "
+              f"{report['seconds']:.0f} | {report['peak_memory'] / 1e9:.2f} |")  # fmt: skip
+
+
+def qcompile(*arguments: object) -> None:
+    """Run a qcompile command, shown first."""
+    words = [str(argument) for argument in arguments]
+    print("$ qcompile", *words, flush=True)
+    subprocess.run([sys.executable, "-m", "qcompile.compiler.cli", *words], check=True)
+
+
+if __name__ == "__main__":
+    main()
