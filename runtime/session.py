@@ -73,6 +73,7 @@ def provider_names(providers: Sequence[str]) -> list[str]:
         if name not in available:
             known = ", ".join(available)
             raise UserError(f"ONNX Runtime {ort.__version__} here has no provider {name}; it has {known} ({_INSTALL})")
+    # Unverified on GPU: no session of this project has run the CUDA provider yet.
     if "CUDAExecutionProvider" in names and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds the CUDA libraries of the nvidia-* packages
     cpu = _ALIASES["cpu"]

@@ -60,7 +60,7 @@ def add_parser(subparsers: Any) -> None:
     add("--samples", type=int, metavar="N", help="calibration windows (default: 32)")
     add("--context", type=int, metavar="N", help="tokens of a window (default: 512)")
     add("--seed", type=int, help="of everything random: same input, seed and versions, same bytes (default: 0)")
-    add("--provider", help="ONNX Runtime execution provider for calibration and checks (default: cpu)")
+    add("--provider", help="execution provider for calibration and checks: cpu (default), or cuda (unverified on GPU)")
     add = parser.add_argument_group("safety").add_argument
     add("--min-coverage", type=float, metavar="SHARE", help="fail below this share of MatMul weights (default: 0.95)")
     add("--dry-run", action="store_true", help="print the plan: nodes, sizes before and after, memory; write nothing")
