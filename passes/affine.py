@@ -102,7 +102,7 @@ def dequantize(codes: Codes, qparams: QParams, spec: QuantSpec) -> Array:
 
 def output_error(delta: Array, gram: Array) -> float:
     """‖X delta‖² of a weight change delta (K, N), from gram = XᵀX (K, K)."""
-    return float(np.einsum("kn,kn->", delta, gram @ delta, dtype=np.float64))
+    return float(np.vdot(delta, gram @ delta))
 
 
 def _from_range(blocks: Array, spec: QuantSpec, shrink: np.float32) -> QParams:

@@ -1,5 +1,6 @@
 """Writing quantized weights into the graph."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -11,11 +12,14 @@ from qcompile.passes.formats import emit
 from qcompile.passes.gptq import QUANTIZED
 from qcompile.passes.linears import PACKED, Embedding, Linear, as_linear, find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
-from qcompile.passes.rounding import CLIP, relative_error, round_to_nearest, round_with_clip
+from qcompile.passes.rounding import CLIP, round_to_nearest, round_with_clip
 from qcompile.passes.spec import QuantSpec
 
 # Node meta: the float weight a packed node stands for, until the node is verified.
 REFERENCE = "qcompile.reference"
+_THREADS = 2
+# A weight as it is packed: its initializer, its spec, and whether it is read transposed.
+_Key = tuple[ir.Value, QuantSpec, bool]
 
 
 class Pack(Pass):
@@ -38,18 +42,19 @@ class Pack(Pass):
         """Rewrite every quantizable node of the region in place; skip the others with a reason."""
         vocabulary = vocabulary_size(region.model)
         nodes = list(region.live_nodes())
-        for linear in find_linears(nodes):
-            spec = self.policy.for_linear(linear, vocabulary)
+        chosen = [(linear, self.policy.for_linear(linear, vocabulary)) for linear in find_linears(nodes)]
+        rounded = self._round(region, {linear: spec for linear, spec in chosen if not isinstance(spec, str)})
+        for linear, spec in chosen:
             if isinstance(spec, str):
                 self._keep(linear, spec)
             else:
-                self._pack_linear(region, linear, spec)
+                self._pack_linear(region, linear, spec, rounded)
         for embedding in find_embeddings(nodes):
-            chosen = self.policy.for_embedding(embedding)
-            if isinstance(chosen, str):
-                self._keep(embedding, chosen)
+            table = self.policy.for_embedding(embedding)
+            if isinstance(table, str):
+                self._keep(embedding, table)
             else:
-                self._pack_embedding(region, embedding, chosen)
+                self._pack_embedding(region, embedding, table)
 
     def skip_rest(self, model: ir.Model) -> None:
         """Account for the nodes with weights that no format covers, those in subgraphs among them."""
@@ -70,25 +75,35 @@ class Pack(Pass):
         size, name = int(np.prod(site.shape)), _weight_name(site)
         self.decide(site.name, "kept", reason, kind=kind, weights=size, weight=name)
 
-    def _pack_linear(self, region: Region, linear: Linear, spec: QuantSpec) -> None:
-        statistics = region.statistics.get(linear.activation)
+    def _round(self, region: Region, specs: dict[Linear, QuantSpec]) -> dict[_Key, Quantized]:
+        """The codes of every weight not packed yet; what `gptq` has not chosen is rounded here, side by side."""
+        jobs: dict[_Key, Linear] = {}
+        for linear, spec in specs.items():
+            if (spec, linear.transposed) not in linear.weight.meta.get(PACKED, {}):
+                jobs.setdefault((linear.weight, spec, linear.transposed), linear)
+
+        def one(key: _Key) -> Quantized:
+            linear, spec = jobs[key], key[1]
+            known: Quantized | None = linear.weight.meta.get(QUANTIZED)
+            if known is not None and known.spec == spec:
+                return known
+            rounding = round_with_clip if linear.weight.meta.get(CLIP, True) else round_to_nearest
+            return rounding(linear.read(), spec, region.statistics.get(linear.activation))
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return dict(zip(jobs, pool.map(one, jobs), strict=True))
+
+    def _pack_linear(self, region: Region, linear: Linear, spec: QuantSpec, rounded: dict[_Key, Quantized]) -> None:
         stored = linear.weight.meta.setdefault(PACKED, {})
-        w = linear.read()
         key = (spec, linear.transposed)
         if key not in stored:
-            quantized: Quantized | None = linear.weight.meta.pop(QUANTIZED, None)
-            if quantized is None or quantized.spec != spec:
-                clip = linear.weight.meta.get(CLIP, True)
-                rounding = round_with_clip if clip else round_to_nearest
-                quantized = rounding(w, spec, statistics)
+            quantized = rounded[linear.weight, spec, linear.transposed]
             stored[key] = (quantized, emit.store(region.model, str(linear.weight.name), quantized))
+            linear.weight.meta.pop(QUANTIZED, None)
         quantized, tensors = stored[key]
-        detail: dict[str, object] = {}
-        if statistics is not None:
-            detail["predicted_error"] = relative_error(quantized.dequantize() - w, w, statistics.gram)
-        linear.node.meta[REFERENCE] = (w, quantized)
+        linear.node.meta[REFERENCE] = (linear.read(), quantized)
         emit.replace_matmul(region.model, linear, tensors)
-        self._quantized(linear, spec, linear.shape[0], tensors, **detail)
+        self._quantized(linear, spec, linear.shape[0], tensors)
 
     def _pack_embedding(self, region: Region, embedding: Embedding, spec: QuantSpec) -> None:
         # A table (V, K) is the transpose of the (K, V) weight that a tied lm_head multiplies with.
@@ -102,9 +117,7 @@ class Pack(Pass):
         emit.replace_embedding(region.model, embedding, tensors)
         self._quantized(embedding, spec, embedding.shape[1], tensors)
 
-    def _quantized(
-        self, site: Linear | Embedding, spec: QuantSpec, k: int, tensors: emit.Tensors, **detail: object
-    ) -> None:
+    def _quantized(self, site: Linear | Embedding, spec: QuantSpec, k: int, tensors: emit.Tensors) -> None:
         self.decide(
             site.name,
             "quantized",
@@ -114,7 +127,6 @@ class Pack(Pass):
             weight=_weight_name(site),
             bytes=tensors.nbytes,
             bits_per_weight=spec.bits_per_weight(k, 8 * np.dtype(spec.scale_dtype).itemsize),
-            **detail,
         )
 
 

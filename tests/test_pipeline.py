@@ -144,7 +144,7 @@ def test_what_lies_in_the_folder_and_in_the_file(made: Any, name: str) -> None:
     assert written["files"] == [m.output.name, data[0], f"{m.output.stem}.report.json"]
     assert {d["node"] for d in written["decisions"]["pack"]} == {d.node for d in m.report.decisions["pack"]}
     packed = [d["detail"] for d in written["decisions"]["pack"] if d["detail"]["kind"] == "MatMul"]
-    assert all(isinstance(detail["predicted_error"], float) for detail in packed), "a number, not its repr"
+    assert all(isinstance(detail["bits_per_weight"], float) for detail in packed), "a number, not its repr"
     told = load_model(m.output).metadata_props
     assert told["qcompile.source"] == m.report.source_hash
     assert "samples: 8" in told["qcompile.recipe"]
