@@ -157,8 +157,10 @@ def _call(reference: str) -> Iterable[Any]:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--calibration {reference}: {error}") from error
-    given: Iterable[Any] = function()
-    return given
+    try:
+        return list(function())
+    except Exception as error:
+        raise UserError(f"--calibration {reference} failed: {type(error).__name__}: {error}") from error
 
 
 def _given(plan: InputPlan, feeds: Any) -> Batch:
