@@ -186,7 +186,8 @@ class _Job:
             self._rewrite(runner, segment, calibration, checks, outputs)
         if self.pack is not None:
             self.pack.skip_rest(self.model)
-        self.report.outputs = compare_outputs([c for c, _ in outputs], [o for _, o in outputs])
+        compared = compare_outputs([c for c, _ in outputs], [o for _, o in outputs])
+        self.report.outputs = sorted(compared, key=lambda output: output.name != plan.logits)
         return [compiled for compiled, _ in outputs]
 
     def _rewrite(

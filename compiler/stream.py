@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.compiler.extract import Piece, extract
-from qcompile.compiler.feeds import Batch, InputPlan
+from qcompile.compiler.feeds import Batch, InputPlan, PastPair
 from qcompile.compiler.segments import Segment
 from qcompile.passes import observers
 from qcompile.passes.errors import UserError
@@ -94,6 +94,18 @@ class Runner:
         source = Stream(stream.batches, stream.original if original else stream.quantized, None, stream.presents)
         return list(self._run(piece, segment, source))
 
+    def _past(self, pair: PastPair, presents: Arrays) -> npt.NDArray[Any]:
+        """The cache that a decode step continues. One that a later segment makes is read here for its shape only (a
+        mask's length, say): zeros of that shape stand for it.
+        """
+        if pair.present in presents:
+            return presents[pair.present]
+        known = next(other for other in self.plan.past if other.present in presents)
+        made = presents[known.present]
+        shape = list(pair.empty(made.shape[0]).shape)
+        shape[pair.axis] = made.shape[known.axis]
+        return np.zeros(shape, pair.past.dtype)
+
     def _outputs(self, segment: Segment) -> list[ir.Value]:
         """Graph outputs that the segment computes."""
         own = set(segment.nodes)
@@ -114,7 +126,7 @@ class Runner:
             feeds = {name: array for name, array in batch.feeds.items() if name in inputs}
             if batch.follows is not None:
                 past = stream.presents[batch.follows]
-                feeds |= {p.past.name: past[p.present] for p in self.plan.past if p.past.name in inputs}
+                feeds |= {p.past.name: self._past(p, past) for p in self.plan.past if p.past.name in inputs}
             if segment.carried is not None and stream.quantized is not None:
                 feeds[str(segment.carried.name)] = stream.quantized[i]
             outputs = dict(zip(names, run(session, names, feeds), strict=True))

@@ -148,3 +148,15 @@ def test_progress_counts_the_tokens_of_every_run() -> None:
     first, *_ = _segments(model)
     runner.collect(first, _activations(first.nodes), stream)
     assert seen == [14, 14, 14]
+
+
+def test_a_cache_read_for_its_shape_before_it_is_made() -> None:
+    """Exports take the mask's length from any layer's cache: the first segment then reads one of a later segment."""
+    model = tiny_decoder(kv_cache=True)
+    plan = input_plan(model)
+    runner = Runner(model, plan)
+    first, second = plan.past[0], plan.past[-1]
+    made = np.ones((1, 2, 5, 16), np.float32)
+    assert runner._past(first, {first.present: made}) is made
+    stand_in = runner._past(second, {first.present: made})
+    assert (stand_in.shape, stand_in.dtype, stand_in.any()) == (made.shape, made.dtype, False)
