@@ -8,7 +8,7 @@ from rich.console import Console
 
 from qcompile.compiler.console import table
 from qcompile.compiler.inputs import input_plan
-from qcompile.compiler.pipeline import Calibration, check_target, element_type, file_size
+from qcompile.compiler.pipeline import Calibration, check_target, file_size, scale_dtype
 from qcompile.compiler.plan import build, effective, make_policy
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.segments import Segment, split
@@ -22,14 +22,14 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     """Print the nodes by decision, sizes before and after, and the memory that compiling will need."""
     model, recipe = load_model(path), effective(recipe)
     before = file_size(path, model)
-    scale_dtype = np.float16 if element_type(model) == ir.DataType.FLOAT16 else np.float32
-    passes = build(recipe, scale_dtype)
+    dtype = scale_dtype(model)
+    passes = build(recipe, dtype)
     for rewrite in passes:
         if rewrite.whole_model:
             rewrite.call(Region.whole(model))
     check_target(model, recipe)
     linears, vocabulary = find_linears(model.graph), vocabulary_size(model)
-    policy = make_policy(recipe, scale_dtype)
+    policy = make_policy(recipe, dtype)
     chosen = {linear: policy.for_linear(linear, vocabulary) for linear in linears}
     looked_up = {embedding: policy.for_embedding(embedding) for embedding in find_embeddings(model.graph)}
     console.print(f"plan      {path} → {output}", soft_wrap=True)
@@ -48,7 +48,7 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     for embedding, spec in looked_up.items():
         if isinstance(spec, QuantSpec):
             weights.setdefault(embedding.table, (spec, embedding.shape[1], embedding.shape[0]))
-    width = 8 * np.dtype(scale_dtype).itemsize
+    width = 8 * np.dtype(dtype).itemsize
     packed = sum(spec.bits_per_weight(k, width) * k * n / 8 for spec, k, n in weights.values())
     removed = sum(k * n * width // 8 for _, k, n in weights.values())
     console.print(f"passes    {', '.join(p.name for p in passes)}")

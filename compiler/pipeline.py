@@ -29,8 +29,6 @@ from qcompile.passes.linears import find_linears, vocabulary_size
 from qcompile.passes.pack import Pack
 from qcompile.runtime.session import ort_version
 
-_SCALE_DTYPES = {ir.DataType.FLOAT16: np.float16}
-
 
 class Progress(Protocol):
     """Told what is going on; the command line draws a bar, the default says nothing."""
@@ -90,7 +88,7 @@ def compile_model(
     check_output_path(source, target)
     graph = load_model(source)
     check_finite(graph)
-    passes = build(recipe, _SCALE_DTYPES.get(element_type(graph), np.float32))
+    passes = build(recipe, scale_dtype(graph))
     report = Report(str(source), model_hash(source), recipe.to_dict(), versions())
     report.source_bytes = file_size(source, graph)
     progress.step("preparing")
@@ -237,6 +235,11 @@ def element_type(model: ir.Model) -> ir.DataType:
         if tensor is not None and tensor.dtype.is_floating_point():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
     return max(sizes, key=lambda dtype: sizes[dtype], default=ir.DataType.FLOAT)
+
+
+def scale_dtype(model: ir.Model) -> type[np.float16] | type[np.float32]:
+    """The numpy type of the scales that the compiled model will hold."""
+    return np.float16 if element_type(model) == ir.DataType.FLOAT16 else np.float32
 
 
 def file_size(path: Path, model: ir.Model) -> int:

@@ -89,10 +89,16 @@ def _from_text(plan: InputPlan, recipe: Recipe, tokenizer: Tokenizer, texts: Seq
         _log.warning(
             "the calibration text holds %d windows of %d tokens, not %d", len(windows), context, recipe.samples
         )
-    checks = [window if plan.sequence else window[:_CHECK_TOKENS] for window in windows[: _CHECKS * (plan.batch or 1)]]
     calibration = _batches(plan, windows) if needed else []
     described = f"{len(windows)} windows of {len(windows[0])} tokens from {source}" if needed else source
-    return Data(calibration, token_batches(plan, checks, decode_step=bool(plan.past)), described)
+    return Data(calibration, _checks(plan, windows), described)
+
+
+def _checks(plan: InputPlan, windows: Sequence[Ids]) -> list[Batch]:
+    """The first windows, cut short where the graph allows it."""
+    chosen = windows[: _CHECKS * (plan.batch or 1)]
+    short = [window if plan.sequence else window[:_CHECK_TOKENS] for window in chosen]
+    return token_batches(plan, short, decode_step=bool(plan.past))
 
 
 def _batches(plan: InputPlan, windows: Sequence[Ids]) -> list[Batch]:
@@ -110,10 +116,9 @@ def _sampled(plan: InputPlan, model: Path, recipe: Recipe) -> Data:
         )
     running = session(model, providers=(recipe.provider,))
     windows = sample_windows(running, plan, recipe.samples, recipe.context, recipe.seed)
-    checks = [window if plan.sequence else window[:_CHECK_TOKENS] for window in windows[: _CHECKS * (plan.batch or 1)]]
     return Data(
         _batches(plan, windows),
-        token_batches(plan, checks, decode_step=bool(plan.past)),
+        _checks(plan, windows),
         f"{len(windows)} windows of {len(windows[0])} tokens sampled from the model itself (no tokenizer beside it)",
     )
 

@@ -7,12 +7,11 @@ import numpy as np
 from qcompile.passes.affine import Array
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.errors import UserError
-from qcompile.passes.fold import fold
 from qcompile.passes.linears import find_linears, vocabulary_size
 from qcompile.passes.pairs import find_pairs
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import CLIP, Rounding
-from qcompile.passes.scale_search import Choice, Judge, Judges, normalized, search_all, weight_power
+from qcompile.passes.scale_search import Choice, Judge, Judges, fold_choice, normalized, search_all, weight_power
 
 _SAMPLES = 192
 _FINALISTS = 3
@@ -58,16 +57,7 @@ class Awq(Pass):
         judges = Judges(region, self.policy, self.rounding, samples=_SAMPLES, seed=self.seed)
         choices = search_all(pairs, judges, self._search)
         for pair, choice in zip(pairs, choices, strict=True):
-            linears = [linear.name for linear in pair.linears]
-            if isinstance(choice, str):
-                self.decide(pair.name, "skipped", choice, linears=linears)
-                continue
-            detail = {"kind": pair.kind, "linears": linears, "relative_loss": choice.relative_loss}
-            if not choice.worth_it:
-                self.decide(pair.name, "skipped", "no scale lowers the output error", **detail)
-                continue
-            fold(pair, choice.factor, region)
-            self.decide(pair.name, "folded", choice.label, **detail)
+            self.decisions.append(fold_choice(pair, choice, region, nothing="no scale lowers the output error"))
         self._mark(region)
 
     def _mark(self, region: Region) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qcompile.passes.affine import Array, output_error
-from qcompile.passes.base import Region
-from qcompile.passes.fold import row_peaks
+from qcompile.passes.base import Decision, Region
+from qcompile.passes.fold import fold, row_peaks
 from qcompile.passes.linears import vocabulary_size
 from qcompile.passes.pairs import Pair
 from qcompile.passes.policy import Policy
@@ -127,6 +127,21 @@ def search_all(pairs: list[Pair], judges: Judges, search: Callable[[Judge], Choi
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(one, pairs))
+
+
+def fold_choice(pair: Pair, choice: Choice | str, region: Region, *, nothing: str | None) -> Decision:
+    """Fold a pair's factor where there is one; the decision says which, or why not.
+
+    nothing: the reason given where no candidate is worth it; None folds whatever was chosen.
+    """
+    linears = [linear.name for linear in pair.linears]
+    if isinstance(choice, str):
+        return Decision(pair.name, "skipped", choice, {"linears": linears})
+    detail = {"kind": pair.kind, "linears": linears, "relative_loss": choice.relative_loss}
+    if nothing is not None and not choice.worth_it:
+        return Decision(pair.name, "skipped", nothing, detail)
+    fold(pair, choice.factor, region)
+    return Decision(pair.name, "folded", choice.label, detail)
 
 
 def normalized(factor: Array) -> Array:

@@ -7,11 +7,10 @@ import numpy as np
 from qcompile.passes.affine import Array
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.errors import UserError
-from qcompile.passes.fold import fold
 from qcompile.passes.pairs import find_pairs
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding
-from qcompile.passes.scale_search import Choice, Judge, Judges, normalized, search_all, weight_peaks
+from qcompile.passes.scale_search import Choice, Judge, Judges, fold_choice, normalized, search_all, weight_peaks
 
 _ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)
 _SAMPLES = 96
@@ -43,17 +42,9 @@ class Smooth(Pass):
         self.decisions += skipped
         judges = Judges(region, self.policy, self.rounding, samples=_SAMPLES, seed=self.seed)
         choices = search_all(pairs, judges, self._search)
+        nothing = "no alpha lowers the output error" if self.alpha == "auto" else None
         for pair, choice in zip(pairs, choices, strict=True):
-            linears = [linear.name for linear in pair.linears]
-            if isinstance(choice, str):
-                self.decide(pair.name, "skipped", choice, linears=linears)
-                continue
-            detail = {"kind": pair.kind, "linears": linears, "relative_loss": choice.relative_loss}
-            if self.alpha == "auto" and not choice.worth_it:
-                self.decide(pair.name, "skipped", "no alpha lowers the output error", **detail)
-                continue
-            fold(pair, choice.factor, region)
-            self.decide(pair.name, "folded", choice.label, **detail)
+            self.decisions.append(fold_choice(pair, choice, region, nothing=nothing))
 
     def _search(self, judge: Judge) -> Choice | None:
         activation = judge.pair.pool_max(judge.statistics.absmax)
