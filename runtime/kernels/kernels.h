@@ -1,0 +1,34 @@
+// The table of instruction sets. Each entry computes the same integers; `reference` is the specification of the others.
+#pragma once
+
+#include "layout.h"
+
+namespace qcompile {
+
+struct Kernels {
+  const char* name;
+  bool (*available)();
+  int rows;  // int8 rows of a tile at most; even
+
+  // x (k,) -> one model row of a tile, written at int8 row `row` of `rows` (and row + 1 when wide).
+  // codes, sum: as in Tile, of the whole tile; scale: (groups,) of this row; sum points at (groups,) of int8 row `row`,
+  // the low row's follow it. Returns the largest |x|, or a NaN or infinity if x holds one.
+  // A group whose largest |x| is below 2^-100 becomes zeros with scale 0.
+  float (*quantize)(const Layout& layout, const float* x, bool wide, int row, int rows, int8_t* codes, float* scale,
+                    int32_t* sum);
+
+  // out (rows of the model, 64) = tile times one panel of packed weights.
+  void (*multiply)(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out);
+
+  void (*from_half)(const uint16_t* x, float* y, int64_t n);
+  void (*to_half)(const float* x, uint16_t* y, int64_t n);
+};
+
+// nullptr-terminated, slowest first; entries that this build holds, available or not.
+const Kernels* const* all_kernels();
+
+// The fastest available entry, or the one that the environment variable QCOMPILE_KERNEL names (empty: the fastest).
+// nullptr if that is unknown or this machine cannot run it; the names are in kernel_names().
+const Kernels* chosen_kernels();
+
+}  // namespace qcompile

@@ -1,0 +1,74 @@
+// The packed weight: the one owner of its layout. Everything here is plain arithmetic, the same on every machine.
+//
+// A weight (K, N) is cut into panels of 64 columns. A panel is one linear stream of groups, and a group is
+//
+//     scale       64 x fp16 (or fp32, where a scale of the weight is no fp16 number)
+//     zero point  64 x u8, only where the weight has zero points (a symmetric weight is stored as code + 8 or + 128)
+//     codes       blocks of 4 vectors of 64 bytes; vector j holds columns 16 j … 16 j + 15, four bytes a column
+//
+// 4 bits: a block covers 8 rows k; byte t of a column holds row t in its low nibble and row 4 + t in its high one.
+// 8 bits: a block covers 4 rows k; byte t of a column holds row t.
+//
+// So four bytes of a column meet four activations, which is the shape of the int8 dot-product instructions, and a panel
+// is read front to back. A group of the file with more than 128 rows is stored as several packed groups of equal scale:
+// activations then get a scale for each, and 32-bit sums cannot overflow. Rows that a packed group lacks (K or the group
+// size is no multiple of 8) meet activations of value 0.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace qcompile {
+
+constexpr int kPanel = 64;          // columns of a panel
+constexpr int kVector = 64;         // bytes of a vector of codes
+constexpr int kBlockBytes = 256;    // 4 vectors
+constexpr int kMaxDepth = 128;      // rows of a packed group at most: 255 * 127 * 128 * 256 still fits 32 bits
+
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+
+struct Layout {
+  int64_t k, n;             // of the weight
+  int64_t block_size;       // rows of a group of the file
+  int bits;                 // 4 or 8
+  bool zero_points;         // u8 zero points in each group; otherwise the constant 8 or 128
+  bool half_scales;         // fp16 scales, otherwise fp32
+
+  int64_t splits() const { return div_up(block_size < k ? block_size : k, kMaxDepth); }           // packed groups of one group
+  int64_t depth() const { return round_up(div_up(block_size < k ? block_size : k, splits()), 8); }  // rows of a packed group, padded
+  int64_t file_groups() const { return div_up(k, block_size); }
+  int64_t groups() const { return file_groups() * splits(); }                // packed groups
+  int64_t padded_k() const { return groups() * depth(); }                    // rows with all padding
+  int64_t panels() const { return div_up(n, kPanel); }
+
+  int64_t scale_bytes() const { return kPanel * (half_scales ? 2 : 4); }
+  int64_t zero_point_bytes() const { return zero_points ? kPanel : 0; }
+  int rows_per_block() const { return bits == 4 ? 8 : 4; }
+  int64_t blocks() const { return depth() / rows_per_block(); }              // of one group
+  int64_t group_bytes() const { return scale_bytes() + zero_point_bytes() + blocks() * kBlockBytes; }
+  int64_t panel_bytes() const { return groups() * group_bytes(); }
+  int64_t bytes() const { return panels() * panel_bytes(); }
+  int symmetric_zero_point() const { return bits == 4 ? 8 : 128; }
+
+  // First row of packed group g, and how many rows of the weight it holds (0 where it is all padding).
+  int64_t group_begin(int64_t g) const { return g / splits() * block_size + g % splits() * depth(); }
+  int64_t group_rows(int64_t g) const {
+    int64_t begin = group_begin(g), end = begin + depth(), last = (g / splits() + 1) * block_size;
+    if (end > last) end = last;
+    if (end > k) end = k;
+    return end > begin ? end - begin : 0;
+  }
+};
+
+// Quantized activations of one tile: `rows` int8 rows next to each other, four k at a time: codes[k / 4][row][k % 4].
+// In the 16-bit mode every row of the model is two int8 rows, high byte then low byte, q = 256 * high + low.
+struct Tile {
+  const int8_t* codes;      // (padded_k / 4, rows, 4)
+  const float* scale;       // (rows of the model, groups): amax / 127, or amax / 32512 in the 16-bit mode
+  const int32_t* sum;       // (rows, groups): sum of the int8 codes of one group
+  int rows;                 // int8 rows; even in the 16-bit mode
+  bool wide;                // the 16-bit mode
+};
+
+}  // namespace qcompile

@@ -1,0 +1,43 @@
+// One quantized weight and its products, whatever the instruction set: y = x W + bias.
+#pragma once
+
+#include <memory>
+
+#include "kernels.h"
+#include "packing.h"
+
+namespace qcompile {
+
+enum class Element { kFloat, kHalf };
+
+// How to run `total` independent pieces; ORT's intra-op pool in the operator, a loop elsewhere.
+struct Parallel {
+  void (*run)(void* context, void (*piece)(void* data, size_t index), size_t total, void* data);
+  void* context;
+};
+Parallel serial();
+
+class PackedWeight {
+ public:
+  // Throws std::bad_alloc. `kernels` must outlive the object.
+  PackedWeight(const Layout& layout, const Source& source, const Kernels* kernels);
+  ~PackedWeight();
+  PackedWeight(const PackedWeight&) = delete;
+  PackedWeight& operator=(const PackedWeight&) = delete;
+
+  // y (m, N) = x (m, K) W + bias (N,) or nullptr; all of one element type. activation_bits: 8 or 16.
+  // Rows with a NaN, an infinity, or nothing above 2^-70 are computed in floats, as the ONNX body would.
+  // Safe to call from several threads at once; scratch is kept by the calling thread.
+  void multiply(const void* x, Element element, int64_t m, void* y, const void* bias, int activation_bits,
+                const Parallel& parallel) const;
+
+  const Layout& layout() const { return layout_; }
+
+ private:
+  Layout layout_;
+  const Kernels* kernels_;
+  uint8_t* packed_;
+  bool finite_;
+};
+
+}  // namespace qcompile

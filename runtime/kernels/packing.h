@@ -1,0 +1,29 @@
+// From the layout of the file (ONNX: row-major (K, N), 4-bit elements packed over the whole tensor) to packed panels.
+#pragma once
+
+#include "layout.h"
+
+namespace qcompile {
+
+struct Source {
+  const uint8_t* codes;        // (K, N) of 4 or 8 bits
+  const void* scale;           // (file groups, N) fp32 or fp16
+  bool scale_is_half;
+  const uint8_t* zero_point;   // (file groups, N) packed like the codes, or nullptr: 0 for signed, and for unsigned codes too
+  bool is_signed;              // int4 / int8 instead of uint4 / uint8
+};
+
+// Whether every scale is exactly an fp16 number, so that packing it as one loses nothing.
+bool scales_fit_half(const Layout& layout, const Source& source);
+
+// Whether every scale is finite.
+bool scales_are_finite(const Layout& layout, const Source& source);
+
+// Fills layout.bytes() bytes at `packed` (64-byte aligned). Columns behind N become zeros.
+// Signed codes are stored with 8 (128) added, and so are their zero points.
+void pack(const Layout& layout, const Source& source, uint8_t* packed);
+
+// Decodes rows [begin, end) of panel column `column` (0 … N - 1) back to floats; for tests and for the float path.
+void unpack_column(const Layout& layout, const uint8_t* packed, int64_t column, float* w /* (K,) */);
+
+}  // namespace qcompile
