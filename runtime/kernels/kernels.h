@@ -5,6 +5,9 @@
 
 namespace qcompile {
 
+// Groups of activations below 2^-100 are taken for zeros: 127 / amax must stay finite.
+constexpr float kTiny = 7.88860905221011805e-31f;
+
 struct Kernels {
   const char* name;
   bool (*available)();
@@ -13,7 +16,7 @@ struct Kernels {
   // x (k,) -> one model row of a tile, written at int8 row `row` of `rows` (and row + 1 when wide).
   // codes, sum: as in Tile, of the whole tile; scale: (groups,) of this row; sum points at (groups,) of int8 row `row`,
   // the low row's follow it. Returns the largest |x|, or a NaN or infinity if x holds one.
-  // A group whose largest |x| is below 2^-100 becomes zeros with scale 0.
+  // A group whose largest |x| is below kTiny becomes zeros with scale 0.
   float (*quantize)(const Layout& layout, const float* x, bool wide, int row, int rows, int8_t* codes, float* scale,
                     int32_t* sum);
 
@@ -27,8 +30,14 @@ struct Kernels {
 // nullptr-terminated, slowest first; entries that this build holds, available or not.
 const Kernels* const* all_kernels();
 
+// The entry of that name if this machine runs it, else nullptr.
+const Kernels* named_kernels(const char* name);
+
+// Names of the entries that this machine runs, slowest first, separated by commas.
+const char* kernel_names();
+
 // The fastest available entry, or the one that the environment variable QCOMPILE_KERNEL names (empty: the fastest).
-// nullptr if that is unknown or this machine cannot run it; the names are in kernel_names().
+// nullptr if that is none of kernel_names().
 const Kernels* chosen_kernels();
 
 }  // namespace qcompile

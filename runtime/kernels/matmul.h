@@ -1,8 +1,6 @@
 // One quantized weight and its products, whatever the instruction set: y = x W + bias.
 #pragma once
 
-#include <memory>
-
 #include "kernels.h"
 #include "packing.h"
 
@@ -31,9 +29,18 @@ class PackedWeight {
   void multiply(const void* x, Element element, int64_t m, void* y, const void* bias, int activation_bits,
                 const Parallel& parallel) const;
 
+  // w (K, N), decoded from the packed codes.
+  void unpack(float* w) const;
+
   const Layout& layout() const { return layout_; }
 
  private:
+  struct Job;
+  void quantize_tile(const Job& job, int64_t tile) const;
+  void multiply_unit(const Job& job, int64_t unit) const;
+  void multiply_floats(const Job& job, int64_t panel) const;
+  void multiply_rows(const Job& job, const Parallel& parallel) const;
+
   Layout layout_;
   const Kernels* kernels_;
   uint8_t* packed_;

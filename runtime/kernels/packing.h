@@ -13,8 +13,9 @@ struct Source {
   bool is_signed;              // int4 / int8 instead of uint4 / uint8
 };
 
-// Whether every scale is exactly an fp16 number, so that packing it as one loses nothing.
-bool scales_fit_half(const Layout& layout, const Source& source);
+// The layout of a weight: fp16 scales where every scale is exactly an fp16 number, so that packing them as such loses
+// nothing; no zero points where they all are the middle of the range.
+Layout make_layout(int64_t k, int64_t n, int64_t block_size, int bits, const Source& source);
 
 // Whether every scale is finite.
 bool scales_are_finite(const Layout& layout, const Source& source);

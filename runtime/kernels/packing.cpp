@@ -1,0 +1,148 @@
+#include "packing.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "half.h"
+
+namespace qcompile {
+namespace {
+
+uint8_t element(const uint8_t* codes, int bits, int64_t index) {
+  if (bits == 8) return codes[index];
+  return uint8_t((codes[index / 2] >> (4 * (index & 1))) & 15);
+}
+
+// `count` elements from `index` on, one a byte; signed codes become unsigned by adding half the range.
+void read_row(const uint8_t* codes, int bits, int64_t index, int count, bool is_signed, uint8_t* out) {
+  const uint8_t flip = is_signed ? (bits == 4 ? 8 : 128) : 0;  // in two's complement, adding 8 is flipping the top bit
+  int i = 0;
+  if (bits == 4 && index % 2 == 0) {
+    const uint8_t* pairs = codes + index / 2;
+    for (; i + 2 <= count; i += 2, ++pairs) {
+      out[i] = uint8_t((*pairs & 15) ^ flip);
+      out[i + 1] = uint8_t((*pairs >> 4) ^ flip);
+    }
+  }
+  for (; i < count; ++i) out[i] = uint8_t(element(codes, bits, index + i) ^ flip);
+}
+
+float scale_at(const Source& source, int64_t index) {
+  if (source.scale_is_half) return half_to_float(static_cast<const uint16_t*>(source.scale)[index]);
+  return static_cast<const float*>(source.scale)[index];
+}
+
+void pack_scales(const Layout& layout, const Source& source, int64_t group, int64_t column, int columns, uint8_t* out) {
+  for (int c = 0; c < columns; ++c) {
+    float scale = scale_at(source, group * layout.n + column + c);
+    if (layout.half_scales) {
+      uint16_t half = float_to_half(scale);
+      std::memcpy(out + 2 * c, &half, 2);
+    } else {
+      std::memcpy(out + 4 * c, &scale, 4);
+    }
+  }
+}
+
+// rows: (rows_per_block, 64) codes, one a byte -> one block
+void pack_block(int bits, const uint8_t (*rows)[kPanel], uint8_t* block) {
+  for (int column = 0; column < kPanel; ++column) {
+    for (int t = 0; t < 4; ++t) {
+      uint8_t code = rows[t][column];
+      if (bits == 4) code = uint8_t(code | (rows[t + 4][column] << 4));
+      block[column * 4 + t] = code;
+    }
+  }
+}
+
+bool scales_fit_half(const Source& source, int64_t count) {
+  if (source.scale_is_half) return true;
+  const float* scale = static_cast<const float*>(source.scale);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!(half_to_float(float_to_half(scale[i])) == scale[i])) return false;
+  }
+  return true;
+}
+
+bool has_zero_points(const Layout& layout, const Source& source, int64_t count) {
+  if (!source.zero_point) return !source.is_signed;  // an absent one is 0, which is the middle only of signed codes
+  const int middle = source.is_signed ? 0 : layout.symmetric_zero_point();
+  for (int64_t i = 0; i < count; ++i) {
+    if (element(source.zero_point, layout.bits, i) != middle) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+Layout make_layout(int64_t k, int64_t n, int64_t block_size, int bits, const Source& source) {
+  Layout layout{k, n, block_size, bits, false, false};
+  const int64_t count = layout.file_groups() * n;
+  layout.zero_points = has_zero_points(layout, source, count);
+  layout.half_scales = scales_fit_half(source, count);
+  return layout;
+}
+
+bool scales_are_finite(const Layout& layout, const Source& source) {
+  for (int64_t i = 0, count = layout.file_groups() * layout.n; i < count; ++i) {
+    if (!std::isfinite(scale_at(source, i))) return false;
+  }
+  return true;
+}
+
+void pack(const Layout& layout, const Source& source, uint8_t* packed) {
+  const int step = layout.rows_per_block();
+  uint8_t rows[8][kPanel];
+  for (int64_t panel = 0; panel < layout.panels(); ++panel) {
+    const int64_t column = panel * kPanel;
+    const int columns = int(layout.n - column < kPanel ? layout.n - column : kPanel);
+    for (int64_t group = 0; group < layout.groups(); ++group) {
+      uint8_t* out = packed + panel * layout.panel_bytes() + group * layout.group_bytes();
+      std::memset(out, 0, size_t(layout.scale_bytes() + layout.zero_point_bytes()));
+      const int64_t file_group = group / layout.splits();
+      pack_scales(layout, source, file_group, column, columns, out);
+      out += layout.scale_bytes();
+      if (layout.zero_points) {
+        if (source.zero_point) {
+          read_row(source.zero_point, layout.bits, file_group * layout.n + column, columns, source.is_signed, out);
+        }
+        out += kPanel;
+      }
+      const int64_t begin = layout.group_begin(group), filled = layout.group_rows(group);
+      for (int64_t row = 0; row < layout.depth(); row += step, out += kBlockBytes) {
+        std::memset(rows, 0, sizeof rows);
+        for (int t = 0; t < step && row + t < filled; ++t) {
+          read_row(source.codes, layout.bits, (begin + row + t) * layout.n + column, columns, source.is_signed, rows[t]);
+        }
+        pack_block(layout.bits, rows, out);
+      }
+    }
+  }
+}
+
+void unpack_column(const Layout& layout, const uint8_t* packed, int64_t column, float* w) {
+  const int c = int(column % kPanel), step = layout.rows_per_block();
+  for (int64_t group = 0; group < layout.groups(); ++group) {
+    const uint8_t* in = packed + column / kPanel * layout.panel_bytes() + group * layout.group_bytes();
+    float scale;
+    if (layout.half_scales) {
+      uint16_t half;
+      std::memcpy(&half, in + 2 * c, 2);
+      scale = half_to_float(half);
+    } else {
+      std::memcpy(&scale, in + 4 * c, 4);
+    }
+    in += layout.scale_bytes();
+    const int zero_point = layout.zero_points ? in[c] : layout.symmetric_zero_point();
+    in += layout.zero_point_bytes();
+    const int64_t begin = layout.group_begin(group);
+    for (int64_t row = 0; row < layout.group_rows(group); ++row) {
+      const int t = int(row % step);
+      int code = in[row / step * kBlockBytes + c * 4 + t % 4];
+      if (layout.bits == 4) code = t < 4 ? code & 15 : code >> 4;
+      w[begin + row] = float(code - zero_point) * scale;
+    }
+  }
+}
+
+}  // namespace qcompile

@@ -1,0 +1,121 @@
+// The arithmetic in plain C++: what every other instruction set must compute, integer for integer.
+
+#include <cmath>
+#include <cstring>
+
+#include "half.h"
+#include "kernels.h"
+
+namespace qcompile {
+namespace {
+
+bool always() { return true; }
+
+// The largest |x|; a NaN or an infinity wins.
+float largest(const float* x, int64_t count) {
+  float best = 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    const float magnitude = std::fabs(x[i]);
+    if (!(magnitude <= best)) best = magnitude;
+    if (std::isnan(best)) return best;
+  }
+  return best;
+}
+
+float quantize(const Layout& layout, const float* x, bool wide, int row, int rows, int8_t* codes, float* scale,
+               int32_t* sum) {
+  const float levels = wide ? 32512.0f : 127.0f;
+  const int64_t groups = layout.groups(), depth = layout.depth();
+  float row_largest = 0.0f;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t begin = layout.group_begin(group), filled = layout.group_rows(group);
+    const float amax = largest(x + begin, filled);
+    if (!(amax <= row_largest)) row_largest = amax;
+    if (!std::isfinite(amax)) return amax;  // the caller computes this row in floats
+    const bool usable = amax >= kTiny;
+    const float inverse = usable ? levels / amax : 0.0f;
+    scale[group] = usable ? amax / levels : 0.0f;
+    int32_t high_sum = 0, low_sum = 0;
+    for (int64_t i = 0; i < depth; ++i) {
+      const int32_t q = i < filled ? int32_t(std::nearbyintf(x[begin + i] * inverse)) : 0;
+      const int64_t k = group * depth + i;
+      int8_t* out = codes + (k / 4 * rows + row) * 4 + k % 4;
+      if (wide) {
+        const int32_t high = (q + 128) >> 8, low = q - 256 * high;
+        out[0] = int8_t(high);
+        out[4] = int8_t(low);
+        high_sum += high;
+        low_sum += low;
+      } else {
+        out[0] = int8_t(q);
+        high_sum += q;
+      }
+    }
+    sum[group] = high_sum;
+    if (wide) sum[groups + group] = low_sum;
+  }
+  return row_largest;
+}
+
+float group_scale(const Layout& layout, const uint8_t* group, int column) {
+  if (layout.half_scales) {
+    uint16_t half;
+    std::memcpy(&half, group + 2 * column, 2);
+    return half_to_float(half);
+  }
+  float value;
+  std::memcpy(&value, group + 4 * column, 4);
+  return value;
+}
+
+// Sum over one group of code * activation, for one column and one int8 row.
+int32_t dot(const Layout& layout, const uint8_t* blocks, int column, const int8_t* codes, int rows) {
+  int32_t total = 0;
+  for (int64_t k = 0; k < layout.depth(); ++k) {
+    const int64_t block = k / layout.rows_per_block();
+    const int t = int(k % layout.rows_per_block());
+    int code = blocks[block * kBlockBytes + column * 4 + t % 4];
+    if (layout.bits == 4) code = t < 4 ? code & 15 : code >> 4;
+    total += code * codes[k / 4 * rows * 4 + k % 4];
+  }
+  return total;
+}
+
+void multiply(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
+  const int step = tile.wide ? 2 : 1, model_rows = tile.rows / step;
+  const int64_t groups = layout.groups(), depth = layout.depth();
+  std::memset(out, 0, sizeof(float) * size_t(model_rows) * kPanel);
+  for (int64_t group = 0; group < groups; ++group, panel += layout.group_bytes()) {
+    const uint8_t* zero_points = panel + layout.scale_bytes();
+    const uint8_t* blocks = zero_points + layout.zero_point_bytes();
+    for (int row = 0; row < model_rows; ++row) {
+      const int8_t* codes = tile.codes + (group * depth / 4 * tile.rows + row * step) * 4;
+      const int32_t* sum = tile.sum + row * step * groups + group;
+      for (int column = 0; column < kPanel; ++column) {
+        const int32_t zero_point = layout.zero_points ? zero_points[column] : layout.symmetric_zero_point();
+        int32_t total = dot(layout, blocks, column, codes, tile.rows) - zero_point * sum[0];
+        if (tile.wide) {
+          const int32_t low = dot(layout, blocks, column, codes + 4, tile.rows) - zero_point * sum[groups];
+          total = total * 256 + low;
+        }
+        const float scale = group_scale(layout, panel, column);
+        out[row * kPanel + column] += float(total) * scale * tile.scale[row * groups + group];
+      }
+    }
+  }
+}
+
+void from_half(const uint16_t* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = half_to_float(x[i]);
+}
+
+void to_half(const float* x, uint16_t* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = float_to_half(x[i]);
+}
+
+}  // namespace
+
+extern const Kernels kReference;
+const Kernels kReference = {"reference", always, 4, quantize, multiply, from_half, to_half};
+
+}  // namespace qcompile
