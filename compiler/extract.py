@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
-from qcompile.runtime.session import session
+from qcompile.runtime.sessions import session
 
 # Initializers below this many bytes stay inside the protobuf, where shape inference can read them.
 _INLINE = 4096
@@ -32,7 +32,13 @@ class Piece:
 
     def session(self, provider: str = "cpu") -> Any:
         """An ONNX Runtime session of the piece."""
-        return session(self.proto.SerializeToString(), providers=(provider,), weights=self.weights, spin=False)
+        return session(
+            self.proto.SerializeToString(),
+            providers=(provider,),
+            weights=self.weights,
+            spin=False,
+            kernels="portable",
+        )
 
     def add_weight(self, name: str, array: npt.NDArray[Any]) -> str:
         """Add an initializer that the model does not have; returns its name."""

@@ -12,7 +12,7 @@ from qcompile.compiler.inputs import InputPlan
 from qcompile.compiler.subject import Subject
 from qcompile.compiler.tokens import Tokenizer
 from qcompile.passes.errors import UserError
-from qcompile.runtime.session import run
+from qcompile.runtime.sessions import run
 
 
 @dataclass(frozen=True)

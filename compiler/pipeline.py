@@ -27,7 +27,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.formats.lower import check_block_size, lower
 from qcompile.passes.linears import find_linears, vocabulary_size
 from qcompile.passes.pack import Pack
-from qcompile.runtime.session import ort_version
+from qcompile.runtime.sessions import ort_version
 
 
 class Progress(Protocol):

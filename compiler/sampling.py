@@ -10,7 +10,7 @@ from qcompile.compiler.feeds import complete, token_feeds
 from qcompile.compiler.inputs import InputPlan
 from qcompile.compiler.tokens import Ids
 from qcompile.passes.errors import UserError
-from qcompile.runtime.session import run
+from qcompile.runtime.sessions import run
 
 _log = logging.getLogger(__name__)
 

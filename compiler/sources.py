@@ -16,7 +16,7 @@ from qcompile.compiler.sampling import sample_windows
 from qcompile.compiler.tokens import Ids, Tokenizer, find_tokenizer, load_tokenizer
 from qcompile.models.text import calibration_text, read_texts
 from qcompile.passes.errors import UserError
-from qcompile.runtime.session import session
+from qcompile.runtime.sessions import session
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def _sampled(plan: InputPlan, model: Path, recipe: Recipe) -> Data:
         raise UserError(
             "no tokenizer lies beside the model, and it is no decoder to sample text from: give --tokenizer"
         )
-    running = session(model, providers=(recipe.provider,))
+    running = session(model, providers=(recipe.provider,), kernels="portable")
     windows = sample_windows(running, plan, recipe.samples, recipe.context, recipe.seed)
     return Data(
         _batches(plan, windows),

@@ -14,7 +14,7 @@ from qcompile.compiler.segments import Segment
 from qcompile.passes import observers
 from qcompile.passes.errors import UserError
 from qcompile.passes.statistics import Statistics
-from qcompile.runtime.session import run
+from qcompile.runtime.sessions import run
 
 Arrays = dict[str, npt.NDArray[Any]]
 Progress = Callable[[int], None]

@@ -12,7 +12,7 @@ from qcompile.compiler.metrics import check_finite_output
 from qcompile.compiler.store import load_model
 from qcompile.compiler.tokens import Ids, Tokenizer, read_text, windows
 from qcompile.passes.errors import UserError
-from qcompile.runtime.session import run, session
+from qcompile.runtime.sessions import run, session
 
 
 class Subject:
@@ -21,7 +21,7 @@ class Subject:
     def __init__(self, path: Path, *, accuracy_level: int = 0, provider: str = "cpu") -> None:
         self.path = path
         self.plan: InputPlan = input_plan(load_model(path))
-        self.session: Any = session(path, providers=(provider,), accuracy_level=accuracy_level)
+        self.session: Any = session(path, providers=(provider,), accuracy_level=accuracy_level, kernels="portable")
         self.outputs: list[str] = [output.name for output in self.session.get_outputs()]
 
     def require_decoder(self) -> str:

@@ -16,7 +16,7 @@ from qcompile.passes import observers
 from qcompile.passes.affine import Array, Quantized
 from qcompile.passes.errors import UserError
 from qcompile.passes.pack import REFERENCE
-from qcompile.runtime.session import run, session
+from qcompile.runtime.sessions import run, session
 
 # A packed node must compute with exactly its dequantized weights, but for the rounding of its element type.
 _EXACT = {ir.DataType.FLOAT: 1e-4, ir.DataType.DOUBLE: 1e-4, ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}
@@ -104,7 +104,7 @@ def _compared(name: str, a: Sequence[npt.NDArray[Any]], b: Sequence[npt.NDArray[
 
 def run_file(path: Path, plan: InputPlan, batches: Sequence[Batch], provider: str) -> list[Arrays]:
     """Every output of a saved model for each batch."""
-    running = session(path, providers=(provider,))
+    running = session(path, providers=(provider,), kernels="portable")
     names = [output.name for output in running.get_outputs()]
     results: list[Arrays] = []
     for batch in batches:

@@ -17,7 +17,7 @@ from qcompile.models.export import export_model
 from qcompile.models.tiny import tiny_decoder, tiny_tokenizer
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_embeddings, find_linears
-from qcompile.runtime.session import session
+from qcompile.runtime.sessions import session
 
 LLAMA = {
     "vocab_size": 256,

@@ -8,7 +8,7 @@ import pytest
 
 from qcompile.compiler.extract import Piece, captured, extract
 from qcompile.models.tiny import tiny_branch, tiny_decoder
-from qcompile.runtime.session import run, session
+from qcompile.runtime.sessions import run, session
 
 IDS = np.random.default_rng(0).integers(0, 256, (2, 9))
 FEEDS = {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}

@@ -12,7 +12,7 @@ from qcompile.compiler.feeds import complete, input_plan, npz_batches, token_bat
 from qcompile.compiler.sampling import sample_windows
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp
 from qcompile.passes.errors import UserError
-from qcompile.runtime.session import run, session
+from qcompile.runtime.sessions import run, session
 
 WINDOW = np.arange(1, 13)
 

@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from qcompile.passes.formats import emit, functions
 from qcompile.passes.formats.functions import DOMAIN
-from qcompile.runtime.session import run, session
+from qcompile.runtime.sessions import run, session
 
 # Relative to the largest output. Level 0 keeps float32 activations; ONNX Runtime's own choice rounds them to int8.
 EXACT, INT8_ACTIVATIONS = 1e-5, 3e-2
@@ -101,7 +101,7 @@ def test_matmul_bodies(k, n, block, bits, symmetric, seed) -> None:
     x = np.random.default_rng(seed).standard_normal((2, 3, k)).astype(dtype)
     wanted = x.astype(np.float64) @ _decoded(operands, size)
     for options in ({"optimize": False}, {"accuracy_level": 0}):
-        (found,) = run(session(model, threads=1, **options), None, {"x": x})
+        (found,) = run(session(model, threads=1, kernels="portable", **options), None, {"x": x})
         assert _relative(found, wanted) < EXACT, options
 
 
@@ -133,7 +133,7 @@ def test_half_precision(bits, symmetric) -> None:
     operands = _weight(96, 10, 32, bits=bits, symmetric=symmetric, seed=3, dtype=np.float16)
     model, dtype = _matmul_model(operands, 32, bits)
     x = np.random.default_rng(0).standard_normal((2, 3, 96)).astype(dtype)
-    (found,) = run(session(model, threads=1), None, {"x": x})
+    (found,) = run(session(model, threads=1, kernels="portable"), None, {"x": x})
     assert found.dtype == np.float16
     assert _relative(found, x.astype(np.float64) @ _decoded(operands, 32)) < 1e-2
 
@@ -148,7 +148,9 @@ def test_every_nibble_decodes_in_both_halves_of_a_byte(symmetric) -> None:
     if not symmetric:
         operands["zero_point"] = (np.array([[0, 7, 15]]), kind)
     model, _ = _matmul_model(operands, 16, 4)
-    (found,) = run(session(model, threads=1, optimize=False), None, {"x": np.eye(16, dtype=np.float32)[None]})
+    (found,) = run(
+        session(model, threads=1, kernels="portable", optimize=False), None, {"x": np.eye(16, dtype=np.float32)[None]}
+    )
     np.testing.assert_array_equal(found[0], _decoded(operands, 16))
 
 

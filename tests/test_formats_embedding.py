@@ -10,7 +10,7 @@ from onnx.reference import ReferenceEvaluator
 
 from qcompile.passes.formats import emit, functions
 from qcompile.passes.formats.functions import DOMAIN
-from qcompile.runtime.session import run, session
+from qcompile.runtime.sessions import run, session
 
 
 def _bytes(codes: np.ndarray) -> np.ndarray:
@@ -46,7 +46,7 @@ def _table(v: int, k: int, block: int, bits: int, *, rank: int, index: type = np
 def _check(model: bytes, table: np.ndarray, indices: np.ndarray) -> None:
     wanted = table[indices]
     for options in ({"optimize": False}, {}):
-        (found,) = run(session(model, threads=1, **options), None, {"indices": indices})
+        (found,) = run(session(model, threads=1, kernels="portable", **options), None, {"indices": indices})
         assert found.shape == wanted.shape
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
@@ -78,7 +78,7 @@ def test_indices_of_32_bits(bits) -> None:
 def test_indices_beyond_the_vocabulary_fail(bits) -> None:
     """They must not wrap around into other rows; 10 would be the padding of byte 5."""
     model, _ = _table(9, 20, 16, bits, rank=1)
-    made = session(model, threads=1)
+    made = session(model, threads=1, kernels="portable")
     for index in (9, 10, -10, -11):
         with pytest.raises(ValueError, match="failed on inputs"):
             run(made, None, {"indices": np.array([index])})

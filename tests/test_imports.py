@@ -28,7 +28,7 @@ LAZY = {
     "models": {"torch", "transformers", "gguf", "safetensors"},
 }
 # Single modules with a right of their own; onnxruntime, too, only in functions.
-LAZY_OF_MODULE = {"runtime/session.py": {"onnxruntime"}}
+LAZY_OF_MODULE = {"runtime/sessions.py": {"onnxruntime"}}
 
 
 def _imports(tree: ast.AST, *, inside: bool = False) -> Iterator[tuple[int, str, bool]]:
@@ -73,12 +73,12 @@ def test_imports_point_one_way() -> None:
     ("path", "code", "module"),
     [
         ("passes/bad.py", "from qcompile.compiler import store", "qcompile.compiler.store"),
-        ("passes/bad.py", "import qcompile.runtime.session", "qcompile.runtime.session"),
+        ("passes/bad.py", "import qcompile.runtime.sessions", "qcompile.runtime.sessions"),
         ("passes/formats/bad.py", "def f():\n    import onnxruntime", "onnxruntime"),
         ("passes/bad.py", "from . import spec", "."),
         ("passes/bad.py", "from passes import spec", "passes"),
         ("runtime/bad.py", "def f():\n    import onnxruntime", "onnxruntime"),
-        ("runtime/session.py", "import onnxruntime", "onnxruntime"),
+        ("runtime/sessions.py", "import onnxruntime", "onnxruntime"),
         ("runtime/bad.py", "from qcompile.passes import affine", "qcompile.passes.affine"),
         ("runtime/bad.py", "from qcompile.passes.errors_of_mine import X", "qcompile.passes.errors_of_mine"),
         ("models/bad.py", "if True:\n    import torch", "torch"),
@@ -119,7 +119,7 @@ def _loaded(code: str) -> list[str]:
 def test_importing_every_module_loads_no_framework() -> None:
     files = [path.relative_to(ROOT).with_suffix("") for layer in LAYERS for path in (ROOT / layer).rglob("*.py")]
     modules = sorted("qcompile." + ".".join(file.parts).removesuffix(".__init__") for file in files)
-    assert {"qcompile.compiler", "qcompile.compiler.pipeline", "qcompile.runtime.session"} <= set(modules)
+    assert {"qcompile.compiler", "qcompile.compiler.pipeline", "qcompile.runtime.sessions"} <= set(modules)
     assert _loaded("\n".join(f"import {module}" for module in modules)) == ["onnx"]
 
 

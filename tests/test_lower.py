@@ -18,7 +18,7 @@ from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare import Prepare
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
-from qcompile.runtime.session import run, session
+from qcompile.runtime.sessions import run, session
 
 TARGETS = ("qcompile", "qdq", "matmulnbits")
 # What the domain qcompile becomes.
@@ -35,7 +35,7 @@ def _decoder(target: str, body: QuantSpec, table: QuantSpec, **options) -> ir.Mo
 
 def _logits(model: ir.Model, vocab: int = 101, **options) -> np.ndarray:
     ids = np.random.default_rng(0).integers(0, vocab, (2, 9))
-    made = session(ir.to_proto(model).SerializeToString(), threads=1, **options)
+    made = session(ir.to_proto(model).SerializeToString(), threads=1, kernels="portable", **options)
     return run(made, ["logits"], {"input_ids": ids, "attention_mask": np.ones((2, 9), np.int64)})[0]
 
 
@@ -70,7 +70,9 @@ def test_linears_agree(bits) -> None:
         Prepare().call(region)
         Pack(Policy(QuantSpec(bits, PerGroup(16)), None, None)).call(region)
         lower(model, target)
-        outputs.append(run(session(ir.to_proto(model).SerializeToString(), threads=1), ["y"], {"x": x})[0])
+        outputs.append(
+            run(session(ir.to_proto(model).SerializeToString(), threads=1, kernels="portable"), ["y"], {"x": x})[0]
+        )
     assert _relative(outputs[1], outputs[0]) < 1e-5
     assert _relative(outputs[2], outputs[0]) < 1e-5
 
@@ -140,7 +142,7 @@ def test_a_tied_table_is_on_disk_once(tmp_path: Path, target, bits, hidden) -> N
     assert large.data_bytes - small.data_bytes == pytest.approx(once, rel=0.01)
     assert small.data_bytes < 1.5 * once
     reloaded = load_model(small.paths[0])
-    made = session(small.paths[0], threads=1)
+    made = session(small.paths[0], threads=1, kernels="portable")
     ids = np.random.default_rng(0).integers(0, vocab, (2, 9))
     (found,) = run(made, ["logits"], {"input_ids": ids, "attention_mask": np.ones((2, 9), np.int64)})
     assert _relative(found, _logits(tied, vocab)) < 1e-6

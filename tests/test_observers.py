@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from qcompile.passes import observers
-from qcompile.runtime.session import run, session
+from qcompile.runtime.sessions import run, session
 
 K = 7
 SHAPES = [(5, K), (2, 3, K), (2, 3, 2, K), (1, 1, K), (K,)]

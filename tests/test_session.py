@@ -1,4 +1,4 @@
-"""runtime/session.py: provider names, versions, and errors told in one line."""
+"""runtime/sessions.py: provider names, versions, and errors told in one line."""
 
 import builtins
 import types
@@ -10,8 +10,8 @@ import pytest
 
 from qcompile.models.tiny import tiny_mlp
 from qcompile.passes.errors import UserError
-from qcompile.runtime import session as module
-from qcompile.runtime.session import ort_version, provider_names, readable, run, session
+from qcompile.runtime import sessions as module
+from qcompile.runtime.sessions import ort_version, provider_names, readable, run, session
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_does_not_import_onnxruntime_on_import() -> None:
     import subprocess
     import sys
 
-    code = "import sys, qcompile.runtime.session as s; sys.exit('onnxruntime' in sys.modules)"
+    code = "import sys, qcompile.runtime.sessions as s; sys.exit('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

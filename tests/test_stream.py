@@ -13,7 +13,7 @@ from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_linears
 from qcompile.passes.statistics import Statistics
-from qcompile.runtime.session import run, session
+from qcompile.runtime.sessions import run, session
 
 WINDOWS = list(np.random.default_rng(0).integers(0, 256, size=(3, 14)))
 
@@ -30,7 +30,7 @@ def _whole(model: ir.Model, batches: list[Batch], extra: list[ir.Value] | None =
     """Every output of the model, and the extra values, run as one graph."""
     proto, plan = ir.to_proto(model), input_plan(model)
     proto.graph.output.extend(ir.serde.serialize_value(value) for value in extra or [])
-    running, names = session(proto.SerializeToString()), [o.name for o in proto.graph.output]
+    running, names = session(proto.SerializeToString(), kernels="portable"), [o.name for o in proto.graph.output]
     results: list[Arrays] = []
     for batch in batches:
         feeds = batch.feeds if batch.follows is None else complete(plan, batch.feeds, results[batch.follows])

@@ -14,7 +14,7 @@ from qcompile.compiler.verify import check_reloaded, compare_outputs
 from qcompile.models.tiny import tiny_decoder, tiny_mlp
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import emit
-from qcompile.runtime.session import run, session
+from qcompile.runtime.sessions import run, session
 
 IDS = np.random.default_rng(5).integers(0, 256, (2, 20))
 FEEDS = {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}
@@ -59,7 +59,7 @@ def compiled(make_bench: Any) -> dict[str, Path]:
 
 def _bodies(path: Path) -> Any:
     """The outputs with every optimization off: each operator runs as its ONNX function is written."""
-    (logits,) = run(session(path, optimize=False), ["logits"], FEEDS)
+    (logits,) = run(session(path, optimize=False, kernels="portable"), ["logits"], FEEDS)
     return logits.astype(np.float64)
 
 
@@ -78,7 +78,7 @@ def test_a_packed_file_needs_its_data(compiled: dict[str, Path]) -> None:
     (data,) = compiled["qdq"].parent.glob("*.data")
     hidden = data.rename(data.with_suffix(".away"))
     with pytest.raises(UserError, match="cannot load it"):
-        session(compiled["qdq"])
+        session(compiled["qdq"], kernels="portable")
     hidden.rename(data)
 
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from qcompile.models import export, zoo
 from qcompile.models.check import Arrays
 from qcompile.passes.errors import UserError
-from qcompile.runtime.session import run as run_session
-from qcompile.runtime.session import session
+from qcompile.runtime.sessions import run as run_session
+from qcompile.runtime.sessions import session
 
 _DESCRIPTION = """\
 Export a model to ONNX (opset 21, dynamic batch and sequence), and check it against torch on a real prompt.
@@ -116,7 +116,7 @@ class _Steps:
 
 def open_model(path: Path) -> Any:
     """A model file as a function from inputs by name to outputs by name, on the CPU."""
-    opened = session(path)
+    opened = session(path, kernels="portable")
     names = [output.name for output in opened.get_outputs()]
 
     def call(feeds: Arrays) -> Arrays:

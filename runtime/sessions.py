@@ -26,6 +26,7 @@ def session(
     folder: Path | None = None,
     weights: Mapping[str, npt.NDArray[Any]] | None = None,
     spin: bool = True,
+    kernels: str = "auto",
 ) -> Any:
     """An onnxruntime.InferenceSession of a model file or of serialized bytes.
 
@@ -35,8 +36,12 @@ def session(
     folder: where the external data of a model given as bytes lies.
     weights: initializers handed over in memory; the model must declare each as external data of that shape and type.
     spin: let idle threads of the session wait actively: best for one session alone, a waste beside other work.
+    kernels: "native" has the qcompile operators computed by the library of native kernels (CPU), "portable" by their
+    ONNX bodies; "auto" is native where the session runs on the CPU alone and there is a library.
     """
     ort = _runtime()
+    if kernels not in ("auto", "native", "portable"):
+        raise UserError(f"kernels is {kernels!r}, it must be auto, native or portable")
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise UserError(f"{model}: no such model file")
     names = provider_names(providers)
