@@ -47,14 +47,17 @@ class Pass(ABC):
 
     name: how a recipe calls it.
     whole_model: it runs once over the whole graph, before the model is walked segment by segment.
+    after_walk: it runs once over the whole packed graph, behind the walk.
     needs_statistics: it cannot work without calibration.
-    followed_by: names of passes of which one must come later in the list.
+    followed_by, preceded_by: names of passes of which one must come later, or earlier, in the list.
     """
 
     name: ClassVar[str]
     whole_model: ClassVar[bool] = False
+    after_walk: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = False
     followed_by: ClassVar[Sequence[str]] = ()
+    preceded_by: ClassVar[Sequence[str]] = ()
 
     def __init__(self) -> None:
         self.decisions: list[Decision] = []

@@ -48,19 +48,18 @@ def store(model: ir.Model, name: str, quantized: Quantized) -> Tensors:
     """Add the initializers of a quantized weight to the model, named after the float weight."""
     spec, qparams = quantized.spec, quantized.qparams
     suffix = f"int{spec.bits}"
-    codes = _integer(model, f"{name}.{suffix}", quantized.codes, spec.dtype)
+    codes = add_codes(model, f"{name}.{suffix}", quantized.codes, spec.dtype)
     scale = add_initializer(model, f"{name}.{suffix}.scale", ir.tensor(qparams.scale.astype(spec.scale_dtype)))
     zero_point = None
     if not spec.symmetric:
-        zero_point = _integer(model, f"{name}.{suffix}.zero_point", qparams.zero_point.astype(np.uint8), spec.dtype)
+        zero_point = add_codes(model, f"{name}.{suffix}.zero_point", qparams.zero_point.astype(np.uint8), spec.dtype)
     return Tensors(codes, scale, zero_point, spec.group_size(quantized.codes.shape[0]))
 
 
 def replace_matmul(model: ir.Model, linear: Linear, tensors: Tensors) -> None:
     """Turn the MatMul node into MatMulInt4 or MatMulInt8, in place: its outputs stay the same values."""
     inputs = [linear.activation, tensors.codes, tensors.scale]
-    if tensors.zero_point is not None:
-        inputs.append(tensors.zero_point)
+    inputs += [tensors.zero_point] if tensors.zero_point is not None else []
     transposed = linear.node.inputs[1].producer() if linear.transposed and linear.node.inputs[1] else None
     _become(model, linear.node, f"MatMulInt{tensors.bits}", inputs, tensors.block_size)
     if transposed is not None and not transposed.outputs[0].uses() and transposed.graph is not None:
@@ -91,6 +90,13 @@ def add_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir
     return value
 
 
+def add_codes(model: ir.Model, name: str, codes: Codes, dtype: ir.DataType) -> ir.Value:
+    """A new initializer of integers of 4 or 8 bits."""
+    if dtype.bitwidth == 8:
+        return add_initializer(model, name, ir.Tensor(codes, dtype=dtype))
+    return add_initializer(model, name, ir.PackedTensor(pack_nibbles(codes), dtype, shape=ir.Shape(codes.shape)))
+
+
 def drop_unused(model: ir.Model, value: ir.Value) -> None:
     """Remove an initializer that nothing reads any more."""
     name = str(value.name)
@@ -101,12 +107,6 @@ def drop_unused(model: ir.Model, value: ir.Value) -> None:
 def floats(value: ir.Value) -> Array:
     """A constant as float32."""
     return np.asarray(constant(value).numpy(), dtype=np.float32)
-
-
-def _integer(model: ir.Model, name: str, codes: Codes, dtype: ir.DataType) -> ir.Value:
-    if dtype.bitwidth == 8:
-        return add_initializer(model, name, ir.Tensor(codes, dtype=dtype))
-    return add_initializer(model, name, ir.PackedTensor(pack_nibbles(codes), dtype, shape=ir.Shape(codes.shape)))
 
 
 def _alias(model: ir.Model, value: ir.Value) -> ir.Value:

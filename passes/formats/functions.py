@@ -5,16 +5,20 @@ The body is the specification, the oracle of the tests, and what runs where no k
 | operator | inputs | output |
 |---|---|---|
 | MatMulInt4, MatMulInt8 | x (…, K); w (K, N); scale (G, N); zero_point (G, N), optional | (…, N) |
+| MatMulAddInt4, MatMulAddInt8 | x; w; scale; bias (N,); zero_point, optional | (…, N) |
 | EmbeddingInt4 | indices (…) int; w (K, C) uint8; scale (G, V); zero_point (G, C) uint8 | (…, K) |
 | EmbeddingInt8 | indices (…) int; w (K, V); scale (G, V); zero_point (G, V) | (…, K) |
 
 G = ceil(K / block_size); C = ceil(V / 2) bytes of two codes each, the even column's in the low nibble.
 The code of element (k, n) decodes to (w - zero_point) * scale, both of group k // block_size.
+The attribute `activation_bits` of the products, 16 where it is absent, is for kernels: what they may round x to. The
+bodies compute in the type of x and do not read it.
 An embedding reads columns of the very tensor that a tied lm_head multiplies with, so both can share one copy; 4-bit
 tables are read as bytes because ONNX Runtime gathers no 4-bit types.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,valid-type,misc,untyped-decorator"
 
+from dataclasses import dataclass
 from functools import cache
 
 import onnx
@@ -25,17 +29,29 @@ from onnxscript import opset21 as op
 
 DOMAIN = "qcompile"
 VERSION = 1
+# Attribute of the products: bits that a kernel gives each activation, 16 or 8.
+ACTIVATION_BITS = "activation_bits"
 _DOMAIN_OPSET = onnxscript.values.Opset(DOMAIN, VERSION)
 
 
 @onnxscript.script(_DOMAIN_OPSET, default_opset=op)
-def MatMulInt4(x, w, scale, zero_point, block_size: int):
+def MatMulInt4(x, w, scale, zero_point, block_size: int, activation_bits: int = 16):
     return op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size))
 
 
 @onnxscript.script(_DOMAIN_OPSET, default_opset=op)
-def MatMulInt8(x, w, scale, zero_point, block_size: int):
+def MatMulInt8(x, w, scale, zero_point, block_size: int, activation_bits: int = 16):
     return op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size))
+
+
+@onnxscript.script(_DOMAIN_OPSET, default_opset=op)
+def MatMulAddInt4(x, w, scale, bias, zero_point, block_size: int, activation_bits: int = 16):
+    return op.Add(op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size)), bias)
+
+
+@onnxscript.script(_DOMAIN_OPSET, default_opset=op)
+def MatMulAddInt8(x, w, scale, bias, zero_point, block_size: int, activation_bits: int = 16):
+    return op.Add(op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size)), bias)
 
 
 @onnxscript.script(_DOMAIN_OPSET, default_opset=op)
@@ -70,7 +86,7 @@ def EmbeddingInt4(indices: INT64, w, scale, zero_point, block_size: int):
 
 @cache
 def _protos() -> dict[str, bytes]:
-    functions = (MatMulInt4, MatMulInt8, EmbeddingInt8, EmbeddingInt4)
+    functions = (MatMulInt4, MatMulInt8, MatMulAddInt4, MatMulAddInt8, EmbeddingInt8, EmbeddingInt4)
     return {function.name: function.to_function_proto().SerializeToString() for function in functions}
 
 
@@ -87,6 +103,34 @@ def body(name: str, *, zero_points: bool = True) -> ir.Function:
             if "zero_point" in node.input:
                 node.input.remove("zero_point")
     return ir.serde.deserialize_function(proto)
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """The constants of a packed product, as functions.py's table has them; None where the node gives none."""
+
+    codes: ir.Value
+    scale: ir.Value
+    bias: ir.Value | None
+    zero_point: ir.Value | None
+
+    def values(self) -> list[ir.Value]:
+        """Those that are there, in the operator's order."""
+        return [value for value in (self.codes, self.scale, self.bias, self.zero_point) if value is not None]
+
+
+def is_product(node: ir.Node) -> bool:
+    """Whether the node is a packed matrix product, MatMulInt… or MatMulAddInt…"""
+    return node.domain == DOMAIN and node.op_type.startswith("MatMul")
+
+
+def operands(node: ir.Node) -> Operands:
+    """The operands of a packed product behind its activation."""
+    codes, scale, *rest = node.inputs[1:]
+    if codes is None or scale is None:
+        raise TypeError(f"node {node.name}: {node.op_type} without codes or scales")
+    bias = rest.pop(0) if node.op_type.startswith("MatMulAdd") else None
+    return Operands(codes, scale, bias, rest[0] if rest else None)
 
 
 def register(model: ir.Model, name: str, *, zero_points: bool = True) -> None:

@@ -7,7 +7,7 @@ from onnx_ir.passes.common import InlinePass
 
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import functions
-from qcompile.passes.formats.emit import add_initializer, drop_unused, pack_nibbles
+from qcompile.passes.formats.emit import add_codes, add_initializer, drop_unused, pack_nibbles
 from qcompile.passes.linears import constant, dimensions
 
 _MICROSOFT = "com.microsoft"
@@ -24,6 +24,7 @@ def lower(model: ir.Model, target: str) -> None:
     else:
         _complete_zero_points(model)
     if target == "qcompile":
+        _drop_unused_functions(model)
         return
     if target == "qdq":
         names = {str(node.outputs[0].name): node.name for node in model.graph if node.domain == functions.DOMAIN}
@@ -35,6 +36,12 @@ def lower(model: ir.Model, target: str) -> None:
     model.graph.opset_imports.pop(functions.DOMAIN, None)
 
 
+def _drop_unused_functions(model: ir.Model) -> None:
+    used = {node.op_identifier() for node in model.graph}
+    for key in [key for key in model.functions if key[0] == functions.DOMAIN and key not in used]:
+        del model.functions[key]
+
+
 def _complete_zero_points(model: ir.Model) -> None:
     """Give explicit zeros to symmetric nodes whose operator other nodes use with zero points.
 
@@ -44,18 +51,11 @@ def _complete_zero_points(model: ir.Model) -> None:
         function = model.functions.get(node.op_identifier())
         if node.domain != functions.DOMAIN or function is None or len(node.inputs) == len(function.inputs):
             continue
-        codes, scale = node.inputs[1], node.inputs[2]
-        assert codes is not None
-        assert scale is not None
-        dtype, shape = constant(codes).dtype, dimensions(scale)
-        zeros = np.zeros(shape, np.int8)
-        tensor = (
-            ir.PackedTensor(pack_nibbles(zeros), dtype, shape=shape)
-            if dtype.bitwidth == 4
-            else ir.Tensor(zeros, dtype=dtype)
-        )
+        own = functions.operands(node)
+        zeros, dtype = np.zeros(dimensions(own.scale), np.int8), constant(own.codes).dtype
         node.resize_inputs(len(function.inputs))
-        node.replace_input_with(3, add_initializer(model, f"{codes.name}.zero_point", tensor))
+        last = len(function.inputs) - 1
+        node.replace_input_with(last, add_codes(model, f"{own.codes.name}.zero_point", zeros, dtype))
 
 
 def check_block_size(block_size: int) -> None:
@@ -77,7 +77,7 @@ def to_matmulnbits(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.domain != functions.DOMAIN:
             continue
-        if node.op_type.startswith("MatMulInt"):
+        if functions.is_product(node):
             _matmul(model, node, cache)
         elif node.op_type.startswith("EmbeddingInt"):
             _embedding(model, node, cache)
@@ -87,23 +87,23 @@ def to_matmulnbits(model: ir.Model) -> None:
 def _matmul(model: ir.Model, node: ir.Node, cache: dict[tuple[ir.Value, bool], list[ir.Value]]) -> None:
     bits, block_size = int(node.op_type[-1]), node.attributes["block_size"].as_int()
     check_block_size(block_size)
-    x, codes, scale, *zero_point = node.inputs
-    assert codes is not None
-    assert scale is not None
-    k, n = dimensions(codes)
-    key = (codes, False)
+    own = functions.operands(node)
+    k, n = dimensions(own.codes)
+    key = (own.codes, False)
     if key not in cache:
-        blob, scales, zeros = _rows(codes, scale, zero_point[0] if zero_point else None, bits, block_size)
+        blob, scales, zeros = _rows(own.codes, own.scale, own.zero_point, bits, block_size)
         made = [
-            _add(model, codes, "", blob.reshape(n, len(scales[0]), -1)),
-            _add(model, scale, "", scales),
+            _add(model, own.codes, "", blob.reshape(n, len(scales[0]), -1)),
+            _add(model, own.scale, "", scales),
         ]
         if zeros is not None:
-            made.append(_add(model, codes, ".zero_point", _bit_pack(zeros, bits)))
+            made.append(_add(model, own.codes, ".zero_point", _bit_pack(zeros, bits)))
         cache[key] = made
-    old = [value for value in node.inputs[1:] if value is not None]
-    _become(node, "MatMulNBits", [x, *cache[key]], {"K": k, "N": n, "bits": bits, "block_size": block_size})
-    for value in old:
+    inputs: list[ir.Value | None] = [node.inputs[0], *cache[key]]
+    if own.bias is not None:  # slot 5, behind the zero points and the unused order of groups
+        inputs += [None] * (5 - len(inputs)) + [own.bias]
+    _become(node, "MatMulNBits", inputs, {"K": k, "N": n, "bits": bits, "block_size": block_size})
+    for value in own.values():
         drop_unused(model, value)
 
 

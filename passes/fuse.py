@@ -1,0 +1,187 @@
+"""Fewer, wider packed products: a bias joins its product, products of one input become one."""
+
+import re
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.formats import emit, functions
+from qcompile.passes.formats.functions import ACTIVATION_BITS, operands
+from qcompile.passes.linears import constant, dimensions
+
+
+class Fuse(Pass):
+    """Join packed products of one input along N, and biases with their products; behind `pack`.
+
+    Case 1 (bias): a MatMulInt… whose only reader is an Add of a constant (N,) becomes a MatMulAddInt….
+    Case 2 (inputs): products that read one value, of the same operator, group size, code type, scale type and kind of
+    zero points become one node whose weights are concatenated along N, and a Split into the outputs they had. It takes
+    activations at 16 bits where one of them does.
+    Case 3: a product whose weight another node reads too keeps its own copy: it joins no other.
+    Names of values stay; a joined node is named after those it replaces.
+    """
+
+    name: ClassVar[str] = "fuse"
+    after_walk: ClassVar[bool] = True
+    preceded_by: ClassVar[tuple[str, ...]] = ("pack",)
+
+    def __init__(self, *, bias: bool = True, inputs: bool = True) -> None:
+        super().__init__()
+        self.bias, self.inputs = bias, inputs
+
+    def call(self, region: Region) -> None:
+        """Fuse what can be fused, in place."""
+        if self.bias:
+            for node in _products(region.model):
+                self._add_bias(region.model, node)
+        if self.inputs:
+            self._join_all(region.model)
+
+    def _add_bias(self, model: ir.Model, node: ir.Node) -> None:  # Case 1
+        add = _only_reader(node)
+        if isinstance(add, str):
+            self.decide(_name(node), "kept", add)
+            return
+        bias = add.inputs[1 if add.inputs[0] is node.outputs[0] else 0]
+        refusal = _unfit_bias(bias, node)
+        if bias is None or refusal:
+            self.decide(_name(node), "kept", refusal)
+            return
+        own = operands(node)
+        inputs = [node.inputs[0], own.codes, own.scale, bias, *([own.zero_point] if own.zero_point else [])]
+        made = self._made(model, node.op_type.replace("MatMul", "MatMulAdd"), inputs, [node], _name(node))
+        self.decide(_name(node), "fused", f"with its bias, {_name(add)}", operator=made.op_type)
+        _take_over(add.outputs[0], made.outputs[0])
+        model.graph.remove(add, safe=True)
+        model.graph.remove(node, safe=True)
+
+    def _join_all(self, model: ir.Model) -> None:  # Case 2
+        readers: dict[ir.Value | None, list[ir.Node]] = {}
+        for node in _products(model):
+            readers.setdefault(node.inputs[0], []).append(node)
+        for nodes in readers.values():
+            if len(nodes) == 1:
+                self.decide(_name(nodes[0]), "kept", "no other packed product reads its input")
+                continue
+            alike: dict[str, list[ir.Node]] = {}
+            for node in nodes:
+                if len(operands(node).codes.uses()) > 1:  # Case 3
+                    self.decide(_name(node), "kept", "its weight is shared with another node")
+                else:
+                    alike.setdefault(_kind(node), []).append(node)
+            for kind, group in alike.items():
+                if len(group) > 1:
+                    self._join(model, group)
+                else:
+                    others = " and ".join(sorted(set(alike) - {kind})) or "shared weights"
+                    self.decide(_name(group[0]), "kept", f"it is {kind}, beside {others}")
+
+    def _join(self, model: ir.Model, nodes: Sequence[ir.Node]) -> None:
+        parts, name = [operands(node) for node in nodes], joined_name([_name(node) for node in nodes])
+        end = f"{name}.int{nodes[0].op_type[-1]}"
+        inputs = [nodes[0].inputs[0], _joined_codes(model, end, [part.codes for part in parts])]
+        for what in ("scale", "bias", "zero_point"):
+            values = [value for part in parts if (value := getattr(part, what)) is not None]
+            if what == "zero_point" and values:
+                inputs.append(_joined_codes(model, f"{end}.zero_point", values))
+            elif values:
+                joined = np.concatenate([constant(value).numpy() for value in values], axis=-1)
+                inputs.append(emit.add_initializer(model, f"{end}.{what}", ir.tensor(joined)))
+        made = self._made(model, nodes[0].op_type, inputs, nodes, name)
+        self.decide(name, "fused", ", ".join(_name(node) for node in nodes), operator=made.op_type)
+        whole = made.outputs[0]
+        widths = np.array([dimensions(part.codes)[1] for part in parts], np.int64)
+        like = nodes[0].outputs[0]
+        whole.name, whole.type = name, like.type
+        whole.shape = None if like.shape is None else ir.Shape([*list(like.shape)[:-1], int(widths.sum())])
+        sizes = emit.add_initializer(model, f"{name}.split", ir.tensor(widths))
+        split = ir.node("Split", [whole, sizes], {"axis": -1}, num_outputs=len(nodes), name=f"{name}.split")
+        nodes[0].prepend(split)
+        for node, output in zip(nodes, split.outputs, strict=True):
+            _take_over(node.outputs[0], output)
+            model.graph.remove(node, safe=True)
+        for value in {value for part in parts for value in part.values()}:
+            emit.drop_unused(model, value)
+
+    def _made(
+        self, model: ir.Model, operator: str, inputs: Sequence[ir.Value | None], nodes: Sequence[ir.Node], name: str
+    ) -> ir.Node:
+        """The node that stands for the products `nodes`, in front of the first of them."""
+        functions.register(model, operator, zero_points=operands(nodes[0]).zero_point is not None)
+        bits = [node.attributes[ACTIVATION_BITS].as_int() for node in nodes if ACTIVATION_BITS in node.attributes]
+        attributes = {"block_size": nodes[0].attributes["block_size"].as_int()}
+        attributes |= {ACTIVATION_BITS: max(bits)} if bits else {}
+        made = ir.node(operator, inputs, attributes, domain=functions.DOMAIN, name=name)
+        nodes[0].prepend(made)
+        return made
+
+
+def joined_name(names: Sequence[str]) -> str:
+    """One name for several: what they begin with in common, up to a dot or slash, once."""
+    parts = [re.split(r"(?<=[./])", name) for name in names]
+    common = 0
+    while all(len(part) > common + 1 for part in parts) and len({part[common] for part in parts}) == 1:
+        common += 1
+    return "".join(parts[0][:common]) + "+".join("".join(part[common:]) for part in parts)
+
+
+def _products(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if functions.is_product(node)]
+
+
+def _name(node: ir.Node) -> str:
+    return node.name or str(node.outputs[0].name)
+
+
+def _kind(node: ir.Node) -> str:
+    """What products must have in common to be joined, as it is told."""
+    own = operands(node)
+    codes, scale = constant(own.codes).dtype.name.lower(), constant(own.scale).dtype.name.lower()
+    zeros = "with" if own.zero_point is not None else "without"
+    block_size = node.attributes["block_size"].as_int()
+    return f"{node.op_type} of {codes} in groups of {block_size}, {zeros} zero points, {scale} scales"
+
+
+def _only_reader(node: ir.Node) -> ir.Node | str:
+    """The Add that alone reads the product, or why there is none."""
+    output = node.outputs[0]
+    if node.op_type.startswith("MatMulAdd"):
+        return "it has a bias"
+    if output.is_graph_output():
+        return "its output is an output of the model"
+    readers = [use.node for use in output.uses()]
+    if len(readers) != 1:
+        return "several nodes read its output" if readers else "nothing reads its output"
+    if readers[0].op_type != "Add" or readers[0].domain or readers[0].graph is not node.graph:
+        return "no Add follows it"
+    return readers[0]
+
+
+def _unfit_bias(bias: ir.Value | None, node: ir.Node) -> str:
+    """Why a value cannot be the bias of a product; empty where it can."""
+    own = operands(node)
+    if bias is None or bias.const_value is None or not bias.is_initializer() or bias.is_graph_input():
+        return "what is added is no constant"
+    shape, n = dimensions(bias), dimensions(own.codes)[1]
+    if shape != (n,):
+        return f"the constant added has shape {shape}, not ({n},)"
+    if bias.const_value.dtype != constant(own.scale).dtype:
+        return f"the constant added is {bias.const_value.dtype}"
+    return ""
+
+
+def _joined_codes(model: ir.Model, name: str, values: Sequence[ir.Value]) -> ir.Value:
+    dtype = constant(values[0]).dtype
+    small = np.int8 if dtype in (ir.DataType.INT4, ir.DataType.INT8) else np.uint8
+    codes = np.concatenate([constant(value).numpy().astype(small) for value in values], axis=1)
+    return emit.add_codes(model, name, codes, dtype)
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """Put a value in the place of another, its name included."""
+    new.type, new.shape, name = old.type, old.shape, old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    old.name, new.name = f"{name}.unfused", name
