@@ -1,0 +1,27 @@
+// The operators of domain `qcompile` as ONNX Runtime calls them.
+#pragma once
+
+#include <vector>
+
+#include "ort_api.h"
+
+namespace qcompile {
+
+// Version of the operators: of the domain in a model's opset imports.
+constexpr int kOperatorVersion = 1;
+
+// One operator for one combination of element types.
+struct Operator : ort::OrtCustomOp {
+  const ort::OrtApi* api;
+  const char* name;
+  int bits;         // of w: 4 or 8
+  bool bias;        // the Add of the name
+  bool half;        // x, scale, bias and the output are fp16 instead of fp32
+  bool is_signed;   // w and zero_point are int4 / int8 instead of uint4 / uint8
+  bool too_new;     // stands for every version of the operator that this library does not know, and refuses
+};
+
+// All of them, for one ONNX Runtime.
+std::vector<Operator> operators(const ort::OrtApi& api);
+
+}  // namespace qcompile
