@@ -1,0 +1,256 @@
+// AVX512-VNNI: vpdpbusd multiplies 64 codes (unsigned) by 64 activations (signed) and adds fours of them to 16 sums.
+//
+// A tile is up to 6 int8 rows by 64 columns: 24 registers of sums, 4 of codes, one of activations, one mask of nibbles.
+// The float results stay in `out` (first-level cache) and take one product a group. Compiled for this instruction set
+// alone: nothing in here may be an inline function that the linker could prefer to another file's copy.
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-tree-pre")  // it hoists loads over the whole loop of groups, and the 24 sums spill
+#endif
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace qcompile {
+namespace {
+
+constexpr int kRows = 6;
+constexpr int kVectors = kPanel / 16;   // of sums, and of codes in a block
+constexpr int kAhead = 4096;            // bytes of prefetch: what a panel is away in time from memory
+constexpr int kPrefetchRows = 4;        // above, the product is bound by arithmetic, and prefetching costs slots
+
+bool available() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("fma");
+}
+
+// ---- activations ----
+
+inline __mmask16 first(int64_t count) { return count >= 16 ? __mmask16(0xFFFF) : __mmask16((1u << (count > 0 ? count : 0)) - 1); }
+
+// The largest |x| by its bits, whose order puts NaN above infinity above every number.
+inline float largest(const float* x, int64_t count) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+  __m512i best = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512i bits = _mm512_castps_si512(_mm512_maskz_loadu_ps(first(count - i), x + i));
+    best = _mm512_max_epu32(best, _mm512_and_si512(bits, magnitude));
+  }
+  return _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(int(_mm512_reduce_max_epu32(best)))));
+}
+
+// 16 int8 codes of one row, as four dwords `rows` dwords apart; only `dwords` of them.
+inline void scatter(__m128i codes, int32_t* out, int rows, int64_t dwords) {
+  if (rows == 1 && dwords >= 4) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), codes);
+    return;
+  }
+  out[0] = _mm_extract_epi32(codes, 0);
+  out[rows] = _mm_extract_epi32(codes, 1);
+  if (dwords < 4) return;
+  out[2 * rows] = _mm_extract_epi32(codes, 2);
+  out[3 * rows] = _mm_extract_epi32(codes, 3);
+}
+
+template <bool kWide>
+inline float quantize_row(const Layout& layout, const float* x, int row, int rows, int8_t* codes, float* scale,
+                          int32_t* sum) {
+  constexpr float levels = kWide ? 32512.0f : 127.0f;
+  const int64_t groups = layout.groups(), depth = layout.depth();
+  float row_largest = 0.0f;
+  for (int64_t group = 0; group < groups; ++group) {
+    const float* in = x + layout.group_begin(group);
+    const int64_t filled = layout.group_rows(group);
+    const float amax = largest(in, filled);
+    if (!(amax <= row_largest)) row_largest = amax;
+    if (!(amax <= 3.402823466e38f)) return amax;
+    const bool usable = amax >= kTiny;
+    const __m512 inverse = _mm512_set1_ps(usable ? levels / amax : 0.0f);
+    scale[group] = usable ? amax / levels : 0.0f;
+    __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
+    int32_t* out = reinterpret_cast<int32_t*>(codes) + group * depth / 4 * rows + row;
+    for (int64_t i = 0; i < depth; i += 16, out += 4 * rows) {
+      const __m512 values = _mm512_maskz_loadu_ps(first(filled - i), in + i);
+      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
+      if (kWide) {
+        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+        const __m512i low = _mm512_sub_epi32(q, _mm512_slli_epi32(high, 8));
+        high_sum = _mm512_add_epi32(high_sum, high);
+        low_sum = _mm512_add_epi32(low_sum, low);
+        scatter(_mm512_cvtepi32_epi8(high), out, rows, (depth - i) / 4);
+        scatter(_mm512_cvtepi32_epi8(low), out + 1, rows, (depth - i) / 4);
+      } else {
+        high_sum = _mm512_add_epi32(high_sum, q);
+        scatter(_mm512_cvtepi32_epi8(q), out, rows, (depth - i) / 4);
+      }
+    }
+    sum[group] = _mm512_reduce_add_epi32(high_sum);
+    if (kWide) sum[groups + group] = _mm512_reduce_add_epi32(low_sum);
+  }
+  return row_largest;
+}
+
+float quantize(const Layout& layout, const float* x, bool wide, int row, int rows, int8_t* codes, float* scale,
+               int32_t* sum) {
+  return wide ? quantize_row<true>(layout, x, row, rows, codes, scale, sum)
+              : quantize_row<false>(layout, x, row, rows, codes, scale, sum);
+}
+
+// ---- products ----
+
+// Sums start from minus the zero point's share, so that the codes can stay unsigned.
+template <int kTileRows>
+inline void start(const Layout& layout, const uint8_t* zero_points, const int32_t* sum, int64_t groups,
+                  __m512i (&sums)[kTileRows][kVectors]) {
+  if (!layout.zero_points) {
+    const int32_t zero_point = layout.symmetric_zero_point();
+#pragma GCC unroll 6
+    for (int r = 0; r < kTileRows; ++r) {
+      const __m512i value = _mm512_set1_epi32(-zero_point * sum[r * groups]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sums[r][j] = value;
+    }
+    return;
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    const __m512i zero_point = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero_points + 16 * j)));
+#pragma GCC unroll 6
+    for (int r = 0; r < kTileRows; ++r) {  // |sum| <= 128 * 128 fits the 16 bits that vpdpwssd multiplies
+      sums[r][j] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), zero_point, _mm512_set1_epi32(-sum[r * groups]));
+    }
+  }
+}
+
+// sums += 16 columns x 4 rows of codes in each of `vectors`, times four activations of every row. In assembly, because
+// compilers broadcast the activations to a register of their own, and 24 sums leave none to spare: they spill.
+template <int kTileRows>
+inline void accumulate(const __m512i (&vectors)[kVectors], const int32_t* activations, __m512i (&sums)[kTileRows][kVectors]) {
+#pragma GCC unroll 6
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums[r][j]) : "v"(vectors[j]), "m"(activations[r]));
+    }
+  }
+}
+
+template <int kTileRows, int kBits>
+inline void multiply_block(const uint8_t* block, const int32_t* activations, __m512i (&sums)[kTileRows][kVectors]) {
+  __m512i loaded[kVectors], codes[kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) loaded[j] = _mm512_load_si512(block + kVector * j);
+  if (kBits == 8) {
+    accumulate<kTileRows>(loaded, activations, sums);
+    return;
+  }
+  const __m512i nibble = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) codes[j] = _mm512_and_si512(loaded[j], nibble);
+  accumulate<kTileRows>(codes, activations, sums);
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    if (kTileRows > 4) loaded[j] = _mm512_load_si512(block + kVector * j);  // again: cheaper than four registers kept
+    codes[j] = _mm512_and_si512(_mm512_srli_epi16(loaded[j], 4), nibble);
+  }
+  accumulate<kTileRows>(codes, activations + kTileRows, sums);
+}
+
+inline __m512 load_scale(const Layout& layout, const uint8_t* group, int j) {
+  if (layout.half_scales) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 32 * j)));
+  return _mm512_loadu_ps(group + 64 * j);
+}
+
+// out += sums * scale of the column * scale of the row, for one group.
+template <int kTileRows, bool kWide>
+inline void finish(const Layout& layout, const uint8_t* scales, const float* row_scale, int64_t groups,
+                   const __m512i (&sums)[kTileRows][kVectors], float* out) {
+  constexpr int step = kWide ? 2 : 1;
+  __m512 scale[kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) scale[j] = load_scale(layout, scales, j);
+#pragma GCC unroll 6
+  for (int r = 0; r < kTileRows / step; ++r) {
+    const __m512 of_row = _mm512_set1_ps(row_scale[r * groups]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      __m512i total = sums[r * step][j];
+      if (kWide) total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), sums[r * step + step - 1][j]);
+      float* y = out + r * kPanel + 16 * j;
+      _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), scale[j]), of_row, _mm512_loadu_ps(y)));
+    }
+    __asm__ volatile("" ::: "memory");  // row by row: loading all rows' results ahead would spill the sums
+  }
+}
+
+template <int kTileRows, int kBits, bool kWide>
+void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
+  constexpr int step = kWide ? 2 : 1, model_rows = kTileRows / step, rows_per_block = kBits == 4 ? 8 : 4;
+  const int64_t groups = layout.groups(), depth = layout.depth(), head = layout.scale_bytes() + layout.zero_point_bytes();
+  const int32_t* activations = reinterpret_cast<const int32_t*>(tile.codes);
+#pragma GCC unroll 6
+  for (int r = 0; r < model_rows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) _mm512_storeu_ps(out + r * kPanel + 16 * j, _mm512_setzero_ps());
+  }
+  for (int64_t group = 0; group < groups; ++group) {
+    const uint8_t* scales = panel;
+    __m512i sums[kTileRows][kVectors];
+    start<kTileRows>(layout, panel + layout.scale_bytes(), tile.sum + group, groups, sums);
+    panel += head;
+    for (int64_t row = 0; row < depth; row += rows_per_block, panel += kBlockBytes) {
+      if (kTileRows <= kPrefetchRows) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) _mm_prefetch(reinterpret_cast<const char*>(panel + kAhead + kVector * j), _MM_HINT_T0);
+      }
+      multiply_block<kTileRows, kBits>(panel, activations, sums);
+      activations += rows_per_block / 4 * kTileRows;
+    }
+    finish<kTileRows, kWide>(layout, scales, tile.scale + group, groups, sums, out);
+  }
+}
+
+template <int kBits>
+void multiply_bits(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
+  switch (tile.rows + (tile.wide ? 100 : 0)) {
+    case 1: return multiply_tile<1, kBits, false>(layout, panel, tile, out);
+    case 2: return multiply_tile<2, kBits, false>(layout, panel, tile, out);
+    case 3: return multiply_tile<3, kBits, false>(layout, panel, tile, out);
+    case 4: return multiply_tile<4, kBits, false>(layout, panel, tile, out);
+    case 5: return multiply_tile<5, kBits, false>(layout, panel, tile, out);
+    case 6: return multiply_tile<6, kBits, false>(layout, panel, tile, out);
+    case 102: return multiply_tile<2, kBits, true>(layout, panel, tile, out);
+    case 104: return multiply_tile<4, kBits, true>(layout, panel, tile, out);
+    case 106: return multiply_tile<6, kBits, true>(layout, panel, tile, out);
+  }
+}
+
+void multiply(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
+  layout.bits == 4 ? multiply_bits<4>(layout, panel, tile, out) : multiply_bits<8>(layout, panel, tile, out);
+}
+
+// ---- fp16 ----
+
+void from_half(const uint16_t* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first(n - i);
+    _mm512_mask_storeu_ps(y + i, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x + i)));
+  }
+}
+
+void to_half(const float* x, uint16_t* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = first(n - i);
+    const __m256i half = _mm512_cvtps_ph(_mm512_maskz_loadu_ps(mask, x + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_mask_storeu_epi16(y + i, mask, half);
+  }
+}
+
+}  // namespace
+
+extern const Kernels kAvx512Vnni;
+const Kernels kAvx512Vnni = {"avx512vnni", available, kRows, quantize, multiply, from_half, to_half};
+
+}  // namespace qcompile
