@@ -18,6 +18,10 @@
 #include <cstddef>
 #include <cstdint>
 
+// The files of single instruction sets use these functions too, and a copy compiled there that the linker took for all
+// would crash other machines: no copy is made.
+#define QCOMPILE_INLINE [[gnu::always_inline]] inline
+
 namespace qcompile {
 
 constexpr int kPanel = 64;          // columns of a panel
@@ -25,8 +29,8 @@ constexpr int kVector = 64;         // bytes of a vector of codes
 constexpr int kBlockBytes = 256;    // 4 vectors
 constexpr int kMaxDepth = 128;      // rows of a packed group at most: 255 * 127 * 128 * 256 still fits 32 bits
 
-inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+QCOMPILE_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+QCOMPILE_INLINE int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 
 struct Layout {
   int64_t k, n;             // of the weight
@@ -35,25 +39,30 @@ struct Layout {
   bool zero_points;         // u8 zero points in each group; otherwise the constant 8 or 128
   bool half_scales;         // fp16 scales, otherwise fp32
 
-  int64_t splits() const { return div_up(block_size < k ? block_size : k, kMaxDepth); }           // packed groups of one group
-  int64_t depth() const { return round_up(div_up(block_size < k ? block_size : k, splits()), 8); }  // rows of a packed group, padded
-  int64_t file_groups() const { return div_up(k, block_size); }
-  int64_t groups() const { return file_groups() * splits(); }                // packed groups
-  int64_t padded_k() const { return groups() * depth(); }                    // rows with all padding
-  int64_t panels() const { return div_up(n, kPanel); }
+  // Packed groups of one group of the file, and the rows of one with its padding.
+  QCOMPILE_INLINE int64_t splits() const { return div_up(block_size < k ? block_size : k, kMaxDepth); }
+  QCOMPILE_INLINE int64_t depth() const { return round_up(div_up(block_size < k ? block_size : k, splits()), 8); }
+  QCOMPILE_INLINE int64_t file_groups() const { return div_up(k, block_size); }
+  QCOMPILE_INLINE int64_t groups() const { return file_groups() * splits(); }  // packed ones
+  QCOMPILE_INLINE int64_t padded_k() const { return groups() * depth(); }
+  QCOMPILE_INLINE int64_t panels() const { return div_up(n, kPanel); }
 
-  int64_t scale_bytes() const { return kPanel * (half_scales ? 2 : 4); }
-  int64_t zero_point_bytes() const { return zero_points ? kPanel : 0; }
-  int rows_per_block() const { return bits == 4 ? 8 : 4; }
-  int64_t blocks() const { return depth() / rows_per_block(); }              // of one group
-  int64_t group_bytes() const { return scale_bytes() + zero_point_bytes() + blocks() * kBlockBytes; }
-  int64_t panel_bytes() const { return groups() * group_bytes(); }
-  int64_t bytes() const { return panels() * panel_bytes(); }
-  int symmetric_zero_point() const { return bits == 4 ? 8 : 128; }
+  QCOMPILE_INLINE int64_t scale_bytes() const { return kPanel * (half_scales ? 2 : 4); }
+  QCOMPILE_INLINE int64_t zero_point_bytes() const { return zero_points ? kPanel : 0; }
+  QCOMPILE_INLINE int rows_per_block() const { return bits == 4 ? 8 : 4; }
+  QCOMPILE_INLINE int64_t blocks() const { return depth() / rows_per_block(); }  // of one group
+  QCOMPILE_INLINE int64_t group_bytes() const {
+    return scale_bytes() + zero_point_bytes() + blocks() * kBlockBytes;
+  }
+  QCOMPILE_INLINE int64_t panel_bytes() const { return groups() * group_bytes(); }
+  QCOMPILE_INLINE int64_t bytes() const { return panels() * panel_bytes(); }
+  QCOMPILE_INLINE int symmetric_zero_point() const { return bits == 4 ? 8 : 128; }
 
   // First row of packed group g, and how many rows of the weight it holds (0 where it is all padding).
-  int64_t group_begin(int64_t g) const { return g / splits() * block_size + g % splits() * depth(); }
-  int64_t group_rows(int64_t g) const {
+  QCOMPILE_INLINE int64_t group_begin(int64_t g) const {
+    return g / splits() * block_size + g % splits() * depth();
+  }
+  QCOMPILE_INLINE int64_t group_rows(int64_t g) const {
     int64_t begin = group_begin(g), end = begin + depth(), last = (g / splits() + 1) * block_size;
     if (end > last) end = last;
     if (end > k) end = k;

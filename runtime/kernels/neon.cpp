@@ -1,0 +1,274 @@
+// Arm NEON with the dot-product extension: sdot multiplies 16 signed codes by the four activations of one row, which it
+// takes from a lane, and adds fours of products to 4 sums.
+//
+// 4 bits: codes 0 … 15 are signed bytes as they are. 8 bits: code ^ 128 is code - 128, and zero points lose 128 as well.
+// A tile is up to 4 int8 rows by 16 columns: 16 registers of sums, 8 of codes, 2 of activations and one mask of nibbles.
+
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+#include "kernels.h"
+
+namespace qcompile {
+namespace {
+
+constexpr int kTileRows = 4;
+constexpr int kLanes = 4;                  // columns of a register of sums
+constexpr int kCount = kVector / 16;       // registers of codes and sums worked on at a time: the 16 columns of a vector
+constexpr int kAhead = 2048;               // bytes of prefetch
+
+bool available() {
+#if defined(__linux__)
+  constexpr unsigned long asimd_dp = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & asimd_dp) != 0;
+#elif defined(__APPLE__)
+  return true;  // every Apple processor of this architecture that runs macOS has it
+#else
+  return false;
+#endif
+}
+
+// ---- activations ----
+
+// x[0] … x[3], zeros from x[count] on; nothing behind x[count - 1] is read.
+inline float32x4_t load_some(const float* x, int64_t count) {
+  if (count >= kLanes) return vld1q_f32(x);
+  float32x4_t v = vdupq_n_f32(0);
+  if (count > 0) v = vld1q_lane_f32(x, v, 0);
+  if (count > 1) v = vld1q_lane_f32(x + 1, v, 1);
+  if (count > 2) v = vld1q_lane_f32(x + 2, v, 2);
+  return v;
+}
+
+// The largest |x| by its bits, whose order puts NaN above infinity above every number.
+inline float largest(const float* x, int64_t count) {
+  uint32x4_t best = vdupq_n_u32(0);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(load_some(x + i, count - i));
+    best = vmaxq_u32(best, vandq_u32(bits, vdupq_n_u32(0x7FFFFFFF)));
+  }
+  const uint32_t bits = vmaxvq_u32(best);
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The low byte of each.
+inline void store_bytes(int32x4_t v, int8_t* out) {
+  const int16x4_t words = vmovn_s32(v);
+  const int32x2_t bytes = vreinterpret_s32_s8(vmovn_s16(vcombine_s16(words, words)));
+  const int32_t four = vget_lane_s32(bytes, 0);
+  __builtin_memcpy(out, &four, 4);
+}
+
+// filled values, and zeros up to depth -> codes from `out` on; the sums of the codes.
+template <bool kWide>
+inline void quantize_group(const float* x, int64_t filled, int64_t depth, float inverse, int rows, int8_t* out,
+                           int32_t* sum, int32_t* low_sum) {
+  int32x4_t high_sums = vdupq_n_s32(0), low_sums = high_sums;
+  for (int64_t i = 0; i < depth; i += kLanes, out += 4 * rows) {
+    const int32x4_t q = vcvtnq_s32_f32(vmulq_n_f32(load_some(x + i, filled - i), inverse));  // nearest, ties to even
+    if (kWide) {
+      const int32x4_t high = vshrq_n_s32(vaddq_s32(q, vdupq_n_s32(128)), 8), low = vsubq_s32(q, vshlq_n_s32(high, 8));
+      high_sums = vaddq_s32(high_sums, high);
+      low_sums = vaddq_s32(low_sums, low);
+      store_bytes(high, out);
+      store_bytes(low, out + 4);
+    } else {
+      high_sums = vaddq_s32(high_sums, q);
+      store_bytes(q, out);
+    }
+  }
+  *sum = vaddvq_s32(high_sums);
+  if (kWide) *low_sum = vaddvq_s32(low_sums);
+}
+
+template <bool kWide>
+inline float quantize_row(const Layout& layout, const float* x, int rows, int8_t* codes, float* scale, int32_t* sum) {
+  constexpr float levels = kWide ? 32512.0f : 127.0f;
+  const int64_t groups = layout.groups(), depth = layout.depth();
+  float row_largest = 0.0f;
+  for (int64_t group = 0; group < groups; ++group, codes += depth * rows) {
+    const float* in = x + layout.group_begin(group);
+    const int64_t filled = layout.group_rows(group);
+    const float amax = largest(in, filled);
+    if (!(amax <= row_largest)) row_largest = amax;
+    if (!(amax <= 3.402823466e38f)) return amax;  // the caller computes this row in floats
+    const bool usable = amax >= kTiny;
+    scale[group] = usable ? amax / levels : 0.0f;
+    quantize_group<kWide>(in, filled, depth, usable ? levels / amax : 0.0f, rows, codes, sum + group,
+                          sum + groups + group);
+  }
+  return row_largest;
+}
+
+float quantize(const Layout& layout, const float* x, bool wide, int row, int rows, int8_t* codes, float* scale,
+               int32_t* sum) {
+  return wide ? quantize_row<true>(layout, x, rows, codes + 4 * row, scale, sum)
+              : quantize_row<false>(layout, x, rows, codes + 4 * row, scale, sum);
+}
+
+// ---- products ----
+
+// Four activations of each row, row r in lane r; nothing behind the last row's is read.
+template <int kRows>
+inline int8x16_t load_activations(const int8_t* codes) {
+  if (kRows == 4) return vld1q_s8(codes);
+  if (kRows == 1) {
+    int32_t four;
+    __builtin_memcpy(&four, codes, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+  }
+  int32_t third = 0;
+  if (kRows == 3) __builtin_memcpy(&third, codes + 8, 4);
+  return vcombine_s8(vld1_s8(codes), vreinterpret_s8_s32(vdup_n_s32(third)));
+}
+
+// sums += codes of 4 rows k times the activations
+template <int kRows>
+inline void add_rows(const int8x16_t (&codes)[kCount], int8x16_t activations, int32x4_t (&sums)[kRows][kCount]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kCount; ++j) {
+    sums[0][j] = vdotq_laneq_s32(sums[0][j], codes[j], activations, 0);
+    if constexpr (kRows > 1) sums[1][j] = vdotq_laneq_s32(sums[1][j], codes[j], activations, 1);
+    if constexpr (kRows > 2) sums[2][j] = vdotq_laneq_s32(sums[2][j], codes[j], activations, 2);
+    if constexpr (kRows > 3) sums[3][j] = vdotq_laneq_s32(sums[3][j], codes[j], activations, 3);
+  }
+}
+
+template <int kRows, int kBits>
+inline void add_block(const uint8_t* block, const int8_t* activations, int32x4_t (&sums)[kRows][kCount]) {
+  uint8x16_t loaded[kCount];
+  int8x16_t codes[kCount];
+  __builtin_prefetch(block + kAhead);
+#pragma GCC unroll 4
+  for (int j = 0; j < kCount; ++j) {
+    loaded[j] = vld1q_u8(block + 16 * j);
+    const uint8x16_t low = kBits == 4 ? vandq_u8(loaded[j], vdupq_n_u8(15)) : veorq_u8(loaded[j], vdupq_n_u8(128));
+    codes[j] = vreinterpretq_s8_u8(low);
+  }
+  add_rows<kRows>(codes, load_activations<kRows>(activations), sums);
+  if (kBits == 8) return;
+#pragma GCC unroll 4
+  for (int j = 0; j < kCount; ++j) codes[j] = vreinterpretq_s8_u8(vshrq_n_u8(loaded[j], 4));
+  add_rows<kRows>(codes, load_activations<kRows>(activations + 4 * kRows), sums);
+}
+
+// One packed group and what of a tile meets it.
+struct Group {
+  const uint8_t* scale;        // (64,) fp16 or fp32
+  const uint8_t* zero_point;   // (64,), or nullptr
+  const uint8_t* blocks;       // of codes
+  const int8_t* activations;   // (depth / 4, rows, 4)
+  const float* row_scale;      // of row 0 of the model; the next row's lie `groups` further
+  const int32_t* sum;          // of int8 row 0, likewise
+  int64_t groups;
+};
+
+// Sums of the 16 columns from `column` on start from minus the zero point's share.
+template <int kRows, int kBits>
+inline void start(const Group& group, int column, int32x4_t (&sums)[kRows][kCount]) {
+  constexpr int middle = kBits == 4 ? 8 : 128, shift = kBits == 4 ? 0 : 128;  // of zero points, and of the codes here
+  int32x4_t zero_point[kCount];
+#pragma GCC unroll 4
+  for (int j = 0; j < kCount; ++j) zero_point[j] = vdupq_n_s32(middle - shift);
+  if (group.zero_point) {
+    const uint8x16_t bytes = vld1q_u8(group.zero_point + column);
+    const uint16x8_t first = vmovl_u8(vget_low_u8(bytes)), second = vmovl_high_u8(bytes);
+    zero_point[0] = vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(first)));
+    zero_point[1] = vreinterpretq_s32_u32(vmovl_high_u16(first));
+    zero_point[2] = vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(second)));
+    zero_point[3] = vreinterpretq_s32_u32(vmovl_high_u16(second));
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) zero_point[j] = vsubq_s32(zero_point[j], vdupq_n_s32(shift));
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) sums[r][j] = vmulq_n_s32(zero_point[j], -group.sum[r * group.groups]);
+  }
+}
+
+inline float32x4_t load_scale(const Layout& layout, const uint8_t* scale, int column) {
+  if (!layout.half_scales) return vreinterpretq_f32_u8(vld1q_u8(scale + 4 * column));
+  return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(scale + 2 * column)));
+}
+
+// out += sums, high and low row put together, times the scales of the weight and of the activations.
+template <int kRows, bool kWide>
+inline void finish(const Layout& layout, const Group& group, int column, const int32x4_t (&sums)[kRows][kCount],
+                   float* out) {
+  constexpr int step = kWide ? 2 : 1;
+#pragma GCC unroll 4
+  for (int j = 0; j < kCount; ++j) {
+    const float32x4_t scale = load_scale(layout, group.scale, column + kLanes * j);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows / step; ++r) {
+      int32x4_t total = sums[r * step][j];
+      if (kWide) total = vaddq_s32(vshlq_n_s32(total, 8), sums[r * step + step - 1][j]);
+      float* y = out + r * kPanel + column + kLanes * j;
+      const float32x4_t scaled = vmulq_f32(vcvtq_f32_s32(total), scale);
+      vst1q_f32(y, vfmaq_n_f32(vld1q_f32(y), scaled, group.row_scale[r * group.groups]));
+    }
+  }
+}
+
+template <int kRows, int kBits, bool kWide>
+void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
+  const int64_t groups = layout.groups(), depth = layout.depth(), blocks = layout.blocks(), bytes = layout.group_bytes();
+  for (int i = 0; i < kRows / (kWide ? 2 : 1) * kPanel; i += kLanes) vst1q_f32(out + i, vdupq_n_f32(0));
+  for (int64_t g = 0; g < groups; ++g, panel += bytes) {
+    const uint8_t* zero_point = panel + layout.scale_bytes();
+    const Group group = {panel, layout.zero_points ? zero_point : nullptr, zero_point + layout.zero_point_bytes(),
+                         tile.codes + g * depth * kRows, tile.scale + g, tile.sum + g, groups};
+    for (int column = 0; column < kPanel; column += kLanes * kCount) {
+      int32x4_t sums[kRows][kCount];
+      start<kRows, kBits>(group, column, sums);
+      const uint8_t* block = group.blocks + 4 * column;
+      const int8_t* activations = group.activations;
+      for (int64_t i = 0; i < blocks; ++i, block += kBlockBytes, activations += kBits == 4 ? 8 * kRows : 4 * kRows) {
+        add_block<kRows, kBits>(block, activations, sums);
+      }
+      finish<kRows, kWide>(layout, group, column, sums, out);
+    }
+  }
+}
+
+template <int kBits>
+void multiply_bits(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
+  switch (tile.rows + (tile.wide ? 100 : 0)) {
+    case 1: return multiply_tile<1, kBits, false>(layout, panel, tile, out);
+    case 2: return multiply_tile<2, kBits, false>(layout, panel, tile, out);
+    case 3: return multiply_tile<3, kBits, false>(layout, panel, tile, out);
+    case 4: return multiply_tile<4, kBits, false>(layout, panel, tile, out);
+    case 102: return multiply_tile<2, kBits, true>(layout, panel, tile, out);
+    case 104: return multiply_tile<4, kBits, true>(layout, panel, tile, out);
+  }
+}
+
+void multiply(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
+  layout.bits == 4 ? multiply_bits<4>(layout, panel, tile, out) : multiply_bits<8>(layout, panel, tile, out);
+}
+
+// ---- fp16 ----
+
+void from_half(const uint16_t* x, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) vst1q_f32(y + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + i))));
+  for (; i < n; ++i) y[i] = vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x[i]))), 0);
+}
+
+void to_half(const float* x, uint16_t* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) vst1_u16(y + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(x + i))));
+  for (; i < n; ++i) y[i] = vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x[i]))), 0);
+}
+
+}  // namespace
+
+extern const Kernels kNeon;
+const Kernels kNeon = {"neon", available, kTileRows, quantize, multiply, from_half, to_half};
+
+}  // namespace qcompile

@@ -1,0 +1,91 @@
+// vpdpbusd on 256 bits: 32 codes (unsigned) times 32 activations (signed), fours of them added to 8 sums.
+//
+// One source for two encodings: the including file says how a `dot` is written. avxvnni.cpp (VEX, 16 registers) is what
+// processors without AVX-512 have; avx512vl.cpp (EVEX) runs the same code where that one cannot run.
+//
+// A tile is up to 6 int8 rows. Its panel is walked once with 1 row, in two halves with 2, in quarters from 3 rows on: 12
+// registers of sums, 2 of codes, one of activations and one mask of nibbles are the 16.
+#pragma once
+
+#if !defined(__clang__)
+#pragma GCC optimize("no-tree-pre")  // gcc 12 would carry loads over to the next block, and spill the sums for it
+#endif
+
+#include "vector256.h"
+
+namespace qcompile {
+namespace {
+
+constexpr int kTileRows = 6;
+
+inline __m256i dot(__m256i sums, __m256i codes, __m256i activations);
+
+template <int kRows>
+constexpr int columns_at_once() { return kRows == 1 ? 8 : kRows == 2 ? 4 : 2; }
+
+// sums += codes of 4 rows k times the activations
+template <int kRows, int kCount>
+inline void add_rows(const __m256i (&codes)[kCount], const int8_t* activations, __m256i (&sums)[kRows][kCount]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const __m256i four = broadcast(activations + 4 * r);
+#pragma GCC unroll 8
+    for (int j = 0; j < kCount; ++j) sums[r][j] = dot(sums[r][j], codes[j], four);
+  }
+}
+
+template <int kRows, int kBits, int kCount>
+inline void add_block(const uint8_t* block, const int8_t* activations, __m256i (&sums)[kRows][kCount]) {
+  __m256i codes[kCount];
+#pragma GCC unroll 8
+  for (int j = 0; j < kCount; ++j) {
+    if (kRows <= kPrefetchRows && j % 2 == 0) prefetch(block + 32 * j);
+    codes[j] = load(block + 32 * j);
+    if (kBits == 4) codes[j] = _mm256_and_si256(codes[j], _mm256_set1_epi8(15));
+  }
+  add_rows<kRows, kCount>(codes, activations, sums);
+  if (kBits == 8) return;
+#pragma GCC unroll 8
+  for (int j = 0; j < kCount; ++j) {  // loaded again: cheaper than registers kept
+    codes[j] = _mm256_and_si256(_mm256_srli_epi16(load(block + 32 * j), 4), _mm256_set1_epi8(15));
+  }
+  add_rows<kRows, kCount>(codes, activations + 4 * kRows, sums);
+}
+
+template <int kRows, int kBits, bool kWide>
+inline void multiply_group(const Layout& layout, const Group& group, float* out) {
+  constexpr int count = columns_at_once<kRows>();
+  const int64_t blocks = layout.blocks();
+  for (int first = 0; first < kVectors; first += count) {
+    __m256i sums[kRows][count];
+    start<kRows, count>(layout, group, first, sums);
+    const uint8_t* block = group.blocks + 32 * first;
+    const int8_t* activations = group.activations;
+    for (int64_t i = 0; i < blocks; ++i, block += kBlockBytes, activations += kBits == 4 ? 8 * kRows : 4 * kRows) {
+      add_block<kRows, kBits, count>(block, activations, sums);
+    }
+    finish<kRows, count, kWide>(layout, group, first, sums, out);
+  }
+}
+
+template <int kBits>
+void multiply_bits(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
+  switch (tile.rows + (tile.wide ? 100 : 0)) {
+    case 1: return multiply_tile<1, kBits, false>(layout, panel, tile, out);
+    case 2: return multiply_tile<2, kBits, false>(layout, panel, tile, out);
+    case 3: return multiply_tile<3, kBits, false>(layout, panel, tile, out);
+    case 4: return multiply_tile<4, kBits, false>(layout, panel, tile, out);
+    case 5: return multiply_tile<5, kBits, false>(layout, panel, tile, out);
+    case 6: return multiply_tile<6, kBits, false>(layout, panel, tile, out);
+    case 102: return multiply_tile<2, kBits, true>(layout, panel, tile, out);
+    case 104: return multiply_tile<4, kBits, true>(layout, panel, tile, out);
+    case 106: return multiply_tile<6, kBits, true>(layout, panel, tile, out);
+  }
+}
+
+void multiply(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
+  layout.bits == 4 ? multiply_bits<4>(layout, panel, tile, out) : multiply_bits<8>(layout, panel, tile, out);
+}
+
+}  // namespace
+}  // namespace qcompile
