@@ -4,8 +4,6 @@
 
 #include <array>
 #include <atomic>
-#include <climits>
-#include <cstdarg>
 #include <cstdio>
 #include <memory>
 #include <new>
@@ -30,7 +28,8 @@ constexpr int64_t kMaxSize = int64_t(1) << 31;  // of K, N and block_size: produ
 constexpr size_t kMaxRank = 32;
 
 enum Input : size_t { kX, kW, kScale, kBias, kZeroPoint, kInputs };
-constexpr const char* kInputNames[kInputs] = {"x", "w", "scale", "bias", "zero_point"};
+constexpr Input kAllInputs[] = {kX, kW, kScale, kBias, kZeroPoint};
+constexpr const char* kNames[kInputs] = {"x", "w", "scale", "bias", "zero_point"};
 
 // ---- Failures. Exceptions inside, an OrtStatus at the border: nothing is thrown through C.
 
@@ -43,16 +42,13 @@ void check(OrtStatus* status) {
   if (status) throw Failure{status};
 }
 
-__attribute__((format(printf, 1, 2))) std::string text(const char* format, ...) {
-  char line[512];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(line, sizeof line, format, arguments);
-  va_end(arguments);
-  return line;
+// Whether it failed; the failure itself is dropped.
+bool ignore(const OrtApi& api, OrtStatus* status) {
+  if (status) api.call<ReleaseStatus>(status);
+  return status != nullptr;
 }
 
-// Bad input: one line that says what is wrong with which node, and what to do.
+// Bad input, told in one line.
 struct Refusal : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -102,7 +98,7 @@ InfoOwner own(const OrtApi& api, OrtTensorTypeAndShapeInfo* info) {
 Shape shape_of(const OrtApi& api, const OrtTensorTypeAndShapeInfo* info) {
   Shape shape;
   check(api.call<GetDimensionsCount>(info, &shape.rank));
-  if (shape.rank > kMaxRank) throw Refusal(text("qcompile: a tensor has %zu dimensions, the most is %zu", shape.rank, kMaxRank));
+  if (shape.rank > kMaxRank) throw Refusal("qcompile: a tensor has more than " + std::to_string(kMaxRank) + " dimensions");
   check(api.call<GetDimensions>(info, shape.dims.data(), shape.rank));
   return shape;
 }
@@ -114,7 +110,7 @@ Shape shape_of(const OrtApi& api, const OrtValue* value) {
   return shape_of(api, info);
 }
 
-const void* data_of(const OrtApi& api, const OrtValue* value) {
+void* data_of(const OrtApi& api, const OrtValue* value) {
   void* data;
   check(api.call<GetTensorMutableData>(const_cast<OrtValue*>(value), &data));
   return data;
@@ -125,15 +121,18 @@ const void* data_of(const OrtApi& api, const OrtValue* value) {
 // Tells the kernel that the packed copy is what will be read from now on. File-backed pages come back if anyone asks.
 void give_back_pages(const void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_PAGEOUT)
+  constexpr uintptr_t kWorthwhile = 1 << 16;
   const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = (uintptr_t(data) + page - 1) / page * page, end = (uintptr_t(data) + uintptr_t(bytes)) / page * page;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_PAGEOUT);
+  if (begin < end && end - begin >= kWorthwhile) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_PAGEOUT);
 #else
   (void)data, (void)bytes;
 #endif
 }
 
 // ---- ONNX Runtime's intra-op pool
+
+constexpr size_t kAsManyAsThreads = 0;
 
 struct Pool {
   const OrtApi& api;
@@ -154,8 +153,7 @@ struct Pool {
         pool.out_of_memory = true;
       }
     };
-    check(pool.api.call<KernelContext_ParallelFor, const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*>(
-        pool.context, guarded_piece, total, 0, self));
+    check(pool.api.call<KernelContext_ParallelFor>(pool.context, +guarded_piece, total, kAsManyAsThreads, self));
     if (pool.out_of_memory) throw std::bad_alloc();
   }
 };
@@ -164,117 +162,244 @@ struct Pool {
 
 class Kernel {
  public:
-  Kernel(const Operator& op, const OrtApi& api, const OrtKernelInfo* info);
+  Kernel(const Operator& op, const OrtKernelInfo* info);
   void compute(OrtKernelContext* context) const;
 
+  const OrtApi& api() const { return api_; }
+
  private:
-  struct Shapes {
-    std::optional<Shape> of[kInputs];  // empty: unknown, or the input is absent
+  // What is known of the inputs: while the model loads, all of the constant ones and some shapes of the others.
+  struct Given {
+    bool present[kInputs] = {};
+    std::optional<Shape> shape[kInputs];
+    const OrtValue* value[kInputs] = {};
   };
 
-  // Position of an input among those of this operator.
-  size_t position(Input input) const { return input == kZeroPoint && !op_.bias ? size_t(kBias) : size_t(input); }
   bool takes(Input input) const { return input != kBias || op_.bias; }
+  size_t position(Input input) const { return input == kZeroPoint && !op_.bias ? size_t(kBias) : size_t(input); }
   int64_t element_bytes() const { return op_.half ? 2 : 4; }
-  int64_t code_bytes(int64_t elements) const { return (elements * op_.bits + 7) / 8; }
 
-  [[noreturn]] void refuse(const std::string& what) const {
-    throw Refusal("node '" + node_ + "' (" + op_.name + "): " + what);
-  }
+  template <typename... Values>
+  [[noreturn]] void refuse(const char* format, Values... values) const;
   std::string node_name(const OrtKernelInfo* info) const;
   int64_t attribute(const OrtKernelInfo* info, const char* name, std::optional<int64_t> standard) const;
-  void check_shapes(const Shapes& shapes) const;
-  Layout layout_of(const Shapes& shapes, const Source& source) const;
+  void check_attributes(const OrtKernelInfo* info);
+  Given given_at_load(const OrtKernelInfo* info) const;
+  Given given_at_run(const OrtKernelContext* context) const;
+  void check_shapes(const Given& given) const;
+  int64_t check_rows(const Shape& x, int64_t k) const;
+  std::unique_ptr<const PackedWeight> pack_weight(const Given& given) const;
+  void give_back(const Given& given) const;
+  void multiply(const PackedWeight& weight, const OrtValue* x, const OrtValue* bias, OrtKernelContext* context) const;
 
   const Operator& op_;
   const OrtApi& api_;
   std::string node_;
   int64_t block_size_;
   int activation_bits_;
-  std::unique_ptr<const PackedWeight> weight_;  // empty: w, scale or zero_point is no constant
+  bool checked_bias_ = false;                   // its shape was known at load
+  std::unique_ptr<const PackedWeight> weight_;  // empty where w, scale or zero_point is no constant
 };
 
-Kernel::Kernel(const Operator& op, const OrtApi& api, const OrtKernelInfo* info)
-    : op_(op), api_(api), node_(node_name(info)) {
-  if (op.too_new) {
-    refuse(text("the model needs a newer version of the operators of domain qcompile, this library knows %d: upgrade "
-                "qcompile-onnx, or load the model without the library", kOperatorVersion));
+Kernel::Kernel(const Operator& op, const OrtKernelInfo* info) : op_(op), api_(*op.api), node_(node_name(info)) {
+  check_attributes(info);
+  const Given given = given_at_load(info);
+  check_shapes(given);
+  checked_bias_ = given.value[kBias] != nullptr;
+  for (Input input : {kW, kScale, kZeroPoint}) {
+    if (given.present[input] && !given.value[input]) return;
   }
-  block_size_ = attribute(info, "block_size", std::nullopt);
-  if (block_size_ < 1 || block_size_ > kMaxSize) {
-    refuse(text("block_size is %lld, it must be 1 to %lld: compile the model again", (long long)block_size_, (long long)kMaxSize));
-  }
-  const int64_t activation_bits = attribute(info, "activation_bits", 16);
-  if (activation_bits != 8 && activation_bits != 16) {
-    refuse(text("activation_bits is %lld, it must be 8 or 16: compile the model again", (long long)activation_bits));
-  }
-  activation_bits_ = int(activation_bits);
+  weight_ = pack_weight(given);
+  give_back(given);
+}
 
-  size_t count;
-  check(api.call<KernelInfo_GetInputCount>(info, &count));
-  Shapes shapes;
-  const OrtValue* constants[kInputs] = {};
-  for (Input input : {kX, kW, kScale, kBias, kZeroPoint}) {
-    if (!takes(input) || position(input) >= count) continue;
-    int is_constant = 0;
-    check(api.call<KernelInfoGetConstantInput_tensor>(info, position(input), &is_constant, &constants[input]));
-    if (!is_constant) constants[input] = nullptr;
-    if (constants[input]) shapes.of[input] = shape_of(api, constants[input]);
-  }
-  check_shapes(shapes);
-  // TODO probing
-  const bool has_zero_point = position(kZeroPoint) < count;
-  if (!constants[kW] || !constants[kScale] || (has_zero_point && !constants[kZeroPoint])) return;
-  const Source source = {static_cast<const uint8_t*>(data_of(api, constants[kW])), data_of(api, constants[kScale]), op.half,
-                         has_zero_point ? static_cast<const uint8_t*>(data_of(api, constants[kZeroPoint])) : nullptr,
-                         op.is_signed};
-  const Layout layout = layout_of(shapes, source);
-  weight_ = std::make_unique<PackedWeight>(layout, source, chosen_kernels());
-  give_back_pages(source.codes, code_bytes(layout.k * layout.n));
-  give_back_pages(source.scale, layout.file_groups() * layout.n * element_bytes());
+// The line that reaches the user: which node, what is wrong, what to do.
+template <typename... Values>
+void Kernel::refuse(const char* format, Values... values) const {
+  char what[512];
+  std::snprintf(what, sizeof what, format, values...);
+  throw Refusal("node '" + node_ + "' (" + op_.name + "): " + what);
 }
 
 std::string Kernel::node_name(const OrtKernelInfo* info) const {
-  size_t size = 0;
-  if (OrtStatus* status = api_.call<KernelInfo_GetNodeName>(info, (char*)nullptr, &size)) api_.call<ReleaseStatus>(status);
+  size_t size = 0;  // with the closing zero
+  ignore(api_, api_.call<KernelInfo_GetNodeName>(info, static_cast<char*>(nullptr), &size));
   std::string name(size, '\0');
   check(api_.call<KernelInfo_GetNodeName>(info, name.data(), &size));
-  while (!name.empty() && name.back() == '\0') name.pop_back();
+  name.resize(size ? size - 1 : 0);
   return name;
 }
 
+// An integer attribute; of another type, it is refused and not taken for absent.
 int64_t Kernel::attribute(const OrtKernelInfo* info, const char* name, std::optional<int64_t> standard) const {
   int64_t value;
-  OrtStatus* status = api_.call<KernelInfoGetAttribute_int64>(info, name, &value);
-  if (!status) return value;
-  api_.call<ReleaseStatus>(status);
-  if (standard) return *standard;
-  refuse(text("the integer attribute %s is missing: compile the model again", name));
+  if (!ignore(api_, api_.call<KernelInfoGetAttribute_int64>(info, name, &value))) return value;
+  float number;
+  size_t size = 0;
+  if (!ignore(api_, api_.call<KernelInfoGetAttribute_float>(info, name, &number)) ||
+      !ignore(api_, api_.call<KernelInfoGetAttribute_string>(info, name, static_cast<char*>(nullptr), &size))) {
+    refuse("attribute %s must be an integer: compile the model again", name);
+  }
+  if (!standard) refuse("the integer attribute %s is missing: compile the model again", name);
+  return *standard;
 }
 
-void Kernel::check_shapes(const Shapes& shapes) const { (void)shapes; }
+void Kernel::check_attributes(const OrtKernelInfo* info) {
+  // Written by compilers of later versions: ONNX Runtime shows no operator the opset imports of its model.
+  const int64_t version = attribute(info, "version", 1);
+  if (version > kOperatorVersion) {
+    refuse("the model needs operators version %lld of domain qcompile, this library knows %d: upgrade qcompile-onnx, or "
+           "load the model without the library", (long long)version, kOperatorVersion);
+  }
+  block_size_ = attribute(info, "block_size", std::nullopt);
+  if (block_size_ < 1 || block_size_ > kMaxSize) {
+    refuse("block_size is %lld, it must be 1 to %lld: compile the model again", (long long)block_size_, (long long)kMaxSize);
+  }
+  const int64_t bits = attribute(info, "activation_bits", 16);
+  if (bits != 8 && bits != 16) {
+    refuse("activation_bits is %lld, it must be 8 or 16: compile the model again", (long long)bits);
+  }
+  activation_bits_ = int(bits);
+}
 
-Layout Kernel::layout_of(const Shapes& shapes, const Source& source) const {
-  const Shape& w = *shapes.of[kW];
-  return make_layout(w[0], w[1], block_size_, op_.bits, source);
+Kernel::Given Kernel::given_at_load(const OrtKernelInfo* info) const {
+  size_t count;
+  check(api_.call<KernelInfo_GetInputCount>(info, &count));
+  Given given;
+  for (Input input : kAllInputs) {
+    OrtTypeInfo* type;
+    if (!takes(input) || position(input) >= count) continue;
+    if (ignore(api_, api_.call<KernelInfo_GetInputTypeInfo>(info, position(input), &type))) continue;  // left open
+    given.present[input] = true;
+    const std::unique_ptr<OrtTypeInfo, ReleaseTypeInfo::Function> owner(type, api_.function<ReleaseTypeInfo>());
+    int is_constant = 0;
+    const OrtValue* value = nullptr;
+    check(api_.call<KernelInfoGetConstantInput_tensor>(info, position(input), &is_constant, &value));
+    if (is_constant) {
+      given.value[input] = value;
+      given.shape[input] = shape_of(api_, value);
+      continue;
+    }
+    const OrtTensorTypeAndShapeInfo* tensor = nullptr;
+    check(api_.call<CastTypeInfoToTensorInfo>(type, &tensor));
+    if (!tensor) continue;
+    const Shape shape = shape_of(api_, tensor);
+    if (shape.rank > 0) given.shape[input] = shape;  // a tensor of unknown rank looks like a scalar
+  }
+  return given;
+}
+
+Kernel::Given Kernel::given_at_run(const OrtKernelContext* context) const {
+  size_t count;
+  check(api_.call<KernelContext_GetInputCount>(context, &count));
+  Given given;
+  for (Input input : kAllInputs) {
+    if (!takes(input) || position(input) >= count) continue;
+    check(api_.call<KernelContext_GetInput>(context, position(input), &given.value[input]));
+    if (!given.value[input]) continue;
+    given.present[input] = true;
+    given.shape[input] = shape_of(api_, given.value[input]);
+  }
+  return given;
+}
+
+// Refuses whatever cannot be right, whichever shapes are known.
+void Kernel::check_shapes(const Given& given) const {
+  constexpr size_t kRanks[kInputs] = {0, 2, 2, 1, 2};
+  for (Input input : {kW, kScale, kBias, kZeroPoint}) {
+    const auto& shape = given.shape[input];
+    if (shape && shape->rank != kRanks[input]) {
+      refuse("%s has shape %s, it must have %zu dimensions: compile the model again", kNames[input], shape->text().c_str(),
+             kRanks[input]);
+    }
+  }
+  const Shape unknown = {{-1, -1}, 2};
+  const Shape w = given.shape[kW].value_or(unknown);
+  for (int64_t size : {w[0], w[1]}) {
+    if (size == 0 || size > kMaxSize) {
+      refuse("w has shape %s, K and N must be 1 to %lld: compile the model again", w.text().c_str(), (long long)kMaxSize);
+    }
+  }
+  if (given.shape[kX]) check_rows(*given.shape[kX], w[0]);
+  const Shape grid = {{w[0] < 0 ? -1 : div_up(w[0], block_size_), w[1]}, 2};
+  for (Input input : {kScale, kZeroPoint}) {
+    const auto& shape = given.shape[input];
+    if (shape && (differ((*shape)[0], grid[0]) || differ((*shape)[1], grid[1]))) {
+      refuse("%s has shape %s, w %s with block_size %lld needs %s: compile the model again", kNames[input],
+             shape->text().c_str(), w.text().c_str(), (long long)block_size_, grid.text().c_str());
+    }
+  }
+  const auto& bias = given.shape[kBias];
+  if (bias && differ((*bias)[0], w[1])) {
+    refuse("bias has shape %s, w %s needs (%lld,): compile the model again", bias->text().c_str(), w.text().c_str(),
+           (long long)w[1]);
+  }
+}
+
+// The number of rows of x (…, K), −1 where that is not known.
+int64_t Kernel::check_rows(const Shape& x, int64_t k) const {
+  if (x.rank == 0) refuse("x is a scalar, it must have at least one dimension");
+  if (differ(x[x.rank - 1], k)) {
+    refuse("x has shape %s, its last dimension must be the %lld rows of w", x.text().c_str(), (long long)k);
+  }
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < x.rank; ++i) {
+    if (x[i] < 0) return -1;
+    if (__builtin_mul_overflow(rows, x[i], &rows)) refuse("x has shape %s, which is too large", x.text().c_str());
+  }
+  return rows;
+}
+
+std::unique_ptr<const PackedWeight> Kernel::pack_weight(const Given& given) const {
+  const Shape& w = *given.shape[kW];
+  const OrtValue* zero_point = given.value[kZeroPoint];
+  const Source source = {static_cast<const uint8_t*>(data_of(api_, given.value[kW])), data_of(api_, given.value[kScale]),
+                         op_.half, zero_point ? static_cast<const uint8_t*>(data_of(api_, zero_point)) : nullptr,
+                         op_.is_signed};
+  const Layout layout = make_layout(w[0], w[1], block_size_, op_.bits, source);
+  return std::make_unique<const PackedWeight>(layout, source, chosen_kernels());
+}
+
+void Kernel::give_back(const Given& given) const {
+  const auto elements = [&](Input input) { return (*given.shape[input])[0] * (*given.shape[input])[1]; };
+  give_back_pages(data_of(api_, given.value[kW]), elements(kW) * op_.bits / 8);
+  give_back_pages(data_of(api_, given.value[kScale]), elements(kScale) * element_bytes());
+  if (given.present[kZeroPoint]) {
+    give_back_pages(data_of(api_, given.value[kZeroPoint]), elements(kZeroPoint) * op_.bits / 8);
+  }
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
+  if (!weight_) {
+    const Given given = given_at_run(context);
+    check_shapes(given);
+    multiply(*pack_weight(given), given.value[kX], given.value[kBias], context);
+    return;
+  }
   const OrtValue *x, *bias = nullptr;
-  check(api_.call<KernelContext_GetInput>(context, kX, &x));
-  if (op_.bias) check(api_.call<KernelContext_GetInput>(context, kBias, &bias));
+  check(api_.call<KernelContext_GetInput>(context, size_t(kX), &x));
+  if (op_.bias) {
+    check(api_.call<KernelContext_GetInput>(context, size_t(kBias), &bias));
+    if (!checked_bias_) {
+      Given given;
+      given.shape[kW] = Shape{{weight_->layout().k, weight_->layout().n}, 2};
+      given.shape[kBias] = shape_of(api_, bias);
+      check_shapes(given);
+    }
+  }
+  multiply(*weight_, x, bias, context);
+}
+
+void Kernel::multiply(const PackedWeight& weight, const OrtValue* x, const OrtValue* bias, OrtKernelContext* context) const {
   Shape shape = shape_of(api_, x);
-  int64_t m = 1;
-  for (size_t i = 0; i + 1 < shape.rank; ++i) m *= shape[i];
-  const PackedWeight& weight = *weight_;
+  const int64_t m = check_rows(shape, weight.layout().k);
   shape.dims[shape.rank - 1] = weight.layout().n;
   OrtValue* y;
   check(api_.call<KernelContext_GetOutput>(context, size_t(0), shape.dims.data(), shape.rank, &y));
   if (m == 0) return;
   Pool pool{api_, context};
-  weight.multiply(data_of(api_, x), op_.half ? Element::kHalf : Element::kFloat, m,
-                  const_cast<void*>(data_of(api_, y)), bias ? data_of(api_, bias) : nullptr, activation_bits_,
-                  {Pool::run, &pool});
+  weight.multiply(data_of(api_, x), op_.half ? Element::kHalf : Element::kFloat, m, data_of(api_, y),
+                  bias ? data_of(api_, bias) : nullptr, activation_bits_, {Pool::run, &pool});
 }
 
 // ---- What OrtCustomOp asks for
@@ -317,21 +442,16 @@ OrtStatus* infer_shape(const OrtCustomOp* op, OrtShapeInferContext* context) {
   });
 }
 
-struct KernelWithApi {
-  const OrtApi& api;
-  Kernel kernel;
-};
-
 OrtStatus* create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-  return guarded(*api, [&] { *kernel = new KernelWithApi{*api, Kernel(self(op), *api, info)}; });
+  return guarded(*api, [&] { *kernel = new Kernel(self(op), info); });
 }
 
 OrtStatus* compute(void* kernel, OrtKernelContext* context) {
-  auto& mine = *static_cast<KernelWithApi*>(kernel);
-  return guarded(mine.api, [&] { mine.kernel.compute(context); });
+  const auto& mine = *static_cast<const Kernel*>(kernel);
+  return guarded(mine.api(), [&] { mine.compute(context); });
 }
 
-Operator make(const OrtApi& api, const char* name, int bits, bool bias, bool half, bool is_signed, bool too_new) {
+Operator make(const OrtApi& api, const char* name, int bits, bool bias, bool half, bool is_signed) {
   Operator op{};
   op.version = kApiVersion;
   op.GetName = [](const OrtCustomOp* op) { return self(op).name; };
@@ -340,7 +460,7 @@ Operator make(const OrtApi& api, const char* name, int bits, bool bias, bool hal
   op.GetInputTypeCount = input_count;
   op.GetOutputType = [](const OrtCustomOp* op, size_t) { return element_type(op); };
   op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<KernelWithApi*>(kernel); };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.GetInputCharacteristic = [](const OrtCustomOp* op, size_t index) {
     return index + 1 == input_count(op) ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
   };
@@ -351,15 +471,14 @@ Operator make(const OrtApi& api, const char* name, int bits, bool bias, bool hal
   op.CreateKernelV2 = create;
   op.KernelComputeV2 = compute;
   op.InferOutputShapeFn = infer_shape;
-  op.GetStartVersion = [](const OrtCustomOp* op) { return self(op).too_new ? kOperatorVersion + 1 : 1; };
-  op.GetEndVersion = [](const OrtCustomOp* op) { return self(op).too_new ? INT_MAX : kOperatorVersion; };
+  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
+  op.GetEndVersion = [](const OrtCustomOp*) { return kOperatorVersion; };
   op.api = &api;
   op.name = name;
   op.bits = bits;
   op.bias = bias;
   op.half = half;
   op.is_signed = is_signed;
-  op.too_new = too_new;
   return op;
 }
 
@@ -367,14 +486,12 @@ Operator make(const OrtApi& api, const char* name, int bits, bool bias, bool hal
 
 std::vector<Operator> operators(const ort::OrtApi& api) {
   std::vector<Operator> all;
-  for (bool too_new : {false, true}) {
-    for (bool half : {false, true}) {
-      for (bool is_signed : {false, true}) {
-        all.push_back(make(api, "MatMulInt4", 4, false, half, is_signed, too_new));
-        all.push_back(make(api, "MatMulInt8", 8, false, half, is_signed, too_new));
-        all.push_back(make(api, "MatMulAddInt4", 4, true, half, is_signed, too_new));
-        all.push_back(make(api, "MatMulAddInt8", 8, true, half, is_signed, too_new));
-      }
+  for (bool half : {false, true}) {
+    for (bool is_signed : {false, true}) {
+      all.push_back(make(api, "MatMulInt4", 4, false, half, is_signed));
+      all.push_back(make(api, "MatMulInt8", 8, false, half, is_signed));
+      all.push_back(make(api, "MatMulAddInt4", 4, true, half, is_signed));
+      all.push_back(make(api, "MatMulAddInt8", 8, true, half, is_signed));
     }
   }
   return all;

@@ -18,7 +18,6 @@ struct Operator : ort::OrtCustomOp {
   bool bias;        // the Add of the name
   bool half;        // x, scale, bias and the output are fp16 instead of fp32
   bool is_signed;   // w and zero_point are int4 / int8 instead of uint4 / uint8
-  bool too_new;     // stands for every version of the operator that this library does not know, and refuses
 };
 
 // All of them, for one ONNX Runtime.

@@ -72,7 +72,10 @@ using GetTensorElementType = Slot<60, OrtStatus*(const OrtTensorTypeAndShapeInfo
 using GetDimensionsCount = Slot<61, OrtStatus*(const OrtTensorTypeAndShapeInfo*, size_t* out)>;
 using GetDimensions = Slot<62, OrtStatus*(const OrtTensorTypeAndShapeInfo*, int64_t* dims, size_t count)>;
 using GetTensorTypeAndShape = Slot<65, OrtStatus*(const OrtValue*, OrtTensorTypeAndShapeInfo** out)>;
+using KernelInfoGetAttribute_float = Slot<85, OrtStatus*(const OrtKernelInfo*, const char* name, float* out)>;
 using KernelInfoGetAttribute_int64 = Slot<86, OrtStatus*(const OrtKernelInfo*, const char* name, int64_t* out)>;
+using KernelInfoGetAttribute_string =
+    Slot<87, OrtStatus*(const OrtKernelInfo*, const char* name, char* out, size_t* size)>;
 using KernelContext_GetInputCount = Slot<88, OrtStatus*(const OrtKernelContext*, size_t* out)>;
 using KernelContext_GetInput = Slot<90, OrtStatus*(const OrtKernelContext*, size_t index, const OrtValue** out)>;
 using KernelContext_GetOutput =
@@ -85,7 +88,6 @@ using KernelInfo_GetInputTypeInfo = Slot<234, OrtStatus*(const OrtKernelInfo*, s
 using KernelInfo_GetNodeName = Slot<244, OrtStatus*(const OrtKernelInfo*, char* out, size_t* size)>;
 using KernelInfoGetConstantInput_tensor =
     Slot<249, OrtStatus*(const OrtKernelInfo*, size_t index, int* is_constant, const OrtValue** out)>;
-using ShapeInferContext_GetInputCount = Slot<267, OrtStatus*(const OrtShapeInferContext*, size_t* out)>;
 using ShapeInferContext_GetInputTypeShape =
     Slot<268, OrtStatus*(const OrtShapeInferContext*, size_t index, OrtTensorTypeAndShapeInfo** out)>;
 using ShapeInferContext_SetOutputTypeShape =
