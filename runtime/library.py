@@ -1,20 +1,26 @@
-"""The shared library of native kernels: where it lies, and which version of the operators it computes.
+"""The shared library of native kernels: where it lies, and which models it may run.
 
-Applications in any language hand its path to ONNX Runtime (docs/deploy.md). Nothing here loads the library.
+Applications in any language hand its path to ONNX Runtime (docs/deploy.md).
 """
 
+import ctypes
+import io
+import json
 import os
 import sys
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import BinaryIO
 
 from qcompile.passes.errors import UserError
 
 # A file that takes the place of the installed library: a developer's own build.
 VARIABLE = "QCOMPILE_LIBRARY"
-_NAME = {"win32": "qcompile_kernels.dll", "darwin": "libqcompile_kernels.dylib"}.get(
-    sys.platform, "libqcompile_kernels.so"
-)
+DOMAIN = "qcompile"
+_NAME = "libqcompile_kernels.dylib" if sys.platform == "darwin" else "libqcompile_kernels.so"
 
 
 def library_path() -> Path:
@@ -29,19 +35,85 @@ def library_path() -> Path:
             return path.absolute()
     raise UserError(
         "this installation has no library of native kernels (it was built without a C++ compiler): install g++, then "
-        "reinstall qcompile-onnx. Without it, models run through their portable bodies"
+        "reinstall qcompile-onnx. Without the library, models run through their portable bodies"
     )
 
 
-def _candidates() -> list[Path]:
-    """Beside this file, as a wheel has it; or where the installation of this very checkout put it (editable)."""
+def _candidates() -> Iterator[Path]:
+    """Beside this file, as a wheel has it; or in the site-packages that hold an editable install of this checkout."""
     here = Path(__file__).resolve().parent
-    paths = [here / _NAME]
+    yield here / _NAME
     try:
         installed = distribution("qcompile-onnx")
     except PackageNotFoundError:
-        return paths
-    origin = installed.read_text("direct_url.json") or ""
-    if here.parent.as_uri() in origin:
-        paths.append(Path(str(installed.locate_file(f"qcompile/runtime/{_NAME}"))))
-    return paths
+        return
+    origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    folder = urllib.request.url2pathname(urllib.parse.urlsplit(origin.get("url", "")).path)
+    if Path(folder).resolve() == here.parent:
+        yield Path(str(installed.locate_file(f"qcompile/runtime/{_NAME}")))
+
+
+def check_version(model: Path | str | bytes, library: Path) -> None:
+    """Refuse a model whose operators are newer than the library: it would compute them as older ones, silently."""
+    needed, known = operators_version(model), _known_version(library)
+    if needed > known:
+        raise UserError(
+            f"model needs operators version {needed} of domain {DOMAIN}, this library knows {known}: upgrade "
+            "qcompile-onnx, or load without the library (kernels='portable')"
+        )
+
+
+def _known_version(library: Path) -> int:
+    try:
+        return int(ctypes.CDLL(str(library)).qcompile_operator_version())
+    except (OSError, AttributeError) as error:
+        raise UserError(f"{library} is no library of qcompile's kernels: {error}") from error
+
+
+def operators_version(model: Path | str | bytes) -> int:
+    """The version of domain qcompile in the model's opset imports, 0 where it has none.
+
+    Reads the outermost fields of the file only, however large it is. A broken file is ONNX Runtime's to refuse.
+    """
+    opset_import, domain, version = 8, 1, 2  # field numbers of ModelProto and OperatorSetIdProto in onnx.proto
+    source: BinaryIO = io.BytesIO(model) if isinstance(model, bytes) else open(model, "rb")  # noqa: SIM115
+    found = 0
+    with source:
+        for number, value in _fields(source):
+            if number == opset_import and isinstance(value, bytes):
+                imported = dict(_fields(io.BytesIO(value)))
+                given = imported.get(version)
+                if imported.get(domain) == DOMAIN.encode() and isinstance(given, int):
+                    found = max(found, given)
+    return found
+
+
+def _fields(source: BinaryIO, largest: int = 256) -> Iterator[tuple[int, int | bytes | None]]:
+    """(field number, value) of a protobuf message; values that are no integers or short strings are skipped: None."""
+    while (tag := _varint(source)) is not None:
+        number, kind = tag >> 3, tag & 7
+        if kind == 0:
+            yield number, _varint(source)
+        elif kind == 2:
+            length = _varint(source) or 0
+            value = source.read(length) if length <= largest else None
+            if value is None:
+                source.seek(length, io.SEEK_CUR)
+            yield number, value
+        elif kind in (1, 5):
+            source.seek(8 if kind == 1 else 4, io.SEEK_CUR)
+        else:
+            return
+
+
+def _varint(source: BinaryIO) -> int | None:
+    """The next base-128 number, None at the end."""
+    number = 0
+    for shift in range(0, 64, 7):
+        byte = source.read(1)
+        if not byte:
+            return None
+        number |= (byte[0] & 127) << shift
+        if byte[0] < 128:
+            return number
+    return None

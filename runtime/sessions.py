@@ -1,5 +1,6 @@
 """ONNX Runtime sessions. The only module that imports onnxruntime, and only when a session is asked for."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.passes.errors import UserError
+from qcompile.runtime.library import VARIABLE, check_version, library_path
 
 # 1.23 and older crash on an absent optional input of an inlined model-local function.
 MINIMUM = (1, 24, 4)
@@ -46,7 +48,7 @@ def session(
         raise UserError(f"{model}: no such model file")
     names = provider_names(providers)
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors come as exceptions
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads is not None:
@@ -58,6 +60,10 @@ def session(
     if weights:
         values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in weights.values()]
         options.add_external_initializers(list(weights), values)
+    library = _library(kernels, names)
+    if library is not None:
+        check_version(model, library)
+        _register(options, library)
     source = model if isinstance(model, bytes) else str(model)
     label = "the model" if isinstance(model, bytes) else str(model)
     try:
@@ -85,6 +91,25 @@ def provider_names(providers: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name != cpu] + [cpu]
 
 
+def _library(kernels: str, providers: list[str]) -> Path | None:
+    """The library that a session of these providers is to register, None for none."""
+    if kernels == "portable" or (kernels == "auto" and providers != [_ALIASES["cpu"]]):
+        return None
+    try:
+        return library_path()
+    except UserError:
+        if kernels == "native" or os.environ.get(VARIABLE):
+            raise
+        return None
+
+
+def _register(options: Any, library: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:  # ORT's exception classes share no base but Exception
+        raise UserError(f"{library}: ONNX Runtime cannot register it: {readable(error)}") from error
+
+
 def run(session: Any, outputs: Sequence[str] | None, feeds: Mapping[str, Any]) -> list[Any]:
     """The named outputs (all of them for None) as numpy arrays; a failure inside ORT is told in one line."""
     try:
@@ -103,6 +128,7 @@ def readable(error: Exception) -> str:
     """The first line of an ONNX Runtime error, without its status prefix and C++ source position."""
     text = str(error).strip()
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"^(Exception during initialization: |Non-zero status code .* Status Message: )(?=node ')", "", text)
     text = re.sub(r"/\S+\.(?:cc|h|cpp|cuh?):\d+ .*?(?:\) |\] )(?=\S)", "", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:400] if lines else type(error).__name__
