@@ -420,24 +420,36 @@ ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
   return mine.is_signed ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
 }
 
-// ONNX Runtime calls that of the first operator of a name for all of its element types, so the type comes from input 0.
+// (…, K) and (K, N) -> (…, N), with the names of unknown dimensions. ONNX Runtime calls the function of the first operator
+// of a name for all of its element types, so the type comes from input 0. It finds the type by itself where this gives up.
 OrtStatus* infer_shape(const OrtCustomOp* op, OrtShapeInferContext* context) {
   const OrtApi& api = *self(op).api;
   return guarded(api, [&] {
     OrtTensorTypeAndShapeInfo *x_info, *w_info;  // the context owns them
     check(api.call<ShapeInferContext_GetInputTypeShape>(context, size_t(kX), &x_info));
     check(api.call<ShapeInferContext_GetInputTypeShape>(context, size_t(kW), &w_info));
-    Shape shape = shape_of(api, x_info);
+    Shape y = shape_of(api, x_info);
     const Shape w = shape_of(api, w_info);
-    if (shape.rank == 0) return;  // a tensor of unknown rank looks like a scalar
-    shape.dims[shape.rank - 1] = w.rank == 2 ? w[1] : -1;
+    if (y.rank == 0 || w.rank != 2 || w[1] < 0) return;
+    std::array<const char*, kMaxRank> names{};
+    check(api.call<GetSymbolicDimensions>(x_info, names.data(), y.rank));
+    y.dims[y.rank - 1] = w[1];
+    names[y.rank - 1] = "";
+    std::vector<std::string> made(y.rank);
+    for (size_t i = 0; i < y.rank; ++i) {
+      if (y[i] >= 0 || *names[i]) continue;  // without a name, −1 would be taken for a size, equal to any other −1
+      static std::atomic<unsigned> count{0};
+      made[i] = "qcompile_" + std::to_string(count++);
+      names[i] = made[i].c_str();
+    }
     ONNXTensorElementDataType type;
     check(api.call<GetTensorElementType>(x_info, &type));
     OrtTensorTypeAndShapeInfo* y_info;
     check(api.call<CreateTensorTypeAndShapeInfo>(&y_info));
     const InfoOwner owner = own(api, y_info);
     check(api.call<SetTensorElementType>(y_info, type));
-    check(api.call<SetDimensions>(y_info, shape.dims.data(), shape.rank));
+    check(api.call<SetDimensions>(y_info, y.dims.data(), y.rank));
+    check(api.call<SetSymbolicDimensions>(y_info, names.data(), y.rank));
     check(api.call<ShapeInferContext_SetOutputTypeShape>(context, size_t(0), y_info));
   });
 }

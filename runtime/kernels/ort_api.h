@@ -71,6 +71,8 @@ using SetDimensions = Slot<59, OrtStatus*(OrtTensorTypeAndShapeInfo*, const int6
 using GetTensorElementType = Slot<60, OrtStatus*(const OrtTensorTypeAndShapeInfo*, ONNXTensorElementDataType* out)>;
 using GetDimensionsCount = Slot<61, OrtStatus*(const OrtTensorTypeAndShapeInfo*, size_t* out)>;
 using GetDimensions = Slot<62, OrtStatus*(const OrtTensorTypeAndShapeInfo*, int64_t* dims, size_t count)>;
+using GetSymbolicDimensions =
+    Slot<63, OrtStatus*(const OrtTensorTypeAndShapeInfo*, const char** names, size_t count)>;
 using GetTensorTypeAndShape = Slot<65, OrtStatus*(const OrtValue*, OrtTensorTypeAndShapeInfo** out)>;
 using KernelInfoGetAttribute_float = Slot<85, OrtStatus*(const OrtKernelInfo*, const char* name, float* out)>;
 using KernelInfoGetAttribute_int64 = Slot<86, OrtStatus*(const OrtKernelInfo*, const char* name, int64_t* out)>;
@@ -92,6 +94,7 @@ using ShapeInferContext_GetInputTypeShape =
     Slot<268, OrtStatus*(const OrtShapeInferContext*, size_t index, OrtTensorTypeAndShapeInfo** out)>;
 using ShapeInferContext_SetOutputTypeShape =
     Slot<270, OrtStatus*(const OrtShapeInferContext*, size_t index, const OrtTensorTypeAndShapeInfo*)>;
+using SetSymbolicDimensions = Slot<271, OrtStatus*(OrtTensorTypeAndShapeInfo*, const char** names, size_t count)>;
 using KernelContext_ParallelFor =
     Slot<274, OrtStatus*(const OrtKernelContext*, void (*piece)(void* data, size_t index), size_t total,
                          size_t num_batch, void* data)>;
