@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "what is in a model: types, sizes, what is quantized and why not",
     ),
     "generate": ("qcompile.compiler.commands.generate", "text from a decoder"),
+    "bench": ("qcompile.compiler.commands.bench", "speed and memory of models, against each other"),
 }
 _GLOBAL = {"-v", "-vv", "--verbose", "--traceback"}
 _USAGE = "qcompile MODEL.onnx [options]\n       qcompile COMMAND …"
