@@ -18,7 +18,6 @@ namespace {
 constexpr int kRows = 6;
 constexpr int kVectors = kPanel / 16;   // of sums, and of codes in a block
 constexpr int kAhead = 4096;            // bytes of prefetch: what a panel is away in time from memory
-constexpr int kPrefetchRows = 4;        // above, the product is bound by arithmetic, and prefetching costs slots
 
 bool available() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -105,10 +104,10 @@ template <int kTileRows>
 inline void start(const Layout& layout, const uint8_t* zero_points, const int32_t* sum, int64_t groups,
                   __m512i (&sums)[kTileRows][kVectors]) {
   if (!layout.zero_points) {
-    const int32_t zero_point = layout.symmetric_zero_point();
+    const int shift = layout.bits == 4 ? 3 : 7;  // the symmetric zero point is 8 or 128
 #pragma GCC unroll 6
     for (int r = 0; r < kTileRows; ++r) {
-      const __m512i value = _mm512_set1_epi32(-zero_point * sum[r * groups]);
+      const __m512i value = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(_mm512_set1_epi32(sum[r * groups]), shift));
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sums[r][j] = value;
     }
@@ -201,7 +200,7 @@ void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile,
     start<kTileRows>(layout, panel + layout.scale_bytes(), tile.sum + group, groups, sums);
     panel += head;
     for (int64_t row = 0; row < depth; row += rows_per_block, panel += kBlockBytes) {
-      if (kTileRows <= kPrefetchRows) {
+      if (tile.cold) {
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) _mm_prefetch(reinterpret_cast<const char*>(panel + kAhead + kVector * j), _MM_HINT_T0);
       }

@@ -78,6 +78,7 @@ struct Tile {
   const int32_t* sum;       // (rows, groups): sum of the int8 codes of one group
   int rows;                 // int8 rows; even in the 16-bit mode
   bool wide;                // the 16-bit mode
+  bool cold = false;        // the panel still lies in memory: worth prefetching
 };
 
 }  // namespace qcompile

@@ -189,10 +189,12 @@ void PackedWeight::multiply_unit(const Job& job, int64_t unit) const {
     float bias[kPanel] = {};
     if (job.bias && job.half) kernels_->from_half(reinterpret_cast<const uint16_t*>(job.bias) + column, bias, columns);
     if (job.bias && !job.half) std::memcpy(bias, job.bias + column * 4, size_t(columns) * 4);
-    for (int64_t tile = tiles * row_unit / job.row_units; tile < tile_end; ++tile) {
+    const int64_t tile_begin = tiles * row_unit / job.row_units;
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       const int64_t first = tile * job.tile_rows, count = job.rows_of(tile);
       const Tile activations = {job.codes + first * job.step() * layout_.padded_k(), job.scale + first * groups,
-                                job.sum + first * job.step() * groups, int(count) * job.step(), job.wide};
+                                job.sum + first * job.step() * groups, int(count) * job.step(), job.wide,
+                                tile == tile_begin};
       kernels_->multiply(layout_, packed_ + panel * layout_.panel_bytes(), activations, out);
       for (int64_t i = 0; i < count; ++i) {
         float* row = out + i * kPanel;
