@@ -1,0 +1,261 @@
+// Inputs of kernel_check: memory that ends at a guard page, weights and activations of every kind, float64 products.
+#pragma once
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "half.h"
+#include "packing.h"
+
+namespace check {
+
+// `count` elements, the last of which ends at a page that may not be touched.
+template <typename T>
+class Guarded {
+ public:
+  explicit Guarded(int64_t count) : count_(count) {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE)), bytes = size_t(count) * sizeof(T);
+    mapped_ = (bytes + page - 1) / page * page + page;
+    base_ = static_cast<uint8_t*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED) std::abort();
+    mprotect(base_ + mapped_ - page, page, PROT_NONE);
+    data_ = reinterpret_cast<T*>(base_ + mapped_ - page - bytes);
+    poison();
+  }
+  ~Guarded() { munmap(base_, mapped_); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+
+  void poison() { std::memset(data_, 0xA5, size_t(count_) * sizeof(T)); }
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  int64_t size() const { return count_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  int64_t count_;
+  size_t mapped_;
+  uint8_t* base_;
+  T* data_;
+};
+
+// The same numbers on every machine, which std's distributions do not promise.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15u + 1) {}
+  uint32_t bits() {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    state_ ^= state_ << 17;
+    return uint32_t(state_ >> 32);
+  }
+  int below(int n) { return int(bits() % uint32_t(n)); }
+  double uniform() { return (bits() + 0.5) / 4294967296.0; }
+  double normal() { return std::sqrt(-2 * std::log(uniform())) * std::cos(6.283185307179586 * uniform()); }
+
+ private:
+  uint64_t state_;
+};
+
+enum class Scales { kFloatOfHalf, kHalf, kFloat };   // fp32 that fit fp16; fp16; fp32 that do not
+enum class ZeroPoints { kAbsent, kMiddle, kAny };
+enum class Row { kPlain, kOutliers, kZero, kDenormal, kMixed, kHuge, kExtreme, kNan, kInf, kInfs, kCount };
+
+constexpr bool is_finite(Row row) { return row < Row::kNan; }
+
+struct Case {
+  int64_t m, k, n, block_size;
+  int bits;
+  bool is_signed, half, bias;
+  Scales scales;
+  ZeroPoints zero_points;
+  int activation_bits;
+  uint64_t seed;
+
+  int64_t groups() const { return (k + block_size - 1) / block_size; }
+  std::string text() const {
+    char line[200];
+    std::snprintf(line, sizeof line, "m %lld k %lld n %lld block %lld bits %d %s %s scales %d zero points %d a%d%s",
+                  (long long)m, (long long)k, (long long)n, (long long)block_size, bits, is_signed ? "signed" : "unsigned",
+                  half ? "fp16" : "fp32", int(scales), int(zero_points), activation_bits, bias ? " bias" : "");
+    return line;
+  }
+};
+
+// A weight as the file has it, and what it means.
+class Weight {
+ public:
+  Weight(const Case& c, Random& random)
+      : codes_((c.k * c.n * c.bits + 7) / 8), zero_points_((c.groups() * c.n * c.bits + 7) / 8),
+        floats_(c.groups() * c.n), halves_(c.groups() * c.n), w(size_t(c.k * c.n)), case_(c) {
+    std::memset(codes_.data(), 0, size_t(codes_.size()));
+    std::memset(zero_points_.data(), 0, size_t(zero_points_.size()));
+    for (int64_t i = 0; i < floats_.size(); ++i) fill_group(i, random);
+    const bool saturated = random.below(8) == 0;  // the largest sums there are
+    for (int64_t k = 0; k < c.k; ++k) {
+      for (int64_t n = 0; n < c.n; ++n) fill_code(k, n, saturated ? last() : random.below(last() + 1));
+    }
+  }
+
+  qcompile::Source source() const {
+    const bool half = case_.scales == Scales::kHalf;
+    return {codes_.data(), half ? static_cast<const void*>(halves_.data()) : floats_.data(), half,
+            case_.zero_points == ZeroPoints::kAbsent ? nullptr : zero_points_.data(), case_.is_signed};
+  }
+
+  // One code, one step off, in what `source` hands out; `w` keeps the old value.
+  void sabotage() { codes_[codes_.size() / 2] ^= 1; }
+
+ private:
+  Guarded<uint8_t> codes_, zero_points_;
+  Guarded<float> floats_;
+  Guarded<uint16_t> halves_;
+
+ public:
+  std::vector<double> w;  // (K, N)
+
+ private:
+  int last() const { return (1 << case_.bits) - 1; }
+  int middle() const { return case_.is_signed ? 0 : 1 << (case_.bits - 1); }
+  int value(int code) const { return case_.is_signed && code > last() / 2 ? code - last() - 1 : code; }
+
+  void put(Guarded<uint8_t>& codes, int64_t index, int code) {
+    if (case_.bits == 8) codes[index] = uint8_t(code);
+    else codes[index / 2] = uint8_t(codes[index / 2] | code << (4 * (index & 1)));
+  }
+  int get(const Guarded<uint8_t>& codes, int64_t index) const {
+    return case_.bits == 8 ? codes[index] : codes[index / 2] >> (4 * (index & 1)) & 15;
+  }
+
+  void fill_group(int64_t index, Random& random) {
+    const float scale = float((0.2 + random.uniform()) * (random.below(4) ? 1 : -1) * (case_.bits == 4 ? 0.1 : 0.006));
+    halves_[index] = qcompile::float_to_half(scale);
+    floats_[index] = case_.scales == Scales::kFloat ? scale : qcompile::half_to_float(halves_[index]);
+    put(zero_points_, index, case_.zero_points == ZeroPoints::kAny ? random.below(last() + 1) : middle());
+  }
+
+  void fill_code(int64_t k, int64_t n, int code) {
+    const int64_t index = k * case_.n + n, group = k / case_.block_size * case_.n + n;
+    put(codes_, index, code);
+    const int zero_point = case_.zero_points == ZeroPoints::kAbsent ? 0 : value(get(zero_points_, group));
+    w[size_t(index)] = double(value(code) - zero_point) * double(floats_[group]);
+  }
+
+  Case case_;
+};
+
+inline float activation(Row row, int64_t k, Random& random) {
+  const float plain = float(random.normal());
+  constexpr float inf = std::numeric_limits<float>::infinity();
+  switch (row) {
+    case Row::kOutliers: return k % 17 == 5 ? 20 * plain : plain;
+    case Row::kZero: return random.below(2) ? 0.0f : -0.0f;
+    case Row::kDenormal: return plain * 1e-40f;
+    case Row::kMixed: return k % 256 < 128 ? plain : plain * 1e-35f;  // whole groups that count for zeros
+    case Row::kHuge: return plain * 1e35f;
+    case Row::kExtreme: return random.below(2) ? 32512.0f : 32384.0f;  // high bytes 127, low bytes 0 and -128
+    case Row::kNan: return k == 3 ? std::nanf("") : plain;
+    case Row::kInf: return k == 2 ? (random.below(2) ? inf : -inf) : plain;
+    case Row::kInfs: return k % 5 == 1 ? (random.below(2) ? inf : -inf) : plain;
+    default: return plain;
+  }
+}
+
+// x (m, K), rows of all kinds, as floats and in the element type of the case; and a bias.
+class Activations {
+ public:
+  Activations(const Case& c, Random& random) : values(size_t(c.m * c.k)), bias(size_t(c.n)), case_(c), elements_(c.m * c.k),
+                                               halves_(c.m * c.k), bias_(c.n), half_bias_(c.n) {
+    for (int64_t m = 0; m < c.m; ++m) {
+      // Half of the rows are plain; a product of one row has each kind in its turn.
+      kinds.push_back(random.below(2) ? Row::kPlain : Row(random.below(int(Row::kCount))));
+      for (int64_t k = 0; k < c.k; ++k) set(m, k, activation(kinds.back(), k, random));
+      for (int64_t k = 0; k < c.k; ++k) kinds.back() = std::isfinite(at(m, k)) ? kinds.back() : Row::kNan;
+      if (kinds.back() >= Row::kNan && row_is_finite(m)) kinds.back() = Row::kPlain;  // too short to hold it
+    }
+    for (int64_t n = 0; n < c.n; ++n) {
+      half_bias_[n] = qcompile::float_to_half(float(random.normal()));
+      bias_[n] = qcompile::half_to_float(half_bias_[n]);
+      bias[size_t(n)] = c.bias ? double(bias_[n]) : 0.0;
+    }
+  }
+
+  float at(int64_t m, int64_t k) const { return values[size_t(m * case_.k + k)]; }
+  const void* x() const { return case_.half ? static_cast<const void*>(halves_.data()) : elements_.data(); }
+  const void* bias_elements() const {
+    if (!case_.bias) return nullptr;
+    return case_.half ? static_cast<const void*>(half_bias_.data()) : bias_.data();
+  }
+  void clear(int64_t m) {
+    for (int64_t k = 0; k < case_.k; ++k) set(m, k, 0.0f);
+  }
+
+  std::vector<float> values;
+  std::vector<double> bias;
+  std::vector<Row> kinds;
+
+ private:
+  bool row_is_finite(int64_t m) const {
+    for (int64_t k = 0; k < case_.k; ++k) {
+      if (!std::isfinite(at(m, k))) return false;
+    }
+    return true;
+  }
+  void set(int64_t m, int64_t k, float value) {
+    const int64_t index = m * case_.k + k;
+    halves_[index] = qcompile::float_to_half(value);
+    elements_[index] = value;
+    values[size_t(index)] = case_.half ? qcompile::half_to_float(halves_[index]) : value;
+  }
+
+  Case case_;
+  Guarded<float> elements_;
+  Guarded<uint16_t> halves_;
+  Guarded<float> bias_;
+  Guarded<uint16_t> half_bias_;
+};
+
+// x as integer activations see it: amax / levels per row and packed group. Rows that the floats take stay as they are.
+inline std::vector<double> quantized(const qcompile::Layout& layout, const float* x, float levels) {
+  std::vector<double> seen(x, x + layout.k);
+  float row_largest = 0;
+  for (int64_t k = 0; k < layout.k; ++k) row_largest = std::fmax(row_largest, std::fabs(x[k]));
+  if (row_largest < std::ldexp(1.0, -70)) return seen;
+  for (int64_t group = 0; group < layout.groups(); ++group) {
+    const int64_t begin = layout.group_begin(group), end = begin + layout.group_rows(group);
+    float amax = 0;
+    for (int64_t k = begin; k < end; ++k) amax = std::fmax(amax, std::fabs(x[k]));
+    const float inverse = amax < std::ldexp(1.0, -100) ? 0.0f : levels / amax;
+    for (int64_t k = begin; k < end; ++k) seen[size_t(k)] = std::nearbyint(x[k] * inverse) * (double(amax) / levels);
+  }
+  return seen;
+}
+
+// y (N,) = x (K,) W (K, N) + bias
+inline std::vector<double> product(const std::vector<double>& x, const std::vector<double>& w,
+                                   const std::vector<double>& bias) {
+  std::vector<double> y = bias;
+  for (size_t k = 0; k < x.size(); ++k) {
+    for (size_t n = 0; n < y.size(); ++n) y[n] += x[k] * w[k * y.size() + n];
+  }
+  return y;
+}
+
+inline double norm(const std::vector<double>& v) {
+  double total = 0;
+  for (double value : v) total += value * value;
+  return std::sqrt(total);
+}
+
+}  // namespace check
