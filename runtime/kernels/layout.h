@@ -32,42 +32,52 @@ constexpr int kMaxDepth = 128;      // rows of a packed group at most: 255 * 127
 QCOMPILE_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 QCOMPILE_INLINE int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 
+// Every division is done once, by the constructor: the sizes are asked for in each product.
 struct Layout {
-  int64_t k, n;             // of the weight
-  int64_t block_size;       // rows of a group of the file
-  int bits;                 // 4 or 8
-  bool zero_points;         // u8 zero points in each group; otherwise the constant 8 or 128
-  bool half_scales;         // fp16 scales, otherwise fp32
+  int64_t k, n;        // of the weight
+  int64_t block_size;  // rows of a group of the file
+  int bits;            // 4 or 8
+  bool zero_points;    // u8 zero points in each group; otherwise the constant 8 or 128
+  bool half_scales;    // fp16 scales, otherwise fp32
+
+  QCOMPILE_INLINE Layout(int64_t k, int64_t n, int64_t block_size, int bits, bool zero_points, bool half_scales)
+      : k(k), n(n), block_size(block_size), bits(bits), zero_points(zero_points), half_scales(half_scales),
+        file_groups_(div_up(k, block_size)), splits_(div_up(block_size < k ? block_size : k, kMaxDepth)),
+        depth_(round_up(div_up(block_size < k ? block_size : k, splits_), 8)), groups_(file_groups_ * splits_),
+        panels_(div_up(n, kPanel)) {}
 
   // Packed groups of one group of the file, and the rows of one with its padding.
-  QCOMPILE_INLINE int64_t splits() const { return div_up(block_size < k ? block_size : k, kMaxDepth); }
-  QCOMPILE_INLINE int64_t depth() const { return round_up(div_up(block_size < k ? block_size : k, splits()), 8); }
-  QCOMPILE_INLINE int64_t file_groups() const { return div_up(k, block_size); }
-  QCOMPILE_INLINE int64_t groups() const { return file_groups() * splits(); }  // packed ones
-  QCOMPILE_INLINE int64_t padded_k() const { return groups() * depth(); }
-  QCOMPILE_INLINE int64_t panels() const { return div_up(n, kPanel); }
+  QCOMPILE_INLINE int64_t splits() const { return splits_; }
+  QCOMPILE_INLINE int64_t depth() const { return depth_; }
+  QCOMPILE_INLINE int64_t file_groups() const { return file_groups_; }
+  QCOMPILE_INLINE int64_t groups() const { return groups_; }  // packed ones
+  QCOMPILE_INLINE int64_t padded_k() const { return groups_ * depth_; }
+  QCOMPILE_INLINE int64_t panels() const { return panels_; }
 
   QCOMPILE_INLINE int64_t scale_bytes() const { return kPanel * (half_scales ? 2 : 4); }
   QCOMPILE_INLINE int64_t zero_point_bytes() const { return zero_points ? kPanel : 0; }
   QCOMPILE_INLINE int rows_per_block() const { return bits == 4 ? 8 : 4; }
-  QCOMPILE_INLINE int64_t blocks() const { return depth() / rows_per_block(); }  // of one group
+  QCOMPILE_INLINE int64_t blocks() const { return bits == 4 ? depth_ / 8 : depth_ / 4; }  // of one group
   QCOMPILE_INLINE int64_t group_bytes() const {
     return scale_bytes() + zero_point_bytes() + blocks() * kBlockBytes;
   }
-  QCOMPILE_INLINE int64_t panel_bytes() const { return groups() * group_bytes(); }
-  QCOMPILE_INLINE int64_t bytes() const { return panels() * panel_bytes(); }
+  QCOMPILE_INLINE int64_t panel_bytes() const { return groups_ * group_bytes(); }
+  QCOMPILE_INLINE int64_t bytes() const { return panels_ * panel_bytes(); }
   QCOMPILE_INLINE int symmetric_zero_point() const { return bits == 4 ? 8 : 128; }
 
   // First row of packed group g, and how many rows of the weight it holds (0 where it is all padding).
   QCOMPILE_INLINE int64_t group_begin(int64_t g) const {
-    return g / splits() * block_size + g % splits() * depth();
+    return splits_ == 1 ? g * block_size : g / splits_ * block_size + g % splits_ * depth_;
   }
   QCOMPILE_INLINE int64_t group_rows(int64_t g) const {
-    int64_t begin = group_begin(g), end = begin + depth(), last = (g / splits() + 1) * block_size;
+    int64_t begin = group_begin(g), end = begin + depth_, last = (splits_ == 1 ? g + 1 : g / splits_ + 1) * block_size;
     if (end > last) end = last;
     if (end > k) end = k;
     return end > begin ? end - begin : 0;
   }
+
+ private:
+  int64_t file_groups_, splits_, depth_, groups_, panels_;
 };
 
 // Quantized activations of one tile: `rows` int8 rows next to each other, four k at a time: codes[k / 4][row][k % 4].

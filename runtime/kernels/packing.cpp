@@ -76,7 +76,7 @@ bool has_zero_points(const Layout& layout, const Source& source, int64_t count) 
 }  // namespace
 
 Layout make_layout(int64_t k, int64_t n, int64_t block_size, int bits, const Source& source) {
-  Layout layout{k, n, block_size, bits, false, false};
+  Layout layout(k, n, block_size, bits, false, false);
   const int64_t count = layout.file_groups() * n;
   layout.zero_points = has_zero_points(layout, source, count);
   layout.half_scales = scales_fit_half(source, count);
