@@ -1,12 +1,12 @@
-// AVX2: no instruction adds four products of bytes, and vpmaddubsw, which adds two, saturates at 16 bits. So
+// AVX2: no instruction adds four products of bytes, and vpmaddubsw, which adds two, saturates at 16 bits. Therefore:
 //
-// 4 bits: two products of a code (0 … 15) and an activation (-128 … 127) are at most 3840, and 8 such pairs fit 16 bits:
-//         the 4 blocks (32 rows k) of a run are added up in 16 bits, then vpmaddwd widens them.
-// 8 bits: pairs of codes (0 … 255) do not fit. Codes and activations are taken apart into even and odd rows k of 16 bits,
-//         the codes in registers, the activations once a group in memory, and vpmaddwd multiplies them without loss.
+// 4 bits: two products of a code (0 … 15) and an activation (-128 … 127) are at most 3840, and 8 such pairs fit 16
+//         bits: the 4 blocks (32 rows k) of a run are added up in 16 bits, then vpmaddwd widens them.
+// 8 bits: pairs of codes (0 … 255) do not fit. Codes and activations are taken apart into even and odd rows k of 16
+//         bits, the codes in registers, the activations once a group in memory, and vpmaddwd multiplies them exactly.
 //
-// A tile is up to 4 int8 rows. Its panel is walked once with 1 row, in two halves with 2, in quarters with 3 and 4: with
-// 8 registers of sums, 16 suffice for codes, activations and constants.
+// A tile is up to 4 int8 rows. Its panel is walked once with 1 row, in two halves with 2, in quarters with 3 and 4:
+// with 8 registers of sums, 16 suffice for codes, activations and constants.
 
 #include <cpuid.h>
 
@@ -40,9 +40,9 @@ inline void add_block4(const uint8_t* block, const int8_t* activations, __m256i 
     }
 #pragma GCC unroll 8
     for (int j = 0; j < kCount; ++j) {
-      if (j % 2 == 0) prefetch(block + 32 * j);
       const __m256i codes = load(block + 32 * j);
-      const __m256i first = _mm256_and_si256(codes, nibble), second = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
+      const __m256i first = _mm256_and_si256(codes, nibble);
+      const __m256i second = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         sums[r][j] = _mm256_add_epi16(sums[r][j], _mm256_maddubs_epi16(first, low[r]));
@@ -52,7 +52,6 @@ inline void add_block4(const uint8_t* block, const int8_t* activations, __m256i 
     return;
   }
   __m256i first[kCount], second[kCount];  // more rows: the codes do
-  prefetch(block);
 #pragma GCC unroll 8
   for (int j = 0; j < kCount; ++j) {
     const __m256i codes = load(block + 32 * j);
@@ -71,7 +70,8 @@ inline void add_block4(const uint8_t* block, const int8_t* activations, __m256i 
 }
 
 template <int kRows, int kCount>
-inline void dot4(const uint8_t* blocks, int64_t count, const int8_t* activations, __m256i (&sums)[kRows][kCount]) {
+inline void dot4(const uint8_t* blocks, int64_t count, const uint8_t* ahead, const int8_t* activations,
+                 __m256i (&sums)[kRows][kCount]) {
   while (count > 0) {
     __m256i narrow[kRows][kCount];
 #pragma GCC unroll 8
@@ -81,6 +81,7 @@ inline void dot4(const uint8_t* blocks, int64_t count, const int8_t* activations
     }
     const int64_t run = count < kRunBlocks ? count : kRunBlocks;
     for (int64_t i = 0; i < run; ++i, blocks += kBlockBytes, activations += 8 * kRows) {
+      if (ahead) fetch<kCount>(ahead);
       add_block4<kRows, kCount>(blocks, activations, narrow);
     }
     count -= run;
@@ -109,12 +110,13 @@ inline void split_pairs(const int8_t* activations, int64_t dwords, Pairs& pairs)
 }
 
 template <int kRows, int kCount>
-inline void dot8(const uint8_t* blocks, int64_t count, const Pairs& pairs, __m256i (&sums)[kRows][kCount]) {
+inline void dot8(const uint8_t* blocks, int64_t count, const uint8_t* ahead, const Pairs& pairs,
+                 __m256i (&sums)[kRows][kCount]) {
   const int32_t *even = pairs.even, *odd = pairs.odd;
   for (int64_t i = 0; i < count; ++i, blocks += kBlockBytes, even += kRows, odd += kRows) {
+    if (ahead) fetch<kCount>(ahead);
 #pragma GCC unroll 8
     for (int j = 0; j < kCount; ++j) {
-      if (j % 2 == 0) prefetch(blocks + 32 * j);
       const __m256i codes = load(blocks + 32 * j);
       const __m256i first = _mm256_and_si256(codes, _mm256_set1_epi16(255)), second = _mm256_srli_epi16(codes, 8);
 #pragma GCC unroll 8
@@ -135,10 +137,11 @@ inline void multiply_group(const Layout& layout, const Group& group, float* out)
   for (int first = 0; first < kVectors; first += count) {
     __m256i sums[kRows][count];
     start<kRows, count>(layout, group, first, sums);
+    const uint8_t* ahead = group.cold ? fetch_from(layout, group, first) : nullptr;
     if (kBits == 4) {
-      dot4<kRows, count>(group.blocks + 32 * first, layout.blocks(), group.activations, sums);
+      dot4<kRows, count>(group.blocks + 32 * first, layout.blocks(), ahead, group.activations, sums);
     } else {
-      dot8<kRows, count>(group.blocks + 32 * first, layout.blocks(), pairs, sums);
+      dot8<kRows, count>(group.blocks + 32 * first, layout.blocks(), ahead, pairs, sums);
     }
     finish<kRows, count, kWide>(layout, group, first, sums, out);
   }

@@ -87,8 +87,9 @@ struct Case {
   std::string text() const {
     char line[200];
     std::snprintf(line, sizeof line, "m %lld k %lld n %lld block %lld bits %d %s %s scales %d zero points %d a%d%s",
-                  (long long)m, (long long)k, (long long)n, (long long)block_size, bits, is_signed ? "signed" : "unsigned",
-                  half ? "fp16" : "fp32", int(scales), int(zero_points), activation_bits, bias ? " bias" : "");
+                  (long long)m, (long long)k, (long long)n, (long long)block_size, bits,
+                  is_signed ? "signed" : "unsigned", half ? "fp16" : "fp32", int(scales), int(zero_points),
+                  activation_bits, bias ? " bias" : "");
     return line;
   }
 };
@@ -175,8 +176,9 @@ inline float activation(Row row, int64_t k, Random& random) {
 // x (m, K), rows of all kinds, as floats and in the element type of the case; and a bias.
 class Activations {
  public:
-  Activations(const Case& c, Random& random) : values(size_t(c.m * c.k)), bias(size_t(c.n)), case_(c), elements_(c.m * c.k),
-                                               halves_(c.m * c.k), bias_(c.n), half_bias_(c.n) {
+  Activations(const Case& c, Random& random)
+      : values(size_t(c.m * c.k)), bias(size_t(c.n)), case_(c), elements_(c.m * c.k), halves_(c.m * c.k), bias_(c.n),
+        half_bias_(c.n) {
     for (int64_t m = 0; m < c.m; ++m) {
       // Half of the rows are plain; a product of one row has each kind in its turn.
       kinds.push_back(random.below(2) ? Row::kPlain : Row(random.below(int(Row::kCount))));

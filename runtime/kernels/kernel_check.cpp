@@ -32,7 +32,7 @@ struct Report {
   }
   void error(double error, double limit, double& worst, const std::string& where, const char* what) {
     worst = std::isnan(error) ? error : std::fmax(worst, error);
-    if (!(error <= limit)) fail(where, std::string(what) + " error " + std::to_string(error / limit) + " times the limit");
+    if (!(error <= limit)) fail(where, std::string(what) + " error, times the limit: " + std::to_string(error / limit));
   }
 };
 
@@ -54,7 +54,8 @@ std::vector<float> multiply(const PackedWeight& weight, const Case& c, const Act
   Guarded<float> y(c.half ? 0 : c.m * c.n);
   Guarded<uint16_t> halves(c.half ? c.m * c.n : 0);
   void* out = c.half ? static_cast<void*>(halves.data()) : y.data();
-  weight.multiply(x.x(), c.half ? Element::kHalf : Element::kFloat, c.m, out, x.bias_elements(), c.activation_bits, parallel);
+  weight.multiply(x.x(), c.half ? Element::kHalf : Element::kFloat, c.m, out, x.bias_elements(), c.activation_bits,
+                  parallel);
   std::vector<float> values(size_t(c.m * c.n));
   for (size_t i = 0; i < values.size(); ++i) values[i] = c.half ? half_to_float(halves[int64_t(i)]) : y[int64_t(i)];
   return values;
@@ -62,8 +63,9 @@ std::vector<float> multiply(const PackedWeight& weight, const Case& c, const Act
 
 // What the element type itself cannot tell apart is no error of the product.
 double beyond_rounding(double y, double expected, const Case& c) {
-  const double ulp = c.half ? std::fmax(std::fabs(expected) / 2048, std::ldexp(1.0, -25)) : double(c.k) * std::ldexp(1.0, -149);
   if (c.half && std::fabs(expected) > 65000) return std::fabs(y) > 60000 && (y > 0) == (expected > 0) ? 0 : INFINITY;
+  const double ulp = c.half ? std::fmax(std::fabs(expected) / 2048, std::ldexp(1.0, -25))
+                            : double(c.k) * std::ldexp(1.0, -149);
   return std::fmax(0, std::fabs(y - expected) - ulp);
 }
 
@@ -80,13 +82,15 @@ double relative_error(const Case& c, const std::vector<double>& x, const Weight&
 void check_same_class(const Case& c, const std::vector<double>& expected, const float* y, Report& report) {
   for (size_t n = 0; n < expected.size(); ++n) {
     const bool same = std::isnan(expected[n]) ? std::isnan(y[n]) : double(y[n]) == expected[n];
-    if (!same) return report.fail(c.text(), "column " + std::to_string(n) + " is " + std::to_string(y[n]) + " for " +
-                                                std::to_string(expected[n]));
+    if (!same) {
+      return report.fail(c.text(), "column " + std::to_string(n) + " is " + std::to_string(y[n]) + " for " +
+                                       std::to_string(expected[n]));
+    }
   }
 }
 
-void check_row(const Case& c, const Layout& layout, const Weight& weight, const Activations& x, int64_t m, const float* y,
-               Report& report) {
+void check_row(const Case& c, const Layout& layout, const Weight& weight, const Activations& x, int64_t m,
+               const float* y, Report& report) {
   const float* row = x.values.data() + m * c.k;
   const std::vector<double> exact(row, row + c.k);
   if (!is_finite(x.kinds[size_t(m)])) return check_same_class(c, product(exact, weight.w, x.bias), y, report);
@@ -102,7 +106,8 @@ void check_unpacked(const PackedWeight& packed, const Weight& weight, const Case
   Guarded<float> w(c.k * c.n);
   packed.unpack(w.data());
   for (int64_t i = 0; i < w.size(); ++i) {
-    if (w[i] != float(weight.w[size_t(i)])) return report.fail(c.text(), "element " + std::to_string(i) + " does not unpack");
+    if (w[i] == float(weight.w[size_t(i)])) continue;
+    return report.fail(c.text(), "element " + std::to_string(i) + " does not unpack");
   }
 }
 
@@ -188,7 +193,8 @@ struct TileData {
   Guarded<int32_t> sum;
 };
 
-void quantize_tile(const Kernels* kernels, const Layout& layout, const Guarded<float>& x, int rows, bool wide, TileData& tile) {
+void quantize_tile(const Kernels* kernels, const Layout& layout, const Guarded<float>& x, int rows, bool wide,
+                   TileData& tile) {
   const int step = wide ? 2 : 1;
   for (int row = 0; row < rows; row += step) {
     Guarded<float> one(layout.k);
@@ -199,7 +205,9 @@ void quantize_tile(const Kernels* kernels, const Layout& layout, const Guarded<f
 }
 
 template <typename T>
-bool same(const Guarded<T>& a, const Guarded<T>& b) { return std::memcmp(a.data(), b.data(), size_t(a.size()) * sizeof(T)) == 0; }
+bool same(const Guarded<T>& a, const Guarded<T>& b) {
+  return std::memcmp(a.data(), b.data(), size_t(a.size()) * sizeof(T)) == 0;
+}
 
 void check_tile(const Kernels* reference, const Kernels* kernels, const Case& c, int rows, bool wide, Report& report) {
   Random random(c.seed + uint64_t(rows));
@@ -224,8 +232,11 @@ void check_tile(const Kernels* reference, const Kernels* kernels, const Case& c,
   if (sabotage == "activation" && report.tiles == 1) tile.codes[0] ^= 1;
   Guarded<float> out(rows / step * kPanel), wanted(rows / step * kPanel);
   const uint8_t* panel = packed.data() + (layout.panels() - 1) * layout.panel_bytes();
-  reference->multiply(layout, panel, {expected.codes.data(), expected.scale.data(), expected.sum.data(), rows, wide}, wanted.data());
-  kernels->multiply(layout, panel, {tile.codes.data(), tile.scale.data(), tile.sum.data(), rows, wide}, out.data());
+  const bool cold = c.seed % 2;
+  const Tile reference_tile = {expected.codes.data(), expected.scale.data(), expected.sum.data(), rows, wide, cold};
+  reference->multiply(layout, panel, reference_tile, wanted.data());
+  kernels->multiply(layout, panel, {tile.codes.data(), tile.scale.data(), tile.sum.data(), rows, wide, cold},
+                    out.data());
   for (int row = 0; row < rows / step; ++row) {
     const float *a = out.data() + row * kPanel, *b = wanted.data() + row * kPanel, *in = x.data() + row * c.k;
     std::vector<double> error(kPanel);
@@ -254,7 +265,8 @@ void check_not_finite(const Kernels* kernels, Report& report) {
     for (int64_t at = 0; at < layout.k; ++at) {
       for (int64_t k = 0; k < layout.k; ++k) x[k] = k == at ? bad : float(k);
       for (const bool wide : {false, true}) {
-        const float largest = kernels->quantize(layout, x.data(), wide, 0, 2, tile.codes.data(), tile.scale.data(), tile.sum.data());
+        const float largest = kernels->quantize(layout, x.data(), wide, 0, 2, tile.codes.data(), tile.scale.data(),
+                                                tile.sum.data());
         if (std::isfinite(largest)) report.fail("quantize", "not seen at " + std::to_string(at));
       }
     }
@@ -301,7 +313,8 @@ void check_half(const Kernels* kernels, Report& report) {
     const uint16_t wanted = expected[size_t(i)];
     if (out[i] != wanted) return report.fail("to_half", std::to_string(in[i]) + " becomes " + std::to_string(out[i]));
     const bool finite = (wanted & 0x7C00) != 0x7C00;
-    if (finite ? double(back[i]) != half_value(wanted) || std::signbit(back[i]) != (wanted >> 15) : !std::isinf(back[i])) {
+    const bool right = finite ? double(back[i]) == half_value(wanted) : std::isinf(back[i]);
+    if (!right || std::signbit(back[i]) != (wanted >> 15)) {
       return report.fail("from_half", std::to_string(wanted) + " becomes " + std::to_string(back[i]));
     }
   }
@@ -312,7 +325,8 @@ void check_half(const Kernels* kernels, Report& report) {
     kernels->to_half(some.data(), halves.data(), n);
     kernels->from_half(halves.data(), again.data(), n);
     for (int64_t i = 0; i < n; ++i) {
-      if (i % 7 == 3 ? !std::isnan(again[i]) : again[i] != some[i]) return report.fail("fp16", "of " + std::to_string(n));
+      const bool right = i % 7 == 3 ? std::isnan(again[i]) : again[i] == some[i];
+      if (!right) return report.fail("fp16", std::to_string(i) + " of " + std::to_string(n));
     }
   }
 }
@@ -328,9 +342,10 @@ int check_kernels(const Kernels* reference, const Kernels* kernels) {
   check_tiles(reference, kernels, report);
   for (const Case& c : products()) check_product(kernels, c, report);
   check_bad_scale(kernels, report);
-  std::printf("%-10s %d products: a16 %.1e (limit %.0e), of codes %.1e (%.0e); %d tiles: %.1e (%.0e); %d fp16; %d failures\n",
-              kernels->name, report.products, report.worst16, kLimit16, report.worst_codes, kLimitCodes, report.tiles,
-              report.worst_reference, kLimitReference, report.conversions, report.failures);
+  std::printf("%-10s %d products: a16 %.1e (limit %.0e), of codes %.1e (%.0e); %d tiles: %.1e (%.0e); ", kernels->name,
+              report.products, report.worst16, kLimit16, report.worst_codes, kLimitCodes, report.tiles,
+              report.worst_reference, kLimitReference);
+  std::printf("%d fp16; %d failures\n", report.conversions, report.failures);
   std::fflush(stdout);
   return report.failures;
 }

@@ -11,8 +11,8 @@
 //
 // So four bytes of a column meet four activations, which is the shape of the int8 dot-product instructions, and a panel
 // is read front to back. A group of the file with more than 128 rows is stored as several packed groups of equal scale:
-// activations then get a scale for each, and 32-bit sums cannot overflow. Rows that a packed group lacks (K or the group
-// size is no multiple of 8) meet activations of value 0.
+// activations then get a scale for each, and 32-bit sums cannot overflow. Rows that a packed group lacks (K or the
+// group size is no multiple of 8) meet activations of value 0.
 #pragma once
 
 #include <cstddef>

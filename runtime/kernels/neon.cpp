@@ -1,8 +1,8 @@
 // Arm NEON with the dot-product extension: sdot multiplies 16 signed codes by the four activations of one row, which it
 // takes from a lane, and adds fours of products to 4 sums.
 //
-// 4 bits: codes 0 … 15 are signed bytes as they are. 8 bits: code ^ 128 is code - 128, and zero points lose 128 as well.
-// A tile is up to 4 int8 rows by 16 columns: 16 registers of sums, 8 of codes, 2 of activations and one mask of nibbles.
+// 4 bits: codes 0 … 15 are signed bytes as they are. 8 bits: code ^ 128 is code - 128, and zero points lose 128, too.
+// A tile is up to 4 int8 rows by 16 columns: 16 registers of sums, 8 of codes, 2 of activations, one mask of nibbles.
 
 #include <arm_neon.h>
 #if defined(__linux__)
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kTileRows = 4;
 constexpr int kLanes = 4;                  // columns of a register of sums
-constexpr int kCount = kVector / 16;       // registers of codes and sums worked on at a time: the 16 columns of a vector
+constexpr int kCount = kVector / 16;       // registers of codes and of sums worked on at a time: 16 columns
 constexpr int kAhead = 2048;               // bytes of prefetch
 
 bool available() {
@@ -142,7 +142,6 @@ template <int kRows, int kBits>
 inline void add_block(const uint8_t* block, const int8_t* activations, int32x4_t (&sums)[kRows][kCount]) {
   uint8x16_t loaded[kCount];
   int8x16_t codes[kCount];
-  __builtin_prefetch(block + kAhead);
 #pragma GCC unroll 4
   for (int j = 0; j < kCount; ++j) {
     loaded[j] = vld1q_u8(block + 16 * j);
@@ -217,9 +216,9 @@ inline void finish(const Layout& layout, const Group& group, int column, const i
 
 template <int kRows, int kBits, bool kWide>
 void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
-  const int64_t groups = layout.groups(), depth = layout.depth(), blocks = layout.blocks(), bytes = layout.group_bytes();
+  const int64_t groups = layout.groups(), depth = layout.depth(), blocks = layout.blocks();
   for (int i = 0; i < kRows / (kWide ? 2 : 1) * kPanel; i += kLanes) vst1q_f32(out + i, vdupq_n_f32(0));
-  for (int64_t g = 0; g < groups; ++g, panel += bytes) {
+  for (int64_t g = 0; g < groups; ++g, panel += layout.group_bytes()) {
     const uint8_t* zero_point = panel + layout.scale_bytes();
     const Group group = {panel, layout.zero_points ? zero_point : nullptr, zero_point + layout.zero_point_bytes(),
                          tile.codes + g * depth * kRows, tile.scale + g, tile.sum + g, groups};
@@ -229,6 +228,7 @@ void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile,
       const uint8_t* block = group.blocks + 4 * column;
       const int8_t* activations = group.activations;
       for (int64_t i = 0; i < blocks; ++i, block += kBlockBytes, activations += kBits == 4 ? 8 * kRows : 4 * kRows) {
+        if (tile.cold) __builtin_prefetch(block + kAhead);
         add_block<kRows, kBits>(block, activations, sums);
       }
       finish<kRows, kWide>(layout, group, column, sums, out);

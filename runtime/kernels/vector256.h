@@ -1,7 +1,7 @@
-// What the x86 instruction sets with 256-bit registers share: quantization, the start and the end of a group's sums, fp16.
+// What the x86 instruction sets with 256-bit registers share: quantization, start and end of a group's sums, fp16.
 //
-// Included by files of one instruction set each. Everything is in an unnamed namespace, so that no copy of a function is
-// offered to the linker for files of another one.
+// Included by files of one instruction set each. Everything is in an unnamed namespace, so that no copy of a function
+// is offered to the linker for files of another one.
 #pragma once
 
 #include <immintrin.h>
@@ -14,7 +14,6 @@ namespace {
 constexpr int kLanes = 8;                     // columns of a register of sums
 constexpr int kVectors = kPanel / kLanes;     // of sums over a panel, and of codes in a block
 constexpr int kAhead = 4096;                  // bytes of prefetch: what a panel is away in time from memory
-constexpr int kPrefetchRows = 4;              // above, the product is bound by arithmetic, and prefetching costs slots
 
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
@@ -121,6 +120,7 @@ struct Group {
   const float* row_scale;      // of row 0 of the model; the next row's lie `groups` further
   const int32_t* sum;          // of int8 row 0, likewise
   int64_t groups;
+  bool cold;                   // the panel comes from memory
 };
 
 // Sums of `kCount` vectors from `first` on start from minus the zero point's share, so that codes can stay unsigned.
@@ -153,7 +153,8 @@ inline __m256 load_scale(const Layout& layout, const Group& group, int vector) {
 
 // out += sums, high and low row put together, times the scales of the weight and of the activations.
 template <int kRows, int kCount, bool kWide>
-inline void finish(const Layout& layout, const Group& group, int first, const __m256i (&sums)[kRows][kCount], float* out) {
+inline void finish(const Layout& layout, const Group& group, int first, const __m256i (&sums)[kRows][kCount],
+                   float* out) {
   constexpr int step = kWide ? 2 : 1;
 #pragma GCC unroll 8
   for (int j = 0; j < kCount; ++j) {
@@ -170,7 +171,18 @@ inline void finish(const Layout& layout, const Group& group, int first, const __
   }
 }
 
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0); }
+// A cold panel is fetched as the linear stream that it is, though each group is walked several times by columns: a walk's
+// share of the fetching is `kCount` of 8 vectors a block, counted from where `fetch_from` says.
+inline const uint8_t* fetch_from(const Layout& layout, const Group& group, int first) {
+  return group.blocks + kAhead + 32 * first * layout.blocks();
+}
+
+template <int kCount>
+inline void fetch(const uint8_t*& from) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kCount; j += 2) _mm_prefetch(reinterpret_cast<const char*>(from + 32 * j), _MM_HINT_T0);
+  from += 32 * kCount;
+}
 
 // What each instruction set defines for itself: out (rows of the model, 64) += the product of one group.
 template <int kRows, int kBits, bool kWide>
@@ -183,7 +195,11 @@ void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile,
   for (int64_t g = 0; g < groups; ++g, panel += bytes) {
     const uint8_t* zero_point = panel + layout.scale_bytes();
     const Group group = {panel, layout.zero_points ? zero_point : nullptr, zero_point + layout.zero_point_bytes(),
-                         tile.codes + g * depth * kRows, tile.scale + g, tile.sum + g, groups};
+                         tile.codes + g * depth * kRows, tile.scale + g, tile.sum + g, groups, tile.cold};
+    if (tile.cold) {  // scales and zero points lie between the codes of two groups
+      const uint8_t* from = fetch_from(layout, group, kVectors);
+      fetch<4>(from);
+    }
     multiply_group<kRows, kBits, kWide>(layout, group, out);
   }
 }

@@ -3,8 +3,8 @@
 // One source for two encodings: the including file says how a `dot` is written. avxvnni.cpp (VEX, 16 registers) is what
 // processors without AVX-512 have; avx512vl.cpp (EVEX) runs the same code where that one cannot run.
 //
-// A tile is up to 6 int8 rows. Its panel is walked once with 1 row, in two halves with 2, in quarters from 3 rows on: 12
-// registers of sums, 2 of codes, one of activations and one mask of nibbles are the 16.
+// A tile is up to 6 int8 rows. Its panel is walked once with 1 row, in two halves with 2, in quarters from 3 rows on:
+// 12 registers of sums, 2 of codes, one of activations and one mask of nibbles are the 16.
 #pragma once
 
 #if !defined(__clang__)
@@ -39,7 +39,6 @@ inline void add_block(const uint8_t* block, const int8_t* activations, __m256i (
   __m256i codes[kCount];
 #pragma GCC unroll 8
   for (int j = 0; j < kCount; ++j) {
-    if (kRows <= kPrefetchRows && j % 2 == 0) prefetch(block + 32 * j);
     codes[j] = load(block + 32 * j);
     if (kBits == 4) codes[j] = _mm256_and_si256(codes[j], _mm256_set1_epi8(15));
   }
@@ -60,8 +59,10 @@ inline void multiply_group(const Layout& layout, const Group& group, float* out)
     __m256i sums[kRows][count];
     start<kRows, count>(layout, group, first, sums);
     const uint8_t* block = group.blocks + 32 * first;
+    const uint8_t* ahead = fetch_from(layout, group, first);
     const int8_t* activations = group.activations;
     for (int64_t i = 0; i < blocks; ++i, block += kBlockBytes, activations += kBits == 4 ? 8 * kRows : 4 * kRows) {
+      if (group.cold) fetch<count>(ahead);
       add_block<kRows, kBits, count>(block, activations, sums);
     }
     finish<kRows, count, kWide>(layout, group, first, sums, out);
