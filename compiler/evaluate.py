@@ -61,9 +61,13 @@ def evaluate(
     reference: Path | None = None,
     accuracy_level: int = 0,
     provider: str = "cpu",
+    kernels: str = "auto",
 ) -> DecoderScores:
     """The scores of one decoder on windows of token ids; see `evaluate_many`."""
-    return evaluate_many(reference, [model], windows, accuracy_level=accuracy_level, provider=provider)[-1]
+    scores = evaluate_many(
+        reference, [model], windows, accuracy_level=accuracy_level, provider=provider, kernels=kernels
+    )
+    return scores[-1]
 
 
 def evaluate_many(
@@ -73,6 +77,7 @@ def evaluate_many(
     *,
     accuracy_level: int = 0,
     provider: str = "cpu",
+    kernels: str = "auto",
     progress: Progress | None = None,
 ) -> list[DecoderScores]:
     """Scores of decoders, the reference first if there is one; the reference runs once for each window.
@@ -80,7 +85,7 @@ def evaluate_many(
     All models are loaded at once; of the logits, one window of the reference and one of a candidate.
     """
     paths = [*([reference] if reference else []), *candidates]
-    subjects = [Subject(path, accuracy_level=accuracy_level, provider=provider) for path in paths]
+    subjects = [Subject(path, accuracy_level=accuracy_level, provider=provider, kernels=kernels) for path in paths]
     scores = [TokenScores() for _ in subjects]
     done = 0
     for window in windows:
@@ -110,11 +115,14 @@ def compare_outputs(
     *,
     accuracy_level: int = 0,
     provider: str = "cpu",
+    kernels: str = "auto",
     progress: Progress | None = None,
 ) -> list[OutputScores]:
     """SQNR and cosine of every output of every candidate, on the batches made for the reference's inputs."""
     paths = [reference, *candidates]
-    first, *others = (Subject(path, accuracy_level=accuracy_level, provider=provider) for path in paths)
+    first, *others = (
+        Subject(path, accuracy_level=accuracy_level, provider=provider, kernels=kernels) for path in paths
+    )
     for other in others:
         missing = [name for name in first.outputs if name not in other.outputs]
         if missing:

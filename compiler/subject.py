@@ -18,10 +18,10 @@ from qcompile.runtime.sessions import run, session
 class Subject:
     """A model under evaluation: its file, the roles of its inputs, an ONNX Runtime session."""
 
-    def __init__(self, path: Path, *, accuracy_level: int = 0, provider: str = "cpu") -> None:
+    def __init__(self, path: Path, *, accuracy_level: int = 0, provider: str = "cpu", kernels: str = "auto") -> None:
         self.path = path
         self.plan: InputPlan = input_plan(load_model(path))
-        self.session: Any = session(path, providers=(provider,), accuracy_level=accuracy_level, kernels="portable")
+        self.session: Any = session(path, providers=(provider,), accuracy_level=accuracy_level, kernels=kernels)
         self.outputs: list[str] = [output.name for output in self.session.get_outputs()]
 
     def require_decoder(self) -> str:

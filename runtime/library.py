@@ -63,6 +63,16 @@ def check_version(model: Path | str | bytes, library: Path) -> None:
         )
 
 
+def chosen_kernel(library: Path) -> str:
+    """The instruction set that the library uses on this machine, such as avx512vnni."""
+    try:
+        entry = ctypes.CDLL(str(library)).qcompile_chosen_kernel
+    except (OSError, AttributeError) as error:
+        raise UserError(f"{library} is no library of qcompile's kernels: {error}") from error
+    entry.restype = ctypes.c_char_p
+    return bytes(entry()).decode()
+
+
 def _known_version(library: Path) -> int:
     try:
         return int(ctypes.CDLL(str(library)).qcompile_operator_version())

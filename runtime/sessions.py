@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.passes.errors import UserError
-from qcompile.runtime.library import VARIABLE, check_version, library_path
+from qcompile.runtime.library import VARIABLE, check_version, chosen_kernel, library_path
 
 # 1.23 and older crash on an absent optional input of an inlined model-local function.
 MINIMUM = (1, 24, 4)
 _INSTALL = "pip install 'qcompile-onnx[cpu]' or 'qcompile-onnx[cuda]'"
+KERNELS = ("auto", "native", "portable")
 _ALIASES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "gpu": "CUDAExecutionProvider"}
 
 
@@ -42,8 +43,8 @@ def session(
     ONNX bodies; "auto" is native where the session runs on the CPU alone and there is a library.
     """
     ort = _runtime()
-    if kernels not in ("auto", "native", "portable"):
-        raise UserError(f"kernels is {kernels!r}, it must be auto, native or portable")
+    if kernels not in KERNELS:
+        raise UserError(f"kernels is {kernels!r}, it must be one of {', '.join(KERNELS)}")
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise UserError(f"{model}: no such model file")
     names = provider_names(providers)
@@ -89,6 +90,12 @@ def provider_names(providers: Sequence[str]) -> list[str]:
         ort.preload_dlls()  # finds the CUDA libraries of the nvidia-* packages
     cpu = _ALIASES["cpu"]
     return [name for name in dict.fromkeys(names) if name != cpu] + [cpu]
+
+
+def operator_kernels(kernels: str, provider: str) -> str:
+    """Who computes qcompile's operators in a session of these settings, in a few words."""
+    library = _library(kernels, provider_names([provider]))
+    return "portable operators" if library is None else f"native kernels ({chosen_kernel(library)})"
 
 
 def _library(kernels: str, providers: list[str]) -> Path | None:

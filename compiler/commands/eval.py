@@ -16,6 +16,7 @@ from qcompile.compiler.store import load_model
 from qcompile.compiler.subject import text_windows
 from qcompile.compiler.tokens import Tokenizer, find_tokenizer, load_tokenizer
 from qcompile.passes.errors import UserError
+from qcompile.runtime.sessions import KERNELS, operator_kernels
 
 _EPILOG = """Perplexity: non-overlapping windows of --context tokens from the start of the text; the first token of a
 window is given, not scored; no BOS is added. KL(reference ‖ model): mean over the scored tokens, in nats, ± its
@@ -40,6 +41,13 @@ def add_parser(subparsers: Any) -> None:
         help="what ONNX Runtime may do in 4-bit products: 0 exact (default), 4 int8 activations (its own default)",
     )
     parser.add_argument("--provider", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--kernels",
+        default="auto",
+        choices=KERNELS,
+        help="who computes the operators of qcompile: native, its library; portable, ONNX Runtime through their ONNX "
+        "bodies; auto (default), the library where there is one and the provider is the CPU",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
 
 
@@ -77,6 +85,7 @@ def _on_text(args: argparse.Namespace, plan: InputPlan) -> list[dict[str, Any]]:
                 windows,
                 accuracy_level=args.accuracy_level,
                 provider=args.provider,
+                kernels=args.kernels,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
             )
         rows += [_row(text, score) for score in scores]
@@ -109,7 +118,8 @@ def _print_scores(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     out.print(shown)
     out.print(
         f"{first['windows']} windows of {first['context']} tokens, first token of each not scored "
-        f"({first['scored']} scored), no BOS added, accuracy level {first['accuracy_level']}"
+        f"({first['scored']} scored), no BOS added, accuracy level {first['accuracy_level']}, "
+        f"{operator_kernels(args.kernels, args.provider)}"
         + ("; KL(reference ‖ model) in nats per token ± standard error over tokens" if args.against else "")
     )
 
@@ -132,6 +142,7 @@ def _outputs(args: argparse.Namespace) -> list[dict[str, Any]]:
             batches,
             accuracy_level=args.accuracy_level,
             provider=args.provider,
+            kernels=args.kernels,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     _print_outputs(scores)

@@ -11,6 +11,7 @@ from qcompile.compiler.generate import Sampling, generate_ids, stream
 from qcompile.compiler.subject import Subject
 from qcompile.compiler.tokens import load_tokenizer
 from qcompile.passes.errors import UserError
+from qcompile.runtime.sessions import KERNELS
 
 
 def add_parser(subparsers: Any) -> None:
@@ -25,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: beside the model")
     parser.add_argument("--accuracy-level", type=int, default=0, choices=range(5), help="as in qcompile eval")
     parser.add_argument("--provider", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--kernels", default="auto", choices=KERNELS, help="as in qcompile eval")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = tokenizer.encode(args.prompt, special=True)
     while prompt and prompt[-1] in tokenizer.eos_ids:  # a template that closes the text
         prompt.pop()
-    subject = Subject(args.model, accuracy_level=args.accuracy_level, provider=args.provider)
+    subject = Subject(args.model, accuracy_level=args.accuracy_level, provider=args.provider, kernels=args.kernels)
     tokenizer.check_vocabulary(subject.plan.vocabulary, prompt)
     times: list[float] = [time.perf_counter()]
     ids = _timed(generate_ids(subject, prompt, args.max_tokens, sampling, tokenizer.eos_ids), times)
