@@ -29,8 +29,9 @@ inline __m256i broadcast(const int8_t* codes) {
 // x[0] … x[7], zeros from x[count] on; nothing behind x[count - 1] is read.
 inline __m256 load_some(const float* x, int64_t count) {
   if (count >= kLanes) return _mm256_loadu_ps(x);
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_maskload_ps(x, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count > 0 ? count : 0)), lane));
+  float some[kLanes] = {};  // no vmaskmovps: qemu reads all lanes of its operand
+  for (int64_t i = 0; i < count; ++i) some[i] = x[i];
+  return _mm256_loadu_ps(some);
 }
 
 inline __m128i fold(__m256i v, __m128i (*fold_halves)(__m128i, __m128i)) {
