@@ -1,4 +1,4 @@
-# `make demo` and `make test` do their own set-up: Python 3.11 or newer with venv, a C compiler, no GPU.
+# `make demo` and `make test` do their own set-up: Python 3.11 or newer with venv, g++ or clang, no GPU.
 PYTHON ?= python3
 # Installed before everything else: `pip install torch` alone may bring gigabytes of CUDA libraries. Where this version
 # has no wheel (another platform, a newer Python), the Makefile takes whatever `torch` there is.
@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test test-slow lint types wheel clean
+.PHONY: demo test test-slow sanitize lint types wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -19,6 +19,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Every instruction set that this machine has, with AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(STAMP)
+	$(BIN)/cmake -S runtime/kernels -B build/sanitize -DQCOMPILE_CHECK=ON -DQCOMPILE_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize --target kernel_check
+	build/sanitize/kernel_check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -33,8 +39,8 @@ wheel: $(STAMP)
 clean:
 	rm -rf .venv build dist demo-output
 
-# The install is editable: sources are read where they are, so only a change of dependencies needs it again.
-$(STAMP): pyproject.toml
+# The install is editable: Python sources are read where they are. A change of dependencies or of the kernels needs it again.
+$(STAMP): pyproject.toml $(wildcard runtime/kernels/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "qcompile needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
