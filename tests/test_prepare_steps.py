@@ -156,7 +156,7 @@ def test_copied_embedding_is_tied_again():
 
 def test_head_folded_into_a_copy_is_tied_again():
     table = weight(N, K)
-    body = "e = Gather(w, ids) a = MatMul(e, v) b = MatMul(e, v) y = Add(a, b)"
+    body = "e = Gather(w, ids) r = Relu(e) a = MatMul(e, v) b = MatMul(r, v) y = Add(a, b)"
     model = parse(body, inputs="int64[M] ids", w=table, v=np.ascontiguousarray(table.T))
     decisions = check(model, {"ids": np.arange(7)})
     assert reasons(decisions, "tied") == ["the transposed values of w"]
@@ -209,13 +209,15 @@ def test_almost_equal_weights_stay_apart():
 
 
 def test_equal_transposes_of_one_weight_are_folded_once():
-    body = "s = Transpose(w) t = Transpose <perm = [1, 0]> (w) a = MatMul(x, s) b = MatMul(x, t) y = Add(a, b)"
+    body = (
+        "s = Transpose(w) t = Transpose <perm = [1, 0]> (w) r = Relu(x) a = MatMul(x, s) b = MatMul(r, t) y = Add(a, b)"
+    )
     model = parse(body, w=weight(N, K))
     check(model, X)
     assert len(model.graph.initializers) <= 2
     model = parse(body.replace(" <perm = [1, 0]>", ""), w=weight(N, K))
     check(model, X)
-    assert operators(model) == ["MatMul", "MatMul", "Add"]
+    assert operators(model) == ["Relu", "MatMul", "MatMul", "Add"]
     assert len(model.graph.initializers) == 1
 
 

@@ -3,10 +3,13 @@
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.prepare.constants import fix_defaults, lift_constants, load_small
 from qcompile.passes.prepare.duplicates import merge_duplicates
+from qcompile.passes.prepare.equal import merge_equal
 from qcompile.passes.prepare.folding import fold_weights
 from qcompile.passes.prepare.gemm import split_gemms
 from qcompile.passes.prepare.identities import remove_identities
 from qcompile.passes.prepare.opset import raise_opset
+from qcompile.passes.prepare.simplify import divide, remove_guards, remove_neutral, sign_tables
+from qcompile.passes.prepare.sizes import merge_sizes, transpose_keys
 from qcompile.passes.prepare.subgraphs import report_subgraphs
 from qcompile.passes.prepare.tidy import infer_shapes, inline_functions, name_nodes, remove_traces, remove_unused, sort
 from qcompile.passes.prepare.ties import tie_heads
@@ -28,6 +31,13 @@ class Prepare(Pass):
     Case 7: a Gemm with constant weight becomes MatMul and Add.
     Case 8: what no output needs is removed, and shapes are inferred again.
     Case 9: weights in subgraphs of If, Loop and Scan are left alone, each with its reason.
+    Case 10: x * (1 / d) becomes x / d, so that runtimes see the end of a normalization.
+    Case 11: Reshape, Transpose, Reshape that turn the last two axes become one Transpose.
+    Case 12: what is computed twice is computed once. Dimensions of graph inputs with one name are one size.
+    Case 13: a guard against a softmax of nothing but -inf goes where the mask is finite. NaN scores then give NaN.
+    Case 14: a constant operand that changes nothing (and True, times 1, plus 0) goes with its node.
+    Case 15: the signs that rotary embeddings put on halves of q and k go into the table that all of them share.
+    Cases 11 to 15 keep every bit, but for NaN scores in Case 13; Case 10 rounds once where it was twice.
     Inputs and outputs keep names, order and types; weights keep their types and are never all in memory.
     """
 
@@ -57,6 +67,13 @@ class Prepare(Pass):
         split_gemms(model, decide)  # Case 7
         sort(model)
         tie_heads(model, decide)  # Case 5
+        divide(model, decide)  # Case 10
+        transpose_keys(model, decide)  # Case 11
+        merge_sizes(model, decide)  # Case 12
+        remove_neutral(model, decide)  # Case 14
+        remove_guards(model, decide)  # Case 13
+        sign_tables(model, decide)  # Case 15
+        merge_equal(model, decide)  # Case 12
         remove_unused(model, decide)  # Case 8
         sort(model)
         name_nodes(model, decide)

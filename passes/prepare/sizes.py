@@ -1,0 +1,139 @@
+"""What a computed shape holds, piece by piece; and what follows from it."""
+
+import onnx_ir as ir
+
+from qcompile.passes.prepare.edit import Decide, Names, insert_before, small_array, take_over
+
+# A number, the name of a symbol of the graph's inputs, or one dimension of a value.
+Size = int | str | tuple[ir.Value, int]
+_SAME = {"Squeeze", "Unsqueeze", "Identity"}
+
+
+def dimension(value: ir.Value, axis: int) -> Size:
+    """One dimension of a value of known rank."""
+    assert value.shape is not None
+    size = value.shape[axis]
+    if isinstance(size, int):
+        return size
+    return size.value if value.is_graph_input() and size.value else (value, axis)
+
+
+def sizes(value: ir.Value | None) -> tuple[Size, ...] | None:
+    """The content of a shape or of one of its numbers (a scalar has one entry); None if it cannot be told."""
+    array = small_array(value)
+    if array is not None:
+        return tuple(array.reshape(-1).tolist()) if array.ndim < 2 and array.dtype.kind == "i" else None
+    node = value.producer() if value is not None else None
+    if node is None or node.domain != "" or value is None or value.shape is None or len(value.shape) > 1:
+        return None
+    if node.op_type == "Shape":
+        return _shape(node)
+    if node.op_type == "Concat":
+        parts = [sizes(part) for part in node.inputs]
+        return tuple(size for part in parts if part for size in part) if None not in parts else None
+    content = sizes(node.inputs[0]) if node.op_type in {"Slice", "Gather", "Reshape"} | _SAME else None
+    if content is None or node.op_type in _SAME:
+        return content
+    if node.op_type == "Reshape":
+        return content if len(content) == 1 else None
+    operands = [sizes(operand) for operand in node.inputs[1:]]
+    if any(operand is None or not all(isinstance(number, int) for number in operand) for operand in operands):
+        return None
+    return _picked(node, content, [[int(n) for n in operand or () if isinstance(n, int)] for operand in operands])
+
+
+def _shape(node: ir.Node) -> tuple[Size, ...] | None:
+    value = node.inputs[0]
+    if value is None or value.shape is None:
+        return None
+    whole = [dimension(value, axis) for axis in range(len(value.shape))]
+    return tuple(whole[node.attributes.get_int("start", 0) : node.attributes.get_int("end", None)])
+
+
+def _picked(node: ir.Node, content: tuple[Size, ...], operands: list[list[int]]) -> tuple[Size, ...] | None:
+    """What Slice or Gather, with these constants, takes of a shape."""
+    if node.op_type == "Gather":
+        fits = all(-len(content) <= i < len(content) for i in operands[0])
+        return tuple(content[i] for i in operands[0]) if fits else None
+    starts, ends, _, steps = (*operands, [0], [1])[:4] if len(operands) < 4 else operands
+    return content[starts[0] : ends[0]] if steps == [1] else None
+
+
+def merge_sizes(model: ir.Model, decide: Decide) -> None:
+    """Let every use of a size that was computed before go to the first one.
+
+    Dimensions of graph inputs with the same name are the same number (ONNX: "dim_param … represents a dimension
+    variable"): the length of thirty caches is asked for once.
+    """
+    first: dict[tuple[int, tuple[Size, ...]], ir.Value] = {}
+    merged = 0
+    for node in list(model.graph):
+        if node.op_type not in {"Shape", "Concat", "Slice", "Gather", "Reshape"} | _SAME or node.domain != "":
+            continue
+        value = node.outputs[0]
+        if value.dtype != ir.DataType.INT64 or value.shape is None or value.is_graph_output():
+            continue
+        content = sizes(value)
+        if content is None or all(isinstance(size, int) for size in content):
+            continue
+        known = first.setdefault((len(value.shape), content), value)
+        if known is not value:
+            ir.convenience.replace_all_uses_with(value, known)
+            model.graph.remove(node, safe=True)
+            merged += 1
+    if merged:
+        decide("", "merged", f"{merged} sizes that were computed before", nodes=merged)
+
+
+def transpose_keys(model: ir.Model, decide: Decide) -> None:
+    """Reshape(Transpose(Reshape(x, [-1, m, n]), (0, 2, 1)), [..., n, m]) of x (..., m, n) becomes one Transpose of x.
+
+    The shapes are proved to be x's own. (The long form fails on empty x, where the Transpose does not.)
+    """
+    names = Names(model)
+    replaced = 0
+    for node in list(model.graph):
+        source = _turned(node)
+        if source is None:
+            continue
+        if isinstance(source, str):
+            decide(node.name or "", "kept", source)
+            continue
+        rank = len(source.shape or ())
+        output, name = node.outputs[0], node.name or ""
+        order = [*range(rank - 2), rank - 1, rank - 2]
+        turned = insert_before(
+            node, "Transpose", [source], {"perm": order}, name=name, output=names.fresh(f"{name}_turned")
+        )
+        take_over(output, turned, names)
+        model.graph.remove(node, safe=True)
+        replaced += 1
+    if replaced:
+        decide("", "simplified", f"{replaced} Transposes between Reshapes became plain ones", nodes=replaced)
+
+
+def _turned(node: ir.Node) -> ir.Value | str | None:
+    """The x of the long form that ends in this node; why it is not the same as a Transpose; None for another form."""
+    outer = _operand(node, "Reshape")
+    transpose = outer.producer() if outer is not None else None
+    inner = _operand(transpose, "Transpose")
+    reshape = inner.producer() if inner is not None else None
+    source = _operand(reshape, "Reshape")
+    if source is None or transpose is None or reshape is None or source.shape is None or len(source.shape) < 3:
+        return None
+    perm = transpose.attributes.get("perm")
+    if perm is None or tuple(perm.as_ints()) != (0, 2, 1):
+        return None
+    *lead, rows, columns = (dimension(source, axis) for axis in range(len(source.shape)))
+    if sizes(reshape.inputs[1]) != (-1, rows, columns):
+        return "the first shape is not (-1, and the last two sizes)"
+    wanted = sizes(node.inputs[1])
+    if wanted is None or len(wanted) != len(lead) + 2 or sum(size == -1 for size in wanted) > 1:
+        return "the second shape cannot be told"
+    if any(size not in (-1, real) for size, real in zip(wanted, (*lead, columns, rows), strict=True)):
+        return "the second shape is another one than that of the Transpose"
+    return source
+
+
+def _operand(node: ir.Node | None, op_type: str) -> ir.Value | None:
+    return node.inputs[0] if node is not None and (node.op_type, node.domain) == (op_type, "") else None
