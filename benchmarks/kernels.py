@@ -58,15 +58,16 @@ ROWS = "1,2,4,16,64,256,512"
 COLD_BELOW = 64  # rows; from here on a layer is bound by arithmetic
 OURS = ("int8", "a16")
 THEIRS = ("a4", "a0")
-# Largest relative errors (Frobenius norm, against float64): of normal activations, and with outlier channels.
+# Relative errors (Frobenius norm, against float64) that nothing but a mistake exceeds: of normal activations, and with
+# outlier channels. What issue 3 asks of a16 is stricter, and told among the targets.
 TOLERANCE = {
     "int8": (1.5e-2, 4e-2),
-    "a16": (1e-4, 1e-4),
+    "a16": (1e-4, 2e-4),
     "a4": (1.5e-2, 4e-2),
     "a0": (1e-5, 1e-5),
     "float": (1e-5, 1e-5),
 }
-CHECKED_COLUMNS = 16
+CHECKED_COLUMNS = 128
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ TARGETS = (
 )
 LARGE = 4096  # K and N from which the fractions and the use of two threads are asked for
 BANDWIDTH_TARGET, RATE_TARGET = 0.88, 0.70
+ERROR_TARGET = 1e-4  # of a16
 THREADS_TARGETS = {1: 1.7, 256: 1.8}
 
 
@@ -163,7 +165,7 @@ class Weights:
         layer = self.layer
         wide = np.zeros((layer.n, layer.groups * layer.group), np.uint8)
         wide[:, : layer.k] = self.codes.T
-        return (wide[:, ::2] | wide[:, 1::2] << 4).reshape(layer.n, layer.groups, layer.group // 2)
+        return pack_nibbles(wide).reshape(layer.n, layer.groups, layer.group // 2)
 
     def decoded(self, columns: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Columns of the weight, (K, len(columns))."""
@@ -367,7 +369,7 @@ def serve(connection: Any, path: str, cold: int, turn: float) -> None:
             answer: Any = None
             if name == "layer":
                 bench = None  # free the last one's memory first
-                bench = Bench(*arguments, cold, turn)
+                bench = Bench(arguments[0], cold, turn)
             elif name == "ceilings":
                 ceilings = ceilings or Ceilings(max(256, 2 * cold >> 20))
                 answer = ceilings.measure(*arguments)
@@ -547,6 +549,10 @@ def _targets_table(results: Sequence[Timings], entries: Sequence[Entry], ms: Seq
                 wanted = f"{target.mean:.2f}×" + (f", each {target.each:.1f}×" if target.each else "")
                 what = f"{own.name} over {peer.name}, M={target.m}"
                 yield f"| {what} | {group} | {first} | {wanted} | {mean:.2f}× | {least:.2f}× | {_verdict(met)} |"
+    for name in [name for name in results[0].errors if name.startswith("a16")]:
+        worst = max(max(result.errors[name]) for result in results)
+        cells = f"{name}, relative error | all | all | {ERROR_TARGET:.0e} | | {worst:.1e}"
+        yield f"| {cells} | {_verdict(worst <= ERROR_TARGET)} |"
     yield from _fraction_targets(results, entries, ms)
     yield from _thread_targets(results, entries, ms)
 
