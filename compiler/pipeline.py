@@ -12,7 +12,8 @@ import numpy as np
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
-from qcompile.compiler import output_files
+from qcompile.compiler import activations, output_files
+from qcompile.compiler.extract import Piece
 from qcompile.compiler.inputs import InputPlan, input_plan
 from qcompile.compiler.plan import build, effective, make_policy
 from qcompile.compiler.recipe import Recipe, dump_recipe
@@ -101,6 +102,12 @@ def compile_model(
     data = gather(plan, source, recipe, calibration.files, calibration.tokenizer, needed=needed)
     report.data = data.description
     verified = job.walk(plan, data)
+    if recipe.target == "qcompile":
+        report.nodes = activations.choose(report.nodes, recipe.activations)
+        activations.write(graph, report.nodes)
+    for late in (p for p in passes if p.after_walk):
+        progress.step(late.name)
+        late.call(Region.whole(graph))
     report.decisions = {p.name: p.decisions for p in passes}
     _check_coverage(report, recipe)
     progress.step("saving")
@@ -123,7 +130,7 @@ def compile_model(
 
 def check_target(model: ir.Model, recipe: Recipe) -> None:
     """Raise UserError where the target does not take the group size of a weight, before any work is done."""
-    if recipe.target != "matmulnbits" or recipe.passes[-1].name != "pack":
+    if recipe.target != "matmulnbits" or not any(step.name == "pack" for step in recipe.passes):
         return
     policy, vocabulary = make_policy(recipe, np.float32), vocabulary_size(model)
     for linear in find_linears(model.graph):
@@ -167,7 +174,7 @@ class _Job:
 
     def __init__(self, model: ir.Model, recipe: Recipe, passes: Sequence[Pass], report: Report, progress: Progress):
         self.model, self.recipe, self.report, self.progress = model, recipe, report, progress
-        self.passes = [p for p in passes if not p.whole_model]
+        self.passes = [p for p in passes if not p.whole_model and not p.after_walk]
         self.pack = next((p for p in passes if isinstance(p, Pack)), None)
 
     def walk(self, plan: InputPlan, data: Data) -> list[Arrays]:
@@ -181,7 +188,7 @@ class _Job:
         outputs: list[tuple[Arrays, Arrays]] = [({}, {}) for _ in data.checks]
         for number, segment in enumerate(segments, 1):
             self.progress.step(f"segment {number} of {len(segments)}")
-            self._rewrite(runner, segment, calibration, checks, outputs)
+            self._rewrite(runner, segment, calibration, checks, outputs, int8=data.real)
         if self.pack is not None:
             self.pack.skip_rest(self.model)
         compared = compare_outputs([c for c, _ in outputs], [o for _, o in outputs])
@@ -195,6 +202,8 @@ class _Job:
         calibration: Stream,
         checks: Stream,
         outputs: list[tuple[Arrays, Arrays]],
+        *,
+        int8: bool,
     ) -> None:
         region = Region(self.model, list(segment.nodes))
         if calibration.batches:
@@ -205,7 +214,12 @@ class _Job:
         with threadpool_limits(limits=1, user_api="blas"):
             for rewrite in self.passes:
                 rewrite.call(region)
-        after = runner.outputs(segment, checks, original=False, prepare=lambda piece: probe_nodes(piece, segment.nodes))
+        int8 = int8 and self.recipe.target == "qcompile"
+
+        def probe(piece: Piece) -> list[str]:
+            return probe_nodes(piece, segment.nodes, int8=int8)
+
+        after = runner.outputs(segment, checks, original=False, prepare=probe)
         self.report.nodes += node_errors(segment.nodes, after)
         if calibration.batches:
             runner.advance(segment, calibration)

@@ -13,6 +13,7 @@ from qcompile.compiler.recipe import Recipe, Step
 from qcompile.passes.awq import Awq
 from qcompile.passes.base import Pass
 from qcompile.passes.errors import UserError
+from qcompile.passes.fuse import Fuse
 from qcompile.passes.gptq import ErrorCompensated, Gptq
 from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
@@ -22,7 +23,9 @@ from qcompile.passes.smooth import Smooth
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 
 # Every pass, in the order in which a full list runs them.
-PASSES: dict[str, type[Pass]] = {"prepare": Prepare, "smooth": Smooth, "awq": Awq, "gptq": Gptq, "pack": Pack}
+PASSES: dict[str, type[Pass]] = {
+    "prepare": Prepare, "smooth": Smooth, "awq": Awq, "gptq": Gptq, "pack": Pack, "fuse": Fuse,
+}  # fmt: skip
 
 
 def build(recipe: Recipe, scale_dtype: npt.DTypeLike = np.float32) -> list[Pass]:
@@ -54,12 +57,13 @@ def check_order(steps: Sequence[Step]) -> None:
         after = PASSES[name].followed_by
         if after and not any(later in after for later in names[i + 1 :]):
             raise UserError(f"pass {name!r} must be followed by {' or '.join(after)}: add it to --passes behind {name}")
+        before = PASSES[name].preceded_by
+        if before and not any(earlier in before for earlier in names[:i]):
+            raise UserError(f"pass {name!r} must stand behind {' or '.join(before)}: add it to --passes before {name}")
+        if "pack" in names[:i] and not PASSES[name].after_walk:
+            raise UserError(f"pass {name!r} stands behind 'pack', where no float weights are left: move it before pack")
     if names.index("prepare") != 0:
         raise UserError("pass 'prepare' must come first")
-    if "pack" in names and names[-1] != "pack":
-        raise UserError(
-            f"pass {names[-1]!r} stands behind 'pack', where no float weights are left: move it before pack"
-        )
 
 
 def make_policy(recipe: Recipe, scale_dtype: npt.DTypeLike) -> Policy:
@@ -101,9 +105,9 @@ def _make(step: Step, later: Sequence[Step], recipe: Recipe, policy: Policy) -> 
     given: dict[str, Any] = dict(step.parameters)
     if "seed" in known:
         given.setdefault("seed", recipe.seed)
-    if step.name == "prepare":
-        return kind(**given)
     positional = inspect.signature(kind.__init__).parameters
+    if "policy" not in positional:
+        return kind(**given)
     if "rounding" in positional:
         return kind(policy, following_rounding(later), **given)  # type: ignore[call-arg]
     return kind(policy, **given)  # type: ignore[call-arg]

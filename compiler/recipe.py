@@ -13,6 +13,8 @@ import yaml
 from qcompile.passes.errors import UserError
 
 TARGETS = ("qcompile", "matmulnbits", "qdq")
+# How files and options write a setting's None.
+_WORDS = {"lm_head": "keep", "embedding": "keep", "activations": "auto"}
 _ITEM = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\(([^()]*)\))?\s*$")
 
 
@@ -72,6 +74,7 @@ class Recipe:
     passes: in order; `prepare` runs first whether listed or not. bits, group_size, symmetric: of ordinary linears;
     group_size 0 is one scale a column. lm_head, embedding: bits, or None to keep float. samples, context: calibration
     windows and their tokens. min_coverage: share of the MatMul weights that must be quantized, else compiling fails.
+    activations: bits that kernels give the activations of packed products, 8 or 16, or None to choose node by node.
     """
 
     passes: tuple[Step, ...] = DEFAULT_PASSES
@@ -81,6 +84,7 @@ class Recipe:
     target: str = "qcompile"
     lm_head: int | None = 8
     embedding: int | None = 8
+    activations: int | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     samples: int = 32
@@ -101,6 +105,10 @@ class Recipe:
         for name, bits in (("lm_head", self.lm_head), ("embedding", self.embedding)):
             if bits not in (4, 8, None):
                 raise UserError(f"{name} takes 4, 8 or keep, got {bits}")
+        if self.activations not in (8, 16, None):
+            raise UserError(f"activations takes 8, 16 or auto, got {self.activations}")
+        if self.activations == 8 and self.target != "qcompile":
+            raise UserError(f"activations 8 needs target qcompile: the operators of {self.target} do not take it")
         if not 0 <= self.min_coverage <= 1:
             raise UserError(f"min_coverage must lie between 0 and 1, got {self.min_coverage}")
         if self.samples < 1 or self.context < 2:
@@ -111,8 +119,8 @@ class Recipe:
         plain = asdict(self)
         plain["passes"] = [str(step) for step in self.passes]
         plain["include"], plain["exclude"] = list(self.include), list(self.exclude)
-        for name in ("lm_head", "embedding"):
-            plain[name] = plain[name] or "keep"
+        for name, word in _WORDS.items():
+            plain[name] = plain[name] or word
         return plain
 
     @classmethod
@@ -160,8 +168,8 @@ def _converted(key: str, value: Any, source: str) -> Any:
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise UserError(f"{source}: {key} must be a list of patterns, got {value!r}")
         return tuple(items)
-    if key in ("lm_head", "embedding"):
-        if value in ("keep", None):
+    if key in _WORDS:
+        if value in (_WORDS[key], None):
             return None
         expected[key] = (int,)
     if not isinstance(value, expected[key]) or (isinstance(value, bool) and bool not in expected[key]):

@@ -128,10 +128,34 @@ def _print_errors(report: Report, console: Console) -> None:
         console.print(
             f"nodes     relative error: median {middle.error:.3f}, worst {worst[0].error:.3f} ({worst[0].node})"
         )
+    _print_activations(report, console)
     for output in report.outputs[:4]:
         console.print(f"output    {output.name}: relative error {output.relative:.3g}, cosine {output.cosine:.5f}")
     if report.reload_error is not None:
         console.print(f"reloaded  the saved file reproduces the verified outputs to {report.reload_error:.1e}")
+
+
+def _print_activations(report: Report, console: Console) -> None:
+    """How many packed products take int8 activations in a kernel, and what that adds to their error."""
+    measured = [node for node in report.nodes if node.int8_error is not None]
+    int8 = [node for node in report.nodes if node.activation_bits == 8]
+    if not measured and not int8:
+        return
+    console.print(
+        f"activations  {len(int8)} nodes int8, {len(report.nodes) - len(int8)} nodes 16 bit{_added(report, int8)}"
+    )
+
+
+def _added(report: Report, int8: Sequence[NodeError]) -> str:
+    """The squared error of int8 activations over that of all weights, and the largest error of one node."""
+    errors, whole = [node.int8_error for node in int8], sum(node.error**2 for node in report.nodes)
+    known = [error for error in errors if error is not None]
+    if not known or len(known) < len(errors):
+        return ""
+    share = (
+        f"{sum(error**2 for error in known) / whole:.2%} of the squared weight error" if whole else "all of the error"
+    )
+    return f" (int8 adds {share}; at most {max(known):.4f} in a node)"
 
 
 def _mb(size: int) -> str:

@@ -28,11 +28,15 @@ _DECODED = 4
 
 @dataclass(frozen=True)
 class Data:
-    """Batches for statistics, batches to check the result on, and a sentence that says where both come from."""
+    """Batches for statistics, batches to check the result on, and a sentence that says where both come from.
+
+    real: the checks are what the model may meet, not random numbers.
+    """
 
     calibration: list[Batch]
     checks: list[Batch]
     description: str
+    real: bool = True
 
 
 def gather(
@@ -130,7 +134,7 @@ def _random(plan: InputPlan) -> Data:
         length = plan.sequence or _CHECK_TOKENS
         count = _CHECKS * (plan.batch or 1)
         windows = [rng.integers(plan.vocabulary or 2, size=length) for _ in range(count)]
-        return Data([], token_batches(plan, windows, decode_step=bool(plan.past)), "random tokens (checks only)")
+        return Data([], token_batches(plan, windows, decode_step=bool(plan.past)), "random tokens (checks only)", False)
     feeds = {}
     for given in plan.inputs:
         shape = [
@@ -138,7 +142,7 @@ def _random(plan: InputPlan) -> Data:
         ]
         draw = rng.normal(size=shape) if given.is_float else rng.integers(0, 2, size=shape)
         feeds[given.name] = np.asarray(draw).astype(given.dtype)
-    return Data([], [Batch(feeds, 1)], "random normal inputs (checks only; give .npz files for real ones)")
+    return Data([], [Batch(feeds, 1)], "random normal inputs (checks only; give .npz files for real ones)", False)
 
 
 def _free(axis: int, rank: int) -> int:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from qcompile.compiler.extract import Piece
 from qcompile.compiler.feeds import Batch, InputPlan, complete
 from qcompile.compiler.stream import Arrays
-from qcompile.passes import observers
+from qcompile.passes import activations, observers
 from qcompile.passes.affine import Array, Quantized
 from qcompile.passes.errors import UserError
 from qcompile.passes.pack import REFERENCE
@@ -26,25 +26,37 @@ _EXACT = {ir.DataType.FLOAT: 1e-4, ir.DataType.DOUBLE: 1e-4, ir.DataType.FLOAT16
 class NodeError:
     """A packed node on the check batches.
 
-    error: ‖y - X W‖ / ‖X W‖ with W the float weight. operator_error: the same with the dequantized weight in the place
-    of W: what the operator itself adds.
+    error: ‖y - X W‖ / ‖X W‖ with W the float weight. operator_error: the same with the dequantized weight Ŵ in the
+    place of W: what the operator itself adds. int8_error: ‖(Q8(X) - X) Ŵ‖ / ‖X Ŵ‖, what int8 activations would add in a
+    kernel; None where it was not measured. activation_bits: 16, or 8 where the node says so. weights: K times N.
     """
 
     node: str
     error: float
     operator_error: float
+    int8_error: float | None = None
+    activation_bits: int = 16
+    weights: int = 0
 
 
-def probe_nodes(piece: Piece, nodes: Sequence[ir.Node]) -> list[str]:
-    """Add to a piece, beside each packed node, products with its float and dequantized weights, and compare."""
+def probe_nodes(piece: Piece, nodes: Sequence[ir.Node], *, int8: bool = False) -> list[str]:
+    """Add to a piece, beside each packed node, products with its float and dequantized weights, and compare.
+
+    int8: measure what activations rounded to int8 would add, too.
+    """
     names: list[str] = []
     for node in nodes:
         reference: tuple[Array, Quantized] | None = node.meta.get(REFERENCE)
         if reference is None:
             continue
         y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
-        for end, weight in ((".exact", reference[1].dequantize()), (".wanted", reference[0])):
-            names += observers.compare_product(piece.proto.graph, y, x, piece.add_weight(y + end, weight), end)
+        graph, quantized = piece.proto.graph, reference[1]
+        exact = piece.add_weight(y + ".exact", quantized.dequantize())
+        wanted = piece.add_weight(y + ".wanted", reference[0])
+        k = len(quantized.codes)
+        change = activations.int8_change(graph, x, k, quantized.spec.group_size(k)) if int8 else None
+        names += observers.compare_product(graph, y, x, exact, ".exact", change=change)
+        names += observers.compare_product(graph, y, x, wanted, ".wanted")
     return names
 
 
@@ -52,7 +64,8 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
     """Errors of the packed nodes, summed over batches; UserError where an operator does not compute what it should."""
     found = []
     for node in nodes:
-        if node.meta.pop(REFERENCE, None) is None:
+        reference: tuple[Array, Quantized] | None = node.meta.pop(REFERENCE, None)
+        if reference is None:
             continue
         y = str(node.outputs[0].name)
         wanted, exact = (_ratio(y, end, outputs) for end in (".wanted", ".exact"))
@@ -62,8 +75,17 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
                 f"node {node.name}: the packed operator differs from its own weights by {exact:.1e} in this ONNX "
                 "Runtime; please report it with the model"
             )
-        found.append(NodeError(node.name or "", wanted, exact))
+        found.append(NodeError(node.name or "", wanted, exact, _int8_error(y, outputs), weights=reference[0].size))
     return found
+
+
+def _int8_error(y: str, outputs: Sequence[Arrays]) -> float | None:
+    name = observers.added(y, ".exact")
+    if not all(name in batch for batch in outputs):
+        return None
+    added = sum(float(batch[name]) for batch in outputs)
+    whole = sum(float(batch[observers.reference(y, ".exact")]) for batch in outputs)
+    return float(np.sqrt(added / whole)) if whole > 0 else 0.0
 
 
 def _ratio(y: str, end: str, outputs: Sequence[Arrays]) -> float:

@@ -18,6 +18,7 @@ Codes = npt.NDArray[np.int8 | np.uint8]
 _SHRINK = tuple(1.0 - 0.03 * step for step in range(18))
 # The smallest scale kept as it is; a group of zeros gets 1.0 instead, so that it decodes to exact zeros.
 _TINY = np.float32(1e-12)
+_HALF = np.finfo(np.float16)
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,17 @@ def expand(per_group: Array, spec: QuantSpec, k: int) -> Array:
 
 
 def storable(scale: Array, spec: QuantSpec) -> Array:
-    """The scale as the file will hold it (float16 models hold float16 scales), zeros replaced by one."""
-    if spec.scale_dtype != np.dtype(np.float32):
-        scale = scale.astype(spec.scale_dtype).astype(np.float32)
-    return np.where(np.abs(scale) < _TINY, np.float32(1), scale).astype(np.float32)
+    """The scale as the file will hold it, zeros replaced by one.
+
+    float16 models hold float16 scales. In other models a scale is rounded to the nearest float16 number too, where that
+    is a normal one: kernels then keep two bytes of it, and a rounding of 2^-11 before the codes are chosen is free.
+    """
+    with np.errstate(over="ignore"):
+        half = scale.astype(np.float16).astype(np.float32)
+    if spec.scale_dtype != np.dtype(np.float16):
+        magnitude = np.abs(scale)
+        half = np.where((magnitude >= _HALF.smallest_normal) & (magnitude <= _HALF.max), half, scale)
+    return np.where(np.abs(half) < _TINY, np.float32(1), half).astype(np.float32)
 
 
 def choose_qparams(w: Array, spec: QuantSpec, *, importance: Array | None = None) -> QParams:

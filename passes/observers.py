@@ -14,7 +14,7 @@ def observe(graph: onnx.GraphProto, value: str) -> list[str]:
 
     `value`.gram (K, K) = XᵀX and `value`.absmax (K,), float32; `value`.rows_seen (1,), int64.
     """
-    rows = _rows(graph, value)
+    rows = matrix(graph, value)
     axis0 = _constant(graph, "qcompile.axis0", [0])
     transposed = f"{value}.transposed"
     graph.node.extend(
@@ -41,16 +41,34 @@ def reference(value: str, end: str) -> str:
     return f"{value}{end}.reference2"
 
 
-def compare_product(graph: onnx.GraphProto, y: str, x: str, weight: str, end: str) -> list[str]:
-    """Append ‖y - x·weight‖² and ‖x·weight‖², float32 scalars, as outputs; returns their names."""
-    product, delta = f"{y}{end}.product", f"{y}{end}.delta"
-    names = [difference(y, end), reference(y, end)]
-    graph.node.append(helper.make_node("MatMul", [_float(graph, x), weight], [product]))
-    graph.node.append(helper.make_node("Sub", [_float(graph, y), product], [delta]))
-    for source, name in zip((delta, product), names, strict=True):
+def added(value: str, end: str) -> str:
+    """The name of ‖change·weight‖² that `compare_product` adds."""
+    return f"{value}{end}.added2"
+
+
+def compare_product(
+    graph: onnx.GraphProto, y: str, x: str, weight: str, end: str, *, change: str | None = None
+) -> list[str]:
+    """Append ‖y - x·weight‖² and ‖x·weight‖², float32 scalars, as outputs; returns their names.
+
+    change: a matrix like the rows of x; ‖change·weight‖² is a third output. Both share one product, since ONNX Runtime
+    keeps a packed copy of the weight for each.
+    """
+    product, delta, rows = f"{y}{end}.product", f"{y}{end}.delta", matrix(graph, x)
+    names = {delta: difference(y, end), product: reference(y, end)}
+    if change is None:
+        graph.node.append(helper.make_node("MatMul", [rows, weight], [product]))
+    else:
+        both, result, moved = f"{y}{end}.both", f"{y}{end}.result", f"{y}{end}.moved"
+        graph.node.append(helper.make_node("Concat", [rows, change], [both], axis=0))
+        graph.node.append(helper.make_node("MatMul", [both, weight], [result]))
+        graph.node.append(helper.make_node("Split", [result], [product, moved], axis=0, num_outputs=2))
+        names[moved] = added(y, end)
+    graph.node.append(helper.make_node("Sub", [matrix(graph, y), product], [delta]))
+    for source, name in names.items():
         graph.node.append(helper.make_node("ReduceSumSquare", [source], [name], keepdims=0))
-    add_outputs(graph, names)
-    return names
+    add_outputs(graph, names.values())
+    return list(names.values())
 
 
 def add_outputs(graph: onnx.GraphProto, names: Iterable[str], element_type: int = TensorProto.FLOAT) -> None:
@@ -65,7 +83,7 @@ def _float(graph: onnx.GraphProto, value: str) -> str:
     return name
 
 
-def _rows(graph: onnx.GraphProto, value: str) -> str:
+def matrix(graph: onnx.GraphProto, value: str) -> str:
     """The value as a float32 matrix (rows, K)."""
     shape, name = f"{value}.last", f"{value}.rows"
     if any(name in node.output for node in graph.node):

@@ -84,7 +84,7 @@ def test_a_packed_file_needs_its_data(compiled: dict[str, Path]) -> None:
 
 def _flip(monkeypatch: pytest.MonkeyPatch, *, when: Any = lambda name: True) -> None:
     """Have emit write one wrong code in each weight of a fitting name: what a broken packer would do."""
-    original = emit._integer
+    original = emit.add_codes
 
     def broken(model: ir.Model, name: str, codes: Any, dtype: ir.DataType) -> ir.Value:
         if when(name):
@@ -92,7 +92,7 @@ def _flip(monkeypatch: pytest.MonkeyPatch, *, when: Any = lambda name: True) -> 
             codes[3, 2] ^= 1 << (dtype.bitwidth - 1)
         return original(model, name, codes, dtype)
 
-    monkeypatch.setattr(emit, "_integer", broken)
+    monkeypatch.setattr(emit, "add_codes", broken)
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight.int4", "lm_head.weight.int8"])

@@ -41,8 +41,7 @@ class Candidate:
     @classmethod
     def parse(cls, text: str, kernels: str) -> "Candidate":
         """kernels: what runs qcompile operators where the text does not say."""
-        name, rest = ("", text) if Path(text).exists() or "=" not in text.split("@")[0] else text.split("=", 1)
-        path, settings = (rest, "") if Path(rest).exists() or "@" not in rest else rest.rsplit("@", 1)
+        name, path, settings = _parts(text)
         level = 0
         for setting in filter(None, settings.split(",")):
             key, _, number = setting.partition("=")
@@ -52,9 +51,9 @@ class Candidate:
                 level = int(number)
             else:
                 raise UserError(f"{text}: no setting {setting!r}: there are native, portable and level=0 … level=4")
-        if not Path(path).is_file():
+        if not path.is_file():
             raise UserError(f"{path}: no such model file")
-        return cls(name or text, Path(path), kernels, level)
+        return cls(name or text, path, kernels, level)
 
     def check(self, model: ir.Model) -> None:
         """Refuse settings that would change nothing."""
@@ -74,6 +73,15 @@ class Candidate:
         if self.kernels == "portable" or (self.kernels == "auto" and native is None):
             return f"portable bodies, accuracy level {self.level}"
         return f"native kernels ({native or 'none for this machine'})"
+
+
+def _parts(text: str) -> tuple[str, Path, str]:
+    """(name, path, settings) of [NAME=]PATH[@SETTINGS]: of all ways to read it, the first whose file exists."""
+    readings = []
+    for rest, _, settings in ((text, "", ""), text.rpartition("@")):
+        name, _, path = rest.partition("=")
+        readings += [("", Path(rest), settings), (name, Path(path), settings)] if path else [("", Path(rest), settings)]
+    return next((reading for reading in readings if reading[1].is_file()), readings[-1 if "@" in text else len(readings) // 2 - 1])
 
 
 def add_parser(subparsers: Any) -> None:

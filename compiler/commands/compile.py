@@ -47,6 +47,9 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--lm-head", type=_bits, metavar="{4,8,keep}", help="bits of the output projection (default: 8)")
     add("--embedding", type=_bits, metavar="{4,8,keep}", help="bits of the token embedding (default: 8)")
+    add("--activations", type=_activations, metavar="{8,16,auto}",
+        help="bits that qcompile's CPU kernels give activations: near-exact 16, int8, or chosen node by node from the "
+        "measured error (default: auto)")  # fmt: skip
     add("--include", action="append", metavar="PATTERN", help="quantize only nodes or weights of this name; may repeat")
     add("--exclude", action="append", metavar="PATTERN", help="keep these in float; may repeat")
     add("--target", choices=TARGETS, help="operators of the output: qcompile functions (default), "
@@ -73,11 +76,19 @@ def _bits(text: str) -> int | str:
     raise argparse.ArgumentTypeError(f"expected 4, 8 or keep, got {text!r}")
 
 
+def _activations(text: str) -> int | str:
+    if text in ("8", "16", "auto"):
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"expected 8, 16 or auto, got {text!r}")
+
+
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe file's settings, overridden by the options given."""
     plain = (load_recipe(args.recipe) if args.recipe else _DEFAULTS).to_dict()
     names = ("bits", "group_size", "symmetric", "target", "samples", "context", "min_coverage", "seed", "provider")
-    given = {name: getattr(args, name) for name in (*names, "lm_head", "embedding", "include", "exclude")}
+    given = {
+        name: getattr(args, name) for name in (*names, "lm_head", "embedding", "activations", "include", "exclude")
+    }
     plain |= {name: value for name, value in given.items() if value is not None}
     if args.passes is not None:
         plain["passes"] = [str(step) for step in parse_passes(args.passes)]
