@@ -35,6 +35,7 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -355,9 +356,9 @@ class Ceilings:
         return {"bandwidth": size / seconds, "rate": rate}
 
 
-def serve(connection: Any, path: str, cold: int, turn: float) -> None:
+def serve(connection: Any, cold: int, turn: float) -> None:
     """A worker: requests (name, arguments) one after the other; answers, or the text of a failure."""
-    os.environ["QCOMPILE_KERNEL"] = path
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the parent, and that ends this process
     bench: Bench | None = None
     ceilings: Ceilings | None = None
     while True:
@@ -397,8 +398,8 @@ class Worker:
     def __init__(self, path: str, cold: int, turn: float) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        os.environ["QCOMPILE_KERNEL"] = path  # before the library is loaded
-        self.process = context.Process(target=serve, args=(theirs, path, cold, turn), daemon=True)
+        os.environ["QCOMPILE_KERNEL"] = path  # which the process inherits: the library reads it once
+        self.process = context.Process(target=serve, args=(theirs, cold, turn), daemon=True)
         self.process.start()
         theirs.close()
 

@@ -11,7 +11,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -152,7 +152,7 @@ class _Worker:
         """The worker's next answer; its UserError raised here."""
         try:
             answer = self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # closed, or reset
             self.process.join()
             why = "out of memory?" if self.process.exitcode == -signal.SIGKILL else f"exit code {self.process.exitcode}"
             raise UserError(f"{self.subject.label}: its process ended while it was measured ({why})") from None
@@ -162,7 +162,8 @@ class _Worker:
 
     def ask(self, request: int | None) -> Any:
         """Seconds of a case, by its number; for None the resident memory."""
-        self.connection.send(request)
+        with suppress(OSError):  # an ended process is told of by receive
+            self.connection.send(request)
         return self.receive()
 
     def close(self) -> None:

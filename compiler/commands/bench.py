@@ -77,11 +77,13 @@ class Candidate:
 
 def _parts(text: str) -> tuple[str, Path, str]:
     """(name, path, settings) of [NAME=]PATH[@SETTINGS]: of all ways to read it, the first whose file exists."""
-    readings = []
-    for rest, _, settings in ((text, "", ""), text.rpartition("@")):
-        name, _, path = rest.partition("=")
-        readings += [("", Path(rest), settings), (name, Path(path), settings)] if path else [("", Path(rest), settings)]
-    return next((reading for reading in readings if reading[1].is_file()), readings[-1 if "@" in text else len(readings) // 2 - 1])
+    heads = [(text, ""), *([text.rsplit("@", 1)] if "@" in text else [])]
+    readings = [
+        (name, Path(path), settings)
+        for head, settings in heads
+        for name, path in (("", head), *([head.split("=", 1)] if "=" in head else []))
+    ]
+    return next((reading for reading in readings if reading[1].is_file()), readings[-1])
 
 
 def add_parser(subparsers: Any) -> None:
