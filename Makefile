@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test test-slow sanitize lint types wheel clean
+.PHONY: demo test test-slow lint types wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -19,12 +19,6 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
-
-# Every instruction set that this machine has, with AddressSanitizer and UndefinedBehaviorSanitizer.
-sanitize: $(STAMP)
-	$(BIN)/cmake -S runtime/kernels -B build/sanitize -DQCOMPILE_CHECK=ON -DQCOMPILE_SANITIZE=ON
-	$(BIN)/cmake --build build/sanitize --target kernel_check
-	build/sanitize/kernel_check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
