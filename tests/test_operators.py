@@ -187,6 +187,20 @@ def test_every_instruction_set_can_be_forced(library: Path, monkeypatch: pytest.
     assert functions.qcompile_chosen_kernel().decode() == names[-1], "the fastest"
 
 
+def test_a_row_has_the_same_bits_in_every_batch(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = ctypes.CDLL(str(library))
+    functions.qcompile_kernels.restype = ctypes.c_char_p
+    for name in functions.qcompile_kernels().decode().split(","):
+        monkeypatch.setenv("QCOMPILE_KERNEL", name)
+        for bits in (8, 16):
+            case = Case("MatMulInt4", 200, 140, 64, x_shape=("a", 200), attributes={"activation_bits": bits})
+            session, x = open_session(case.model(), library, threads=2), case.x(35)
+            (whole,) = session.run(None, {"x": x})
+            for size in (1, 2, 7):
+                parts = [session.run(None, {"x": x[i : i + size]})[0] for i in range(0, 35, size)]
+                np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
 def test_an_unknown_instruction_set_is_refused(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QCOMPILE_KERNEL", "avx1024")
     with pytest.raises(Exception, match=r"QCOMPILE_KERNEL names no instruction set .* it may be reference,"):
