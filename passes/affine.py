@@ -18,7 +18,8 @@ Codes = npt.NDArray[np.int8 | np.uint8]
 _SHRINK = tuple(1.0 - 0.03 * step for step in range(18))
 # The smallest scale kept as it is; a group of zeros gets 1.0 instead, so that it decodes to exact zeros.
 _TINY = np.float32(1e-12)
-_HALF = np.finfo(np.float16)
+# Between these float16 numbers are dense enough for a scale (below the first, the spacing is more than 2^-8 of it).
+_HALF_LEAST, _HALF_MOST = np.float32(2.0**-16), np.float32(65504)
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,15 @@ def expand(per_group: Array, spec: QuantSpec, k: int) -> Array:
 def storable(scale: Array, spec: QuantSpec) -> Array:
     """The scale as the file will hold it, zeros replaced by one.
 
-    float16 models hold float16 scales. In other models a scale is rounded to the nearest float16 number too, where that
-    is a normal one: kernels then keep two bytes of it, and a rounding of 2^-11 before the codes are chosen is free.
+    float16 models hold float16 scales. In float32 models a scale is rounded to the nearest float16 number, too, where
+    that changes it by 2^-9 at most: kernels then keep two bytes of it. Codes are chosen for the rounded scale.
     """
-    with np.errstate(over="ignore"):
-        half = scale.astype(np.float16).astype(np.float32)
-    if spec.scale_dtype != np.dtype(np.float16):
+    if np.dtype(spec.scale_dtype) == np.float32:
         magnitude = np.abs(scale)
-        half = np.where((magnitude >= _HALF.smallest_normal) & (magnitude <= _HALF.max), half, scale)
-    return np.where(np.abs(half) < _TINY, np.float32(1), half).astype(np.float32)
+        precise = (magnitude >= _HALF_LEAST) & (magnitude <= _HALF_MOST)
+        scale = np.where(precise, np.clip(scale, -_HALF_MOST, _HALF_MOST).astype(np.float16), scale)
+    scale = scale.astype(spec.scale_dtype).astype(np.float32)
+    return np.where(np.abs(scale) < _TINY, np.float32(1), scale)
 
 
 def choose_qparams(w: Array, spec: QuantSpec, *, importance: Array | None = None) -> QParams:

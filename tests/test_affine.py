@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qcompile.passes.affine import QParams, Quantized, choose_qparams, dequantize, expand, quantize
+from qcompile.passes.affine import QParams, Quantized, choose_qparams, dequantize, expand, quantize, storable
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 
 GRIDS = {
@@ -67,30 +67,39 @@ def test_a_partial_last_group_is_a_group_of_its_own(k, size, bits, grid) -> None
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zero_and_constant_groups(bits, grid, importance) -> None:
-    """Zeros decode to zeros, powers of two to themselves where the grid has them, anything within rounding."""
+    """Zeros decode to zeros, powers of two to themselves where the grid has them, others nearly."""
     constants = np.array([0.0, 1.0, -2.0, 0.3, -1e-7, 1e4], np.float32)
     w = np.repeat(constants[None], 6, axis=0)
     weights = {None: None, "ones": np.ones(6, np.float32), "zeros": np.zeros(6, np.float32)}[importance]
     q = _round_trip(w, QuantSpec(bits, PerGroup(4), **GRIDS[grid]), weights)
     assert np.isfinite(q.qparams.scale).all()
     assert (q.qparams.scale != 0).all()
-    np.testing.assert_allclose(q.dequantize(), w, rtol=3e-7, atol=0)
+    np.testing.assert_allclose(q.dequantize(), w, rtol=2**-11, atol=0)
     if grid == "sym":
-        np.testing.assert_array_equal(q.dequantize(), w)
+        np.testing.assert_array_equal(q.dequantize()[:, :3], w[:, :3])
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_codes_belong_to_the_scale_that_is_stored(grid, dtype) -> None:
     w, spec = _gaussian(32, 64), QuantSpec(8, PerGroup(32), scale_dtype=dtype, **GRIDS[grid])
-    exact = choose_qparams(w, QuantSpec(8, PerGroup(32), **GRIDS[grid]))
+    exact = choose_qparams(w, QuantSpec(8, PerGroup(32), scale_dtype=np.float64, **GRIDS[grid]))
     q = _round_trip(w, spec)
     scale = q.qparams.scale
-    np.testing.assert_array_equal(scale, scale.astype(dtype).astype(np.float32))
+    stored = np.float16 if dtype is np.float32 else dtype  # kernels keep two bytes of float32 models' scales, too
+    np.testing.assert_array_equal(scale, scale.astype(stored).astype(np.float32))
     levels = q.codes.astype(np.float64) - q.qparams.zero_point
     nearest = np.clip(np.rint(w / scale) + q.qparams.zero_point, spec.qmin, spec.qmax) - q.qparams.zero_point
     np.testing.assert_array_equal(levels, nearest)
     assert (quantize(w, exact, spec) != q.codes).any(), "rounding the scale afterwards would give other codes"
+
+
+def test_float32_scales_where_float16_is_too_coarse_stay_as_they_are() -> None:
+    scale = np.array([[2**-16, 65504, 0.3], [1.5e-5, 7e4, -0.3]], np.float32)
+    kept = storable(scale, QuantSpec(4, PerGroup(32)))
+    np.testing.assert_array_equal(kept[0, :2], scale[0, :2])
+    np.testing.assert_array_equal(kept[1, :2], scale[1, :2])
+    np.testing.assert_array_equal(kept[:, 2], scale[:, 2].astype(np.float16))
 
 
 def test_scales_too_small_for_half_precision_do_not_become_zero() -> None:

@@ -27,6 +27,7 @@ def _build(passes: str, **settings: Any) -> list[Any]:
         ("prepare,smooth", ["prepare", "smooth"]),
         ("smooth,awq,gptq,pack", ["prepare", "smooth", "awq", "gptq", "pack"]),
         ("awq,smooth,pack", ["prepare", "awq", "smooth", "pack"]),
+        ("smooth,pack,fuse", ["prepare", "smooth", "pack", "fuse"]),
     ],
 )
 def test_prepare_comes_first_and_the_order_is_kept(passes: str, built: list[str]) -> None:
@@ -36,10 +37,14 @@ def test_prepare_comes_first_and_the_order_is_kept(passes: str, built: list[str]
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        ("quantize", r"unknown pass 'quantize'; the passes are prepare, smooth, awq, gptq, pack"),
+        ("quantize", r"unknown pass 'quantize'; the passes are prepare, smooth, awq, gptq, pack, fuse"),
         ("pack,pack", r"pass 'pack' is listed twice"),
         ("smooth,prepare,pack", r"pass 'prepare' must come first"),
         ("pack,smooth", r"pass 'smooth' stands behind 'pack'"),
+        ("pack,smooth,fuse", r"pass 'smooth' stands behind 'pack'"),
+        ("fuse", r"pass 'fuse' must stand behind pack"),
+        ("fuse,pack", r"pass 'fuse' must stand behind pack"),
+        ("pack,fuse(bias=1)", r"parameter bias takes bool, got 1"),
         ("smooth,awq", r"pass 'awq' must be followed by pack"),
         ("gptq", r"pass 'gptq' must be followed by pack"),
         ("pack(size=3)", r"pass 'pack' has no parameter 'size'; it has target"),

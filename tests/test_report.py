@@ -57,7 +57,9 @@ def test_json_holds_everything() -> None:
     report.nodes = [NodeError("a", 0.1, 1e-7)]
     report.outputs = [OutputError("y", 0.02, 0.999)]
     plain = json.loads(report.to_json())
-    assert plain["nodes"] == [{"node": "a", "error": 0.1, "operator_error": 1e-7}]
+    assert plain["nodes"] == [
+        {"node": "a", "error": 0.1, "operator_error": 1e-7, "int8_error": None, "activation_bits": 16, "weights": 0}
+    ]
     assert plain["outputs"] == [{"name": "y", "relative": 0.02, "cosine": 0.999}]
     assert plain["decisions"]["pack"][0]["detail"]["predicted_error"] == 0.25
     assert (plain["coverage"], plain["bits_per_weight"]) == (1.0, 5.0)
@@ -82,6 +84,16 @@ def test_the_table_of_a_decoder(bench: Any) -> None:
     assert "output    logits: relative error" in shown
     assert "peak memory" in shown
     assert "the saved file reproduces the verified outputs" in shown
+
+
+def test_activation_bits_are_counted_in_a_line() -> None:
+    report = _report()
+    report.nodes = [NodeError("a", 0.1, 0.0, 0.005, 8), NodeError("b", 0.1, 0.0, 0.09, 16)]
+    assert "activations  1 nodes int8, 1 nodes 16 bit (int8 adds 0.12% of the squared weight error; at most 0.0050" in (
+        _shown(report)
+    )
+    report.nodes = [NodeError("a", 0.1, 0.0)]
+    assert "activations" not in _shown(report)
 
 
 def test_every_skipped_node_has_its_reason(bench: Any) -> None:
