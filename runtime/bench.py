@@ -154,7 +154,8 @@ class _Worker:
             answer = self.connection.recv()
         except (EOFError, OSError):  # closed, or reset
             self.process.join()
-            why = "out of memory?" if self.process.exitcode == -signal.SIGKILL else f"exit code {self.process.exitcode}"
+            code = self.process.exitcode
+            why = "out of memory?" if code == -9 else f"exit code {code}"  # SIGKILL, as the kernel sends it
             raise UserError(f"{self.subject.label}: its process ended while it was measured ({why})") from None
         if isinstance(answer, UserError):
             raise answer
