@@ -1,0 +1,245 @@
+"""The kernels without ONNX Runtime: kernel_check under sanitizers, and the library's plain C functions."""
+
+import ctypes
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_builds import build_kernel_check, passed, run
+from native_models import native_library
+
+INT8_LEVELS = 127
+
+
+@pytest.fixture(scope="module")
+def sanitized() -> Path:
+    """kernel_check with AddressSanitizer and UndefinedBehaviorSanitizer; -O1 halves the time of the compiler."""
+    options = ("-DQCOMPILE_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1")
+    return build_kernel_check("kernel_check_sanitized", *options) / "kernel_check"
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(native_library()))
+    loaded.qcompile_kernels.restype = ctypes.c_char_p
+    loaded.qcompile_chosen_kernel.restype = ctypes.c_char_p
+    loaded.qcompile_weight_bytes.restype = ctypes.c_int64
+    create = loaded.qcompile_weight_create
+    create.restype = ctypes.c_void_p
+    create.argtypes = [ctypes.c_char_p, *[ctypes.c_int64] * 3, *[ctypes.c_int] * 2, *[ctypes.c_void_p] * 2]
+    create.argtypes += [ctypes.c_int, ctypes.c_void_p]
+    for function in (loaded.qcompile_weight_destroy, loaded.qcompile_weight_bytes):
+        function.argtypes = [ctypes.c_void_p]
+    loaded.qcompile_weight_unpack.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    multiply = loaded.qcompile_weight_multiply
+    multiply.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, *[ctypes.c_void_p] * 2]
+    multiply.argtypes += [ctypes.c_int]
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def names(library: ctypes.CDLL) -> list[str]:
+    return library.qcompile_kernels().decode().split(",")
+
+
+# ---- kernel_check ----
+
+
+def test_every_path_under_sanitizers(sanitized: Path) -> None:
+    """The paths that this machine has: what its flags promise is there, in the order of speed."""
+    kernels = passed(run(sanitized))
+    assert kernels[0] == "reference"
+    if platform.machine() == "x86_64" and Path("/proc/cpuinfo").exists():
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        wanted = {"avx2": {"avx2", "fma", "f16c"}, "avxvnni": {"avx2", "fma", "f16c", "avx_vnni"}}
+        wanted |= {"avx512vl": {"avx512vl", "avx512_vnni"}, "avx512vnni": {"avx512bw", "avx512dq", "avx512_vnni"}}
+        assert kernels[1:] == [name for name, needed in wanted.items() if needed <= flags]
+
+
+@pytest.mark.parametrize("fault", ["code", "activation", "guard"])
+def test_the_check_can_fail(sanitized: Path, names: list[str], fault: str) -> None:
+    """One code of a weight off by one, one activation off by one, one byte read behind a buffer."""
+    command = [sanitized, "--sabotage", fault, names[-1]]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode != 0
+    if fault == "guard":
+        assert "SEGV" in process.stderr
+    else:
+        assert "FAILED" in process.stdout
+
+
+def test_unknown_kernels_are_named(sanitized: Path) -> None:
+    process = subprocess.run([sanitized, "abacus"], capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert "'abacus'" in process.stderr
+    assert "reference" in process.stderr
+
+
+# ---- C functions ----
+
+
+@dataclass(frozen=True)
+class Weight:
+    """codes (K, N), scale and zero_point (groups, N); zero_point None: 0."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray | None
+    block_size: int
+    bits: int
+    signed: bool
+
+    def decoded(self) -> np.ndarray:
+        """(K, N) float64."""
+        group = np.arange(len(self.codes)) // self.block_size
+        zero_point = 0 if self.zero_point is None else self.zero_point[group].astype(np.float64)
+        return (self.codes - zero_point) * self.scale[group].astype(np.float64)
+
+    def stored(self, values: np.ndarray) -> np.ndarray:
+        """As ONNX has it: two elements of 4 bits in a byte, the first one low, over the whole tensor."""
+        flat = values.reshape(-1).astype(np.uint8)  # negative ones wrap to two's complement
+        if self.bits == 8:
+            return flat
+        flat = np.append(flat & 15, np.zeros(flat.size % 2, np.uint8))
+        return flat[0::2] | flat[1::2] << 4
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> Weight:
+    """Any size and sort; a group may be longer than K, and the last one shorter than the others."""
+    k, n = draw(st.integers(1, 400)), draw(st.integers(1, 150))
+    block_size = draw(st.one_of(st.sampled_from([16, 32, 48, 64, 100, 128, 256, k]), st.integers(1, 420)))
+    bits, signed = draw(st.sampled_from([4, 8])), draw(st.booleans())
+    low, high = (-(1 << (bits - 1)), 1 << (bits - 1)) if signed else (0, 1 << bits)
+    rng, groups = np.random.default_rng(draw(st.integers(0, 1 << 32))), -(-k // block_size)
+    scale = rng.normal(0, 0.1, (groups, n)).astype(draw(st.sampled_from([np.float16, np.float32])))
+    zero_point = rng.integers(low, high, (groups, n)) if draw(st.booleans()) else None
+    return Weight(rng.integers(low, high, (k, n)), scale, zero_point, block_size, bits, signed)
+
+
+class Packed:
+    """A packed weight of the library, freed with the block."""
+
+    def __init__(self, library: ctypes.CDLL, kernel: str, weight: Weight) -> None:
+        self.library, self.shape = library, weight.codes.shape
+        codes, scale = weight.stored(weight.codes), np.ascontiguousarray(weight.scale)
+        zero_point = None if weight.zero_point is None else weight.stored(weight.zero_point)
+        self.handle = library.qcompile_weight_create(
+            kernel.encode(), *self.shape, weight.block_size, weight.bits, weight.signed, codes.ctypes.data,
+            scale.ctypes.data, scale.dtype == np.float16, None if zero_point is None else zero_point.ctypes.data,
+        )  # fmt: skip
+        assert self.handle
+
+    def __enter__(self) -> "Packed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.library.qcompile_weight_destroy(self.handle)
+
+    def unpack(self) -> np.ndarray:
+        w = np.full(self.shape, np.nan, np.float32)
+        self.library.qcompile_weight_unpack(self.handle, w.ctypes.data)
+        return w
+
+    def multiply(self, x: np.ndarray, activation_bits: int, bias: np.ndarray | None = None) -> np.ndarray:
+        y = np.full((len(x), self.shape[1]), np.nan, x.dtype)
+        code = self.library.qcompile_weight_multiply(
+            self.handle, x.ctypes.data, x.dtype == np.float16, len(x), y.ctypes.data,
+            None if bias is None else bias.ctypes.data, activation_bits,
+        )  # fmt: skip
+        assert code == 0
+        return y
+
+
+@settings(max_examples=200, deadline=None)
+@given(weight=weights())
+def test_packing_loses_nothing(library: ctypes.CDLL, weight: Weight) -> None:
+    """Decoded from the packed codes, every element is the fp32 nearest to (code - zero point) * scale."""
+    with Packed(library, "reference", weight) as packed:
+        np.testing.assert_array_equal(packed.unpack(), weight.decoded().astype(np.float32))
+        assert library.qcompile_weight_bytes(packed.handle) * 8 >= weight.codes.size * weight.bits
+
+
+def _relative(y: np.ndarray, expected: np.ndarray, x: np.ndarray, w: np.ndarray) -> float:
+    """Error beside what |y| is for independent x and w: a single element of y may be close to zero by chance."""
+    usual = np.linalg.norm(x) * np.linalg.norm(w) / np.sqrt(len(w))
+    return float(np.linalg.norm(y - expected) / max(usual, np.linalg.norm(expected)))
+
+
+def _seen(x: np.ndarray, weight: Weight) -> np.ndarray:
+    """x in int8 by row and group of 128 rows at most, for group sizes that cut into equal parts."""
+    seen = x.astype(np.float64)
+    for begin in range(0, x.shape[1], weight.block_size):
+        part = seen[:, begin : begin + weight.block_size]
+        step = np.abs(part).max(axis=1, keepdims=True) / INT8_LEVELS
+        part[:] = np.rint(part / step) * step
+    return seen
+
+
+@settings(max_examples=60, deadline=None)
+@given(weight=weights(), m=st.integers(0, 9), half=st.booleans(), biased=st.booleans(), seed=st.integers(0, 1 << 32))
+def test_near_exact_products(library, names, weight: Weight, m: int, half: bool, biased: bool, seed: int) -> None:
+    """16-bit activations, each path of this machine; fp16 results may be rounded once."""
+    rng, dtype = np.random.default_rng(seed), np.float16 if half else np.float32
+    x = rng.normal(size=(m, len(weight.codes))).astype(dtype)
+    bias = rng.normal(size=weight.codes.shape[1]).astype(dtype) if biased else None
+    w = weight.decoded()
+    expected = x.astype(np.float64) @ w + (0 if bias is None else bias.astype(np.float64))
+    for name in names:
+        with Packed(library, name, weight) as packed:
+            y = packed.multiply(x, 16, bias)
+        assert y.shape == expected.shape
+        if m:
+            assert _relative(y, expected, x.astype(np.float64), w) < (6e-4 if half else 1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_int8_products_are_those_of_the_rounded_activations(library, names, bits: int, block_size: int) -> None:
+    rng = np.random.default_rng(bits + block_size)
+    codes, scale = rng.integers(0, 1 << bits, (300, 70)), rng.normal(0, 0.1, (-(-300 // block_size), 70))
+    weight = Weight(codes, scale.astype(np.float32), rng.integers(0, 1 << bits, scale.shape), block_size, bits, False)
+    x, w = rng.normal(size=(7, 300)).astype(np.float32), weight.decoded()
+    seen = _seen(x, weight)
+    for name in names:
+        with Packed(library, name, weight) as packed:
+            assert _relative(packed.multiply(x, 8), seen @ w, seen, w) < 1e-5
+
+
+_CODES, _SCALE = np.zeros(256, np.uint8), np.ones(16, np.float32)
+# Of a weight (64, 8) that is right; tests spoil one of them.
+_ARGUMENTS = (b"reference", 64, 8, 32, 4, 1, _CODES.ctypes.data, _SCALE.ctypes.data, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [(0, b"abacus"), (0, b""), (1, 0), (1, -1), (1, 1 << 60), (2, 0), (2, -8), (2, 1 << 62), (3, 0), (3, -32), (4, 5)],
+)
+def test_absurd_weights_are_refused(library: ctypes.CDLL, position: int, value: object) -> None:
+    arguments = list(_ARGUMENTS)
+    arguments[position] = value
+    assert library.qcompile_weight_create(*arguments) is None
+
+
+@pytest.mark.parametrize(("m", "bits"), [(1, 4), (1, 0), (1, 32), (-1, 8)])
+def test_absurd_products_are_refused(library: ctypes.CDLL, m: int, bits: int) -> None:
+    handle = library.qcompile_weight_create(*_ARGUMENTS)
+    x, y = np.ones((1, 64), np.float32), np.full((1, 8), 7, np.float32)
+    assert library.qcompile_weight_multiply(handle, x.ctypes.data, 0, m, y.ctypes.data, None, bits) == 1
+    np.testing.assert_array_equal(y, 7)
+    library.qcompile_weight_destroy(handle)
+
+
+def test_a_variable_names_the_path(library, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QCOMPILE_KERNEL", raising=False)
+    assert library.qcompile_chosen_kernel().decode() == names[-1]
+    for name in names:
+        monkeypatch.setenv("QCOMPILE_KERNEL", name)
+        assert library.qcompile_chosen_kernel().decode() == name
+    monkeypatch.setenv("QCOMPILE_KERNEL", "abacus")
+    assert library.qcompile_chosen_kernel() == b""
