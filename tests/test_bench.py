@@ -79,7 +79,10 @@ def test_rows_compare_with_the_first_model_at_as_many_threads(capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert "4 ±10% 2.00×" in printed
     assert "b, 2 threads over 1: prefill 8 0.50×" in printed
-    assert "noisy machine, spread above 20%: prefill 8 of b (2 threads, 120%)." in printed
+    assert (
+        "noisy machine: 1 of 4 figures have a spread above 20%, the worst 120% in prefill 8 of b at 2 threads"
+        in printed
+    )
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -225,11 +225,12 @@ def _case_row(case: Case, result: Measured, first: Measured, fewest: Measured) -
 def _print(report: dict[str, Any]) -> None:
     """The table, then what was measured, then what to doubt."""
     rows: list[dict[str, Any]] = report["models"]
+    compared = len({row["label"] for row in rows}) > 1
     names = list(dict.fromkeys((case["name"], case["unit"]) for row in rows for case in row["cases"]))
     heads = [name if unit == "tokens/s" else f"{name}, {unit}" for name, unit in names]
     shown = table("model", "threads", "load s", "MB loaded", "MB running", *heads, numbers=4 + len(heads))
     for row in rows:
-        by_name = {case["name"]: _cell(case) for case in row["cases"]}
+        by_name = {case["name"]: _cell(case, compared=compared) for case in row["cases"]}
         load = f"{row['load_seconds']:.2f} ±{row['load_spread']:.0%}"
         memory = [_mega(row["loaded_bytes"]), _mega(row["running_bytes"])]
         cells = [by_name.get(name, "") for name, _ in names]
@@ -244,26 +245,24 @@ def _print(report: dict[str, Any]) -> None:
         out.print(line)
     out.print(
         f"ONNX Runtime {report['onnxruntime']}, {report['cpu']}, {report['cores']} cores; tokens/s where no unit is "
-        f"named; medians of {report['rounds']} rounds; ±: largest minus smallest, of the median; ×: speed over "
-        f"{rows[0]['label']} at as many threads, median of the rounds' ratios; MB: resident memory that the model "
-        "added, after loading and after all runs"
+        f"named; medians of {report['rounds']} rounds; ±: largest minus smallest, of the median; "
+        + (f"×: speed over {rows[0]['label']} at as many threads, median of the rounds' ratios; " if compared else "")
+        + "MB: resident memory that the model added, after loading and after all runs"
     )
-    noisy = [
-        f"{case['name']} of {row['label']} ({row['threads']} threads, {case['spread']:.0%})"
-        for row in rows
-        for case in row["cases"]
-        if case["spread"] > _NOISY
-    ]
+    spreads = [(case["spread"], case["name"], row) for row in rows for case in row["cases"]]
+    noisy = sum(value > _NOISY for value, _, _ in spreads)
     if noisy:
+        worst, name, row = max(spreads, key=lambda item: item[0])
         out.print(
-            f"noisy machine, spread above {_NOISY:.0%}: {', '.join(noisy)}. Stop other work, or give more --rounds"
+            f"noisy machine: {noisy} of {len(spreads)} figures have a spread above {_NOISY:.0%}, the worst {worst:.0%} in "
+            f"{name} of {row['label']} at {row['threads']} threads. Stop other work, or give more --rounds"
         )
 
 
-def _cell(case: dict[str, Any]) -> str:
-    """Median, spread and ratio of a case."""
+def _cell(case: dict[str, Any], *, compared: bool) -> str:
+    """Median, spread and, beside others, ratio of a case."""
     value = f"{case['value']:.4g}" if case["value"] < 1000 else f"{case['value']:.0f}"
-    ratio = "" if case["ratio"] is None else f" {case['ratio']:.2f}×"
+    ratio = f" {case['ratio']:.2f}×" if compared and case["ratio"] is not None else ""
     return f"{value} ±{case['spread']:.0%}{ratio}"
 
 
