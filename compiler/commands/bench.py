@@ -254,8 +254,8 @@ def _print(report: dict[str, Any]) -> None:
     if noisy:
         worst, name, row = max(spreads, key=lambda item: item[0])
         out.print(
-            f"noisy machine: {noisy} of {len(spreads)} figures have a spread above {_NOISY:.0%}, the worst {worst:.0%} in "
-            f"{name} of {row['label']} at {row['threads']} threads. Stop other work, or give more --rounds"
+            f"noisy machine: {noisy} of {len(spreads)} figures have a spread above {_NOISY:.0%}, the worst {worst:.0%} "
+            f"in {name} of {row['label']} at {row['threads']} threads. Stop other work, or give more --rounds"
         )
 
 
