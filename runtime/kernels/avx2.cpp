@@ -27,44 +27,59 @@ bool available() {
 template <int kRows>
 constexpr int columns_at_once() { return kRows == 1 ? 8 : kRows == 2 ? 4 : 2; }
 
-// sums += one block's codes of 8 rows k times the activations, in 16 bits.
-template <int kRows, int kCount>
-inline void add_block4(const uint8_t* block, const int8_t* activations, __m256i (&sums)[kRows][kCount]) {
-  const __m256i nibble = _mm256_set1_epi8(15);
-  if (kCount > 2) {  // few rows: their activations stay in registers
-    __m256i low[kRows], high[kRows];
+// Codes of a vector as the two operands that the multiplications of this width take.
+template <int kBits>
+inline __m256i first_half(__m256i codes) {
+  return _mm256_and_si256(codes, kBits == 4 ? _mm256_set1_epi8(15) : _mm256_set1_epi16(255));
+}
+
+template <int kBits>
+inline __m256i second_half(__m256i codes) {
+  if (kBits == 8) return _mm256_srli_epi16(codes, 8);
+  return _mm256_and_si256(_mm256_srli_epi16(codes, 4), _mm256_set1_epi8(15));
+}
+
+// sums + codes * activations: pairs of products in 16 bits (4-bit codes) or in 32 (8-bit codes)
+template <int kBits>
+inline __m256i multiply_add(__m256i sums, __m256i codes, __m256i activations) {
+  if (kBits == 4) return _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, activations));
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(codes, activations));
+}
+
+// sums += one block's codes times the activations, of which `low` meet the first half and `high` the second.
+template <int kRows, int kBits, int kCount>
+inline void add_block(const uint8_t* block, const int8_t* low, const int8_t* high, __m256i (&sums)[kRows][kCount]) {
+  if constexpr (kCount > 2) {  // few rows: their activations stay in registers
+    __m256i first[kRows], second[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      low[r] = broadcast(activations + 4 * r);
-      high[r] = broadcast(activations + 4 * (kRows + r));
+      first[r] = broadcast(low + 4 * r);
+      second[r] = broadcast(high + 4 * r);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < kCount; ++j) {
       const __m256i codes = load(block + 32 * j);
-      const __m256i first = _mm256_and_si256(codes, nibble);
-      const __m256i second = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        sums[r][j] = _mm256_add_epi16(sums[r][j], _mm256_maddubs_epi16(first, low[r]));
-        sums[r][j] = _mm256_add_epi16(sums[r][j], _mm256_maddubs_epi16(second, high[r]));
+        sums[r][j] = multiply_add<kBits>(sums[r][j], first_half<kBits>(codes), first[r]);
+        sums[r][j] = multiply_add<kBits>(sums[r][j], second_half<kBits>(codes), second[r]);
       }
     }
-    return;
-  }
-  __m256i first[kCount], second[kCount];  // more rows: the codes do
-#pragma GCC unroll 8
-  for (int j = 0; j < kCount; ++j) {
-    const __m256i codes = load(block + 32 * j);
-    first[j] = _mm256_and_si256(codes, nibble);
-    second[j] = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const __m256i low = broadcast(activations + 4 * r), high = broadcast(activations + 4 * (kRows + r));
+  } else {  // more rows: the codes do
+    __m256i first[kCount], second[kCount];
 #pragma GCC unroll 8
     for (int j = 0; j < kCount; ++j) {
-      sums[r][j] = _mm256_add_epi16(sums[r][j], _mm256_maddubs_epi16(first[j], low));
-      sums[r][j] = _mm256_add_epi16(sums[r][j], _mm256_maddubs_epi16(second[j], high));
+      first[j] = first_half<kBits>(load(block + 32 * j));
+      second[j] = second_half<kBits>(load(block + 32 * j));
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const __m256i low_four = broadcast(low + 4 * r), high_four = broadcast(high + 4 * r);
+#pragma GCC unroll 8
+      for (int j = 0; j < kCount; ++j) {
+        sums[r][j] = multiply_add<kBits>(sums[r][j], first[j], low_four);
+        sums[r][j] = multiply_add<kBits>(sums[r][j], second[j], high_four);
+      }
     }
   }
 }
@@ -82,7 +97,7 @@ inline void dot4(const uint8_t* blocks, int64_t count, const uint8_t* ahead, con
     const int64_t run = count < kRunBlocks ? count : kRunBlocks;
     for (int64_t i = 0; i < run; ++i, blocks += kBlockBytes, activations += 8 * kRows) {
       if (ahead) fetch<kCount>(ahead);
-      add_block4<kRows, kCount>(blocks, activations, narrow);
+      add_block<kRows, 4, kCount>(blocks, activations, activations + 4 * kRows, narrow);
     }
     count -= run;
 #pragma GCC unroll 8
@@ -97,13 +112,13 @@ inline void dot4(const uint8_t* blocks, int64_t count, const uint8_t* ahead, con
 
 // A group's activations as pairs of 16 bits: of the four of a dword, 0 and 2 in `even`, 1 and 3 in `odd`.
 struct Pairs {
-  alignas(32) int32_t even[kMaxDepth / 4 * kTileRows];
-  alignas(32) int32_t odd[kMaxDepth / 4 * kTileRows];
+  alignas(32) int8_t even[kMaxDepth * kTileRows];
+  alignas(32) int8_t odd[kMaxDepth * kTileRows];
 };
 
-inline void split_pairs(const int8_t* activations, int64_t dwords, Pairs& pairs) {
-  for (int64_t i = 0; i < dwords; i += 2) {  // the depth is a multiple of 8: dwords come in pairs
-    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(activations + 4 * i));
+inline void split_pairs(const int8_t* activations, int64_t bytes, Pairs& pairs) {
+  for (int64_t i = 0; i < bytes; i += 8) {  // the depth is a multiple of 8
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(activations + i));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(pairs.even + i), _mm_srai_epi16(_mm_slli_epi16(codes, 8), 8));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(pairs.odd + i), _mm_srai_epi16(codes, 8));
   }
@@ -112,20 +127,9 @@ inline void split_pairs(const int8_t* activations, int64_t dwords, Pairs& pairs)
 template <int kRows, int kCount>
 inline void dot8(const uint8_t* blocks, int64_t count, const uint8_t* ahead, const Pairs& pairs,
                  __m256i (&sums)[kRows][kCount]) {
-  const int32_t *even = pairs.even, *odd = pairs.odd;
-  for (int64_t i = 0; i < count; ++i, blocks += kBlockBytes, even += kRows, odd += kRows) {
+  for (int64_t i = 0; i < count; ++i, blocks += kBlockBytes) {
     if (ahead) fetch<kCount>(ahead);
-#pragma GCC unroll 8
-    for (int j = 0; j < kCount; ++j) {
-      const __m256i codes = load(blocks + 32 * j);
-      const __m256i first = _mm256_and_si256(codes, _mm256_set1_epi16(255)), second = _mm256_srli_epi16(codes, 8);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(first, _mm256_set1_epi32(even[r])),
-                                                  _mm256_madd_epi16(second, _mm256_set1_epi32(odd[r])));
-        sums[r][j] = _mm256_add_epi32(sums[r][j], products);
-      }
-    }
+    add_block<kRows, 8, kCount>(blocks, pairs.even + 4 * kRows * i, pairs.odd + 4 * kRows * i, sums);
   }
 }
 
@@ -133,7 +137,7 @@ template <int kRows, int kBits, bool kWide>
 inline void multiply_group(const Layout& layout, const Group& group, float* out) {
   constexpr int count = columns_at_once<kRows>();
   Pairs pairs;
-  if (kBits == 8) split_pairs(group.activations, layout.depth() / 4 * kRows, pairs);
+  if (kBits == 8) split_pairs(group.activations, layout.depth() * kRows, pairs);
   for (int first = 0; first < kVectors; first += count) {
     __m256i sums[kRows][count];
     start<kRows, count>(layout, group, first, sums);

@@ -19,7 +19,8 @@ void* qcompile_weight_create(const char* kernel, int64_t k, int64_t n, int64_t b
                              const void* codes, const void* scale, int scale_is_half, const void* zero_point) {
   constexpr int64_t limit = int64_t(1) << 31;
   const Kernels* kernels = named_kernels(kernel);
-  if (!kernels || k < 1 || n < 1 || k > limit || n > limit || block_size < 1 || (bits != 4 && bits != 8)) return nullptr;
+  if (!kernels || k < 1 || n < 1 || block_size < 1 || (bits != 4 && bits != 8)) return nullptr;
+  if (k > limit || n > limit || block_size > limit) return nullptr;
   const Source source = {static_cast<const uint8_t*>(codes), scale, scale_is_half != 0,
                          static_cast<const uint8_t*>(zero_point), is_signed != 0};
   try {
