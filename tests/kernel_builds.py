@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# A name and options: AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZED = ("kernel_check_sanitized", "-DQCOMPILE_SANITIZE=ON")
 
 
 def tool(name: str) -> str:
@@ -19,12 +21,12 @@ def tool(name: str) -> str:
     return found
 
 
-def build_kernel_check(name: str, *options: str) -> Path:
+def build_kernel_check(name: str, *options: str, target: str = "kernel_check") -> Path:
     """Folder of the build, which lies in build/ and stays there for the next run."""
     folder = ROOT / "build" / name
     cmake = tool("cmake")
     run(cmake, "-S", ROOT / "runtime" / "kernels", "-B", folder, "-DQCOMPILE_CHECK=ON", *options)
-    run(cmake, "--build", folder, "--target", "kernel_check", "--parallel", "2")
+    run(cmake, "--build", folder, "--target", target, "--parallel", "2")
     return folder
 
 

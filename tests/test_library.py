@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from kernel_builds import SANITIZED, build_kernel_check, run, tool
 from native_models import Case, native_library, open_session, relative
 from onnx import TensorProto, helper
 
@@ -232,6 +233,19 @@ def test_resident_memory_is_that_of_the_packed_weights(library: Path, tmp_path: 
     assert taken(big) - taken(small) < PACKED * packed
 
 
+def _operator_tests(**variables: str) -> str:
+    """Output of the tests of the operators in a process of their own, which must pass."""
+    code = (
+        "import sys, onnxruntime, pytest; print('version', onnxruntime.__version__);"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_operators.py']))"
+    )
+    command, environment = [sys.executable, "-c", code], {**os.environ, **variables}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "skipped" not in done.stdout
+    return done.stdout
+
+
 def _tests_with(version: str) -> str:
     """The tests of the operators, run against another version of ONNX Runtime that shadows the installed one."""
     folder = Path(tempfile.gettempdir()) / f"qcompile-onnxruntime-{version or 'newest'}"
@@ -246,18 +260,7 @@ def _tests_with(version: str) -> str:
                 pytest.fail(done.stderr)
             pytest.skip(f"{wanted} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
         partial.rename(folder)
-    search = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    code = (
-        "import sys, onnxruntime, pytest; print('version', onnxruntime.__version__);"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_operators.py']))"
-    )
-    environment = {**os.environ, "PYTHONPATH": search}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "skipped" not in done.stdout
-    return done.stdout
+    return _operator_tests(PYTHONPATH=os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
 
 
 def test_the_oldest_onnxruntime(library: Path) -> None:
@@ -269,3 +272,14 @@ def test_the_oldest_onnxruntime(library: Path) -> None:
 def test_the_newest_onnxruntime(library: Path) -> None:
     shutil.rmtree(Path(tempfile.gettempdir()) / "qcompile-onnxruntime-newest", ignore_errors=True)
     _tests_with("")
+
+
+def test_the_operators_under_sanitizers(library: Path) -> None:
+    """Python is not built with them, so their library has to be loaded before anything else."""
+    runtimes = [run(tool("g++"), f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so")]
+    if not all(map(os.path.isabs, runtimes)):
+        pytest.skip("this g++ has no AddressSanitizer")
+    built = build_kernel_check(*SANITIZED, target="qcompile_kernels") / "libqcompile_kernels.so"
+    options = "detect_leaks=0,allocator_may_return_null=1"  # Python and ONNX Runtime leak; a refused size is no bug
+    variables = {"QCOMPILE_LIBRARY": str(built), "LD_PRELOAD": ":".join(runtimes), "ASAN_OPTIONS": options}
+    _operator_tests(**variables, UBSAN_OPTIONS="halt_on_error=1,print_stacktrace=1")
