@@ -330,3 +330,104 @@ def test_signs_stay_where_they_gain_nothing(values, change):
     decisions = check(model, FEEDS, tolerance=0)
     assert operators(model).count("Neg") == len(values)
     assert not reasons(decisions, "simplified")
+
+
+# Case 16
+
+HEADS_OF = """ku{n} = Unsqueeze(k, two) ke{n} = Expand(ku{n}, five) kr{n} = Reshape(ke{n}, four)
+    kt{n} = Transpose <perm = [0, 1, 3, 2]> (kr{n}) kc{n} = Mul(kt{n}, c) vu{n} = Unsqueeze(v, two)
+    ve{n} = Expand(vu{n}, five) vr{n} = Reshape(ve{n}, four) qs{n} = Div({q}, d) s{n} = MatMul(qs{n}, kc{n})
+    a{n} = Add(s{n}, mask) p{n} = Softmax <axis = 3> (a{n}) o{n} = MatMul(p{n}, vr{n}) """
+GROUPED = HEADS_OF.format(q="q", n="") + "t = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape(t, rows)"
+HEADS = {
+    "two": np.int64([2]),
+    "five": np.int64([2, 3, 2, 5, 8]),
+    "four": np.int64([2, 6, 5, 8]),
+    "rows": np.int64([0, 0, -1]),
+    "c": np.float32(0.25),
+    "d": np.float32([3]),
+}
+
+
+def grouped(*changes: tuple[str, str], mask: str = "float[2,1,4,5] mask", outputs: str = "float[2,4,48] y") -> ir.Model:
+    """Six query heads over three of keys and values, with the copies that exporters write."""
+    body = GROUPED
+    for old, new in changes:
+        assert old in body
+        body = body.replace(old, new)
+    inputs = f"float[2,6,4,8] q, float[2,3,5,8] k, float[2,3,5,8] v, {mask}"
+    return parse(body, inputs, outputs, **HEADS)
+
+
+def heads_feeds(model: ir.Model) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(2)
+    return {v.name: rng.standard_normal(v.shape.numpy()).astype(np.float32) for v in model.graph.inputs}
+
+
+GROUPED_REASON = "1 attentions read keys and values once for each group of heads"
+
+
+@pytest.mark.parametrize("mask", ["float[2,1,4,5]", "float[1,4,5]", "float[4,5]", "float"])
+def test_heads_are_not_copied(mask):
+    model = grouped(mask=f"{mask} mask")
+    decisions = check(model, heads_feeds(model))
+    expected = ["Unsqueeze", "Transpose", "Mul", "Unsqueeze", "Reshape", "Div", "MatMul"]
+    expected += ["Unsqueeze"] if "2,1" in mask else []
+    expected += ["Add", "Softmax", "MatMul", "Transpose", "Reshape"]
+    assert sorted(operators(model)) == sorted(expected)
+    assert reasons(decisions, "simplified") == [GROUPED_REASON]
+    product = next(node for node in model.graph if node.op_type == "Softmax").outputs[0]
+    assert product.shape == (2, 3, 2, 4, 5)
+
+
+def test_heads_without_mask_and_a_result_that_others_read():
+    changes = [("a = Add(s, mask)", "a = Mul(c, s)"), ("rows)", "rows) z = Relu(o) w = Neg(mask)")]
+    model = grouped(*changes, outputs="float[2,4,48] y, float[2,6,4,8] z, float[2,1,4,5] w")
+    decisions = check(model, heads_feeds(model))
+    assert not [node for node in model.graph if node.op_type == "Expand"]
+    assert operators(model).count("Reshape") == 3
+    assert reasons(decisions, "simplified") == [GROUPED_REASON]
+
+
+def test_two_layers_share_the_mask():
+    body = HEADS_OF.format(q="q", n="") + "r = Abs(o) " + HEADS_OF.format(q="r", n="2") + "y = Neg(o2)"
+    inputs = "float[2,6,4,8] q, float[2,3,5,8] k, float[2,3,5,8] v, float[2,1,4,5] mask"
+    model = parse(body, inputs, "float[2,6,4,8] y", **{name: a for name, a in HEADS.items() if name != "rows"})
+    decisions = check(model, heads_feeds(model))
+    assert operators(model).count("Unsqueeze") == 3  # keys, values and one for the mask
+    assert reasons(decisions, "simplified") == [GROUPED_REASON.replace("1", "2")]
+
+
+NO_KEYS = "no product with keys is found before the probabilities"
+
+
+@pytest.mark.parametrize(
+    ("change", "mask", "reason"),
+    [
+        (("p, vr", "p, vr"), "float[2,6,4,5] mask", NO_KEYS),
+        (("Softmax <axis = 3>", "Softmax <axis = 2>"), "float[4,5] mask", NO_KEYS),
+        (("a = Add(s, mask)", "r = Relu(s) a = Add(r, mask)"), "float[4,5] mask", NO_KEYS),
+        (("y = Reshape(t, rows)", "w = Reshape(t, rows) x = ReduceSum <keepdims = 0> (p) y = Add(w, x)"),
+         "float[4,5] mask", NO_KEYS),
+        (("kc = Mul(kt, c)", "kc = Mul(kt, mask)"), "float mask", "the keys do not repeat heads as the values do"),
+        (("kt = Transpose <perm = [0, 1, 3, 2]> (kr)", "n = Relu(kr) kt = Transpose <perm = [0, 1, 3, 2]> (n)"),
+         "float[4,5] mask", "the keys do not repeat heads as the values do"),
+    ],
+)  # fmt: skip
+def test_heads_stay_where_they_differ(change, mask, reason):
+    model = grouped(change, mask=mask)
+    decisions = check(model, heads_feeds(model))
+    assert reasons(decisions, "kept") == [reason]
+    assert "Expand" in operators(model)
+
+
+def test_keys_that_are_not_repeated_by_sizes_stay():
+    """Rows that the Expand repeats as well."""
+    model = grouped()
+    for value in model.graph.inputs:
+        if value.name == "v":
+            value.shape = ir.Shape((2, 3, 1, 8))
+    feeds = heads_feeds(model)
+    decisions = check(model, feeds)
+    assert operators(model).count("Expand") == 2
+    assert not reasons(decisions, "simplified")

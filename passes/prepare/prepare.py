@@ -6,6 +6,7 @@ from qcompile.passes.prepare.duplicates import merge_duplicates
 from qcompile.passes.prepare.equal import merge_equal
 from qcompile.passes.prepare.folding import fold_weights
 from qcompile.passes.prepare.gemm import split_gemms
+from qcompile.passes.prepare.heads import group_heads
 from qcompile.passes.prepare.identities import remove_identities
 from qcompile.passes.prepare.opset import raise_opset
 from qcompile.passes.prepare.simplify import divide, remove_guards, remove_neutral, sign_tables
@@ -37,7 +38,8 @@ class Prepare(Pass):
     Case 13: a guard against a softmax of nothing but -inf goes where the mask is finite. NaN scores then give NaN.
     Case 14: a constant operand that changes nothing (and True, times 1, plus 0) goes with its node.
     Case 15: the signs that rotary embeddings put on halves of q and k go into the table that all of them share.
-    Cases 11 to 15 keep every bit, but for NaN scores in Case 13; Case 10 rounds once where it was twice.
+    Case 16: grouped-query attention reads each head of keys and values once for its group, where Expand copied it.
+    Cases 11 to 16 keep the arithmetic, but for NaN scores in Case 13; Case 10 rounds once where it was twice.
     Inputs and outputs keep names, order and types; weights keep their types and are never all in memory.
     """
 
@@ -73,6 +75,8 @@ class Prepare(Pass):
         remove_neutral(model, decide)  # Case 14
         remove_guards(model, decide)  # Case 13
         sign_tables(model, decide)  # Case 15
+        remove_unused(model, decide)  # so that a dead reader does not look like a second use
+        group_heads(model, decide)  # Case 16
         merge_equal(model, decide)  # Case 12
         remove_unused(model, decide)  # Case 8
         sort(model)

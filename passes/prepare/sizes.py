@@ -106,6 +106,8 @@ def transpose_keys(model: ir.Model, decide: Decide) -> None:
             node, "Transpose", [source], {"perm": order}, name=name, output=names.fresh(f"{name}_turned")
         )
         take_over(output, turned, names)
+        if not turned.is_graph_output() and source.shape is not None:
+            turned.shape = ir.Shape([source.shape[i] for i in order])
         model.graph.remove(node, safe=True)
         replaced += 1
     if replaced:
