@@ -33,7 +33,7 @@ wheel: $(STAMP)
 clean:
 	rm -rf .venv build dist demo-output
 
-# The install is editable: Python sources are read where they are. A change of dependencies or of the kernels needs it again.
+# The install is editable: Python is read where it lies. A change of dependencies or of the kernels needs it again.
 $(STAMP): pyproject.toml $(wildcard runtime/kernels/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "qcompile needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }

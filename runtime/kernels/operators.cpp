@@ -31,7 +31,7 @@ enum Input : size_t { kX, kW, kScale, kBias, kZeroPoint, kInputs };
 constexpr Input kAllInputs[] = {kX, kW, kScale, kBias, kZeroPoint};
 constexpr const char* kNames[kInputs] = {"x", "w", "scale", "bias", "zero_point"};
 
-// ---- Failures. Exceptions inside, an OrtStatus at the border: nothing is thrown through C.
+// ---- Failures: exceptions inside, an OrtStatus at the border. Nothing is thrown through C.
 
 // A status of ONNX Runtime on its way back to it.
 struct Failure {
@@ -98,7 +98,9 @@ InfoOwner own(const OrtApi& api, OrtTensorTypeAndShapeInfo* info) {
 Shape shape_of(const OrtApi& api, const OrtTensorTypeAndShapeInfo* info) {
   Shape shape;
   check(api.call<GetDimensionsCount>(info, &shape.rank));
-  if (shape.rank > kMaxRank) throw Refusal("qcompile: a tensor has more than " + std::to_string(kMaxRank) + " dimensions");
+  if (shape.rank > kMaxRank) {
+    throw Refusal("qcompile: a tensor has more than " + std::to_string(kMaxRank) + " dimensions");
+  }
   check(api.call<GetDimensions>(info, shape.dims.data(), shape.rank));
   return shape;
 }
@@ -123,7 +125,8 @@ void give_back_pages(const void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_PAGEOUT)
   constexpr uintptr_t kWorthwhile = 1 << 16;
   const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (uintptr_t(data) + page - 1) / page * page, end = (uintptr_t(data) + uintptr_t(bytes)) / page * page;
+  const uintptr_t begin = (uintptr_t(data) + page - 1) / page * page;
+  const uintptr_t end = (uintptr_t(data) + uintptr_t(bytes)) / page * page;
   if (begin < end && end - begin >= kWorthwhile) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_PAGEOUT);
 #else
   (void)data, (void)bytes;
@@ -248,12 +251,13 @@ void Kernel::check_attributes(const OrtKernelInfo* info) {
   // Written by compilers of later versions: ONNX Runtime shows no operator the opset imports of its model.
   const int64_t version = attribute(info, "version", 1);
   if (version > kOperatorVersion) {
-    refuse("the model needs operators version %lld of domain qcompile, this library knows %d: upgrade qcompile-onnx, or "
-           "load the model without the library", (long long)version, kOperatorVersion);
+    refuse("the model needs operators version %lld of domain qcompile, this library knows %d: upgrade qcompile-onnx, "
+           "or load the model without the library", (long long)version, kOperatorVersion);
   }
   block_size_ = attribute(info, "block_size", std::nullopt);
   if (block_size_ < 1 || block_size_ > kMaxSize) {
-    refuse("block_size is %lld, it must be 1 to %lld: compile the model again", (long long)block_size_, (long long)kMaxSize);
+    refuse("block_size is %lld, it must be 1 to %lld: compile the model again", (long long)block_size_,
+           (long long)kMaxSize);
   }
   const int64_t bits = attribute(info, "activation_bits", 16);
   if (bits != 8 && bits != 16) {
@@ -309,15 +313,16 @@ void Kernel::check_shapes(const Given& given) const {
   for (Input input : {kW, kScale, kBias, kZeroPoint}) {
     const auto& shape = given.shape[input];
     if (shape && shape->rank != kRanks[input]) {
-      refuse("%s has shape %s, it must have %zu dimensions: compile the model again", kNames[input], shape->text().c_str(),
-             kRanks[input]);
+      refuse("%s has shape %s, it must have %zu dimensions: compile the model again", kNames[input],
+             shape->text().c_str(), kRanks[input]);
     }
   }
   const Shape unknown = {{-1, -1}, 2};
   const Shape w = given.shape[kW].value_or(unknown);
   for (int64_t size : {w[0], w[1]}) {
     if (size == 0 || size > kMaxSize) {
-      refuse("w has shape %s, K and N must be 1 to %lld: compile the model again", w.text().c_str(), (long long)kMaxSize);
+      refuse("w has shape %s, K and N must be 1 to %lld: compile the model again", w.text().c_str(),
+             (long long)kMaxSize);
     }
   }
   if (given.shape[kX]) check_rows(*given.shape[kX], w[0]);
@@ -353,9 +358,12 @@ int64_t Kernel::check_rows(const Shape& x, int64_t k) const {
 std::unique_ptr<const PackedWeight> Kernel::pack_weight(const Given& given) const {
   const Shape& w = *given.shape[kW];
   const OrtValue* zero_point = given.value[kZeroPoint];
-  const Source source = {static_cast<const uint8_t*>(data_of(api_, given.value[kW])), data_of(api_, given.value[kScale]),
-                         op_.half, zero_point ? static_cast<const uint8_t*>(data_of(api_, zero_point)) : nullptr,
-                         op_.is_signed};
+  Source source{};
+  source.codes = static_cast<const uint8_t*>(data_of(api_, given.value[kW]));
+  source.scale = data_of(api_, given.value[kScale]);
+  source.scale_is_half = op_.half;
+  if (zero_point) source.zero_point = static_cast<const uint8_t*>(data_of(api_, zero_point));
+  source.is_signed = op_.is_signed;
   const Layout layout = make_layout(w[0], w[1], block_size_, op_.bits, source);
   return std::make_unique<const PackedWeight>(layout, source, chosen_kernels());
 }
@@ -390,7 +398,8 @@ void Kernel::compute(OrtKernelContext* context) const {
   multiply(*weight_, x, bias, context);
 }
 
-void Kernel::multiply(const PackedWeight& weight, const OrtValue* x, const OrtValue* bias, OrtKernelContext* context) const {
+void Kernel::multiply(const PackedWeight& weight, const OrtValue* x, const OrtValue* bias,
+                      OrtKernelContext* context) const {
   Shape shape = shape_of(api_, x);
   const int64_t m = check_rows(shape, weight.layout().k);
   shape.dims[shape.rank - 1] = weight.layout().n;
@@ -420,8 +429,9 @@ ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
   return mine.is_signed ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
 }
 
-// (…, K) and (K, N) -> (…, N), with the names of unknown dimensions. ONNX Runtime calls the function of the first operator
-// of a name for all of its element types, so the type comes from input 0. It finds the type by itself where this gives up.
+// (…, K) and (K, N) -> (…, N), with the names of unknown dimensions. ONNX Runtime calls the function of the first
+// operator of a name for all of its element types, so the type comes from input 0. It finds the type by itself where
+// this gives up.
 OrtStatus* infer_shape(const OrtCustomOp* op, OrtShapeInferContext* context) {
   const OrtApi& api = *self(op).api;
   return guarded(api, [&] {

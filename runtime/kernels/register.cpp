@@ -47,8 +47,8 @@ OrtStatus* domain_for(const OrtApi& api, OrtCustomOpDomain** out) {
 
 OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
   if (!chosen_kernels()) {
-    const std::string message = std::string("QCOMPILE_KERNEL names no instruction set of this library and machine; it may be ") +
-                                kernel_names() + ", or unset for the fastest";
+    const std::string message = std::string("QCOMPILE_KERNEL names no instruction set of this library and machine; ") +
+                                "it may be " + kernel_names() + ", or unset for the fastest";
     return api.call<CreateStatus>(ORT_INVALID_ARGUMENT, message.c_str());
   }
   OrtCustomOpDomain* domain;
