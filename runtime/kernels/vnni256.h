@@ -23,32 +23,32 @@ inline __m256i dot(__m256i sums, __m256i codes, __m256i activations);
 template <int kRows>
 constexpr int columns_at_once() { return kRows == 1 ? 8 : kRows == 2 ? 4 : 2; }
 
-// sums += codes of 4 rows k times the activations
+// Columns of two vectors: sums[r][j] and sums[r][j + 1] += codes of 4 rows k times the activations.
 template <int kRows, int kCount>
-inline void add_rows(const __m256i (&codes)[kCount], const int8_t* activations, __m256i (&sums)[kRows][kCount]) {
+inline void add_rows(__m256i codes, __m256i next, const int8_t* activations, int j, __m256i (&sums)[kRows][kCount]) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     const __m256i four = broadcast(activations + 4 * r);
-#pragma GCC unroll 8
-    for (int j = 0; j < kCount; ++j) sums[r][j] = dot(sums[r][j], codes[j], four);
+    sums[r][j] = dot(sums[r][j], codes, four);
+    sums[r][j + 1] = dot(sums[r][j + 1], next, four);
   }
 }
 
+inline __m256i low_nibbles(__m256i codes) { return _mm256_and_si256(codes, _mm256_set1_epi8(15)); }
+inline __m256i high_nibbles(__m256i codes) { return low_nibbles(_mm256_srli_epi16(codes, 4)); }
+
 template <int kRows, int kBits, int kCount>
 inline void add_block(const uint8_t* block, const int8_t* activations, __m256i (&sums)[kRows][kCount]) {
-  __m256i codes[kCount];
 #pragma GCC unroll 8
-  for (int j = 0; j < kCount; ++j) {
-    codes[j] = load(block + 32 * j);
-    if (kBits == 4) codes[j] = _mm256_and_si256(codes[j], _mm256_set1_epi8(15));
+  for (int j = 0; j < kCount; j += 2) {
+    const __m256i codes = load(block + 32 * j), next = load(block + 32 * j + 32);
+    if (kBits == 8) {
+      add_rows<kRows, kCount>(codes, next, activations, j, sums);
+    } else {
+      add_rows<kRows, kCount>(low_nibbles(codes), low_nibbles(next), activations, j, sums);
+      add_rows<kRows, kCount>(high_nibbles(codes), high_nibbles(next), activations + 4 * kRows, j, sums);
+    }
   }
-  add_rows<kRows, kCount>(codes, activations, sums);
-  if (kBits == 8) return;
-#pragma GCC unroll 8
-  for (int j = 0; j < kCount; ++j) {  // loaded again: cheaper than registers kept
-    codes[j] = _mm256_and_si256(_mm256_srli_epi16(load(block + 32 * j), 4), _mm256_set1_epi8(15));
-  }
-  add_rows<kRows, kCount>(codes, activations + 4 * kRows, sums);
 }
 
 template <int kRows, int kBits, bool kWide>
