@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from native_models import Case, native_library, open_session, relative
 from onnx import TensorProto, helper
@@ -205,6 +206,21 @@ def test_an_unknown_instruction_set_is_refused(library: Path, monkeypatch: pytes
     monkeypatch.setenv("QCOMPILE_KERNEL", "avx1024")
     with pytest.raises(Exception, match=r"QCOMPILE_KERNEL names no instruction set .* it may be reference,"):
         open_session(Case().model(), library)
+    monkeypatch.delenv("QCOMPILE_KERNEL")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+    monkeypatch.setenv("QCOMPILE_KERNEL", "avx1024")
+    with pytest.raises(Exception, match=r"QCOMPILE_KERNEL was changed since the library was registered"):
+        ort.InferenceSession(Case().model(), options, providers=["CPUExecutionProvider"])
+
+
+def test_registering_twice_is_refused(library: Path) -> None:
+    options = ort.SessionOptions()
+    for _ in range(2):
+        options.register_custom_ops_library(str(library))
+    with pytest.raises(Exception, match="Domain already set in registry"):
+        ort.InferenceSession(Case().model(), options, providers=["CPUExecutionProvider"])
 
 
 Damage = Callable[[Case], object]

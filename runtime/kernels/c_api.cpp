@@ -6,7 +6,7 @@
 
 using namespace qcompile;
 
-int qcompile_operator_version() { return 1; }
+int qcompile_operator_version() { return kOperatorVersion; }
 
 const char* qcompile_kernels() { return kernel_names(); }
 

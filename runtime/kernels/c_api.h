@@ -9,7 +9,11 @@
 #define QCOMPILE_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
+namespace qcompile {
 // Version of the operators that this library computes: the version of the domain `qcompile` in a model's opset imports.
+constexpr int kOperatorVersion = 1;
+}  // namespace qcompile
+
 QCOMPILE_EXPORT int qcompile_operator_version();
 
 // Names of the instruction sets of this build that this machine runs, slowest first, separated by commas.

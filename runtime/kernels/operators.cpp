@@ -17,6 +17,7 @@
 #include <unistd.h>
 #endif
 
+#include "c_api.h"
 #include "matmul.h"
 
 namespace qcompile {
@@ -197,6 +198,7 @@ class Kernel {
 
   const Operator& op_;
   const OrtApi& api_;
+  const Kernels* kernels_;
   std::string node_;
   int64_t block_size_;
   int activation_bits_;
@@ -204,7 +206,9 @@ class Kernel {
   std::unique_ptr<const PackedWeight> weight_;  // empty where w, scale or zero_point is no constant
 };
 
-Kernel::Kernel(const Operator& op, const OrtKernelInfo* info) : op_(op), api_(*op.api), node_(node_name(info)) {
+Kernel::Kernel(const Operator& op, const OrtKernelInfo* info)
+    : op_(op), api_(*op.api), kernels_(chosen_kernels()), node_(node_name(info)) {
+  if (!kernels_) refuse("QCOMPILE_KERNEL was changed since the library was registered: it may be %s", kernel_names());
   check_attributes(info);
   const Given given = given_at_load(info);
   check_shapes(given);
@@ -365,7 +369,7 @@ std::unique_ptr<const PackedWeight> Kernel::pack_weight(const Given& given) cons
   if (zero_point) source.zero_point = static_cast<const uint8_t*>(data_of(api_, zero_point));
   source.is_signed = op_.is_signed;
   const Layout layout = make_layout(w[0], w[1], block_size_, op_.bits, source);
-  return std::make_unique<const PackedWeight>(layout, source, chosen_kernels());
+  return std::make_unique<const PackedWeight>(layout, source, kernels_);
 }
 
 void Kernel::give_back(const Given& given) const {

@@ -7,9 +7,6 @@
 
 namespace qcompile {
 
-// Version of the operators: of the domain in a model's opset imports.
-constexpr int kOperatorVersion = 1;
-
 // One operator for one combination of element types.
 struct Operator : ort::OrtCustomOp {
   const ort::OrtApi* api;
