@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qcompile.passes.formats.functions import is_product, operands
 from qcompile.passes.linears import as_linear, find_embeddings
 
 # Quantized matrix products of ONNX itself: slots of (codes, scale, zero point), -1 where there is none.
@@ -73,9 +74,13 @@ def _weights(node: ir.Node) -> Iterator[Weight]:
 
 
 def _own(node: ir.Node) -> Weight:
-    operands = [node.inputs[i] if i < len(node.inputs) else None for i in (1, 2, 3)]
-    tensors = tuple(t for v in operands if v is not None and (t := stored(v)) is not None)
-    kind = "linear" if node.op_type.startswith("MatMul") else "embedding"
+    kind = "linear" if is_product(node) else "embedding"
+    if kind == "linear":
+        own = operands(node)
+        values: list[ir.Value | None] = [own.codes, own.scale, own.zero_point]
+    else:
+        values = list(node.inputs[1:])
+    tensors = tuple(t for v in values if v is not None and (t := stored(v)) is not None)
     scale = _dims(tensors[1]) if len(tensors) > 1 else (1, 1)
     codes, block = _dims(tensors[0]), node.attributes.get_int("block_size", 0)
     shape = (codes[0], scale[-1])

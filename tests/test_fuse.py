@@ -171,16 +171,18 @@ def test_every_target_fuses_and_agrees(tmp_path: Any, make: Any, products: int, 
     assert operators["MatMulNBits"] == products, operators
 
 
-def test_a_compile_with_fuse(bench: Any) -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_compile_with_fuse(bench: Any, symmetric: bool) -> None:
     """Coverage, verification of the saved file and `inspect` know the joined operators."""
-    report = bench.compile(bench.save(tiny_encoder(), tokenizer=True), "pack,fuse")
+    report = bench.compile(bench.save(tiny_encoder(), tokenizer=True), "pack,fuse", symmetric=symmetric)
     assert report.coverage == 1.0
     assert report.reload_error is not None
     assert report.reload_error < 1e-5
     assert Counter(d.action for d in report.decisions["fuse"])["fused"] == 14
     shown = inspect(bench.folder / "out" / "model.onnx")
     assert shown.operators["qcompile.MatMulAddInt4"] == 8
-    assert all(group.quantized and group.form == "uint4 g32 asym" for group in shown.weights if group.kind == "linear")
+    form = "int4 g32 sym" if symmetric else "uint4 g32 asym"
+    assert {(group.quantized, group.form) for group in shown.weights if group.kind == "linear"} == {(True, form)}
     assert {group.shape for group in shown.weights if group.operator == "MatMulAddInt4"} >= {(48, 144)}
 
 
