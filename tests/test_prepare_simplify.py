@@ -149,8 +149,11 @@ def test_equal_symbols_are_equal_sizes():
     ]
 
 
-def test_other_symbols_are_other_sizes():
+@pytest.mark.parametrize("name", ["S", "None"])
+def test_other_symbols_are_other_sizes(name):
     model = parse(LENGTHS, "float[A,T] p, float[S,B] q", "int64[2] y, int64 v")
+    if name == "None":  # which says nothing
+        model.graph.inputs[0].shape, model.graph.inputs[1].shape = ir.Shape(["None"] * 2), ir.Shape(["None"] * 2)
     decisions = check(model, {"p": np.ones((2, 3), np.float32), "q": np.ones((5, 4), np.float32)}, tolerance=0)
     assert operators(model).count("Shape") == 3
     # Gather and Squeeze of the two give four values, of which the sums are the same.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompile.passes.prepare.edit import small_array
+from qcompile.passes.prepare.sizes import named_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +52,6 @@ def repeated(value: ir.Value | None) -> Repeated | None:
     if single != [batch, groups, 1, rows, width] or joined != [batch, wide[1] * wide[2], rows, width]:
         return None
     return Repeated(results[2], wide[1], wide[2])
-
-
-def named_sizes(value: ir.Value) -> list[int | str | None]:
-    """The sizes of a value, symbols by name."""
-    return [size if isinstance(size, int) else size.value for size in value.shape or ()]
 
 
 def find_attention(node: ir.Node, values: Repeated) -> Attention | str:

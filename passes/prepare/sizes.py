@@ -7,6 +7,17 @@ from qcompile.passes.prepare.edit import Decide, Names, insert_before, small_arr
 # A number, the name of a symbol of the graph's inputs, or one dimension of a value.
 Size = int | str | tuple[ir.Value, int]
 _SAME = {"Squeeze", "Unsqueeze", "Identity"}
+# What some exporters call every dimension that they do not know.
+_UNNAMED = {"", "?", "None", "-1", "unknown", "dynamic"}
+
+
+def named_sizes(value: ir.Value) -> list[int | str | None]:
+    """The sizes of a value, symbols by name; None for one that has none. Empty without a shape."""
+    return [size if isinstance(size, int) else _name(size) for size in value.shape or ()]
+
+
+def _name(size: ir.SymbolicDim) -> str | None:
+    return None if size.value in _UNNAMED else size.value
 
 
 def dimension(value: ir.Value, axis: int) -> Size:
@@ -15,7 +26,7 @@ def dimension(value: ir.Value, axis: int) -> Size:
     size = value.shape[axis]
     if isinstance(size, int):
         return size
-    return size.value if value.is_graph_input() and size.value else (value, axis)
+    return (_name(size) if value.is_graph_input() else None) or (value, axis)
 
 
 def sizes(value: ir.Value | None) -> tuple[Size, ...] | None:
@@ -63,7 +74,7 @@ def merge_sizes(model: ir.Model, decide: Decide) -> None:
     """Let every use of a size that was computed before go to the first one.
 
     Dimensions of graph inputs with the same name are the same number (ONNX: "dim_param … represents a dimension
-    variable"): the length of thirty caches is asked for once.
+    variable"): the length of thirty caches is asked for once. Names like "?" are none.
     """
     first: dict[tuple[int, tuple[Size, ...]], ir.Value] = {}
     merged = 0
