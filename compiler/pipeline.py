@@ -214,7 +214,7 @@ class _Job:
         with threadpool_limits(limits=1, user_api="blas"):
             for rewrite in self.passes:
                 rewrite.call(region)
-        int8 = int8 and self.recipe.target == "qcompile"
+        int8 = int8 and self.recipe.target == "qcompile" and self.recipe.activations != 16
 
         def probe(piece: Piece) -> list[str]:
             return probe_nodes(piece, segment.nodes, int8=int8)
