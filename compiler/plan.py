@@ -117,7 +117,8 @@ def following_rounding(later: Sequence[Step]) -> Rounding:
     """The rounding that candidates are judged by: that of `gptq` if it comes later, without its slow refinements."""
     for step in later:
         if step.name == "gptq":
-            return ErrorCompensated(damping=float(step.parameters.get("damping", 0.01)), sweeps=0, refit=False)
+            damping = step.parameters.get("damping", "auto")
+            return ErrorCompensated(None if damping == "auto" else float(damping), sweeps=0, refit=False)
     return round_with_clip
 
 

@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from qcompile.passes.statistics import Statistics
 # Rows rounded one by one before the rest follows in one matrix product.
 _BLOCK = 32
 _THREADS = 2
+# The damping of endless data, and what is added by K / rows.
+_LEAST_DAMPING, _SHARE = 0.01, 1.5
 QUANTIZED = "qcompile.quantized"
 
 
@@ -30,10 +32,10 @@ class ErrorCompensated:
     fixed, and the group scales are refit by least squares for the codes chosen; a column keeps a step only if its exact
     output error fell.
 
-    damping: added to the Gram matrix's diagonal, as a fraction of it.
+    damping: added to the Gram matrix's diagonal, as a fraction of it; None chooses it by `default_damping`.
     """
 
-    damping: float = 0.01
+    damping: float | None = None
     sweeps: int = 2
     refit: bool = True
 
@@ -42,7 +44,8 @@ class ErrorCompensated:
         if statistics is None:
             raise TypeError("error-compensated rounding needs statistics")
         w = np.ascontiguousarray(w, dtype=np.float32)
-        gram = damped(statistics.gram, self.damping)
+        damping = default_damping(len(w), statistics.rows) if self.damping is None else self.damping
+        gram = damped(statistics.gram, damping)
         qparams = choose_qparams(w, spec, importance=np.diagonal(gram))
         best = _Candidate(w, statistics.gram, Quantized(quantize(w, qparams, spec), qparams, spec))
         best.improve(_compensate(w, gram, qparams, spec))
@@ -53,6 +56,14 @@ class ErrorCompensated:
         if self.refit:
             best.improve(_refit_scales(w, gram, best.quantized))
         return best.quantized
+
+
+def default_damping(k: int, rows: int) -> float:
+    """Damping for K channels seen on so many rows: the fewer rows, the less the Gram matrix says about others.
+
+    Measured in docs/architecture.md: 0.01 after 2048 rows at K = 1536 is worse than rounding with clip.
+    """
+    return _LEAST_DAMPING + _SHARE * k / max(rows, 1)
 
 
 class _Candidate:
@@ -76,10 +87,17 @@ class Gptq(Pass):
     needs_statistics: ClassVar[bool] = True
     followed_by: ClassVar[tuple[str, ...]] = ("pack",)
 
-    def __init__(self, policy: Policy, *, damping: float = 0.01, sweeps: int = 2, refit: bool = True) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        damping: float | Literal["auto"] = "auto",
+        sweeps: int = 2,
+        refit: bool = True,
+    ) -> None:
         super().__init__()
         self.policy = policy
-        self.rounding = ErrorCompensated(damping, sweeps, refit)
+        self.rounding = ErrorCompensated(None if damping == "auto" else damping, sweeps, refit)
 
     def call(self, region: Region) -> None:
         """Leave the codes of every quantizable linear with statistics in its weight's meta, for `pack` to write."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qcompile.passes.affine import QParams, Quantized, choose_qparams, quantize
-from qcompile.passes.gptq import ErrorCompensated, _compensate, _descend, _refit_scales
+from qcompile.passes.gptq import ErrorCompensated, _compensate, _descend, _refit_scales, default_damping
 from qcompile.passes.rounding import column_errors, round_to_nearest, round_with_clip
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
@@ -140,7 +140,9 @@ def test_refit_turns_a_scale_round_only_where_it_may(grid) -> None:
 def test_compensated_beats_clipped_beats_plain(granularity, grid) -> None:
     w, statistics = _problem(96, 20, seed=2)
     spec = QuantSpec(4, granularity, **GRIDS[grid])
-    roundings = (round_to_nearest, round_with_clip, ErrorCompensated(sweeps=0, refit=False), ErrorCompensated())
+    little = 0.01  # the errors are those on the very rows of the statistics
+    compensating = ErrorCompensated(little, sweeps=0, refit=False), ErrorCompensated(little)
+    roundings = (round_to_nearest, round_with_clip, *compensating)
     found = [rounding(w, spec, statistics) for rounding in roundings]
     plain, clipped, compensated, refined = (_errors(q, w, statistics.gram) for q in found)
     assert (clipped <= plain * (1 + 1e-5)).all()
@@ -174,3 +176,19 @@ def test_more_damping_means_less_compensation() -> None:
 def test_statistics_are_demanded() -> None:
     with pytest.raises(TypeError, match="needs statistics"):
         ErrorCompensated()(np.ones((4, 4), np.float32), QuantSpec(4, PerGroup(4)), None)
+
+
+@pytest.mark.parametrize("rows", [96, 192])
+def test_few_rows_are_damped_more(rows: int) -> None:
+    """On unseen rows, where a damping of 0.01 would fit the calibration rows and do worse than rounding with clip."""
+    k, spec = 96, QuantSpec(4, PerGroup(32))
+    w, _ = _problem(k, 24)
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((rows + 4000, k)) @ (np.eye(k) + 0.05 * rng.standard_normal((k, k)))
+    few, unseen = _statistics(x[:rows]), _statistics(x[rows:])
+    chosen, little = (_errors(ErrorCompensated(d)(w, spec, few), w, unseen.gram).sum() for d in (None, 0.01))
+    clipped = _errors(round_with_clip(w, spec, few), w, unseen.gram).sum()
+    assert chosen < 0.9 * little
+    assert clipped < little
+    assert chosen < 1.02 * clipped
+    assert default_damping(k, rows) == pytest.approx(0.01 + 1.5 * k / rows)

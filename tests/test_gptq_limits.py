@@ -59,7 +59,7 @@ def test_an_outlier_channel_does_not_spoil_the_others(name) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 10])
 def test_fewer_rows_than_channels(rows, name) -> None:
     x = _x(rows)
-    found = ErrorCompensated()(
+    found = ErrorCompensated(damping=0.01)(
         W, SPECS[name], _statistics(x) if rows else Statistics(0, np.zeros((K, K), "f4"), W[:, 0])
     )
     assert np.isfinite(found.dequantize()).all()
@@ -87,7 +87,7 @@ def test_zero_and_constant_weights(name) -> None:
     w[:, 1] = 0.5
     w[:24, 2] = -3.0
     found = ErrorCompensated()(w, SPECS[name], _statistics(_x(200)))
-    np.testing.assert_allclose(found.dequantize(), w, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(found.dequantize(), w, rtol=2**-11, atol=0)  # scales are float16 numbers
 
 
 @pytest.mark.parametrize("power", [-12, 12])
