@@ -137,15 +137,15 @@ template <int kRows, int kBits, bool kWide>
 inline void multiply_group(const Layout& layout, const Group& group, float* out) {
   constexpr int count = columns_at_once<kRows>();
   Pairs pairs;
-  if (kBits == 8) split_pairs(group.activations, layout.depth() * kRows, pairs);
+  if (kBits == 8) split_pairs(group.activations, group.depth * kRows, pairs);
   for (int first = 0; first < kVectors; first += count) {
     __m256i sums[kRows][count];
     start<kRows, count>(layout, group, first, sums);
     const uint8_t* ahead = group.cold ? fetch_from(layout, group, first) : nullptr;
     if (kBits == 4) {
-      dot4<kRows, count>(group.blocks + 32 * first, layout.blocks(), ahead, group.activations, sums);
+      dot4<kRows, count>(group.blocks + 32 * first, group.depth / 8, ahead, group.activations, sums);
     } else {
-      dot8<kRows, count>(group.blocks + 32 * first, layout.blocks(), ahead, pairs, sums);
+      dot8<kRows, count>(group.blocks + 32 * first, group.depth / 4, ahead, pairs, sums);
     }
     finish<kRows, count, kWide>(layout, group, first, sums, out);
   }

@@ -17,7 +17,6 @@ namespace {
 
 constexpr int kRows = 6;
 constexpr int kVectors = kPanel / 16;   // of sums, and of codes in a block
-constexpr int kAhead = 4096;            // bytes of prefetch: what a panel is away in time from memory
 
 bool available() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -70,7 +69,8 @@ inline float quantize_row(const Layout& layout, const float* x, int row, int row
     scale[group] = usable ? amax / levels : 0.0f;
     __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
     int32_t* out = reinterpret_cast<int32_t*>(codes) + group * depth / 4 * rows + row;
-    for (int64_t i = 0; i < depth; i += 16, out += 4 * rows) {
+    const int64_t end = layout.depth(group);
+    for (int64_t i = 0; i < end; i += 16, out += 4 * rows) {
       const __m512 values = _mm512_maskz_loadu_ps(first(filled - i), in + i);
       const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
       if (kWide) {
@@ -78,11 +78,11 @@ inline float quantize_row(const Layout& layout, const float* x, int row, int row
         const __m512i low = _mm512_sub_epi32(q, _mm512_slli_epi32(high, 8));
         high_sum = _mm512_add_epi32(high_sum, high);
         low_sum = _mm512_add_epi32(low_sum, low);
-        scatter(_mm512_cvtepi32_epi8(high), out, rows, (depth - i) / 4);
-        scatter(_mm512_cvtepi32_epi8(low), out + 1, rows, (depth - i) / 4);
+        scatter(_mm512_cvtepi32_epi8(high), out, rows, (end - i) / 4);
+        scatter(_mm512_cvtepi32_epi8(low), out + 1, rows, (end - i) / 4);
       } else {
         high_sum = _mm512_add_epi32(high_sum, q);
-        scatter(_mm512_cvtepi32_epi8(q), out, rows, (depth - i) / 4);
+        scatter(_mm512_cvtepi32_epi8(q), out, rows, (end - i) / 4);
       }
     }
     sum[group] = _mm512_reduce_add_epi32(high_sum);
@@ -184,10 +184,13 @@ inline void finish(const Layout& layout, const uint8_t* scales, const float* row
   }
 }
 
+// Bytes of prefetch: a panel passes by fastest, and so needs the shortest lead, where only its reading takes time.
+constexpr int ahead(int rows) { return rows <= 2 ? 2048 : 4096; }
+
 template <int kTileRows, int kBits, bool kWide>
 void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
   constexpr int step = kWide ? 2 : 1, model_rows = kTileRows / step, rows_per_block = kBits == 4 ? 8 : 4;
-  const int64_t groups = layout.groups(), depth = layout.depth(), head = layout.scale_bytes() + layout.zero_point_bytes();
+  const int64_t groups = layout.groups(), head = layout.scale_bytes() + layout.zero_point_bytes();
   const int32_t* activations = reinterpret_cast<const int32_t*>(tile.codes);
 #pragma GCC unroll 6
   for (int r = 0; r < model_rows; ++r) {
@@ -199,10 +202,11 @@ void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile,
     __m512i sums[kTileRows][kVectors];
     start<kTileRows>(layout, panel + layout.scale_bytes(), tile.sum + group, groups, sums);
     panel += head;
+    const int64_t depth = layout.depth(group);
     for (int64_t row = 0; row < depth; row += rows_per_block, panel += kBlockBytes) {
       if (tile.cold) {
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) _mm_prefetch(reinterpret_cast<const char*>(panel + kAhead + kVector * j), _MM_HINT_T0);
+        for (int j = 0; j < kVectors; ++j) _mm_prefetch(reinterpret_cast<const char*>(panel + ahead(kTileRows) + kVector * j), _MM_HINT_T0);
       }
       multiply_block<kTileRows, kBits>(panel, activations, sums);
       activations += rows_per_block / 4 * kTileRows;

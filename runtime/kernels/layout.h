@@ -43,25 +43,25 @@ struct Layout {
   QCOMPILE_INLINE Layout(int64_t k, int64_t n, int64_t block_size, int bits, bool zero_points, bool half_scales)
       : k(k), n(n), block_size(block_size), bits(bits), zero_points(zero_points), half_scales(half_scales),
         file_groups_(div_up(k, block_size)), splits_(div_up(block_size < k ? block_size : k, kMaxDepth)),
-        depth_(round_up(div_up(block_size < k ? block_size : k, splits_), 8)), groups_(file_groups_ * splits_),
-        panels_(div_up(n, kPanel)) {}
+        depth_(round_up(div_up(block_size < k ? block_size : k, splits_), 8)),
+        groups_((file_groups_ - 1) * splits_ + div_up(k - (file_groups_ - 1) * block_size, depth_)),
+        panels_(div_up(n, kPanel)), last_depth_(round_up(group_rows(groups_ - 1), 8)) {}
 
-  // Packed groups of one group of the file, and the rows of one with its padding.
+  // Packed groups of one group of the file, and the rows of one with its padding; the last of all may be shorter.
   QCOMPILE_INLINE int64_t splits() const { return splits_; }
   QCOMPILE_INLINE int64_t depth() const { return depth_; }
+  QCOMPILE_INLINE int64_t depth(int64_t g) const { return g + 1 < groups_ ? depth_ : last_depth_; }
   QCOMPILE_INLINE int64_t file_groups() const { return file_groups_; }
   QCOMPILE_INLINE int64_t groups() const { return groups_; }  // packed ones
-  QCOMPILE_INLINE int64_t padded_k() const { return groups_ * depth_; }
+  QCOMPILE_INLINE int64_t padded_k() const { return (groups_ - 1) * depth_ + last_depth_; }
   QCOMPILE_INLINE int64_t panels() const { return panels_; }
 
   QCOMPILE_INLINE int64_t scale_bytes() const { return kPanel * (half_scales ? 2 : 4); }
   QCOMPILE_INLINE int64_t zero_point_bytes() const { return zero_points ? kPanel : 0; }
   QCOMPILE_INLINE int rows_per_block() const { return bits == 4 ? 8 : 4; }
-  QCOMPILE_INLINE int64_t blocks() const { return bits == 4 ? depth_ / 8 : depth_ / 4; }  // of one group
-  QCOMPILE_INLINE int64_t group_bytes() const {
-    return scale_bytes() + zero_point_bytes() + blocks() * kBlockBytes;
-  }
-  QCOMPILE_INLINE int64_t panel_bytes() const { return groups_ * group_bytes(); }
+  QCOMPILE_INLINE int64_t code_bytes(int64_t depth) const { return (bits == 4 ? depth / 8 : depth / 4) * kBlockBytes; }
+  QCOMPILE_INLINE int64_t group_bytes() const { return scale_bytes() + zero_point_bytes() + code_bytes(depth_); }
+  QCOMPILE_INLINE int64_t panel_bytes() const { return groups_ * group_bytes() - code_bytes(depth_ - last_depth_); }
   QCOMPILE_INLINE int64_t bytes() const { return panels_ * panel_bytes(); }
   QCOMPILE_INLINE int symmetric_zero_point() const { return bits == 4 ? 8 : 128; }
 
@@ -77,7 +77,7 @@ struct Layout {
   }
 
  private:
-  int64_t file_groups_, splits_, depth_, groups_, panels_;
+  int64_t file_groups_, splits_, depth_, groups_, panels_, last_depth_;
 };
 
 // Quantized activations of one tile: `rows` int8 rows next to each other, four k at a time: codes[k / 4][row][k % 4].

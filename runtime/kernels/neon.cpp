@@ -98,7 +98,7 @@ inline float quantize_row(const Layout& layout, const float* x, int rows, int8_t
     if (!(amax <= 3.402823466e38f)) return amax;  // the caller computes this row in floats
     const bool usable = amax >= kTiny;
     scale[group] = usable ? amax / levels : 0.0f;
-    quantize_group<kWide>(in, filled, depth, usable ? levels / amax : 0.0f, rows, codes, sum + group,
+    quantize_group<kWide>(in, filled, layout.depth(group), usable ? levels / amax : 0.0f, rows, codes, sum + group,
                           sum + groups + group);
   }
   return row_largest;
@@ -216,9 +216,10 @@ inline void finish(const Layout& layout, const Group& group, int column, const i
 
 template <int kRows, int kBits, bool kWide>
 void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
-  const int64_t groups = layout.groups(), depth = layout.depth(), blocks = layout.blocks();
+  const int64_t groups = layout.groups(), depth = layout.depth();
   for (int i = 0; i < kRows / (kWide ? 2 : 1) * kPanel; i += kLanes) vst1q_f32(out + i, vdupq_n_f32(0));
   for (int64_t g = 0; g < groups; ++g, panel += layout.group_bytes()) {
+    const int64_t blocks = layout.depth(g) / (kBits == 4 ? 8 : 4);
     const uint8_t* zero_point = panel + layout.scale_bytes();
     const Group group = {panel, layout.zero_points ? zero_point : nullptr, zero_point + layout.zero_point_bytes(),
                          tile.codes + g * depth * kRows, tile.scale + g, tile.sum + g, groups};

@@ -109,7 +109,7 @@ void pack(const Layout& layout, const Source& source, uint8_t* packed) {
         out += kPanel;
       }
       const int64_t begin = layout.group_begin(group), filled = layout.group_rows(group);
-      for (int64_t row = 0; row < layout.depth(); row += step, out += kBlockBytes) {
+      for (int64_t row = 0; row < layout.depth(group); row += step, out += kBlockBytes) {
         std::memset(rows, 0, sizeof rows);
         for (int t = 0; t < step && row + t < filled; ++t) {
           read_row(source.codes, layout.bits, (begin + row + t) * layout.n + column, columns, source.is_signed, rows[t]);

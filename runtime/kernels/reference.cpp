@@ -36,7 +36,7 @@ float quantize(const Layout& layout, const float* x, bool wide, int row, int row
     const float inverse = usable ? levels / amax : 0.0f;
     scale[group] = usable ? amax / levels : 0.0f;
     int32_t high_sum = 0, low_sum = 0;
-    for (int64_t i = 0; i < depth; ++i) {
+    for (int64_t i = 0; i < layout.depth(group); ++i) {
       const int32_t q = i < filled ? int32_t(std::nearbyintf(x[begin + i] * inverse)) : 0;
       const int64_t k = group * depth + i;
       int8_t* out = codes + (k / 4 * rows + row) * 4 + k % 4;
@@ -69,9 +69,9 @@ float group_scale(const Layout& layout, const uint8_t* group, int column) {
 }
 
 // Sum over one group of code * activation, for one column and one int8 row.
-int32_t dot(const Layout& layout, const uint8_t* blocks, int column, const int8_t* codes, int rows) {
+int32_t dot(const Layout& layout, int64_t depth, const uint8_t* blocks, int column, const int8_t* codes, int rows) {
   int32_t total = 0;
-  for (int64_t k = 0; k < layout.depth(); ++k) {
+  for (int64_t k = 0; k < depth; ++k) {
     const int64_t block = k / layout.rows_per_block();
     const int t = int(k % layout.rows_per_block());
     int code = blocks[block * kBlockBytes + column * 4 + t % 4];
@@ -93,9 +93,9 @@ void multiply(const Layout& layout, const uint8_t* panel, const Tile& tile, floa
       const int32_t* sum = tile.sum + row * step * groups + group;
       for (int column = 0; column < kPanel; ++column) {
         const int32_t zero_point = layout.zero_points ? zero_points[column] : layout.symmetric_zero_point();
-        int32_t total = dot(layout, blocks, column, codes, tile.rows) - zero_point * sum[0];
+        int32_t total = dot(layout, layout.depth(group), blocks, column, codes, tile.rows) - zero_point * sum[0];
         if (tile.wide) {
-          const int32_t low = dot(layout, blocks, column, codes + 4, tile.rows) - zero_point * sum[groups];
+          const int32_t low = dot(layout, layout.depth(group), blocks, column, codes + 4, tile.rows) - zero_point * sum[groups];
           total = total * 256 + low;
         }
         const float scale = group_scale(layout, panel, column);

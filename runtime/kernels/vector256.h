@@ -98,7 +98,7 @@ inline float quantize_row(const Layout& layout, const float* x, int rows, int8_t
     if (!(amax <= 3.402823466e38f)) return amax;  // the caller computes this row in floats
     const bool usable = amax >= kTiny;
     scale[group] = usable ? amax / levels : 0.0f;
-    quantize_group<kWide>(in, filled, depth, usable ? levels / amax : 0.0f, rows, codes, sum + group,
+    quantize_group<kWide>(in, filled, layout.depth(group), usable ? levels / amax : 0.0f, rows, codes, sum + group,
                           sum + groups + group);
   }
   return row_largest;
@@ -118,6 +118,7 @@ struct Group {
   const uint8_t* zero_point;   // (64,), or nullptr
   const uint8_t* blocks;       // of codes
   const int8_t* activations;   // (depth / 4, rows, 4)
+  int64_t depth;
   const float* row_scale;      // of row 0 of the model; the next row's lie `groups` further
   const int32_t* sum;          // of int8 row 0, likewise
   int64_t groups;
@@ -175,7 +176,7 @@ inline void finish(const Layout& layout, const Group& group, int first, const __
 // A cold panel is fetched as the linear stream that it is, though each group is walked several times by columns: a walk's
 // share of the fetching is `kCount` of 8 vectors a block, counted from where `fetch_from` says.
 inline const uint8_t* fetch_from(const Layout& layout, const Group& group, int first) {
-  return group.blocks + kAhead + 32 * first * layout.blocks();
+  return group.blocks + kAhead + layout.code_bytes(group.depth) / kVectors * first;
 }
 
 template <int kCount>
@@ -196,7 +197,7 @@ void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile,
   for (int64_t g = 0; g < groups; ++g, panel += bytes) {
     const uint8_t* zero_point = panel + layout.scale_bytes();
     const Group group = {panel, layout.zero_points ? zero_point : nullptr, zero_point + layout.zero_point_bytes(),
-                         tile.codes + g * depth * kRows, tile.scale + g, tile.sum + g, groups, tile.cold};
+                         tile.codes + g * depth * kRows, layout.depth(g), tile.scale + g, tile.sum + g, groups, tile.cold};
     if (tile.cold) {  // scales and zero points lie between the codes of two groups
       const uint8_t* from = fetch_from(layout, group, kVectors);
       fetch<4>(from);

@@ -54,7 +54,7 @@ inline void add_block(const uint8_t* block, const int8_t* activations, __m256i (
 template <int kRows, int kBits, bool kWide>
 inline void multiply_group(const Layout& layout, const Group& group, float* out) {
   constexpr int count = columns_at_once<kRows>();
-  const int64_t blocks = layout.blocks();
+  const int64_t blocks = group.depth / (kBits == 4 ? 8 : 4);
   for (int first = 0; first < kVectors; first += count) {
     __m256i sums[kRows][count];
     start<kRows, count>(layout, group, first, sums);
