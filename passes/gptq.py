@@ -19,7 +19,7 @@ from qcompile.passes.statistics import Statistics
 _BLOCK = 32
 _THREADS = 2
 # The damping of endless data, and what is added by K / rows.
-_LEAST_DAMPING, _SHARE = 0.01, 1.5
+_LEAST_DAMPING, _SHARE = 0.01, 0.5
 QUANTIZED = "qcompile.quantized"
 
 
