@@ -138,8 +138,8 @@ def test_round_trip_is_within_half_a_step(shape, size, bits, grid) -> None:
     clipped = np.clip(w, ends.min(axis=0), ends.max(axis=0))
     error = np.abs(clipped - q.dequantize())
     assert (error <= np.abs(step) * (0.5 + 2e-5)).all()
-    # Only the short end of a signed grid, or an asymmetric one whose zero point was rounded, may cut values off; and the
-    # rounding of the scale to float16, by 2^-9 of the range at most.
+    # Only the short end of a signed grid, or an asymmetric one whose zero point was rounded, may cut values off,
+    # and the rounding of the scale to float16, by 2^-9 of the range at most.
     cut = (1.0 if spec.symmetric else 0.5) + (spec.qmax - spec.qmin) * 2**-9
     assert (np.abs(w - clipped) <= np.abs(step) * (1 + 2e-5) * cut).all()
     again = quantize(q.dequantize(), q.qparams, spec)
