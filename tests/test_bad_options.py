@@ -93,6 +93,7 @@ def test_ctrl_c(occupied: Any, word: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell hands down "ignore"
     )
     assert process.stdout is not None
     for line in process.stdout:
