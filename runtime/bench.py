@@ -4,7 +4,6 @@ Threads, memory and caches of one model are no part of another's figures. A roun
 figures of one round are compared with each other only: what slows the machine down for a while slows all of them.
 """
 
-import ctypes
 import multiprocessing
 import platform
 import signal
@@ -20,7 +19,7 @@ from typing import Any
 import numpy.typing as npt
 
 from qcompile.passes.errors import UserError
-from qcompile.runtime.library import library_path
+from qcompile.runtime.library import chosen_kernel, library_path
 from qcompile.runtime.sessions import ort_version, readable, session
 
 Feeds = Mapping[str, npt.NDArray[Any]]
@@ -290,9 +289,6 @@ def cpu_name() -> str:
 def native_kernel() -> str | None:
     """The instruction set that the library of native kernels chooses here; None without a library, "" for none."""
     try:
-        library = ctypes.CDLL(str(library_path()))
-        library.qcompile_chosen_kernel.restype = ctypes.c_char_p
-        name: bytes = library.qcompile_chosen_kernel()
-    except (UserError, OSError, AttributeError):
+        return chosen_kernel(library_path())
+    except UserError:
         return None
-    return name.decode()
