@@ -390,7 +390,8 @@ def score(args: argparse.Namespace) -> int:
     done = [record for record in records(args.output) if record["status"] == "ok"]
     made = [args.output / f"{record['peer']}-{record['setting']}" / "model.onnx" for record in done]
     scores = args.output / "scores.json"
-    command = [args.python, "-m", "qcompile.compiler.cli", "eval", *map(str, [*made, *args.also])]
+    command = [args.python, "-m", "qcompile.compiler.cli", "eval", "--kernels", "portable"]
+    command += map(str, [*made, *args.also])
     command += ["--against", str(args.model), "--text", *map(str, args.text), "--tokenizer", str(args.tokenizer)]
     command += ["--context", str(args.context), "--tokens", str(args.tokens), "--json", str(scores)]
     code = subprocess.run(command, check=False).returncode
