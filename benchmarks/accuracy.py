@@ -39,7 +39,8 @@ def main() -> None:
                 qcompile(args.model, "--passes", passes, "--group-size", match[1], *kept, "-o", target)
     scores = args.output / "scores.json"
     against = ["--against", args.model, "--tokenizer", args.model.parent]
-    qcompile("eval", *rows, *against, "--kernels", "portable", "--text", *TEXTS, "--tokens", args.tokens, "--json", scores)
+    texts = ["--text", *TEXTS, "--tokens", args.tokens]
+    qcompile("eval", *rows, *against, "--kernels", "portable", *texts, "--json", scores)
     print_table(rows, json.loads(scores.read_text(encoding="utf-8")))
 
 
