@@ -11,6 +11,7 @@ from qcompile.passes.base import Pass, Region
 from qcompile.passes.formats import emit, functions
 from qcompile.passes.formats.functions import ACTIVATION_BITS, operands
 from qcompile.passes.linears import constant, dimensions
+from qcompile.passes.prepare.edit import Names, take_over
 
 
 class Fuse(Pass):
@@ -54,7 +55,7 @@ class Fuse(Pass):
         inputs = [node.inputs[0], own.codes, own.scale, bias, *([own.zero_point] if own.zero_point else [])]
         made = self._made(model, node.op_type.replace("MatMul", "MatMulAdd"), inputs, [node], _name(node))
         self.decide(_name(node), "fused", f"with its bias, {_name(add)}", operator=made.op_type)
-        _take_over(add.outputs[0], made.outputs[0])
+        take_over(add.outputs[0], made.outputs[0], Names(model))
         model.graph.remove(add, safe=True)
         model.graph.remove(node, safe=True)
 
@@ -100,8 +101,9 @@ class Fuse(Pass):
         sizes = emit.add_initializer(model, f"{name}.split", ir.tensor(widths))
         split = ir.node("Split", [whole, sizes], {"axis": -1}, num_outputs=len(nodes), name=f"{name}.split")
         nodes[0].prepend(split)
+        names = Names(model)
         for node, output in zip(nodes, split.outputs, strict=True):
-            _take_over(node.outputs[0], output)
+            take_over(node.outputs[0], output, names)
             model.graph.remove(node, safe=True)
         for value in {value for part in parts for value in part.values()}:
             emit.drop_unused(model, value)
@@ -178,10 +180,3 @@ def _joined_codes(model: ir.Model, name: str, values: Sequence[ir.Value]) -> ir.
     small = np.int8 if dtype in (ir.DataType.INT4, ir.DataType.INT8) else np.uint8
     codes = np.concatenate([constant(value).numpy().astype(small) for value in values], axis=1)
     return emit.add_codes(model, name, codes, dtype)
-
-
-def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Put a value in the place of another, its name included."""
-    new.type, new.shape, name = old.type, old.shape, old.name
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    old.name, new.name = f"{name}.unfused", name

@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qcompile.passes.errors import UserError
 
@@ -65,17 +65,18 @@ def check_version(model: Path | str | bytes, library: Path) -> None:
 
 def chosen_kernel(library: Path) -> str:
     """The instruction set that the library uses on this machine, such as avx512vnni."""
-    try:
-        entry = ctypes.CDLL(str(library)).qcompile_chosen_kernel
-    except (OSError, AttributeError) as error:
-        raise UserError(f"{library} is no library of qcompile's kernels: {error}") from error
+    entry = _function(library, "qcompile_chosen_kernel")
     entry.restype = ctypes.c_char_p
     return bytes(entry()).decode()
 
 
 def _known_version(library: Path) -> int:
+    return int(_function(library, "qcompile_operator_version")())
+
+
+def _function(library: Path, name: str) -> Any:
     try:
-        return int(ctypes.CDLL(str(library)).qcompile_operator_version())
+        return getattr(ctypes.CDLL(str(library)), name)
     except (OSError, AttributeError) as error:
         raise UserError(f"{library} is no library of qcompile's kernels: {error}") from error
 

@@ -17,7 +17,7 @@ from qcompile.compiler.store import load_model
 from qcompile.compiler.workload import Workload, common_vocabulary
 from qcompile.passes.errors import UserError
 from qcompile.runtime.bench import Case, Measured, Subject, cpu_name, measure, native_kernel, paired_ratio, spread
-from qcompile.runtime.sessions import ort_version
+from qcompile.runtime.sessions import KERNELS, ort_version
 
 _EPILOG = """A MODEL is [NAME=]FILE.onnx[@SETTING,…]. The settings: native (qcompile operators run by the native
 kernels), portable (by their ONNX bodies), level=N (accuracy level of the 4-bit products that ONNX Runtime fuses from
@@ -103,9 +103,7 @@ def add_parser(subparsers: Any) -> None:
         "--threads", default=str(_cores()), metavar="N,…", help="threads (default: every core, %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each model that count (default 5)")
-    parser.add_argument(
-        "--kernels", default="auto", choices=("auto", "native", "portable"), help="default of the models"
-    )
+    parser.add_argument("--kernels", default="auto", choices=KERNELS, help="default of the models")
     parser.add_argument(
         "--shape",
         action="append",
