@@ -151,25 +151,9 @@ inline void multiply_group(const Layout& layout, const Group& group, float* out)
   }
 }
 
-template <int kBits>
-void multiply_bits(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
-  switch (tile.rows + (tile.wide ? 100 : 0)) {
-    case 1: return multiply_tile<1, kBits, false>(layout, panel, tile, out);
-    case 2: return multiply_tile<2, kBits, false>(layout, panel, tile, out);
-    case 3: return multiply_tile<3, kBits, false>(layout, panel, tile, out);
-    case 4: return multiply_tile<4, kBits, false>(layout, panel, tile, out);
-    case 102: return multiply_tile<2, kBits, true>(layout, panel, tile, out);
-    case 104: return multiply_tile<4, kBits, true>(layout, panel, tile, out);
-  }
-}
-
-void multiply(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
-  layout.bits == 4 ? multiply_bits<4>(layout, panel, tile, out) : multiply_bits<8>(layout, panel, tile, out);
-}
-
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", available, kTileRows, quantize, multiply, from_half, to_half};
+const Kernels kAvx2 = {"avx2", available, kTileRows, quantize, multiply_up_to<kTileRows>, from_half, to_half};
 
 }  // namespace qcompile

@@ -11,7 +11,7 @@
 #include <cpuid.h>
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "tiles.h"
 
 namespace qcompile {
 namespace {
@@ -65,48 +65,27 @@ inline void scatter(__m128i codes, int32_t* out, int rows, int64_t dwords) {
 }
 
 template <bool kWide>
-inline float quantize_row(const Layout& layout, const float* x, int row, int rows, int8_t* codes, float* scale,
-                          int32_t* sum) {
-  constexpr float levels = kWide ? 32512.0f : 127.0f;
-  const int64_t groups = layout.groups(), depth = layout.depth();
-  float row_largest = 0.0f;
-  for (int64_t group = 0; group < groups; ++group) {
-    const float* in = x + layout.group_begin(group);
-    const int64_t filled = layout.group_rows(group);
-    const float amax = largest(in, filled);
-    if (!(amax <= row_largest)) row_largest = amax;
-    if (!(amax <= 3.402823466e38f)) return amax;
-    const bool usable = amax >= kTiny;
-    const __m512 inverse = _mm512_set1_ps(usable ? levels / amax : 0.0f);
-    scale[group] = usable ? amax / levels : 0.0f;
-    __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
-    int32_t* out = reinterpret_cast<int32_t*>(codes) + group * depth / 4 * rows + row;
-    const int64_t end = layout.depth(group);
-    for (int64_t i = 0; i < end; i += 16, out += 4 * rows) {
-      const __m512 values = _mm512_maskz_loadu_ps(first(filled - i), in + i);
-      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
-      if (kWide) {
-        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-        const __m512i low = _mm512_sub_epi32(q, _mm512_slli_epi32(high, 8));
-        high_sum = _mm512_add_epi32(high_sum, high);
-        low_sum = _mm512_add_epi32(low_sum, low);
-        scatter(_mm512_cvtepi32_epi8(high), out, rows, (end - i) / 4);
-        scatter(_mm512_cvtepi32_epi8(low), out + 1, rows, (end - i) / 4);
-      } else {
-        high_sum = _mm512_add_epi32(high_sum, q);
-        scatter(_mm512_cvtepi32_epi8(q), out, rows, (end - i) / 4);
-      }
+inline void quantize_group(const float* x, int64_t filled, int64_t depth, float inverse, int rows, int8_t* codes,
+                           int32_t* sum, int32_t* low_sum) {
+  const __m512 factor = _mm512_set1_ps(inverse);
+  __m512i high_sums = _mm512_setzero_si512(), low_sums = _mm512_setzero_si512();
+  int32_t* out = reinterpret_cast<int32_t*>(codes);
+  for (int64_t i = 0; i < depth; i += 16, out += 4 * rows) {
+    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first(filled - i), x + i), factor));
+    if (kWide) {
+      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+      const __m512i low = _mm512_sub_epi32(q, _mm512_slli_epi32(high, 8));
+      high_sums = _mm512_add_epi32(high_sums, high);
+      low_sums = _mm512_add_epi32(low_sums, low);
+      scatter(_mm512_cvtepi32_epi8(high), out, rows, (depth - i) / 4);
+      scatter(_mm512_cvtepi32_epi8(low), out + 1, rows, (depth - i) / 4);
+    } else {
+      high_sums = _mm512_add_epi32(high_sums, q);
+      scatter(_mm512_cvtepi32_epi8(q), out, rows, (depth - i) / 4);
     }
-    sum[group] = _mm512_reduce_add_epi32(high_sum);
-    if (kWide) sum[groups + group] = _mm512_reduce_add_epi32(low_sum);
   }
-  return row_largest;
-}
-
-float quantize(const Layout& layout, const float* x, bool wide, int row, int rows, int8_t* codes, float* scale,
-               int32_t* sum) {
-  return wide ? quantize_row<true>(layout, x, row, rows, codes, scale, sum)
-              : quantize_row<false>(layout, x, row, rows, codes, scale, sum);
+  *sum = _mm512_reduce_add_epi32(high_sums);
+  if (kWide) *low_sum = _mm512_reduce_add_epi32(low_sums);
 }
 
 // ---- products ----
@@ -225,25 +204,6 @@ void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile,
   }
 }
 
-template <int kBits>
-void multiply_bits(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
-  switch (tile.rows + (tile.wide ? 100 : 0)) {
-    case 1: return multiply_tile<1, kBits, false>(layout, panel, tile, out);
-    case 2: return multiply_tile<2, kBits, false>(layout, panel, tile, out);
-    case 3: return multiply_tile<3, kBits, false>(layout, panel, tile, out);
-    case 4: return multiply_tile<4, kBits, false>(layout, panel, tile, out);
-    case 5: return multiply_tile<5, kBits, false>(layout, panel, tile, out);
-    case 6: return multiply_tile<6, kBits, false>(layout, panel, tile, out);
-    case 102: return multiply_tile<2, kBits, true>(layout, panel, tile, out);
-    case 104: return multiply_tile<4, kBits, true>(layout, panel, tile, out);
-    case 106: return multiply_tile<6, kBits, true>(layout, panel, tile, out);
-  }
-}
-
-void multiply(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
-  layout.bits == 4 ? multiply_bits<4>(layout, panel, tile, out) : multiply_bits<8>(layout, panel, tile, out);
-}
-
 // ---- fp16 ----
 
 void from_half(const uint16_t* x, float* y, int64_t n) {
@@ -264,6 +224,6 @@ void to_half(const float* x, uint16_t* y, int64_t n) {
 }  // namespace
 
 extern const Kernels kAvx512Vnni;
-const Kernels kAvx512Vnni = {"avx512vnni", available, kRows, quantize, multiply, from_half, to_half};
+const Kernels kAvx512Vnni = {"avx512vnni", available, kRows, quantize, multiply_up_to<kRows>, from_half, to_half};
 
 }  // namespace qcompile

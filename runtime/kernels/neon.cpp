@@ -9,7 +9,7 @@
 #include <sys/auxv.h>
 #endif
 
-#include "kernels.h"
+#include "tiles.h"
 
 namespace qcompile {
 namespace {
@@ -63,7 +63,6 @@ inline void store_bytes(int32x4_t v, int8_t* out) {
   __builtin_memcpy(out, &four, 4);
 }
 
-// filled values, and zeros up to depth -> codes from `out` on; the sums of the codes.
 template <bool kWide>
 inline void quantize_group(const float* x, int64_t filled, int64_t depth, float inverse, int rows, int8_t* out,
                            int32_t* sum, int32_t* low_sum) {
@@ -83,31 +82,6 @@ inline void quantize_group(const float* x, int64_t filled, int64_t depth, float 
   }
   *sum = vaddvq_s32(high_sums);
   if (kWide) *low_sum = vaddvq_s32(low_sums);
-}
-
-template <bool kWide>
-inline float quantize_row(const Layout& layout, const float* x, int rows, int8_t* codes, float* scale, int32_t* sum) {
-  constexpr float levels = kWide ? 32512.0f : 127.0f;
-  const int64_t groups = layout.groups(), depth = layout.depth();
-  float row_largest = 0.0f;
-  for (int64_t group = 0; group < groups; ++group, codes += depth * rows) {
-    const float* in = x + layout.group_begin(group);
-    const int64_t filled = layout.group_rows(group);
-    const float amax = largest(in, filled);
-    if (!(amax <= row_largest)) row_largest = amax;
-    if (!(amax <= 3.402823466e38f)) return amax;  // the caller computes this row in floats
-    const bool usable = amax >= kTiny;
-    scale[group] = usable ? amax / levels : 0.0f;
-    quantize_group<kWide>(in, filled, layout.depth(group), usable ? levels / amax : 0.0f, rows, codes, sum + group,
-                          sum + groups + group);
-  }
-  return row_largest;
-}
-
-float quantize(const Layout& layout, const float* x, bool wide, int row, int rows, int8_t* codes, float* scale,
-               int32_t* sum) {
-  return wide ? quantize_row<true>(layout, x, rows, codes + 4 * row, scale, sum)
-              : quantize_row<false>(layout, x, rows, codes + 4 * row, scale, sum);
 }
 
 // ---- products ----
@@ -237,22 +211,6 @@ void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile,
   }
 }
 
-template <int kBits>
-void multiply_bits(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
-  switch (tile.rows + (tile.wide ? 100 : 0)) {
-    case 1: return multiply_tile<1, kBits, false>(layout, panel, tile, out);
-    case 2: return multiply_tile<2, kBits, false>(layout, panel, tile, out);
-    case 3: return multiply_tile<3, kBits, false>(layout, panel, tile, out);
-    case 4: return multiply_tile<4, kBits, false>(layout, panel, tile, out);
-    case 102: return multiply_tile<2, kBits, true>(layout, panel, tile, out);
-    case 104: return multiply_tile<4, kBits, true>(layout, panel, tile, out);
-  }
-}
-
-void multiply(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
-  layout.bits == 4 ? multiply_bits<4>(layout, panel, tile, out) : multiply_bits<8>(layout, panel, tile, out);
-}
-
 // ---- fp16 ----
 
 void from_half(const uint16_t* x, float* y, int64_t n) {
@@ -270,6 +228,6 @@ void to_half(const float* x, uint16_t* y, int64_t n) {
 }  // namespace
 
 extern const Kernels kNeon;
-const Kernels kNeon = {"neon", available, kTileRows, quantize, multiply, from_half, to_half};
+const Kernels kNeon = {"neon", available, kTileRows, quantize, multiply_up_to<kTileRows>, from_half, to_half};
 
 }  // namespace qcompile

@@ -6,7 +6,7 @@
 
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "tiles.h"
 
 namespace qcompile {
 namespace {
@@ -60,7 +60,6 @@ inline void store_dwords(__m256i bytes, int8_t* out, int rows) {
   __builtin_memcpy(out + 4 * rows, &second, 4);
 }
 
-// filled values, and zeros up to depth -> codes from `out` on; the sums of the codes.
 template <bool kWide>
 inline void quantize_group(const float* x, int64_t filled, int64_t depth, float inverse, int rows, int8_t* out,
                            int32_t* sum, int32_t* low_sum) {
@@ -83,31 +82,6 @@ inline void quantize_group(const float* x, int64_t filled, int64_t depth, float 
   }
   *sum = _mm_cvtsi128_si32(fold(high_sums, plus));
   if (kWide) *low_sum = _mm_cvtsi128_si32(fold(low_sums, plus));
-}
-
-template <bool kWide>
-inline float quantize_row(const Layout& layout, const float* x, int rows, int8_t* codes, float* scale, int32_t* sum) {
-  constexpr float levels = kWide ? 32512.0f : 127.0f;
-  const int64_t groups = layout.groups(), depth = layout.depth();
-  float row_largest = 0.0f;
-  for (int64_t group = 0; group < groups; ++group, codes += depth * rows) {
-    const float* in = x + layout.group_begin(group);
-    const int64_t filled = layout.group_rows(group);
-    const float amax = largest(in, filled);
-    if (!(amax <= row_largest)) row_largest = amax;
-    if (!(amax <= 3.402823466e38f)) return amax;  // the caller computes this row in floats
-    const bool usable = amax >= kTiny;
-    scale[group] = usable ? amax / levels : 0.0f;
-    quantize_group<kWide>(in, filled, layout.depth(group), usable ? levels / amax : 0.0f, rows, codes, sum + group,
-                          sum + groups + group);
-  }
-  return row_largest;
-}
-
-float quantize(const Layout& layout, const float* x, bool wide, int row, int rows, int8_t* codes, float* scale,
-               int32_t* sum) {
-  return wide ? quantize_row<true>(layout, x, rows, codes + 4 * row, scale, sum)
-              : quantize_row<false>(layout, x, rows, codes + 4 * row, scale, sum);
 }
 
 // ---- a group's sums ----
