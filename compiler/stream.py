@@ -1,6 +1,6 @@
 """Activations that travel from segment to segment: one array a batch, nothing else is kept."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,8 @@ import onnx_ir as ir
 from qcompile.compiler.extract import Piece, extract
 from qcompile.compiler.feeds import Batch, InputPlan, PastPair
 from qcompile.compiler.segments import Segment
-from qcompile.passes import observers
-from qcompile.passes.errors import UserError
+from qcompile.passes.observers.base import Observer
+from qcompile.passes.observers.gram import Gram
 from qcompile.passes.statistics import Statistics
 from qcompile.runtime.sessions import run
 
@@ -50,20 +50,24 @@ class Runner:
 
     def collect(self, segment: Segment, activations: Sequence[ir.Value], stream: Stream) -> dict[ir.Value, Statistics]:
         """Statistics of the segment's activations on what the graph, rewritten up to here, feeds it."""
+        observers = {value: Gram(str(value.name)) for value in activations}
+        self.observe(segment, observers, stream)
+        return {value: own.statistics for value, own in observers.items() if own.statistics is not None}
+
+    def observe(self, segment: Segment, observers: Mapping[ir.Value, Observer], stream: Stream) -> None:
+        """Let observers see the activations they are for, batch by batch."""
         presents = self._presents(segment) if stream.followed() else []
-        piece = extract(self.model, _given(segment), [*activations, *presents])
+        piece = extract(self.model, _given(segment), [*observers, *presents])
         graph = piece.proto.graph
-        observed = {str(value.name) for value in activations}
-        kept = [output for output in graph.output if output.name not in observed]
+        kept = {str(value.name) for value in presents}
+        outputs = [output for output in graph.output if output.name in kept]
         del graph.output[:]
-        graph.output.extend(kept)
-        for name in observed:
-            observers.observe(graph, name)
-        found: dict[ir.Value, Statistics] = {}
-        for outputs in self._run(piece, segment, stream):
-            for value in activations:
-                _accumulate(found, value, outputs)
-        return found
+        graph.output.extend(outputs)
+        for observer in observers.values():
+            observer.append(graph)
+        for results in self._run(piece, segment, stream):
+            for observer in observers.values():
+                observer.update(results)
 
     def advance(self, segment: Segment, stream: Stream) -> None:
         """Advance the quantized stream through the segment as it is now."""
@@ -139,17 +143,3 @@ class Runner:
 
 def _given(segment: Segment) -> list[ir.Value]:
     return [segment.carried] if segment.carried is not None else []
-
-
-def _accumulate(found: dict[ir.Value, Statistics], value: ir.Value, outputs: Arrays) -> None:
-    name = str(value.name)
-    gram, absmax, rows = (outputs[name + end] for end in (observers.GRAM, observers.ABSMAX, observers.ROWS))
-    if not np.isfinite(absmax).all():
-        raise UserError(f"activation {name} is NaN or infinite on the calibration data: the model overflows there")
-    if value not in found:
-        found[value] = Statistics(int(rows[0]), gram, absmax)
-        return
-    own = found[value]
-    own.rows += int(rows[0])
-    own.gram += gram
-    np.maximum(own.absmax, absmax, out=own.absmax)

@@ -12,9 +12,10 @@ import onnx_ir as ir
 from qcompile.compiler.extract import Piece
 from qcompile.compiler.feeds import Batch, InputPlan, complete
 from qcompile.compiler.stream import Arrays
-from qcompile.passes import activations, observers
+from qcompile.passes import activations
 from qcompile.passes.affine import Array, Quantized
 from qcompile.passes.errors import UserError
+from qcompile.passes.observers import nodes as observers
 from qcompile.passes.pack import REFERENCE
 from qcompile.runtime.sessions import run, session
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from qcompile.passes import observers
+from qcompile.passes.observers import nodes
 
 # Rows of a packed group at most, and what their number is a multiple of: kMaxDepth and the blocks of layout.h.
 _MOST, _STEP = 128, 8
@@ -61,7 +61,7 @@ def int8_change(graph: onnx.GraphProto, x: str, k: int, block_size: int) -> str:
         names = [name if name == rows else f"{base}.{name}" for name in inputs]
         graph.node.append(helper.make_node(operator, names, [f"{base}.{output}"], **attributes))
 
-    rows = observers.matrix(graph, x)
+    rows = nodes.matrix(graph, x)
     step("Pad", "padded", rows, "pads")
     step("Gather", "taken", "padded", "rows", axis=1)
     step("Reshape", "groups", "taken", "shape")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.passes.spec import QuantSpec
+from qcompile.passes.spec import ActivationSpec, QuantSpec
 
 Array = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8 | np.uint8]
@@ -95,6 +95,24 @@ def choose_qparams(w: Array, spec: QuantSpec, *, importance: Array | None = None
         )
         best_error = np.minimum(error, best_error)
     return best
+
+
+def range_qparams(low: Array, high: Array, spec: ActivationSpec) -> QParams:
+    """Scale and zero point (both shaped like low and high) of an activation's grid that spans low … high and zero.
+
+    A range of zero width gets scale 1. The zero point is an integer on the grid, so that zero is exact.
+    """
+    low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
+    if spec.symmetric:
+        width, steps = np.maximum(-low, high), spec.qmax - spec.middle
+    else:
+        width, steps = high - low, spec.qmax - spec.qmin
+    scale: Array = np.asarray(width, np.float32) / np.float32(steps)
+    scale = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(1)).astype(np.float32)
+    if spec.symmetric:
+        return QParams(scale, np.full_like(scale, spec.middle))
+    zero_point = np.clip(np.rint(np.float32(spec.qmin) - low / scale), spec.qmin, spec.qmax)
+    return QParams(scale, zero_point.astype(np.float32))
 
 
 def quantize(w: Array, qparams: QParams, spec: QuantSpec) -> Codes:

@@ -94,3 +94,55 @@ class QuantSpec:
         grid = "sym" if self.symmetric else "asym"
         size = f"g{self.granularity.group_size}" if isinstance(self.granularity, PerGroup) else "per-column"
         return f"int{self.bits} {size} {grid}"
+
+
+# Smallest and largest code of the element types that activations are quantized to. Float8 spans its finite numbers.
+_ACTIVATION_GRIDS = {
+    ir.DataType.UINT8: (0, 255),
+    ir.DataType.INT8: (-128, 127),
+    ir.DataType.UINT16: (0, 65535),
+    ir.DataType.INT16: (-32768, 32767),
+    ir.DataType.FLOAT8E4M3FN: (-448, 448),
+}
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """The grid of an activation, one scale for the tensor: real value = (code - zero_point) * scale.
+
+    symmetric: the zero point is the middle of the grid (0 of a signed type); float8 has no other form.
+    """
+
+    dtype: ir.DataType = ir.DataType.UINT8
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _ACTIVATION_GRIDS:
+            known = ", ".join(dtype.name.lower() for dtype in _ACTIVATION_GRIDS)
+            raise UserError(f"activations are quantized to {known}, got {self.dtype.name.lower()}")
+        if self.is_float and not self.symmetric:
+            raise UserError("float8 activations are symmetric: they have no zero point")
+
+    @property
+    def is_float(self) -> bool:
+        """Whether codes are float8 numbers: evenly spaced in their exponent, not on a line."""
+        return self.dtype == ir.DataType.FLOAT8E4M3FN
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code; a symmetric signed grid leaves its lowest one out."""
+        low = _ACTIVATION_GRIDS[self.dtype][0]
+        return low + 1 if self.symmetric and not self.is_float else low
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return _ACTIVATION_GRIDS[self.dtype][1]
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric grid."""
+        return (self.qmin + self.qmax) // 2
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name.lower()} {'sym' if self.symmetric else 'asym'}"

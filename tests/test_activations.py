@@ -13,10 +13,10 @@ from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.store import load_model
 from qcompile.compiler.verify import NodeError
 from qcompile.models.tiny import tiny_decoder, tiny_mlp
-from qcompile.passes import observers
 from qcompile.passes.activations import int8_change, packed_rows
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.functions import is_product
+from qcompile.passes.observers import nodes as observers
 from qcompile.runtime.sessions import run, session
 
 

@@ -1,11 +1,12 @@
-"""passes/observers.py: what the inserted reductions give, against numpy on the same activations."""
+"""passes/observers: what the inserted reductions give, against numpy on the same activations."""
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from qcompile.passes import observers
+from qcompile.passes.observers import nodes as observers
+from qcompile.passes.observers.gram import Gram
 from qcompile.runtime.sessions import run, session
 
 K = 7
@@ -35,29 +36,32 @@ def _activation(shape: tuple[int, ...], dtype: type, seed: int = 0) -> np.ndarra
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_statistics_are_numpy_s(shape, dtype) -> None:
     model = _graph(["x"], len(shape), dtype)
-    wanted = observers.observe(model.graph, "x")
-    assert wanted == ["x.gram", "x.absmax", "x.rows_seen"]
+    Gram("x").append(model.graph)
+    wanted = ["x.gram", "x.absmax", "x.rows_seen"]
+    assert {output.name for output in model.graph.output} == set(wanted)
     x = _activation(shape, dtype)
     found = _run(model, wanted, {"x_in": -x})
     rows = x.reshape(-1, K).astype(np.float64)
     limit = {"rtol": 1e-5, "atol": 1e-5 * np.square(rows).sum()}
     np.testing.assert_allclose(found["x.gram"], rows.T @ rows, **limit)
     np.testing.assert_array_equal(found["x.absmax"], np.abs(rows).max(axis=0).astype(np.float32))
-    assert found["x" + observers.ROWS].tolist() == [len(rows)]
+    assert found["x.rows_seen"].tolist() == [len(rows)]
     assert {found["x.gram"].dtype, found["x.absmax"].dtype} == {np.dtype(np.float32)}
 
 
 def test_half_precision_activations_are_summed_in_single() -> None:
     """600 · 200² is far beyond float16."""
     model = _graph(["x"], 2, np.float16)
-    observers.observe(model.graph, "x")
+    Gram("x").append(model.graph)
     found = _run(model, ["x.gram"], {"x_in": np.full((600, K), 200, np.float16)})
     np.testing.assert_allclose(found["x.gram"], 600 * 200.0**2, rtol=1e-6)
 
 
 def test_several_values_of_one_graph() -> None:
     model = _graph(["x", "y"], 3, np.float32)
-    names = observers.observe(model.graph, "x") + observers.observe(model.graph, "y")
+    for value in ("x", "y"):
+        Gram(value).append(model.graph)
+    names = [output.name for output in model.graph.output]
     x, y = _activation((2, 4, K), np.float32), _activation((2, 4, K), np.float32, 1)
     found = _run(model, names, {"x_in": -x, "y_in": -y})
     a, b = x.reshape(-1, K), y.reshape(-1, K)
@@ -68,7 +72,7 @@ def test_several_values_of_one_graph() -> None:
 def test_the_observed_graph_still_gives_its_outputs() -> None:
     model = _graph(["x"], 2, np.float32)
     model.graph.output.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, K]))
-    observers.observe(model.graph, "x")
+    Gram("x").append(model.graph)
     x = _activation((4, K), np.float32)
     np.testing.assert_array_equal(_run(model, ["x"], {"x_in": -x})["x"], x)
 

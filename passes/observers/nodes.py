@@ -1,34 +1,10 @@
-"""Observers: graph rewrites that reduce an activation to statistics inside ONNX Runtime."""
+"""Nodes that observers and checks append to a graph: reductions computed inside ONNX Runtime."""
 
 from collections.abc import Iterable
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-
-GRAM, ABSMAX, ROWS = ".gram", ".absmax", ".rows_seen"
-
-
-def observe(graph: onnx.GraphProto, value: str) -> list[str]:
-    """Append reductions of the activation `value` (…, K) to a graph; returns the names of the new outputs.
-
-    `value`.gram (K, K) = XᵀX and `value`.absmax (K,), float32; `value`.rows_seen (1,), int64.
-    """
-    rows = matrix(graph, value)
-    axis0 = _constant(graph, "qcompile.axis0", [0])
-    transposed = f"{value}.transposed"
-    graph.node.extend(
-        [
-            helper.make_node("Transpose", [rows], [transposed], perm=[1, 0]),
-            helper.make_node("MatMul", [transposed, rows], [value + GRAM]),
-            helper.make_node("Abs", [rows], [f"{value}.abs"]),
-            helper.make_node("ReduceMax", [f"{value}.abs", axis0], [value + ABSMAX], keepdims=0),
-            helper.make_node("Shape", [rows], [value + ROWS], end=1),
-        ]
-    )
-    add_outputs(graph, [value + ROWS], TensorProto.INT64)
-    add_outputs(graph, [value + GRAM, value + ABSMAX])
-    return [value + GRAM, value + ABSMAX, value + ROWS]
 
 
 def difference(value: str, end: str) -> str:
@@ -88,7 +64,7 @@ def matrix(graph: onnx.GraphProto, value: str) -> str:
     shape, name = f"{value}.last", f"{value}.rows"
     if any(name in node.output for node in graph.node):
         return name
-    minus_one = _constant(graph, "qcompile.minus1", [-1])
+    minus_one = constant(graph, "qcompile.minus1", [-1])
     graph.node.extend(
         [
             helper.make_node("Shape", [value], [shape], start=-1),
@@ -99,7 +75,8 @@ def matrix(graph: onnx.GraphProto, value: str) -> str:
     return name
 
 
-def _constant(graph: onnx.GraphProto, name: str, values: list[int]) -> str:
+def constant(graph: onnx.GraphProto, name: str, values: list[int]) -> str:
+    """An int64 initializer of that name, made once."""
     if not any(tensor.name == name for tensor in graph.initializer):
         graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
     return name

@@ -1,0 +1,59 @@
+"""What an observer is: nodes that reduce a batch of an activation inside ONNX Runtime, and what they add up to."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from qcompile.passes.affine import Array
+from qcompile.passes.errors import UserError
+from qcompile.passes.spec import ActivationSpec
+
+Outputs = Mapping[str, npt.NDArray[Any]]
+State = dict[str, npt.NDArray[Any]]
+
+
+class Observer(ABC):
+    """Statistics of one activation value, of a size that does not depend on the number of batches.
+
+    name: how a recipe calls it. value: the name of the activation. axis: its channel axis (negative from the end), for
+    statistics of each channel; None for one of the whole tensor.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, value: str, *, axis: int | None = None) -> None:
+        self.value, self.axis = value, axis
+
+    @abstractmethod
+    def append(self, graph: onnx.GraphProto) -> None:
+        """Append nodes that reduce the value, and declare what they give as outputs of the graph.
+
+        Names of nodes begin with the name of the value; what several observers of a value need is appended once.
+        """
+
+    @abstractmethod
+    def update(self, outputs: Outputs) -> None:
+        """Take in what the nodes gave for a batch; UserError where the activation is NaN or infinite."""
+
+    @abstractmethod
+    def range(self, spec: ActivationSpec) -> tuple[Array, Array]:
+        """(low, high), the range that the grid of `spec` is to span: float32, () or (channels,). Zero lies in it."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Everything learnt so far, as arrays; {} before the first batch."""
+
+    @abstractmethod
+    def restore(self, state: State) -> None:
+        """Continue from what `state` gave."""
+
+    def check_finite(self, *arrays: npt.NDArray[Any]) -> None:
+        """Raise UserError where a reduction of the value is NaN or infinite."""
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise UserError(
+                f"activation {self.value} is NaN or infinite on the calibration data: the model overflows there"
+            )
