@@ -13,6 +13,28 @@ from qcompile.compiler.verify import NodeError, OutputError
 from qcompile.passes.base import Decision
 
 
+@dataclass(frozen=True)
+class ActivationRange:
+    """What was observed of an activation value on the calibration data, and the range [low, high] chosen for its codes.
+
+    counts: how many numbers fell between edges[i] and edges[i + 1], len(edges) = len(counts) + 1; both empty where
+    the observer keeps no histogram. Raises ValueError where the two do not fit.
+    """
+
+    value: str
+    low: float
+    high: float
+    observed_low: float
+    observed_high: float
+    observer: str
+    counts: tuple[int, ...] = ()
+    edges: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.counts and len(self.edges) != len(self.counts) + 1:
+            raise ValueError(f"{len(self.edges)} edges for {len(self.counts)} counts of {self.value}")
+
+
 @dataclass
 class Report:
     """Everything a compile leaves behind beside the model.
@@ -28,6 +50,7 @@ class Report:
     decisions: dict[str, list[Decision]] = field(default_factory=dict)
     nodes: list[NodeError] = field(default_factory=list)
     outputs: list[OutputError] = field(default_factory=list)
+    ranges: list[ActivationRange] = field(default_factory=list)
     reload_error: float | None = None
     files: list[str] = field(default_factory=list)
     source_bytes: int = 0
