@@ -1,0 +1,1 @@
+"""The parts of the HTML report: markup, nodes, the chart of errors, ranges of activations, decisions."""
