@@ -51,6 +51,10 @@ class Observer(ABC):
     def restore(self, state: State) -> None:
         """Continue from what `state` gave."""
 
+    def plot(self) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """(edges, counts) of the value's histogram for a report; both empty where the observer keeps none."""
+        return (), ()
+
     def check_finite(self, *arrays: npt.NDArray[Any]) -> None:
         """Raise UserError where a reduction of the value is NaN or infinite."""
         if not all(np.isfinite(array).all() for array in arrays):

@@ -1,8 +1,10 @@
 """Nodes that observers and checks append to a graph: reductions computed inside ONNX Runtime."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
@@ -75,8 +77,42 @@ def matrix(graph: onnx.GraphProto, value: str) -> str:
     return name
 
 
+def by_channel(graph: onnx.GraphProto, value: str, axis: int | None) -> str:
+    """The value as float32 (outer, channels, inner), channels its `axis`; all its numbers (n,) for None."""
+    name = f"{value}.flat" if axis is None else f"{value}.channels{axis}"
+    if any(name in node.output for node in graph.node):
+        return name
+    shape = constant(graph, "qcompile.minus1", [-1]) if axis is None else _three_dimensions(graph, value, axis)
+    reshape = helper.make_node("Reshape", [_float(graph, value), shape], [name], allowzero=int(axis is not None))
+    graph.node.append(reshape)
+    return name
+
+
+def _three_dimensions(graph: onnx.GraphProto, value: str, axis: int) -> str:
+    """The shape (outer, channels, inner) of `by_channel`, int64 (3,). Products, since -1 has no meaning beside a 0."""
+    one, name = constant(graph, "qcompile.one", [1]), f"{value}.channels{axis}"
+    behind = {} if axis == -1 else {"end": axis + 1}
+    graph.node.append(helper.make_node("Shape", [value], [f"{name}.own"], start=axis, **behind))
+    sides = {"outer": {"end": axis}} | ({"inner": {"start": axis + 1}} if axis != -1 else {})
+    for side, bounds in sides.items():
+        shape, padded, product = (f"{name}.{side}{end}" for end in (".shape", ".padded", ""))
+        graph.node.append(helper.make_node("Shape", [value], [shape], **bounds))
+        graph.node.append(helper.make_node("Concat", [one, shape], [padded], axis=0))
+        graph.node.append(helper.make_node("ReduceProd", [padded], [product], keepdims=1))
+    inner = one if axis == -1 else f"{name}.inner"
+    graph.node.append(helper.make_node("Concat", [f"{name}.outer", f"{name}.own", inner], [f"{name}.shape"], axis=0))
+    return f"{name}.shape"
+
+
 def constant(graph: onnx.GraphProto, name: str, values: list[int]) -> str:
     """An int64 initializer of that name, made once."""
     if not any(tensor.name == name for tensor in graph.initializer):
         graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
+    return name
+
+
+def scalar(graph: onnx.GraphProto, name: str, value: npt.NDArray[Any] | np.generic) -> str:
+    """An initializer () of that name, made once."""
+    if not any(tensor.name == name for tensor in graph.initializer):
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
     return name

@@ -1,0 +1,45 @@
+"""What a histogram says about an activation: how many numbers lie between its edges, evenly spread there."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+Numbers = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """edges: float64 (n + 1,), rising, from the smallest number to the largest one. counts: float64 (n,).
+
+    A constant has one bin without width.
+    """
+
+    edges: Numbers
+    counts: Numbers
+
+    @cached_property
+    def total(self) -> float:
+        """How many numbers there are."""
+        return float(self.counts.sum())
+
+    @cached_property
+    def cumulative(self) -> Numbers:
+        """How many numbers lie below each edge, (n + 1,)."""
+        return np.concatenate([np.zeros(1), np.cumsum(self.counts)])
+
+    def below(self, points: Numbers) -> Numbers:
+        """How many numbers lie below each point."""
+        return np.asarray(np.interp(points, self.edges, self.cumulative))
+
+    def quantile(self, share: float) -> float:
+        """The number below which that share of all lies."""
+        return float(np.interp(share * self.total, self.cumulative, self.edges))
+
+    def magnitude(self, share: float) -> float:
+        """The magnitude below which that share of all magnitudes lies."""
+        points = np.unique(np.abs(self.edges))
+        within = self.below(points) - self.below(-points)
+        within[-1] = self.total
+        return float(np.interp(share * self.total, within, points))

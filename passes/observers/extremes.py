@@ -1,0 +1,130 @@
+"""Observers of the smallest and the largest number of an activation: min-max, and its moving average."""
+
+from typing import ClassVar
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from qcompile.passes.affine import Array
+from qcompile.passes.errors import UserError
+from qcompile.passes.observers.base import Observer, Outputs, State
+from qcompile.passes.observers.nodes import add_outputs, by_channel, constant, scalar
+from qcompile.passes.spec import ActivationSpec
+
+
+class Extremes(Observer):
+    """The exact extremes of every batch so far.
+
+    low, high: float32, () or (channels,); None before the first batch. A batch without rows gives +inf and -inf, which
+    changes neither.
+    """
+
+    def __init__(self, value: str, *, axis: int | None = None) -> None:
+        super().__init__(value, axis=axis)
+        self.low: Array | None = None
+        self.high: Array | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What the names of nodes begin with: the value, and the channel axis."""
+        return self.value if self.axis is None else f"{self.value}.axis{self.axis}"
+
+    def append(self, graph: onnx.GraphProto) -> None:
+        """`prefix`.low and .high, float32 () or (channels,); `value`.faults, float32 (): 0, NaN where a number is no
+        finite one (a maximum alone would hide a NaN).
+        """
+        low, high, faults = f"{self.prefix}.low", f"{self.prefix}.high", f"{self.value}.faults"
+        if any(low in node.output for node in graph.node):
+            return
+        source = by_channel(graph, self.value, self.axis)
+        axes = [] if self.axis is None else [constant(graph, "qcompile.axes02", [0, 2])]
+        graph.node.append(helper.make_node("ReduceMin", [source, *axes], [low], keepdims=0))
+        graph.node.append(helper.make_node("ReduceMax", [source, *axes], [high], keepdims=0))
+        add_outputs(graph, [low, high])
+        if not any(faults in node.output for node in graph.node):
+            zero = scalar(graph, "qcompile.zero", np.float32(0))
+            graph.node.append(helper.make_node("Mul", [source, zero], [f"{self.value}.zeros"]))
+            graph.node.append(helper.make_node("ReduceSum", [f"{self.value}.zeros"], [faults], keepdims=0))
+            add_outputs(graph, [faults])
+
+    def update(self, outputs: Outputs) -> None:
+        """Minima and maxima."""
+        batch = self.batch(outputs)
+        if batch is None:
+            return
+        low, high = batch
+        self.low = low if self.low is None else np.minimum(self.low, low)
+        self.high = high if self.high is None else np.maximum(self.high, high)
+
+    def batch(self, outputs: Outputs) -> tuple[Array, Array] | None:
+        """(low, high) of the batch, None for one without rows; UserError where a number is NaN or infinite."""
+        low, high = (np.asarray(outputs[f"{self.prefix}.{end}"], np.float32) for end in ("low", "high"))
+        self.check_finite(outputs[f"{self.value}.faults"])
+        return None if (low > high).any() else (low, high)
+
+    def state(self) -> State:
+        """low, high."""
+        return {} if self.low is None or self.high is None else {"low": self.low, "high": self.high}
+
+    def restore(self, state: State) -> None:
+        """From `state`."""
+        self.low, self.high = state.get("low"), state.get("high")
+
+    def with_zero(self, low: Array | None, high: Array | None) -> tuple[Array, Array]:
+        """The range widened to zero; (0, 0) before the first batch."""
+        zero = np.zeros((), np.float32)
+        return (zero, zero) if low is None or high is None else (np.minimum(low, zero), np.maximum(high, zero))
+
+
+class MinMax(Extremes):
+    """From the smallest number to the largest one."""
+
+    name: ClassVar[str] = "minmax"
+
+    def range(self, spec: ActivationSpec) -> tuple[Array, Array]:
+        """The extremes and zero, whatever the grid."""
+        return self.with_zero(self.low, self.high)
+
+
+class MovingAverage(Extremes):
+    """The exponentially weighted mean of the extremes of the batches: range += constant * (batch - range).
+
+    The last batches weigh most, so the order of the data matters. The first batch begins it.
+    mean_low, mean_high: float32, () or (channels,); None before the first batch.
+    """
+
+    name: ClassVar[str] = "moving-average"
+
+    def __init__(self, value: str, *, axis: int | None = None, constant: float = 0.01) -> None:
+        super().__init__(value, axis=axis)
+        if not 0 < constant <= 1:
+            raise UserError(f"moving-average: constant must be above 0 and at most 1, got {constant}")
+        self.constant = constant
+        self.mean_low: Array | None = None
+        self.mean_high: Array | None = None
+
+    def update(self, outputs: Outputs) -> None:
+        """A step of both means."""
+        super().update(outputs)
+        batch = self.batch(outputs)
+        if batch is not None:
+            self.mean_low, self.mean_high = self._step(self.mean_low, batch[0]), self._step(self.mean_high, batch[1])
+
+    def range(self, spec: ActivationSpec) -> tuple[Array, Array]:
+        """The means and zero, whatever the grid."""
+        return self.with_zero(self.mean_low, self.mean_high)
+
+    def state(self) -> State:
+        """low, high, mean_low, mean_high."""
+        if self.mean_low is None or self.mean_high is None:
+            return {}
+        return super().state() | {"mean_low": self.mean_low, "mean_high": self.mean_high}
+
+    def restore(self, state: State) -> None:
+        """From `state`."""
+        super().restore(state)
+        self.mean_low, self.mean_high = state.get("mean_low"), state.get("mean_high")
+
+    def _step(self, old: Array | None, new: Array) -> Array:
+        return new if old is None else np.asarray(old + np.float32(self.constant) * (new - old), np.float32)
