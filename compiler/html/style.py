@@ -43,7 +43,8 @@ i.dot{border-radius:50%;border:2px solid var(--fg);width:10px;height:10px}i.dot.
 .rim,.hole{stroke:var(--bg)}.open,.taken{stroke:var(--fg)}
 .hit path{fill:transparent}.hit path:hover{fill:#8b949e44}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:12px}
-figcaption{font-weight:600;font-size:13px;min-height:3em}figure svg{width:100%;height:auto;display:block}
+figcaption{font-weight:600;font-size:13px;min-height:3.2em;margin-bottom:4px}
+figure svg{width:100%;height:auto;display:block}
 figure dl{display:grid;grid-template-columns:max-content 1fr;gap:0 12px;font-size:13px;margin:6px 0 0}
 figure dt{color:var(--soft)}figure dd{margin:0;text-align:right}
 .counts{fill:var(--int4)}.clip{fill:var(--clip)}.range{stroke:var(--range);stroke-width:1.5;fill:none}
