@@ -83,13 +83,13 @@ def _tops(drawn: str, kind: str) -> list[float]:
 
 def test_bars_are_logarithmic_and_in_the_order_of_the_nodes() -> None:
     report = _report(*(node(name, "int4 g32 asym") for name in "abcdef"), node("g", "int8 g32 asym"))
-    errors = (0.9, 0.09, 0.009, 0.0, NAN)
-    report.nodes = [NodeError(name, error, 0.0) for name, error in zip("abcde", errors, strict=True)]
+    errors = (0.9, 0.09, 0.009, 0.001, 0.0, NAN)
+    report.nodes = [NodeError(name, error, 0.0) for name, error in zip("abcdef", errors, strict=True)]
     drawn = chart(node_rows(report))
     first, second, third, *stubs = _tops(drawn, "k-int4")
     assert second - first == pytest.approx(third - second, abs=1)
     assert third - second == pytest.approx(220 / 3, abs=1), "three decades are 220 pixels high"
-    assert stubs == [229, 229, 229], "no error, an error of zero and NaN are stubs of 3 pixels"
+    assert stubs == [229, 229, 229], "the smallest error, one of zero and NaN are stubs of 3 pixels"
     assert _tops(drawn, "k-int8") == [229]
     told = Page(drawn).told("title")
     assert [line.splitlines()[0] for line in told] == ["#1 a", "#2 b", "#3 c", "#4 d", "#5 e", "#6 f", "#7 g"]
