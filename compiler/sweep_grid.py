@@ -1,0 +1,125 @@
+"""The grid of a sweep: settings with several values each, and all combinations of them."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import yaml
+
+from qcompile.compiler.plan import build, effective, make_policy
+from qcompile.compiler.recipe import Recipe
+from qcompile.passes.errors import UserError
+
+CALIBRATION = "calibration"
+# Settings that are lists themselves: their alternatives are separated by semicolons.
+LISTS = ("passes", "include", "exclude", CALIBRATION)
+_WORDS: dict[tuple[str, Any], Any] = {("group_size", "channel"): 0, ("exclude", "none"): []}
+
+Grid = Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One point of the grid. values: by key, as the grid writes them. calibration: files, none for the default.
+
+    recipe: None where the settings exclude each other; `reason` then says why.
+    """
+
+    values: Mapping[str, str]
+    recipe: Recipe | None
+    calibration: tuple[str, ...] = ()
+    reason: str = ""
+
+
+def parse_grid(items: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The values by key of items such as "bits=4,8" and "passes=pack;smooth,pack"."""
+    grid: dict[str, tuple[str, ...]] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        key = key.strip()
+        values = [value.strip() for value in text.split(";" if key in LISTS else ",")]
+        if not equals or not all(values):
+            raise UserError(f"--grid: cannot read {item!r}: expected KEY=VALUE,VALUE (lists of {LISTS[0]} with ';')")
+        if key in grid:
+            raise UserError(f"--grid: {key} is given twice: put all its values into one item")
+        grid[key] = tuple(dict.fromkeys(values))
+    return grid
+
+
+def combinations(grid: Grid, base: Recipe, calibration: Sequence[str] = ()) -> list[Combination]:
+    """Every combination of the grid's values over the base recipe, the last key changing fastest.
+
+    Case 1: a key that is neither a recipe's nor `calibration`, and a value without a meaning: UserError.
+    Case 2: settings that exclude each other: a combination without a recipe, but with the reason.
+    Case 3: a value that every combination refuses: UserError with the first reason.
+    """
+    known = [field.name for field in fields(Recipe)] + [CALIBRATION]
+    for key, values in grid.items():
+        if key not in known:  # Case 1
+            raise UserError(f"--grid: unknown key {key!r}; known keys are {', '.join(known)}")
+        if not values or isinstance(values, str):
+            raise UserError(f"--grid: {key} needs a list of values, got {values!r}")
+    texts = {key: list(dict.fromkeys(_text(key, value) for value in values)) for key, values in grid.items()}
+    made = [
+        _combination(dict(zip(texts, values, strict=True)), base, calibration)
+        for values in itertools.product(*texts.values())
+    ]
+    for key, value in ((key, value) for key, values in texts.items() for value in values):
+        reasons = [one.reason for one in made if one.values[key] == value]
+        if all(reasons):  # Case 3
+            raise UserError(f"--grid: {key}={value} is never possible: {reasons[0]}")
+    return made
+
+
+def identity(recipe: Recipe, calibration: str) -> dict[str, Any]:
+    """What of a recipe and of the calibration data (any name of its content) decides the packed weights.
+
+    Case 1: `symmetric` is left out where the weights' specs are the same without it (8 bits).
+    Case 2: data, samples and context are left out where no pass uses statistics. They still choose the inputs of
+        the checks, and so which nodes take int8 activations where that is left to qcompile: the first one counts.
+    """
+    plain = replace(recipe, symmetric=False)
+    if make_policy(recipe, "float32") == make_policy(plain, "float32"):  # Case 1
+        recipe = plain
+    settings = recipe.to_dict() | {CALIBRATION: calibration}
+    if not any(step.needs_statistics for step in build(recipe)):  # Case 2
+        for unused in (CALIBRATION, "samples", "context"):
+            del settings[unused]
+    return settings
+
+
+def _text(key: str, value: Any) -> str:
+    """A value as the command line writes it."""
+    if key == "group_size" and value == 0:
+        return "channel"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ",".join(str(item) for item in value) or "none"
+    return str(value)
+
+
+def _combination(values: Mapping[str, str], base: Recipe, calibration: Sequence[str]) -> Combination:
+    files = tuple(calibration)
+    if CALIBRATION in values:
+        files = () if values[CALIBRATION] == "none" else tuple(values[CALIBRATION].split(","))
+    settings = {key: _value(key, text) for key, text in values.items() if key != CALIBRATION}
+    try:
+        recipe = effective(Recipe.from_dict(base.to_dict() | settings, "combination"))
+        build(recipe)
+    except UserError as error:
+        return Combination(values, None, files, str(error))  # Case 2
+    return Combination(values, recipe, files)
+
+
+def _value(key: str, text: str) -> Any:
+    """What a recipe file would hold for the text: channel is 0; yes, no and numbers as YAML has them."""
+    if (key, text) in _WORDS:
+        return _WORDS[key, text]
+    if key in LISTS:
+        return text if key == "passes" else text.split(",")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--grid: {key} cannot be {text!r}") from error

@@ -1,0 +1,243 @@
+"""compiler/sweep.py: figures, what is kept and not run again, rows with reasons, other models than decoders."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qcompile.compiler import sweep as module
+from qcompile.compiler.evaluate import evaluate
+from qcompile.compiler.inputs import input_plan
+from qcompile.compiler.recipe import Recipe, parse_passes
+from qcompile.compiler.store import load_model
+from qcompile.compiler.subject import text_windows
+from qcompile.compiler.sweep import sweep
+from qcompile.compiler.sweep_data import Evaluation
+from qcompile.compiler.sweep_rows import DONE, FAILED, OPEN, REFUSED, SAME, Row, Sweep
+from qcompile.compiler.tokens import load_tokenizer
+from qcompile.models.text import calibration_text
+from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_mlp
+from qcompile.passes.errors import UserError
+
+BASE = Recipe(passes=parse_passes("pack"), group_size=32, samples=4, context=32)
+DECODER = partial(tiny_decoder, layers=1)
+SCORED = Evaluation(context=32, tokens=128)
+GRID = {"bits": [4, 8], "symmetric": [False, True], "passes": ["pack", "smooth,pack"]}
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take longer than tiny compiles; tests/test_sweep_plot.py and test_sweep_command.py draw."""
+    monkeypatch.setattr(module, "write_plots", lambda *_: [])
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The outputs of all compiles that a sweep has begun."""
+    begun: list[str] = []
+    own = module.compile_model
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        begun.append(str(named["output"]))
+        return own(*arguments, **named)
+
+    monkeypatch.setattr(module, "compile_model", counted)
+    return begun
+
+
+def _sweep(bench: Any, model: Path, grid: Any = GRID, **named: Any) -> Sweep:
+    given = {"recipe": BASE, "calibration": [str(bench.text)], "evaluation": SCORED, **named}
+    return sweep(model, grid, output=bench.folder / "sweep", **given)
+
+
+@pytest.fixture(scope="module")
+def whole(make_bench: Callable[[str], Any]) -> tuple[Any, Path, Sweep]:
+    """A sweep of eight combinations that nothing disturbed, its models kept."""
+    bench = make_bench("whole")
+    model = bench.save(DECODER())
+    return bench, model, _sweep(bench, model, keep_models=True)
+
+
+def test_figures_are_those_of_eval_and_of_the_report(whole: tuple[Any, Path, Sweep]) -> None:
+    bench, model, result = whole
+    folder = bench.folder / "sweep"
+    windows = text_windows(
+        folder / "text" / "evaluation.txt", load_tokenizer(model), input_plan(load_model(model)), 32, 128
+    )
+    for row in result.done:
+        own = evaluate(folder / row.model, windows, reference=model)
+        assert row.scores["kl"] == pytest.approx(own.kl, rel=1e-4)
+        assert row.scores["kl_error"] == pytest.approx(own.kl_error, rel=1e-4)
+        assert row.scores["perplexity"] == pytest.approx(own.perplexity, rel=1e-6)
+        assert row.scores["agreement"] == own.agreement
+        report = json.loads((folder / row.model).with_name("model.report.json").read_text())
+        assert (row.bits_per_weight, row.compiled_bytes) == (report["bits_per_weight"], report["compiled_bytes"])
+        assert report["recipe"]["passes"] == row.values["passes"].split(",")
+    assert result.float_scores["perplexity"] == pytest.approx(evaluate(model, windows).perplexity, rel=1e-6)
+
+
+def test_rows_that_make_the_same_model_are_not_run(whole: tuple[Any, Path, Sweep]) -> None:
+    *_, result = whole
+    assert [row.status for row in result.rows] == [DONE] * 4 + [DONE, DONE, SAME, SAME]
+    assert result.rows[6].reason == "as int8 asymmetric pack: symmetric makes no difference there"
+    assert len({row.key for row in result.done}) == 6
+
+
+def test_files_hold_every_row(whole: tuple[Any, Path, Sweep]) -> None:
+    bench, _, result = whole
+    folder = bench.folder / "sweep"
+    loaded = json.loads((folder / "results.json").read_text())
+    assert [row["status"] for row in loaded["rows"]] == [row.status for row in result.rows]
+    assert loaded["model_hash"] == result.model_hash
+    with open(folder / "results.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 8
+    figures = [(float(line["bits_per_weight"]), float(line["kl"])) for line in lines[:6]]
+    assert figures == sorted(figures)  # the table's order
+    assert (folder / "table.md").read_text().count("\n| ") == 7  # the rule and six rows; the heads come first
+    assert "held out of calibration" in (folder / "table.md").read_text()
+
+
+def test_the_bundled_text_is_held_out(whole: tuple[Any, Path, Sweep]) -> None:
+    bench, model, _ = whole
+    text = bench.folder / "sweep" / "text"
+    calibrated, scored = ((text / f"{name}.txt").read_text() for name in ("calibration", "evaluation"))
+    assert calibrated + scored == calibration_text()
+    assert len(scored) == pytest.approx(0.1 * len(calibration_text()), rel=0.05)
+    result = _sweep(bench, model, {"passes": ["smooth,pack"]}, calibration=[])
+    assert result.done[0].data == "4 windows of 32 tokens from calibration.txt"
+
+
+def test_the_float_model_is_kept_only_while_rows_are_open(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Path] = []
+    own = module.scoring.__globals__["Running"].subject
+    monkeypatch.setattr(module.scoring.__globals__["Running"], "subject", lambda s, p: runs.append(p) or own(s, p))
+    model = bench.save(DECODER())
+    kept = bench.folder / "sweep" / "cache"
+    first = _sweep(bench, model, {"bits": [4, 8]}, limit=1)
+    assert [row.status for row in first.rows] == [DONE, OPEN]
+    assert len(list(kept.glob("reference-*.npy"))) == 1
+    _sweep(bench, model, {"bits": [4, 8]})
+    assert list(kept.glob("reference-*.npy")) == []
+    assert runs.count(model) == 1
+    assert _sweep(bench, model, {"bits": [4, 8]}).float_scores == first.float_scores
+    assert len(runs) == 1 + 2
+
+
+def test_nothing_finished_runs_again(bench: Any, compiled: list[str]) -> None:
+    model = bench.save(DECODER())
+    first = _sweep(bench, model, {"bits": [4, 8]})
+    assert len(compiled) == 2
+    assert sorted(p.name for p in (bench.folder / "sweep").glob("*.onnx")) == []  # models are removed once scored
+    again = _sweep(bench, model, {"bits": [8, 4], "seed": [0]})  # in another order, with a setting that is the default
+    assert len(compiled) == 2
+    assert [row.scores for row in again.rows] == [row.scores for row in reversed(first.rows)]
+    _sweep(bench, model, {"bits": [4]}, evaluation=Evaluation(context=16, tokens=128))
+    assert len(compiled) == 3, "another metric is another figure"
+    bench.save(DECODER(seed=1))
+    _sweep(bench, model, {"bits": [4]})
+    assert len(compiled) == 4, "another model under the same name"
+
+
+def test_calibration_is_known_by_its_content(bench: Any, compiled: list[str], tmp_path: Path) -> None:
+    model, other = bench.save(DECODER()), tmp_path / "other.txt"
+    other.write_text(bench.text.read_text()[:3000])
+    grid = {"passes": ["pack", "smooth,pack"], "calibration": [str(bench.text), str(other)]}
+    result = _sweep(bench, model, grid)
+    assert [row.status for row in result.rows] == [DONE, SAME, DONE, DONE]
+    assert "calibration makes no difference there" in result.rows[1].reason
+    assert result.rows[2].scores != result.rows[3].scores
+    other.write_text(bench.text.read_text()[3000:])
+    _sweep(bench, model, grid)
+    assert len(compiled) == 4
+
+
+def test_an_interrupted_sweep_goes_on(bench: Any, compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bench.save(DECODER())
+    own, grid = module.compile_model, {"bits": [4, 8], "symmetric": [False, True]}
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        if len(compiled) == 2:
+            raise KeyboardInterrupt
+        return own(*arguments, **named)
+
+    monkeypatch.setattr(module, "compile_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _sweep(bench, model, grid)
+    folder = bench.folder / "sweep"
+    states = [row["status"] for row in json.loads((folder / "results.json").read_text())["rows"]]
+    assert states == [DONE, DONE, OPEN, SAME]
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    monkeypatch.setattr(module, "compile_model", own)
+    assert len(_sweep(bench, model, grid).done) == 3
+    assert len(compiled) == 3
+
+
+def test_what_cannot_be_compiled_is_a_row(bench: Any, compiled: list[str]) -> None:
+    model = bench.save(DECODER())
+    grid = {"target": ["qcompile", "matmulnbits"], "group_size": [32, 24]}
+    rows = {tuple(row.values.values()): row for row in _sweep(bench, model, grid).rows}
+    refused = rows["matmulnbits", "24"]
+    assert (refused.status, refused.scores) == (REFUSED, {})
+    assert "24" in refused.reason
+    assert [row.status for row in rows.values()].count(DONE) == 3
+    count = len(compiled)
+    _sweep(bench, model, grid)
+    assert len(compiled) == count, "a refusal is known, too"
+
+
+def test_a_bug_is_a_row_that_is_tried_again(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bench.save(DECODER())
+    own = module.compile_model
+
+    def broken(source: Any, recipe: Recipe, **named: Any) -> Any:
+        if recipe.bits == 8:
+            raise RuntimeError("two\nlines")
+        return own(source, recipe, **named)
+
+    monkeypatch.setattr(module, "compile_model", broken)
+    rows = _sweep(bench, model, {"bits": [8, 4]}).rows
+    assert [(row.status, row.reason) for row in rows] == [(FAILED, "RuntimeError: two lines"), (DONE, "")]
+    monkeypatch.setattr(module, "compile_model", own)
+    assert [row.status for row in _sweep(bench, model, {"bits": [8, 4]}).rows] == [DONE, DONE]
+
+
+def test_encoders_are_scored_by_their_outputs(bench: Any) -> None:
+    result = _sweep(bench, bench.save(tiny_encoder()), {"bits": [4, 8]})
+    four, eight = (row.scores for row in result.rows)
+    assert 0.01 < four["relative_error"] < 0.5
+    assert eight["relative_error"] < four["relative_error"] / 5  # 16 times finer, but for int8 activations
+    assert four["sqnr"] == pytest.approx(-20 * math.log10(four["relative_error"]))
+    assert four["cosine"] < eight["cosine"] <= 1
+
+
+def test_models_without_tokens_take_arrays(bench: Any, tmp_path: Path) -> None:
+    model = bench.save(tiny_mlp(), tokenizer=False)
+    rng = np.random.default_rng(0)
+    for name in ("calibrated", "scored"):
+        np.savez(tmp_path / name, x=rng.normal(size=(8, 48)).astype(np.float32))
+    grid = {"passes": ["pack", "gptq,pack"]}
+    named = {"calibration": [str(tmp_path / "calibrated.npz")]}
+    with pytest.raises(UserError, match=r"cannot be fed from text: give inputs to score it on with --data"):
+        _sweep(bench, model, grid, **named)
+    result = _sweep(bench, model, grid, evaluation=Evaluation(data=[tmp_path / "scored.npz"]), **named)
+    assert [row.status for row in result.rows] == [DONE, DONE]
+    with pytest.raises(UserError, match=r"calibrated\.npz is calibrated on and scored on"):
+        _sweep(bench, model, grid, evaluation=Evaluation(data=[tmp_path / "calibrated.npz"]), **named)
+
+
+def test_the_pareto_front() -> None:
+    points = [(4.0, 0.3), (4.5, 0.1), (4.5, 0.2), (5.0, 0.1), (8.0, 0.01), (9.0, math.nan), (None, 0.001)]
+    rows = [
+        Row(i, {"seed": str(i)}, status=DONE, bits_per_weight=bits, scores={"kl": kl})
+        for i, (bits, kl) in enumerate(points)
+    ]
+    made = Sweep("m", "", {}, {}, "kl", "KL", "", "", [*rows, Row(9, {"seed": "9"})])
+    made.mark_pareto()
+    assert [row.pareto for row in made.rows] == [True, True, False, False, True, False, False, False]

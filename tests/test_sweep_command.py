@@ -1,0 +1,80 @@
+"""`qcompile sweep`: what is printed, Ctrl-C, bad input."""
+
+from typing import Any
+
+import pytest
+
+from qcompile.compiler import sweep as module
+from qcompile.compiler.cli import main
+from qcompile.models.tiny import tiny_decoder
+
+
+def test_the_command(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    model = bench.save(tiny_decoder(layers=1))
+    folder = bench.folder / "out"
+    words = [
+        "sweep",
+        model,
+        "--grid",
+        "bits=4,8",
+        "group_size=32",
+        "samples=4",
+        "context=32",
+        "passes=pack;smooth,pack",
+    ]
+    options = ["--calibration", bench.text, "--context", 32, "--tokens", 128, "-o", folder, "--note", "a note"]
+    assert main([str(word) for word in [*words, *options, "--limit", "3"]]) == 0
+    shown = capsys.readouterr()
+    assert len(shown.err.splitlines()) == 3
+    assert "3/4  int8 pack: " in shown.err
+    assert "min left" in shown.err.splitlines()[0]
+    assert "int8 smooth,pack: open" in shown.out
+    assert "a note" in shown.out
+    assert f"wrote     {folder / 'accuracy.svg'}" in shown.out
+    assert main([str(word) for word in [*words, *options]]) == 0
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_ctrl_c(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "compile_model", interrupted)
+    words = [
+        "sweep",
+        bench.save(tiny_decoder(layers=1)),
+        "--grid",
+        "passes=pack",
+        "--tokens",
+        64,
+        "-o",
+        bench.folder / "out",
+    ]
+    assert main([str(word) for word in words]) == 130
+    assert capsys.readouterr().err == (
+        "qcompile: interrupted: 0 combinations finished now; the same command goes on from here\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--grid", "bits=5"], "bits=5 is never possible"),
+        (["--grid", "bits=4", "--limit", "-1"], "--limit must be 0 or more"),
+        (["--grid", "bits=4", "--tokens", "1"], "--tokens must be at least 2"),
+        (["--grid", "bits=4", "--text", "a.txt", "--data", "a.npz"], "either --text FILE or --data"),
+        (["--grid", "bits=4", "--calibration", "none.txt"], "none.txt: cannot be read"),
+        (["--grid", "bits=4", "--calibration", "module:function"], "a sweep takes files only"),
+        (["--grid", "bits=4", "--calibration", "{text}", "--text", "{text}"], "is calibrated on and scored on"),
+        (["--grid", "bits=4", "-o", "{text}"], "is no folder"),
+        ([], "the following arguments are required: --grid"),
+    ],
+)
+def test_bad_input_is_one_line(bench: Any, capsys: pytest.CaptureFixture[str], options: list[str], reason: str) -> None:
+    model = bench.save(tiny_decoder(layers=1))
+    words = ["sweep", str(model), "-o", str(bench.folder / "out"), *(word.format(text=bench.text) for word in options)]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
+    assert not (bench.folder / "out" / "cache").exists(), "nothing has run"

@@ -1,0 +1,102 @@
+"""compiler/sweep_plot.py: what is drawn, where labels go, and life without matplotlib."""
+
+import ast
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcompile.compiler import sweep_plot
+from qcompile.compiler.sweep_output import INSTALL, write_plots, write_tables
+from qcompile.compiler.sweep_plot import draw, series, spread
+from qcompile.compiler.sweep_rows import DONE, OPEN, Row, Sweep
+
+PASSES = ("pack", "smooth,awq,pack")
+
+
+def _made(**changed: Any) -> Sweep:
+    """Two bits, three group sizes, symmetry and two lists, with made-up figures."""
+    rows = []
+    for bits in (4, 8):
+        for size, more in (("channel", 0.0), ("128", 0.2), ("32", 0.6)):
+            for symmetric in ("no", "yes"):
+                for passes in PASSES:
+                    error = 2.0 ** (-3 * bits) * (2 - more) * (1 + (symmetric == "yes")) / (1 + 3 * len(passes))
+                    values = {"bits": str(bits), "group_size": size, "symmetric": symmetric, "passes": passes}
+                    figures = {"bits_per_weight": bits + more, "scores": {"kl": error}}
+                    rows.append(Row(len(rows) + 1, values, status=DONE, **figures))
+    plain = {"error": "kl", "axis": "KL", "source": "a text", "note": "a remark", "rows": rows}
+    made = Sweep(model="folder/model.onnx", model_hash="", base={}, versions={}, **(plain | changed))
+    made.mark_pareto()
+    return made
+
+
+def test_a_series_is_every_setting_but_bits_and_group_size() -> None:
+    found = series(_made())
+    assert list(found) == [f"{passes} {end}" for end in ("asymmetric", "symmetric") for passes in PASSES]
+    for lines in found.values():
+        assert [[row.values["bits"] for row in line] for line in lines] == [["4"] * 3, ["8"] * 3]
+        assert [[row.values["group_size"] for row in line] for line in lines] == [["channel", "128", "32"]] * 2
+
+
+def test_labels_keep_their_distance() -> None:
+    assert spread([0.0, 10.0], 5.0) == [0.0, 10.0]
+    assert spread([0.0, 1.0], 5.0) == [-2.0, 3.0]
+    assert spread([1.0, 0.0], 5.0) == [3.0, -2.0]
+    placed = spread([0.0, 1.0, 2.0, 30.0, 30.0, 33.0], 5.0)
+    assert placed == pytest.approx([-4.0, 1.0, 6.0, 26.0, 31.0, 36.0])
+    assert spread([], 5.0) == []
+
+
+def test_the_picture_names_all_that_it_shows() -> None:
+    drawn = draw(_made())
+    assert drawn["png"].startswith(b"\x89PNG")
+    text = " ".join(
+        "".join(node.itertext()) for node in ET.fromstring(drawn["svg"]).iter() if node.tag.endswith("text")
+    )
+    for wanted in (
+        *series(_made()),
+        "channel",
+        "g128",
+        "g32",
+        "Pareto front",
+        "a text",
+        "a remark",
+        "folder/model.onnx",
+    ):
+        assert wanted in text
+    assert draw(_made()) == drawn, "the same figures give the same bytes"
+
+
+def test_one_row_and_an_error_of_zero_can_be_drawn() -> None:
+    row = Row(1, {"seed": "0"}, status=DONE, bits_per_weight=4.5, scores={"kl": 0.0})
+    assert set(draw(_made(rows=[row]))) == {"svg", "png"}
+
+
+def test_nothing_to_draw_is_a_remark(tmp_path: Path) -> None:
+    rows = [Row(1, {"bits": "4"}, status=OPEN), Row(2, {"bits": "8"}, status=DONE, scores={"kl": 0.1})]
+    assert write_plots(_made(rows=rows), tmp_path) == ["no plot: no combination has packed weights and figures yet"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_tables_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    made = _made()
+    write_tables(made, tmp_path)
+    assert write_plots(made, tmp_path) == [INSTALL]
+    assert "pip install 'qcompile-onnx[plot]'" in INSTALL
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json", "table.md"]
+
+
+def test_matplotlib_is_named_only_in_functions_of_one_module() -> None:
+    """It is imported by name, which the walk of test_imports.py does not see."""
+    folder = Path(sweep_plot.__file__).parent
+    for path in folder.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and "import_module" in ast.unparse(n.func)]
+        named = [n for n in calls if n.args and "matplotlib" in ast.unparse(n.args[0])]
+        assert all(id(n) in inside for n in named)
+        assert bool(named) == (path.name == "sweep_plot.py"), path
