@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
-from qcompile.passes.observers.nodes import constant, scalar
+from qcompile.passes.observers.builder import Builder
 
 Counts = npt.NDArray[np.int64]
 Octaves = npt.NDArray[np.int64]
@@ -37,13 +37,18 @@ class Bins:
         return np.concatenate([-magnitudes[::-1], magnitudes])
 
     def shifted(self, counts: Counts, octaves: Octaves) -> Counts:
-        """Counts (channels, 2, 1 + size) under a top that lies so many octaves (channels,) higher."""
+        """Counts (channels, 2, 1 + size) under a top that lies so many octaves (channels,) higher; maybe the same
+        array.
+        """
+        if not octaves.any():
+            return counts
         moved = counts.copy()
         for octave in np.unique(octaves[octaves > 0]):
             rows, step = octaves == octave, min(int(octave) * self.per_octave, self.size)
-            moved[rows] = 0
-            moved[rows, :, 1 : 1 + self.size - step] = counts[rows, :, 1 + step :]
-            moved[rows, :, 0] = counts[rows, :, : 1 + step].sum(axis=-1)
+            higher = np.zeros_like(counts[rows])
+            higher[:, :, 1 : 1 + self.size - step] = counts[rows, :, 1 + step :]
+            higher[:, :, 0] = counts[rows, :, : 1 + step].sum(axis=-1)
+            moved[rows] = higher
         return moved
 
 
@@ -56,79 +61,53 @@ def append_counts(graph: onnx.GraphProto, prefix: str, source: str, bins: Bins, 
     """Append `prefix`.bins.top, float32 () or (channels,), the octave above the largest magnitude of `source`, and
     `prefix`.bins.counts, int32 (channels * 2 * (1 + size),). `prefix`.low and .high are there.
     """
-    _Counting(graph, prefix, bins, channels=channels).append(source)
+    build = Builder(graph, f"{prefix}.bins")
+    top = _top(build, f"{prefix}.low", f"{prefix}.high")
+    index = _signed(build, source, _magnitude(build, source, top, bins, channels=channels), bins)
+    size = width = build.long(2 * (1 + bins.size))
+    if channels:
+        size = build.node("Mul", [build.node("Shape", [f"{prefix}.low"], "channels"), width], "size")
+        index = build.node("Add", [index, _first_of_channel(build, size, width)], "index.channel")
+    flat = build.node("Reshape", [index, build.long(-1)], "index.flat")
+    ones = build.filled(build.node("Shape", [flat], "numbers"), 1, "ones")
+    zeros = build.filled(size, 0, "zeros")
+    build.node("ScatterElements", [zeros, flat, ones], "counts", axis=0, reduction="add")
 
 
-class _Counting:
-    """Appends nodes whose outputs begin with a prefix."""
+def _top(build: Builder, low: str, high: str) -> str:
+    """1 + floor(log2 max|x|), from the extremes; of a batch of zeros that of the smallest normal float32."""
+    most = build.node("Max", [high, build.node("Neg", [low], "-low"), build.float(_LEAST)], "most")
+    log2 = build.node("Mul", [build.node("Log", [most], "most.log"), build.float(1 / math.log(2))], "most.log2")
+    return build.node("Add", [build.node("Floor", [log2], "octave"), build.float(1.0)], "top")
 
-    def __init__(self, graph: onnx.GraphProto, prefix: str, bins: Bins, *, channels: bool) -> None:
-        self.graph, self.prefix, self.bins, self.channels = graph, prefix, bins, channels
 
-    def append(self, source: str) -> None:
-        """All of them."""
-        index = self._signed(source, self._magnitude(source, self._top()))
-        width = constant(self.graph, f"qcompile.width{self.bins.size}", [2 * (1 + self.bins.size)])
-        if self.channels:
-            size = self._node("Mul", [self._node("Shape", [f"{self.prefix}.low"], "channels"), width], "size")
-            index = self._node("Add", [index, self._first_of_channel(size, width)], "index.channel")
-        else:
-            size = width
-        flat = self._node("Reshape", [index, constant(self.graph, "qcompile.minus1", [-1])], "index.flat")
-        zeros = self._filled(size, 0, "zeros")
-        ones = self._filled(self._node("Shape", [flat], "numbers"), 1, "ones")
-        self._node("ScatterElements", [zeros, flat, ones], "counts", axis=0, reduction="add")
+def _magnitude(build: Builder, source: str, top: str, bins: Bins, *, channels: bool) -> str:
+    """The bin of |x|, int32, without its sign.
 
-    def _top(self) -> str:
-        """1 + floor(log2 max|x|), from the extremes; of a batch of zeros that of the smallest normal float32."""
-        negated = self._node("Neg", [f"{self.prefix}.low"], "-low")
-        most = self._node("Max", [f"{self.prefix}.high", negated, self._float(_LEAST)], "most")
-        log2 = self._node("Mul", [self._node("Log", [most], "most.log"), self._float(1 / math.log(2))], "most.log2")
-        return self._node("Add", [self._node("Floor", [log2], "octave"), self._float(1.0)], "top")
+    Conversion to int32 truncates, which is floor here: what is below 1 belongs to bin 0. Clipping comes after it, so
+    that the index of a NaN is valid too, whatever a processor converts it to.
+    """
+    base = build.node("Mul", [top, build.float(bins.per_octave)], "top.bins")
+    base = build.node("Sub", [base, build.float(bins.size + 1)], "base")
+    if channels:
+        base = build.node("Unsqueeze", [base, build.long(1)], "base.channel")
+    log = build.node("Log", [build.node("Abs", [source], "abs")], "log")
+    position = build.node("Mul", [log, build.float(bins.per_octave / math.log(2))], "position")
+    position = build.node("Sub", [position, base], "position.top")
+    whole = build.node("Cast", [position], "whole", to=TensorProto.INT32)
+    return build.node("Clip", [whole, build.integer(0), build.integer(bins.size)], "magnitude")
 
-    def _magnitude(self, source: str, top: str) -> str:
-        """The bin of |x|, int32, without its sign.
 
-        Conversion to int32 truncates, which is floor here: what is below 1 belongs to bin 0. Clipping comes after it,
-        so that the index of a NaN is valid too, whatever a processor converts it to.
-        """
-        per_octave, size = self.bins.per_octave, self.bins.size
-        base = self._node("Mul", [top, self._float(per_octave)], "top.bins")
-        base = self._node("Sub", [base, self._float(size + 1)], "base")
-        if self.channels:
-            base = self._node("Unsqueeze", [base, constant(self.graph, "qcompile.axis1", [1])], "base.channel")
-        log = self._node("Log", [self._node("Abs", [source], "abs")], "log")
-        position = self._node("Mul", [log, self._float(per_octave / math.log(2))], "position")
-        position = self._node("Sub", [position, base], "position.top")
-        whole = self._node("Cast", [position], "whole", to=TensorProto.INT32)
-        return self._node("Clip", [whole, self._integer(0), self._integer(size)], "magnitude")
+def _signed(build: Builder, source: str, magnitude: str, bins: Bins) -> str:
+    """The bins of negative numbers lie behind those of the others."""
+    negative = build.node("Less", [source, build.float(0.0)], "negative")
+    side = build.node("Where", [negative, build.integer(1 + bins.size), build.integer(0)], "side")
+    return build.node("Add", [magnitude, side], "index")
 
-    def _signed(self, source: str, magnitude: str) -> str:
-        """The bins of negative numbers lie behind those of the others."""
-        negative = self._node("Less", [source, self._float(0.0)], "negative")
-        side = self._node("Where", [negative, self._integer(1 + self.bins.size), self._integer(0)], "side")
-        return self._node("Add", [magnitude, side], "index")
 
-    def _first_of_channel(self, size: str, width: str) -> str:
-        """The index of the first bin of every channel, int32 (channels, 1)."""
-        start, stop, step = (
-            self._node("Squeeze", [given], f"range.{end}")
-            for given, end in ((constant(self.graph, "qcompile.index0", [0]), "0"), (size, "stop"), (width, "step"))
-        )
-        first = self._node("Cast", [self._node("Range", [start, stop, step], "range")], "first", to=TensorProto.INT32)
-        return self._node("Unsqueeze", [first, constant(self.graph, "qcompile.axis1", [1])], "first.channel")
-
-    def _filled(self, shape: str, number: int, end: str) -> str:
-        value = numpy_helper.from_array(np.array([number], np.int32))
-        return self._node("ConstantOfShape", [shape], end, value=value)
-
-    def _float(self, number: float | np.float32) -> str:
-        return scalar(self.graph, f"qcompile.float{float(number)}", np.float32(number))
-
-    def _integer(self, number: int) -> str:
-        return scalar(self.graph, f"qcompile.int{number}", np.int32(number))
-
-    def _node(self, operator: str, inputs: list[str], end: str, **attributes: object) -> str:
-        output = f"{self.prefix}.bins.{end}"
-        self.graph.node.append(helper.make_node(operator, inputs, [output], **attributes))
-        return output
+def _first_of_channel(build: Builder, size: str, width: str) -> str:
+    """The index of the first bin of every channel, int32 (channels, 1)."""
+    ends = [(build.long(0), "start"), (size, "stop"), (width, "step")]
+    bounds = [build.node("Squeeze", [given], f"range.{end}") for given, end in ends]
+    first = build.node("Cast", [build.node("Range", bounds, "range")], "first", to=TensorProto.INT32)
+    return build.node("Unsqueeze", [first, build.long(1)], "first.channel")

@@ -29,6 +29,12 @@ class Distribution:
         """How many numbers lie below each edge, (n + 1,)."""
         return np.concatenate([np.zeros(1), np.cumsum(self.counts)])
 
+    def without_zero(self) -> "Distribution":
+        """The same less the numbers of the bin around zero, if zero lies within."""
+        counts = self.counts.copy()
+        counts[(self.edges[:-1] <= 0) & (self.edges[1:] >= 0)] = 0
+        return Distribution(self.edges, counts)
+
     def below(self, points: Numbers) -> Numbers:
         """How many numbers lie below each point."""
         return np.asarray(np.interp(points, self.edges, self.cumulative))

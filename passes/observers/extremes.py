@@ -38,7 +38,7 @@ class Extremes(Observer):
         if any(low in node.output for node in graph.node):
             return
         source = by_channel(graph, self.value, self.axis)
-        axes = [] if self.axis is None else [constant(graph, "qcompile.axes02", [0, 2])]
+        axes = [] if self.axis is None else [constant(graph, "qcompile.axis1", [1])]
         graph.node.append(helper.make_node("ReduceMin", [source, *axes], [low], keepdims=0))
         graph.node.append(helper.make_node("ReduceMax", [source, *axes], [high], keepdims=0))
         add_outputs(graph, [low, high])

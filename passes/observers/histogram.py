@@ -86,7 +86,7 @@ class Histogram(Extremes):
 
     def per_channel(self, ranges: list[tuple[float, float]]) -> tuple[Array, Array]:
         """Ranges of the channels as arrays, () for the whole tensor."""
-        pairs = np.array(ranges, np.float32)
+        pairs = np.array(ranges, np.float32) + np.float32(0)  # no -0.0
         if not ranges:
             return self.with_zero(None, None)
         return (pairs[0, 0], pairs[0, 1]) if self.axis is None else (pairs[:, 0], pairs[:, 1])

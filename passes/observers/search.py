@@ -14,7 +14,7 @@ Loss = Callable[[Array, Array], Numbers]
 
 # Octaves below the extremes that are searched: an end 2^-12 of its extreme is zero to an 8-bit grid.
 _OCTAVES = 12
-_STEPS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
+_STEPS = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
 # Candidates whose losses are computed together, so that their arrays stay within the processor's caches.
 _BLOCK = 16
 
@@ -22,11 +22,11 @@ _BLOCK = 16
 def search(loss: Loss, low: float, high: float, spec: ActivationSpec) -> tuple[float, float]:
     """The range of least loss within low … high and zero.
 
-    Candidates are the extremes times 2^-e: every pair of whole e for the two ends, then ever smaller steps around the
+    Candidates are the extremes times 2^-e: every pair of even e for the two ends, then ever smaller steps around the
     best so far; a symmetric grid has one e for both. Ties go to the wider range.
     """
     low, high = min(low, 0.0), max(high, 0.0)
-    axes = [[float(octave) for octave in range(_OCTAVES + 1)] for _ in range(1 if spec.symmetric else 2)]
+    axes = [[float(octave) for octave in range(0, _OCTAVES + 1, 2)] for _ in range(1 if spec.symmetric else 2)]
     if not spec.symmetric:
         axes = [axis if end else [0.0] for axis, end in zip(axes, (low, high), strict=True)]
     best, least = (0.0,) * len(axes), np.inf
