@@ -18,6 +18,7 @@ from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.store import load_model
 from qcompile.compiler.subject import text_windows
 from qcompile.compiler.sweep import sweep
+from qcompile.compiler.sweep_cache import Cache
 from qcompile.compiler.sweep_data import Evaluation
 from qcompile.compiler.sweep_rows import DONE, FAILED, OPEN, REFUSED, SAME, Row, Sweep
 from qcompile.compiler.tokens import load_tokenizer
@@ -241,3 +242,14 @@ def test_the_pareto_front() -> None:
     made = Sweep("m", "", {}, {}, "kl", "KL", "", "", [*rows, Row(9, {"seed": "9"})])
     made.mark_pareto()
     assert [row.pareto for row in made.rows] == [True, True, False, False, True, False, False, False]
+
+
+def test_a_torn_cache_file_counts_as_none(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    cache.put("a", {"status": DONE, "scores": {"kl": 0.5}})
+    assert cache.get("a") == {"status": DONE, "scores": {"kl": 0.5}}
+    for content in ("", '{"status": "do', "[]"):
+        (tmp_path / "cache" / "a.json").write_text(content)
+        assert cache.get("a") is None
+    assert cache.get("b") is None
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["a.json"]
