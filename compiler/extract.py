@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
+from qcompile.passes.tensors import read
 from qcompile.runtime.sessions import session
 
 # Initializers below this many bytes stay inside the protobuf, where shape inference can read them.
@@ -127,7 +128,7 @@ def _add_initializer(piece: Piece, value: ir.Value) -> None:
     assert tensor is not None
     if tensor.nbytes >= _INLINE and tensor.dtype in _IN_MEMORY:
         piece.proto.graph.initializer.append(_declared(name, int(tensor.dtype), tensor.shape.numpy()))
-        piece.weights[name] = np.asarray(tensor.numpy())
+        piece.weights[name] = np.asarray(read(tensor))
         return
     inline = TensorProto(name=name, data_type=int(tensor.dtype), raw_data=tensor.tobytes())
     inline.dims.extend(int(size) for size in tensor.shape.numpy())

@@ -1,33 +1,50 @@
 """Batches of feeds for a graph: from windows of token ids, or from .npz files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from qcompile.compiler.inputs import Input, InputPlan, PastPair, input_plan
+from qcompile.compiler.inputs import InputPlan, PastPair, input_plan
+from qcompile.compiler.npz import Feeds, leading, read_npz, split
+from qcompile.compiler.spill import Spill
 from qcompile.compiler.tokens import Ids
 from qcompile.passes.errors import UserError
 
-__all__ = ["Batch", "InputPlan", "PastPair", "complete", "input_plan", "npz_batches", "token_batches", "token_feeds"]
-
-Feeds = dict[str, npt.NDArray[Any]]
+__all__ = [
+    "Batch",
+    "Feeds",
+    "InputPlan",
+    "PastPair",
+    "complete",
+    "input_plan",
+    "kept",
+    "npz_batches",
+    "token_batches",
+    "token_feeds",
+]
 
 
 @dataclass(frozen=True)
 class Batch:
     """What one run is fed.
 
+    given: its arrays by input name, or a function that reads them.
     rows: tokens in the batch (for .npz, its leading dimension).
     follows: the number of the batch whose present outputs are this one's past; `complete` puts them in.
     """
 
-    feeds: Feeds
+    given: Feeds | Callable[[], Feeds]
     rows: int
     follows: int | None = None
+
+    @property
+    def feeds(self) -> Feeds:
+        """The arrays by input name, read anew where they are not in memory."""
+        return self.given() if callable(self.given) else self.given
 
 
 def token_batches(plan: InputPlan, windows: Sequence[Ids], *, decode_step: bool = False) -> list[Batch]:
@@ -74,14 +91,25 @@ def npz_batches(plan: InputPlan, paths: Sequence[Path]) -> list[Batch]:
     """One batch for each .npz file, arrays by input name; more where the graph fixes a smaller leading dimension.
 
     Files may differ in their free dimensions. Caches may be left out (they start empty), and with the ids given also
-    masks, positions and types.
+    masks, positions and types. Every file is checked here, and read again whenever its batch is run; the parts of a
+    file of several batches are kept in a Spill.
     """
     batches: list[Batch] = []
-    for path in paths:
-        feeds = _completed(plan, _read_npz(Path(path)), Path(path))
-        for part in _split(plan, feeds):
-            batches.append(Batch(part, max((len(a) for a in part.values() if a.ndim), default=1)))
+    parts = Spill()
+    for path in map(Path, paths):
+        feeds = _from_file(plan, path)
+        several = split(plan, feeds)
+        if len(several) > 1:
+            batches += [Batch(kept(parts, part), leading(part)) for part in several]
+        else:
+            batches.append(Batch(partial(_from_file, plan, path), leading(feeds)))
     return batches
+
+
+def kept(spill: Spill, feeds: Feeds) -> Callable[[], Feeds]:
+    """The feeds put aside; what is returned gives them back."""
+    numbers = {name: spill.append(array) for name, array in feeds.items()}
+    return lambda: {name: spill[number] for name, number in numbers.items()}
 
 
 def _stacks(plan: InputPlan, windows: Sequence[Ids]) -> list[Ids]:
@@ -109,30 +137,9 @@ def _pieces(plan: InputPlan, ids: Ids, *, decode_step: bool) -> list[Ids]:
     return [ids[:, :-1], ids[:, -1:]] if decode_step and length > 1 else [ids]
 
 
-def _read_npz(path: Path) -> Feeds:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        loaded: Any = np.load(path, allow_pickle=False)
-        arrays = {name: np.asarray(loaded[name]) for name in getattr(loaded, "files", ())}
-    except Exception as error:  # numpy raises ValueError, BadZipFile, zlib.error, ... on broken files
-        raise UserError(f"{path} is not a readable .npz file: {error}") from error
-    if isinstance(loaded, np.ndarray):
-        raise UserError(f"{path} holds a single array: save a .npz with arrays by input name")
-    loaded.close()
-    for name, array in arrays.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise UserError(f"{path}: array {name!r} contains NaN or infinity")
-    return arrays
-
-
-def _completed(plan: InputPlan, arrays: Feeds, path: Path) -> Feeds:
-    """The arrays checked against the graph, with what can be derived from the ids added."""
-    by_name = {given.name: given for given in plan.inputs}
-    unknown = [name for name in arrays if name not in by_name]
-    if unknown:
-        raise UserError(f"{path}: array {unknown[0]!r} is no input of the model (inputs: {', '.join(by_name)})")
-    checked = {name: _checked(by_name[name], array, path) for name, array in arrays.items()}
+def _from_file(plan: InputPlan, path: Path) -> Feeds:
+    """The arrays of a .npz file, with what can be derived from the ids added; UserError where they do not fit."""
+    checked = read_npz(plan, path)
     derived: Feeds = {}
     if plan.ids and plan.ids.name in checked and checked[plan.ids.name].ndim == 2:
         ids = checked[plan.ids.name].astype(np.int64)
@@ -142,42 +149,8 @@ def _completed(plan: InputPlan, arrays: Feeds, path: Path) -> Feeds:
             tokens_only = replace(plan, floats=(), unknown=())
             derived = token_feeds(tokens_only, ids)
     feeds = derived | checked
-    missing = [name for name in by_name if name not in feeds]
+    names = [given.name for given in plan.inputs]
+    missing = [name for name in names if name not in feeds]
     if missing:
-        raise UserError(f"{path}: no array for input {missing[0]!r} (needed: {', '.join(by_name)})")
+        raise UserError(f"{path}: no array for input {missing[0]!r} (needed: {', '.join(names)})")
     return feeds
-
-
-def _checked(given: Input, array: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
-    """The array in the input's element type, if it is of the same kind and of a fitting shape."""
-    where = f"{path}: array {given.name!r}"
-    kinds = {"i": "integer", "u": "integer", "f": "float", "V": "float", "b": "bool"}
-    wanted, got = kinds.get(given.dtype.kind, given.dtype.kind), kinds.get(array.dtype.kind, array.dtype.kind)
-    if wanted != got:
-        raise UserError(f"{where} is {array.dtype}, the input is {given.dtype}")
-    leading = given.shape[0] if given.shape else None
-    several = isinstance(leading, int) and array.ndim > 0 and len(array) > 0 and len(array) % max(leading, 1) == 0
-    fits = array.ndim == len(given.shape) and all(
-        not isinstance(dim, int) or dim == size or (axis == 0 and several)
-        for axis, (dim, size) in enumerate(zip(given.shape, array.shape, strict=True))
-    )
-    if not fits:
-        wanted_shape = ", ".join("?" if dim is None else str(dim) for dim in given.shape)
-        raise UserError(f"{where} has shape {list(array.shape)}, the input is [{wanted_shape}]")
-    return np.ascontiguousarray(array.astype(given.dtype))
-
-
-def _split(plan: InputPlan, feeds: Feeds) -> list[Feeds]:
-    """The feeds as batches of the graph's fixed leading dimension; as they are where it is free."""
-    parts = {
-        len(feeds[i.name]) // i.shape[0] for i in plan.inputs if i.shape and isinstance(i.shape[0], int) and i.shape[0]
-    }
-    count = max(parts, default=1)
-    if count == 1:
-        return [feeds]
-    if parts != {count} or any(len(array) % count for array in feeds.values() if array.ndim):
-        lengths = ", ".join(f"{name}: {len(array)}" for name, array in feeds.items() if array.ndim)
-        raise UserError(f"the arrays' leading dimensions do not agree ({lengths})")
-    return [
-        dict(zip(feeds, part, strict=True)) for part in zip(*(np.split(a, count) for a in feeds.values()), strict=True)
-    ]

@@ -3,16 +3,18 @@
 import importlib
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qcompile.compiler.feeds import Batch, InputPlan, npz_batches, token_batches
+from qcompile.compiler.feeds import Batch, InputPlan, kept, npz_batches, token_batches
+from qcompile.compiler.npz import leading
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.sampling import sample_windows
+from qcompile.compiler.spill import Spill
 from qcompile.compiler.tokens import Ids, Tokenizer, find_tokenizer, load_tokenizer
 from qcompile.models.text import calibration_text, read_texts
 from qcompile.passes.errors import UserError
@@ -22,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 # Batches that the finished model is checked on: few and short, since every output of theirs is kept.
 _CHECKS, _CHECK_TOKENS = 2, 48
-# Windows of a model with caches that are followed by a decode step: their caches are kept through all segments.
+# Windows of a model with caches that are followed by a decode step: each step is one more run, for one token.
 _DECODED = 4
 
 
@@ -52,9 +54,7 @@ def gather(
         batches = npz_batches(plan, arrays)
         return Data(batches if needed else [], batches[:_CHECKS], f"{len(batches)} batches of {_names(arrays)}")
     if functions:
-        batches = [_given(plan, feeds) for feeds in _call(functions[0])]
-        if not batches:
-            raise UserError(f"{functions[0]} gave no batches")
+        batches = _called(plan, functions[0])
         return Data(batches if needed else [], batches[:_CHECKS], f"{len(batches)} batches of {functions[0]}")
     if plan.floats or plan.unknown or plan.ids is None:
         if needed:
@@ -157,30 +157,39 @@ def _beside(model: Path) -> Tokenizer | None:
     return load_tokenizer(path) if path is not None else None
 
 
-def _call(reference: str) -> Iterable[Any]:
-    """What module:function gives: an iterable of dicts from input name to array."""
+def _called(plan: InputPlan, reference: str) -> list[Batch]:
+    """Batches of what module:function gives, an iterable of dicts from input name to array, each put aside at once."""
+    function, spill = _function(reference), Spill()
+    try:
+        batches = [_given(plan, feeds, spill) for feeds in function()]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--calibration {reference} failed: {type(error).__name__}: {error}") from error
+    if not batches:
+        raise UserError(f"{reference} gave no batches")
+    return batches
+
+
+def _function(reference: str) -> Any:
     module, _, name = reference.partition(":")
     if str(Path.cwd()) not in sys.path:  # an installed command does not look in the current folder by itself
         sys.path.insert(0, str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--calibration {reference}: {error}") from error
-    try:
-        return list(function())
-    except Exception as error:
-        raise UserError(f"--calibration {reference} failed: {type(error).__name__}: {error}") from error
 
 
-def _given(plan: InputPlan, feeds: Any) -> Batch:
+def _given(plan: InputPlan, feeds: Any, spill: Spill) -> Batch:
     names = {given.name for given in plan.inputs}
     if not isinstance(feeds, dict) or set(feeds) - names or names - set(feeds) - plan.past_names:
         raise UserError(f"a calibration batch must be a dict with an array for each of {', '.join(sorted(names))}")
-    arrays = {name: np.asarray(array) for name, array in feeds.items()}
+    arrays = {name: np.array(array) for name, array in feeds.items()}  # a function may fill the same array again
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise UserError(f"a calibration batch holds NaN or infinity in {name!r}")
-    return Batch(arrays, max((len(array) for array in arrays.values() if array.ndim), default=1))
+    return Batch(kept(spill, arrays), leading(arrays))
 
 
 def _names(paths: Sequence[Path]) -> str:

@@ -1,4 +1,4 @@
-"""Activations that travel from segment to segment: one array a batch, nothing else is kept."""
+"""Activations that travel from segment to segment: one array a batch, put aside; nothing else is kept."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ import onnx_ir as ir
 from qcompile.compiler.extract import Piece, extract
 from qcompile.compiler.feeds import Batch, InputPlan, PastPair
 from qcompile.compiler.segments import Segment
+from qcompile.compiler.spill import Spill
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.gram import Gram
 from qcompile.passes.statistics import Statistics
@@ -26,17 +27,18 @@ class Stream:
 
     quantized: the carried activation of each batch behind the segments rewritten so far (None before the first).
     original: the same activation in the float graph, where it is needed (for checks).
-    presents: caches of the batches that a later one follows, as the last run left them.
+    presents: caches of the batches that a later one follows, as the last run left them; of those that nothing will
+    read any more, the shape alone.
     """
 
     batches: Sequence[Batch]
-    quantized: list[npt.NDArray[Any]] | None = None
-    original: list[npt.NDArray[Any]] | None = None
+    quantized: Sequence[npt.NDArray[Any]] | None = None
+    original: Sequence[npt.NDArray[Any]] | None = None
     presents: dict[int, Arrays] = field(default_factory=dict)
 
-    def followed(self) -> set[int]:
-        """Numbers of the batches whose caches a later batch reads."""
-        return {batch.follows for batch in self.batches if batch.follows is not None}
+    def followed(self) -> dict[int, int]:
+        """By the number of a batch whose caches are read: the last batch that reads them."""
+        return {batch.follows: i for i, batch in enumerate(self.batches) if batch.follows is not None}
 
 
 @dataclass
@@ -76,7 +78,10 @@ class Runner:
         presents = self._presents(segment) if stream.followed() else []
         piece = extract(self.model, _given(segment), [segment.carry, *presents])
         name = str(segment.carry.name)
-        stream.quantized = [outputs[name] for outputs in self._run(piece, segment, stream)]
+        carried = Spill()
+        for outputs in self._run(piece, segment, stream):
+            carried.append(outputs[name])
+        stream.quantized = carried
 
     def outputs(
         self,
@@ -119,26 +124,54 @@ class Runner:
         names = {pair.present for pair in self.plan.past}
         return [value for value in self._outputs(segment) if value.name in names]
 
+    def _passing(self, segment: Segment) -> set[str]:
+        """Caches of the segment that no node of another one reads; a node that asks for the shape does not count."""
+        own = set(segment.nodes)
+        made = {value.name for value in self._presents(segment)}
+        readers = {value.name: [use.node for use in value.uses()] for value in self.model.graph.inputs}
+        return {
+            pair.present
+            for pair in self.plan.past
+            if pair.present in made and all(n in own or n.op_type == "Shape" for n in readers[pair.past.name])
+        }
+
     def _run(self, piece: Piece, segment: Segment, stream: Stream) -> Iterator[Arrays]:
+        """The outputs of each batch, in arrays of their own."""
         names = [output.name for output in piece.proto.graph.output]
         if not names:
             return
         session = piece.session(self.provider)
         inputs = {given.name for given in session.get_inputs()}
-        followed = stream.followed()
+        followed, passing = stream.followed(), self._passing(segment)
         for i, batch in enumerate(stream.batches):
-            feeds = {name: array for name, array in batch.feeds.items() if name in inputs}
-            if batch.follows is not None:
-                past = stream.presents[batch.follows]
-                feeds |= {p.past.name: self._past(p, past) for p in self.plan.past if p.past.name in inputs}
-            if segment.carried is not None and stream.quantized is not None:
-                feeds[str(segment.carried.name)] = stream.quantized[i]
-            outputs = dict(zip(names, run(session, names, feeds), strict=True))
+            feeds = self._feeds(inputs, segment, stream, i)
+            # An array of ONNX Runtime's is a view that keeps the whole arena of its session alive.
+            outputs = {name: np.array(array) for name, array in zip(names, run(session, names, feeds), strict=True)}
             if i in followed:
-                kept = stream.presents.setdefault(i, {})
-                kept.update((p.present, outputs[p.present]) for p in self.plan.past if p.present in outputs)
+                made = stream.presents.setdefault(i, {})
+                made.update((p.present, outputs[p.present]) for p in self.plan.past if p.present in outputs)
+            if batch.follows is not None and followed[batch.follows] == i:
+                _forget(stream.presents[batch.follows], passing)
             self.progress(batch.rows)
             yield outputs
+
+    def _feeds(self, inputs: set[str], segment: Segment, stream: Stream, number: int) -> Arrays:
+        """What a batch gives the piece's inputs."""
+        batch, own = stream.batches[number], {given.name for given in self.plan.inputs}
+        feeds = {name: array for name, array in batch.feeds.items() if name in inputs} if inputs & own else {}
+        if batch.follows is not None:
+            past = stream.presents[batch.follows]
+            feeds |= {p.past.name: self._past(p, past) for p in self.plan.past if p.past.name in inputs}
+        if segment.carried is not None and stream.quantized is not None:
+            feeds[str(segment.carried.name)] = stream.quantized[number]
+        return feeds
+
+
+def _forget(presents: Arrays, names: set[str]) -> None:
+    """Leave zeros of the same shape, which take no memory, in the place of caches."""
+    for name in names & presents.keys():
+        made = presents[name]
+        presents[name] = np.broadcast_to(np.zeros((), made.dtype), made.shape)
 
 
 def _given(segment: Segment) -> list[ir.Value]:

@@ -195,6 +195,26 @@ def test_npz_is_split_where_the_graph_fixes_the_batch(tmp_path: Path) -> None:
     assert parts[1].feeds["x"][0, 0] == 6
 
 
+def test_npz_is_read_anew_for_every_run(tmp_path: Path) -> None:
+    path = _save(tmp_path / "a.npz", x=np.ones((2, 3), np.float32))
+    (batch,) = npz_batches(input_plan(_floats("x")), [path])
+    first, second = batch.feeds["x"], batch.feeds["x"]
+    assert first is not second, "nothing is kept"
+    assert first.tobytes() == second.tobytes()
+    _save(path, x=np.full((2, 3), np.nan, np.float32))
+    with pytest.raises(UserError, match="contains NaN"):
+        _ = batch.feeds
+    path.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        _ = batch.feeds
+
+
+def test_every_npz_is_checked_before_any_is_used(tmp_path: Path) -> None:
+    good, bad = _save(tmp_path / "a.npz", x=np.ones((2, 3), "f")), _save(tmp_path / "b.npz", x=np.ones((2, 4), "f"))
+    with pytest.raises(UserError, match=r"b.npz: array 'x' has shape \[2, 4\]"):
+        npz_batches(input_plan(_floats("x")), [good] * 3 + [bad])
+
+
 def test_minus_one_is_a_free_dimension(tmp_path: Path) -> None:
     plan = input_plan(_floats("x", [-1, 3]))
     assert plan.inputs[0].shape == (None, 3)

@@ -103,6 +103,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "my_batches.py").write_text(
         "import numpy as np\n"
         "def good():\n    for i in range(3):\n        yield {'x': np.full((4, 48), i, np.float32)}\n"
+        "def refilled():\n    x = np.empty((4, 48), np.float32)\n"
+        "    for i in range(3):\n        x[:] = i\n        yield {'x': x}\n"
         "def empty():\n    return []\n"
         "def wrong():\n    return [{'y': np.ones(3)}]\n"
         "def poisoned():\n    return [{'x': np.full((4, 48), np.nan, np.float32)}]\n"
@@ -112,10 +114,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop("my_batches", None)
 
 
-def test_a_function_of_the_users(bench: Any, module: str) -> None:
-    data = _gather(bench, tiny_mlp(), f"{module}:good", beside=False)
+@pytest.mark.parametrize("name", ["good", "refilled"])
+def test_a_function_of_the_users(bench: Any, module: str, name: str) -> None:
+    data = _gather(bench, tiny_mlp(), f"{module}:{name}", beside=False)
     assert [(batch.rows, float(batch.feeds["x"][0, 0])) for batch in data.calibration] == [(4, 0), (4, 1), (4, 2)]
-    assert data.description == "3 batches of my_batches:good"
+    assert data.description == f"3 batches of my_batches:{name}"
 
 
 @pytest.mark.parametrize(

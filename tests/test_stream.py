@@ -8,6 +8,7 @@ import pytest
 
 from qcompile.compiler.feeds import Batch, complete, input_plan, token_batches
 from qcompile.compiler.segments import Segment, split
+from qcompile.compiler.spill import Spill
 from qcompile.compiler.stream import Arrays, Runner, Stream
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.errors import UserError
@@ -63,16 +64,25 @@ def _walk(model: ir.Model, batches: list[Batch]) -> tuple[dict[ir.Value, Statist
     return found, outputs
 
 
-@pytest.mark.parametrize("kind", ["rms", "skip", "cache", "encoder"])
+def _in_pieces(length: int = 4) -> ir.Model:
+    """A decoder with caches that takes exactly so many tokens at a time."""
+    model = tiny_decoder(kv_cache=True)
+    (ids,) = (value for value in model.graph.inputs if value.name == "input_ids")
+    ids.shape = ir.Shape(["batch", length])
+    return model
+
+
+@pytest.mark.parametrize("kind", ["rms", "skip", "cache", "pieces", "encoder"])
 def test_segments_give_what_the_whole_model_gives(kind: str) -> None:
     model = {
         "rms": lambda: tiny_decoder(),
         "skip": lambda: tiny_decoder(norm="skip"),
         "cache": lambda: tiny_decoder(kv_cache=True),
+        "pieces": _in_pieces,
         "encoder": lambda: tiny_encoder(),
     }[kind]()
     batches = token_batches(input_plan(model), WINDOWS, decode_step=kind == "cache")
-    assert any(batch.follows is not None for batch in batches) == (kind == "cache")
+    assert any(batch.follows is not None for batch in batches) == (kind in ("cache", "pieces"))
     activations = _activations(model.graph)
     expected = _whole(model, batches, activations)
     found, outputs = _walk(model, batches)
@@ -160,3 +170,56 @@ def test_a_cache_read_for_its_shape_before_it_is_made() -> None:
     assert runner._past(first, {first.present: made}) is made
     stand_in = runner._past(second, {first.present: made})
     assert (stand_in.shape, stand_in.dtype, stand_in.any()) == (made.shape, made.dtype, False)
+
+
+def test_what_outlives_a_run_is_not_in_onnxruntimes_arena() -> None:
+    """A view of an output, however small, keeps all memory that its session ever took."""
+    model = tiny_decoder(kv_cache=True)
+    batches = token_batches(input_plan(model), WINDOWS, decode_step=True)
+    runner, stream = Runner(model, input_plan(model)), Stream(batches)
+    first, *_ = _segments(model)
+    statistics = runner.collect(first, _activations(first.nodes), stream)
+    runner.advance(first, stream)
+    outputs = runner.outputs(first, Stream(batches), original=False)
+    kept = [array for own in statistics.values() for array in (own.gram, own.absmax)]
+    kept += [*(stream.quantized or []), *(array for arrays in outputs for array in arrays.values())]
+    assert len(kept) > 3 * len(batches)
+    assert all(array.flags.owndata for array in kept)
+
+
+def test_of_a_cache_that_was_read_only_the_shape_stays() -> None:
+    model = tiny_decoder(kv_cache=True)
+    batches = token_batches(input_plan(model), WINDOWS, decode_step=True)
+    runner, stream = Runner(model, input_plan(model)), Stream(batches)
+    for segment in _segments(model):
+        runner.advance(segment, stream)
+    assert set(stream.presents) == {0, 2, 4}
+    for presents in stream.presents.values():
+        assert {array.shape for array in presents.values()} == {(1, 2, 13, 16)}
+        assert not any(stride for array in presents.values() for stride in array.strides)
+
+
+def test_a_cache_that_another_segment_reads_stays() -> None:
+    model = tiny_decoder(kv_cache=True)
+    batches = token_batches(input_plan(model), WINDOWS, decode_step=True)
+    runner, stream = Runner(model, input_plan(model)), Stream(batches)
+    shared, other = runner.plan.past[:2]
+    (value,) = (value for value in model.graph.inputs if value.name == shared.past.name)
+    first, *_ = _segments(model)
+    model.graph.append(ir.node("Abs", [value]))  # of no segment: any of them may use it
+    runner.advance(first, stream)
+    for presents in stream.presents.values():
+        assert any(presents[shared.present].strides)
+        assert not any(presents[other.present].strides)
+
+
+def test_activations_from_the_disk_are_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_decoder(kv_cache=True)
+    batches = token_batches(input_plan(model), WINDOWS, decode_step=True)
+    in_memory, _ = _walk(model, batches)
+    monkeypatch.setattr("qcompile.compiler.stream.Spill", lambda: Spill(budget=0))
+    on_disk, _ = _walk(model, batches)
+    for value, statistics in in_memory.items():
+        assert on_disk[value].rows == statistics.rows
+        assert on_disk[value].gram.tobytes() == statistics.gram.tobytes()
+        assert on_disk[value].absmax.tobytes() == statistics.absmax.tobytes()
