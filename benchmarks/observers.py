@@ -2,9 +2,9 @@
 
     python benchmarks/observers.py MODEL.onnx [--observers minmax,mse] [--context 512] [--threads 1] [--rounds 9]
 
-The piece is the graph up to the inputs of its linears, tokenizer.json beside the model; the plain one gives their shapes
-only. A round runs one window through every observer's session in turn, what happens in Python included; figures are
-medians over rounds of one round's ratio, and seconds a window.
+The piece is the graph up to the inputs of its linears, tokenizer.json beside the model; the plain one gives their
+shapes only. A round runs one window through every observer's session in turn, what happens in Python included; figures
+are medians over rounds: the ratio within a round, and seconds a window.
 """
 
 import argparse

@@ -13,7 +13,7 @@ Numbers = npt.NDArray[np.float64]
 class Distribution:
     """edges: float64 (n + 1,), rising, from the smallest number to the largest one. counts: float64 (n,).
 
-    A constant has one bin without width.
+    A bin without width is a number that is known exactly.
     """
 
     edges: Numbers
@@ -49,3 +49,20 @@ class Distribution:
         within = self.below(points) - self.below(-points)
         within[-1] = self.total
         return float(np.interp(share * self.total, within, points))
+
+
+def from_bins(edges: Numbers, counts: npt.NDArray[np.int64], low: float, high: float) -> Distribution:
+    """The distribution of numbers between their exact extremes, one of them at each; some count is not 0.
+
+    A lone outlier is then where it is, and not spread over its bin.
+    """
+    filled = np.flatnonzero(counts)
+    first, last = filled[0], filled[-1]
+    inner = np.clip(edges[first : last + 2], low, high)
+    rest = counts[first : last + 1].astype(np.float64)
+    if rest.sum() < 2:
+        return Distribution(np.array([low, low]), rest[:1])
+    rest[0] -= 1
+    rest[-1] -= 1
+    inner[0], inner[-1] = low, high
+    return Distribution(np.concatenate([[low], inner, [high]]), np.concatenate([[1.0], rest, [1.0]]))

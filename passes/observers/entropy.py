@@ -21,8 +21,8 @@ class Entropy(Histogram):
     TensorRT, GTC; there with equal bins and a symmetric range).
 
     P is the distribution of the numbers, those beyond the range counted at its ends; Q is that of the numbers within
-    the range, spread evenly over the cell of their code. Exact zeros lose nothing on any grid and count only as what
-    their code is. Meant for activations with long tails: what is rare is clipped, however large it is.
+    the range, spread evenly over those eighths of their code's cell that hold any. Exact zeros lose nothing on any
+    grid. Meant for activations with long tails: what is rare is clipped, however large it is.
     """
 
     name: ClassVar[str] = "entropy"
@@ -65,13 +65,15 @@ def _of_codes(distribution: Distribution, ends: Numbers) -> Numbers:
 
 
 def _within(distribution: Distribution, borders: Numbers) -> Numbers:
-    """Σ n ln(n · parts / cell) over the parts of all cells with borders (candidates, cells + 1)."""
+    """Σ n ln(n / mean) over the parts of all cells with borders (candidates, cells + 1), the mean that of a cell's
+    parts that hold anything: few numbers, or numbers with gaps, are no reason to clip.
+    """
     steps = np.arange(_PARTS) / _PARTS
     starts = borders[:, :-1, None] + np.diff(borders)[:, :, None] * steps
     points = np.concatenate([starts.reshape(len(borders), -1), borders[:, -1:]], axis=1)
     parts = np.diff(distribution.below(points)).reshape(len(borders), -1, _PARTS)
-    cells = parts.sum(axis=2, keepdims=True)
-    ratio = np.divide(_PARTS * parts, cells, out=np.ones_like(parts), where=parts > 0)
+    filled = (parts > 0).sum(axis=2, keepdims=True)
+    ratio = np.divide(filled * parts, parts.sum(axis=2, keepdims=True), out=np.ones_like(parts), where=parts > 0)
     return np.asarray((parts * np.log(ratio)).sum(axis=(1, 2)))
 
 

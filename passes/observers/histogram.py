@@ -9,7 +9,7 @@ from onnx import TensorProto
 from qcompile.passes.affine import Array
 from qcompile.passes.observers.base import Outputs, State
 from qcompile.passes.observers.counting import CHANNEL, TENSOR, Counts, Octaves, append_counts
-from qcompile.passes.observers.distribution import Distribution
+from qcompile.passes.observers.distribution import Distribution, from_bins
 from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.nodes import add_outputs, by_channel
 
@@ -78,11 +78,7 @@ class Histogram(Extremes):
         for counts, top, low, high in zip(self.counts, self.top, lows, highs, strict=True):
             (positive, negative), edges = counts, self.bins.edges(int(top))
             joined = np.concatenate([negative[:0:-1], [negative[0] + positive[0]], positive[1:]])
-            filled = np.flatnonzero(joined)
-            first, last = filled[0], filled[-1]
-            edges = np.clip(edges[first : last + 2], low, high)
-            edges[0], edges[-1] = low, high
-            yield Distribution(edges, joined[first : last + 1].astype(np.float64))
+            yield from_bins(edges, joined, float(low), float(high))
 
     def per_channel(self, ranges: list[tuple[float, float]]) -> tuple[Array, Array]:
         """Ranges of the channels as arrays, () for the whole tensor."""
@@ -97,4 +93,5 @@ class Histogram(Extremes):
             return (), ()
         edges = np.linspace(float(np.min(self.low)), float(np.max(self.high)), _PLOTTED + 1)
         below = np.rint(np.sum([own.below(edges) for own in self.distributions()], axis=0))
+        below[0] = 0  # the smallest number itself belongs to the first bin
         return tuple(edges.tolist()), tuple(np.diff(below).astype(int).tolist())

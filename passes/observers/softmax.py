@@ -60,15 +60,11 @@ def _body(prefix: str, spec: ActivationSpec) -> onnx.GraphProto:
         "lasts": spec.qmax - qparams.zero_point,
     }
     names = {name: f"{prefix}.body.{name}" for name in tables}
-    go_on, more = f"{prefix}.body.go_on", f"{prefix}.body.more"
-    number = f"{prefix}.body.i"
+    number, go_on, more = (f"{prefix}.body.{end}" for end in ("i", "go_on", "more"))
     body = helper.make_graph(
         [],
         "candidate",
-        [
-            helper.make_tensor_value_info(number, TensorProto.INT64, []),
-            helper.make_tensor_value_info(go_on, TensorProto.BOOL, []),
-        ],
+        [_scalar_info(number, TensorProto.INT64), _scalar_info(go_on, TensorProto.BOOL)],
         [],
         [numpy_helper.from_array(table.astype(np.float32), names[name]) for name, table in tables.items()],
     )
@@ -80,6 +76,9 @@ def _body(prefix: str, spec: ActivationSpec) -> onnx.GraphProto:
     weighed = build.node("Mul", [f"{prefix}.p", lost], "weighed")
     loss = build.node("ReduceSum", [weighed], "loss", keepdims=0)
     build.node("Identity", [go_on], "more")
-    body.output.append(helper.make_tensor_value_info(more, TensorProto.BOOL, []))
-    body.output.append(helper.make_tensor_value_info(loss, TensorProto.FLOAT, []))
+    body.output.extend([_scalar_info(more, TensorProto.BOOL), _scalar_info(loss, TensorProto.FLOAT)])
     return body
+
+
+def _scalar_info(name: str, element_type: int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, element_type, [])
