@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from qcompile.compiler import sweep_plot
+from qcompile.compiler.sweep_labels import spread
 from qcompile.compiler.sweep_output import INSTALL, write_plots, write_tables
-from qcompile.compiler.sweep_plot import draw, series, spread
+from qcompile.compiler.sweep_plot import draw, series
 from qcompile.compiler.sweep_rows import DONE, OPEN, Row, Sweep
 
 PASSES = ("pack", "smooth,awq,pack")
@@ -35,10 +36,17 @@ def _made(**changed: Any) -> Sweep:
 
 def test_a_series_is_every_setting_but_bits_and_group_size() -> None:
     found = series(_made())
-    assert list(found) == [f"{passes} {end}" for end in ("asymmetric", "symmetric") for passes in PASSES]
-    for lines in found.values():
-        assert [[row.values["bits"] for row in line] for line in lines] == [["4"] * 3, ["8"] * 3]
-        assert [[row.values["group_size"] for row in line] for line in lines] == [["channel", "128", "32"]] * 2
+    assert [one.label for one in found] == [
+        f"{passes} {end}" for end in ("asymmetric", "symmetric") for passes in PASSES
+    ]
+    for one in found:
+        assert {bits: [row.values["group_size"] for row in line] for bits, line in one.lines.items()} == {
+            "4": ["channel", "128", "32"],
+            "8": ["channel", "128", "32"],
+        }
+    assert [one.hollow for one in found] == [False, False, True, True]
+    assert found[0].color == found[2].color != found[1].color
+    assert len({str(one.style) for one in found}) == 4
 
 
 def test_labels_keep_their_distance() -> None:
@@ -56,17 +64,20 @@ def test_the_picture_names_all_that_it_shows() -> None:
     text = " ".join(
         "".join(node.itertext()) for node in ET.fromstring(drawn["svg"]).iter() if node.tag.endswith("text")
     )
-    for wanted in (
-        *series(_made()),
+    assert text.count("pack") == 2 * 4 + 1, "every line is named in both panels; the x axis counts packed weights"
+    shown = (
+        "int4",
+        "int8",
+        "asymmetric",
         "channel",
         "g128",
         "g32",
         "Pareto front",
         "a text",
         "a remark",
-        "folder/model.onnx",
-    ):
-        assert wanted in text
+        "folder/model",
+    )
+    assert [word for word in shown if word not in text] == []
     assert draw(_made()) == drawn, "the same figures give the same bytes"
 
 

@@ -1,0 +1,50 @@
+"""Names behind the ends of lines, where no two of them meet."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+Point = tuple[float, float]
+
+FONT = 8  # points
+# Letters of a name's line, the share of a point size that a letter is wide, and of a line that is high.
+_LETTERS, _WIDE, _HIGH = 22, 0.56, 1.25
+_AWAY = 9  # points between the last marker and the names
+
+
+def label_ends(axes: Any, ends: Sequence[tuple[Point, str, str]]) -> None:
+    """Write (end, name, colour) in a column right of the last end, near each end's height, and make room for it."""
+    names = [textwrap.fill(name, _LETTERS, break_long_words=False) for _, name, _ in ends]
+    lines = [line for name in names for line in name.split("\n")]
+    taken = max(map(len, lines)) * _WIDE * FONT + _AWAY + 4
+    (low, high), last = axes.get_xlim(), max(x for (x, _), _, _ in ends)
+    width = 72 * axes.figure.get_size_inches()[0] * axes.get_position().width
+    axes.set_xlim(low, max(high, low + (last - low) / max(1 - taken / width, 0.2)))
+    axes.autoscale(enable=False)
+    points = axes.figure.dpi / 72  # pixels in a point
+    own = [float(axes.transData.transform(point)[1]) / points for point, _, _ in ends]
+    gap = _HIGH * FONT * max(name.count("\n") + 1 for name in names)
+    for ((_, y), _, color), name, start, height in zip(ends, names, own, spread(own, gap), strict=True):
+        axes.annotate(
+            name,
+            (last, y),
+            (_AWAY, height - start),
+            textcoords="offset points",
+            va="center",
+            fontsize=FONT,
+            color=color,
+        )
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Positions as near to the wanted ones as can be, in their order, at least `gap` apart."""
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    # Runs of positions that touch, each (sum of where its members would put its start, members).
+    runs: list[tuple[float, int]] = []
+    for index in order:
+        runs.append((wanted[index], 1))
+        while len(runs) > 1 and runs[-2][0] / runs[-2][1] + gap * runs[-2][1] > runs[-1][0] / runs[-1][1]:
+            (total, count), (before, members) = runs.pop(), runs.pop()
+            runs.append((before + total - gap * members * count, members + count))
+    placed = [total / count + gap * step for total, count in runs for step in range(count)]
+    return [placed[order.index(index)] for index in range(len(wanted))]
