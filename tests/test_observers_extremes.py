@@ -1,5 +1,8 @@
 """passes/observers/extremes.py, and what all observers have in common, through ONNX Runtime."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from observing import GRIDS, UINT8, observe
@@ -116,6 +119,21 @@ def test_state_and_restore(name, axis) -> None:
     assert all(isinstance(array, (np.ndarray, np.generic)) for array in whole.state().values())
     half.restore({})
     assert half.state() == {}
+
+
+def test_the_observer_of_the_documentation() -> None:
+    """docs/extending.md: it runs, and its range is what it says."""
+    text = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Deviation" in block)
+    scope: dict = {}
+    exec(code, scope)
+    batches = _batches([(20, 30), (0, 30), (40, 30)])
+    own = observe(scope["Deviation"]("x", width=2.0), batches)
+    most = 2 * np.sqrt(np.mean(np.square(np.concatenate(batches).astype(np.float64))))
+    np.testing.assert_allclose(own.range(UINT8), (-most, most), rtol=1e-5)
+    other = scope["Deviation"]("x", width=2.0)
+    other.restore(own.state())
+    assert other.range(UINT8) == own.range(UINT8)
 
 
 @pytest.mark.parametrize("name", RANGES)

@@ -59,7 +59,7 @@ class Extremes(Observer):
 
     def batch(self, outputs: Outputs) -> tuple[Array, Array] | None:
         """(low, high) of the batch, None for one without rows; UserError where a number is NaN or infinite."""
-        low, high = (np.asarray(outputs[f"{self.prefix}.{end}"], np.float32) for end in ("low", "high"))
+        low, high = (np.array(outputs[f"{self.prefix}.{end}"], np.float32) for end in ("low", "high"))
         self.check_finite(outputs[f"{self.value}.faults"])
         return None if (low > high).any() else (low, high)
 

@@ -13,12 +13,13 @@ class Percentile(Histogram):
     """The range that `percentile` percent of the numbers lie in.
 
     Asymmetric grids: half of the others lie beyond each end. Symmetric grids: the percentile of the magnitudes
-    (Wu et al. 2020, Integer Quantization for Deep Learning Inference, arXiv:2004.09602, section 3.4).
+    (Wu et al. 2020, Integer Quantization for Deep Learning Inference, arXiv:2004.09602). The default cuts off one
+    number in a million: decoders need their few huge ones (docs/extending.md has figures).
     """
 
     name: ClassVar[str] = "percentile"
 
-    def __init__(self, value: str, *, axis: int | None = None, percentile: float = 99.99) -> None:
+    def __init__(self, value: str, *, axis: int | None = None, percentile: float = 99.9999) -> None:
         super().__init__(value, axis=axis)
         if not 50 < percentile <= 100:
             raise UserError(f"percentile: percentile must be above 50 and at most 100, got {percentile}")
