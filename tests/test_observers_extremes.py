@@ -12,6 +12,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.observers.cross_entropy import CrossEntropy
 from qcompile.passes.observers.extremes import Extremes, MinMax, MovingAverage
+from qcompile.passes.observers.gram import Gram
 from qcompile.passes.observers.percentile import Percentile
 
 RANGES = [name for name in OBSERVERS if name != "gram"]
@@ -106,6 +107,17 @@ def test_a_batch_without_rows_changes_nothing(name, axis) -> None:
     plain = observe(_make(name, axis), batches)
     between = observe(_make(name, axis), [empty, batches[0], empty, batches[1], empty])
     _assert_same(plain.state(), between.state())
+
+
+def test_gram_keeps_to_the_same() -> None:
+    batches = _batches([(4, 5), (6, 5)])
+    plain = observe(Gram("x"), batches)
+    _assert_same(
+        observe(Gram("x"), [np.zeros((0, 5)), batches[0], np.zeros((0, 5)), batches[1]]).state(), plain.state()
+    )
+    batches[1][3, 2] = np.nan
+    with pytest.raises(UserError, match="activation x is NaN or infinite"):
+        observe(Gram("x"), batches)
 
 
 @pytest.mark.parametrize(("name", "axis"), CASES)

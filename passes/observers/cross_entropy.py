@@ -35,9 +35,9 @@ class CrossEntropy(Extremes):
         self.losses = np.zeros(len(candidates()))
 
     def append(self, graph: onnx.GraphProto) -> None:
-        """`value`.softmax.losses, float32 (candidates,), of a batch's sample; `value`.softmax.rows, int64 (1,)."""
+        """`value`.softmax8.losses (16 for 16 bits), float32 (candidates,), of a batch's sample; .rows, int64 (1,)."""
         super().append(graph)
-        prefix = f"{self.value}.softmax"
+        prefix = f"{self.value}.softmax{self.bits}"
         if any(f"{prefix}.losses" in node.output for node in graph.node):
             return
         append_losses(graph, prefix, matrix(graph, self.value), GRIDS[self.bits])
@@ -48,7 +48,7 @@ class CrossEntropy(Extremes):
         """Sums of losses."""
         super().update(outputs)
         if self.batch(outputs) is not None:
-            losses, rows = (outputs[f"{self.value}.softmax.{end}"] for end in ("losses", "rows"))
+            losses, rows = (outputs[f"{self.value}.softmax{self.bits}.{end}"] for end in ("losses", "rows"))
             self.check_finite(losses)
             self.losses = self.losses + losses
             self.rows += int(rows[0])

@@ -42,9 +42,11 @@ class Gram(Observer):
         add_outputs(graph, [value + _GRAM, value + _ABSMAX])
 
     def update(self, outputs: Outputs) -> None:
-        """Sums and maxima."""
+        """Sums and maxima. The diagonal of the sums has every NaN, which a maximum may hide."""
         gram, absmax, rows = (outputs[self.value + end] for end in (_GRAM, _ABSMAX, _ROWS))
-        self.check_finite(absmax)
+        if not rows[0]:
+            return
+        self.check_finite(absmax, gram.diagonal())
         own = self.statistics
         if own is None:
             self.statistics = Statistics(int(rows[0]), gram, absmax)
