@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,20 +14,33 @@ from threadpoolctl import threadpool_limits
 
 from qcompile.compiler import activations, output_files
 from qcompile.compiler.extract import Piece
+from qcompile.compiler.html_report import to_html
 from qcompile.compiler.inputs import InputPlan, input_plan
-from qcompile.compiler.plan import build, effective, make_policy
+from qcompile.compiler.plan import INT8, build, effective, make_policy
 from qcompile.compiler.recipe import Recipe, dump_recipe
-from qcompile.compiler.report import Report
+from qcompile.compiler.report import ActivationRange, Report
 from qcompile.compiler.segments import Segment, split
 from qcompile.compiler.sources import Data, gather
 from qcompile.compiler.store import check_finite, check_output_path, load_model, model_hash, save_model
 from qcompile.compiler.stream import Arrays, Runner, Stream
-from qcompile.compiler.verify import check_reloaded, compare_outputs, node_errors, probe_nodes, run_file
+from qcompile.compiler.verify import (
+    check_reloaded,
+    compare_outputs,
+    node_errors,
+    probe_nodes,
+    probe_twins,
+    run_file,
+    twin_errors,
+)
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.lower import check_block_size, lower
 from qcompile.passes.linears import find_linears, vocabulary_size
+from qcompile.passes.observers.base import Observer
+from qcompile.passes.observers.extremes import Extremes
+from qcompile.passes.observers.histogram import Histogram
 from qcompile.passes.pack import Pack
+from qcompile.passes.qdq.twin import TWIN
 from qcompile.runtime.sessions import ort_version
 
 
@@ -98,17 +111,20 @@ def compile_model(
     check_target(graph, recipe)
     job = _Job(graph, recipe, passes, report, progress)
     plan = input_plan(graph)
-    needed = any(p.needs_statistics for p in passes)
+    watched = {value: own for p in passes for value, own in p.observed(graph).items()}
+    needed = bool(watched) or any(p.needs_statistics for p in passes)
     data = gather(plan, source, recipe, calibration.files, calibration.tokenizer, needed=needed)
     report.data = data.description
-    verified = job.walk(plan, data)
+    outputs = job.walk(plan, data, watched)
     if recipe.target == "qcompile":
         report.nodes = activations.choose(report.nodes, recipe.activations)
         activations.write(graph, report.nodes)
     for late in (p for p in passes if p.after_walk):
         progress.step(late.name)
         late.call(Region.whole(graph))
+        report.ranges += activation_ranges(late, watched)
     report.decisions = {p.name: p.decisions for p in passes}
+    verified = job.verify(plan, data, outputs)
     _check_coverage(report, recipe)
     progress.step("saving")
     lower(graph, recipe.target)
@@ -116,15 +132,16 @@ def compile_model(
         saved = save_model(graph, staged, metadata=_metadata(report, recipe))
         progress.step("running the saved file")
         reloaded = run_file(staged, plan, data.checks, recipe.provider)
-        report.reload_error = check_reloaded(reloaded, verified, element_type(graph))
+        report.reload_error = check_reloaded(reloaded, verified, element_type(graph), rounding=report.rounding)
         report.compiled_bytes = saved.model_bytes + saved.data_bytes
-        report.files = [file.name for file in (*saved.paths, report_path(target))]
+        report.files = [file.name for file in (*saved.paths, report_path(target), page_path(target))]
         report.seconds, report.peak_memory = time.monotonic() - started, peak_memory()
-        staged_report = report_path(staged)
         with output_files.writing(target):
-            staged_report.write_text(report.to_json(), encoding="utf-8")
+            report_path(staged).write_text(report.to_json(), encoding="utf-8")
+            page_path(staged).write_text(to_html(report), encoding="utf-8")
         output_files.publish(saved.paths, target.absolute())
-        staged_report.replace(report_path(target))
+        report_path(staged).replace(report_path(target))
+        page_path(staged).replace(page_path(target))
     return report
 
 
@@ -150,12 +167,18 @@ def peak_memory() -> int:
 
 def default_output(model: Path, recipe: Recipe) -> Path:
     """Where a compiled model goes that is given no name."""
-    return model.with_name(f"{model.stem}-int{recipe.bits}.onnx")
+    bits = 8 if any(step.name in INT8 for step in recipe.passes) else recipe.bits
+    return model.with_name(f"{model.stem}-int{bits}.onnx")
 
 
 def report_path(output: Path) -> Path:
     """Where the report of a compiled model lies."""
     return output.with_name(f"{output.stem}.report.json")
+
+
+def page_path(output: Path) -> Path:
+    """Where the report lies as a page for people."""
+    return output.with_name(f"{output.stem}.report.html")
 
 
 def versions() -> dict[str, str]:
@@ -177,8 +200,11 @@ class _Job:
         self.passes = [p for p in passes if not p.whole_model and not p.after_walk]
         self.pack = next((p for p in passes if isinstance(p, Pack)), None)
 
-    def walk(self, plan: InputPlan, data: Data) -> list[Arrays]:
-        """Take both streams through all segments, rewriting each; returns the outputs on the check batches."""
+    def walk(self, plan: InputPlan, data: Data, watched: Mapping[ir.Value, Observer]) -> list[tuple[Arrays, Arrays]]:
+        """Take both streams through all segments, rewriting each; `watched` sees what the rewritten graph gives.
+
+        Returns the outputs on the check batches, compiled and float.
+        """
         targets = {linear.node for linear in find_linears(self.model.graph)}
         segments = split(self.model, targets.__contains__)
         runner = Runner(self.model, plan, self.recipe.provider, self.progress.advance)
@@ -189,11 +215,47 @@ class _Job:
         for number, segment in enumerate(segments, 1):
             self.progress.step(f"segment {number} of {len(segments)}")
             self._rewrite(runner, segment, calibration, checks, outputs, int8=data.real)
+            own = _seen_in(segment, segments, watched)
+            if calibration.batches and own:
+                runner.observe(segment, own, calibration)
+            if calibration.batches:
+                runner.advance(segment, calibration)
         if self.pack is not None:
             self.pack.skip_rest(self.model)
-        compared = compare_outputs([c for c, _ in outputs], [o for _, o in outputs])
+        return outputs
+
+    def verify(self, plan: InputPlan, data: Data, outputs: list[tuple[Arrays, Arrays]]) -> list[Arrays]:
+        """The outputs of the graph as it is on the check batches, compared with the float ones.
+
+        Where a pass behind the walk made nodes integer, the check batches go through the graph once more, and each such
+        node is compared with its float twin.
+        """
+        compiled = [compiled for compiled, _ in outputs]
+        targets = {node for node in self.model.graph if TWIN in node.meta}
+        if targets:
+            self.progress.step("checking integer nodes")
+            compiled = self._run_checks(plan, data, split(self.model, targets.__contains__))
+        compared = compare_outputs(compiled, [original for _, original in outputs])
         self.report.outputs = sorted(compared, key=lambda output: output.name != plan.logits)
-        return [compiled for compiled, _ in outputs]
+        self.report.rounding = max((o.relative for o in compared), default=0.0) if targets else 0.0
+        return compiled
+
+    def _run_checks(self, plan: InputPlan, data: Data, segments: Sequence[Segment]) -> list[Arrays]:
+        runner, stream = Runner(self.model, plan, self.recipe.provider), Stream(data.checks)
+        own = {str(value.name) for value in self.model.graph.outputs}
+        results: list[Arrays] = [{} for _ in data.checks]
+        for segment in segments:
+
+            def probe(piece: Piece, nodes: Sequence[ir.Node] = segment.nodes) -> list[str]:
+                return probe_twins(piece, nodes)
+
+            after = runner.outputs(segment, stream, original=False, prepare=probe)
+            self.report.nodes += twin_errors(segment.nodes, after)
+            if segment.carry is not None:
+                stream.quantized = [a[str(segment.carry.name)] for a in after]
+            for kept, a in zip(results, after, strict=True):
+                kept.update((name, array) for name, array in a.items() if name in own)
+        return results
 
     def _rewrite(
         self,
@@ -206,7 +268,7 @@ class _Job:
         int8: bool,
     ) -> None:
         region = Region(self.model, list(segment.nodes))
-        if calibration.batches:
+        if calibration.batches and any(rewrite.needs_statistics for rewrite in self.passes):
             activations = list(dict.fromkeys(linear.activation for linear in find_linears(segment.nodes)))
             region.statistics = runner.collect(segment, activations, calibration)
         before = runner.outputs(segment, checks, original=True)
@@ -221,8 +283,6 @@ class _Job:
 
         after = runner.outputs(segment, checks, original=False, prepare=probe)
         self.report.nodes += node_errors(segment.nodes, after)
-        if calibration.batches:
-            runner.advance(segment, calibration)
         if segment.carry is not None:
             name = str(segment.carry.name)
             checks.original, checks.quantized = [b[name] for b in before], [a[name] for a in after]
@@ -232,11 +292,41 @@ class _Job:
             kept[1].update((name, array) for name, array in b.items() if name in own)
 
 
+def _seen_in(
+    segment: Segment, segments: Sequence[Segment], watched: Mapping[ir.Value, Observer]
+) -> dict[ir.Value, Observer]:
+    """The observed values that a segment shows: those it computes, and of those that no segment does its inputs."""
+    if not watched:
+        return {}
+    nodes, everywhere = set(segment.nodes), {node for other in segments for node in other.nodes}
+    found = {}
+    for value, observer in watched.items():
+        producer = value.producer()
+        readers = [use.node for use in value.uses()]
+        first = next((other for other in segments if any(node in other.nodes for node in readers)), segments[0])
+        if producer in nodes or (producer not in everywhere and first is segment):
+            found[value] = observer
+    return found
+
+
+def activation_ranges(late: Pass, watched: Mapping[ir.Value, Observer]) -> list[ActivationRange]:
+    """The range that a pass chose for each activation it was shown, beside what was seen of it."""
+    found = []
+    for value, (low, high) in late.chosen_ranges.items():
+        observer = watched[value]
+        seen = observer if isinstance(observer, Extremes) else None
+        ends = (seen.low, seen.high) if seen is not None and seen.low is not None else (low, high)
+        edges, counts = observer.plot() if isinstance(observer, Histogram) else ((), ())
+        told = (float(np.min(ends[0])), float(np.max(ends[1])), observer.name, counts, edges)  # type: ignore[arg-type]
+        found.append(ActivationRange(observer.value, low, high, *told))
+    return found
+
+
 def _check_coverage(report: Report, recipe: Recipe) -> None:
-    if "pack" in report.decisions and report.coverage < recipe.min_coverage:
-        reasons = sorted({d.reason for d in report.skipped("MatMul")})
+    if report.quantizer and report.coverage < recipe.min_coverage:
+        reasons = sorted({d.reason for kind in report.products for d in report.skipped(kind)})
         raise UserError(
-            f"only {report.coverage:.1%} of the MatMul weights were quantized, below --min-coverage "
+            f"only {report.coverage:.1%} of the {report.kinds} weights were quantized, below --min-coverage "
             f"{recipe.min_coverage}; left in float: {'; '.join(reasons[:4])}; nothing was written"
         )
 

@@ -18,14 +18,22 @@ from qcompile.passes.gptq import ErrorCompensated, Gptq
 from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare import Prepare
-from qcompile.passes.rounding import Rounding, round_with_clip
+from qcompile.passes.qdq.dynamic import Dynamic
+from qcompile.passes.qdq.qdq import Qdq, activation_spec
+from qcompile.passes.qdq.weights import SPEC
+from qcompile.passes.rounding import Rounding, round_to_nearest, round_with_clip
 from qcompile.passes.smooth import Smooth
-from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
+from qcompile.passes.spec import ActivationSpec, PerChannel, PerGroup, QuantSpec
 
 # Every pass, in the order in which a full list runs them.
 PASSES: dict[str, type[Pass]] = {
     "prepare": Prepare, "smooth": Smooth, "awq": Awq, "gptq": Gptq, "pack": Pack, "fuse": Fuse,
+    "qdq": Qdq, "dynamic": Dynamic,
 }  # fmt: skip
+
+
+# Passes that make weights and activations int8.
+INT8 = ("qdq", "dynamic")
 
 
 def build(recipe: Recipe, scale_dtype: npt.DTypeLike = np.float32) -> list[Pass]:
@@ -60,8 +68,12 @@ def check_order(steps: Sequence[Step]) -> None:
         before = PASSES[name].preceded_by
         if before and not any(earlier in before for earlier in names[:i]):
             raise UserError(f"pass {name!r} must stand behind {' or '.join(before)}: add it to --passes before {name}")
-        if "pack" in names[:i] and not PASSES[name].after_walk:
-            raise UserError(f"pass {name!r} stands behind 'pack', where no float weights are left: move it before pack")
+        for earlier in names[:i]:
+            if PASSES[earlier].quantizes and not PASSES[name].after_walk:
+                told = f"stands behind {earlier!r}, where no float weights are left: move it before {earlier}"
+                raise UserError(f"pass {name!r} {told}")
+            if PASSES[earlier].quantizes and PASSES[name].quantizes:
+                raise UserError(f"passes {earlier!r} and {name!r} both quantize the weights: choose one")
     if names.index("prepare") != 0:
         raise UserError("pass 'prepare' must come first")
 
@@ -72,6 +84,10 @@ def make_policy(recipe: Recipe, scale_dtype: npt.DTypeLike) -> Policy:
     8-bit weights are unsigned with zero points whatever `symmetric` says: MatMulNBits is made from those in more
     versions of ONNX Runtime, and a point more of resolution costs nothing at 8 bits.
     """
+    if any(step.name in INT8 for step in recipe.passes):
+        own = replace(SPEC, scale_dtype=scale_dtype)
+        head, table = own if recipe.lm_head else None, own if recipe.embedding else None
+        return Policy(own, head, table, recipe.include, recipe.exclude)
     granularity = PerGroup(recipe.group_size) if recipe.group_size else PerChannel(axis=1)
     symmetric = recipe.symmetric and recipe.bits == 4
     # TensorRT demands positive scales, and it is what the plain form is for.
@@ -108,6 +124,8 @@ def _make(step: Step, later: Sequence[Step], recipe: Recipe, policy: Policy) -> 
     positional = inspect.signature(kind.__init__).parameters
     if "policy" not in positional:
         return kind(**given)
+    if "activations" in positional and positional["activations"].kind is not inspect.Parameter.KEYWORD_ONLY:
+        return kind(policy, following_rounding(later), following_grid(later), **given)  # type: ignore[call-arg]
     if "rounding" in positional:
         return kind(policy, following_rounding(later), **given)  # type: ignore[call-arg]
     return kind(policy, **given)  # type: ignore[call-arg]
@@ -119,7 +137,21 @@ def following_rounding(later: Sequence[Step]) -> Rounding:
         if step.name == "gptq":
             damping = step.parameters.get("damping", "auto")
             return ErrorCompensated(None if damping == "auto" else float(damping), sweeps=0, refit=False)
+        if step.name in INT8:
+            return round_to_nearest
     return round_with_clip
+
+
+def following_grid(later: Sequence[Step]) -> ActivationSpec | None:
+    """The grid that activations will be rounded to, if a pass that comes later does that."""
+    for step in later:
+        if step.name == "qdq":
+            chosen = {key: step.parameters[key] for key in ("activations", "symmetric") if key in step.parameters}
+            defaults = {"activations": "auto", "symmetric": "auto"}
+            return activation_spec(str(step.parameters.get("provider", "cpu")), **(defaults | chosen))
+        if step.name == "dynamic":
+            return ActivationSpec()
+    return None
 
 
 def _check_type(name: str, parameter: inspect.Parameter, value: Any) -> None:

@@ -39,7 +39,8 @@ class ActivationRange:
 class Report:
     """Everything a compile leaves behind beside the model.
 
-    decisions: by pass, in order. sizes in bytes, seconds, peak_memory in bytes.
+    decisions: by pass, in order. rounding: what integer nodes changed in the outputs at most, relative.
+    sizes in bytes, seconds, peak_memory in bytes.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Report:
     nodes: list[NodeError] = field(default_factory=list)
     outputs: list[OutputError] = field(default_factory=list)
     ranges: list[ActivationRange] = field(default_factory=list)
+    rounding: float = 0.0
     reload_error: float | None = None
     files: list[str] = field(default_factory=list)
     source_bytes: int = 0
@@ -58,27 +60,47 @@ class Report:
     seconds: float = 0.0
     peak_memory: int = 0
 
+    @property
+    def quantizer(self) -> str | None:
+        """The pass that made codes of weights."""
+        return next((name for name in ("pack", "qdq", "dynamic") if name in self.decisions), None)
+
     def packed(self, kind: str) -> list[Decision]:
-        """Decisions of `pack` that quantized a node of the kind (MatMul or Gather)."""
-        return [d for d in self.decisions.get("pack", []) if d.action == "quantized" and d.detail.get("kind") == kind]
+        """Decisions that quantized a node of the kind (MatMul, Conv, Gather, …)."""
+        return self._decided("quantized", kind)
 
     def skipped(self, kind: str) -> list[Decision]:
-        """Decisions of `pack` that left a node of the kind in float, for want of a format."""
-        return [d for d in self.decisions.get("pack", []) if d.action == "skipped" and d.detail.get("kind") == kind]
+        """Decisions that left a node of the kind in float, for want of a format."""
+        return self._decided("skipped", kind)
+
+    def _decided(self, action: str, kind: str) -> list[Decision]:
+        decisions = self.decisions.get(self.quantizer or "", [])
+        return [d for d in decisions if d.action == action and d.detail.get("kind") == kind]
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """The operators whose weights coverage counts: those that the quantizing pass is for."""
+        return ("MatMul", "Gemm", "Conv", "ConvTranspose") if self.quantizer == "qdq" else ("MatMul",)
+
+    @property
+    def kinds(self) -> str:
+        """`products` in words."""
+        return "MatMul" if self.products == ("MatMul",) else "MatMul and Conv"
 
     @property
     def coverage(self) -> float:
-        """Share of the MatMul weights (elements, each weight once) that were quantized, 1.0 where there are none.
+        """Share of the products' weights (elements, each weight once) that were quantized, 1.0 where there are none.
 
         Weights that the user chose to keep in float ("kept") do not count; those no format covers ("skipped") do.
         """
-        done, left = (_elements(part) for part in (self.packed("MatMul"), self.skipped("MatMul")))
+        done = _elements([d for kind in self.products for d in self.packed(kind)])
+        left = _elements([d for kind in self.products for d in self.skipped(kind)])
         return done / (done + left) if done + left else 1.0
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Average stored bits of the quantized MatMul weights, scales and zero points included."""
-        weights = _unique(self.packed("MatMul"))
+        """Average stored bits of the products' quantized weights, scales and zero points included."""
+        weights = [d for d in _unique([d for kind in self.products for d in self.packed(kind)]) if d.detail["weights"]]
         total = sum(d.detail["weights"] for d in weights)
         return sum(d.detail["bits_per_weight"] * d.detail["weights"] for d in weights) / total if total else None
 
@@ -99,7 +121,7 @@ def _elements(decisions: Sequence[Decision]) -> int:
 
 def print_report(report: Report, console: Console) -> None:
     """The coverage table, the errors worth knowing, the sizes."""
-    if "pack" in report.decisions:
+    if report.quantizer:
         _print_coverage(report, console)
     _print_passes(report, console)
     _print_errors(report, console)
@@ -110,16 +132,16 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _print_coverage(report: Report, console: Console) -> None:
-    covered = f"{report.coverage:.1%} of the MatMul weights quantized"
-    if not report.packed("MatMul") and not report.skipped("MatMul"):
-        covered = "there was no MatMul weight to quantize"
+    covered = f"{report.coverage:.1%} of the {report.kinds} weights quantized"
+    if not any(report.packed(kind) or report.skipped(kind) for kind in report.products):
+        covered = f"there was no {report.kinds} weight to quantize"
     console.print(f"coverage  {covered}")
     made = table("nodes", "operator", "decision", "weights", "MB", numbers=2)
     rows: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
     size: Counter[tuple[str, str]] = Counter()
     seen: set[str] = set()
-    for d in report.decisions["pack"]:
+    for d in report.decisions[report.quantizer or ""]:
         key = (str(d.detail.get("kind", "")), d.reason if d.action == "quantized" else f"float: {d.reason}")
         rows[key] += 1
         name = str(d.detail.get("weight", d.node))
@@ -136,7 +158,7 @@ def _print_coverage(report: Report, console: Console) -> None:
 
 def _print_passes(report: Report, console: Console) -> None:
     for name, decisions in report.decisions.items():
-        if name == "pack" or not decisions:
+        if name == report.quantizer or not decisions:
             continue
         actions = Counter(d.action for d in decisions)
         told = ", ".join(f"{count} {action}" for action, count in actions.items())

@@ -28,7 +28,7 @@ class Segment:
 def split(model: ir.Model, is_target: Callable[[ir.Node], bool]) -> list[Segment]:
     """The model's segments, each with at least one target node; a graph without any is one segment.
 
-    Nodes are cut apart where exactly one value computed so far is read later.
+    Nodes are cut apart where exactly one value computed so far is read later. A Q and its DQ stay with what reads them.
     """
     heavy = _downstream(model, is_target)
     index = {node: i for i, node in enumerate(heavy)}
@@ -45,13 +45,17 @@ def split(model: ir.Model, is_target: Callable[[ir.Node], bool]) -> list[Segment
         has_target = has_target or is_target(node)
         live.update(value for value in node.outputs if last_use[value] > i)
         live = {value for value in live if last_use[value] > i}
-        if has_target and i < last_target and len(live) == 1:
+        if has_target and i < last_target and len(live) == 1 and not _rounding(node):
             (carry,) = live
             segments.append(Segment(heavy[start : i + 1], carried, carry))
             start, carried, has_target = i + 1, carry, False
     if start < len(heavy) or not segments:
         segments.append(Segment(heavy[start:] or list(model.graph), carried, None))
     return segments
+
+
+def _rounding(node: ir.Node) -> bool:
+    return node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 
 
 def _is_large(value: ir.Value) -> bool:

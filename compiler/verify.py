@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 
 from qcompile.compiler.extract import Piece
@@ -17,6 +18,7 @@ from qcompile.passes.affine import Array, Quantized
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers import nodes as observers
 from qcompile.passes.pack import REFERENCE
+from qcompile.passes.qdq.twin import TWIN, Twin
 from qcompile.runtime.sessions import run, session
 
 # A packed node must compute with exactly its dequantized weights, but for the rounding of its element type.
@@ -80,6 +82,42 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
     return found
 
 
+def probe_twins(piece: Piece, nodes: Sequence[ir.Node]) -> list[str]:
+    """Add to a piece, beside each node that a pass made integer, the float node it stands for, and compare."""
+    names: list[str] = []
+    for node in nodes:
+        twin: Twin | None = node.meta.get(TWIN)
+        if twin is None:
+            continue
+        y, made = str(node.outputs[0].name), onnx.NodeProto()
+        made.CopyFrom(twin.proto)
+        del made.input[:], made.output[:]
+        made.name, made.output[:] = f"{y}.twin", [f"{y}.twin"]
+        made.input.extend(_twin_input(piece, y, twin, value) for value in twin.inputs)
+        piece.proto.graph.node.append(made)
+        names += observers.compare(piece.proto.graph, y, f"{y}.twin", ".twin")
+    return names
+
+
+def _twin_input(piece: Piece, y: str, twin: Twin, value: ir.Value | None) -> str:
+    if value is None:
+        return ""
+    if value.const_value is None:
+        return str(value.name)
+    return piece.add_weight(f"{y}.twin.{value.name}", twin.array(value))
+
+
+def twin_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[NodeError]:
+    """Errors of the integer nodes against the float ones on the same inputs."""
+    found = []
+    for node in nodes:
+        twin: Twin | None = node.meta.pop(TWIN, None)
+        if twin is not None:
+            error = _ratio(str(node.outputs[0].name), ".twin", outputs)
+            found.append(NodeError(node.name or "", error, 0.0, weights=twin.weights))
+    return found
+
+
 def _int8_error(y: str, outputs: Sequence[Arrays]) -> float | None:
     name = observers.added(y, ".exact")
     if not all(name in batch for batch in outputs):
@@ -136,10 +174,16 @@ def run_file(path: Path, plan: InputPlan, batches: Sequence[Batch], provider: st
     return results
 
 
-def check_reloaded(reloaded: Sequence[Arrays], verified: Sequence[Arrays], dtype: ir.DataType) -> float:
-    """The largest relative error of the reloaded file against the verified graph; UserError above the limit."""
+def check_reloaded(
+    reloaded: Sequence[Arrays], verified: Sequence[Arrays], dtype: ir.DataType, *, rounding: float = 0.0
+) -> float:
+    """The largest relative error of the reloaded file against the verified graph; UserError above the limit.
+
+    rounding: what rounded activations changed in the verified graph. Integer kernels round where the verified pieces,
+    whose values are looked at, do not, so that a code may differ; the file may not differ by more than that.
+    """
     worst = max((error.relative for error in compare_outputs(reloaded, verified)), default=0.0)
-    limit = _EXACT.get(dtype, 1e-4)
+    limit = max(_EXACT.get(dtype, 1e-4), rounding)
     if not worst <= limit:
         raise UserError(
             f"the saved file differs from the verified graph by {worst:.1e} (limit {limit:.0e}); nothing was kept"

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from qcompile.passes.observers.base import Observer
 from qcompile.passes.statistics import Statistics
 
 
@@ -48,7 +49,8 @@ class Pass(ABC):
     name: how a recipe calls it.
     whole_model: it runs once over the whole graph, before the model is walked segment by segment.
     after_walk: it runs once over the whole packed graph, behind the walk.
-    needs_statistics: it cannot work without calibration.
+    needs_statistics: it cannot work without the Gram matrices of linears' inputs.
+    quantizes: its decisions say which weights became codes; coverage is counted from them.
     followed_by, preceded_by: names of passes of which one must come later, or earlier, in the list.
     """
 
@@ -56,11 +58,21 @@ class Pass(ABC):
     whole_model: ClassVar[bool] = False
     after_walk: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = False
+    quantizes: ClassVar[bool] = False
     followed_by: ClassVar[Sequence[str]] = ()
     preceded_by: ClassVar[Sequence[str]] = ()
 
     def __init__(self) -> None:
         self.decisions: list[Decision] = []
+
+    @property
+    def chosen_ranges(self) -> dict[ir.Value, tuple[float, float]]:
+        """(low, high) of the grid of every activation that the pass rounds to a fixed one."""
+        return {}
+
+    def observed(self, model: ir.Model) -> dict[ir.Value, Observer]:
+        """Observers that are to see the activations of the model before the pass runs; filled when `call` begins."""
+        return {}
 
     @abstractmethod
     def call(self, region: Region) -> None:

@@ -24,7 +24,7 @@ class Policy:
 
     def for_linear(self, linear: Linear, vocabulary: int | None) -> QuantSpec | str:
         """The spec of a linear, or the reason why it stays in float."""
-        refusal = self._refusal(linear.name, linear.weight.name or "")
+        refusal = self.refusal(linear.name, linear.weight.name or "")
         if refusal:
             return refusal
         if is_lm_head(linear, vocabulary):
@@ -34,10 +34,11 @@ class Policy:
     def for_embedding(self, embedding: Embedding) -> QuantSpec | str:
         """The spec of an embedding table, or the reason why it stays in float."""
         return (
-            self._refusal(embedding.name, embedding.table.name or "") or self.embedding or "embedding is kept in float"
+            self.refusal(embedding.name, embedding.table.name or "") or self.embedding or "embedding is kept in float"
         )
 
-    def _refusal(self, *names: str) -> str:
+    def refusal(self, *names: str) -> str:
+        """Why a node or weight of these names is not to be quantized, or an empty string."""
         for pattern in self.exclude:
             if any(fnmatchcase(name, pattern) for name in names):
                 return f"excluded by {pattern!r}"

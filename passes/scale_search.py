@@ -3,6 +3,9 @@
 A factor s (K,) turns weights W into s·W and the Gram matrix G into G / (s sᵀ), which leaves X W alone; what it changes
 is the rounding. The loss of a linear is tr(Dᵀ G D) / tr(Wᵀ G W) with D = rounding(s·W) / s - W; a pair's is their mean
 by width. Columns are rounded independently of each other, so a sample of them tells enough.
+
+Where the activation is to be quantized, too, its rounding adds noise: evenly spread over a step of the grid that spans
+all channels of X / s, independent of everything, so rows · step² / 12 · ‖s·W‖² / tr(Wᵀ G W).
 """
 
 import zlib
@@ -19,7 +22,7 @@ from qcompile.passes.linears import vocabulary_size
 from qcompile.passes.pairs import Pair
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding, round_to_nearest
-from qcompile.passes.spec import QuantSpec
+from qcompile.passes.spec import ActivationSpec, QuantSpec
 from qcompile.passes.statistics import Statistics
 
 # A factor must lower the sampled loss by this fraction to be kept: less is within the noise of the sample.
@@ -48,12 +51,14 @@ class Judge:
     """The loss of a pair as a function of its factor.
 
     columns: for each spec, sampled weight columns of the linears that use it, float32 (K, n), at unit output power.
+    grid: the grid of the activation, None where it stays in float.
     """
 
     pair: Pair
     statistics: Statistics
     rounding: Rounding
     columns: list[tuple[QuantSpec, Array]]
+    grid: ActivationSpec | None = None
 
     def loss(self, factor: Array | None, rounding: Rounding | None = None) -> float:
         """Σ ‖X (Ŵ / s - W)‖² with the factor s (K,), None for all ones, after `rounding` (the judge's own)."""
@@ -66,8 +71,16 @@ class Judge:
         total = 0.0
         for spec, w in self.columns:
             rounded = rounding(w * rows, spec, statistics).dequantize()
-            total += output_error(rounded / rows - w, self.statistics.gram)
+            total += output_error(rounded / rows - w, self.statistics.gram) + self._noise(w * rows, rows[:, 0])
         return total
+
+    def _noise(self, w: Array, factor: Array) -> float:
+        """‖N w‖² where N (rows, K) is what rounding X / factor to the grid adds."""
+        if self.grid is None:
+            return 0.0
+        span = 2 * float((self.statistics.absmax / factor).max())
+        step = span / (self.grid.qmax - self.grid.qmin)
+        return self.statistics.rows * step**2 / 12 * float(np.square(w).sum())
 
     def best(self, candidates: Mapping[str, Array], *, finalists: int) -> Choice | None:
         """The candidate of least loss: plain rounding, which is cheap, names the finalists, `rounding` decides."""
@@ -85,8 +98,18 @@ class Judge:
 class Judges:
     """Makes the judge of a pair. samples: about how many columns it rounds for one candidate."""
 
-    def __init__(self, region: Region, policy: Policy, rounding: Rounding, *, samples: int, seed: int) -> None:
+    def __init__(
+        self,
+        region: Region,
+        policy: Policy,
+        rounding: Rounding,
+        *,
+        samples: int,
+        seed: int,
+        grid: ActivationSpec | None = None,
+    ) -> None:
         self.statistics, self.rounding, self.samples, self.seed = region.statistics, rounding, samples, seed
+        self.grid = grid
         self._policy, self._vocabulary = policy, vocabulary_size(region.model)
 
     def __call__(self, pair: Pair) -> Judge | str:
@@ -107,7 +130,7 @@ class Judges:
             sample = _at_unit_output(linear.read()[:, chosen], statistics)
             by_spec.setdefault(spec, []).append(sample)
         columns = [(spec, np.concatenate(parts, axis=1)) for spec, parts in by_spec.items()]
-        return Judge(pair, statistics, self.rounding, columns)
+        return Judge(pair, statistics, self.rounding, columns, self.grid)
 
 
 def _at_unit_output(w: Array, statistics: Statistics) -> Array:

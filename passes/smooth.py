@@ -11,8 +11,11 @@ from qcompile.passes.pairs import find_pairs
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding
 from qcompile.passes.scale_search import Choice, Judge, Judges, fold_choice, normalized, search_all, weight_peaks
+from qcompile.passes.spec import ActivationSpec
 
 _ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)
+# Where activations are quantized, too, more of an outlier has to go.
+_INT8_ALPHAS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 _SAMPLES = 96
 _FINALISTS = 2
 
@@ -29,18 +32,24 @@ class Smooth(Pass):
     needs_statistics: ClassVar[bool] = True
 
     def __init__(
-        self, policy: Policy, rounding: Rounding, *, alpha: float | Literal["auto"] = "auto", seed: int = 0
+        self,
+        policy: Policy,
+        rounding: Rounding,
+        activations: ActivationSpec | None = None,
+        *,
+        alpha: float | Literal["auto"] = "auto",
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if alpha != "auto" and not (isinstance(alpha, int | float) and 0 <= alpha <= 1):
             raise UserError(f"smooth: alpha must be 'auto' or a number from 0 to 1, got {alpha!r}")
-        self.policy, self.rounding, self.alpha, self.seed = policy, rounding, alpha, seed
+        self.policy, self.rounding, self.activations, self.alpha, self.seed = policy, rounding, activations, alpha, seed
 
     def call(self, region: Region) -> None:
         """Choose all factors on the region as it is, then fold them."""
         pairs, skipped = find_pairs(region)
         self.decisions += skipped
-        judges = Judges(region, self.policy, self.rounding, samples=_SAMPLES, seed=self.seed)
+        judges = Judges(region, self.policy, self.rounding, samples=_SAMPLES, seed=self.seed, grid=self.activations)
         choices = search_all(pairs, judges, self._search)
         nothing = "no alpha lowers the output error" if self.alpha == "auto" else None
         for pair, choice in zip(pairs, choices, strict=True):
@@ -49,7 +58,8 @@ class Smooth(Pass):
     def _search(self, judge: Judge) -> Choice | None:
         activation = judge.pair.pool_max(judge.statistics.absmax)
         weight = weight_peaks(judge.pair)
-        alphas = _ALPHAS if self.alpha == "auto" else (self.alpha,)
+        tried = _ALPHAS if self.activations is None else _INT8_ALPHAS
+        alphas = tried if self.alpha == "auto" else (self.alpha,)
         candidates = {f"alpha={alpha:g}": smoothing_factor(activation, weight, float(alpha)) for alpha in alphas}
         return judge.best(candidates, finalists=_FINALISTS)
 

@@ -143,4 +143,4 @@ def test_a_second_compile_replaces_the_first(bench: Any) -> None:
     for seed, passes in enumerate(("pack", "gptq,pack", "pack")):
         assert bench.run(source, "--passes", passes, "--seed", str(seed)) == 0
         names = sorted(os.listdir(bench.folder / "out"))
-        assert len(names) == 3, "the model, its data, the report; nothing of the run before"
+        assert len(names) == 4, "the model, its data, the report twice; nothing of the run before"

@@ -125,7 +125,7 @@ def test_everything_is_verified_and_accounted_for(made: Any, name: str) -> None:
     convolutions = {f"conv_{i}": "no packed format for Conv weights" for i in range(2)}
     assert skipped == (convolutions if name == "conv" else {})
     assert report.compiled_bytes < report.source_bytes
-    assert report.compiled_bytes == sum((m.output.parent / file).stat().st_size for file in report.files[:-1])
+    assert report.compiled_bytes == sum((m.output.parent / file).stat().st_size for file in report.files[:-2])
 
 
 @pytest.mark.parametrize("name", ["rms", "conv"])
@@ -134,14 +134,14 @@ def test_what_lies_in_the_folder_and_in_the_file(made: Any, name: str) -> None:
     names = sorted(path.name for path in m.output.parent.iterdir())
     data = [n for n in names if n.endswith(".data")]
     assert len(data) == 1
-    assert names == sorted(["model.onnx", "model.report.json", *data])
+    assert names == sorted(["model.onnx", "model.report.html", "model.report.json", *data])
     onnx.checker.check_model(m.output, full_check=True)
     written = json.loads((m.output.parent / "model.report.json").read_text())
     assert written["coverage"] == 1.0
     assert written["recipe"]["passes"] == ["smooth", "awq", "gptq", "pack"]
     assert written["source_hash"] == m.report.source_hash
     assert set(written["versions"]) >= {"onnxruntime", "onnx", "onnx-ir", "numpy", "qcompile-onnx"}
-    assert written["files"] == [m.output.name, data[0], f"{m.output.stem}.report.json"]
+    assert written["files"] == [m.output.name, data[0], *(f"{m.output.stem}.report.{end}" for end in ("json", "html"))]
     assert {d["node"] for d in written["decisions"]["pack"]} == {d.node for d in m.report.decisions["pack"]}
     packed = [d["detail"] for d in written["decisions"]["pack"] if d["detail"]["kind"] == "MatMul"]
     assert all(isinstance(detail["bits_per_weight"], float) for detail in packed), "a number, not its repr"

@@ -95,9 +95,9 @@ def coverage(report: Report, rows: Sequence[NodeRow]) -> Markup:
     groups: dict[tuple[str, str], list[NodeRow]] = {}
     for row in rows:
         groups.setdefault((row.operator, row.told), []).append(row)
-    told = f"{percent(report.coverage)} of the MatMul weights are quantized."
-    if not report.packed("MatMul") and not report.skipped("MatMul"):
-        told = "There was no MatMul weight to quantize."
+    told = f"{percent(report.coverage)} of the {report.kinds} weights are quantized."
+    if not any(report.packed(kind) or report.skipped(kind) for kind in report.products):
+        told = f"There was no {report.kinds} weight to quantize."
     made = table("Nodes by decision", ["Decision", "Operator", "Nodes", "Weights", "Stored"],
         [_group(group) for group in groups.values()], numbers=3)  # fmt: skip
     return section("coverage", "Coverage", Markup(f"<p>{told}</p>\n"), _shares(rows), made if rows else "")

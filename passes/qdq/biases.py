@@ -1,0 +1,94 @@
+"""Biases of integer products, such that ONNX Runtime fuses them."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from qcompile.passes.affine import Array
+from qcompile.passes.formats.emit import add_initializer, drop_unused
+from qcompile.passes.linears import constant
+from qcompile.passes.prepare.edit import insert_before, is_constant
+from qcompile.passes.qdq.twin import TWIN, Twin
+
+_LIMIT = 2**31 - 1
+
+
+def quantize_bias(model: ir.Model, node: ir.Node, position: int, scale: Array) -> bool:
+    """Put int32 codes behind a DequantizeLinear where the node reads its constant bias (N,); scale () or (N,).
+
+    False, and nothing done, where the codes would not fit 32 bits.
+    """
+    value = node.inputs[position] if len(node.inputs) > position else None
+    if not is_constant(value) or value is None:
+        return False
+    bias = np.asarray(constant(value).numpy(), np.float64).reshape(-1)
+    scales = np.broadcast_to(scale.astype(np.float32), bias.shape)
+    codes = np.rint(bias / scales)
+    if np.abs(codes).max(initial=0) > _LIMIT:
+        return False
+    name = f"{value.name}.{node.name}.int32"
+    dtype = constant(value).dtype
+    stored = add_initializer(model, name, ir.tensor(codes.astype(np.int32)))
+    scale_value = add_initializer(model, f"{name}.scale", ir.tensor(scales.astype(dtype.numpy())))
+    read = insert_before(
+        node, "DequantizeLinear", [stored, scale_value], {"axis": 0}, name=f"{name}.dequantized", output=f"{name}.float"
+    )
+    read.dtype, read.shape = dtype, ir.Shape(bias.shape)
+    node.replace_input_with(position, read)
+    drop_unused(model, value)
+    return True
+
+
+def bias_behind(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """(Add, position of the bias) where a constant (N,) is all that is done to the output of a MatMul."""
+    value = node.outputs[0]
+    uses = list(value.uses())
+    if node.op_type != "MatMul" or len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "Add":
+        return None
+    position = 1 - uses[0].idx
+    bias = uses[0].node.inputs[position]
+    if bias is None or not is_constant(bias) or len(constant(bias).shape) != 1:
+        return None
+    return uses[0].node, position
+
+
+def settle_bias(model: ir.Model, node: ir.Node, scale: Array) -> None:
+    """Give the bias behind an integer MatMul the form that leaves the product an integer one.
+
+    ONNX Runtime makes a Gemm of MatMul and Add (N,) first, and leaves a Gemm with a float bias in float.
+    Case 1: a value of rank 3 and more: the bias becomes (1, 1, N), which is no Gemm's.
+    Case 2: rank 2: a Gemm with an int32 bias, which is an integer product.
+    """
+    found, shape = bias_behind(node), node.outputs[0].shape
+    if found is None or shape is None:
+        return
+    add, position = found
+    bias = add.inputs[position]
+    assert bias is not None
+    if len(shape) > 2:  # Case 1
+        array = np.asarray(constant(bias).numpy())
+        lifted = add_initializer(model, f"{bias.name}.row", ir.tensor(array.reshape(1, 1, -1)))
+        add.replace_input_with(position, lifted)
+    elif len(shape) == 2:  # Case 2
+        _become_gemm(model, node, add, bias, scale)
+    drop_unused(model, bias)
+
+
+def _become_gemm(model: ir.Model, node: ir.Node, add: ir.Node, bias: ir.Value, scale: Array) -> None:
+    """Case 2. The Add becomes the Gemm, so that its output stays the value it was."""
+    inputs = [*node.inputs, bias]
+    twin = node.meta.pop(TWIN)
+    add.resize_inputs(3)
+    for i, value in enumerate(inputs):
+        add.replace_input_with(i, value)
+    if not quantize_bias(model, add, 2, scale):
+        add.resize_inputs(2)
+        add.replace_input_with(0, node.outputs[0])
+        add.replace_input_with(1, bias)
+        node.meta[TWIN] = twin
+        return
+    add.op_type = "Gemm"
+    proto = onnx.NodeProto(op_type="Gemm")
+    add.meta[TWIN] = Twin(proto, (*twin.inputs, bias), twin.transposed)
+    model.graph.remove(node, safe=True)
+    add.name = node.name

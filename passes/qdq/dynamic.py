@@ -1,0 +1,116 @@
+"""Dynamic INT8: activations on the range of each batch, found when the model runs."""
+
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.formats.emit import add_initializer, drop_unused
+from qcompile.passes.linears import Linear, find_linears
+from qcompile.passes.policy import Policy
+from qcompile.passes.qdq.embeddings import quantize_embeddings
+from qcompile.passes.qdq.selection import products
+from qcompile.passes.qdq.twin import remember
+from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore
+
+
+class Dynamic(Pass):
+    """Compute linears in int8 on activation ranges found when the model runs: no calibration.
+
+    Case 1: a MatMul with a constant weight: DynamicQuantizeLinear (uint8, one scale for the whole tensor),
+            MatMulInteger, and a product with both scales. ONNX Runtime's CPU provider fuses them. Readers of one value
+            share its DynamicQuantizeLinear.
+    Case 2: other products (Conv) stay in float: their dynamic integer kernels are slower than float ones.
+    Case 3: tables of embeddings become int8, too, shared with a tied lm_head.
+    weights: one scale a channel, or one a tensor.
+    """
+
+    name: ClassVar[str] = "dynamic"
+    after_walk: ClassVar[bool] = True
+    quantizes: ClassVar[bool] = True
+
+    def __init__(
+        self, policy: Policy, *, weights: Literal["channel", "tensor"] = "channel", reduce_range: bool = False
+    ) -> None:
+        super().__init__()
+        self.policy, self.grid = policy, WeightGrid(weights == "channel", reduce_range)
+
+    def call(self, region: Region) -> None:
+        """Rewrite the whole graph in place."""
+        model, store = region.model, WeightStore(region.model, self.grid)
+        chosen, kept = products(model, self.policy)
+        linears = {linear.node: linear for linear in find_linears(model.graph)}
+        codes: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
+        for node in chosen:
+            if node not in linears:  # Case 2
+                self.decide(
+                    node.name or "",
+                    "skipped",
+                    f"no fast dynamic kernel for {node.op_type}",
+                    kind=node.op_type,
+                    weights=0,
+                )
+                continue
+            linear = linears[node]
+            remember(node)
+            if linear.activation not in codes:
+                codes[linear.activation] = _quantize(node, linear.activation)
+            stored = store.store(linear.weight, linear.read(), 1, transposed=linear.transposed)
+            self._told(linear, stored)
+            _replace(model, linear, stored, codes[linear.activation])
+        for node, reason in kept.items():
+            self.decide(node.name or "", "kept", reason, kind=node.op_type, weights=0, weight=node.name)
+        quantize_embeddings(model, self.policy, store, self.decide)  # Case 3
+        region.nodes = list(model.graph)
+
+    def _told(self, linear: Linear, stored: Stored) -> None:
+        size = int(np.prod(linear.shape))
+        self.decide(
+            linear.name,
+            "quantized",
+            f"{self.grid} dynamic, uint8 asym",
+            kind="MatMul",
+            weights=size,
+            weight=stored.codes.name,
+            bytes=stored.nbytes,
+            bits_per_weight=8 * stored.nbytes / max(size, 1),
+        )
+
+
+def _quantize(place: ir.Node, value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """(codes, scale, zero point) of a value, by a DynamicQuantizeLinear before the first node that reads them."""
+    node = ir.node("DynamicQuantizeLinear", [value], num_outputs=3, name=f"{value.name}.dynamic")
+    kinds = (ir.DataType.UINT8, value.dtype or ir.DataType.FLOAT, ir.DataType.UINT8)
+    for output, end, kind in zip(node.outputs, ("quantized", "scale", "zero_point"), kinds, strict=True):
+        output.name, output.dtype = f"{value.name}.{end}", kind
+        output.shape = value.shape if end == "quantized" else ir.Shape(())
+    assert place.graph is not None
+    place.graph.insert_before(place, node)
+    return node.outputs[0], node.outputs[1], node.outputs[2]
+
+
+def _replace(model: ir.Model, linear: Linear, stored: Stored, codes: tuple[ir.Value, ir.Value, ir.Value]) -> None:
+    """Turn the MatMul into the Mul that ends the integer product, in place: its output stays the same value."""
+    node, (x, scale, zero_point) = linear.node, codes
+    read, base = node.inputs[1], node.name
+    zero = f"{stored.codes.name}.zero_point"
+    point = model.graph.initializers.get(zero)
+    if point is None:
+        shape = stored.quantized.scale.shape
+        point = add_initializer(model, zero, ir.tensor(np.zeros(shape, stored.quantized.codes.dtype)))
+    integer = ir.node("MatMulInteger", [x, stored.codes, zero_point, point], name=f"{base}.integer")
+    cast = ir.node("Cast", [integer.outputs[0]], {"to": int(ir.DataType.FLOAT)}, name=f"{base}.cast")
+    scales = ir.node("Mul", [scale, stored.scale], name=f"{base}.scales")
+    for made, kind in ((integer, ir.DataType.INT32), (cast, ir.DataType.FLOAT), (scales, ir.DataType.FLOAT)):
+        made.outputs[0].name, made.outputs[0].dtype = str(made.name), kind
+    integer.outputs[0].shape = cast.outputs[0].shape = node.outputs[0].shape
+    assert node.graph is not None
+    node.graph.insert_before(node, [integer, cast, scales])
+    node.replace_input_with(0, cast.outputs[0])
+    node.replace_input_with(1, scales.outputs[0])
+    node.op_type = "Mul"
+    producer = read.producer() if read is not None else None
+    if producer is not None and not read.uses() and producer.graph is not None:  # type: ignore[union-attr]
+        producer.graph.remove(producer, safe=True)
+    drop_unused(model, linear.weight)

@@ -1,0 +1,55 @@
+"""Embedding tables in int8, one scale a row, shared with a tied lm_head."""
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.formats import emit, functions
+from qcompile.passes.linears import Embedding, find_embeddings
+from qcompile.passes.policy import Policy
+from qcompile.passes.prepare.edit import Decide
+from qcompile.passes.qdq.weights import Stored, WeightStore
+
+
+def quantize_embeddings(model: ir.Model, policy: Policy, store: WeightStore, decide: Decide) -> None:
+    """Turn lookups in constant tables into EmbeddingInt8 with symmetric codes; a tied lm_head has the same ones."""
+    for embedding in find_embeddings(model.graph):
+        size, name = int(np.prod(embedding.shape)), embedding.name
+        spec = policy.for_embedding(embedding)
+        if isinstance(spec, str):
+            decide(name, "kept", spec, kind="Gather", weights=size, weight=embedding.table.name)
+            continue
+        w = np.ascontiguousarray(emit.floats(embedding.table).T)
+        stored = store.store(embedding.table, w, 1, transposed=True)
+        _replace(model, embedding, stored)
+        decide(
+            name,
+            "quantized",
+            "int8 per row, weights only",
+            kind="Gather",
+            weights=size,
+            weight=stored.codes.name,
+            bytes=stored.nbytes,
+            bits_per_weight=8 * stored.nbytes / size,
+        )
+
+
+def _replace(model: ir.Model, embedding: Embedding, stored: Stored) -> None:
+    codes, scale = stored.quantized.codes, stored.quantized.scale
+    if scale.ndim == 0:
+        scale = np.broadcast_to(scale, (codes.shape[1],))
+    name = f"{stored.codes.name}.lookup"
+    dtype = embedding.table.dtype or ir.DataType.FLOAT
+    inputs = [
+        emit.add_initializer(model, name, ir.tensor(codes)),
+        emit.add_initializer(model, f"{name}.scale", ir.tensor(scale.astype(dtype.numpy()).reshape(1, -1))),
+        emit.add_initializer(model, f"{name}.zero_point", ir.tensor(np.zeros((1, codes.shape[1]), codes.dtype))),
+    ]
+    functions.register(model, "EmbeddingInt8")
+    node = embedding.node
+    node.resize_inputs(4)
+    for i, value in enumerate([embedding.indices, *inputs]):
+        node.replace_input_with(i, value)
+    node.op_type, node.domain, node.overload = "EmbeddingInt8", functions.DOMAIN, ""
+    node.attributes.clear()
+    node.attributes["block_size"] = ir.AttrInt64("block_size", codes.shape[0])
+    emit.drop_unused(model, embedding.table)

@@ -1,0 +1,199 @@
+"""Static INT8: QuantizeLinear and DequantizeLinear around what integer kernels compute."""
+
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.affine import Array, QParams
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.errors import UserError
+from qcompile.passes.formats.emit import add_initializer
+from qcompile.passes.observers import OBSERVERS
+from qcompile.passes.observers.base import Observer
+from qcompile.passes.policy import Policy
+from qcompile.passes.prepare.edit import Names, take_over
+from qcompile.passes.qdq.biases import quantize_bias, settle_bias
+from qcompile.passes.qdq.embeddings import quantize_embeddings
+from qcompile.passes.qdq.providers import TYPES
+from qcompile.passes.qdq.ranges import grid_of, shared
+from qcompile.passes.qdq.selection import Selection, inputs_of, select, weight_position
+from qcompile.passes.qdq.twin import remember
+from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore
+from qcompile.passes.spec import ActivationSpec
+
+Calibrator = Literal["minmax", "moving-average", "percentile", "entropy", "mse", "cross-entropy"]
+Readers = dict[ir.Value, list[tuple[ir.Node, int]]]
+_TYPES = {"float8": ir.DataType.FLOAT8E4M3FN}
+
+
+class Qdq(Pass):
+    """Insert QDQ: weights int8, activations on fixed ranges, so that runtimes compute products in 8 bits.
+
+    Case 1: products with a constant weight (MatMul, Gemm, Conv), and what `operators` adds; see `selection`.
+    Case 2: activations by the observed ranges (`observer`); values that must share a scale share it.
+    Case 3: biases become int32 where the provider takes them; others keep a form that does not hinder the fusion.
+    Case 4: tables of embeddings become int8, too, shared with a tied lm_head.
+    provider: whose fusions and types are aimed at. weights: one scale a channel, or one a tensor.
+    activations: "auto" is what the provider wants; 16 bits and float8 run as Q, DQ and float operators on the CPU.
+    """
+
+    name: ClassVar[str] = "qdq"
+    after_walk: ClassVar[bool] = True
+    quantizes: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        observer: Calibrator = "mse",
+        operators: Literal["auto", "weights", "all"] = "auto",
+        provider: Literal["cpu", "cuda", "tensorrt"] = "cpu",
+        activations: Literal["auto", "uint8", "int8", "uint16", "int16", "float8"] = "auto",
+        symmetric: bool | Literal["auto"] = "auto",
+        weights: Literal["channel", "tensor"] = "channel",
+        reduce_range: bool = False,
+        share_sums: bool = False,
+        slower: bool = False,
+    ) -> None:
+        super().__init__()
+        self.policy, self.observer, self.operators, self.provider = policy, observer, operators, provider
+        self.spec = activation_spec(provider, activations, symmetric)
+        self.grid = WeightGrid(weights == "channel", reduce_range, self.spec.is_float)
+        self.share_sums, self.slower = share_sums, slower
+        self.observers: dict[ir.Value, Observer] = {}
+        self.grids: dict[ir.Value, QParams] = {}
+
+    @property
+    def chosen_ranges(self) -> dict[ir.Value, tuple[float, float]]:
+        """The ends of each grid."""
+        ends = (self.spec.qmin, self.spec.qmax)
+        return {value: tuple(float((end - q.zero_point) * q.scale) for end in ends) for value, q in self.grids.items()}  # type: ignore[misc]
+
+    def observed(self, model: ir.Model) -> dict[ir.Value, Observer]:
+        """An observer for every activation that will be quantized."""
+        selection = self._select(model)
+        self.observers = {value: OBSERVERS[self.observer](str(value.name)) for value in selection.values}
+        return self.observers
+
+    def call(self, region: Region) -> None:
+        """Rewrite the whole graph in place."""
+        selection = self._select(region.model)
+        unknown = [value for value in selection.values if not self.observers[value].state()]
+        if unknown:
+            raise UserError(f"qdq: activation {unknown[0].name} was never seen on the calibration data: is it empty?")
+        self.grids = grids = self._grids(selection)
+        readers = _readers(selection)
+        for node in selection.nodes:
+            remember(node)
+        scales = self._round_weights(region.model, selection, grids)
+        self._insert(region.model, selection, readers, grids)
+        if TYPES[self.provider].bias and not self.spec.is_float:
+            for node, scale in scales.items():
+                settle_bias(region.model, node, scale)
+        quantize_embeddings(region.model, self.policy, self.store, self.decide)
+        for node, reason in selection.kept.items():
+            self._told(node, *reason)
+        region.nodes = list(region.model.graph)
+
+    def _select(self, model: ir.Model) -> Selection:
+        return select(model, self.policy, self.provider, self.operators, slower=self.slower)
+
+    def _grids(self, selection: Selection) -> dict[ir.Value, QParams]:
+        """Case 2."""
+        grids: dict[ir.Value, QParams] = {}
+        for group in shared(selection.nodes, selection.values, sums=self.share_sums):
+            qparams = grid_of((self.observers[value] for value in group), self.spec)
+            grids.update((value, qparams) for value in group)
+        return grids
+
+    def _round_weights(
+        self, model: ir.Model, selection: Selection, grids: dict[ir.Value, QParams]
+    ) -> dict[ir.Node, Array]:
+        """Cases 1 and 3. Returns the scale of the integer sums of every product, () or (channels,)."""
+        self.store = WeightStore(model, self.grid)
+        scales: dict[ir.Node, Array] = {}
+        for node, rule in selection.nodes.items():
+            x = node.inputs[0]
+            if weight_position(node) is None or x is None:
+                self.decide(node.name or "", "quantized", f"static {self.spec}", kind=node.op_type, weights=0)
+                continue
+            size = _elements(node)
+            stored = self.store.dequantized(node, rule)
+            scales[node] = np.asarray(grids[x].scale * stored.quantized.scale, np.float32)
+            if rule.bias is not None and TYPES[self.provider].bias and not self.spec.is_float:
+                quantize_bias(model, node, rule.bias, scales[node])
+            self._told(node, "quantized", f"{self.grid} static, {self.spec}", stored, size)
+        return scales
+
+    def _insert(self, model: ir.Model, selection: Selection, readers: Readers, grids: dict[ir.Value, QParams]) -> None:
+        names = Names(model)
+        for value, wanting in readers.items():
+            if value in selection.whole:
+                wanting = [(use.node, use.idx) for use in value.uses()]
+            dequantized = self._pair(model, value, grids[value], names)
+            for node, i in wanting:
+                node.replace_input_with(i, dequantized)
+            if value in selection.whole and value.is_graph_output():
+                take_over(value, dequantized, names)
+
+    def _pair(self, model: ir.Model, value: ir.Value, qparams: QParams, names: Names) -> ir.Value:
+        """Q and DQ behind a value; returns the DQ's output."""
+        dtype = value.dtype if value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16) else ir.DataType.FLOAT
+        name = names.fresh(f"{value.name}.quantized")
+        scale = add_initializer(model, f"{name}.scale", ir.tensor(qparams.scale.astype(dtype.numpy())))
+        zero = ir.tensor(qparams.zero_point.astype(self.spec.dtype.numpy()))
+        point = add_initializer(model, f"{name}.zero_point", zero)
+        quantize = ir.node("QuantizeLinear", [value, scale, point], name=name)
+        dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, point], name=f"{name}.back")
+        quantize.outputs[0].name, dequantize.outputs[0].name = name, names.fresh(f"{value.name}.dequantized")
+        for node, kind in ((quantize, self.spec.dtype), (dequantize, dtype)):
+            node.outputs[0].dtype, node.outputs[0].shape = kind, value.shape
+        producer, graph = value.producer(), model.graph
+        if producer is not None:
+            graph.insert_after(producer, [quantize, dequantize])
+        else:
+            graph.insert_before(graph[0], [quantize, dequantize])
+        return dequantize.outputs[0]
+
+    def _told(self, node: ir.Node, action: str, reason: str, stored: Stored | None = None, size: int = 0) -> None:
+        if stored is None:
+            self.decide(node.name or "", action, reason, kind=node.op_type, weights=_elements(node), weight=node.name)
+            return
+        name, size = str(stored.codes.name), max(size, 1)
+        bits = 8 * stored.nbytes / size
+        detail = {"kind": node.op_type, "weights": size, "weight": name, "bytes": stored.nbytes}
+        self.decide(node.name or "", action, reason, **detail, bits_per_weight=bits)
+
+
+def activation_spec(provider: str, activations: str, symmetric: bool | str) -> ActivationSpec:
+    """The grid that the parameters ask for; UserError where the provider does not take it."""
+    wanted = TYPES[provider]  # type: ignore[index]
+    dtype = wanted.activation if activations == "auto" else _TYPES.get(activations)
+    if dtype is None:
+        dtype = ir.DataType[activations.upper()]
+    even = bool(symmetric) if symmetric != "auto" else wanted.symmetric or dtype == ir.DataType.FLOAT8E4M3FN
+    if wanted.symmetric and not even:
+        raise UserError(f"qdq: {provider} takes symmetric activations only, leave out symmetric=false")
+    if provider == "tensorrt" and dtype not in (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN):
+        raise UserError(f"qdq: tensorrt takes int8 and float8 activations, got {activations}")
+    return ActivationSpec(dtype, even)
+
+
+def _readers(selection: Selection) -> Readers:
+    """By value, the inputs of nodes that are to read its DequantizeLinear."""
+    readers: Readers = {value: [] for value in selection.values}
+    for node, rule in selection.nodes.items():
+        for i in inputs_of(node, rule):
+            value = node.inputs[i]
+            assert value is not None
+            readers[value].append((node, i))
+    return readers
+
+
+def _elements(node: ir.Node) -> int:
+    """Elements of the constant weight of a product."""
+    value = node.inputs[1] if len(node.inputs) > 1 else None
+    shape = value.shape if value is not None else None
+    known = shape is not None and all(isinstance(size, int) for size in shape)
+    return int(np.prod([int(size) for size in shape])) if known and shape is not None else 0  # type: ignore[arg-type]

@@ -1,0 +1,175 @@
+"""Which nodes compute in 8 bits, and which values therefore need a Q and a DQ."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import onnx_ir as ir
+
+from qcompile.passes.linears import as_linear, constant, is_lm_head, vocabulary_size
+from qcompile.passes.policy import Policy
+from qcompile.passes.prepare.edit import is_constant
+from qcompile.passes.qdq.providers import Provider, Rule, rule_of
+
+Operators = Literal["auto", "weights", "all"]
+# Operators with a weight.
+PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+# What a QuantizeLinear may stand behind, instead of right behind the product: both vanish into the product.
+_CLAMPS = ("Relu", "Clip")
+
+
+@dataclass
+class Selection:
+    """What is to be quantized.
+
+    nodes: by node, its rule. values: activations that get a Q and a DQ. whole: those of them that all readers take
+    from the DQ, since their producer is fused only then. kept: nodes with a weight left
+    in float: what is said of them ("kept" by the user's choice, "skipped" for want of a kernel), and the reason.
+    """
+
+    nodes: dict[ir.Node, Rule] = field(default_factory=dict)
+    values: dict[ir.Value, None] = field(default_factory=dict)
+    whole: set[ir.Value] = field(default_factory=set)
+    kept: dict[ir.Node, tuple[str, str]] = field(default_factory=dict)
+
+
+def select(model: ir.Model, policy: Policy, provider: Provider, operators: Operators, *, slower: bool) -> Selection:
+    """What to quantize in the main graph.
+
+    Case 1: a product with a constant weight, unless the policy keeps it, or the provider computes it in float.
+    Case 2: operators "all": every other operator that the provider computes in integers, products of two activations
+            among them; those that are slower in integers only with `slower`.
+    Case 3: operators "auto": such an operator between two integer ones, so that codes need not become floats.
+    """
+    found = Selection()
+    chosen, kept = products(model, policy)
+    found.kept = {node: ("kept", reason) for node, reason in kept.items()}
+    for node in chosen:  # Case 1
+        rule = _rule(node, provider)
+        if isinstance(rule, str):
+            found.kept[node] = ("skipped", rule)
+        else:
+            found.nodes[node] = rule
+    for node in model.graph if operators == "all" else ():  # Case 2
+        rule = _rule(node, provider)
+        if (
+            node not in found.nodes
+            and node not in found.kept
+            and isinstance(rule, Rule)
+            and _usable(node, rule, slower)
+        ):
+            found.nodes[node] = rule
+    _add_values(found)
+    if operators == "auto":
+        _add_between(model, found, provider, slower)  # Case 3
+    return found
+
+
+def products(model: ir.Model, policy: Policy) -> tuple[list[ir.Node], dict[ir.Node, str]]:
+    """(nodes with a constant weight that are to be quantized, those that the user keeps in float and why)."""
+    vocabulary = vocabulary_size(model)
+    weighted = [n for n in model.graph if n.op_type in PRODUCTS and n.domain == "" and weight_position(n) is not None]
+    refused = {node: _refusal(node, policy, vocabulary) for node in weighted}
+    return [n for n, reason in refused.items() if not reason], {n: reason for n, reason in refused.items() if reason}
+
+
+def weight_position(node: ir.Node) -> int | None:
+    """The input of a product that is a constant weight; None where there is none."""
+    if node.op_type == "MatMul":
+        return None if isinstance(as_linear(node), str) else 1
+    value = node.inputs[1] if len(node.inputs) > 1 else None
+    return 1 if is_constant(value) and value is not None and constant(value).dtype.is_floating_point() else None
+
+
+def inputs_of(node: ir.Node, rule: Rule) -> Iterator[int]:
+    """Positions of the inputs that must come out of a DequantizeLinear, the weight left out."""
+    positions = range(len(node.inputs)) if rule.activations == "all" else rule.activations
+    weight = weight_position(node)
+    return (i for i in positions if i < len(node.inputs) and node.inputs[i] is not None and i != weight)
+
+
+def quantized_output(node: ir.Node) -> ir.Value:
+    """The value that the Q of a node's output stands behind: that of a Relu or Clip which reads the node alone."""
+    value = node.outputs[0]
+    uses = list(value.uses())
+    if node.op_type in (*PRODUCTS, "Add") and len(uses) == 1 and not value.is_graph_output():
+        reader = uses[0].node
+        if reader.op_type in _CLAMPS and reader.domain == "" and uses[0].idx == 0:
+            return reader.outputs[0]
+    return value
+
+
+def _rule(node: ir.Node, provider: Provider) -> Rule | str:
+    rule = rule_of(node)
+    if isinstance(rule, str):
+        return rule
+    floats = node.outputs[0].dtype is None or node.outputs[0].dtype.is_floating_point()
+    if not floats:
+        return f"{node.op_type} of no floats"
+    computed = rule.cpu if provider == "cpu" else getattr(rule, provider)
+    # The CUDA provider has no integer kernels: its Q and DQ only say where the rounding is, as for products.
+    if computed == "float" and not (provider == "cuda" and node.op_type in PRODUCTS):
+        return f"{node.op_type} has no integer kernel on {provider}"
+    return rule
+
+
+def _refusal(node: ir.Node, policy: Policy, vocabulary: int | None) -> str:
+    if node.op_type == "MatMul":
+        linear = as_linear(node)
+        assert not isinstance(linear, str)
+        if is_lm_head(linear, vocabulary) and policy.lm_head is None:
+            return "lm_head is kept in float"
+        return policy.refusal(linear.name, linear.weight.name or "")
+    weight = node.inputs[1]
+    assert weight is not None
+    return policy.refusal(node.name or "", weight.name or "")
+
+
+def _usable(node: ir.Node, rule: Rule, slower: bool) -> bool:
+    if (rule.slower and not slower) or node.op_type in ("Gemm", "Conv", "ConvTranspose"):
+        return False
+    values = [node.inputs[i] for i in inputs_of(node, rule)]
+    return bool(values) and not any(v is None or is_constant(v) or v.dtype not in (None, *_FLOATS) for v in values)
+
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+
+
+def _add_values(found: Selection) -> None:
+    for node, rule in found.nodes.items():
+        for i in inputs_of(node, rule):
+            value = node.inputs[i]
+            assert value is not None
+            found.values[value] = None
+        if rule.output != "optional":
+            value = quantized_output(node)
+            found.values[value] = None
+            found.whole.add(value)
+
+
+def _add_between(model: ir.Model, found: Selection, provider: Provider, slower: bool) -> None:
+    """Case 3: operators whose inputs are quantized anyway, and whose output an integer operator reads."""
+    candidates = {}
+    for node in model.graph:
+        if node not in found.nodes and node not in found.kept:
+            rule = _rule(node, provider)
+            if isinstance(rule, Rule) and _usable(node, rule, slower):
+                candidates[node] = rule
+    wanted = _wanted(found, candidates)
+    for node, rule in candidates.items():
+        ready = all(node.inputs[i] in found.values for i in inputs_of(node, rule))
+        if ready and node in wanted:
+            found.nodes[node] = rule
+            value = quantized_output(node)
+            found.values[value] = None
+            found.whole.add(value)
+
+
+def _wanted(found: Selection, candidates: Mapping[ir.Node, Rule]) -> set[ir.Node]:
+    """Candidates whose output goes, through other candidates perhaps, into an integer operator."""
+    wanted: set[ir.Node] = set()
+    for node in reversed(list(candidates)):
+        readers = {use.node for use in quantized_output(node).uses()}
+        if readers & found.nodes.keys() or readers & wanted:
+            wanted.add(node)
+    return wanted

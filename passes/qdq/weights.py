@@ -1,0 +1,137 @@
+"""Constant weights as int8 codes behind a DequantizeLinear: symmetric, one scale for each output channel or for all."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.passes.affine import Array, QParams, choose_qparams, quantize, storable
+from qcompile.passes.formats.emit import add_initializer, drop_unused
+from qcompile.passes.linears import as_linear, constant
+from qcompile.passes.prepare.edit import insert_before
+from qcompile.passes.qdq.providers import Rule
+from qcompile.passes.spec import PerChannel, QuantSpec
+
+# Positive scales and no zero points: what integer kernels and TensorRT ask for.
+SPEC = QuantSpec(8, PerChannel(1), symmetric=True, signed_scale=False)
+# With 7 bits, sums of two products of uint8 and int8 stay within the 16 bits of x86 before VNNI.
+_REDUCED = np.float32(2)
+_FLOAT8_MOST = np.float32(448)
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """How weights are quantized. float8: E4M3 numbers instead of int8. reduce_range: 7 of the 8 bits."""
+
+    per_channel: bool = True
+    reduce_range: bool = False
+    float8: bool = False
+
+    def __str__(self) -> str:
+        bits = "float8" if self.float8 else "int7" if self.reduce_range else "int8"
+        return f"{bits} {'per channel' if self.per_channel else 'per tensor'}"
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized weight.
+
+    codes: int8 or float8 numbers, shaped like it. scale: () or (channels,). axis: that of the channels.
+    """
+
+    codes: npt.NDArray[Any]
+    scale: Array
+    axis: int
+
+    def dequantize(self) -> Array:
+        """The float32 weight that the codes stand for."""
+        shape = [1] * self.codes.ndim
+        if self.scale.ndim:
+            shape[self.axis] = -1
+        return np.asarray(self.codes.astype(np.float32) * self.scale.reshape(shape), np.float32)
+
+
+def quantize_weight(w: Array, axis: int, grid: WeightGrid) -> Codes:
+    """Codes of a weight of any shape, its output channels along `axis`."""
+    axis %= w.ndim
+    moved = np.moveaxis(w, axis, -1)
+    matrix = moved.reshape(-1, moved.shape[-1] if grid.per_channel else 1)
+    if grid.float8:
+        scale = storable(np.abs(matrix).max(axis=0, keepdims=True) / _FLOAT8_MOST, SPEC)
+        codes: npt.NDArray[Any] = (matrix / scale).astype(ml_dtypes.float8_e4m3fn)
+    else:
+        qparams = choose_qparams(matrix, SPEC)
+        if grid.reduce_range:
+            qparams = QParams(qparams.scale * _REDUCED, qparams.zero_point)
+        scale, codes = qparams.scale, quantize(matrix, qparams, SPEC)
+    codes = np.ascontiguousarray(np.moveaxis(codes.reshape(moved.shape), -1, axis))
+    return Codes(codes, scale.reshape(-1) if grid.per_channel else scale.reshape(()), axis)
+
+
+def float_weight(node: ir.Node, rule: Rule) -> tuple[ir.Value, Array, int]:
+    """(initializer, float32 weight as the node reads it, axis of its output channels) of a product."""
+    if node.op_type == "MatMul":
+        linear = as_linear(node)
+        assert not isinstance(linear, str)
+        return linear.weight, linear.read(), 1
+    value = node.inputs[1]
+    assert value is not None
+    assert rule.axis is not None
+    return value, np.asarray(constant(value).numpy(), np.float32), rule.axis
+
+
+@dataclass
+class Stored:
+    """A weight in the graph: its codes and scale, and what they dequantize to."""
+
+    quantized: Codes
+    codes: ir.Value
+    scale: ir.Value
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return constant(self.codes).nbytes + constant(self.scale).nbytes
+
+
+class WeightStore:
+    """Quantizes every weight once, however many nodes read it."""
+
+    def __init__(self, model: ir.Model, grid: WeightGrid) -> None:
+        self.model, self.grid = model, grid
+        self._stored: dict[tuple[ir.Value, bool, int], Stored] = {}
+
+    def store(self, value: ir.Value, w: Array, axis: int, *, transposed: bool = False) -> Stored:
+        """The initializers of a weight; `transposed`: w is the transpose of what the value holds."""
+        key = (value, transposed, axis)
+        if key not in self._stored:
+            quantized = quantize_weight(w, axis, self.grid)
+            dtype = constant(value).dtype.numpy()
+            name = f"{value.name}.{'float8' if self.grid.float8 else 'int8'}"
+            codes = add_initializer(self.model, name, ir.tensor(quantized.codes))
+            scale = add_initializer(self.model, f"{name}.scale", ir.tensor(quantized.scale.astype(dtype)))
+            self._stored[key] = Stored(quantized, codes, scale)
+        return self._stored[key]
+
+    def dequantized(self, node: ir.Node, rule: Rule) -> Stored:
+        """Put a DequantizeLinear of codes where the node reads its float weight."""
+        value, w, axis = float_weight(node, rule)
+        position = rule.weight or 1
+        read = node.inputs[position]
+        assert read is not None
+        stored = self.store(value, w, axis, transposed=read is not value)
+        name = f"{stored.codes.name}.{node.name}.dequantized"
+        attributes = {"axis": stored.quantized.axis} if stored.quantized.scale.ndim else {}
+        weight = insert_before(
+            node, "DequantizeLinear", [stored.codes, stored.scale], attributes, name=name, output=name
+        )
+        weight.type, weight.shape = value.type, ir.Shape(w.shape)
+        node.replace_input_with(position, weight)
+        producer = read.producer()
+        if producer is not None and not read.uses() and producer.graph is not None:
+            producer.graph.remove(producer, safe=True)
+        drop_unused(self.model, value)
+        return stored
