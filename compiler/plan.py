@@ -155,7 +155,9 @@ def following_grid(later: Sequence[Step]) -> ActivationSpec | None:
 
 
 def _check_type(name: str, parameter: inspect.Parameter, value: Any) -> None:
-    allowed = typing.get_args(parameter.annotation) or (parameter.annotation,)
+    annotation = parameter.annotation
+    alone = typing.get_origin(annotation) is typing.Literal
+    allowed = (annotation,) if alone else typing.get_args(annotation) or (annotation,)
     for kind in allowed:
         if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
             return
