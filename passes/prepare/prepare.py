@@ -2,10 +2,12 @@
 
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.prepare.constants import fix_defaults, lift_constants, load_small
+from qcompile.passes.prepare.convolutions import fold_convolutions
 from qcompile.passes.prepare.duplicates import merge_duplicates
 from qcompile.passes.prepare.equal import merge_equal
 from qcompile.passes.prepare.folding import fold_weights
 from qcompile.passes.prepare.gemm import split_gemms
+from qcompile.passes.prepare.hard_swish import name_hard_swishes
 from qcompile.passes.prepare.heads import group_heads
 from qcompile.passes.prepare.identities import remove_identities
 from qcompile.passes.prepare.opset import raise_opset
@@ -39,7 +41,9 @@ class Prepare(Pass):
     Case 14: a constant operand that changes nothing (and True, times 1, plus 0) goes with its node.
     Case 15: the signs that rotary embeddings put on halves of q and k go into the table that all of them share.
     Case 16: grouped-query attention reads each head of keys and values once for its group, where Expand copied it.
-    Cases 11 to 16 keep the arithmetic, but for NaN scores in Case 13; Case 10 rounds once where it was twice.
+    Case 17: BatchNormalization, and Add, Sub, Mul and Div by constants of a channel, go into the Conv before them.
+    Case 18: x * Clip(x + 3, 0, 6) / 6, however it is written, becomes HardSwish; without the first x, HardSigmoid.
+    Cases 11 to 16 keep the arithmetic, but for NaN scores in Case 13; Cases 10, 17 and 18 round elsewhere, or less.
     Inputs and outputs keep names, order and types; weights keep their types and are never all in memory.
     """
 
@@ -77,6 +81,8 @@ class Prepare(Pass):
         sign_tables(model, decide)  # Case 15
         remove_unused(model, decide)  # so that a dead reader does not look like a second use
         group_heads(model, decide)  # Case 16
+        name_hard_swishes(model, decide)  # Case 18, before a convolution takes the + 3
+        fold_convolutions(model, decide)  # Case 17
         merge_equal(model, decide)  # Case 12
         remove_unused(model, decide)  # Case 8
         sort(model)
