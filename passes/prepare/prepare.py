@@ -42,7 +42,7 @@ class Prepare(Pass):
     Case 15: the signs that rotary embeddings put on halves of q and k go into the table that all of them share.
     Case 16: grouped-query attention reads each head of keys and values once for its group, where Expand copied it.
     Case 17: BatchNormalization, and Add, Sub, Mul and Div by constants of a channel, go into the Conv before them.
-    Case 18: x * Clip(x + 3, 0, 6) / 6, however it is written, becomes HardSwish; without the first x, HardSigmoid.
+    Case 18: x * Clip(x + 3, 0, 6) / 6 and the like become HardSwish; without the first x, HardSigmoid.
     Cases 11 to 16 keep the arithmetic, but for NaN scores in Case 13; Cases 10, 17 and 18 round elsewhere, or less.
     Inputs and outputs keep names, order and types; weights keep their types and are never all in memory.
     """
