@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
-from qcompile.passes.tensors import read
+from qcompile.passes.tensors import chunks, read
 from qcompile.runtime.sessions import session
 
 # Initializers below this many bytes stay inside the protobuf, where shape inference can read them.
@@ -130,6 +130,6 @@ def _add_initializer(piece: Piece, value: ir.Value) -> None:
         piece.proto.graph.initializer.append(_declared(name, int(tensor.dtype), tensor.shape.numpy()))
         piece.weights[name] = np.asarray(read(tensor))
         return
-    inline = TensorProto(name=name, data_type=int(tensor.dtype), raw_data=tensor.tobytes())
+    inline = TensorProto(name=name, data_type=int(tensor.dtype), raw_data=b"".join(chunks(tensor)))
     inline.dims.extend(int(size) for size in tensor.shape.numpy())
     piece.proto.graph.initializer.append(inline)
