@@ -27,6 +27,8 @@ from int8_data import Feeds, calibration, model_kind
 from int8_metrics import file_megabytes
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Quantized inputs and weights, float outputs: nothing is lost behind a product.
+INPUTS_ONLY = {"OpTypesToExcludeOutputQuantization": list(LINEAR)}
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,14 @@ class Peer:
     """A way to call onnxruntime's quantizer; what is not said is left at its default.
 
     method: a CalibrationMethod, or "" for quantize_dynamic. linear: only the LINEAR operators, and of the MatMuls only
-    those with a constant weight. activation: a QuantType. options: extra_options. raw: not preprocessed.
+    those with a constant weight; gather: embeddings too. activation: a QuantType. options: extra_options.
+    raw: not preprocessed.
     """
 
     method: str = ""
     per_channel: bool = False
     linear: bool = False
+    gather: bool = False
     activation: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     raw: bool = False
@@ -48,7 +52,8 @@ class Peer:
     def ranges(self) -> str:
         """The file that peers of the same calibration share; "" for none."""
         shared = self.method and "SmoothQuant" not in self.options
-        return f"ranges-{self.method}{'-linear' * self.linear}{'-raw' * self.raw}.json" if shared else ""
+        parts = (self.method, "linear" * self.linear, "gather" * self.gather, "raw" * self.raw)
+        return f"ranges-{'-'.join(filter(None, parts))}.json" if shared else ""
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of quantize_static or quantize_dynamic, without the data."""
@@ -60,7 +65,7 @@ class Peer:
         if self.activation:
             given["activation_type"] = QuantType[self.activation]
         if self.linear:
-            given["op_types_to_quantize"] = list(LINEAR)
+            given["op_types_to_quantize"] = [*LINEAR, *["Gather"] * self.gather]
             given["extra_options"]["MatMulConstBOnly"] = True
         return given
 
@@ -80,6 +85,12 @@ PEERS: dict[str, Peer] = {
     # Beyond the defaults: what helps most in practice.
     "minmax-linear-pc": Peer("MinMax", per_channel=True, linear=True),
     "percentile-linear-pc": Peer("Percentile", per_channel=True, linear=True),
+    "minmax-linear-gather-pc": Peer("MinMax", per_channel=True, linear=True, gather=True),
+    "minmax-inputs-pc": Peer("MinMax", per_channel=True, linear=True, options=INPUTS_ONLY),
+    "percentile-inputs-pc": Peer("Percentile", per_channel=True, linear=True, options=INPUTS_ONLY),
+    "minmax-smooth-inputs-pc": Peer(
+        "MinMax", per_channel=True, linear=True, options={**INPUTS_ONLY, "SmoothQuant": True}
+    ),
     "minmax-linear-pc-u8": Peer("MinMax", per_channel=True, linear=True, activation="QUInt8"),
     "percentile-linear-pc-u8": Peer("Percentile", per_channel=True, linear=True, activation="QUInt8"),
 }
@@ -162,7 +173,7 @@ def work(name: str, model: Path, folder: Path, windows: int, threads: int) -> No
         "peer": name, "status": "ok", "seconds": round(seconds, 1), "prepare_seconds": round(prepare_seconds, 1),
         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "file_mb": round(file_megabytes(target), 1), "threads": threads, "preprocessing": preprocessing,
-        "calibration": f"{len(batches)} batches" + ", ranges reused" * reused if peer.method else "none",
+        "calibration": f"as in {peer.ranges}" if reused else f"{len(batches)} batches",
         "arguments": {key: str(value) for key, value in given.items()},
         "versions": {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__},
     })  # fmt: skip
