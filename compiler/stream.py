@@ -56,19 +56,27 @@ class Runner:
         self.observe(segment, observers, stream)
         return {value: own.statistics for value, own in observers.items() if own.statistics is not None}
 
-    def observe(self, segment: Segment, observers: Mapping[ir.Value, Observer], stream: Stream) -> None:
-        """Let observers see the activations they are for, batch by batch."""
+    def observe(
+        self,
+        segment: Segment,
+        observers: Mapping[ir.Value, Observer],
+        stream: Stream,
+        *,
+        more: Mapping[ir.Value, Observer] | None = None,
+    ) -> None:
+        """Let observers see the activations they are for, batch by batch; `more` may be for the same ones."""
         presents = self._presents(segment) if stream.followed() else []
-        piece = extract(self.model, _given(segment), [*observers, *presents])
+        pairs = [*observers.items(), *(more or {}).items()]
+        piece = extract(self.model, _given(segment), list(dict.fromkeys([*(value for value, _ in pairs), *presents])))
         graph = piece.proto.graph
         kept = {str(value.name) for value in presents}
         outputs = [output for output in graph.output if output.name in kept]
         del graph.output[:]
         graph.output.extend(outputs)
-        for observer in observers.values():
+        for _, observer in pairs:
             observer.append(graph)
         for results in self._run(piece, segment, stream):
-            for observer in observers.values():
+            for _, observer in pairs:
                 observer.update(results)
 
     def advance(self, segment: Segment, stream: Stream) -> None:

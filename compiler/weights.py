@@ -74,10 +74,13 @@ def _weights(node: ir.Node) -> Iterator[Weight]:
 
 
 def _own(node: ir.Node) -> Weight:
-    kind = "linear" if is_product(node) else "embedding"
-    if kind == "linear":
+    kind = "linear" if node.op_type.startswith("MatMul") else "embedding"
+    values: list[ir.Value | None]
+    if is_product(node):
         own = operands(node)
-        values: list[ir.Value | None] = [own.codes, own.scale, own.zero_point]
+        values = [own.codes, own.scale, own.zero_point]
+    elif kind == "linear":
+        values = list(node.inputs[1:3])
     else:
         values = list(node.inputs[1:])
     tensors = tuple(t for v in values if v is not None and (t := stored(v)) is not None)

@@ -1,7 +1,7 @@
 """What a pass is: parameters in the constructor, one `call` on a region, decisions left behind."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -72,6 +72,14 @@ class Pass(ABC):
 
     def observed(self, model: ir.Model) -> dict[ir.Value, Observer]:
         """Observers that are to see the activations of the model before the pass runs; filled when `call` begins."""
+        return {}
+
+    @property
+    def observed_here(self) -> Mapping[ir.Value, Observer]:
+        """Observers of the region that `call` was given last, as it is now, besides those of `observed`.
+
+        They are filled before the next region, where a pass of the list observes ranges at all.
+        """
         return {}
 
     @abstractmethod

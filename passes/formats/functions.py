@@ -6,9 +6,11 @@ The body is the specification, the oracle of the tests, and what runs where no k
 |---|---|---|
 | MatMulInt4, MatMulInt8 | x (…, K); w (K, N); scale (G, N); zero_point (G, N), optional | (…, N) |
 | MatMulAddInt4, MatMulAddInt8 | x; w; scale; bias (N,); zero_point, optional | (…, N) |
+| MatMulInt8Outlier | x; w int8; scale (N,); x_scale (); x_zero_point (); channels (C,); w_outlier (C, N) | (…, N) |
 | EmbeddingInt4 | indices (…) int; w (K, C) uint8; scale (G, V); zero_point (G, C) uint8 | (…, K) |
 | EmbeddingInt8 | indices (…) int; w (K, V); scale (G, V); zero_point (G, V) | (…, K) |
 
+The outliers' rows of w are zero, so what rounding makes of these channels of x adds nothing; see docs/formats.md.
 G = ceil(K / block_size); C = ceil(V / 2) bytes of two codes each, the even column's in the low nibble.
 The code of element (k, n) decodes to (w - zero_point) * scale, both of group k // block_size.
 The attribute `activation_bits` of the products, 16 where it is absent, is for kernels: what they may round x to. The
@@ -31,6 +33,8 @@ DOMAIN = "qcompile"
 VERSION = 1
 # Attribute of the products: bits that a kernel gives each activation, 16 or 8.
 ACTIVATION_BITS = "activation_bits"
+# The product whose scale is that of whole columns, not of blocks.
+OUTLIER = "MatMulInt8Outlier"
 _DOMAIN_OPSET = onnxscript.values.Opset(DOMAIN, VERSION)
 
 
@@ -52,6 +56,13 @@ def MatMulAddInt4(x, w, scale, bias, zero_point, block_size: int, activation_bit
 @onnxscript.script(_DOMAIN_OPSET, default_opset=op)
 def MatMulAddInt8(x, w, scale, bias, zero_point, block_size: int, activation_bits: int = 16):
     return op.Add(op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size)), bias)
+
+
+@onnxscript.script(_DOMAIN_OPSET, default_opset=op)
+def MatMulInt8Outlier(x, w, scale, x_scale, x_zero_point, channels: INT64, w_outlier):
+    rest = op.DequantizeLinear(op.QuantizeLinear(x, x_scale, x_zero_point), x_scale, x_zero_point)
+    product = op.MatMul(rest, op.DequantizeLinear(w, scale, axis=1))
+    return op.Add(product, op.MatMul(op.Gather(x, channels, axis=-1), w_outlier))
 
 
 @onnxscript.script(_DOMAIN_OPSET, default_opset=op)
@@ -86,7 +97,7 @@ def EmbeddingInt4(indices: INT64, w, scale, zero_point, block_size: int):
 
 @cache
 def _protos() -> dict[str, bytes]:
-    functions = (MatMulInt4, MatMulInt8, MatMulAddInt4, MatMulAddInt8, EmbeddingInt8, EmbeddingInt4)
+    functions = (MatMulInt4, MatMulInt8, MatMulAddInt4, MatMulAddInt8, EmbeddingInt8, EmbeddingInt4, MatMulInt8Outlier)
     return {function.name: function.to_function_proto().SerializeToString() for function in functions}
 
 
@@ -120,8 +131,8 @@ class Operands:
 
 
 def is_product(node: ir.Node) -> bool:
-    """Whether the node is a packed matrix product, MatMulInt… or MatMulAddInt…"""
-    return node.domain == DOMAIN and node.op_type.startswith("MatMul")
+    """Whether the node is a packed matrix product with a block size, MatMulInt… or MatMulAddInt…"""
+    return node.domain == DOMAIN and node.op_type.startswith("MatMul") and node.op_type != OUTLIER
 
 
 def operands(node: ir.Node) -> Operands:

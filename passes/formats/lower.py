@@ -26,11 +26,11 @@ def lower(model: ir.Model, target: str) -> None:
     if target == "qcompile":
         _drop_unused_functions(model)
         return
-    if target == "qdq":
-        names = {str(node.outputs[0].name): node.name for node in model.graph if node.domain == functions.DOMAIN}
-        InlinePass(criteria=lambda function: function.domain == functions.DOMAIN)(model)
-        for node in model.graph:
-            node.name = names.get(str(node.outputs[0].name), node.name)
+    # For matmulnbits, only MatMulInt8Outlier is left.
+    names = {str(node.outputs[0].name): node.name for node in model.graph if node.domain == functions.DOMAIN}
+    InlinePass(criteria=lambda function: function.domain == functions.DOMAIN)(model)
+    for node in model.graph:
+        node.name = names.get(str(node.outputs[0].name), node.name)
     for key in [key for key in model.functions if key[0] == functions.DOMAIN]:
         del model.functions[key]
     model.graph.opset_imports.pop(functions.DOMAIN, None)

@@ -15,6 +15,8 @@ from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import Names, take_over
 from qcompile.passes.qdq.biases import quantize_bias, settle_bias
 from qcompile.passes.qdq.embeddings import quantize_embeddings
+from qcompile.passes.qdq.outlier_emit import replace_outlier
+from qcompile.passes.qdq.outliers import OUTLIERS
 from qcompile.passes.qdq.providers import TYPES
 from qcompile.passes.qdq.ranges import grid_of, shared
 from qcompile.passes.qdq.selection import Selection, inputs_of, select, weight_position
@@ -115,6 +117,9 @@ class Qdq(Pass):
         scales: dict[ir.Node, Array] = {}
         for node, rule in selection.nodes.items():
             x = node.inputs[0]
+            if OUTLIERS in node.meta:
+                replace_outlier(model, node, self.grid, self.spec, self.decide)
+                continue
             if weight_position(node) is None or x is None:
                 self.decide(node.name or "", "quantized", f"static {self.spec}", kind=node.op_type, weights=0)
                 continue
@@ -135,7 +140,9 @@ class Qdq(Pass):
             for node, i in wanting:
                 node.replace_input_with(i, dequantized)
             if value in selection.whole and value.is_graph_output():
+                quantize = dequantized.producer().inputs[0].producer()  # type: ignore[union-attr]
                 take_over(value, dequantized, names)
+                quantize.replace_input_with(0, value)  # type: ignore[union-attr]  # it reads the old value still
 
     def _pair(self, model: ir.Model, value: ir.Value, qparams: QParams, names: Names) -> ir.Value:
         """Q and DQ behind a value; returns the DQ's output."""

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qcompile.passes.linears import as_linear, constant, is_lm_head, vocabulary_size
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import is_constant
+from qcompile.passes.qdq.outliers import OUTLIERS
 from qcompile.passes.qdq.providers import Provider, Rule, rule_of
 
 Operators = Literal["auto", "weights", "all"]
@@ -82,10 +83,14 @@ def weight_position(node: ir.Node) -> int | None:
 
 
 def inputs_of(node: ir.Node, rule: Rule) -> Iterator[int]:
-    """Positions of the inputs that must come out of a DequantizeLinear, the weight left out."""
+    """Positions of the inputs that must come out of a DequantizeLinear, the weight left out; none of a node with
+    outliers, which rounds its input itself.
+    """
+    if OUTLIERS in node.meta:
+        return
     positions = range(len(node.inputs)) if rule.activations == "all" else rule.activations
     weight = weight_position(node)
-    return (i for i in positions if i < len(node.inputs) and node.inputs[i] is not None and i != weight)
+    yield from (i for i in positions if i < len(node.inputs) and node.inputs[i] is not None and i != weight)
 
 
 def quantized_output(node: ir.Node) -> ir.Value:
@@ -168,8 +173,9 @@ def _add_between(model: ir.Model, found: Selection, provider: Provider, slower: 
 def _wanted(found: Selection, candidates: Mapping[ir.Node, Rule]) -> set[ir.Node]:
     """Candidates whose output goes, through other candidates perhaps, into an integer operator."""
     wanted: set[ir.Node] = set()
+    integer = {node for node in found.nodes if OUTLIERS not in node.meta}
     for node in reversed(list(candidates)):
         readers = {use.node for use in quantized_output(node).uses()}
-        if readers & found.nodes.keys() or readers & wanted:
+        if readers & integer or readers & wanted:
             wanted.add(node)
     return wanted

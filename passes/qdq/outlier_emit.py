@@ -1,0 +1,89 @@
+"""MatMulInt8Outlier: a product in int8 but for a few input channels, which stay in float."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.passes.errors import UserError
+from qcompile.passes.formats.emit import add_initializer, drop_unused
+from qcompile.passes.formats.functions import DOMAIN, OUTLIER, register
+from qcompile.passes.linears import Linear, as_linear, constant
+from qcompile.passes.prepare.edit import Decide
+from qcompile.passes.qdq.outliers import OUTLIERS, Outliers
+from qcompile.passes.qdq.ranges import grid_of
+from qcompile.passes.qdq.weights import Stored, WeightGrid, quantize_weight
+from qcompile.passes.spec import ActivationSpec
+
+
+def replace_outlier(model: ir.Model, node: ir.Node, grid: WeightGrid, spec: ActivationSpec, decide: Decide) -> None:
+    """Turn a marked MatMul into MatMulInt8Outlier, in place: its output stays the same value.
+
+    UserError where the channels that stay were never observed.
+    """
+    linear, own = as_linear(node), node.meta.pop(OUTLIERS)
+    assert isinstance(linear, Linear)
+    assert isinstance(own, Outliers)
+    stored, outlying = split_weight(model, linear, own, grid)
+    inputs = [linear.activation, stored.codes, stored.scale, *_grid(model, linear, own, spec)]
+    inputs += [channels(model, linear, own), outlying]
+    read = node.inputs[1]
+    register(model, OUTLIER)
+    node.resize_inputs(len(inputs))
+    for i, value in enumerate(inputs):
+        node.replace_input_with(i, value)
+    node.op_type, node.domain, node.overload = OUTLIER, DOMAIN, ""
+    drop_weight(model, linear, read)
+    told(linear, stored, outlying, f"{grid} static, {spec}", decide)
+
+
+def told(linear: Linear, stored: Stored, outlying: ir.Value, form: str, decide: Decide) -> None:
+    """Decide that the linear is quantized, its float rows counted among the bytes."""
+    size, nbytes = max(stored.quantized.codes.size, 1), stored.nbytes + constant(outlying).nbytes
+    detail = {"kind": "MatMul", "weights": size, "weight": stored.codes.name, "bytes": nbytes}
+    decide(linear.name, "quantized", f"{form}, outliers in float", **detail, bits_per_weight=8 * nbytes / size)
+
+
+def split_weight(model: ir.Model, linear: Linear, own: Outliers, grid: WeightGrid) -> tuple[Stored, ir.Value]:
+    """(codes of the weight with zeros in the rows of the outliers, those rows in float (k, N))."""
+    w, name, dtype = linear.read(), f"{linear.weight.name}.int8.rest", constant(linear.weight).dtype.numpy()
+    rest = np.array(w)
+    rest[own.channels] = 0
+    quantized = quantize_weight(rest, 1, grid)
+    codes = add_initializer(model, name, ir.tensor(quantized.codes))
+    scale = add_initializer(model, f"{name}.scale", ir.tensor(quantized.scale.astype(dtype)))
+    rows = np.ascontiguousarray(w[own.channels]).astype(dtype)
+    outlying = add_initializer(model, f"{linear.weight.name}.outliers", ir.tensor(rows))
+    return Stored(quantized, codes, scale), outlying
+
+
+def channels(model: ir.Model, linear: Linear, own: Outliers) -> ir.Value:
+    """The list of channels, int64 (k,); one for all linears that read the activation."""
+    return _shared(model, f"{linear.activation.name}.outliers", own.channels)
+
+
+def drop_weight(model: ir.Model, linear: Linear, read: ir.Value | None) -> None:
+    """Remove the float weight, and the Transpose that it was read through, where nothing else needs them."""
+    producer = read.producer() if read is not None else None
+    if read is not None and producer is not None and not read.uses() and producer.graph is not None:
+        producer.graph.remove(producer, safe=True)
+    drop_unused(model, linear.weight)
+
+
+def _grid(model: ir.Model, linear: Linear, own: Outliers, spec: ActivationSpec) -> list[ir.Value]:
+    """Scale and zero point of the channels that stay; ONNX Runtime then rounds the activation once for all linears."""
+    x = linear.activation
+    if not own.rest.state():
+        raise UserError(
+            f"qdq: the channels of {x.name} that `outlier` leaves were never seen on calibration data: "
+            "compile with data, not with saved statistics"
+        )
+    qparams, dtype = grid_of([own.rest], spec), constant(linear.weight).dtype.numpy()
+    scale = _shared(model, f"{x.name}.rest.scale", qparams.scale.astype(dtype))
+    return [scale, _shared(model, f"{x.name}.rest.zero_point", qparams.zero_point.astype(spec.dtype.numpy()))]
+
+
+def _shared(model: ir.Model, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    known = model.graph.initializers.get(name)
+    return known if known is not None else add_initializer(model, name, ir.tensor(array))

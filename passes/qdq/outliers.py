@@ -1,0 +1,81 @@
+"""Outlier channels: which ones are worth keeping in float, and the mark that says so."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.passes.affine import Array
+from qcompile.passes.observers.base import Observer
+
+# Node meta: the Outliers of a linear.
+OUTLIERS = "qcompile.outliers"
+# Codes from one end of an activation's grid to the other, and from zero to the end of a weight's.
+_ACTIVATION_STEPS, _WEIGHT_STEPS = 255, 127
+# What Gather, product and Add of the float part cost by themselves, in channels.
+_FIXED = 3
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Outliers:
+    """Channels of an activation that stay in float. channels: int64 (k,), ascending. rest: observer of the others."""
+
+    channels: npt.NDArray[np.int64]
+    rest: Observer
+
+
+@dataclass(frozen=True)
+class Choice:
+    """channels: int64 (k,), ascending. noise: power of the rounding noise with them in float, over that without."""
+
+    channels: npt.NDArray[np.int64]
+    noise: float
+
+
+def choose(reach: Array, power: Array, weights: Sequence[Array], *, most: int, threshold: float) -> Choice:
+    """The channels that stay in float of an activation which all `weights` (K, N) multiply.
+
+    reach (K,): largest magnitude of each channel. power (K,): its mean square. Channels are taken in order of falling
+    reach; of the first `most`, as many as make noise / (1 - threshold) ** cost least, where noise is, with S in float,
+
+        step(S)² / 12 · Σ ‖w_k‖² + Σ power_k · Σ s_n(S)² / 12        sums over k not in S, and over all columns n
+
+    step = 2 max reach / 255 is the common step of the activation, s_n = max |w_kn| / 127 that of a weight's column.
+    Rounding errors are taken as independent and evenly spread. cost: channels, and 3 for having a float part at all.
+    """
+    order = np.argsort(-reach, kind="stable")[: most + 1]
+    energy = row_power(weights)
+    steps = 2 * reach[order].astype(np.float64) / _ACTIVATION_STEPS
+    spread = np.sum([_spread(w, order[:-1]) for w in weights], axis=0)
+    noise = (steps**2 * _left(energy, order) + _left(power, order) * spread) / 12
+    if not noise[0] > 0:
+        return Choice(np.zeros(0, np.int64), 1.0)
+    count = np.arange(len(order))
+    price = np.where(count > 0, count + _FIXED, 0) * -np.log1p(-threshold)
+    k = int(np.argmin(np.log(np.maximum(noise / noise[0], 1e-12)) + price))
+    return Choice(np.sort(order[:k]).astype(np.int64), float(noise[k] / noise[0]))
+
+
+def row_power(weights: Sequence[Array]) -> _Floats:
+    """Σ w², (K,), over the columns of all the weights (K, N)."""
+    return np.asarray(np.sum([np.einsum("kn,kn->k", w, w, dtype=np.float64) for w in weights], axis=0))
+
+
+def _left(per_channel: npt.NDArray[np.floating], order: npt.NDArray[np.int64]) -> _Floats:
+    """The sums (len(order),) over all channels but the first 0, 1, … of the order."""
+    taken = np.concatenate([[0.0], np.cumsum(per_channel[order[:-1]], dtype=np.float64)])
+    return np.maximum(np.sum(per_channel, dtype=np.float64) - taken, 0)
+
+
+def _spread(w: Array, order: npt.NDArray[np.int64]) -> _Floats:
+    """Σ s_n² over columns of w (K, N) without the rows that are the first 0, 1, … of the order, (len(order) + 1,)."""
+    stay = np.ones(len(w), bool)
+    stay[order] = False
+    peaks = np.abs(w[stay]).max(axis=0, initial=0)
+    sums = [np.sum(np.square(peaks, dtype=np.float64))]
+    for row in order[::-1]:
+        peaks = np.maximum(peaks, np.abs(w[row]))
+        sums.append(np.sum(np.square(peaks, dtype=np.float64)))
+    return np.array(sums[::-1]) / _WEIGHT_STEPS**2
