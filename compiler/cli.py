@@ -14,6 +14,7 @@ from qcompile.passes.errors import UserError
 # Imported only when chosen, so that --help answers at once.
 COMMANDS: dict[str, tuple[str, str]] = {
     "compile": ("qcompile.compiler.commands.compile", "quantize a model (the default: qcompile MODEL.onnx …)"),
+    "calibrate": ("qcompile.compiler.commands.calibrate", "save statistics of activations, for --statistics"),
     "passes": ("qcompile.compiler.commands.passes", "list the passes and their parameters"),
     "export": ("qcompile.compiler.commands.export", "export a Hugging Face or GGUF model to ONNX"),
     "eval": ("qcompile.compiler.commands.eval", "perplexity, KL divergence and agreement with a reference"),

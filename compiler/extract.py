@@ -43,8 +43,13 @@ class Piece:
 
     def add_weight(self, name: str, array: npt.NDArray[Any]) -> str:
         """Add an initializer that the model does not have; returns its name."""
-        self.proto.graph.initializer.append(_declared(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape))
-        self.weights[name] = array
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        if array.nbytes < _INLINE:
+            inline = TensorProto(name=name, data_type=kind, dims=array.shape, raw_data=array.tobytes())
+            self.proto.graph.initializer.append(inline)
+        else:
+            self.proto.graph.initializer.append(_declared(name, kind, array.shape))
+            self.weights[name] = array
         return name
 
 

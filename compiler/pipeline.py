@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
-from qcompile.compiler import activations, output_files
+from qcompile.compiler import activations, output_files, statistics_file
 from qcompile.compiler.extract import Piece
 from qcompile.compiler.html_report import to_html
 from qcompile.compiler.inputs import InputPlan, input_plan
@@ -85,46 +85,33 @@ def compile_model(
     output: Path | str | None = None,
     calibration: Calibration | Sequence[str] = (),
     progress: Progress | None = None,
+    statistics: Path | str | None = None,
 ) -> Report:
     """Compile the model file to `output` (with its data file and report.json beside it); everything or nothing.
 
     output: MODEL-int4.onnx beside the model where it is not given. calibration: files, or files and a tokenizer.
+    statistics: a file of `calibrate_model` that ranges are taken from, instead of a run over calibration data.
 
     Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
     """
     recipe, progress = effective(recipe or Recipe()), progress or Silent()
-    if not isinstance(calibration, Calibration):
-        calibration = Calibration(calibration)
     source = Path(model)
     target = default_output(source, recipe) if output is None else Path(output)
     started = time.monotonic()
     progress.step("loading")
     check_output_path(source, target)
-    graph = load_model(source)
-    check_finite(graph)
-    passes = build(recipe, scale_dtype(graph))
-    report = Report(str(source), model_hash(source), recipe.to_dict(), versions())
-    report.source_bytes = file_size(source, graph)
-    progress.step("preparing")
-    for whole in (p for p in passes if p.whole_model):
-        whole.call(Region.whole(graph))
-    check_target(graph, recipe)
-    job = _Job(graph, recipe, passes, report, progress)
-    plan = input_plan(graph)
-    watched = {value: own for p in passes for value, own in p.observed(graph).items()}
-    needed = bool(watched) or any(p.needs_statistics for p in passes)
-    data = gather(plan, source, recipe, calibration.files, calibration.tokenizer, needed=needed)
-    report.data = data.description
-    outputs = job.walk(plan, data, watched)
+    walked = walk_model(source, recipe, calibration, progress, statistics)
+    graph, passes, plan, data = walked.model, walked.passes, walked.plan, walked.data
+    report, job = walked.report, walked.job
     if recipe.target == "qcompile":
         report.nodes = activations.choose(report.nodes, recipe.activations)
         activations.write(graph, report.nodes)
     for late in (p for p in passes if p.after_walk):
         progress.step(late.name)
         late.call(Region.whole(graph))
-        report.ranges += activation_ranges(late, watched)
+        report.ranges += activation_ranges(late, walked.watched)
     report.decisions = {p.name: p.decisions for p in passes}
-    verified = job.verify(plan, data, outputs)
+    verified = job.verify(plan, data, walked.outputs)
     _check_coverage(report, recipe)
     progress.step("saving")
     lower(graph, recipe.target)
@@ -143,6 +130,67 @@ def compile_model(
         report_path(staged).replace(report_path(target))
         page_path(staged).replace(page_path(target))
     return report
+
+
+@dataclass(frozen=True)
+class Walked:
+    """A model behind the walk: rewritten, its activations observed.
+
+    watched: observers by activation. outputs: compiled and float ones of the check batches.
+    """
+
+    model: ir.Model
+    passes: Sequence[Pass]
+    plan: InputPlan
+    data: Data
+    watched: Mapping[ir.Value, Observer]
+    outputs: list[tuple[Arrays, Arrays]]
+    report: Report
+    job: "_Job"
+
+
+def walk_model(
+    source: Path,
+    recipe: Recipe,
+    calibration: Calibration | Sequence[str],
+    progress: Progress,
+    statistics: Path | str | None = None,
+    *,
+    checks: bool = True,
+) -> Walked:
+    """Load and prepare the model, and take the calibration data through it; `checks`: the check batches, too.
+
+    Observers are filled from the file `statistics` where there is one; other passes' data is still needed then.
+    """
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration)
+    graph = load_model(source)
+    check_finite(graph)
+    passes = build(recipe, scale_dtype(graph))
+    report = Report(str(source), model_hash(source), recipe.to_dict(), versions())
+    report.source_bytes = file_size(source, graph)
+    saved = None if statistics is None else statistics_file.load(Path(statistics))
+    progress.step("preparing")
+    for whole in (p for p in passes if p.whole_model):
+        whole.call(Region.whole(graph))
+    check_target(graph, recipe)
+    job = _Job(graph, recipe, passes, report, progress)
+    plan = input_plan(graph)
+    watched = {value: own for p in passes for value, own in p.observed(graph).items()}
+    if saved is not None:
+        if not watched:
+            raise UserError("--statistics are ranges of activations, and no pass of this list takes them: add qdq")
+        saved.check(report.source_hash, recipe.passes)
+    needed = (bool(watched) and saved is None) or any(p.needs_statistics for p in passes)
+    data = gather(plan, source, recipe, calibration.files, calibration.tokenizer, needed=needed)
+    data = data if checks else replace(data, checks=[])
+    report.data = data.description
+    outputs = job.walk(plan, data, watched if saved is None else {})
+    if saved is not None:
+        saved.check_graph(graph)
+        saved.restore(watched)
+        report.data += f"; ranges from {saved.path.name}: {saved.header.data}"
+    return Walked(graph, passes, plan, data, watched, outputs, report, job)
 
 
 def check_target(model: ir.Model, recipe: Recipe) -> None:

@@ -39,9 +39,10 @@ class Bench:
 
     def compile(self, model: Path, passes: str = "pack", *, output: str = "out/model.onnx", **settings: Any) -> Report:
         """Compile in this process, calibrated on a short text."""
-        calibration = settings.pop("calibration", [str(self.text)])
+        calibration, statistics = settings.pop("calibration", [str(self.text)]), settings.pop("statistics", None)
         recipe = Recipe(**{**QUICK, "passes": parse_passes(passes), **settings})
-        return compile_model(model, recipe, output=self.folder / output, calibration=Calibration(calibration))
+        target = self.folder / output
+        return compile_model(model, recipe, output=target, calibration=Calibration(calibration), statistics=statistics)
 
     def run(self, model: Path, *options: str) -> int:
         """The exit code of the command line, compiling to out/model.onnx."""

@@ -3,6 +3,7 @@
 import argparse
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ application can load. Without --passes the best known list runs: smooth,awq,gptq
 plain rounding to nearest and needs no data. Parameters go in parentheses: "smooth(alpha=0.5),awq,pack(clip=false)";
 `qcompile passes` lists them."""
 _DEFAULTS = Recipe()
+# Settings of packed weights, that a command without them leaves None.
+WEIGHTS_ONLY = ("bits", "group_size", "symmetric", "target", "activations", "min_coverage")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -45,17 +48,33 @@ def add_parser(subparsers: Any) -> None:
     symmetry.add_argument(
         "--asymmetric", dest="symmetric", action="store_false", help="unsigned codes with zero points (default)"
     )
-    add("--lm-head", type=_bits, metavar="{4,8,keep}", help="bits of the output projection (default: 8)")
-    add("--embedding", type=_bits, metavar="{4,8,keep}", help="bits of the token embedding (default: 8)")
+    add_choice(add)
     add("--activations", type=_activations, metavar="{8,16,auto}",
         help="bits that qcompile's CPU kernels give activations: near-exact 16, int8, or chosen node by node from the "
         "measured error (default: auto)")  # fmt: skip
-    add("--include", action="append", metavar="PATTERN", help="quantize only nodes or weights of this name; may repeat")
-    add("--exclude", action="append", metavar="PATTERN", help="keep these in float; may repeat")
     add("--target", choices=TARGETS, help="operators of the output: qcompile functions (default), "
         "com.microsoft nodes, or plain ONNX")  # fmt: skip
     add("--recipe", type=Path, metavar="FILE", help="settings from a YAML or TOML file; options given here win")
     add("--save-recipe", type=Path, metavar="FILE", help="write the settings used to a YAML file")
+    add = add_calibration(parser)
+    add("--statistics", type=Path, metavar="FILE",
+        help="ranges of activations from `qcompile calibrate` instead of a calibration run")  # fmt: skip
+    add = parser.add_argument_group("safety").add_argument
+    add("--min-coverage", type=float, metavar="SHARE", help="fail below this share of MatMul weights (default: 0.95)")
+    add("--dry-run", action="store_true", help="print the plan: nodes, sizes before and after, memory; write nothing")
+    parser.set_defaults(run=run)
+
+
+def add_choice(add: Callable[..., Any]) -> None:
+    """Add the options that say which weights are quantized."""
+    add("--lm-head", type=_bits, metavar="{4,8,keep}", help="bits of the output projection (default: 8)")
+    add("--embedding", type=_bits, metavar="{4,8,keep}", help="bits of the token embedding (default: 8)")
+    add("--include", action="append", metavar="PATTERN", help="quantize only nodes or weights of this name; may repeat")
+    add("--exclude", action="append", metavar="PATTERN", help="keep these in float; may repeat")
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Add the options of calibration data; returns what adds more to their group."""
     add = parser.add_argument_group("calibration").add_argument
     sources = "text, .jsonl, .npz files, or module:function (default: bundled text, else the model's own samples)"
     add("--calibration", nargs="+", default=[], metavar="FILE", help=sources)
@@ -64,10 +83,7 @@ def add_parser(subparsers: Any) -> None:
     add("--context", type=int, metavar="N", help="tokens of a window (default: 512)")
     add("--seed", type=int, help="of everything random: same input, seed and versions, same bytes (default: 0)")
     add("--provider", help="execution provider for calibration and checks: cpu (default), or cuda (unverified on GPU)")
-    add = parser.add_argument_group("safety").add_argument
-    add("--min-coverage", type=float, metavar="SHARE", help="fail below this share of MatMul weights (default: 0.95)")
-    add("--dry-run", action="store_true", help="print the plan: nodes, sizes before and after, memory; write nothing")
-    parser.set_defaults(run=run)
+    return add
 
 
 def _bits(text: str) -> int | str:
@@ -109,8 +125,10 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_plan(args.model, output, recipe, calibration, screen)
         return 0
-    with _Bar(screen) as bar:
-        report = compile_model(args.model, recipe, output=output, calibration=calibration, progress=bar)
+    with Bar(screen) as bar:
+        report = compile_model(
+            args.model, recipe, output=output, calibration=calibration, progress=bar, statistics=args.statistics
+        )
     if args.save_recipe is not None:
         save_recipe(recipe, args.save_recipe)
     print_report(report, screen)
@@ -119,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class _Bar:
+class Bar:
     """A progress bar with the time left; plain lines now and then where the output is no terminal."""
 
     def __init__(self, console: Console) -> None:
@@ -130,7 +148,7 @@ class _Bar:
         )  # fmt: skip
         self.task = self.bar.add_task("starting", total=None)
 
-    def __enter__(self) -> "_Bar":
+    def __enter__(self) -> "Bar":
         if self.console.is_terminal:
             self.bar.start()
         return self

@@ -1,5 +1,7 @@
 """Embedding tables in int8, one scale a row, shared with a tied lm_head."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
@@ -11,7 +13,12 @@ from qcompile.passes.qdq.weights import Stored, WeightStore
 
 
 def quantize_embeddings(model: ir.Model, policy: Policy, store: WeightStore, decide: Decide) -> None:
-    """Turn lookups in constant tables into EmbeddingInt8 with symmetric codes; a tied lm_head has the same ones."""
+    """Turn lookups in constant tables into EmbeddingInt8 with symmetric codes; a tied lm_head has the same ones.
+
+    EmbeddingInt8 decodes integers: beside float8 weights, tables are int8 of their own.
+    """
+    if store.grid.float8:
+        store = WeightStore(model, replace(store.grid, float8=False))
     for embedding in find_embeddings(model.graph):
         size, name = int(np.prod(embedding.shape)), embedding.name
         spec = policy.for_embedding(embedding)

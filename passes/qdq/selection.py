@@ -76,6 +76,8 @@ def products(model: ir.Model, policy: Policy) -> tuple[list[ir.Node], dict[ir.No
 
 def weight_position(node: ir.Node) -> int | None:
     """The input of a product that is a constant weight; None where there is none."""
+    if node.op_type not in PRODUCTS:
+        return None
     if node.op_type == "MatMul":
         return None if isinstance(as_linear(node), str) else 1
     value = node.inputs[1] if len(node.inputs) > 1 else None

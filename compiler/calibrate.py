@@ -1,0 +1,116 @@
+"""`qcompile calibrate`: the walk of a recipe without what follows it, and what the observers learnt in a file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from qcompile.compiler import statistics_file
+from qcompile.compiler.pipeline import Calibration, Progress, Silent, walk_model
+from qcompile.compiler.recipe import Recipe, Step, parse_passes
+from qcompile.compiler.store import check_output_path
+from qcompile.passes.errors import UserError
+from qcompile.passes.observers.base import Observer
+from qcompile.passes.observers.extremes import Extremes
+from qcompile.passes.observers.histogram import Histogram
+from qcompile.passes.qdq.qdq import Qdq
+from qcompile.passes.spec import ActivationSpec
+
+DEFAULT_PASSES = parse_passes("smooth,qdq")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen of an activation, [observed_low, observed_high], and the range that its observer gives.
+
+    clipped: the share of the numbers that lie outside of the range; None where no histogram tells.
+    """
+
+    value: str
+    observed_low: float
+    observed_high: float
+    low: float
+    high: float
+    clipped: float | None
+
+    @property
+    def width(self) -> float:
+        """Of the range: 255 steps of an 8-bit grid."""
+        return self.high - self.low
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A file of statistics that was written: its bytes, its data in words, and every activation in it."""
+
+    size: int
+    data: str
+    seen: Sequence[Seen]
+
+
+def calibrate_model(
+    model: Path | str,
+    recipe: Recipe | None = None,
+    *,
+    output: Path | str,
+    calibration: Calibration | Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Save what the observers of the recipe learn (default: of smooth,qdq), for `compile_model(statistics=output)`.
+
+    Raises UserError for bad input, and for a recipe without a pass that takes ranges.
+    """
+    recipe, progress = recipe or Recipe(passes=DEFAULT_PASSES), progress or Silent()
+    source, target = Path(model), Path(output)
+    if not any(step.name == Qdq.name for step in recipe.passes):
+        raise UserError("calibrate: no pass of the list takes ranges from calibration data: add qdq")
+    check_output_path(source, target)
+    progress.step("loading")
+    walked = walk_model(source, recipe, calibration, progress, checks=False)
+    chosen = next(p for p in walked.passes if isinstance(p, Qdq))
+    if not walked.watched:
+        raise UserError("calibrate: the model has no activation that qdq would quantize")
+    header = statistics_file.Header(
+        walked.report.source_hash,
+        statistics_file.shaping(recipe.passes),
+        chosen.observer,
+        walked.report.data,
+        walked.report.versions,
+        statistics_file.fingerprint(walked.model),
+    )
+    progress.step("saving")
+    size = statistics_file.save(target, header, walked.watched)
+    observers = {own.value: own for own in walked.watched.values()}
+    return Calibrated(size, walked.report.data, seen(observers, chosen.spec))
+
+
+def with_observer(recipe: Recipe, observer: str) -> Recipe:
+    """The recipe with another observer for qdq."""
+    steps = [
+        Step(step.name, {**step.parameters, "observer": observer}) if step.name == Qdq.name else step
+        for step in recipe.passes
+    ]
+    return replace(recipe, passes=tuple(steps))
+
+
+def seen(observers: Mapping[str, Observer], spec: ActivationSpec) -> list[Seen]:
+    """What each observer saw, and its range for the grid; before values that share a scale are joined."""
+    found = []
+    for name, observer in observers.items():
+        low, high = (float(end) for end in observer.range(spec))
+        known = isinstance(observer, Extremes) and observer.low is not None and observer.high is not None
+        ends = (float(observer.low), float(observer.high)) if known else (low, high)  # type: ignore[attr-defined]
+        clipped = _clipped(observer, low, high) if isinstance(observer, Histogram) else None
+        found.append(Seen(name, *ends, low, high, clipped))
+    return found
+
+
+def _clipped(observer: Histogram, low: float, high: float) -> float:
+    outside = total = 0.0
+    for own in observer.distributions():
+        below = own.below(np.array([low, high]))
+        outside += below[0] if low > own.edges[0] else 0.0
+        outside += own.total - below[1] if high < own.edges[-1] else 0.0
+        total += own.total
+    return outside / total if total else 0.0

@@ -1,0 +1,76 @@
+"""`qcompile calibrate`: ranges of activations once, for many compiles."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qcompile.compiler.calibrate import DEFAULT_PASSES, Calibrated, Seen, calibrate_model, with_observer
+from qcompile.compiler.commands import compile as compiling
+from qcompile.compiler.console import console, megabytes, table
+from qcompile.compiler.pipeline import Calibration
+
+_DESCRIPTION = """\
+Run the calibration data through a model and save what the observers of its activations learn.
+`qcompile MODEL.onnx --passes smooth,qdq --statistics FILE` then takes its ranges from the file: behind the same
+passes, for any grid (activations=int8, provider=tensorrt, ...) that leaves those passes alone. What the observers
+mse, percentile and entropy learn is the same, and serves minmax, too."""
+_SHOWN = 8
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's options."""
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="save statistics of activations, for compiles with --statistics",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="the float model")
+    told = "the file of statistics (default: MODEL.statistics beside the model)"
+    parser.add_argument("-o", "--output", type=Path, metavar="STATS", help=told)
+    add = parser.add_argument_group("what to observe").add_argument
+    add("--passes", help="ordered list of passes with qdq in it (default: smooth,qdq)")
+    add("--observer", metavar="NAME", help="short for qdq(observer=NAME)")
+    compiling.add_choice(add)
+    add("--recipe", type=Path, metavar="FILE", help="settings from a YAML or TOML file; options given here win")
+    compiling.add_calibration(parser)
+    parser.set_defaults(run=run, **dict.fromkeys(compiling.WEIGHTS_ONLY))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate, and print what stands out."""
+    if args.passes is None and args.recipe is None:
+        args.passes = ",".join(map(str, DEFAULT_PASSES))
+    recipe = compiling.recipe_of(args)
+    if args.observer is not None:
+        recipe = with_observer(recipe, args.observer)
+    output = args.output or args.model.with_suffix(".statistics")
+    screen = console()
+    with compiling.Bar(screen) as bar:
+        calibration = Calibration(args.calibration, args.tokenizer)
+        made = calibrate_model(args.model, recipe, output=output, calibration=calibration, progress=bar)
+    print_calibrated(made, screen)
+    screen.print(f"wrote     {output} ({megabytes(made.size)})", soft_wrap=True)
+    return 0
+
+
+def print_calibrated(made: Calibrated, screen: Console) -> None:
+    """The activations of the widest ranges, whose steps are the coarsest, and those that ranges cut most."""
+    screen.print(f"data      {made.data}")
+    screen.print(f"widest ranges of {len(made.seen)} activations")
+    _print(sorted(made.seen, key=lambda seen: -seen.width)[:_SHOWN], screen)
+    cut = sorted((seen for seen in made.seen if seen.clipped), key=lambda seen: -(seen.clipped or 0))
+    screen.print(f"most clipped of {len(cut)} activations with numbers outside of their range")
+    if cut:
+        _print(cut[:_SHOWN], screen)
+
+
+def _print(rows: Sequence[Seen], screen: Console) -> None:
+    made = table("activation", "seen from", "to", "range from", "to", "clipped", numbers=5)
+    for seen in rows:
+        ends = (f"{end:.4g}" for end in (seen.observed_low, seen.observed_high, seen.low, seen.high))
+        made.add_row(seen.value, *ends, "" if seen.clipped is None else f"{1e6 * seen.clipped:.1f} ppm")
+    screen.print(made)
