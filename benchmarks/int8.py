@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("others", nargs="*", type=Path, metavar="X.onnx")
         command.add_argument("--also", nargs="+", type=Path, default=[], metavar="X.onnx", help="more of them")
         command.add_argument("--peers", type=Path, metavar="OUT", help="and what `peers` made there")
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too (score: and reuse)")
     return parser.parse_args()
 
 
@@ -87,9 +87,14 @@ def peers_command(args: argparse.Namespace) -> int | None:
 
 
 def score_command(args: argparse.Namespace) -> None:
-    """The table of distances; the float model's own size above it."""
-    kind = model_kind(args.model)
-    rows = score(kind, args.model, models_of(args), tokens=args.tokens)
+    """The table of distances. Rows that --json has already, of the same files and float model, are not made again."""
+    kind, models = model_kind(args.model), models_of(args)
+    stamps = {str(model): f"{model.stat().st_mtime_ns} {args.model.resolve()} {args.tokens}" for model in models}
+    saved = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else []
+    known = {row["file"]: row for row in saved if stamps.get(row["file"]) == row.get("stamp")}
+    made = score(kind, args.model, [model for model in models if str(model) not in known], tokens=args.tokens)
+    known |= {str(row["file"]): row | {"stamp": stamps[str(row["file"])]} for row in made}
+    rows = [known[str(model)] for model in models]
     print(score_table(kind, rows))
     save(args.json, rows)
 

@@ -30,6 +30,8 @@ HEADS: dict[str, tuple[str, ...]] = {
 
 def score(kind: str, reference: Path, models: Sequence[Path], *, tokens: int = 4096) -> list[Row]:
     """One row a model: file, MB, and what HEADS lists; a model that fails has `error` instead."""
+    if not models:
+        return []
     if kind == "decoder":
         return decoder_rows(reference, models, tokens)
     batches = evaluation(kind, reference)
