@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("qcompile.compiler.commands.export", "export a Hugging Face or GGUF model to ONNX"),
     "eval": ("qcompile.compiler.commands.eval", "perplexity, KL divergence and agreement with a reference"),
     "sweep": ("qcompile.compiler.commands.sweep", "many settings: accuracy against bits per weight"),
+    "sensitivity": ("qcompile.compiler.commands.sensitivity", "which integer nodes change the output most"),
     "inspect": (
         "qcompile.compiler.commands.inspect",
         "what is in a model: types, sizes, what is quantized and why not",

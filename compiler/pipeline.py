@@ -16,10 +16,12 @@ from qcompile.compiler import activations, output_files, statistics_file
 from qcompile.compiler.extract import Piece
 from qcompile.compiler.html_report import to_html
 from qcompile.compiler.inputs import InputPlan, input_plan
+from qcompile.compiler.mixed import keep
 from qcompile.compiler.plan import INT8, build, effective, make_policy
 from qcompile.compiler.recipe import Recipe, dump_recipe
 from qcompile.compiler.report import ActivationRange, Report
 from qcompile.compiler.segments import Segment, split
+from qcompile.compiler.sensitivity_cache import RankingCache
 from qcompile.compiler.sources import Data, gather
 from qcompile.compiler.store import check_finite, check_output_path, load_model, model_hash, save_model
 from qcompile.compiler.stream import Arrays, Runner, Stream
@@ -103,6 +105,10 @@ def compile_model(
     walked = walk_model(source, recipe, calibration, progress, statistics)
     graph, passes, plan, data = walked.model, walked.passes, walked.plan, walked.data
     report, job = walked.report, walked.job
+    if recipe.mixed:
+        given = (walked.calibration.files, walked.calibration.tokenizer, statistics)
+        rankings = RankingCache(source, report.source_hash, recipe, report.versions, *given)
+        report.mixed = keep(graph, passes, plan, data, source, recipe, progress, rankings)
     if recipe.target == "qcompile":
         report.nodes = activations.choose(report.nodes, recipe.activations)
         activations.write(graph, report.nodes)
@@ -147,6 +153,7 @@ class Walked:
     outputs: list[tuple[Arrays, Arrays]]
     report: Report
     job: "_Job"
+    calibration: Calibration
 
 
 def walk_model(
@@ -181,7 +188,7 @@ def walk_model(
         if not watched:
             raise UserError("--statistics are ranges of activations, and no pass of this list takes them: add qdq")
         saved.check(report.source_hash, recipe.passes)
-    needed = (bool(watched) and saved is None) or any(p.needs_statistics for p in passes)
+    needed = recipe.mixed or (bool(watched) and saved is None) or any(p.needs_statistics for p in passes)
     data = gather(plan, source, recipe, calibration.files, calibration.tokenizer, needed=needed)
     data = data if checks else replace(data, checks=[])
     report.data = data.description
@@ -190,7 +197,7 @@ def walk_model(
         saved.check_graph(graph)
         saved.restore(watched)
         report.data += f"; ranges from {saved.path.name}: {saved.header.data}"
-    return Walked(graph, passes, plan, data, watched, outputs, report, job)
+    return Walked(graph, passes, plan, data, watched, outputs, report, job, calibration)
 
 
 def check_target(model: ir.Model, recipe: Recipe) -> None:

@@ -1,6 +1,7 @@
 """What to do with a model: an ordered list of passes and the settings around it."""
 
 import contextlib
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from qcompile.passes.errors import UserError
 TARGETS = ("qcompile", "matmulnbits", "qdq")
 # How files and options write a setting's None.
 _WORDS = {"lm_head": "keep", "embedding": "keep", "activations": "auto"}
+# Settings of which each alone says what stays in float; None by default.
+_MIXED = ("keep_worst", "max_kl", "min_sqnr")
 _ITEM = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\(([^()]*)\))?\s*$")
 
 
@@ -75,6 +78,8 @@ class Recipe:
     group_size 0 is one scale a column. lm_head, embedding: bits, or None to keep float. samples, context: calibration
     windows and their tokens. min_coverage: share of the MatMul weights that must be quantized, else compiling fails.
     activations: bits that kernels give the activations of packed products, 8 or 16, or None to choose node by node.
+    keep_worst, max_kl, min_sqnr: nodes that qdq or dynamic leave in float: so many of the most sensitive, or as few as
+    keep a decoder's KL (nats a token) below a bound, or the SQNR of other models' outputs (dB) above one. One of them.
     """
 
     passes: tuple[Step, ...] = DEFAULT_PASSES
@@ -92,6 +97,9 @@ class Recipe:
     min_coverage: float = 0.95
     seed: int = 0
     provider: str = "cpu"
+    keep_worst: int | None = None
+    max_kl: float | None = None
+    min_sqnr: float | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -113,6 +121,24 @@ class Recipe:
             raise UserError(f"min_coverage must lie between 0 and 1, got {self.min_coverage}")
         if self.samples < 1 or self.context < 2:
             raise UserError(f"samples must be at least 1 and context at least 2, got {self.samples} and {self.context}")
+        self._check_mixed()
+
+    @property
+    def mixed(self) -> bool:
+        """Whether nodes are to be kept in float by their sensitivity."""
+        return any(getattr(self, name) is not None for name in _MIXED)
+
+    def _check_mixed(self) -> None:
+        given = [name for name in _MIXED if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} are two ways to choose what stays in float: give one")
+        if given and not any(step.name in ("qdq", "dynamic") for step in self.passes):
+            raise UserError(f"{given[0]} keeps nodes of qdq or dynamic in float: add one of them to the passes")
+        if self.keep_worst is not None and self.keep_worst < 1:
+            raise UserError(f"keep_worst must be at least 1, got {self.keep_worst}")
+        for name, value in (("max_kl", self.max_kl), ("min_sqnr", self.min_sqnr)):
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} must be a positive number, got {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a recipe file holds them."""
@@ -121,7 +147,7 @@ class Recipe:
         plain["include"], plain["exclude"] = list(self.include), list(self.exclude)
         for name, word in _WORDS.items():
             plain[name] = plain[name] or word
-        return plain
+        return {name: value for name, value in plain.items() if name not in _MIXED or value is not None}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any], source: str = "recipe") -> "Recipe":
@@ -159,6 +185,7 @@ def _converted(key: str, value: Any, source: str) -> Any:
     expected: dict[str, tuple[type, ...]] = {
         "bits": (int,), "group_size": (int,), "symmetric": (bool,), "target": (str,), "samples": (int,),
         "context": (int,), "min_coverage": (int, float), "seed": (int,), "provider": (str,),
+        "keep_worst": (int,), "max_kl": (int, float), "min_sqnr": (int, float),
     }  # fmt: skip
     if key == "passes":
         text = ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
@@ -172,6 +199,8 @@ def _converted(key: str, value: Any, source: str) -> Any:
         if value in (_WORDS[key], None):
             return None
         expected[key] = (int,)
+    if key in _MIXED and value is None:
+        return None
     if not isinstance(value, expected[key]) or (isinstance(value, bool) and bool not in expected[key]):
         kinds = " or ".join(kind.__name__ for kind in expected[key])
         raise UserError(f"{source}: {key} must be {kinds}, got {value!r}")

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from qcompile.compiler.console import table
+from qcompile.compiler.mixed import Mixed
 from qcompile.compiler.verify import NodeError, OutputError
 from qcompile.passes.base import Decision
 
@@ -39,7 +40,8 @@ class ActivationRange:
 class Report:
     """Everything a compile leaves behind beside the model.
 
-    decisions: by pass, in order. rounding: what integer nodes changed in the outputs at most, relative.
+    decisions: by pass, in order. mixed: what stays in float by its sensitivity, where the recipe wants that.
+    rounding: what integer nodes changed in the outputs at most, relative.
     sizes in bytes, seconds, peak_memory in bytes.
     """
 
@@ -52,6 +54,7 @@ class Report:
     nodes: list[NodeError] = field(default_factory=list)
     outputs: list[OutputError] = field(default_factory=list)
     ranges: list[ActivationRange] = field(default_factory=list)
+    mixed: Mixed | None = None
     rounding: float = 0.0
     reload_error: float | None = None
     files: list[str] = field(default_factory=list)
@@ -124,6 +127,8 @@ def print_report(report: Report, console: Console) -> None:
     if report.quantizer:
         _print_coverage(report, console)
     _print_passes(report, console)
+    for line in report.mixed.lines() if report.mixed is not None else ():
+        console.print(line, soft_wrap=True)
     _print_errors(report, console)
     saved = f"{_mb(report.source_bytes)} → {_mb(report.compiled_bytes)}"
     bits = f", {report.bits_per_weight:.2f} bits per packed MatMul weight" if report.bits_per_weight else ""
@@ -142,7 +147,8 @@ def _print_coverage(report: Report, console: Console) -> None:
     size: Counter[tuple[str, str]] = Counter()
     seen: set[str] = set()
     for d in report.decisions[report.quantizer or ""]:
-        key = (str(d.detail.get("kind", "")), d.reason if d.action == "quantized" else f"float: {d.reason}")
+        reason = d.reason.split(": ")[0] if d.action == "kept" else d.reason  # what follows is of that node alone
+        key = (str(d.detail.get("kind", "")), reason if d.action == "quantized" else f"float: {reason}")
         rows[key] += 1
         name = str(d.detail.get("weight", d.node))
         if name not in seen:

@@ -1,7 +1,7 @@
 """Which weight is quantized to what."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from qcompile.passes.linears import Embedding, Linear, is_lm_head
@@ -13,7 +13,7 @@ class Policy:
     """The user's choice, applied to one weight at a time.
 
     body: spec of ordinary linears. lm_head, embedding: their own spec, or None to keep them in float.
-    include, exclude: shell patterns on node and weight names; exclude wins.
+    include, exclude: shell patterns on node and weight names; exclude wins. kept: nodes that stay in float, and why.
     """
 
     body: QuantSpec
@@ -21,6 +21,7 @@ class Policy:
     embedding: QuantSpec | None
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     def for_linear(self, linear: Linear, vocabulary: int | None) -> QuantSpec | str:
         """The spec of a linear, or the reason why it stays in float."""
@@ -38,7 +39,9 @@ class Policy:
         )
 
     def refusal(self, *names: str) -> str:
-        """Why a node or weight of these names is not to be quantized, or an empty string."""
+        """Why a node or weight of these names, the node's first, is not to be quantized, or an empty string."""
+        if names[0] in self.kept:
+            return self.kept[names[0]]
         for pattern in self.exclude:
             if any(fnmatchcase(name, pattern) for name in names):
                 return f"excluded by {pattern!r}"

@@ -59,6 +59,13 @@ def add_parser(subparsers: Any) -> None:
     add = add_calibration(parser)
     add("--statistics", type=Path, metavar="FILE",
         help="ranges of activations from `qcompile calibrate` instead of a calibration run")  # fmt: skip
+    add = parser.add_argument_group("mixed precision, behind qdq or dynamic").add_argument
+    add("--keep-worst", type=int, metavar="N", help="leave the N nodes in float that change the output most when they "
+        "are integer (`qcompile sensitivity` lists them)")  # fmt: skip
+    add("--max-kl", type=float, metavar="NATS", help="leave the fewest nodes in float with which a decoder's KL to the "
+        "float model stays below this, in nats a token on parts of the calibration data; the float and the integer "
+        "weights are in memory at once")  # fmt: skip
+    add("--min-sqnr", type=float, metavar="DB", help="the same for other models: signal to noise of their outputs")
     add = parser.add_argument_group("safety").add_argument
     add("--min-coverage", type=float, metavar="SHARE", help="fail below this share of MatMul weights (default: 0.95)")
     add("--dry-run", action="store_true", help="print the plan: nodes, sizes before and after, memory; write nothing")
@@ -105,6 +112,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     given = {
         name: getattr(args, name) for name in (*names, "lm_head", "embedding", "activations", "include", "exclude")
     }
+    given |= {name: getattr(args, name, None) for name in ("keep_worst", "max_kl", "min_sqnr")}
     plain |= {name: value for name, value in given.items() if value is not None}
     if args.passes is not None:
         plain["passes"] = [str(step) for step in parse_passes(args.passes)]
@@ -161,7 +169,7 @@ class Bar:
         """A new step of the job."""
         self.bar.update(self.task, description=name)
         now = time.monotonic()
-        if not self.console.is_terminal and (now - self.told > 15 or not name.startswith("segment")):
+        if not self.console.is_terminal and (now - self.told > 15 or " of " not in name):
             self.told = now
             self.console.print(f"{now - self.started:5.0f} s  {name}", highlight=False)
 

@@ -1,0 +1,103 @@
+"""`qcompile sensitivity`: which integer nodes change what a model says, from the worst on."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qcompile.compiler import mixed
+from qcompile.compiler.commands import compile as compiling
+from qcompile.compiler.console import console, table
+from qcompile.compiler.effect import decibels
+from qcompile.compiler.pipeline import Calibration, Progress, versions, walk_model
+from qcompile.compiler.plan import INT8
+from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.sensitivity import Mixture, Ranking
+from qcompile.compiler.sensitivity_cache import RankingCache
+from qcompile.compiler.store import check_output_path, model_hash
+from qcompile.passes.errors import UserError
+
+_DESCRIPTION = """\
+Rank the nodes that qdq or dynamic make integer by what each of them alone changes in the output, all others in float:
+KL of a decoder's logits (nats a token), else the signal to noise of the outputs. Measured on two windows of 256 tokens
+of the calibration data (four batches of other data). The float and the integer weights are in memory at once.
+The result is kept in ~/.cache/qcompile (QCOMPILE_CACHE moves it). `qcompile MODEL.onnx --keep-worst N`, `--max-kl NATS`
+and `--min-sqnr DB` leave the worst nodes in float."""
+_DEFAULT_PASSES = "smooth,qdq"
+_SHOWN = 30
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's options."""
+    parser = subparsers.add_parser(
+        "sensitivity",
+        help="which integer nodes change the output most",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="the float model")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the whole ranking there")
+    add = parser.add_argument_group("what to rank").add_argument
+    add("--passes", help=f"ordered list of passes with qdq or dynamic in it (default: {_DEFAULT_PASSES})")
+    compiling.add_choice(add)
+    add("--recipe", type=Path, metavar="FILE", help="settings from a YAML or TOML file; options given here win")
+    compiling.add_calibration(parser)
+    parser.set_defaults(run=run, **dict.fromkeys(compiling.WEIGHTS_ONLY))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Rank, or read the ranking of an earlier call; print the worst."""
+    if args.passes is None and args.recipe is None:
+        args.passes = _DEFAULT_PASSES
+    recipe = replace(compiling.recipe_of(args), keep_worst=None, max_kl=None, min_sqnr=None)
+    if args.output is not None:
+        check_output_path(args.model, args.output)
+    screen = console()
+    with compiling.Bar(screen) as bar:
+        ranking = ranked(args.model, recipe, Calibration(args.calibration, args.tokenizer), bar)
+    if args.output is not None:
+        args.output.write_text(json.dumps(ranking.to_dict(), indent=1) + "\n", encoding="utf-8")
+    print_ranking(ranking, screen)
+    if args.output is not None:
+        screen.print(f"wrote     {args.output}", soft_wrap=True)
+    return 0
+
+
+def ranked(model: Path, recipe: Recipe, calibration: Calibration, progress: Progress) -> Ranking:
+    """The ranking of a model's integer nodes, from the cache where it has been made before."""
+    if not any(step.name in INT8 for step in recipe.passes):
+        raise UserError("sensitivity: no pass of the list makes nodes integer: add qdq or dynamic")
+    progress.step("loading")
+    cache = RankingCache(model, model_hash(model), recipe, versions(), calibration.files, calibration.tokenizer)
+    known = cache.get()
+    if known is not None:
+        return known
+    # With a node to keep, data is gathered for dynamic, too.
+    walked = walk_model(model, replace(recipe, keep_worst=1), calibration, progress, checks=False)
+    progress.step("sensitivity: float outputs and switches")
+    late = mixed.integer_pass(walked.passes)
+    ranking = Mixture(walked.model, late, walked.plan, walked.data, model, recipe.provider).rank(progress)
+    cache.put(ranking)
+    return ranking
+
+
+def print_ranking(ranking: Ranking, screen: Console) -> None:
+    """The worst nodes, and all together."""
+    kl = ranking.metric == "KL"
+    made = table("rank", "node", "operator", "weights MB", "KL alone" if kl else "SQNR alone, dB", numbers=2)
+    for rank, node in enumerate(ranking.nodes[:_SHOWN], 1):
+        made.add_row(str(rank), node.node, node.operator, f"{node.nbytes / 1e6:.2f}", _told(ranking, node.effect))
+    screen.print(made)
+    unit = "KL in nats a token" if kl else "SQNR of the output that is worst off"
+    count = len(ranking.nodes)
+    more = f"{count - _SHOWN} more nodes; " if count > _SHOWN else ""
+    all_integer, all_float = _told(ranking, ranking.all_integer), _told(ranking, ranking.all_float)
+    screen.print(f"{more}all {count} nodes integer: {all_integer}, none: {all_float} ({unit})", soft_wrap=True)
+    screen.print(f"data      {ranking.windows}; took {ranking.seconds:.0f} s", soft_wrap=True)
+
+
+def _told(ranking: Ranking, effect: float) -> str:
+    return f"{effect:.2e}" if ranking.metric == "KL" else f"{decibels(effect):.1f}"

@@ -1,0 +1,178 @@
+"""Mixed precision: the few nodes that stay in float, so that the rest may be integer within a bound."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qcompile.compiler.effect import decibels
+from qcompile.compiler.feeds import InputPlan
+from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.sensitivity import Mixture, Ranking, Steps, finished_distance, stored_bytes
+from qcompile.compiler.sensitivity_cache import RankingCache
+from qcompile.compiler.sources import Data
+from qcompile.compiler.switched import on_clone
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.errors import UserError
+from qcompile.passes.qdq.dynamic import Dynamic
+from qcompile.passes.qdq.qdq import Qdq
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A node that stays in float. rank: 1 is the worst. effect: of it alone in integers."""
+
+    node: str
+    rank: int
+    effect: str
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What was kept in float, of so many nodes, and what that changed on the check windows.
+
+    before, after: distance from the float model with no node kept and with these (KL in nats a token, or a relative
+    error). bytes_before, bytes_after: of all weights.
+    """
+
+    metric: str
+    windows: str
+    nodes: int
+    kept: tuple[Kept, ...]
+    before: float
+    after: float
+    bytes_before: int
+    bytes_after: int
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        names = ", ".join(f"{own.node} ({own.effect})" for own in self.kept[:8]) + (", …" if len(self.kept) > 8 else "")
+        unit = " nats a token" if self.metric == "KL" else " dB"
+        ends = [f"{d:.4g}" if self.metric == "KL" else f"{decibels(d):.1f}" for d in (self.before, self.after)]
+        sizes = [f"{size / 1e6:.1f}" for size in (self.bytes_before, self.bytes_after)]
+        return [
+            f"mixed     {len(self.kept)} of {self.nodes} nodes kept in float" + (f": {names}" if names else ""),
+            f"          {self.metric} {ends[0]} → {ends[1]}{unit}, weights {sizes[0]} → {sizes[1]} MB; {self.windows}",
+        ]
+
+
+def keep(
+    model: ir.Model,
+    passes: Sequence[Pass],
+    plan: InputPlan,
+    data: Data,
+    source: Path,
+    recipe: Recipe,
+    progress: Steps,
+    cache: RankingCache,
+) -> Mixed | None:
+    """Tell the pass behind the walk which nodes to keep in float, as the recipe wants it; None where it does not.
+
+    Case 1: keep_worst: so many of the most sensitive nodes.
+    Case 2: max_kl, min_sqnr: the fewest, in the order of the ranking, with which the bound holds. The distance falls
+            with every node kept, but for noise: the bound holds with these and does not with one less.
+    The graph is not changed. Raises UserError where the recipe asks for what the model has not, or no choice is enough.
+    """
+    if not recipe.mixed:
+        return None
+    check_metric(recipe, plan)
+    late = integer_pass(passes)
+    progress.step("sensitivity: float outputs and switches")
+    mixture = Mixture(model, late, plan, data, source, recipe.provider)
+    ranking = cache.get()
+    if ranking is None:
+        ranking = mixture.rank(progress)
+        cache.put(ranking)
+    progress.step("choosing nodes to keep in float")
+    if recipe.keep_worst is not None:  # Case 1
+        count = recipe.keep_worst
+        if count >= len(ranking.nodes):
+            raise UserError(f"keep_worst {count} leaves nothing to quantize: the model has {len(ranking.nodes)} nodes")
+        distance, size = _tried(mixture, ranking, count, recipe.provider)
+    else:  # Case 2
+        count, distance, size = _fewest(mixture, ranking, recipe)
+    kept = _kept(mixture, ranking, count)
+    late.policy = replace(late.policy, kept=_reasons(kept))
+    ends = (ranking.all_integer, distance, mixture.nbytes, size)
+    return Mixed(ranking.metric, mixture.windows, len(ranking.nodes), kept, *ends)
+
+
+def check_metric(recipe: Recipe, plan: InputPlan) -> None:
+    """Raise UserError where the bound is not one for this kind of model."""
+    if recipe.max_kl is not None and plan.logits is None:
+        raise UserError("max_kl is for decoders, and this model has no logits: give min_sqnr in dB")
+    if recipe.min_sqnr is not None and plan.logits is not None:
+        raise UserError("min_sqnr is for models without logits, and this one is a decoder: give max_kl in nats a token")
+
+
+def integer_pass(passes: Sequence[Pass]) -> Qdq | Dynamic:
+    """The pass of a list that makes nodes integer; UserError where there is none."""
+    found = next((p for p in passes if isinstance(p, (Qdq, Dynamic))), None)
+    if found is None:
+        raise UserError("no pass of the list makes nodes integer: add qdq or dynamic to --passes")
+    return found
+
+
+def _fewest(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> tuple[int, float, int]:
+    """(how many of the worst nodes to keep, the distance of the finished graph then, its bytes)."""
+    bound, told = _bound(recipe)
+    most, nodes = len(ranking.nodes), [ranked.node for ranked in ranking.nodes]
+    if ranking.all_float > bound:
+        raise UserError(
+            f"{told} cannot be met: with all {most} nodes in float it is {mixture.effect.told(ranking.all_float)} "
+            f"({mixture.windows}); the passes before change that much"
+        )
+    count = smallest(lambda k: mixture.distance(mixture.without(nodes[:k])) <= bound, most)
+    distance, size = _tried(mixture, ranking, count, recipe.provider)
+    while distance > bound and count < most:  # one more, where values that shared a scale went apart
+        count += 1
+        distance, size = _tried(mixture, ranking, count, recipe.provider)
+    if count >= most:
+        raise UserError(
+            f"{told} is met only with all {most} nodes in float: nothing would be quantized; with none of them it is "
+            f"{mixture.effect.told(ranking.all_integer)} ({mixture.windows})"
+        )
+    return count, distance, size
+
+
+def smallest(holds: Callable[[int], bool], most: int) -> int:
+    """The smallest number of 0 … most that holds, where every number above one that holds does; `most` is not asked.
+
+    Asks for 0, 1, 2, 4, … first: few are enough as a rule.
+    """
+    low, high = -1, 0
+    while high < most and not holds(high):
+        low, high = high, max(1, 2 * high)
+    high = min(high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _bound(recipe: Recipe) -> tuple[float, str]:
+    """The largest distance allowed, and the setting in words."""
+    if recipe.max_kl is not None:
+        return recipe.max_kl, f"max_kl {recipe.max_kl:g}"
+    assert recipe.min_sqnr is not None
+    return 10 ** (-recipe.min_sqnr / 20), f"min_sqnr {recipe.min_sqnr:g}"
+
+
+def _tried(mixture: Mixture, ranking: Ranking, count: int, provider: str) -> tuple[float, int]:
+    """(distance, bytes of weights) of the graph that the pass makes with so many nodes kept."""
+    made, clone = on_clone(mixture.late, mixture.model)
+    assert isinstance(made, (Qdq, Dynamic))
+    made.policy = replace(made.policy, kept=_reasons(_kept(mixture, ranking, count)))
+    made.call(Region.whole(clone))
+    return finished_distance(mixture, clone, provider), stored_bytes(clone)
+
+
+def _kept(mixture: Mixture, ranking: Ranking, count: int) -> tuple[Kept, ...]:
+    worst = ranking.nodes[:count]
+    return tuple(Kept(own.node, rank, mixture.effect.told(own.effect)) for rank, own in enumerate(worst, 1))
+
+
+def _reasons(kept: Sequence[Kept]) -> dict[str, str]:
+    """What the report says of each node."""
+    return {own.node: f"kept for its sensitivity: rank {own.rank}, {own.effect} alone" for own in kept}

@@ -1,0 +1,231 @@
+"""How much each integer node alone changes what a model says, and the cache of that."""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.compiler.effect import Effect, effect_of
+from qcompile.compiler.extract import extract
+from qcompile.compiler.feeds import Batch, InputPlan, token_feeds
+from qcompile.compiler.memory import available
+from qcompile.compiler.sources import Data
+from qcompile.compiler.stream import Arrays
+from qcompile.compiler.switch import ALL_FLOAT, Setting
+from qcompile.compiler.switched import Switched, rewritten
+from qcompile.passes.base import Pass
+from qcompile.passes.errors import UserError
+from qcompile.passes.linears import find_embeddings, find_linears
+from qcompile.passes.policy import Policy
+from qcompile.passes.qdq.dynamic import Dynamic
+from qcompile.passes.qdq.qdq import Qdq
+from qcompile.passes.qdq.selection import Selection, products, quantized_output, select
+from qcompile.passes.tensors import chunks
+from qcompile.runtime.sessions import run, session
+
+# What effects are measured on: few and short, since every node is one run.
+_WINDOWS, _TOKENS, _BATCHES = 2, 256, 4
+
+
+class Steps(Protocol):
+    """Told what is going on; the pipeline's Progress is one."""
+
+    def step(self, name: str) -> None:
+        """A new step begins."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One node that may be integer. weights: its elements, nbytes: theirs in float. effect: of it alone."""
+
+    node: str
+    operator: str
+    weights: int
+    nbytes: int
+    effect: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Nodes by falling effect, each integer alone while all others are float.
+
+    metric: KL (nats a token) or SQNR, whose effects are relative errors. windows: what was measured on, in words.
+    all_float: with no integer node; what other passes changed, and rounding errors. all_integer: with all of them.
+    """
+
+    metric: str
+    windows: str
+    all_float: float
+    all_integer: float
+    nodes: tuple[Ranked, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Ranking":
+        """The ranking of plain values; KeyError or TypeError where they are none."""
+        nodes = tuple(Ranked(**node) for node in plain["nodes"])
+        return cls(**{**plain, "nodes": nodes})
+
+
+class Mixture:
+    """A float model behind the walk, any choice of whose nodes can be run in integers on the check windows.
+
+    late: the pass that will make nodes integer, its observers filled. source: the file of the float model, which
+    effects are relative to. Raises UserError where there is nothing to choose from, or not enough memory.
+    """
+
+    def __init__(self, model: ir.Model, late: Pass, plan: InputPlan, data: Data, source: Path, provider: str) -> None:
+        self.model, self.late = model, late
+        self.batches, self.windows = check_windows(plan, data)
+        self.sites, full = _sites(late, model), chosen(late, model, {})
+        if not self.sites:
+            raise UserError(f"pass {late.name!r} makes no node of this model integer: there is nothing to rank")
+        _check_memory(model)
+        self.effect: Effect = effect_of(plan, _float_outputs(source, plan, self.batches, provider))
+        made, clone, whole = rewritten(late, model, sorted(full.values))
+        del made
+        self.switched = Switched(clone, whole, self.batches, self.effect.outputs, provider)
+        self.nbytes = stored_bytes(clone)
+
+    def distance(self, setting: Setting) -> float:
+        """How far the outputs are from the float model's under a setting."""
+        return self.effect.distance(self.switched.run(setting))
+
+    def without(self, kept: Sequence[str]) -> Setting:
+        """The setting of all nodes that stay integer where the user keeps some in float."""
+        return chosen(self.late, self.model, dict.fromkeys(kept, "kept"))
+
+    def rank(self, progress: Steps) -> Ranking:
+        """One run for each node."""
+        started = time.monotonic()
+        settings = {site: Setting.of([site.node], whole) for site, whole in self.sites.items()}
+        costs = {site: self.switched.share(setting) for site, setting in settings.items()}
+        found: list[Ranked] = []
+        for number, (site, setting) in enumerate(settings.items(), 1):
+            done = sum(costs[site] for site in list(costs)[: number - 1])
+            left = (time.monotonic() - started) * (sum(costs.values()) - done) / done if done else 0.0
+            told = f", {left:.0f} s left" if left else ""
+            progress.step(f"sensitivity: node {number} of {len(settings)}{told}")
+            found.append(replace(site, effect=self.distance(setting)))
+        found.sort(key=lambda ranked: (-ranked.effect, ranked.node))
+        ends = (self.distance(ALL_FLOAT), self.distance(self.without([])))
+        return Ranking(self.effect.metric, self.windows, *ends, tuple(found), time.monotonic() - started)
+
+
+def chosen(late: Pass, model: ir.Model, kept: Mapping[str, str]) -> Setting:
+    """What a pass will make integer in a float model, with the names of `kept` (and why) left in float."""
+    if not isinstance(late, (Qdq, Dynamic)):
+        raise TypeError(f"{late.name} makes no node integer")
+    policy = replace(late.policy, kept=kept)
+    looked_up = [e.name for e in find_embeddings(model.graph) if not isinstance(policy.for_embedding(e), str)]
+    if isinstance(late, Dynamic):
+        linears = {linear.node for linear in find_linears(model.graph)}
+        own = [str(node.name) for node in products(model, policy)[0] if node in linears]
+        return Setting.of([*own, *looked_up])
+    selection = _selected(late, model, policy)
+    return Setting.of([*(str(n.name) for n in selection.nodes), *looked_up], (str(v.name) for v in selection.whole))
+
+
+def _selected(late: Qdq, model: ir.Model, policy: Policy) -> Selection:
+    return select(model, policy, late.provider, late.operators, slower=late.slower)
+
+
+def _sites(late: Pass, model: ir.Model) -> dict[Ranked, list[str]]:
+    """The nodes that can be kept in float one by one, not measured yet; by each, the values that it alone makes whole.
+
+    An operator that only moves codes is none of them: it is integer where its neighbours are.
+    """
+    names, found = chosen(late, model, {}).nodes, {}
+    selected = _selected(late, model, late.policy).nodes if isinstance(late, Qdq) else {}
+    rules = {str(node.name): rule for node, rule in selected.items()}
+    for node in model.graph:
+        name = str(node.name)
+        rule = rules.get(name)
+        if name not in names or (rule is not None and rule.output == "same"):
+            continue
+        constants = [v.const_value for v in map(_stored, node.inputs) if v is not None and v.const_value is not None]
+        large = [tensor for tensor in constants if len(tensor.shape) > 1]
+        ranked = Ranked(name, node.op_type, sum(t.size for t in large), sum(t.nbytes for t in large), 0.0)
+        needs = rule is not None and rule.output == "required"
+        found[ranked] = [str(quantized_output(node).name)] if needs else []
+    return found
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The initializer behind a Transpose, or the value itself."""
+    producer = value.producer() if value is not None else None
+    return producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
+
+
+def check_windows(plan: InputPlan, data: Data) -> tuple[list[Batch], str]:
+    """(batches, what they are): a few of the calibration batches, spread over them, cut short where tokens allow it.
+
+    Decode steps are left out: they need the caches of the batch before.
+    """
+    alone = [batch for batch in data.calibration if batch.follows is None]
+    tokens = plan.ids is not None and not plan.floats and not plan.unknown
+    count = min(_WINDOWS if tokens else _BATCHES, len(alone))
+    picked = [alone[i] for i in np.unique(np.linspace(0, len(alone) - 1, count).round().astype(int))]
+    cut = [_cut(plan, batch) if tokens else batch for batch in picked]
+    size = f"of {max(batch.rows for batch in cut)} tokens " if tokens else ""
+    return cut, f"{len(cut)} {'windows' if tokens else 'batches'} {size}of the calibration data ({data.description})"
+
+
+def _cut(plan: InputPlan, batch: Batch) -> Batch:
+    """The first tokens of a batch, where everything it holds follows from the ids."""
+    feeds, given = batch.feeds, plan.require_tokens()
+    ids = feeds[given.name].astype(np.int64)
+    derived = token_feeds(plan, ids)
+    same = feeds.keys() == derived.keys() and all(np.array_equal(feeds[name], derived[name]) for name in feeds)
+    if plan.sequence or not same:
+        return batch
+    short = ids[:, :_TOKENS]
+    return Batch(token_feeds(plan, short), short.size)
+
+
+def _float_outputs(source: Path, plan: InputPlan, batches: Sequence[Batch], provider: str) -> list[Arrays]:
+    running = session(source, providers=(provider,), kernels="portable")
+    presents = {pair.present for pair in plan.past}
+    names = [plan.logits] if plan.logits else [o.name for o in running.get_outputs() if o.name not in presents]
+    return [dict(zip(names, run(running, names, batch.feeds), strict=True)) for batch in batches]
+
+
+def finished_distance(mixture: "Mixture", model: ir.Model, provider: str) -> float:
+    """How far the outputs of a model that is done are from the float model's."""
+    values = [value for value in model.graph.outputs if value.name in mixture.effect.outputs]
+    piece = extract(model, [], values)
+    running = piece.session(provider)
+    given = [{name: array for name, array in batch.feeds.items() if name in piece.inputs} for batch in mixture.batches]
+    found = [dict(zip(piece.outputs, run(running, piece.outputs, feeds), strict=True)) for feeds in given]
+    return mixture.effect.distance(found)
+
+
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes of a model's initializers as a file holds them: equal ones once."""
+    sizes = {}
+    for value in model.graph.initializers.values():
+        tensor, digest = value.const_value, hashlib.sha256()
+        for chunk in chunks(tensor) if tensor is not None and tensor.dtype != ir.DataType.STRING else ():
+            digest.update(chunk)
+        sizes[digest.digest()] = 0 if tensor is None else tensor.nbytes
+    return sum(sizes.values())
+
+
+def _check_memory(model: ir.Model) -> None:
+    """Float weights twice, since ONNX Runtime packs its own copy, and int8 ones the same."""
+    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    needed, free = sum(tensor.nbytes for tensor in tensors) * 5 // 2, available()
+    if free is not None and needed > free:
+        raise UserError(
+            f"sensitivity needs the float and the int8 weights in memory at once: about {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free; choose nodes by --exclude instead, or use a larger machine"
+        )

@@ -1,0 +1,62 @@
+"""Finished rankings on disk, by the content of everything that decides them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.sensitivity import Ranking
+from qcompile.compiler.sweep_cache import Cache, digest, files_digest
+from qcompile.compiler.tokens import find_tokenizer
+from qcompile.models.cache import cache_dir
+
+# Raised with every change of what is measured, or how.
+_VERSION = 1
+# Settings that do not change the ranking.
+_LATER = (
+    "keep_worst",
+    "max_kl",
+    "min_sqnr",
+    "min_coverage",
+    "target",
+    "activations",
+    "bits",
+    "group_size",
+    "symmetric",
+)
+
+
+class RankingCache:
+    """The place of one ranking. Nothing is kept where data comes from a function, whose content no digest tells."""
+
+    def __init__(
+        self,
+        model: Path,
+        source_hash: str,
+        recipe: Recipe,
+        versions: dict[str, str],
+        files: Sequence[str] = (),
+        tokenizer: Path | None = None,
+        statistics: Path | str | None = None,
+    ) -> None:
+        self._cache = Cache(cache_dir() / "sensitivity")
+        if any(":" in file and not Path(file).exists() for file in files):
+            self._key = None
+            return
+        beside = find_tokenizer(tokenizer or model)
+        read = [*files, *([beside] if beside else []), *([statistics] if statistics else [])]
+        settings = {name: value for name, value in recipe.to_dict().items() if name not in _LATER}
+        content = {"version": _VERSION, "model": source_hash, "recipe": settings, "data": files_digest(read)}
+        self._key = digest(content | {"versions": versions})
+
+    def get(self) -> Ranking | None:
+        """The ranking that is there; None without one."""
+        plain = self._cache.get(self._key) if self._key else None
+        try:
+            return Ranking.from_dict(plain) if plain is not None else None
+        except (KeyError, TypeError):  # written by another version
+            return None
+
+    def put(self, ranking: Ranking) -> None:
+        """Keep a ranking."""
+        if self._key:
+            self._cache.put(self._key, ranking.to_dict())

@@ -1,0 +1,136 @@
+"""A model behind a switch for every integer node: its segments in sessions that stay, one run for each mixture."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.compiler.extract import extract
+from qcompile.compiler.feeds import Batch
+from qcompile.compiler.segments import Segment, split
+from qcompile.compiler.stream import Arrays
+from qcompile.compiler.switch import ALL_FLOAT, Setting, add_switches, is_switch, switched_on
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.linears import find_embeddings
+from qcompile.passes.qdq.qdq import Qdq
+from qcompile.passes.qdq.twin import TWIN, remember
+from qcompile.runtime.sessions import run
+
+
+class Switched:
+    """Runs a model with any choice of its integer nodes on a few batches.
+
+    Between segments, what the float model carries is kept for each batch, so that a run begins at the first segment
+    that a setting changes. The float and the integer weights of the whole model are in memory.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        whole: Mapping[str, ir.Value],
+        batches: Sequence[Batch],
+        outputs: Sequence[str],
+        provider: str = "cpu",
+    ) -> None:
+        targets = {node for node in model.graph if TWIN in node.meta}
+        self.batches, self.outputs = batches, outputs
+        segments = split(model, targets.__contains__)
+        self._parts = [_Part(model, segment, whole, outputs, provider) for segment in segments]
+        self._carried: list[list[Any]] = [[None] * len(batches)]
+        self._float: list[Arrays] = [{} for _ in batches]
+        for part in self._parts:
+            given = [part.run(ALL_FLOAT, b, c) for b, c in zip(batches, self._carried[-1], strict=True)]
+            # An array of ONNX Runtime's is a view that keeps the whole arena of its session alive.
+            given = [{name: np.array(array) for name, array in results.items()} for results in given]
+            self._carried.append([results.pop(part.carry, None) for results in given])
+            for known, results in zip(self._float, given, strict=True):
+                known.update(results)
+
+    def run(self, setting: Setting) -> list[Arrays]:
+        """The outputs of each batch under a setting."""
+        first = next((i for i, part in enumerate(self._parts) if part.changes(setting)), len(self._parts))
+        found = []
+        for number, batch in enumerate(self.batches):
+            outputs, carried = dict(self._float[number]), self._carried[first][number]
+            for part in self._parts[first:]:
+                results = part.run(setting, batch, carried)
+                carried = results.pop(part.carry, None)
+                outputs.update(results)
+            found.append(outputs)
+        return found
+
+    def share(self, setting: Setting) -> float:
+        """The share of the model's nodes behind the first one that a setting changes: how long a run takes."""
+        sizes = [part.size for part in self._parts]
+        first = next((i for i, part in enumerate(self._parts) if part.changes(setting)), len(sizes))
+        return sum(sizes[first:]) / sum(sizes)
+
+
+class _Part:
+    """One segment with its switches in a session."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        segment: Segment,
+        whole: Mapping[str, ir.Value],
+        outputs: Sequence[str],
+        provider: str,
+    ) -> None:
+        own = set(segment.nodes)
+        ends = [value for value in model.graph.outputs if value.producer() in own and value.name in outputs]
+        carry = [segment.carry] if segment.carry is not None else []
+        piece = extract(model, [segment.carried] if segment.carried is not None else [], [*dict.fromkeys(carry + ends)])
+        add_switches(piece, segment.nodes, whole)
+        self.carried = "" if segment.carried is None else str(segment.carried.name)
+        self.carry = "" if segment.carry is None else str(segment.carry.name)
+        self.size = sum(tensor.size for tensor in piece.weights.values()) + len(segment.nodes)
+        self._names = [output.name for output in piece.proto.graph.output]
+        self._session = piece.session(provider) if self._names else None
+        inputs = [given.name for given in self._session.get_inputs()] if self._session is not None else []
+        self._switches = [name for name in inputs if is_switch(name)]
+        self._inputs = {name for name in inputs if not is_switch(name)}
+
+    def changes(self, setting: Setting) -> bool:
+        """Whether anything in the segment is integer."""
+        return any(switched_on(name, setting) for name in self._switches)
+
+    def run(self, setting: Setting, batch: Batch, carried: Any) -> Arrays:
+        """What the segment gives: its carry and its outputs."""
+        if self._session is None:
+            return {}
+        feeds = {name: array for name, array in batch.feeds.items() if name in self._inputs}
+        feeds |= {name: np.asarray(switched_on(name, setting)) for name in self._switches}
+        if self.carried:
+            feeds[self.carried] = carried
+        return dict(zip(self._names, run(self._session, self._names, feeds), strict=True))
+
+
+def on_clone(late: Pass, model: ir.Model) -> tuple[Pass, ir.Model]:
+    """A copy of a pass behind the walk, and a copy of the model that it is about to rewrite; weights are shared."""
+    made, clone = copy.copy(late), model.clone()
+    made.decisions = []
+    if isinstance(made, Qdq):
+        named = {
+            value.name: value for node in clone.graph for value in (*node.inputs, *node.outputs) if value is not None
+        }
+        made.observers = {named[v.name]: own for v, own in made.observers.items() if v.name in named}
+        made.grids = {}
+    return made, clone
+
+
+def rewritten(late: Pass, model: ir.Model, values: Sequence[str]) -> tuple[Pass, ir.Model, dict[str, ir.Value]]:
+    """The pass and the model behind it, every integer node with its Twin; and the values of the names given."""
+    made, clone = on_clone(late, model)
+    named = {value.name: value for node in clone.graph for value in (*node.inputs, *node.outputs) if value is not None}
+    whole = {name: named[name] for name in values}
+    looked_up = [embedding.node for embedding in find_embeddings(clone.graph)]
+    for node in looked_up:
+        remember(node)
+    made.call(Region.whole(clone))
+    for node in looked_up:
+        if node.op_type == "Gather":  # the pass left it as it is
+            del node.meta[TWIN]
+    return made, clone, whole
