@@ -8,9 +8,9 @@ import onnx_ir as ir
 
 from qcompile.compiler.effect import decibels
 from qcompile.compiler.feeds import InputPlan
+from qcompile.compiler.ranking import Ranking, RankingCache
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.sensitivity import Mixture, Ranking, Steps, finished_distance, stored_bytes
-from qcompile.compiler.sensitivity_cache import RankingCache
+from qcompile.compiler.sensitivity import Mixture, Steps, finished_distance, stored_bytes
 from qcompile.compiler.sources import Data
 from qcompile.compiler.switched import on_clone
 from qcompile.passes.base import Pass, Region

@@ -18,10 +18,10 @@ from qcompile.compiler.html_report import to_html
 from qcompile.compiler.inputs import InputPlan, input_plan
 from qcompile.compiler.mixed import keep
 from qcompile.compiler.plan import INT8, build, effective, make_policy
+from qcompile.compiler.ranking import RankingCache
 from qcompile.compiler.recipe import Recipe, dump_recipe
 from qcompile.compiler.report import ActivationRange, Report
 from qcompile.compiler.segments import Segment, split
-from qcompile.compiler.sensitivity_cache import RankingCache
 from qcompile.compiler.sources import Data, gather
 from qcompile.compiler.store import check_finite, check_output_path, load_model, model_hash, save_model
 from qcompile.compiler.stream import Arrays, Runner, Stream

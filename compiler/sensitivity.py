@@ -1,21 +1,21 @@
-"""How much each integer node alone changes what a model says, and the cache of that."""
+"""How much each integer node alone changes what a model says."""
 
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import onnx_ir as ir
 
+from qcompile.compiler.check_windows import check_windows, float_outputs
 from qcompile.compiler.effect import Effect, effect_of
 from qcompile.compiler.extract import extract
-from qcompile.compiler.feeds import Batch, InputPlan, token_feeds
+from qcompile.compiler.feeds import InputPlan
 from qcompile.compiler.memory import available
+from qcompile.compiler.ranking import Ranked, Ranking
 from qcompile.compiler.sources import Data
-from qcompile.compiler.stream import Arrays
 from qcompile.compiler.switch import ALL_FLOAT, Setting
 from qcompile.compiler.switched import Switched, rewritten
 from qcompile.passes.base import Pass
@@ -26,10 +26,7 @@ from qcompile.passes.qdq.dynamic import Dynamic
 from qcompile.passes.qdq.qdq import Qdq
 from qcompile.passes.qdq.selection import Selection, products, quantized_output, select
 from qcompile.passes.tensors import chunks
-from qcompile.runtime.sessions import run, session
-
-# What effects are measured on: few and short, since every node is one run.
-_WINDOWS, _TOKENS, _BATCHES = 2, 256, 4
+from qcompile.runtime.sessions import run
 
 
 class Steps(Protocol):
@@ -37,43 +34,6 @@ class Steps(Protocol):
 
     def step(self, name: str) -> None:
         """A new step begins."""
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """One node that may be integer. weights: its elements, nbytes: theirs in float. effect: of it alone."""
-
-    node: str
-    operator: str
-    weights: int
-    nbytes: int
-    effect: float
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Nodes by falling effect, each integer alone while all others are float.
-
-    metric: KL (nats a token) or SQNR, whose effects are relative errors. windows: what was measured on, in words.
-    all_float: with no integer node; what other passes changed, and rounding errors. all_integer: with all of them.
-    """
-
-    metric: str
-    windows: str
-    all_float: float
-    all_integer: float
-    nodes: tuple[Ranked, ...]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> "Ranking":
-        """The ranking of plain values; KeyError or TypeError where they are none."""
-        nodes = tuple(Ranked(**node) for node in plain["nodes"])
-        return cls(**{**plain, "nodes": nodes})
 
 
 class Mixture:
@@ -90,9 +50,8 @@ class Mixture:
         if not self.sites:
             raise UserError(f"pass {late.name!r} makes no node of this model integer: there is nothing to rank")
         _check_memory(model)
-        self.effect: Effect = effect_of(plan, _float_outputs(source, plan, self.batches, provider))
-        made, clone, whole = rewritten(late, model, sorted(full.values))
-        del made
+        self.effect: Effect = effect_of(plan, float_outputs(source, plan, self.batches, provider))
+        clone, whole = rewritten(late, model, sorted(full.values))
         self.switched = Switched(clone, whole, self.batches, self.effect.outputs, provider)
         self.nbytes = stored_bytes(clone)
 
@@ -164,39 +123,6 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
     """The initializer behind a Transpose, or the value itself."""
     producer = value.producer() if value is not None else None
     return producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
-
-
-def check_windows(plan: InputPlan, data: Data) -> tuple[list[Batch], str]:
-    """(batches, what they are): a few of the calibration batches, spread over them, cut short where tokens allow it.
-
-    Decode steps are left out: they need the caches of the batch before.
-    """
-    alone = [batch for batch in data.calibration if batch.follows is None]
-    tokens = plan.ids is not None and not plan.floats and not plan.unknown
-    count = min(_WINDOWS if tokens else _BATCHES, len(alone))
-    picked = [alone[i] for i in np.unique(np.linspace(0, len(alone) - 1, count).round().astype(int))]
-    cut = [_cut(plan, batch) if tokens else batch for batch in picked]
-    size = f"of {max(batch.rows for batch in cut)} tokens " if tokens else ""
-    return cut, f"{len(cut)} {'windows' if tokens else 'batches'} {size}of the calibration data ({data.description})"
-
-
-def _cut(plan: InputPlan, batch: Batch) -> Batch:
-    """The first tokens of a batch, where everything it holds follows from the ids."""
-    feeds, given = batch.feeds, plan.require_tokens()
-    ids = feeds[given.name].astype(np.int64)
-    derived = token_feeds(plan, ids)
-    same = feeds.keys() == derived.keys() and all(np.array_equal(feeds[name], derived[name]) for name in feeds)
-    if plan.sequence or not same:
-        return batch
-    short = ids[:, :_TOKENS]
-    return Batch(token_feeds(plan, short), short.size)
-
-
-def _float_outputs(source: Path, plan: InputPlan, batches: Sequence[Batch], provider: str) -> list[Arrays]:
-    running = session(source, providers=(provider,), kernels="portable")
-    presents = {pair.present for pair in plan.past}
-    names = [plan.logits] if plan.logits else [o.name for o in running.get_outputs() if o.name not in presents]
-    return [dict(zip(names, run(running, names, batch.feeds), strict=True)) for batch in batches]
 
 
 def finished_distance(mixture: "Mixture", model: ir.Model, provider: str) -> float:

@@ -121,8 +121,8 @@ def on_clone(late: Pass, model: ir.Model) -> tuple[Pass, ir.Model]:
     return made, clone
 
 
-def rewritten(late: Pass, model: ir.Model, values: Sequence[str]) -> tuple[Pass, ir.Model, dict[str, ir.Value]]:
-    """The pass and the model behind it, every integer node with its Twin; and the values of the names given."""
+def rewritten(late: Pass, model: ir.Model, values: Sequence[str]) -> tuple[ir.Model, dict[str, ir.Value]]:
+    """A copy of the model behind the pass, every integer node with its Twin; and the values of the names given."""
     made, clone = on_clone(late, model)
     named = {value.name: value for node in clone.graph for value in (*node.inputs, *node.outputs) if value is not None}
     whole = {name: named[name] for name in values}
@@ -133,4 +133,4 @@ def rewritten(late: Pass, model: ir.Model, values: Sequence[str]) -> tuple[Pass,
     for node in looked_up:
         if node.op_type == "Gather":  # the pass left it as it is
             del node.meta[TWIN]
-    return made, clone, whole
+    return clone, whole

@@ -14,9 +14,9 @@ from qcompile.compiler.console import console, table
 from qcompile.compiler.effect import decibels
 from qcompile.compiler.pipeline import Calibration, Progress, versions, walk_model
 from qcompile.compiler.plan import INT8
+from qcompile.compiler.ranking import Ranking, RankingCache
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.sensitivity import Mixture, Ranking
-from qcompile.compiler.sensitivity_cache import RankingCache
+from qcompile.compiler.sensitivity import Mixture
 from qcompile.compiler.store import check_output_path, model_hash
 from qcompile.passes.errors import UserError
 

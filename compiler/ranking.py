@@ -1,10 +1,11 @@
-"""Finished rankings on disk, by the content of everything that decides them."""
+"""The order of a model's integer nodes by their effect, and finished orders on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.sensitivity import Ranking
 from qcompile.compiler.sweep_cache import Cache, digest, files_digest
 from qcompile.compiler.tokens import find_tokenizer
 from qcompile.models.cache import cache_dir
@@ -23,6 +24,43 @@ _LATER = (
     "group_size",
     "symmetric",
 )
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One node that may be integer. weights: its elements, nbytes: theirs in float. effect: of it alone."""
+
+    node: str
+    operator: str
+    weights: int
+    nbytes: int
+    effect: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Nodes by falling effect, each integer alone while all others are float.
+
+    metric: KL (nats a token) or SQNR, whose effects are relative errors. windows: what was measured on, in words.
+    all_float: with no integer node; what other passes changed, and rounding errors. all_integer: with all of them.
+    """
+
+    metric: str
+    windows: str
+    all_float: float
+    all_integer: float
+    nodes: tuple[Ranked, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Ranking":
+        """The ranking of plain values; KeyError or TypeError where they are none."""
+        nodes = tuple(Ranked(**node) for node in plain["nodes"])
+        return cls(**{**plain, "nodes": nodes})
 
 
 class RankingCache:
