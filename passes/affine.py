@@ -97,10 +97,12 @@ def choose_qparams(w: Array, spec: QuantSpec, *, importance: Array | None = None
     return best
 
 
-def range_qparams(low: Array, high: Array, spec: ActivationSpec) -> QParams:
+def range_qparams(low: Array, high: Array, spec: ActivationSpec, *, scale_dtype: npt.DTypeLike = np.float32) -> QParams:
     """Scale and zero point (both shaped like low and high) of an activation's grid that spans low … high and zero.
 
     A range of zero width gets scale 1. The zero point is an integer on the grid, so that zero is exact.
+    scale_dtype: what the file stores. Scales are rounded up to it, so that the range stays within the grid: small ones
+    are no multiples of float16's smallest number, or less than it.
     """
     low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
     if spec.symmetric:
@@ -109,6 +111,8 @@ def range_qparams(low: Array, high: Array, spec: ActivationSpec) -> QParams:
         width, steps = high - low, spec.qmax - spec.qmin
     scale: Array = np.asarray(width, np.float32) / np.float32(steps)
     scale = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(1)).astype(np.float32)
+    stored = scale.astype(scale_dtype)
+    scale = np.where(stored < scale, np.nextafter(stored, stored.dtype.type(np.inf)), stored).astype(np.float32)
     if spec.symmetric:
         return QParams(scale, np.full_like(scale, spec.middle))
     zero_point = np.clip(np.rint(np.float32(spec.qmin) - low / scale), spec.qmin, spec.qmax)

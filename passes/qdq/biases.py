@@ -16,10 +16,11 @@ _LIMIT = 2**31 - 1
 def quantize_bias(model: ir.Model, node: ir.Node, position: int, scale: Array) -> bool:
     """Put int32 codes behind a DequantizeLinear where the node reads its constant bias (N,); scale () or (N,).
 
-    False, and nothing done, where the codes would not fit 32 bits.
+    False, and nothing done, where the codes would not fit 32 bits, or the scale float16: the sums' scales are tiny, and
+    no such product is computed in integers.
     """
     value = node.inputs[position] if len(node.inputs) > position else None
-    if not is_constant(value) or value is None:
+    if not is_constant(value) or value is None or constant(value).dtype != ir.DataType.FLOAT:
         return False
     bias = np.asarray(constant(value).numpy(), np.float64).reshape(-1)
     scales = np.broadcast_to(scale.astype(np.float32), bias.shape)
@@ -58,7 +59,11 @@ def settle_bias(model: ir.Model, node: ir.Node, scale: Array) -> None:
     ONNX Runtime makes a Gemm of MatMul and Add (N,) first, and leaves a Gemm with a float bias in float.
     Case 1: a value of rank 3 and more: the bias becomes (1, 1, N), which is no Gemm's.
     Case 2: rank 2: a Gemm with an int32 bias, which is an integer product.
+    Case 3: a Gemm: its weight states its zero point, without which ONNX Runtime 1.32 leaves it in float.
     """
+    if node.op_type == "Gemm":  # Case 3
+        _state_zero_point(model, node)
+        return
     found, shape = bias_behind(node), node.outputs[0].shape
     if found is None or shape is None:
         return
@@ -88,7 +93,22 @@ def _become_gemm(model: ir.Model, node: ir.Node, add: ir.Node, bias: ir.Value, s
         node.meta[TWIN] = twin
         return
     add.op_type = "Gemm"
+    _state_zero_point(model, add)
     proto = onnx.NodeProto(op_type="Gemm")
     add.meta[TWIN] = Twin(proto, (*twin.inputs, bias), twin.transposed)
     model.graph.remove(node, safe=True)
     add.name = node.name
+
+
+def _state_zero_point(model: ir.Model, gemm: ir.Node) -> None:
+    """Give the DequantizeLinear of a Gemm's weight its zero point, 0 for each scale."""
+    read = gemm.inputs[1].producer() if gemm.inputs[1] is not None else None
+    if read is None or read.op_type != "DequantizeLinear" or len(read.inputs) > 2:
+        return
+    codes, scale = read.inputs[0], read.inputs[1]
+    assert codes is not None
+    assert scale is not None
+    name = f"{codes.name}.zero_point"
+    zeros = ir.tensor(np.zeros(constant(scale).shape.numpy(), np.int8))
+    read.resize_inputs(3)
+    read.replace_input_with(2, model.graph.initializers.get(name) or add_initializer(model, name, zeros))

@@ -105,7 +105,8 @@ class Qdq(Pass):
         """Case 2."""
         grids: dict[ir.Value, QParams] = {}
         for group in shared(selection.nodes, selection.values, sums=self.share_sums):
-            qparams = grid_of((self.observers[value] for value in group), self.spec)
+            dtype = _float_type(group[0]).numpy()
+            qparams = grid_of((self.observers[value] for value in group), self.spec, scale_dtype=dtype)
             grids.update((value, qparams) for value in group)
         return grids
 
@@ -146,7 +147,7 @@ class Qdq(Pass):
 
     def _pair(self, model: ir.Model, value: ir.Value, qparams: QParams, names: Names) -> ir.Value:
         """Q and DQ behind a value; returns the DQ's output."""
-        dtype = value.dtype if value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16) else ir.DataType.FLOAT
+        dtype = _float_type(value)
         name = names.fresh(f"{value.name}.quantized")
         scale = add_initializer(model, f"{name}.scale", ir.tensor(qparams.scale.astype(dtype.numpy())))
         zero = ir.tensor(qparams.zero_point.astype(self.spec.dtype.numpy()))
@@ -196,6 +197,11 @@ def _readers(selection: Selection) -> Readers:
             assert value is not None
             readers[value].append((node, i))
     return readers
+
+
+def _float_type(value: ir.Value) -> ir.DataType:
+    """The element type of an activation and of its scale."""
+    return ir.DataType.FLOAT16 if value.dtype == ir.DataType.FLOAT16 else ir.DataType.FLOAT
 
 
 def _elements(node: ir.Node) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.affine import QParams, range_qparams
@@ -43,8 +44,8 @@ def shared(nodes: Mapping[ir.Node, Rule], values: Iterable[ir.Value], *, sums: b
     return list(groups.values())
 
 
-def grid_of(observers: Iterable[Observer], spec: ActivationSpec) -> QParams:
-    """Scale and zero point, both (), that span the ranges of all the observers."""
+def grid_of(observers: Iterable[Observer], spec: ActivationSpec, *, scale_dtype: npt.DTypeLike = np.float32) -> QParams:
+    """Scale and zero point, both (), that span the ranges of all the observers; `scale_dtype`: what the file stores."""
     ranges = [observer.range(spec) for observer in observers]
     low, high = min(float(low) for low, _ in ranges), max(float(high) for _, high in ranges)
-    return range_qparams(np.asarray(low, np.float32), np.asarray(high, np.float32), spec)
+    return range_qparams(np.asarray(low, np.float32), np.asarray(high, np.float32), spec, scale_dtype=scale_dtype)
