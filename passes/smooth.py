@@ -17,6 +17,8 @@ _ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)
 # Where activations are quantized, too, more of an outlier has to go.
 _INT8_ALPHAS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 _SAMPLES = 96
+# The share of the squared output error that may be left where a Mul has to be inserted for it.
+_WORTH_A_MUL = 0.5
 _FINALISTS = 2
 
 
@@ -26,6 +28,8 @@ class Smooth(Pass):
     Each pair (see `pairs`) is divided by s = max|X|^alpha / max|W|^(1 - alpha) per channel.
     Case 1: alpha is a number in 0..1: every pair with a quantized linear is smoothed by it.
     Case 2: alpha is "auto": the alpha of least output error after `rounding`, and none where that is no gain.
+    Case 3: no constant before the value can take the factor: with `insert` a Mul does, which costs run time, where it
+            takes away half of the squared error and more. "auto" inserts where activations become integers.
     """
 
     name: ClassVar[str] = "smooth"
@@ -38,21 +42,25 @@ class Smooth(Pass):
         activations: ActivationSpec | None = None,
         *,
         alpha: float | Literal["auto"] = "auto",
+        insert: bool | Literal["auto"] = "auto",
         seed: int = 0,
     ) -> None:
         super().__init__()
         if alpha != "auto" and not (isinstance(alpha, int | float) and 0 <= alpha <= 1):
             raise UserError(f"smooth: alpha must be 'auto' or a number from 0 to 1, got {alpha!r}")
         self.policy, self.rounding, self.activations, self.alpha, self.seed = policy, rounding, activations, alpha, seed
+        self.insert = activations is not None if insert == "auto" else insert
 
     def call(self, region: Region) -> None:
         """Choose all factors on the region as it is, then fold them."""
-        pairs, skipped = find_pairs(region)
+        pairs, skipped = find_pairs(region, insert=self.insert)
         self.decisions += skipped
         judges = Judges(region, self.policy, self.rounding, samples=_SAMPLES, seed=self.seed, grid=self.activations)
         choices = search_all(pairs, judges, self._search)
-        nothing = "no alpha lowers the output error" if self.alpha == "auto" else None
         for pair, choice in zip(pairs, choices, strict=True):
+            nothing = "no alpha lowers the output error" if self.alpha == "auto" else None
+            if pair.kind == "inserted" and isinstance(choice, Choice) and choice.relative_loss > _WORTH_A_MUL:  # Case 3
+                choice = f"a Mul would take away {1 - choice.relative_loss:.0%} of the squared error only"
             self.decisions.append(fold_choice(pair, choice, region, nothing=nothing))
 
     def _search(self, judge: Judge) -> Choice | None:

@@ -6,9 +6,10 @@ from qcompile.passes.observers.entropy import Entropy
 from qcompile.passes.observers.extremes import MinMax, MovingAverage
 from qcompile.passes.observers.gram import Gram
 from qcompile.passes.observers.mse import Mse
+from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.observers.percentile import Percentile
 
 # By the name that a recipe gives them.
 OBSERVERS: dict[str, type[Observer]] = {
-    own.name: own for own in (Gram, MinMax, MovingAverage, Percentile, Entropy, Mse, CrossEntropy)
+    own.name: own for own in (Gram, MinMax, MovingAverage, Percentile, Entropy, Mse, OutputMse, CrossEntropy)
 }

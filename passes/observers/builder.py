@@ -1,6 +1,7 @@
 """Appending nodes whose outputs share a prefix."""
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
@@ -30,6 +31,12 @@ class Builder:
     def long(self, number: int) -> str:
         """An int64 (1,)."""
         return constant(self.graph, f"qcompile.long{number}", [number])
+
+    def integers(self, numbers: npt.NDArray[np.int64], end: str) -> str:
+        """A constant int32 array."""
+        name = f"{self.prefix}.{end}"
+        self.graph.initializer.append(numpy_helper.from_array(numbers.astype(np.int32), name))
+        return name
 
     def filled(self, shape: str, number: int, end: str) -> str:
         """An int32 of that shape, all the same number."""

@@ -57,9 +57,13 @@ class Bins:
 TENSOR, CHANNEL = Bins(64, 32), Bins(16, 24)
 
 
-def append_counts(graph: onnx.GraphProto, prefix: str, source: str, bins: Bins, *, channels: bool) -> None:
+def append_counts(
+    graph: onnx.GraphProto, prefix: str, source: str, bins: Bins, *, channels: bool, weights: Counts | None = None
+) -> None:
     """Append `prefix`.bins.top, float32 () or (channels,), the octave above the largest magnitude of `source`, and
     `prefix`.bins.counts, int32 (channels * 2 * (1 + size),). `prefix`.low and .high are there.
+
+    weights: what a number counts for, of a shape that broadcasts to that of the value `prefix`; 1 without.
     """
     build = Builder(graph, f"{prefix}.bins")
     top = _top(build, f"{prefix}.low", f"{prefix}.high")
@@ -69,9 +73,14 @@ def append_counts(graph: onnx.GraphProto, prefix: str, source: str, bins: Bins, 
         size = build.node("Mul", [build.node("Shape", [f"{prefix}.low"], "channels"), width], "size")
         index = build.node("Add", [index, _first_of_channel(build, size, width)], "index.channel")
     flat = build.node("Reshape", [index, build.long(-1)], "index.flat")
-    ones = build.filled(build.node("Shape", [flat], "numbers"), 1, "ones")
+    if weights is None:
+        each = build.filled(build.node("Shape", [flat], "numbers"), 1, "ones")
+    else:
+        shape = build.node("Shape", [prefix], "shape")  # of the value: `source` may be flat
+        spread = build.node("Expand", [build.integers(weights, "weights"), shape], "each")
+        each = build.node("Reshape", [spread, build.long(-1)], "each.flat")
     zeros = build.filled(size, 0, "zeros")
-    build.node("ScatterElements", [zeros, flat, ones], "counts", axis=0, reduction="add")
+    build.node("ScatterElements", [zeros, flat, each], "counts", axis=0, reduction="add")
 
 
 def _top(build: Builder, low: str, high: str) -> str:

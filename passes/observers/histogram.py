@@ -23,11 +23,13 @@ class Histogram(Extremes):
     counts: int64 (channels, 2, 1 + size), positive numbers first; one channel for the whole tensor. top: int64
     (channels,), the octave above the largest magnitude. A batch has the top of its own largest magnitude; a sum has the
     higher one of both, and since tops are whole octaves bins move without being split. So the sum does not depend on
-    the order of the batches, and no number is lost.
+    the order of the batches, and no number is lost. weights: what numbers count for, integers that broadcast to the
+    shape of the value; 1 without.
     """
 
-    def __init__(self, value: str, *, axis: int | None = None) -> None:
+    def __init__(self, value: str, *, axis: int | None = None, weights: Counts | None = None) -> None:
         super().__init__(value, axis=axis)
+        self.weights = weights
         self.bins = TENSOR if axis is None else CHANNEL
         self.counts: Counts | None = None
         self.top: Octaves | None = None
@@ -39,7 +41,7 @@ class Histogram(Extremes):
         if any(counts in node.output for node in graph.node):
             return
         source, channels = by_channel(graph, self.value, self.axis), self.axis is not None
-        append_counts(graph, self.prefix, source, self.bins, channels=channels)
+        append_counts(graph, self.prefix, source, self.bins, channels=channels, weights=self.weights)
         add_outputs(graph, [counts], TensorProto.INT32)
         add_outputs(graph, [top])
 

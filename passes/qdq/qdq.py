@@ -1,5 +1,6 @@
 """Static INT8: QuantizeLinear and DequantizeLinear around what integer kernels compute."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.formats.emit import add_initializer
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.observers.base import Observer
+from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import Names, take_over
 from qcompile.passes.qdq.biases import quantize_bias, settle_bias
@@ -21,10 +23,10 @@ from qcompile.passes.qdq.providers import TYPES
 from qcompile.passes.qdq.ranges import grid_of, shared
 from qcompile.passes.qdq.selection import Selection, inputs_of, select, weight_position
 from qcompile.passes.qdq.twin import remember
-from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore
+from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore, importance
 from qcompile.passes.spec import ActivationSpec
 
-Calibrator = Literal["minmax", "moving-average", "percentile", "entropy", "mse", "cross-entropy"]
+Calibrator = Literal["minmax", "moving-average", "percentile", "entropy", "mse", "output-mse", "cross-entropy"]
 Readers = dict[ir.Value, list[tuple[ir.Node, int]]]
 _TYPES = {"float8": ir.DataType.FLOAT8E4M3FN}
 
@@ -48,7 +50,7 @@ class Qdq(Pass):
         self,
         policy: Policy,
         *,
-        observer: Calibrator = "mse",
+        observer: Calibrator = "output-mse",
         operators: Literal["auto", "weights", "all"] = "auto",
         provider: Literal["cpu", "cuda", "tensorrt"] = "cpu",
         activations: Literal["auto", "uint8", "int8", "uint16", "int16", "float8"] = "auto",
@@ -75,8 +77,16 @@ class Qdq(Pass):
     def observed(self, model: ir.Model) -> dict[ir.Value, Observer]:
         """An observer for every activation that will be quantized."""
         selection = self._select(model)
-        self.observers = {value: OBSERVERS[self.observer](str(value.name)) for value in selection.values}
-        return self.observers
+        readers = _readers(selection)
+        for value in selection.values:
+            if value not in self.observers:
+                self.observers[value] = self._observer(value, [node for node, _ in readers[value]])
+        return {value: self.observers[value] for value in selection.values}
+
+    def _observer(self, value: ir.Value, readers: Sequence[ir.Node]) -> Observer:
+        if self.observer == OutputMse.name:
+            return OutputMse(str(value.name), importance=importance(readers))
+        return OBSERVERS[self.observer](str(value.name))
 
     def call(self, region: Region) -> None:
         """Rewrite the whole graph in place."""

@@ -1,5 +1,6 @@
 """Constant weights as int8 codes behind a DequantizeLinear: symmetric, one scale for each output channel or for all."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.affine import Array, QParams, choose_qparams, quantize, storable
+from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, quantize, storable
 from qcompile.passes.formats.emit import add_initializer, drop_unused
+from qcompile.passes.gptq import QUANTIZED
 from qcompile.passes.linears import as_linear, constant
 from qcompile.passes.prepare.edit import insert_before
 from qcompile.passes.qdq.providers import Rule
@@ -108,13 +110,20 @@ class WeightStore:
         """The initializers of a weight; `transposed`: w is the transpose of what the value holds."""
         key = (value, transposed, axis)
         if key not in self._stored:
-            quantized = quantize_weight(w, axis, self.grid)
+            quantized = self._compensated(value, transposed) or quantize_weight(w, axis, self.grid)
             dtype = constant(value).dtype.numpy()
             name = f"{value.name}.{'float8' if self.grid.float8 else 'int8'}"
             codes = add_initializer(self.model, name, ir.tensor(quantized.codes))
             scale = add_initializer(self.model, f"{name}.scale", ir.tensor(quantized.scale.astype(dtype)))
             self._stored[key] = Stored(quantized, codes, scale)
         return self._stored[key]
+
+    def _compensated(self, value: ir.Value, transposed: bool) -> Codes | None:
+        """The codes that `gptq` chose for a weight, where they are of this grid."""
+        known: Quantized | None = value.meta.pop(QUANTIZED, None)
+        if known is None or transposed or self.grid != WeightGrid() or known.spec.bits != SPEC.bits:
+            return None
+        return Codes(known.codes, known.qparams.scale[0], 1)
 
     def dequantized(self, node: ir.Node, rule: Rule) -> Stored:
         """Put a DequantizeLinear of codes where the node reads its float weight."""
@@ -135,3 +144,28 @@ class WeightStore:
             producer.graph.remove(producer, safe=True)
         drop_unused(self.model, value)
         return stored
+
+
+def importance(readers: Iterable[ir.Node]) -> Array | None:
+    """What errors in each channel of an activation do to the products that read it: the sum of squared weights.
+
+    float32 (K,), or (C, 1, …) for the inputs of convolutions; None where no product of constant weight reads it.
+    """
+    found = [own for node in readers if (own := _row_power(node)) is not None]
+    if not found or any(own.shape != found[0].shape for own in found):
+        return None
+    return np.asarray(np.sum(found, axis=0), np.float32)
+
+
+def _row_power(node: ir.Node) -> Array | None:
+    if node.op_type == "MatMul" and not isinstance(linear := as_linear(node), str):
+        rows: Array = np.square(linear.read()).sum(axis=1)
+        return rows
+    weight = node.inputs[1] if node.op_type == "Conv" else None
+    if weight is None or weight.const_value is None:
+        return None
+    w = np.asarray(constant(weight).numpy(), np.float32)
+    groups, outputs, per_group = node.attributes.get_int("group", 1), w.shape[0], w.shape[1]
+    power = np.square(w).reshape(groups, outputs // groups, per_group, -1).sum(axis=(1, 3))
+    found: Array = power.reshape(-1, *[1] * (w.ndim - 2))
+    return found
