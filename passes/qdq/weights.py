@@ -1,7 +1,7 @@
 """Constant weights as int8 codes behind a DequantizeLinear: symmetric, one scale for each output channel or for all."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -56,19 +56,21 @@ class Codes:
         return np.asarray(self.codes.astype(np.float32) * self.scale.reshape(shape), np.float32)
 
 
-def quantize_weight(w: Array, axis: int, grid: WeightGrid) -> Codes:
-    """Codes of a weight of any shape, its output channels along `axis`."""
+def quantize_weight(w: Array, axis: int, grid: WeightGrid, *, scale_dtype: npt.DTypeLike = np.float32) -> Codes:
+    """Codes of a weight of any shape, its output channels along `axis`, for scales as `scale_dtype` holds them."""
+    spec = replace(SPEC, scale_dtype=scale_dtype)
     axis %= w.ndim
     moved = np.moveaxis(w, axis, -1)
     matrix = moved.reshape(-1, moved.shape[-1] if grid.per_channel else 1)
     if grid.float8:
-        scale = storable(np.abs(matrix).max(axis=0, keepdims=True) / _FLOAT8_MOST, SPEC)
-        codes: npt.NDArray[Any] = (matrix / scale).astype(ml_dtypes.float8_e4m3fn)
+        scale = storable(np.abs(matrix).max(axis=0, keepdims=True) / _FLOAT8_MOST, spec)
+        inside = np.clip(matrix / scale, -_FLOAT8_MOST, _FLOAT8_MOST)  # beyond are NaN, and scales are rounded
+        codes: npt.NDArray[Any] = inside.astype(ml_dtypes.float8_e4m3fn)
     else:
-        qparams = choose_qparams(matrix, SPEC)
+        qparams = choose_qparams(matrix, spec)
         if grid.reduce_range:
             qparams = QParams(qparams.scale * _REDUCED, qparams.zero_point)
-        scale, codes = qparams.scale, quantize(matrix, qparams, SPEC)
+        scale, codes = qparams.scale, quantize(matrix, qparams, spec)
     codes = np.ascontiguousarray(np.moveaxis(codes.reshape(moved.shape), -1, axis))
     return Codes(codes, scale.reshape(-1) if grid.per_channel else scale.reshape(()), axis)
 
@@ -110,8 +112,11 @@ class WeightStore:
         """The initializers of a weight; `transposed`: w is the transpose of what the value holds."""
         key = (value, transposed, axis)
         if key not in self._stored:
-            quantized = self._compensated(value, transposed) or quantize_weight(w, axis, self.grid)
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
             dtype = constant(value).dtype.numpy()
+            half = np.float16 if dtype == np.float16 else np.float32
+            quantized = quantize_weight(w, axis, self.grid, scale_dtype=half)
             name = f"{value.name}.{'float8' if self.grid.float8 else 'int8'}"
             codes = add_initializer(self.model, name, ir.tensor(quantized.codes))
             scale = add_initializer(self.model, f"{name}.scale", ir.tensor(quantized.scale.astype(dtype)))
