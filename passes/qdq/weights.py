@@ -112,11 +112,9 @@ class WeightStore:
         """The initializers of a weight; `transposed`: w is the transpose of what the value holds."""
         key = (value, transposed, axis)
         if key not in self._stored:
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
             dtype = constant(value).dtype.numpy()
             half = np.float16 if dtype == np.float16 else np.float32
-            quantized = quantize_weight(w, axis, self.grid, scale_dtype=half)
+            quantized = self._compensated(value, transposed) or quantize_weight(w, axis, self.grid, scale_dtype=half)
             name = f"{value.name}.{'float8' if self.grid.float8 else 'int8'}"
             codes = add_initializer(self.model, name, ir.tensor(quantized.codes))
             scale = add_initializer(self.model, f"{name}.scale", ir.tensor(quantized.scale.astype(dtype)))

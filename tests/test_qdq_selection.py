@@ -1,0 +1,205 @@
+"""passes/qdq/selection.py: which nodes become integer for each `operators` and provider, and why the others do not."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto
+from qdq_graphs import Tiny
+from qdq_runs import Made, Q, quantized, redundant_pairs
+
+from qcompile.compiler.plan import build
+from qcompile.compiler.recipe import Recipe, parse_passes
+from qcompile.passes.base import Region
+from qcompile.passes.errors import UserError
+
+
+def _attention() -> Tiny:
+    """A head: x (1, 6, 32), three projections, QKᵀ, Softmax, PV, and the residual."""
+    tiny = Tiny()
+    x = tiny.input(1, 6, 32)
+    q, k, v = (tiny.one("MatMul", x, tiny.floats(32, 32)) for _ in range(3))
+    scores = tiny.one("MatMul", q, tiny.one("Transpose", k, perm=[0, 2, 1]))
+    y = tiny.one("MatMul", tiny.one("Softmax", tiny.one("Mul", scores, tiny.constant(np.float32(0.03)))), v)
+    return tiny.output(tiny.one("Add", tiny.one("MatMul", y, tiny.floats(32, 32)), x))
+
+
+def _network(*, pool: bool = True) -> Tiny:
+    """Conv, Sigmoid, a product of both, maybe a pool, and a second Conv."""
+    tiny = Tiny()
+    first = tiny.one("Conv", tiny.input(1, 8, 8, 8), tiny.floats(16, 8, 1, 1))
+    y = tiny.one("Mul", first, tiny.one("Sigmoid", first))
+    if pool:
+        y = tiny.one("AveragePool", y, kernel_shape=[2, 2], strides=[2, 2])
+    return tiny.output(tiny.one("Conv", y, tiny.floats(4, 16, 1, 1)))
+
+
+GRAPHS = {"attention": _attention, "pooled": _network, "gated": lambda: _network(pool=False)}
+
+
+def _integer(made: Made) -> list[str]:
+    """Operators of the nodes that were quantized, sorted."""
+    return sorted(d.detail["kind"] for d in made.decisions("quantized"))
+
+
+# A pool, slower in integers, stands between "pooled" Mul and Conv: with "auto" it and what is before it stay float.
+INTEGER = {
+    ("auto", "attention"): ["MatMul"] * 4,
+    ("weights", "attention"): ["MatMul"] * 4,
+    ("all", "attention"): ["Add", *["MatMul"] * 6, "Transpose"],
+    ("auto", "gated"): ["Conv", "Conv", "Mul", "Sigmoid"],
+    ("auto", "pooled"): ["Conv", "Conv"],
+    ("weights", "gated"): ["Conv", "Conv"],
+    ("all", "pooled"): ["Conv", "Conv", "Mul", "Sigmoid"],
+}
+
+
+@pytest.mark.parametrize(("operators", "graph"), INTEGER)
+def test_what_becomes_integer(operators, graph) -> None:
+    made = quantized(GRAPHS[graph](), operators=operators)
+    assert _integer(made) == INTEGER[operators, graph]
+    assert redundant_pairs(made.after) == []
+    assert made.error() < (0.03 if operators != "all" and graph == "attention" else 0.06)
+
+
+def test_slower_operators_only_if_asked(tmp_path) -> None:
+    made = quantized(_network(), operators="all", slower=True)
+    assert "AveragePool" in _integer(made)
+    assert made.optimized(tmp_path)["QLinearAveragePool"] == 1
+    made = quantized(_attention(), operators="all", slower=True)
+    assert made.optimized(tmp_path)["QLinearSoftmax"] == 1
+
+
+def test_all_of_attention_is_integer(tmp_path) -> None:
+    found = quantized(_attention(), operators="all").optimized(tmp_path)
+    assert found["MatMul"] == 0
+    assert found["QLinearMatMul"] + found["MatMulIntegerToFloat"] == 6
+
+
+@pytest.mark.parametrize("operators", ["auto", "weights", "all"])
+def test_no_float_product_is_left(tmp_path, operators) -> None:
+    for make in (_attention, _network):
+        found = quantized(make(), operators=operators).optimized(tmp_path)
+        assert found["Conv"] == 0
+        assert found["MatMul"] + found["FusedMatMul"] == (2 if make is _attention and operators != "all" else 0)
+
+
+def _constant_operands() -> Tiny:
+    """Add, Mul, Where and Concat of an activation and a constant, between two products."""
+    tiny = Tiny()
+    y = tiny.one("MatMul", tiny.input(1, 4, 32), tiny.floats(32, 32))
+    y = tiny.one("Mul", y, tiny.floats(1, 1, 32))
+    y = tiny.one("Add", tiny.floats(4, 32), y)
+    y = tiny.one("Where", tiny.constant(np.ones((4, 32), np.bool_)), y, tiny.floats(4, 32))
+    y = tiny.one("Concat", y, tiny.floats(1, 4, 32), axis=1)
+    return tiny.output(tiny.one("MatMul", y, tiny.floats(32, 8)))
+
+
+@pytest.mark.parametrize("operators", ["auto", "all"])
+def test_operators_on_constants_stay_float(operators) -> None:
+    made = quantized(_constant_operands(), operators=operators)
+    assert _integer(made) == ["MatMul", "MatMul"]
+    assert made.error() < 0.03
+
+
+def _reasons(made: Made, action: str) -> dict[str, str]:
+    return {d.detail["kind"]: d.reason for d in made.decisions(action)}
+
+
+def test_what_the_user_excludes_is_kept() -> None:
+    tiny = _attention()
+    name = tiny.nodes[0].output[0]
+    made = quantized(tiny, recipe={"exclude": (name,)})
+    (kept,) = made.decisions("kept")
+    assert kept.node == name
+    assert "exclude" in kept.reason
+    assert kept.detail["weights"] == 32 * 32
+    assert made.producer(made.producer(name).input[1]) is None
+
+
+def test_what_the_user_does_not_include_is_kept() -> None:
+    tiny = _attention()
+    made = quantized(tiny, recipe={"include": (tiny.nodes[0].output[0],)})
+    assert len(made.decisions("quantized")) == 1
+    assert len(made.decisions("kept")) == 3
+
+
+def test_a_transposed_convolution_has_no_kernel() -> None:
+    tiny = Tiny()
+    made = quantized(tiny.output(tiny.one("ConvTranspose", tiny.input(1, 8, 9, 9), tiny.floats(8, 4, 2, 2))))
+    assert _reasons(made, "skipped") == {"ConvTranspose": "ConvTranspose has no integer kernel on cpu"}
+    assert made.error() == 0
+    made = quantized(tiny, provider="tensorrt")
+    assert [d.detail["kind"] for d in made.decisions("quantized")] == ["ConvTranspose"]
+
+
+def test_cuda_gets_products_only() -> None:
+    for operators in ("auto", "all"):
+        assert _integer(quantized(_network(), provider="cuda", operators=operators)) == ["Conv", "Conv"]
+
+
+def test_values_of_other_types_stay() -> None:
+    """Gather of indices, Where of integers, Concat of shapes: nothing of that is an activation."""
+    tiny = Tiny()
+    x = tiny.input("b", "s", 32)
+    shape = tiny.one("Concat", tiny.one("Shape", x, start=0, end=2), tiny.constant(np.array([-1])), axis=0)
+    y = tiny.one("MatMul", tiny.one("Reshape", x, shape), tiny.floats(32, 8))
+    made = quantized(tiny.output(y), operators="all")
+    assert "Concat" not in _integer(made)
+    assert made.error() < 0.03
+
+
+def test_an_activation_that_was_never_seen_is_refused() -> None:
+    proto = onnx.load_from_string(_attention().model())
+    for node in proto.graph.node:
+        node.name = node.output[0]
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    made = build(Recipe(passes=parse_passes("qdq")))[-1]
+    made.observed(model)
+    with pytest.raises(UserError, match=r"activation \S+ was never seen on the calibration data: is it empty"):
+        made.call(Region.whole(model))
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_weights_of_other_ranks(rank) -> None:
+    """A vector, or a stack of matrices: MatMul has no kernel for their channels."""
+    tiny = Tiny()
+    shape = {1: (32,), 3: (2, 32, 8)}[rank]
+    made = quantized(tiny.output(tiny.one("MatMul", tiny.input(2, 4, 32), tiny.floats(*shape))))
+    assert made.decisions("quantized") == []
+    assert made.error() == 0
+
+
+def test_grouped_and_one_dimensional_convolutions(tmp_path) -> None:
+    tiny = Tiny()
+    x = tiny.input(1, 8, 9, 9)
+    depthwise = tiny.one("Conv", x, tiny.floats(8, 1, 3, 3), group=8)
+    made = quantized(tiny.output(tiny.one("Conv", depthwise, tiny.floats(4, 2, 1, 1), group=4)))
+    assert made.optimized(tmp_path)["QLinearConv"] == 2
+    assert made.error() < 0.03
+    tiny = Tiny()
+    made = quantized(tiny.output(tiny.one("Conv", tiny.input(1, 8, 20), tiny.floats(4, 8, 3))))
+    assert made.optimized(tmp_path)["QLinearConv"] == 1
+    assert made.error() < 0.03
+
+
+def test_half_precision_inputs_of_mixed_graphs() -> None:
+    """A float16 product between Casts: its Q and DQ have float16 scales, those of the others float32 ones."""
+    tiny = Tiny()
+    y = tiny.one("MatMul", tiny.input(4, 32), tiny.floats(32, 32))
+    half = tiny.one("Cast", y, to=TensorProto.FLOAT16)
+    half = tiny.one("MatMul", half, tiny.constant(tiny.random.standard_normal((32, 8)).astype("f2")))
+    made = quantized(tiny.output(tiny.one("Cast", half, to=TensorProto.FLOAT)))
+    types = [made.array(node.input[1]).dtype for node in made.nodes(Q)]
+    assert sorted(map(str, types)) == ["float16", "float32"]
+    assert made.error() < 0.03
+
+
+def test_helper_sees_redundant_pairs() -> None:
+    """The property that the tests above ask for, on a graph that has it not."""
+    tiny = Tiny()
+    grid = [tiny.constant(np.float32(0.1)), tiny.constant(np.uint8(128))]
+    codes = tiny.one("QuantizeLinear", tiny.input(4), *grid)
+    again = tiny.one("QuantizeLinear", tiny.one("DequantizeLinear", codes, *grid), *grid)
+    proto = onnx.load_from_string(tiny.output(tiny.one("DequantizeLinear", again, *grid)).model())
+    assert len(redundant_pairs(proto)) == 1
