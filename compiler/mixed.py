@@ -87,7 +87,7 @@ def keep(
     progress.step("choosing nodes to keep in float")
     if recipe.keep_worst is not None:  # Case 1
         count = recipe.keep_worst
-        if count >= len(ranking.nodes):
+        if _nothing_left(mixture, ranking, count):
             raise UserError(f"keep_worst {count} leaves nothing to quantize: the model has {len(ranking.nodes)} nodes")
         distance, size = _tried(mixture, ranking, count, recipe.provider)
     else:  # Case 2
@@ -128,12 +128,17 @@ def _fewest(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> tuple[int, fl
     while distance > bound and count < most:  # one more, where values that shared a scale went apart
         count += 1
         distance, size = _tried(mixture, ranking, count, recipe.provider)
-    if count >= most:
+    if _nothing_left(mixture, ranking, count):
         raise UserError(
             f"{told} is met only with all {most} nodes in float: nothing would be quantized; with none of them it is "
             f"{mixture.effect.told(ranking.all_integer)} ({mixture.windows})"
         )
     return count, distance, size
+
+
+def _nothing_left(mixture: Mixture, ranking: Ranking, count: int) -> bool:
+    """Whether no node is integer with so many kept: operators between integer ones go with them."""
+    return not mixture.without([ranked.node for ranked in ranking.nodes[:count]]).nodes
 
 
 def smallest(holds: Callable[[int], bool], most: int) -> int:

@@ -45,7 +45,8 @@ def select(model: ir.Model, policy: Policy, provider: Provider, operators: Opera
     found = Selection()
     chosen, kept = products(model, policy)
     found.kept = {node: ("kept", reason) for node, reason in kept.items()}
-    found.kept |= {n: ("kept", policy.kept[str(n.name)]) for n in model.graph if n.name in policy.kept}
+    named = [node for node in model.graph if node.name in policy.kept and node.op_type != "Gather"]
+    found.kept |= {node: ("kept", policy.kept[str(node.name)]) for node in named}
     for node in chosen:  # Case 1
         rule = _rule(node, provider)
         if isinstance(rule, str):

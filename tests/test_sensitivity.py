@@ -1,0 +1,182 @@
+"""compiler/sensitivity.py and its command: switches tell the truth, a bad node comes first, results are kept."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mixing import BAD, bad_conv, bad_decoder, images
+
+from qcompile.compiler import cli, sensitivity
+from qcompile.compiler.commands import sensitivity as command
+from qcompile.compiler.pipeline import Calibration, Silent, versions, walk_model
+from qcompile.compiler.ranking import RankingCache
+from qcompile.compiler.recipe import Recipe, parse_passes
+from qcompile.compiler.sensitivity import Mixture, finished_distance
+from qcompile.compiler.store import model_hash
+from qcompile.compiler.switch import ALL_FLOAT, Setting
+from qcompile.compiler.switched import on_clone
+from qcompile.models.tiny import tiny_decoder, tiny_encoder
+from qcompile.passes.base import Region
+
+QUICK = ["--samples", "4", "--context", "32"]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache of its own for each test."""
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def _mixture(bench: Any, model: Any, passes: str, calibration: list[str] | None = None, **settings: Any) -> Mixture:
+    source = bench.save(model)
+    recipe = Recipe(parse_passes(passes), samples=4, context=32, keep_worst=1, **settings)
+    walked = walk_model(source, recipe, Calibration(calibration or [str(bench.text)]), Silent(), checks=False)
+    late = next(p for p in walked.passes if p.after_walk)
+    return Mixture(walked.model, late, walked.plan, walked.data, source, "cpu")
+
+
+def _finished(mixture: Mixture, kept: list[str]) -> float:
+    """The distance of the graph that the pass writes with these nodes kept, without any switch."""
+    late, clone = on_clone(mixture.late, mixture.model)
+    late.policy = replace(late.policy, kept=dict.fromkeys(kept, "kept"))  # type: ignore[attr-defined]
+    late.call(Region.whole(clone))
+    return finished_distance(mixture, clone, "cpu")
+
+
+CASES = {
+    "decoder": (lambda: bad_decoder(), "qdq", False),
+    "smoothed": (lambda: tiny_decoder(layers=1), "smooth,qdq", False),
+    "tied": (lambda: tiny_decoder(layers=1, outliers=False), "qdq", False),
+    "all operators": (lambda: tiny_decoder(layers=1, outliers=False), "qdq(operators=all, observer=minmax)", False),
+    "with caches": (lambda: tiny_decoder(layers=1, kv_cache=True), "qdq", False),
+    "dynamic": (lambda: bad_decoder(), "dynamic", False),
+    "encoder": (lambda: tiny_encoder(layers=1), "qdq", False),
+    "convolutions": (lambda: bad_conv(), "qdq", True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_switched_graph_gives_what_the_finished_one_does(bench: Any, case: str) -> None:
+    make, passes, images_needed = CASES[case]
+    mixture = _mixture(bench, make(), passes, images(bench.folder) if images_needed else None)
+    names = [site.node for site in mixture.sites]
+    every = mixture.distance(mixture.without([]))
+    assert mixture.distance(ALL_FLOAT) < 1e-3 * every
+    rng = np.random.default_rng(1)
+    for kept in ([], names[:1], names[-1:], list(rng.permutation(names)[: len(names) // 2])):
+        told, real = mixture.distance(mixture.without(kept)), _finished(mixture, kept)
+        assert real > 0
+        # A Concat gives its inputs one scale, which they no longer share where it is kept in float.
+        assert told == pytest.approx(real, rel=0.1 if case == "all operators" else 0.02), kept
+
+
+def test_one_node_alone_is_what_keeping_all_others_gives(bench: Any) -> None:
+    mixture = _mixture(bench, bad_decoder(), "qdq")
+    others = [site.node for site in mixture.sites if site.node != BAD]
+    alone = mixture.distance(Setting.of([BAD]))
+    assert alone == pytest.approx(_finished(mixture, others), rel=0.02)
+    assert alone == pytest.approx(mixture.distance(mixture.without(others)), rel=1e-6)
+
+
+def test_the_planted_node_comes_first(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = bench.save(bad_decoder()), bench.folder / "ranking.json"
+    options = ["--passes", "qdq", "--calibration", str(bench.text), "-o", str(out), *QUICK]
+    assert cli.main(["sensitivity", str(source), *options]) == 0
+    shown, ranking = capsys.readouterr().out, json.loads(out.read_text())
+    nodes = ranking["nodes"]
+    assert ranking["metric"] == "KL"
+    assert nodes[0]["node"] == BAD
+    assert nodes[0]["effect"] > 5 * nodes[1]["effect"], "it stands out"
+    assert nodes[0]["weights"] == 64 * 256
+    assert len(nodes) == 7 + 2, "the linears, the lm_head, the embedding"
+    assert [n["effect"] for n in nodes] == sorted((n["effect"] for n in nodes), reverse=True)
+    assert next(line for line in shown.splitlines() if line.startswith("1 ")).split()[1:4] == [BAD, "MatMul", "0.07"]
+    assert "2 windows of 32 tokens of the calibration data (4 windows of 32 tokens from text.txt)" in shown
+
+
+def test_smoothing_heals_the_planted_node(bench: Any) -> None:
+    effects = []
+    for passes in ("qdq", "smooth,qdq"):
+        ranking = _mixture(bench, bad_decoder(), passes).rank(Silent())
+        effects.append(next(node.effect for node in ranking.nodes if node.node == BAD))
+    assert effects[1] < effects[0] / 10
+
+
+def test_a_network_without_logits_is_ranked_by_its_outputs(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    source = bench.save(bad_conv())
+    files = images(bench.folder)
+    assert cli.main(["sensitivity", str(source), "--passes", "qdq", "--calibration", *files]) == 0
+    shown = capsys.readouterr().out
+    first = next(line for line in shown.splitlines() if line.startswith("1 ")).split()
+    assert first[1:3] == ["conv_1", "Conv"]
+    assert float(first[4]) < 20, "in dB"
+    assert "SQNR alone, dB" in shown
+    assert "3 batches of the calibration data" in shown
+
+
+def test_a_second_call_runs_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, calibration = bench.save(bad_decoder()), Calibration([str(bench.text)])
+    recipe = Recipe(parse_passes("qdq"), samples=4, context=32)
+    first = command.ranked(source, recipe, calibration, Silent())
+
+    def walk(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("the model was walked again")
+
+    monkeypatch.setattr(command, "walk_model", walk)
+    assert command.ranked(source, recipe, calibration, Silent()) == first
+    changed = bench.save(bad_decoder(299.0), "other.onnx")
+    more = Path(bench.folder / "more.txt")
+    more.write_text(bench.text.read_text() + "More.")
+    for args in (
+        (changed, recipe, calibration),
+        (source, Recipe(parse_passes("smooth,qdq"), samples=4, context=32), calibration),
+        (source, Recipe(parse_passes("qdq"), samples=5, context=32), calibration),
+        (source, recipe, Calibration([str(more)])),
+    ):
+        with pytest.raises(AssertionError, match="walked again"):
+            command.ranked(*args, Silent())
+
+
+def test_a_damaged_cache_is_measured_anew(bench: Any, cache: Path) -> None:
+    source, calibration = bench.save(bad_decoder()), Calibration([str(bench.text)])
+    recipe = Recipe(parse_passes("qdq"), samples=4, context=32)
+    first = command.ranked(source, recipe, calibration, Silent())
+    (kept,) = (cache / "sensitivity").glob("*.json")
+    kept.write_text('{"nodes": [{"node": "x"}]}')
+    again = command.ranked(source, recipe, calibration, Silent())
+    assert again.nodes == first.nodes
+    for content in ("{", "[]", '{"metric": "KL", "nodes": 1}'):
+        kept.write_text(content)
+        assert RankingCache(source, model_hash(source), recipe, versions(), calibration.files).get() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--passes", "smooth,pack"], "no pass of the list makes nodes integer: add qdq or dynamic"),
+        (["--passes", "qdq", "--include", "nothing"], "'qdq' makes no node of this model integer"),
+        (["--passes", "qdq", "-o", "in/model.onnx"], "is the input file"),
+        (["--passes", "qdq(x=1)"], "has no parameter 'x'"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(
+    bench: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    source = bench.save(tiny_decoder())
+    monkeypatch.chdir(bench.folder)
+    embedding = ["--embedding", "keep"]
+    assert cli.main(["sensitivity", str(source), *QUICK, "--calibration", str(bench.text), *embedding, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_too_little_memory_is_told(bench: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(sensitivity, "available", lambda: 1000)
+    source = bench.save(tiny_decoder())
+    assert cli.main(["sensitivity", str(source), *QUICK, "--calibration", str(bench.text)]) == 2
+    assert "needs the float and the int8 weights in memory at once: about" in capsys.readouterr().err
