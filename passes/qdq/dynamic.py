@@ -53,6 +53,12 @@ class Dynamic(Pass):
                 )
                 continue
             linear = linears[node]
+            if linear.activation.dtype not in (None, ir.DataType.FLOAT):
+                kind = str(linear.activation.dtype).lower()
+                reason = f"DynamicQuantizeLinear takes float32, not {kind}"
+                size = int(np.prod(linear.shape))
+                self.decide(linear.name, "skipped", reason, kind="MatMul", weights=size, weight=linear.weight.name)
+                continue
             remember(node)
             if linear.activation not in codes:
                 codes[linear.activation] = _quantize(node, linear.activation)
