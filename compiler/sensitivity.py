@@ -49,7 +49,7 @@ class Mixture:
         self.sites, full = _sites(late, model), chosen(late, model, {})
         if not self.sites:
             raise UserError(f"pass {late.name!r} makes no node of this model integer: there is nothing to rank")
-        _check_memory(model)
+        _check_memory(model, sum(batch.rows for batch in self.batches) * (plan.vocabulary or 0))
         self.effect: Effect = effect_of(plan, float_outputs(source, plan, self.batches, provider))
         clone, whole = rewritten(late, model, sorted(full.values))
         self.switched = Switched(clone, whole, self.batches, self.effect.outputs, provider)
@@ -146,10 +146,14 @@ def stored_bytes(model: ir.Model) -> int:
     return sum(sizes.values())
 
 
-def _check_memory(model: ir.Model) -> None:
-    """Float weights twice, since ONNX Runtime packs its own copy, and int8 ones the same."""
+def _check_memory(model: ir.Model, scores: int) -> None:
+    """Raise UserError where memory will not do; `scores`: numbers in the logits of all batches.
+
+    Float weights lie in it twice, since ONNX Runtime packs its own copy, int8 ones the same, and a copy of what is tied
+    or transposed; of the logits, float32, there are the float model's, their log-softmax, a run's and its own.
+    """
     tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
-    needed, free = sum(tensor.nbytes for tensor in tensors) * 5 // 2, available()
+    needed, free = 4 * sum(tensor.nbytes for tensor in tensors) + 4 * 4 * scores, available()
     if free is not None and needed > free:
         raise UserError(
             f"sensitivity needs the float and the int8 weights in memory at once: about {needed / 1e9:.1f} GB, and "
