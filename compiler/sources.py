@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 _CHECKS, _CHECK_TOKENS = 2, 48
 # Windows of a model with caches that are followed by a decode step: each step is one more run, for one token.
 _DECODED = 4
+# An encoder sees windows of so many lengths, each half of the one before.
+_LENGTHS = 5
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,23 @@ def _from_text(plan: InputPlan, recipe: Recipe, tokenizer: Tokenizer, texts: Seq
         _log.warning(
             "the calibration text holds %d windows of %d tokens, not %d", len(windows), context, recipe.samples
         )
+    length = f"{len(windows[0])}"
+    if plan.logits is None and not plan.past and not plan.sequence and plan.batch in (None, 1):
+        windows = _as_texts(tokenizer, windows)
+        length = f"{min(map(len, windows))} to {max(map(len, windows))}"
     calibration = _batches(plan, windows) if needed else []
-    described = f"{len(windows)} windows of {len(windows[0])} tokens from {source}" if needed else source
+    described = f"{len(windows)} windows of {length} tokens from {source}" if needed else source
     return Data(calibration, _checks(plan, windows), described)
+
+
+def _as_texts(tokenizer: Tokenizer, windows: Sequence[Ids]) -> list[Ids]:
+    """Windows as an encoder meets texts: of many lengths, within special tokens, whose activations stand out."""
+    before, behind = tokenizer.around()
+    texts = []
+    for i, window in enumerate(windows):
+        room = max((len(window) >> (i % _LENGTHS)) - len(before) - len(behind), 1)
+        texts.append(np.array([*before, *window[:room], *behind], np.int64))
+    return texts
 
 
 def _checks(plan: InputPlan, windows: Sequence[Ids]) -> list[Batch]:

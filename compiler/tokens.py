@@ -38,6 +38,14 @@ class Tokenizer:
         """Token ids of the text. special: add what the tokenizer puts around a text (BOS, [CLS] … [SEP])."""
         return list(self._inner.encode(text, add_special_tokens=special).ids)
 
+    def around(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer puts before and behind a text: [CLS] and [SEP], say."""
+        whole, inner = self.encode("a", special=True), self.encode("a")
+        for start in range(len(whole) - len(inner) + 1):
+            if whole[start : start + len(inner)] == inner:
+                return whole[:start], whole[start + len(inner) :]
+        return [], []
+
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of the ids. special: keep special tokens visible."""
         return str(self._inner.decode(list(ids), skip_special_tokens=not special))

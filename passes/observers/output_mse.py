@@ -13,8 +13,8 @@ from qcompile.passes.spec import ActivationSpec
 
 # What the mean channel counts for, and the most that one counts for: int32 sums must hold a batch.
 _MEAN, _MOST = 64, 1 << 14
-# How often the error of what is cut off counts. Large numbers are rare, and mean more than their square: with 1, numbers of
-# 10 times the others, seen once a window, were cut off in MiniLM and cost 0.03 of cosine; from 3 to 128 made no difference.
+# How often the error of what is cut off counts. Large numbers are rare and mean more than their square: with 1, those
+# that MiniLM has once a window were cut off and cost 0.03 of cosine; from 3 to 128 made no difference.
 _CUT = 16.0
 
 
