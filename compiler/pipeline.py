@@ -16,7 +16,7 @@ from qcompile.compiler import activations, output_files, statistics_file
 from qcompile.compiler.extract import Piece
 from qcompile.compiler.html_report import to_html
 from qcompile.compiler.inputs import InputPlan, input_plan
-from qcompile.compiler.mixed import keep
+from qcompile.compiler.mixed import check_metric, keep
 from qcompile.compiler.plan import INT8, build, effective, make_policy
 from qcompile.compiler.ranking import RankingCache
 from qcompile.compiler.recipe import Recipe, dump_recipe
@@ -114,6 +114,8 @@ def compile_model(
         activations.write(graph, report.nodes)
     for late in (p for p in passes if p.after_walk):
         progress.step(late.name)
+        if late.walks_again:
+            job.walk_again(late, plan, data)
         late.call(Region.whole(graph))
         report.ranges += activation_ranges(late, walked.watched)
     report.decisions = {p.name: p.decisions for p in passes}
@@ -183,21 +185,29 @@ def walk_model(
     check_target(graph, recipe)
     job = _Job(graph, recipe, passes, report, progress)
     plan = input_plan(graph)
-    watched = {value: own for p in passes for value, own in p.observed(graph).items()}
+    check_metric(recipe, plan)
+    watched = observed(passes, graph)
     if saved is not None:
         if not watched:
             raise UserError("--statistics are ranges of activations, and no pass of this list takes them: add qdq")
         saved.check(report.source_hash, recipe.passes)
-    needed = recipe.mixed or (bool(watched) and saved is None) or any(p.needs_statistics for p in passes)
+    needed = recipe.mixed or (bool(watched) and saved is None)
+    needed |= any(p.needs_statistics or p.walks_again for p in passes)
     data = gather(plan, source, recipe, calibration.files, calibration.tokenizer, needed=needed)
     data = data if checks else replace(data, checks=[])
     report.data = data.description
     outputs = job.walk(plan, data, watched if saved is None else {})
+    watched = observed(passes, graph)
     if saved is not None:
         saved.check_graph(graph)
         saved.restore(watched)
         report.data += f"; ranges from {saved.path.name}: {saved.header.data}"
     return Walked(graph, passes, plan, data, watched, outputs, report, job, calibration)
+
+
+def observed(passes: Sequence[Pass], model: ir.Model) -> dict[ir.Value, Observer]:
+    """The observers of all passes for the activations of the graph as it is."""
+    return {value: own for p in passes for value, own in p.observed(model).items()}
 
 
 def check_target(model: ir.Model, recipe: Recipe) -> None:
@@ -253,6 +263,7 @@ class _Job:
     def __init__(self, model: ir.Model, recipe: Recipe, passes: Sequence[Pass], report: Report, progress: Progress):
         self.model, self.recipe, self.report, self.progress = model, recipe, report, progress
         self.passes = [p for p in passes if not p.whole_model and not p.after_walk]
+        self.late = [p for p in passes if p.after_walk]
         self.pack = next((p for p in passes if isinstance(p, Pack)), None)
 
     def walk(self, plan: InputPlan, data: Data, watched: Mapping[ir.Value, Observer]) -> list[tuple[Arrays, Arrays]]:
@@ -267,12 +278,19 @@ class _Job:
         rows = 2 * sum(batch.rows for batch in (*data.calibration, *data.checks))
         self.progress.total(rows * len(segments))
         outputs: list[tuple[Arrays, Arrays]] = [({}, {}) for _ in data.checks]
+        static = bool(watched)
+        inside = {node for segment in segments for node in segment.nodes}
+        loose = [node for node in self.model.graph if node not in inside]
         for number, segment in enumerate(segments, 1):
             self.progress.step(f"segment {number} of {len(segments)}")
             self._rewrite(runner, segment, calibration, checks, outputs, int8=data.real)
+            if watched:
+                watched = observed(self.late, self.model)  # smoothing may have put a Mul before a linear
             own = _seen_in(segment, segments, watched)
-            if calibration.batches and own:
-                runner.observe(segment, own, calibration)
+            region = Region(self.model, [*(loose if number == 1 else ()), *segment.nodes])
+            more = [pair for p in (*self.passes, *self.late) if static for pair in p.observed_in(region).items()]
+            if calibration.batches and (own or more):
+                runner.observe(segment, own, calibration, more=more)
             if calibration.batches:
                 runner.advance(segment, calibration)
         if self.pack is not None:
@@ -294,6 +312,15 @@ class _Job:
         self.report.outputs = sorted(compared, key=lambda output: output.name != plan.logits)
         self.report.rounding = max((o.relative for o in compared), default=0.0) if targets else 0.0
         return compiled
+
+    def walk_again(self, late: Pass, plan: InputPlan, data: Data) -> None:
+        """Take the calibration stream through the graph as it is now, segment by segment, for one pass."""
+        targets = {node for node in self.model.graph if TWIN in node.meta}
+        runner, stream = Runner(self.model, plan, self.recipe.provider), Stream(data.calibration)
+        for segment in split(self.model, targets.__contains__) if stream.batches else ():
+            for observers in late.walk_again(Region(self.model, list(segment.nodes))):
+                runner.observe(segment, observers, stream)
+            runner.advance(segment, stream)
 
     def _run_checks(self, plan: InputPlan, data: Data, segments: Sequence[Segment]) -> list[Arrays]:
         runner, stream = Runner(self.model, plan, self.recipe.provider), Stream(data.checks)

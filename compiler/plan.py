@@ -12,9 +12,11 @@ import numpy.typing as npt
 from qcompile.compiler.recipe import Recipe, Step
 from qcompile.passes.awq import Awq
 from qcompile.passes.base import Pass
+from qcompile.passes.bias_correction import BiasCorrection
 from qcompile.passes.errors import UserError
 from qcompile.passes.fuse import Fuse
 from qcompile.passes.gptq import ErrorCompensated, Gptq
+from qcompile.passes.outlier import Outlier
 from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare import Prepare
@@ -28,7 +30,7 @@ from qcompile.passes.spec import ActivationSpec, PerChannel, PerGroup, QuantSpec
 # Every pass, in the order in which a full list runs them.
 PASSES: dict[str, type[Pass]] = {
     "prepare": Prepare, "smooth": Smooth, "awq": Awq, "gptq": Gptq, "pack": Pack, "fuse": Fuse,
-    "qdq": Qdq, "dynamic": Dynamic,
+    "outlier": Outlier, "qdq": Qdq, "dynamic": Dynamic, "bias_correction": BiasCorrection,
 }  # fmt: skip
 
 

@@ -62,11 +62,11 @@ class Runner:
         observers: Mapping[ir.Value, Observer],
         stream: Stream,
         *,
-        more: Mapping[ir.Value, Observer] | None = None,
+        more: Sequence[tuple[ir.Value, Observer]] = (),
     ) -> None:
         """Let observers see the activations they are for, batch by batch; `more` may be for the same ones."""
         presents = self._presents(segment) if stream.followed() else []
-        pairs = [*observers.items(), *(more or {}).items()]
+        pairs = [*observers.items(), *more]
         piece = extract(self.model, _given(segment), list(dict.fromkeys([*(value for value, _ in pairs), *presents])))
         graph = piece.proto.graph
         kept = {str(value.name) for value in presents}

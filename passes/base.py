@@ -50,6 +50,7 @@ class Pass(ABC):
     whole_model: it runs once over the whole graph, before the model is walked segment by segment.
     after_walk: it runs once over the whole packed graph, behind the walk.
     needs_statistics: it cannot work without the Gram matrices of linears' inputs.
+    walks_again: the calibration data goes through the graph once more for it, see `walk_again`.
     quantizes: its decisions say which weights became codes; coverage is counted from them.
     followed_by, preceded_by: names of passes of which one must come later, or earlier, in the list.
     """
@@ -58,6 +59,7 @@ class Pass(ABC):
     whole_model: ClassVar[bool] = False
     after_walk: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = False
+    walks_again: ClassVar[bool] = False
     quantizes: ClassVar[bool] = False
     followed_by: ClassVar[Sequence[str]] = ()
     preceded_by: ClassVar[Sequence[str]] = ()
@@ -74,13 +76,20 @@ class Pass(ABC):
         """Observers that are to see the activations of the model before the pass runs; filled when `call` begins."""
         return {}
 
-    @property
-    def observed_here(self) -> Mapping[ir.Value, Observer]:
-        """Observers of the region that `call` was given last, as it is now, besides those of `observed`.
+    def observed_in(self, region: Region) -> Mapping[ir.Value, Observer]:
+        """More observers of a region, as the walk's passes leave it; filled before the next region is rewritten.
 
-        They are filled before the next region, where a pass of the list observes ranges at all.
+        Asked for where a pass of the list observes ranges at all.
         """
         return {}
+
+    def walk_again(self, region: Region) -> Iterator[Mapping[ir.Value, Observer]]:
+        """Observers of a segment of the graph as the pass finds it behind the walk, before `call`.
+
+        The pass may change the graph between two sets: each is filled before the next one is asked for, and the
+        calibration data goes on through the segment as it is left.
+        """
+        return iter(())
 
     @abstractmethod
     def call(self, region: Region) -> None:

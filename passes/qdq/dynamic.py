@@ -10,6 +10,8 @@ from qcompile.passes.formats.emit import add_initializer, drop_unused
 from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.embeddings import quantize_embeddings
+from qcompile.passes.qdq.outlier_emit import add_outliers, masked, split_weight, told
+from qcompile.passes.qdq.outliers import OUTLIERS, Outliers
 from qcompile.passes.qdq.selection import products
 from qcompile.passes.qdq.twin import remember
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore
@@ -22,7 +24,9 @@ class Dynamic(Pass):
             MatMulInteger, and a product with both scales. ONNX Runtime's CPU provider fuses them. Readers of one value
             share its DynamicQuantizeLinear.
     Case 2: other products (Conv) stay in float: their dynamic integer kernels are slower than float ones.
-    Case 3: tables of embeddings become int8, too, shared with a tied lm_head.
+    Case 3: a linear that `outlier` marked: its outliers are set to zero before the DynamicQuantizeLinear, and a float
+            product of them alone is added.
+    Case 4: tables of embeddings become int8, too, shared with a tied lm_head.
     weights: one scale a channel, or one a tensor.
     """
 
@@ -60,14 +64,22 @@ class Dynamic(Pass):
                 self.decide(linear.name, "skipped", reason, kind="MatMul", weights=size, weight=linear.weight.name)
                 continue
             remember(node)
-            if linear.activation not in codes:
-                codes[linear.activation] = _quantize(node, linear.activation)
+            marked: Outliers | None = node.meta.pop(OUTLIERS, None)
+            x = linear.activation if marked is None else masked(model, linear, marked)
+            if x not in codes:
+                codes[x] = _quantize(node, x)
+            if marked is not None:  # Case 3
+                stored, outlying = split_weight(model, linear, marked, self.grid)
+                _replace(model, linear, stored, codes[x])
+                add_outliers(model, linear, marked, outlying)
+                told(linear, stored, outlying, f"{self.grid} dynamic, uint8 asym", self.decide)
+                continue
             stored = store.store(linear.weight, linear.read(), 1, transposed=linear.transposed)
             self._told(linear, stored)
-            _replace(model, linear, stored, codes[linear.activation])
+            _replace(model, linear, stored, codes[x])
         for node, reason in kept.items():
             self.decide(node.name or "", "kept", reason, kind=node.op_type, weights=0, weight=node.name)
-        quantize_embeddings(model, self.policy, store, self.decide)  # Case 3
+        quantize_embeddings(model, self.policy, store, self.decide)  # Case 4
         region.nodes = list(model.graph)
 
     def _told(self, linear: Linear, stored: Stored) -> None:

@@ -10,7 +10,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.formats.emit import add_initializer, drop_unused
 from qcompile.passes.formats.functions import DOMAIN, OUTLIER, register
 from qcompile.passes.linears import Linear, as_linear, constant
-from qcompile.passes.prepare.edit import Decide
+from qcompile.passes.prepare.edit import Decide, insert_before
 from qcompile.passes.qdq.outliers import OUTLIERS, Outliers
 from qcompile.passes.qdq.ranges import grid_of
 from qcompile.passes.qdq.weights import Stored, WeightGrid, quantize_weight
@@ -56,6 +56,35 @@ def split_weight(model: ir.Model, linear: Linear, own: Outliers, grid: WeightGri
     rows = np.ascontiguousarray(w[own.channels]).astype(dtype)
     outlying = add_initializer(model, f"{linear.weight.name}.outliers", ir.tensor(rows))
     return Stored(quantized, codes, scale), outlying
+
+
+def masked(model: ir.Model, linear: Linear, own: Outliers) -> ir.Value:
+    """The activation with zeros in the outliers' channels; one for all linears that read it."""
+    x, name = linear.activation, f"{linear.activation.name}.rest"
+    known = [use.node.outputs[0] for use in x.uses() if use.node.name == name]
+    if known:
+        return known[0]
+    row = np.ones(linear.shape[0], constant(linear.weight).dtype.numpy())
+    row[own.channels] = 0
+    mask = _shared(model, f"{name}.mask", row)
+    value = insert_before(linear.node, "Mul", [x, mask], name=name, output=name)
+    value.type, value.shape = x.type, x.shape
+    return value
+
+
+def add_outliers(model: ir.Model, linear: Linear, own: Outliers, outlying: ir.Value) -> None:
+    """Turn the node that ends the product of the rest into its sum with the float product of the outliers."""
+    node, base = linear.node, linear.name
+    product = insert_before(node, node.op_type, list(node.inputs), name=f"{base}.product", output=f"{base}.product")
+    taken = [linear.activation, channels(model, linear, own)]
+    gathered = insert_before(node, "Gather", taken, {"axis": -1}, name=f"{base}.taken", output=f"{base}.taken")
+    added = insert_before(node, "MatMul", [gathered, outlying], name=f"{base}.added", output=f"{base}.added")
+    for value in (product, gathered, added):
+        value.type = linear.activation.type
+    product.shape = added.shape = node.outputs[0].shape
+    node.op_type = "Add"
+    node.replace_input_with(0, product)
+    node.replace_input_with(1, added)
 
 
 def channels(model: ir.Model, linear: Linear, own: Outliers) -> ir.Value:

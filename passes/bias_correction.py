@@ -1,0 +1,201 @@
+"""Bias correction: what quantization moves on average goes off the biases (Nagel et al. 2019, the empirical form)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.formats.emit import add_initializer, drop_unused
+from qcompile.passes.linears import constant
+from qcompile.passes.observers.base import Observer
+from qcompile.passes.observers.mean import Mean
+from qcompile.passes.prepare.edit import Names, is_constant, take_over
+from qcompile.passes.qdq.biases import bias_behind
+from qcompile.passes.qdq.selection import PRODUCTS, weight_position
+from qcompile.passes.qdq.twin import TWIN, Twin
+
+Floats = npt.NDArray[np.float64]
+_LIMIT = 2**31 - 1
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+
+
+class BiasCorrection(Pass):
+    """Take the mean shift of every integer product, measured on the calibration data, off its bias.
+
+    The shift is that of the quantized graph's outputs, by channel, against the float graph's: what rounding and
+    clipping here and in all products before change on average. Products are corrected in the order of the graph, each
+    behind those that it depends on, so that a shift is taken off once.
+    Case 1: int32 codes behind a DequantizeLinear: the nearest number of codes is taken off.
+    Case 2: a float bias of the node, or a constant that an Add puts on its output: the shift is taken off.
+    Case 3: a convolution without a bias gets one, which costs its kernels nothing.
+    Case 4: a MatMul without a bias gets an Add with `insert`; that costs time, so not by default.
+    Case 5: nothing where the product is one of rank 2: with a float bias ONNX Runtime leaves it in float.
+    """
+
+    name: ClassVar[str] = "bias_correction"
+    after_walk: ClassVar[bool] = True
+    walks_again: ClassVar[bool] = True
+    preceded_by: ClassVar[tuple[str, ...]] = ("qdq",)
+
+    def __init__(self, *, insert: bool = False) -> None:
+        super().__init__()
+        self.insert = insert
+        self._means: dict[ir.Value, Mean] = {}
+        self._done: set[ir.Node] = set()
+
+    def observed_in(self, region: Region) -> Mapping[ir.Value, Observer]:
+        """The means of the products' outputs, in float still, and behind an Add that `qdq` may make a Gemm of."""
+        found: dict[ir.Value, Mean] = {}
+        for node in region.live_nodes():
+            if node.op_type in PRODUCTS and node.domain == "" and weight_position(node) is not None:
+                behind = bias_behind(node)
+                for value in (node.outputs[0], *(behind[0].outputs if behind is not None else ())):
+                    found[value] = _mean(value, node.op_type)
+        self._means |= found
+        return found
+
+    def walk_again(self, region: Region) -> Iterator[Mapping[ir.Value, Observer]]:
+        """The means of the integer products' outputs, those first on which no other depends."""
+        for nodes in levels(region.nodes):
+            measured = {node: _mean(node.outputs[0], node.meta[TWIN].proto.op_type) for node in nodes}
+            yield {node.outputs[0]: mean for node, mean in measured.items()}
+            for node, mean in measured.items():
+                self._measured(region, node, mean)
+
+    def call(self, region: Region) -> None:
+        """Say what was not measured."""
+        for node in region.live_nodes():
+            if _is_integer(node) and node not in self._done:
+                self.decide(node.name or "", "skipped", "it was not measured: no calibration data")
+
+    def _measured(self, region: Region, node: ir.Node, quantized: Mean) -> None:
+        original, name = self._means.get(node.outputs[0]), node.name or ""
+        self._done.add(node)
+        if original is None or not original.count or not quantized.count:
+            self.decide(name, "skipped", "its output in float was not measured")
+            return
+        shift = quantized.mean - original.mean
+        size = float(np.linalg.norm(shift) / max(float(np.linalg.norm(original.mean)), 1e-30))
+        reason = self._correct(region, node, shift)
+        if reason:
+            self.decide(name, "skipped", reason, shift=size)
+        else:
+            self.decide(name, "corrected", f"its mean had moved by {size:.1%}", shift=size)
+
+    def _correct(self, region: Region, node: ir.Node, mean: Floats) -> str:
+        """Why nothing was done, or an empty string."""
+        if node.op_type in (*_CONVOLUTIONS, "Gemm"):
+            return _own_bias(region.model, node, mean)
+        found = _added(node, len(mean))
+        if found is not None:
+            _replace(region.model, *found, mean)  # Case 2
+            return ""
+        if not self.insert:
+            return "it has no bias, insert=true would add one"
+        shape = node.outputs[0].shape
+        if node.op_type == "MatMul" and (shape is None or len(shape) < 3):  # Case 5
+            return "a product of rank 2 with a float bias would be computed in float"
+        self._done.add(_insert(region.model, node, mean))  # Case 4
+        return ""
+
+
+def levels(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
+    """The integer products among nodes in graph order, in groups: each depends on products of earlier groups alone."""
+    depth: dict[ir.Value, int] = {}
+    groups: list[list[ir.Node]] = []
+    for node in nodes:
+        own = max((depth.get(value, 0) for value in node.inputs if value is not None), default=0)
+        if _is_integer(node):
+            groups += [[]] * (own + 1 - len(groups))
+            groups[own] = [*groups[own], node]
+            own += 1
+        depth.update((value, own) for value in node.outputs)
+    return [group for group in groups if group]
+
+
+def _is_integer(node: ir.Node) -> bool:
+    twin: Twin | None = node.meta.get(TWIN)
+    return twin is not None and twin.weights > 0
+
+
+def _mean(value: ir.Value, operator: str) -> Mean:
+    return Mean(str(value.name), axis=1 if operator in _CONVOLUTIONS else -1)
+
+
+def _own_bias(model: ir.Model, node: ir.Node, mean: Floats) -> str:
+    """Cases 1 to 3 for a node whose third input is the bias."""
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    producer = bias.producer() if bias is not None else None
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        return _codes(model, producer, mean)  # Case 1
+    if bias is not None and not is_constant(bias):
+        return "its bias is no constant"
+    if bias is None and node.op_type == "Gemm":  # Case 5
+        return "a product of rank 2 with a float bias would be computed in float"
+    if bias is not None:
+        _replace(model, node, 2, mean)  # Case 2
+        return ""
+    dtype = node.outputs[0].dtype or ir.DataType.FLOAT
+    node.resize_inputs(3)  # Case 3
+    node.replace_input_with(2, add_initializer(model, f"{node.name}.bias", ir.tensor((-mean).astype(dtype.numpy()))))
+    return ""
+
+
+def _codes(model: ir.Model, read: ir.Node, mean: Floats) -> str:
+    codes, scale = read.inputs[0], read.inputs[1]
+    assert codes is not None
+    assert scale is not None
+    moved = np.rint(mean / np.asarray(constant(scale).numpy(), np.float64))
+    corrected = np.asarray(constant(codes).numpy(), np.float64) - moved
+    if np.abs(corrected).max(initial=0) > _LIMIT:
+        return "the corrected bias does not fit 32 bits"
+    made = add_initializer(model, f"{codes.name}.corrected", ir.tensor(corrected.astype(np.int32)))
+    read.replace_input_with(0, made)
+    drop_unused(model, codes)
+    return ""
+
+
+def _added(node: ir.Node, channels: int) -> tuple[ir.Node, int] | None:
+    """(Add, position of the bias) where a constant of one number a channel is all that is done to the output."""
+    value = node.outputs[0]
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "Add":
+        return None
+    position = 1 - uses[0].idx
+    bias = uses[0].node.inputs[position]
+    if bias is None or not is_constant(bias):
+        return None
+    shape = constant(bias).shape.numpy()
+    return (uses[0].node, position) if shape and shape[-1] == np.prod(shape) == channels else None
+
+
+def _replace(model: ir.Model, node: ir.Node, position: int, mean: Floats) -> None:
+    """Read a bias without the mean error; the old one may have other readers."""
+    bias = node.inputs[position]
+    assert bias is not None
+    old = np.asarray(constant(bias).numpy())
+    corrected = (old.astype(np.float64) - mean.reshape(old.shape)).astype(old.dtype)
+    made = add_initializer(model, f"{bias.name}.corrected", ir.tensor(corrected))
+    node.replace_input_with(position, made)
+    drop_unused(model, bias)
+
+
+def _insert(model: ir.Model, node: ir.Node, mean: Floats) -> ir.Node:
+    """Case 4. Returns the Add, which stands for the product from now on.
+
+    (1, 1, N): with a bias (N,) and known shapes ONNX Runtime would make a float Gemm of both.
+    """
+    value, names = node.outputs[0], Names(model)
+    dtype = value.dtype or ir.DataType.FLOAT
+    bias = add_initializer(model, f"{node.name}.bias", ir.tensor((-mean).astype(dtype.numpy()).reshape(1, 1, -1)))
+    add = ir.node("Add", [value, bias], name=f"{node.name}.corrected")
+    add.outputs[0].name = names.fresh(f"{value.name}.corrected")
+    take_over(value, add.outputs[0], names)
+    add.replace_input_with(0, value)
+    node.append(add)
+    add.meta[TWIN] = node.meta.pop(TWIN)
+    node.name, add.name = add.name, node.name
+    return add

@@ -1,0 +1,97 @@
+"""LLM.int8(): a few input channels stay in float, all others in int8 (Dettmers et al. 2022), made static."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.passes.absorb import weight_users
+from qcompile.passes.affine import Array
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.errors import UserError
+from qcompile.passes.linears import Linear, find_linears, vocabulary_size
+from qcompile.passes.observers import OBSERVERS
+from qcompile.passes.observers.base import Observer
+from qcompile.passes.observers.output_mse import OutputMse
+from qcompile.passes.observers.rest import Rest
+from qcompile.passes.policy import Policy
+from qcompile.passes.qdq.outliers import OUTLIERS, Outliers, choose, row_power
+from qcompile.passes.qdq.qdq import Calibrator
+
+
+class Outlier(Pass):
+    """Keep the few input channels in float whose range spoils the common scale of an int8 activation.
+
+    Linears of one activation keep the same channels, so that it is rounded once for all of them. Nothing is rewritten
+    here: nodes are marked, and `qdq` or `dynamic` behind write the two products.
+    Case 1: the channels that are worth it, by the noise that they cause; see `outliers.choose`.
+    Case 2: none, where no number of channels is.
+    Case 3: a weight that an embedding shares is left alone: both read the same codes.
+    most: the largest share of channels in float. threshold: what each must take off the power of the noise.
+    observer: by which the range of the channels that stay is chosen, as in `qdq`.
+    """
+
+    name: ClassVar[str] = "outlier"
+    needs_statistics: ClassVar[bool] = True
+    followed_by: ClassVar[tuple[str, ...]] = ("qdq", "dynamic")
+
+    def __init__(
+        self, policy: Policy, *, most: float = 0.01, threshold: float = 0.1, observer: Calibrator = "output-mse"
+    ) -> None:
+        super().__init__()
+        if not 0 < most <= 0.25:
+            raise UserError(f"outlier: most must be above 0 and at most 0.25, got {most}")
+        if not 0 < threshold < 1:
+            raise UserError(f"outlier: threshold must lie between 0 and 1, got {threshold}")
+        self.policy, self.most, self.threshold, self.observer = policy, most, threshold, observer
+        self._observers: dict[ir.Value, Observer] = {}
+
+    def observed_in(self, region: Region) -> Mapping[ir.Value, Observer]:
+        """The channels that stay, of every activation of the region."""
+        return self._observers
+
+    def call(self, region: Region) -> None:
+        """Mark the region's linears."""
+        self._observers = {}
+        by_value: dict[ir.Value, list[Linear]] = {}
+        vocabulary = vocabulary_size(region.model)
+        for linear in find_linears(region.live_nodes()):
+            spec = self.policy.for_linear(linear, vocabulary)
+            if isinstance(spec, str):
+                self.decide(linear.name, "skipped", spec)
+            elif any(user.op_type == "Gather" for user in weight_users(linear.weight)):  # Case 3
+                self.decide(linear.name, "skipped", "weight is tied to the embedding")
+            else:
+                by_value.setdefault(linear.activation, []).append(linear)
+        for value, linears in by_value.items():
+            statistics = region.statistics.get(value)
+            if statistics is None:
+                self._skip(linears, "its input was not observed")
+            else:
+                self._mark(value, linears, statistics.absmax, statistics.mean_square)
+
+    def _mark(self, value: ir.Value, linears: list[Linear], reach: Array, power: Array) -> None:
+        weights, width = [linear.read() for linear in linears], len(reach)
+        most = min(int(np.ceil(self.most * width)), width - 1)
+        choice = choose(reach, power, weights, most=most, threshold=self.threshold)
+        if not len(choice.channels):  # Case 2
+            self._skip(linears, "no channel is worth keeping in float")
+            return
+        kept = np.delete(np.arange(width), choice.channels)
+        rest = Rest(str(value.name), self._observer(f"{value.name}.rest", weights, kept), kept)
+        self._observers[value] = rest
+        count, told = len(choice.channels), f"{len(choice.channels)} of {width} channels stay in float"
+        for linear in linears:  # Case 1
+            linear.node.meta[OUTLIERS] = Outliers(choice.channels, rest)
+            self.decide(linear.name, "marked", told, channels=count, of=width, relative_noise=choice.noise)
+
+    def _observer(self, name: str, weights: list[Array], kept: npt.NDArray[np.int64]) -> Observer:
+        if self.observer != OutputMse.name:
+            return OBSERVERS[self.observer](name)
+        return OutputMse(name, importance=row_power(weights)[kept].astype(np.float32))
+
+    def _skip(self, linears: list[Linear], reason: str) -> None:
+        for linear in linears:
+            self.decide(linear.name, "skipped", reason)
