@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qcompile.compiler.console import megabytes
 from qcompile.compiler.effect import decibels
 from qcompile.compiler.feeds import InputPlan
 from qcompile.compiler.ranking import Ranking, RankingCache
@@ -50,10 +51,10 @@ class Mixed:
         names = ", ".join(f"{own.node} ({own.effect})" for own in self.kept[:8]) + (", …" if len(self.kept) > 8 else "")
         unit = " nats a token" if self.metric == "KL" else " dB"
         ends = [f"{d:.4g}" if self.metric == "KL" else f"{decibels(d):.1f}" for d in (self.before, self.after)]
-        sizes = [f"{size / 1e6:.1f}" for size in (self.bytes_before, self.bytes_after)]
+        sizes = [megabytes(size) for size in (self.bytes_before, self.bytes_after)]
         return [
             f"mixed     {len(self.kept)} of {self.nodes} nodes kept in float" + (f": {names}" if names else ""),
-            f"          {self.metric} {ends[0]} → {ends[1]}{unit}, weights {sizes[0]} → {sizes[1]} MB; {self.windows}",
+            f"          {self.metric} {ends[0]} → {ends[1]}{unit}, weights {sizes[0]} → {sizes[1]}; {self.windows}",
         ]
 
 
@@ -66,17 +67,14 @@ def keep(
     recipe: Recipe,
     progress: Steps,
     cache: RankingCache,
-) -> Mixed | None:
-    """Tell the pass behind the walk which nodes to keep in float, as the recipe wants it; None where it does not.
+) -> Mixed:
+    """Tell the pass behind the walk which nodes to keep in float, as the recipe wants it.
 
     Case 1: keep_worst: so many of the most sensitive nodes.
     Case 2: max_kl, min_sqnr: the fewest, in the order of the ranking, with which the bound holds. The distance falls
             with every node kept, but for noise: the bound holds with these and does not with one less.
     The graph is not changed. Raises UserError where the recipe asks for what the model has not, or no choice is enough.
     """
-    if not recipe.mixed:
-        return None
-    check_metric(recipe, plan)
     late = integer_pass(passes)
     progress.step("sensitivity: float outputs and switches")
     mixture = Mixture(model, late, plan, data, source, recipe.provider)
@@ -85,13 +83,8 @@ def keep(
         ranking = mixture.rank(progress)
         cache.put(ranking)
     progress.step("choosing nodes to keep in float")
-    if recipe.keep_worst is not None:  # Case 1
-        count = recipe.keep_worst
-        if _nothing_left(mixture, ranking, count):
-            raise UserError(f"keep_worst {count} leaves nothing to quantize: the model has {len(ranking.nodes)} nodes")
-        distance, size = _tried(mixture, ranking, count, recipe.provider)
-    else:  # Case 2
-        count, distance, size = _fewest(mixture, ranking, recipe)
+    choose = _fewest if recipe.keep_worst is None else _worst
+    count, distance, size = choose(mixture, ranking, recipe)
     kept = _kept(mixture, ranking, count)
     late.policy = replace(late.policy, kept=_reasons(kept))
     ends = (ranking.all_integer, distance, mixture.nbytes, size)
@@ -114,8 +107,16 @@ def integer_pass(passes: Sequence[Pass]) -> Qdq | Dynamic:
     return found
 
 
+def _worst(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> tuple[int, float, int]:
+    """Case 1: (how many nodes to keep, the distance of the finished graph then, its bytes)."""
+    count = recipe.keep_worst or 0
+    if _nothing_left(mixture, ranking, count):
+        raise UserError(f"keep_worst {count} leaves nothing to quantize: the model has {len(ranking.nodes)} nodes")
+    return count, *_tried(mixture, ranking, count, recipe.provider)
+
+
 def _fewest(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> tuple[int, float, int]:
-    """(how many of the worst nodes to keep, the distance of the finished graph then, its bytes)."""
+    """Case 2, as `_worst`."""
     bound, told = _bound(recipe)
     most, nodes = len(ranking.nodes), [ranked.node for ranked in ranking.nodes]
     if ranking.all_float > bound:
