@@ -1,17 +1,18 @@
 """LLM.int8(): a few input channels stay in float, all others in int8 (Dettmers et al. 2022), made static."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.absorb import weight_users
+from qcompile.passes.absorb import trace, weight_users
 from qcompile.passes.affine import Array
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.channel_map import last_axis
 from qcompile.passes.errors import UserError
-from qcompile.passes.linears import Linear, find_linears, vocabulary_size
+from qcompile.passes.linears import Linear, constant, find_linears, vocabulary_size
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.output_mse import OutputMse
@@ -19,6 +20,9 @@ from qcompile.passes.observers.rest import Rest
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.outliers import OUTLIERS, Outliers, choose, row_power
 from qcompile.passes.qdq.qdq import Calibrator
+
+# How far the activations of a channel are taken to reach, in standard deviations, where nothing was observed.
+_DEVIATIONS = 6
 
 
 class Outlier(Pass):
@@ -29,6 +33,8 @@ class Outlier(Pass):
     Case 1: the channels that are worth it, by the noise that they cause; see `outliers.choose`.
     Case 2: none, where no number of channels is.
     Case 3: a weight that an embedding shares is left alone: both read the same codes.
+    source: "calibration" has the reach of channels from data; "norms" guesses it from the constants before an
+    activation, see `guessed`, and needs no data for it.
     most: the largest share of channels in float. threshold: what each must take off the power of the noise.
     observer: by which the range of the channels that stay is chosen, as in `qdq`.
     """
@@ -38,7 +44,13 @@ class Outlier(Pass):
     followed_by: ClassVar[tuple[str, ...]] = ("qdq", "dynamic")
 
     def __init__(
-        self, policy: Policy, *, most: float = 0.01, threshold: float = 0.1, observer: Calibrator = "output-mse"
+        self,
+        policy: Policy,
+        *,
+        most: float = 0.01,
+        threshold: float = 0.1,
+        observer: Calibrator = "output-mse",
+        source: Literal["calibration", "norms"] = "calibration",
     ) -> None:
         super().__init__()
         if not 0 < most <= 0.25:
@@ -46,6 +58,8 @@ class Outlier(Pass):
         if not 0 < threshold < 1:
             raise UserError(f"outlier: threshold must lie between 0 and 1, got {threshold}")
         self.policy, self.most, self.threshold, self.observer = policy, most, threshold, observer
+        self.source = source
+        self.needs_statistics = source == "calibration"  # type: ignore[misc]
         self._observers: dict[ir.Value, Observer] = {}
 
     def observed_in(self, region: Region) -> Mapping[ir.Value, Observer]:
@@ -66,11 +80,18 @@ class Outlier(Pass):
             else:
                 by_value.setdefault(linear.activation, []).append(linear)
         for value, linears in by_value.items():
-            statistics = region.statistics.get(value)
-            if statistics is None:
-                self._skip(linears, "its input was not observed")
+            known = self._channels(region, value, linears[0].shape[0])
+            if isinstance(known, str):
+                self._skip(linears, known)
             else:
-                self._mark(value, linears, statistics.absmax, statistics.mean_square)
+                self._mark(value, linears, *known)
+
+    def _channels(self, region: Region, value: ir.Value, width: int) -> tuple[Array, Array] | str:
+        """(reach, mean square) of every channel, or why they are not known."""
+        if self.source == "norms":
+            return guessed(value, width)
+        statistics = region.statistics.get(value)
+        return "its input was not observed" if statistics is None else (statistics.absmax, statistics.mean_square)
 
     def _mark(self, value: ir.Value, linears: list[Linear], reach: Array, power: Array) -> None:
         weights, width = [linear.read() for linear in linears], len(reach)
@@ -95,3 +116,26 @@ class Outlier(Pass):
     def _skip(self, linears: list[Linear], reason: str) -> None:
         for linear in linears:
             self.decide(linear.name, "skipped", reason)
+
+
+def guessed(value: ir.Value, width: int) -> tuple[Array, Array] | str:
+    """(reach, mean square) of the channels (width,) of an activation, from the constants that scale them.
+
+    Case 1: gamma and beta of the normalization before it: of numbers with variance 1 they make gamma² + beta².
+    Case 2: the weight of the linear before it, seen as in `smooth`: the squared norm of a channel's column.
+    Reach is so many standard deviations for all. Only relations between the channels count.
+    """
+    found = trace(value)
+    if isinstance(found, str):
+        return f"no norm or linear before it: {found}"
+    channels = last_axis(found.index, width)
+    if isinstance(channels, str):
+        return f"no norm or linear before it: {channels}"
+    squares = np.zeros(int(channels.max()) + 1)
+    for absorber in found.absorbers:
+        array = np.asarray(constant(absorber.constant).numpy(), np.float64)
+        index = np.broadcast_to(absorber.index, array.shape)
+        inside = index < len(squares)
+        np.add.at(squares, index[inside], np.square(array[inside]))
+    power = squares[channels].astype(np.float32)
+    return np.float32(_DEVIATIONS) * np.sqrt(power), power

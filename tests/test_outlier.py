@@ -19,7 +19,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.formats.functions import OUTLIER, body
 from qcompile.passes.observers.extremes import MinMax
 from qcompile.passes.observers.rest import Rest
-from qcompile.passes.outlier import Outlier
+from qcompile.passes.outlier import Outlier, guessed
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.outliers import choose
 from qcompile.passes.qdq.weights import SPEC
@@ -234,6 +234,31 @@ def test_dynamic_products(bench, tmp_path) -> None:
     found = _optimized(bench.folder / "out" / "model.onnx", tmp_path)
     assert (found["MatMulIntegerToFloat"], found["DynamicQuantizeLinear"], found["Gather"]) == (3, 1, 1)
     assert (found["Mul"], found["MatMul"], found["Add"]) == (2, 3, 3)
+
+
+def test_without_data_the_norm_tells(bench, tmp_path) -> None:
+    """gamma of the product before the linears is loud where x is; no calibration data is read."""
+    path = bench.save(_model(), tokenizer=False)
+    split = bench.compile(path, "outlier(most=0.05,source=norms),dynamic", calibration=())
+    assert {d.reason for d in split.decisions["outlier"]} == {"2 of 96 channels stay in float"}
+    plain = bench.compile(path, "dynamic", calibration=(), output="out/plain.onnx")
+    for name, error in _errors(split).items():
+        assert error < 0.35 * _errors(plain)[name], name
+
+
+def test_guesses_follow_the_constants() -> None:
+    """Through the gate of an MLP the columns of up_proj count; a graph input says nothing."""
+    model = _model()
+    value = model.graph.node("norm").outputs[0]
+    reach, power = guessed(value, K)
+    np.testing.assert_allclose(power, np.where(np.isin(np.arange(K), LOUD), 3600, 1))
+    np.testing.assert_allclose(reach, 6 * np.sqrt(power))
+    decoder = tiny_decoder(layers=1)
+    down = next(node for node in decoder.graph if (node.name or "").endswith("down_proj"))
+    up = next(node for node in decoder.graph if (node.name or "").endswith("up_proj"))
+    weight = up.inputs[1].const_value.numpy().astype(np.float64)
+    np.testing.assert_allclose(guessed(down.inputs[0], weight.shape[1])[1], (weight**2).sum(axis=0), rtol=1e-5)
+    assert guessed(model.graph.inputs[0], K) == "no norm or linear before it: x has no producer"
 
 
 @pytest.mark.parametrize("target", ["qdq", "matmulnbits"])
