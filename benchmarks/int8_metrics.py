@@ -1,17 +1,14 @@
 """How far int8 models are from their float model, by int8.py: one row a file, the metric that fits the kind of model.
 
-Sessions are plain: onnxruntime's defaults, no library of kernels. Decoders go through `qcompile eval`, at accuracy
-level 4, which is what onnxruntime takes where nobody sets one.
+Sessions are plain: onnxruntime's defaults, no library of kernels.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -48,14 +45,19 @@ def score(kind: str, reference: Path, models: Sequence[Path], *, tokens: int = 4
 
 
 def run_all(model: Path, batches: Sequence[Feeds]) -> Outputs:
-    """All outputs of every batch, in a session with nothing set."""
+    """All outputs of every batch."""
+    session = plain_session(model)
+    wanted = [given.name for given in session.get_inputs()]
+    return [session.run(None, {name: feeds[name] for name in wanted}) for feeds in batches]
+
+
+def plain_session(model: Path) -> Any:
+    """A session with nothing set."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    wanted = [given.name for given in session.get_inputs()]
-    return [session.run(None, {name: feeds[name] for name in wanted}) for feeds in batches]
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
 def file_megabytes(model: Path) -> float:
@@ -69,37 +71,66 @@ def file_megabytes(model: Path) -> float:
 
 
 def decoder_rows(reference: Path, models: Sequence[Path], tokens: int) -> list[Row]:
-    """`qcompile eval` of all models at once; where one is refused, of each alone, so that the others get their row."""
-    try:
-        return evaluated(reference, models, tokens)
-    except subprocess.CalledProcessError as failure:
-        if len(models) == 1:
-            told = [text for text in (failure.stderr or "").strip().splitlines() if text.strip()]
-            error = told[-1] if told else f"exit code {failure.returncode}"
-            return [{"file": str(models[0]), "MB": round(file_megabytes(models[0]), 2), "error": error[:300]}]
-    return [row for model in models for row in decoder_rows(reference, [model], tokens)]
+    """KL, perplexity ratio and top-1 agreement on the evaluation texts, as `qcompile eval` computes them.
 
+    One model is loaded at a time; the float model's log probabilities lie on disk: 1.6 GB for SmolLM2.
+    """
+    from qcompile.compiler.inputs import input_plan
+    from qcompile.compiler.metrics import log_softmax_rows
+    from qcompile.compiler.store import load_model
+    from qcompile.compiler.subject import text_windows
+    from qcompile.compiler.tokens import load_tokenizer
 
-def evaluated(reference: Path, models: Sequence[Path], tokens: int) -> list[Row]:
-    """Rows of KL, perplexity ratio and top-1 agreement on the evaluation texts, in windows of 512 tokens."""
+    plan, tokenizer = input_plan(load_model(reference)), load_tokenizer(reference.parent)
+    texts = {name: text_windows(text, tokenizer, plan, 512, tokens) for name, text in zip(NAMES, TEXTS, strict=True)}
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "scores.json"
-        command = [sys.executable, "-m", "qcompile.compiler.cli", "eval", *map(str, models), "--against", reference]
-        command += ["--tokenizer", reference.parent, "--kernels", "portable", "--accuracy-level", 4]
-        command += ["--text", *TEXTS, "--context", 512, "--tokens", tokens, "--json", result]
-        subprocess.run(
-            list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        scores = json.loads(result.read_text(encoding="utf-8"))
-    rows: dict[str, Row] = {str(model): {"file": str(model), "MB": round(file_megabytes(model), 2)} for model in models}
-    floats = {entry["text"]: entry["perplexity"] for entry in scores if entry["kl"] is None}
-    for entry in scores:
-        if entry["kl"] is not None:
-            row, name = rows[entry["model"]], Path(entry["text"]).stem.removeprefix("eval-")
-            row |= {f"KL {name}": entry["kl"], f"ppl x {name}": entry["perplexity"] / floats[entry["text"]]}
-            row |= {f"top-1 {name}": entry["agreement"], f"KL error {name}": entry["kl_error"]}
-            row["mean KL"] = float(row.get("mean KL", 0)) + entry["kl"] / len(TEXTS)
-    return list(rows.values())
+        known = Path(folder)
+        for name, index, logits in window_logits(reference, texts):
+            np.save(known / f"{name}-{index}.npy", log_softmax_rows(logits))
+        own = text_scores(reference, texts, known)
+        for model in models:
+            row: Row = {"file": str(model), "MB": round(file_megabytes(model), 2)}
+            try:
+                row |= decoder_row(text_scores(model, texts, known), own)
+            except Exception as error:  # onnxruntime's exceptions share no base but Exception
+                row["error"] = str(error).splitlines()[0][:300]
+            rows.append(row)
+    return rows
+
+
+def window_logits(model: Path, texts: Mapping[str, Sequence[np.ndarray]]) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(text, number of the window, logits (L - 1, V) of all its tokens but the last)."""
+    session = plain_session(model)
+    wanted = [given.name for given in session.get_inputs()]
+    for name, windows in texts.items():
+        for index, window in enumerate(windows):
+            ids = window[None]
+            feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+            feeds["position_ids"] = np.arange(ids.shape[1])[None]
+            yield name, index, session.run(["logits"], {key: feeds[key] for key in wanted})[0][0, :-1]
+
+
+def text_scores(model: Path, texts: Mapping[str, Sequence[np.ndarray]], known: Path) -> dict[str, Any]:
+    """qcompile's TokenScores of each text, against the log probabilities in the folder `known`."""
+    from qcompile.compiler.metrics import TokenScores
+
+    scores = {name: TokenScores() for name in texts}
+    for name, index, logits in window_logits(model, texts):
+        scores[name].add(logits, texts[name][index][1:], np.load(known / f"{name}-{index}.npy", mmap_mode="r"))
+    return scores
+
+
+def decoder_row(scores: Mapping[str, Any], floats: Mapping[str, Any]) -> Row:
+    """The figures of a model, and `KL error`: its standard error over tokens."""
+    from qcompile.compiler.metrics import mean_and_error
+
+    row: Row = {}
+    for name, score in scores.items():
+        row[f"KL {name}"], row[f"KL error {name}"] = mean_and_error(score.kl)
+        row[f"ppl x {name}"] = float(np.exp(mean_and_error(score.nll)[0] - mean_and_error(floats[name].nll)[0]))
+        row[f"top-1 {name}"] = float(np.concatenate(score.agree).mean())
+    return row | {"mean KL": float(np.mean([float(row[f"KL {name}"]) for name in scores]))}
 
 
 # --- encoders and pictures --------------------------------------------------------------------------------------------

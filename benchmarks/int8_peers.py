@@ -88,6 +88,10 @@ PEERS: dict[str, Peer] = {
     "minmax-linear-gather-pc": Peer("MinMax", per_channel=True, linear=True, gather=True),
     "minmax-inputs-pc": Peer("MinMax", per_channel=True, linear=True, options=INPUTS_ONLY),
     "percentile-inputs-pc": Peer("Percentile", per_channel=True, linear=True, options=INPUTS_ONLY),
+    "minmax-inputs-pc-u8": Peer("MinMax", per_channel=True, linear=True, activation="QUInt8", options=INPUTS_ONLY),
+    "percentile-inputs-pc-u8": Peer(
+        "Percentile", per_channel=True, linear=True, activation="QUInt8", options=INPUTS_ONLY
+    ),
     "minmax-smooth-inputs-pc": Peer(
         "MinMax", per_channel=True, linear=True, options={**INPUTS_ONLY, "SmoothQuant": True}
     ),
