@@ -1,4 +1,4 @@
-"""What effects are measured on: a few windows of the calibration data, and the float model's outputs on them."""
+"""What effects are measured on: a few windows of the calibration text, and the float model's outputs on them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,19 +16,24 @@ _WINDOWS, _TOKENS, _BATCHES = 2, 256, 4
 
 
 def check_windows(plan: InputPlan, data: Data) -> tuple[list[Batch], str]:
-    """(batches, what they are): a few of the calibration batches, spread over them, cut short where tokens allow it.
+    """(batches, what they are): cut short where tokens allow it.
 
+    Case 1: windows of the calibration text that the statistics have not seen: on those that they have, ranges fit too
+            well (docs/qdq.md).
+    Case 2: where there are none, a few of the calibration batches, spread over them.
     Decode steps are left out: they need the caches of the batch before.
     """
-    alone = [batch for batch in data.calibration if batch.follows is None]
+    alone = [batch for batch in data.unseen or data.calibration if batch.follows is None]
     if not alone:
         raise UserError("sensitivity is measured on calibration data, and there is none: give --calibration")
     tokens = plan.ids is not None and not plan.floats and not plan.unknown
     count = min(_WINDOWS if tokens else _BATCHES, len(alone))
     picked = [alone[i] for i in np.unique(np.linspace(0, len(alone) - 1, count).round().astype(int))]
     cut = [_cut(plan, batch) if tokens else batch for batch in picked]
-    size = f"of {max(batch.rows for batch in cut)} tokens " if tokens else ""
-    return cut, f"{len(cut)} {'windows' if tokens else 'batches'} {size}of the calibration data ({data.description})"
+    what = f"{len(cut)} {'windows' if tokens else 'batches'}"
+    size = f" of {max(batch.rows for batch in cut)} tokens" if tokens else ""
+    place = "beside" if data.unseen else "out of"
+    return cut, f"{what}{size} {place} the calibration data ({data.description})"
 
 
 def _cut(plan: InputPlan, batch: Batch) -> Batch:

@@ -11,7 +11,7 @@ from qcompile.compiler.tokens import find_tokenizer
 from qcompile.models.cache import cache_dir
 
 # Raised with every change of what is measured, or how.
-_VERSION = 1
+_VERSION = 2
 # Settings that do not change the ranking.
 _LATER = (
     "keep_worst",

@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 # Batches that the finished model is checked on: few and short, since every output of theirs is kept.
 _CHECKS, _CHECK_TOKENS = 2, 48
+# Windows for choices by measured errors, which the statistics have not seen.
+_UNSEEN = 2
 # Windows of a model with caches that are followed by a decode step: each step is one more run, for one token.
 _DECODED = 4
 # An encoder sees windows of so many lengths, each half of the one before.
@@ -34,13 +36,15 @@ _LENGTHS = 5
 class Data:
     """Batches for statistics, batches to check the result on, and a sentence that says where both come from.
 
-    real: the checks are what the model may meet, not random numbers.
+    real: the checks are what the model may meet, not random numbers. unseen: windows of the same text beside those of
+    the statistics, where a recipe chooses by its own errors.
     """
 
     calibration: list[Batch]
     checks: list[Batch]
     description: str
     real: bool = True
+    unseen: Sequence[Batch] = ()
 
 
 def gather(
@@ -82,6 +86,17 @@ def spread(ids: Sequence[int], context: int, count: int) -> list[Ids]:
     return [flat[i * context : (i + 1) * context] for i in chosen]
 
 
+def unseen(ids: Sequence[int], context: int, count: int, wanted: int) -> list[Ids]:
+    """Up to `wanted` windows of `context` tokens, spread evenly over those that `spread` of `count` leaves out."""
+    flat = np.asarray(ids, np.int64)
+    whole = len(flat) // context
+    if whole <= count:
+        return []
+    left = np.setdiff1d(np.arange(whole), np.linspace(0, whole - 1, count).round().astype(int))
+    chosen = np.unique(((np.arange(wanted) + 0.5) / wanted * len(left)).astype(int))
+    return [flat[i * context : (i + 1) * context] for i in left[chosen]]
+
+
 def _from_text(plan: InputPlan, recipe: Recipe, tokenizer: Tokenizer, texts: Sequence[Path], *, needed: bool) -> Data:
     documents = read_texts(texts) if texts else [calibration_text()]
     source = _names(texts) if texts else "the bundled text (speeches and a novel, English)"
@@ -95,13 +110,15 @@ def _from_text(plan: InputPlan, recipe: Recipe, tokenizer: Tokenizer, texts: Seq
         _log.warning(
             "the calibration text holds %d windows of %d tokens, not %d", len(windows), context, recipe.samples
         )
+    others = unseen(ids, context, recipe.samples, _UNSEEN * (plan.batch or 1)) if recipe.mixed else []
     length = f"{len(windows[0])}"
     if plan.logits is None and not plan.past and not plan.sequence and plan.batch in (None, 1):
-        windows = _as_texts(tokenizer, windows)
+        windows, others = _as_texts(tokenizer, windows), _as_texts(tokenizer, others)
         length = f"{min(map(len, windows))} to {max(map(len, windows))}"
     calibration = _batches(plan, windows) if needed else []
     described = f"{len(windows)} windows of {length} tokens from {source}" if needed else source
-    return Data(calibration, _checks(plan, windows), described)
+    held = token_batches(plan, others) if len(others) >= (plan.batch or 1) else []
+    return Data(calibration, _checks(plan, windows), described, unseen=held)
 
 
 def _as_texts(tokenizer: Tokenizer, windows: Sequence[Ids]) -> list[Ids]:

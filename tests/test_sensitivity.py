@@ -15,6 +15,7 @@ from qcompile.compiler.pipeline import Calibration, Silent, versions, walk_model
 from qcompile.compiler.ranking import RankingCache
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.sensitivity import Mixture, finished_distance
+from qcompile.compiler.sources import spread, unseen
 from qcompile.compiler.store import model_hash
 from qcompile.compiler.switch import ALL_FLOAT, Setting
 from qcompile.compiler.switched import on_clone
@@ -95,7 +96,7 @@ def test_the_planted_node_comes_first(bench: Any, capsys: pytest.CaptureFixture[
     assert len(nodes) == 7 + 2, "the linears, the lm_head, the embedding"
     assert [n["effect"] for n in nodes] == sorted((n["effect"] for n in nodes), reverse=True)
     assert next(line for line in shown.splitlines() if line.startswith("1 ")).split()[1:4] == [BAD, "MatMul", "0.07"]
-    assert "2 windows of 32 tokens of the calibration data (4 windows of 32 tokens from text.txt)" in shown
+    assert "2 windows of 32 tokens beside the calibration data (4 windows of 32 tokens from text.txt)" in shown
 
 
 def test_smoothing_heals_the_planted_node(bench: Any) -> None:
@@ -115,7 +116,17 @@ def test_a_network_without_logits_is_ranked_by_its_outputs(bench: Any, capsys: p
     assert first[1:3] == ["conv_1", "Conv"]
     assert float(first[4]) < 20, "in dB"
     assert "SQNR alone, dB" in shown
-    assert "3 batches of the calibration data" in shown
+    assert "3 batches out of the calibration data" in shown
+
+
+@pytest.mark.parametrize(("windows", "found"), [(4, 0), (5, 1), (6, 2), (20, 2), (0, 0)])
+def test_check_windows_are_none_of_those_calibrated_on(windows: int, found: int) -> None:
+    ids = list(range(32 * windows + 7))
+    others, seen = unseen(ids, 32, 4, 2), spread(ids, 32, 4)
+    assert len(others) == found
+    starts = [int(window[0]) for window in (*others, *seen)]
+    assert len(set(starts)) == len(starts)
+    assert all(len(window) == 32 and window[0] % 32 == 0 for window in others)
 
 
 def test_a_second_call_runs_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

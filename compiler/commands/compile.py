@@ -63,8 +63,8 @@ def add_parser(subparsers: Any) -> None:
     add("--keep-worst", type=int, metavar="N", help="leave the N nodes in float that change the output most when they "
         "are integer (`qcompile sensitivity` lists them)")  # fmt: skip
     add("--max-kl", type=float, metavar="NATS", help="leave the fewest nodes in float with which a decoder's KL to the "
-        "float model stays below this, in nats a token on parts of the calibration data; the float and the integer "
-        "weights are in memory at once")  # fmt: skip
+        "float model stays below this, in nats a token on windows of the calibration text that calibration does not "
+        "use; the float and the integer weights are in memory at once")  # fmt: skip
     add("--min-sqnr", type=float, metavar="DB", help="the same for other models: signal to noise of their outputs")
     add = parser.add_argument_group("safety").add_argument
     add("--min-coverage", type=float, metavar="SHARE", help="fail below this share of MatMul weights (default: 0.95)")

@@ -23,7 +23,8 @@ from qcompile.passes.errors import UserError
 _DESCRIPTION = """\
 Rank the nodes that qdq or dynamic make integer by what each of them alone changes in the output, all others in float:
 KL of a decoder's logits (nats a token), else the signal to noise of the outputs. Measured on two windows of 256 tokens
-of the calibration data (four batches of other data). The float and the integer weights are in memory at once.
+of the calibration text that calibration does not use (of other data, on four calibration batches). The float and the
+integer weights are in memory at once.
 The result is kept in ~/.cache/qcompile (QCOMPILE_CACHE moves it). `qcompile MODEL.onnx --keep-worst N`, `--max-kl NATS`
 and `--min-sqnr DB` leave the worst nodes in float."""
 _DEFAULT_PASSES = "smooth,qdq"
