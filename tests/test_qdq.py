@@ -167,18 +167,40 @@ def test_biases_are_int32_of_the_products_scale(name, operator, weights) -> None
     np.testing.assert_allclose(codes * scale, onnx.numpy_helper.to_array(bias), atol=float(scale.max()) / 2 * 1.001)
 
 
-def test_a_bias_too_large_for_32_bits_stays_float(tmp_path) -> None:
-    """The integer sums of such a product are tiny beside it."""
+@pytest.mark.parametrize("operator", ["Conv", "Gemm", "MatMul"])
+@pytest.mark.parametrize("weights", ["channel", "tensor"])
+def test_channels_that_are_dead_but_for_their_bias(tmp_path, operator, weights) -> None:
+    """Their bias is beyond 32 bits in units of the sums' scale, and ONNX Runtime would clip even a float one."""
     tiny = Tiny()
-    weight, bias = tiny.constant(np.full((16, 32), 1e-6, np.float32)), tiny.constant(np.full(16, 1e6, np.float32))
-    made = quantized(tiny.output(tiny.one("Gemm", tiny.input(4, 32), weight, bias, transB=1)))
-    assert made.producer(made.nodes("Gemm")[0].input[2]) is None
-    assert made.error() < 1e-6
+    shape, axis = {"Conv": ((16, 8, 3, 3), 0), "Gemm": ((32, 16), 1), "MatMul": ((32, 16), 1)}[operator]
+    array = tiny.random.standard_normal(shape).astype("f")
+    np.moveaxis(array, axis, 0)[:4] *= np.float32(1e-9)
+    if weights == "tensor":
+        array *= np.float32(1e-9)
+    weight, bias = tiny.constant(array), tiny.constant(tiny.random.uniform(5, 9, 16).astype("f"))
+    x = tiny.input(*((1, 8, 9, 9) if operator == "Conv" else (4, 32)))
+    y = (
+        tiny.one("Add", tiny.one("MatMul", x, weight), bias)
+        if operator == "MatMul"
+        else tiny.one(operator, x, weight, bias)
+    )
+    y = tiny.one("Relu", y)
+    last = tiny.floats(4, 16, 3, 3) if operator == "Conv" else tiny.floats(16, 4)
+    made = quantized(tiny.output(tiny.one("Conv" if operator == "Conv" else "MatMul", y, last)), weights=weights)
+    assert made.error(level="ORT_DISABLE_ALL") < CLOSE
+    assert made.error() < CLOSE
+    found = made.optimized(tmp_path)
+    assert found["Conv"] == found["FusedConv"] == found["Gemm"] == found["FusedGemm"] == found["MatMul"] == 0
+
+
+def test_a_shared_weight_has_other_scales_for_a_bias_that_needs_them() -> None:
     tiny = Tiny()
-    weight, bias = tiny.constant(np.full((32, 16), 1e-6, np.float32)), tiny.constant(np.full(16, 1e6, np.float32))
-    made = quantized(tiny.output(tiny.one("Add", tiny.one("MatMul", tiny.input(4, 32), weight), bias)))
-    assert len(made.nodes("MatMul")) == 1
-    assert made.error() < 1e-6
+    x, weight = tiny.input(4, 32), tiny.constant(np.full((32, 16), 1e-9, np.float32))
+    large, small = tiny.constant(np.full(16, 5, np.float32)), tiny.constant(np.full(16, 1e-9, np.float32))
+    made = quantized(tiny.output(*(tiny.one("Gemm", x, weight, bias) for bias in (small, large, small))))
+    stored = [t for t in made.after.graph.initializer if list(t.dims) == [32, 16]]
+    assert len(stored) == 2
+    assert made.error() < CLOSE
 
 
 def test_a_concat_and_its_inputs_share_a_scale() -> None:

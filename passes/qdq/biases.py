@@ -8,9 +8,12 @@ from qcompile.passes.affine import Array
 from qcompile.passes.formats.emit import add_initializer, drop_unused
 from qcompile.passes.linears import constant
 from qcompile.passes.prepare.edit import insert_before, is_constant
+from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.qdq.twin import TWIN, Twin
 
 _LIMIT = 2**31 - 1
+# Codes of a bias where the scale is chosen for it: half of 32 bits' are left for the sums.
+_ROOM = 2**30
 
 
 def quantize_bias(model: ir.Model, node: ir.Node, position: int, scale: Array) -> bool:
@@ -38,6 +41,21 @@ def quantize_bias(model: ir.Model, node: ir.Node, position: int, scale: Array) -
     node.replace_input_with(position, read)
     drop_unused(model, value)
     return True
+
+
+def least_scales(node: ir.Node, rule: Rule, scale: Array) -> Array | None:
+    """The scales (channels,) of a product's weight from which on its bias fits 32 bits; None without a constant bias.
+
+    Weights that are nearly zero beside their bias, as those of dead channels, have smaller ones: ONNX Runtime would
+    make the bias int32 all the same, and clip it. scale: (), of the activation.
+    """
+    behind = bias_behind(node)
+    holder, position = behind if behind is not None else (node, rule.bias)
+    value = holder.inputs[position] if position is not None and len(holder.inputs) > position else None
+    if not is_constant(value) or value is None:
+        return None
+    bias = np.abs(np.asarray(constant(value).numpy(), np.float64).reshape(-1))
+    return np.asarray(bias / (float(scale) * _ROOM), np.float32)
 
 
 def bias_behind(node: ir.Node) -> tuple[ir.Node, int] | None:

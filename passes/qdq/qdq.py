@@ -15,7 +15,7 @@ from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import Names, take_over
-from qcompile.passes.qdq.biases import quantize_bias, settle_bias
+from qcompile.passes.qdq.biases import least_scales, quantize_bias, settle_bias
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import replace_outlier
 from qcompile.passes.qdq.outliers import OUTLIERS
@@ -135,9 +135,10 @@ class Qdq(Pass):
                 self.decide(node.name or "", "quantized", f"static {self.spec}", kind=node.op_type, weights=0)
                 continue
             size = _elements(node)
-            stored = self.store.dequantized(node, rule)
+            biased = TYPES[self.provider].bias and not self.spec.is_float
+            stored = self.store.dequantized(node, rule, least_scales(node, rule, grids[x].scale) if biased else None)
             scales[node] = np.asarray(grids[x].scale * stored.quantized.scale, np.float32)
-            if rule.bias is not None and TYPES[self.provider].bias and not self.spec.is_float:
+            if rule.bias is not None and biased:
                 quantize_bias(model, node, rule.bias, scales[node])
             self._told(node, "quantized", f"{self.grid} static, {self.spec}", stored, size)
         return scales

@@ -56,8 +56,13 @@ class Codes:
         return np.asarray(self.codes.astype(np.float32) * self.scale.reshape(shape), np.float32)
 
 
-def quantize_weight(w: Array, axis: int, grid: WeightGrid, *, scale_dtype: npt.DTypeLike = np.float32) -> Codes:
-    """Codes of a weight of any shape, its output channels along `axis`, for scales as `scale_dtype` holds them."""
+def quantize_weight(
+    w: Array, axis: int, grid: WeightGrid, *, scale_dtype: npt.DTypeLike = np.float32, least: Array | None = None
+) -> Codes:
+    """Codes of a weight of any shape, its output channels along `axis`, for scales as `scale_dtype` holds them.
+
+    least: the smallest scale of each channel, (channels,).
+    """
     spec = replace(SPEC, scale_dtype=scale_dtype)
     axis %= w.ndim
     moved = np.moveaxis(w, axis, -1)
@@ -70,9 +75,16 @@ def quantize_weight(w: Array, axis: int, grid: WeightGrid, *, scale_dtype: npt.D
         qparams = choose_qparams(matrix, spec)
         if grid.reduce_range:
             qparams = QParams(qparams.scale * _REDUCED, qparams.zero_point)
+        if least is not None:
+            floor = least if grid.per_channel else least.max(keepdims=True)
+            qparams = QParams(np.maximum(qparams.scale, floor), qparams.zero_point)
         scale, codes = qparams.scale, quantize(matrix, qparams, spec)
     codes = np.ascontiguousarray(np.moveaxis(codes.reshape(moved.shape), -1, axis))
     return Codes(codes, scale.reshape(-1) if grid.per_channel else scale.reshape(()), axis)
+
+
+def _below(quantized: Codes, least: Array | None) -> bool:
+    return least is not None and bool((quantized.scale < least).any())
 
 
 def float_weight(node: ir.Node, rule: Rule) -> tuple[ir.Value, Array, int]:
@@ -108,13 +120,20 @@ class WeightStore:
         self.model, self.grid = model, grid
         self._stored: dict[tuple[ir.Value, bool, int], Stored] = {}
 
-    def store(self, value: ir.Value, w: Array, axis: int, *, transposed: bool = False) -> Stored:
-        """The initializers of a weight; `transposed`: w is the transpose of what the value holds."""
+    def store(
+        self, value: ir.Value, w: Array, axis: int, *, transposed: bool = False, least: Array | None = None
+    ) -> Stored:
+        """The initializers of a weight; `transposed`: w is the transpose of what the value holds.
+
+        least: the smallest scales (channels,) that a reader can do with; others of the weight keep theirs.
+        """
         key = (value, transposed, axis)
-        if key not in self._stored:
+        if key not in self._stored or _below(self._stored[key].quantized, least):
             dtype = constant(value).dtype.numpy()
             half = np.float16 if dtype == np.float16 else np.float32
             quantized = self._compensated(value, transposed) or quantize_weight(w, axis, self.grid, scale_dtype=half)
+            if _below(quantized, least):
+                quantized = quantize_weight(w, axis, self.grid, scale_dtype=half, least=least)
             name = f"{value.name}.{'float8' if self.grid.float8 else 'int8'}"
             codes = add_initializer(self.model, name, ir.tensor(quantized.codes))
             scale = add_initializer(self.model, f"{name}.scale", ir.tensor(quantized.scale.astype(dtype)))
@@ -128,13 +147,13 @@ class WeightStore:
             return None
         return Codes(known.codes, known.qparams.scale[0], 1)
 
-    def dequantized(self, node: ir.Node, rule: Rule) -> Stored:
-        """Put a DequantizeLinear of codes where the node reads its float weight."""
+    def dequantized(self, node: ir.Node, rule: Rule, least: Array | None = None) -> Stored:
+        """Put a DequantizeLinear of codes where the node reads its float weight; `least`: see `store`."""
         value, w, axis = float_weight(node, rule)
         position = rule.weight or 1
         read = node.inputs[position]
         assert read is not None
-        stored = self.store(value, w, axis, transposed=read is not value)
+        stored = self.store(value, w, axis, transposed=read is not value, least=least)
         name = f"{stored.codes.name}.{node.name}.dequantized"
         attributes = {"axis": stored.quantized.axis} if stored.quantized.scale.ndim else {}
         weight = insert_before(
