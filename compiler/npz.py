@@ -20,7 +20,7 @@ def read_npz(plan: InputPlan, path: Path) -> Feeds:
     unknown = [name for name in arrays if name not in by_name]
     if unknown:
         raise UserError(f"{path}: array {unknown[0]!r} is no input of the model (inputs: {', '.join(by_name)})")
-    return {name: _checked(by_name[name], array, path) for name, array in arrays.items()}
+    return {name: checked(by_name[name], array, str(path)) for name, array in arrays.items()}
 
 
 def split(plan: InputPlan, feeds: Feeds) -> list[Feeds]:
@@ -61,9 +61,9 @@ def _load(path: Path) -> Feeds:
     return arrays
 
 
-def _checked(given: Input, array: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
-    """The array in the input's element type, if it is of the same kind and of a fitting shape."""
-    where = f"{path}: array {given.name!r}"
+def checked(given: Input, array: npt.NDArray[Any], source: str) -> npt.NDArray[Any]:
+    """The array in the input's element type; UserError where it is of another kind, or its shape does not fit."""
+    where = f"{source}: array {given.name!r}"
     kinds = {"i": "integer", "u": "integer", "f": "float", "V": "float", "b": "bool"}
     wanted, got = kinds.get(given.dtype.kind, given.dtype.kind), kinds.get(array.dtype.kind, array.dtype.kind)
     if wanted != got:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qcompile.compiler.feeds import Batch, InputPlan, kept, npz_batches, token_batches
-from qcompile.compiler.npz import leading
+from qcompile.compiler.npz import checked, leading
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.sampling import sample_windows
 from qcompile.compiler.spill import Spill
@@ -218,7 +218,9 @@ def _given(plan: InputPlan, feeds: Any, spill: Spill) -> Batch:
     names = {given.name for given in plan.inputs}
     if not isinstance(feeds, dict) or set(feeds) - names or names - set(feeds) - plan.past_names:
         raise UserError(f"a calibration batch must be a dict with an array for each of {', '.join(sorted(names))}")
-    arrays = {name: np.array(array) for name, array in feeds.items()}  # a function may fill the same array again
+    by_name = {given.name: given for given in plan.inputs}
+    # Copies: a function may fill the same array again.
+    arrays = {name: checked(by_name[name], np.array(a), "a calibration batch") for name, a in feeds.items()}
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise UserError(f"a calibration batch holds NaN or infinity in {name!r}")
