@@ -14,8 +14,10 @@ from qcompile.passes.scale_search import Choice, Judge, Judges, fold_choice, nor
 from qcompile.passes.spec import ActivationSpec
 
 _ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)
-# Where activations are quantized, too, more of an outlier has to go.
-_INT8_ALPHAS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+# Where activations are quantized, too, more of an outlier has to go. Above 0.85 the peaks of all channels seen in
+# calibration come near the end of the grid together, and text not seen yet is cut off in many of them: SmolLM2 had a KL
+# of 0.081 with alphas up to 1, of 0.065 with 0.8 alone, though the error predicted from the same data was smaller.
+_INT8_ALPHAS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85)
 _SAMPLES = 96
 # The share of the squared output error that may be left where a Mul has to be inserted for it.
 _WORTH_A_MUL = 0.5

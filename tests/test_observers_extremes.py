@@ -34,7 +34,7 @@ def _batches(shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
 
 
 def test_the_table_names_its_classes() -> None:
-    wanted = {"gram", "minmax", "moving-average", "percentile", "entropy", "mse", "cross-entropy"}
+    wanted = {"gram", "minmax", "moving-average", "percentile", "entropy", "mse", "output-mse", "cross-entropy"}
     assert set(OBSERVERS) == wanted
     assert all(own.name == name for name, own in OBSERVERS.items())
 

@@ -12,6 +12,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.formats.emit import add_initializer
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.observers.base import Observer
+from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import Names, take_over
@@ -26,7 +27,7 @@ from qcompile.passes.qdq.twin import remember
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore, importance
 from qcompile.passes.spec import ActivationSpec
 
-Calibrator = Literal["minmax", "moving-average", "percentile", "entropy", "mse", "output-mse", "cross-entropy"]
+Calibrator = Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse", "output-mse", "cross-entropy"]
 Readers = dict[ir.Value, list[tuple[ir.Node, int]]]
 _TYPES = {"float8": ir.DataType.FLOAT8E4M3FN}
 
@@ -35,7 +36,8 @@ class Qdq(Pass):
     """Insert QDQ: weights int8, activations on fixed ranges, so that runtimes compute products in 8 bits.
 
     Case 1: products with a constant weight (MatMul, Gemm, Conv), and what `operators` adds; see `selection`.
-    Case 2: activations by the observed ranges (`observer`); values that must share a scale share it.
+    Case 2: activations by the observed ranges ("auto": output-mse for what MatMuls alone read, mse for the rest);
+            values that must share a scale share it.
     Case 3: biases become int32 where the provider takes them; others keep a form that does not hinder the fusion.
     Case 4: tables of embeddings become int8, too, shared with a tied lm_head.
     provider: whose fusions and types are aimed at. weights: one scale a channel, or one a tensor.
@@ -50,7 +52,7 @@ class Qdq(Pass):
         self,
         policy: Policy,
         *,
-        observer: Calibrator = "output-mse",
+        observer: Calibrator = "auto",
         operators: Literal["auto", "weights", "all"] = "auto",
         provider: Literal["cpu", "cuda", "tensorrt"] = "cpu",
         activations: Literal["auto", "uint8", "int8", "uint16", "int16", "float8"] = "auto",
@@ -84,9 +86,12 @@ class Qdq(Pass):
         return {value: self.observers[value] for value in selection.values}
 
     def _observer(self, value: ir.Value, readers: Sequence[ir.Node]) -> Observer:
-        if self.observer == OutputMse.name:
+        name = self.observer
+        if name == "auto":  # Case 2
+            name = OutputMse.name if all(node.op_type == "MatMul" for node in readers) and readers else Mse.name
+        if name == OutputMse.name:
             return OutputMse(str(value.name), importance=importance(readers))
-        return OBSERVERS[self.observer](str(value.name))
+        return OBSERVERS[name](str(value.name))
 
     def call(self, region: Region) -> None:
         """Rewrite the whole graph in place."""
