@@ -55,7 +55,7 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     plan = input_plan(model)
     segments = split(model, {linear.node for linear in linears}.__contains__)
     console.print(f"walk      {len(segments)} segments; inputs: {', '.join(given.name for given in plan.inputs)}")
-    packs = any(p.name == "pack" for p in passes)
+    packs = any(p.quantizes for p in passes)
     after = before - removed + packed if packs else before
     console.print(f"size      {before / 1e6:.1f} MB → about {after / 1e6:.1f} MB")
     rows_seen = recipe.samples * recipe.context if any(p.needs_statistics for p in passes) else 0
