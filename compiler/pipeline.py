@@ -278,7 +278,7 @@ class _Job:
         rows = 2 * sum(batch.rows for batch in (*data.calibration, *data.checks))
         self.progress.total(rows * len(segments))
         outputs: list[tuple[Arrays, Arrays]] = [({}, {}) for _ in data.checks]
-        static = bool(watched)
+        static = bool(observed(self.late, self.model))
         inside = {node for segment in segments for node in segment.nodes}
         loose = [node for node in self.model.graph if node not in inside]
         for number, segment in enumerate(segments, 1):

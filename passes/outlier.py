@@ -19,8 +19,8 @@ from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.observers.rest import Rest
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.outliers import OUTLIERS, Outliers, choose, row_power
-from qcompile.passes.qdq.qdq import Calibrator
 
+Calibrator = Literal["minmax", "moving-average", "percentile", "entropy", "mse", "output-mse", "cross-entropy"]
 # How far the activations of a channel are taken to reach, in standard deviations, where nothing was observed.
 _DEVIATIONS = 6
 

@@ -6,6 +6,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qcompile.compiler.calibrate import calibrate_model
+from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.store import load_model
 from qcompile.models.tiny import tiny_decoder
 from qcompile.models.tiny.build import Builder
@@ -129,6 +131,18 @@ def test_outlier_nodes_are_corrected_too(bench, tmp_path) -> None:
     report = bench.compile(path, f"{passes},bias_correction", calibration=files)
     assert report.decisions["outlier"][0].action == "marked"
     assert _shift(bench, "model.onnx", x) < 0.05 * _shift(bench, "plain.onnx", x)
+
+
+def test_ranges_from_a_file_of_statistics(bench, tmp_path) -> None:
+    """The means come from the data all the same: the same model as without the file."""
+    files, x = _data(tmp_path, 60, 7, K)
+    path = bench.save(_linear("bias", ("b", "s", K)), tokenizer=False)
+    passes, learnt = "qdq(observer=mse),bias_correction", bench.folder / "model.statistics"
+    calibrate_model(path, Recipe(passes=parse_passes(passes)), output=learnt, calibration=files)
+    plain = bench.compile(path, passes, calibration=files, output="out/plain.onnx")
+    report = bench.compile(path, passes, calibration=files, statistics=learnt)
+    assert report.decisions == plain.decisions
+    assert _shift(bench, "model.onnx", x) == _shift(bench, "plain.onnx", x)
 
 
 def test_a_decoder_in_segments(bench) -> None:

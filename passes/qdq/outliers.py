@@ -13,7 +13,7 @@ from qcompile.passes.observers.base import Observer
 OUTLIERS = "qcompile.outliers"
 # Codes from one end of an activation's grid to the other, and from zero to the end of a weight's.
 _ACTIVATION_STEPS, _WEIGHT_STEPS = 255, 127
-# What Gather, product and Add of the float part cost by themselves, in channels.
+# What having a float part counts as, in channels: it takes time of its own (docs/qdq.md).
 _FIXED = 3
 _Floats = npt.NDArray[np.float64]
 
