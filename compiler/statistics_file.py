@@ -15,6 +15,7 @@ import onnx_ir as ir
 from qcompile.compiler import output_files
 from qcompile.compiler.plan import PASSES
 from qcompile.compiler.recipe import Step
+from qcompile.passes.base import Pass
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Observer, State
 from qcompile.passes.observers.histogram import Histogram
@@ -56,6 +57,7 @@ class SavedStatistics:
 
     def check(self, model: str, steps: Sequence[Step]) -> None:
         """Raise UserError where the file is of another model, or of other passes before the ranges."""
+        check_passes(steps)
         if self.header.model != model:
             raise UserError(f"{self.path}: these statistics are of another model: calibrate this one")
         if self.header.passes != shaping(steps):
@@ -88,6 +90,13 @@ class SavedStatistics:
             if observer.name != self.header.observer and not {observer.name, self.header.observer} <= SAME_STATE:
                 state = {key: array for key, array in state.items() if key in _EXTREMES}
             _restore(observer, state, self.path, self.header.observer)
+
+
+def check_passes(steps: Sequence[Step]) -> None:
+    """Raise UserError for a pass that observes activations in the walk itself: no file holds what it learns."""
+    own = [step.name for step in steps if PASSES.get(step.name, Pass).observed_in is not Pass.observed_in]
+    if own:
+        raise UserError(f"pass {own[0]!r} observes activations of its own, which no file of statistics holds")
 
 
 def shaping(steps: Sequence[Step]) -> str:

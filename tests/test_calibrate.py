@@ -162,6 +162,14 @@ def test_a_list_without_ranges_is_refused(bench: Any, capsys: Any, learnt: Any) 
     assert not (bench.folder / "s").exists()
 
 
+def test_a_pass_that_observes_for_itself_is_refused(bench: Any, capsys: Any, learnt: Any) -> None:
+    """Its ranges would be empty ones."""
+    source, path = learnt
+    _refused(bench, capsys, source, path, "pass 'outlier' observes activations", "--passes", "smooth,outlier,qdq")
+    assert cli.main(["calibrate", str(source), "--passes", "outlier,qdq", "-o", str(bench.folder / "s")]) == 2
+    assert "pass 'outlier' observes activations of its own" in capsys.readouterr().err
+
+
 def _rewritten(path: Path, change: Any) -> None:
     with np.load(path) as stored:
         arrays = {name: stored[name] for name in stored.files}
