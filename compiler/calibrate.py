@@ -65,7 +65,6 @@ def calibrate_model(
     source, target = Path(model), Path(output)
     if not any(step.name == Qdq.name for step in recipe.passes):
         raise UserError("calibrate: no pass of the list takes ranges from calibration data: add qdq")
-    statistics_file.check_passes(recipe.passes)
     check_output_path(source, target)
     progress.step("loading")
     walked = walk_model(source, recipe, calibration, progress, checks=False)

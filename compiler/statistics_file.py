@@ -15,7 +15,6 @@ import onnx_ir as ir
 from qcompile.compiler import output_files
 from qcompile.compiler.plan import PASSES
 from qcompile.compiler.recipe import Step
-from qcompile.passes.base import Pass
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Observer, State
 from qcompile.passes.observers.histogram import Histogram
@@ -35,8 +34,9 @@ _SAMPLED, _SAME = 65536, 1e-3
 class Header:
     """Where statistics are from.
 
-    model: hash of the source model. passes: what ran before the ranges were taken, as a recipe writes it. observer: its
-    name. data: a sentence. fingerprint: by initializer of the graph that was observed, its norm and a projection.
+    model: hash of the source model. passes: what ran before the ranges were taken, as a recipe writes it. observer: as
+    the recipe names it. data: a sentence. fingerprint: by initializer of the graph that was observed, its norm and a
+    projection.
     """
 
     model: str
@@ -49,15 +49,18 @@ class Header:
 
 @dataclass(frozen=True)
 class SavedStatistics:
-    """A file of statistics as it was read. states: by the name of the activation, what its observer's `state` gave."""
+    """A file of statistics as it was read. states: by the name of the activation, what its observer's `state` gave.
+
+    observers: the names of these observers, by the same.
+    """
 
     path: Path
     header: Header
     states: Mapping[str, State]
+    observers: Mapping[str, str]
 
     def check(self, model: str, steps: Sequence[Step]) -> None:
         """Raise UserError where the file is of another model, or of other passes before the ranges."""
-        check_passes(steps)
         if self.header.model != model:
             raise UserError(f"{self.path}: these statistics are of another model: calibrate this one")
         if self.header.passes != shaping(steps):
@@ -87,16 +90,10 @@ class SavedStatistics:
                     f"{self.path}: no statistics of activation {observer.value}: calibrate with the passes and "
                     "parameters of this list"
                 )
-            if observer.name != self.header.observer and not {observer.name, self.header.observer} <= SAME_STATE:
+            made_with = self.observers[observer.value]
+            if observer.name != made_with and not {observer.name, made_with} <= SAME_STATE:
                 state = {key: array for key, array in state.items() if key in _EXTREMES}
-            _restore(observer, state, self.path, self.header.observer)
-
-
-def check_passes(steps: Sequence[Step]) -> None:
-    """Raise UserError for a pass that observes activations in the walk itself: no file holds what it learns."""
-    own = [step.name for step in steps if PASSES.get(step.name, Pass).observed_in is not Pass.observed_in]
-    if own:
-        raise UserError(f"pass {own[0]!r} observes activations of its own, which no file of statistics holds")
+            _restore(observer, state, self.path, made_with)
 
 
 def shaping(steps: Sequence[Step]) -> str:
@@ -126,7 +123,9 @@ def save(path: Path, header: Header, observers: Mapping[ir.Value, Observer]) -> 
     empty = [value for value, state in states.items() if not state]
     if empty:
         raise UserError(f"activation {empty[0]} was never seen on the calibration data: is it empty?")
-    told = asdict(header) | {"version": VERSION, "values": {value: sorted(state) for value, state in states.items()}}
+    names = {observer.value: observer.name for observer in observers.values()}
+    values = {value: [names[value], *sorted(state)] for value, state in states.items()}
+    told = asdict(header) | {"version": VERSION, "values": values}
     arrays = {_HEADER: np.frombuffer(json.dumps(told).encode(), np.uint8)}
     for number, state in enumerate(states.values()):
         arrays |= {f"{number}.{key}": array for key, array in state.items()}
@@ -160,13 +159,14 @@ def load(path: Path) -> SavedStatistics:
 
 def _read(path: Path, told: Mapping[str, Any], stored: Mapping[str, npt.NDArray[Any]]) -> SavedStatistics:
     states = {}
-    for number, (value, keys) in enumerate(told["values"].items()):
+    for number, (value, (_, *keys)) in enumerate(told["values"].items()):
         states[value] = {key: stored[f"{number}.{key}"] for key in keys}
         if not all(np.isfinite(array).all() for array in states[value].values()):
             raise ValueError(f"{value} holds NaN or infinity")
     marks = {name: (float(a), float(b)) for name, (a, b) in told["fingerprint"].items()}
     plain = {key: str(told[key]) for key in ("model", "passes", "observer", "data")}
-    return SavedStatistics(path, Header(**plain, versions=told["versions"], fingerprint=marks), states)
+    names = {value: str(own) for value, (own, *_) in told["values"].items()}
+    return SavedStatistics(path, Header(**plain, versions=told["versions"], fingerprint=marks), states, names)
 
 
 def _restore(observer: Observer, state: State, path: Path, made_with: str) -> None:

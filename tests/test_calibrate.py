@@ -52,9 +52,7 @@ def _grids(path: Path) -> dict[str, Any]:
     return {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if t.name.endswith(ends)}
 
 
-@pytest.mark.parametrize(
-    "passes", ["smooth,qdq", "qdq", "qdq(observer=minmax)", "smooth(alpha=0.5),qdq(operators=all)"]
-)
+@pytest.mark.parametrize("passes", ["smooth,qdq", "qdq", "qdq(observer=minmax)", "outlier,qdq"])
 def test_statistics_give_the_bytes_of_a_calibration_run(bench: Any, passes: str) -> None:
     source = bench.save(tiny_decoder())
     path = _learn(bench, source, passes)
@@ -162,14 +160,6 @@ def test_a_list_without_ranges_is_refused(bench: Any, capsys: Any, learnt: Any) 
     assert not (bench.folder / "s").exists()
 
 
-def test_a_pass_that_observes_for_itself_is_refused(bench: Any, capsys: Any, learnt: Any) -> None:
-    """Its ranges would be empty ones."""
-    source, path = learnt
-    _refused(bench, capsys, source, path, "pass 'outlier' observes activations", "--passes", "smooth,outlier,qdq")
-    assert cli.main(["calibrate", str(source), "--passes", "outlier,qdq", "-o", str(bench.folder / "s")]) == 2
-    assert "pass 'outlier' observes activations of its own" in capsys.readouterr().err
-
-
 def _rewritten(path: Path, change: Any) -> None:
     with np.load(path) as stored:
         arrays = {name: stored[name] for name in stored.files}
@@ -272,7 +262,7 @@ def test_the_command_prints_what_stands_out(bench: Any, capsys: Any) -> None:
     assert (bench.folder / "in" / "model.statistics").is_file()
     assert statistics_file.load(bench.folder / "in" / "model.statistics").header.observer == "percentile"
     assert cli.main(["calibrate", str(source), "--observer", "magic"]) == 2
-    assert "observer takes 'minmax' or" in capsys.readouterr().err
+    assert "got 'magic'" in capsys.readouterr().err
 
 
 def test_the_share_that_a_range_clips() -> None:
