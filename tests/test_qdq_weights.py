@@ -159,7 +159,7 @@ REFUSED = {
     "cuda": ({"provider": "cuda", "symmetric": False}, "cuda takes symmetric activations only"),
     "float8": ({"activations": "float8", "symmetric": False}, "float8 activations are symmetric"),
     "unknown": ({"activations": "int4"}, "parameter activations takes 'auto' or 'uint8'"),
-    "observer": ({"observer": "gram"}, "parameter observer takes 'minmax' or"),
+    "observer": ({"observer": "gram"}, "parameter observer takes .*, got 'gram'"),
 }
 
 
