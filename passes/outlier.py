@@ -111,7 +111,8 @@ class Outlier(Pass):
     def _observer(self, name: str, weights: list[Array], kept: npt.NDArray[np.int64]) -> Observer:
         if self.observer != OutputMse.name:
             return OBSERVERS[self.observer](name)
-        return OutputMse(name, importance=row_power(weights)[kept].astype(np.float32))
+        importance = row_power(weights)[kept].astype(np.float32)
+        return OutputMse(name, importance=lambda: importance)
 
     def _skip(self, linears: list[Linear], reason: str) -> None:
         for linear in linears:

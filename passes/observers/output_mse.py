@@ -1,8 +1,10 @@
 """The range of least squared error in the products that an activation goes into."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
+import onnx
 
 from qcompile.passes.affine import Array, range_qparams
 from qcompile.passes.observers.counting import Counts
@@ -26,8 +28,17 @@ class OutputMse(Mse):
 
     name: ClassVar[str] = "output-mse"
 
-    def __init__(self, value: str, *, axis: int | None = None, importance: Array | None = None) -> None:
-        super().__init__(value, axis=axis, weights=None if importance is None else counted(importance))
+    def __init__(
+        self, value: str, *, axis: int | None = None, importance: Callable[[], Array | None] | None = None
+    ) -> None:
+        super().__init__(value, axis=axis)
+        self.importance = importance
+
+    def append(self, graph: onnx.GraphProto) -> None:
+        """As `Histogram`; the importance is asked for now, when passes before have changed the weights."""
+        found = self.importance() if self.importance is not None else None
+        self.weights = None if found is None else counted(found)
+        super().append(graph)
 
     def range(self, spec: ActivationSpec) -> tuple[Array, Array]:
         """As `mse`, with what is cut off counted `_CUT` times."""

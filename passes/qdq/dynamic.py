@@ -7,12 +7,13 @@ import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.formats.emit import add_initializer, drop_unused
-from qcompile.passes.linears import Linear, find_linears
+from qcompile.passes.linears import Linear, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import add_outliers, masked, split_weight, told
 from qcompile.passes.qdq.outliers import OUTLIERS, Outliers
-from qcompile.passes.qdq.selection import products
+from qcompile.passes.qdq.providers import RULES
+from qcompile.passes.qdq.selection import is_head, products
 from qcompile.passes.qdq.twin import remember
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore
 
@@ -27,7 +28,7 @@ class Dynamic(Pass):
     Case 3: a linear that `outlier` marked: its outliers are set to zero before the DynamicQuantizeLinear, and a float
             product of them alone is added.
     Case 4: tables of embeddings become int8, too, shared with a tied lm_head.
-    weights: one scale a channel, or one a tensor.
+    weights: one scale a channel, or one a tensor. lm_head: "weights" leaves the input of a decoder's head in float.
     """
 
     name: ClassVar[str] = "dynamic"
@@ -35,9 +36,15 @@ class Dynamic(Pass):
     quantizes: ClassVar[bool] = True
 
     def __init__(
-        self, policy: Policy, *, weights: Literal["channel", "tensor"] = "channel", reduce_range: bool = False
+        self,
+        policy: Policy,
+        *,
+        weights: Literal["channel", "tensor"] = "channel",
+        reduce_range: bool = False,
+        lm_head: Literal["weights", "dynamic"] = "weights",
     ) -> None:
         super().__init__()
+        self.heads = lm_head == "dynamic"
         self.policy, self.grid = policy, WeightGrid(weights == "channel", reduce_range)
 
     def call(self, region: Region) -> None:
@@ -45,6 +52,7 @@ class Dynamic(Pass):
         model, store = region.model, WeightStore(region.model, self.grid)
         chosen, kept = products(model, self.policy)
         linears = {linear.node: linear for linear in find_linears(model.graph)}
+        vocabulary = vocabulary_size(model)
         codes: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
         for node in chosen:
             if node not in linears:  # Case 2
@@ -64,6 +72,10 @@ class Dynamic(Pass):
                 self.decide(linear.name, "skipped", reason, kind="MatMul", weights=size, weight=linear.weight.name)
                 continue
             remember(node)
+            if not self.heads and is_head(node, vocabulary):
+                stored = store.dequantized(node, RULES["MatMul"])
+                self._told(linear, stored, f"{self.grid}, weights only")
+                continue
             marked: Outliers | None = node.meta.pop(OUTLIERS, None)
             x = linear.activation if marked is None else masked(model, linear, marked)
             if x not in codes:
@@ -75,19 +87,19 @@ class Dynamic(Pass):
                 told(linear, stored, outlying, f"{self.grid} dynamic, uint8 asym", self.decide)
                 continue
             stored = store.store(linear.weight, linear.read(), 1, transposed=linear.transposed)
-            self._told(linear, stored)
+            self._told(linear, stored, f"{self.grid} dynamic, uint8 asym")
             _replace(model, linear, stored, codes[x])
         for node, reason in kept.items():
             self.decide(node.name or "", "kept", reason, kind=node.op_type, weights=0, weight=node.name)
         quantize_embeddings(model, self.policy, store, self.decide)  # Case 4
         region.nodes = list(model.graph)
 
-    def _told(self, linear: Linear, stored: Stored) -> None:
+    def _told(self, linear: Linear, stored: Stored, reason: str) -> None:
         size = int(np.prod(linear.shape))
         self.decide(
             linear.name,
             "quantized",
-            f"{self.grid} dynamic, uint8 asym",
+            reason,
             kind="MatMul",
             weights=size,
             weight=stored.codes.name,

@@ -1,6 +1,7 @@
 """Static INT8: QuantizeLinear and DequantizeLinear around what integer kernels compute."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -40,6 +41,7 @@ class Qdq(Pass):
             values that must share a scale share it.
     Case 3: biases become int32 where the provider takes them; others keep a form that does not hinder the fusion.
     Case 4: tables of embeddings become int8, too, shared with a tied lm_head.
+    lm_head: "weights" leaves its input in float: its error meets the logits as it is (SmolLM2: two fifths of the KL).
     provider: whose fusions and types are aimed at. weights: one scale a channel, or one a tensor.
     activations: "auto" is what the provider wants; 16 bits and float8 run as Q, DQ and float operators on the CPU.
     """
@@ -61,12 +63,13 @@ class Qdq(Pass):
         reduce_range: bool = False,
         share_sums: bool = False,
         slower: bool = False,
+        lm_head: Literal["weights", "static"] = "weights",
     ) -> None:
         super().__init__()
         self.policy, self.observer, self.operators, self.provider = policy, observer, operators, provider
         self.spec = activation_spec(provider, activations, symmetric)
         self.grid = WeightGrid(weights == "channel", reduce_range, self.spec.is_float)
-        self.share_sums, self.slower = share_sums, slower
+        self.share_sums, self.slower, self.heads = share_sums, slower, lm_head == "static"
         self.observers: dict[ir.Value, Observer] = {}
         self.grids: dict[ir.Value, QParams] = {}
 
@@ -86,11 +89,11 @@ class Qdq(Pass):
         return {value: self.observers[value] for value in selection.values}
 
     def _observer(self, value: ir.Value, readers: Sequence[ir.Node]) -> Observer:
-        name = self.observer
+        name: str = self.observer
         if name == "auto":  # Case 2
             name = OutputMse.name if all(node.op_type == "MatMul" for node in readers) and readers else Mse.name
         if name == OutputMse.name:
-            return OutputMse(str(value.name), importance=importance(readers))
+            return OutputMse(str(value.name), importance=partial(importance, readers))
         return OBSERVERS[name](str(value.name))
 
     def call(self, region: Region) -> None:
@@ -101,7 +104,7 @@ class Qdq(Pass):
             raise UserError(f"qdq: activation {unknown[0].name} was never seen on the calibration data: is it empty?")
         self.grids = grids = self._grids(selection)
         readers = _readers(selection)
-        for node in selection.nodes:
+        for node in (*selection.nodes, *selection.heads):
             remember(node)
         scales = self._round_weights(region.model, selection, grids)
         self._insert(region.model, selection, readers, grids)
@@ -114,7 +117,7 @@ class Qdq(Pass):
         region.nodes = list(region.model.graph)
 
     def _select(self, model: ir.Model) -> Selection:
-        return select(model, self.policy, self.provider, self.operators, slower=self.slower)
+        return select(model, self.policy, self.provider, self.operators, slower=self.slower, heads=self.heads)
 
     def _grids(self, selection: Selection) -> dict[ir.Value, QParams]:
         """Case 2."""
@@ -146,6 +149,9 @@ class Qdq(Pass):
             if rule.bias is not None and biased:
                 quantize_bias(model, node, rule.bias, scales[node])
             self._told(node, "quantized", f"{self.grid} static, {self.spec}", stored, size)
+        for node, rule in selection.heads.items():
+            size = _elements(node)
+            self._told(node, "quantized", f"{self.grid}, weights only", self.store.dequantized(node, rule), size)
         return scales
 
     def _insert(self, model: ir.Model, selection: Selection, readers: Readers, grids: dict[ir.Value, QParams]) -> None:

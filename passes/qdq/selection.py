@@ -25,20 +25,25 @@ class Selection:
     """What is to be quantized.
 
     nodes: by node, its rule. values: activations that get a Q and a DQ. whole: those of them that all readers take
-    from the DQ, since their producer is fused only then. kept: nodes with a weight left
-    in float: what is said of them ("kept" by the user's choice, "skipped" for want of a kernel), and the reason.
+    from the DQ, since their producer is fused only then. heads: products whose weight alone is quantized. kept: nodes
+    with a weight left in float: what is said of them ("kept" by the user's choice, "skipped" for want of a kernel), and
+    the reason.
     """
 
     nodes: dict[ir.Node, Rule] = field(default_factory=dict)
     values: dict[ir.Value, None] = field(default_factory=dict)
     whole: set[ir.Value] = field(default_factory=set)
+    heads: dict[ir.Node, Rule] = field(default_factory=dict)
     kept: dict[ir.Node, tuple[str, str]] = field(default_factory=dict)
 
 
-def select(model: ir.Model, policy: Policy, provider: Provider, operators: Operators, *, slower: bool) -> Selection:
+def select(
+    model: ir.Model, policy: Policy, provider: Provider, operators: Operators, *, slower: bool, heads: bool = True
+) -> Selection:
     """What to quantize in the main graph.
 
-    Case 1: a product with a constant weight, unless the policy keeps it, or the provider computes it in float.
+    Case 1: a product with a constant weight, unless the policy keeps it, or the provider computes it in float. Without
+            `heads` that of a decoder's lm_head is quantized, but not its input.
     Case 2: operators "all": every other operator that the provider computes in integers, products of two activations
             among them; those that are slower in integers only with `slower`.
     Case 3: operators "auto": such an operator between two integer ones, so that codes need not become floats.
@@ -52,12 +57,15 @@ def select(model: ir.Model, policy: Policy, provider: Provider, operators: Opera
         rule = _rule(node, provider)
         if isinstance(rule, str):
             found.kept[node] = ("skipped", rule)
+        elif not heads and is_head(node, vocabulary_size(model)):
+            found.heads[node] = rule
         else:
             found.nodes[node] = rule
     for node in model.graph if operators == "all" else ():  # Case 2
         rule = _rule(node, provider)
         if (
             node not in found.nodes
+            and node not in found.heads
             and node not in found.kept
             and isinstance(rule, Rule)
             and _usable(node, rule, slower)
@@ -75,6 +83,12 @@ def products(model: ir.Model, policy: Policy) -> tuple[list[ir.Node], dict[ir.No
     weighted = [n for n in model.graph if n.op_type in PRODUCTS and n.domain == "" and weight_position(n) is not None]
     refused = {node: _refusal(node, policy, vocabulary) for node in weighted}
     return [n for n, reason in refused.items() if not reason], {n: reason for n, reason in refused.items() if reason}
+
+
+def is_head(node: ir.Node, vocabulary: int | None) -> bool:
+    """Whether a product gives a decoder's logits."""
+    linear = as_linear(node) if node.op_type == "MatMul" else ""
+    return not isinstance(linear, str) and is_lm_head(linear, vocabulary)
 
 
 def weight_position(node: ir.Node) -> int | None:
@@ -175,7 +189,7 @@ def _add_between(model: ir.Model, found: Selection, provider: Provider, slower: 
     """Case 3: operators whose inputs are quantized anyway, and whose output an integer operator reads."""
     candidates = {}
     for node in model.graph:
-        if node not in found.nodes and node not in found.kept:
+        if node not in found.nodes and node not in found.heads and node not in found.kept:
             rule = _rule(node, provider)
             if isinstance(rule, Rule) and _usable(node, rule, slower):
                 candidates[node] = rule
