@@ -45,6 +45,7 @@ def add_switches(piece: Piece, nodes: Sequence[ir.Node], whole: Mapping[str, ir.
 
     Case 1: a node with a Twin: its inputs' Q and DQ and itself, or the float node. ONNX Runtime fuses the integer
             product inside the branch and computes one branch only (docs/qdq.md has the times).
+            One whose weight alone was rounded stays as it is: in a branch ONNX Runtime fails to fuse it.
     Case 2: a value of `whole` (by the name it had before the pass): Q and DQ, or nothing.
     The Ifs are chosen by boolean scalars, new inputs of the graph. `nodes`: those of the piece that may have Twins.
     """
@@ -54,7 +55,7 @@ def add_switches(piece: Piece, nodes: Sequence[ir.Node], whole: Mapping[str, ir.
     ifs = {}
     for node in nodes:  # Case 1
         twin: Twin | None = node.meta.get(TWIN)
-        if twin is not None and node.outputs[0].name in made:
+        if twin is not None and not twin.weights_only and node.outputs[0].name in made:
             ifs[str(node.outputs[0].name)] = _node_switch(piece, node, twin, made, rounded)
     for value, (output, name) in rounded.items():  # Case 2
         plain = helper.make_node("Identity", [value], [f"{output}.plain"])

@@ -34,7 +34,7 @@ class Switched:
         outputs: Sequence[str],
         provider: str = "cpu",
     ) -> None:
-        targets = {node for node in model.graph if TWIN in node.meta}
+        targets = {node for node in model.graph if TWIN in node.meta and not node.meta[TWIN].weights_only}
         self.batches, self.outputs = batches, outputs
         segments = split(model, targets.__contains__)
         self._parts = [_Part(model, segment, whole, outputs, provider) for segment in segments]

@@ -95,7 +95,7 @@ def test_traceback_raises(fake: Fake) -> None:
     ("arguments", "line"),
     [
         (["evla"], "no command 'evla' and no such file: did you mean 'eval'?"),
-        (["xyzzy"], "commands: compile, passes"),
+        (["xyzzy"], "commands: compile, calibrate, passes"),
         (["eval", "model.onnx", "--pases", "x"], "unrecognized arguments: --pases"),
         (["eval", "model.onnx", "--pass", "x"], "unrecognized arguments: --pass x"),
     ],

@@ -15,7 +15,7 @@ from qcompile.compiler.report import Report
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import run, session
 
-QDQ = parse_passes("qdq")
+QDQ = parse_passes("qdq(lm_head=static)")
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def decoder(bench: Any) -> tuple[Any, Path, list[Path]]:
 
 def _compiled(decoder: Any, **settings: Any) -> Report:
     bench, source, files = decoder
-    return bench.compile(source, "qdq", calibration=[str(file) for file in files], **settings)
+    return bench.compile(source, "qdq(lm_head=static)", calibration=[str(file) for file in files], **settings)
 
 
 def _kept(report: Report) -> list[str]:
@@ -119,7 +119,7 @@ def test_bytes_are_those_of_the_weights(decoder: Any) -> None:
 
 def test_other_networks_by_the_noise_of_their_outputs(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     source, files = bench.save(bad_conv()), images(bench.folder)
-    options = ["--passes", "qdq", "--calibration", *files]
+    options = ["--passes", "qdq(lm_head=static)", "--calibration", *files]
     assert bench.run(source, *options, "--keep-worst", "1") == 0
     assert "mixed     1 of 5 nodes kept in float: conv_1 (SQNR " in capsys.readouterr().out
     assert bench.run(source, *options, "--min-sqnr", "20") == 0
@@ -152,7 +152,7 @@ def test_bad_bounds_are_told_in_a_line(
 ) -> None:
     bench, source, files = decoder
     if "--passes" not in options:
-        options = ["--passes", "qdq", *options]
+        options = ["--passes", "qdq(lm_head=static)", *options]
     bench.refuses(capsys, source, [*options, "--calibration", *map(str, files)], message)
 
 

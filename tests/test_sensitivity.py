@@ -49,13 +49,17 @@ def _finished(mixture: Mixture, kept: list[str]) -> float:
 
 
 CASES = {
-    "decoder": (lambda: bad_decoder(), "qdq", False),
-    "smoothed": (lambda: tiny_decoder(layers=1), "smooth,qdq", False),
-    "tied": (lambda: tiny_decoder(layers=1, outliers=False), "qdq", False),
-    "all operators": (lambda: tiny_decoder(layers=1, outliers=False), "qdq(operators=all, observer=minmax)", False),
-    "with caches": (lambda: tiny_decoder(layers=1, kv_cache=True), "qdq", False),
-    "dynamic": (lambda: bad_decoder(), "dynamic", False),
-    "encoder": (lambda: tiny_encoder(layers=1), "qdq", False),
+    "decoder": (lambda: bad_decoder(), "qdq(lm_head=static)", False),
+    "smoothed": (lambda: tiny_decoder(layers=1), "smooth,qdq(lm_head=static)", False),
+    "tied": (lambda: tiny_decoder(layers=1, outliers=False), "qdq(lm_head=static)", False),
+    "all operators": (
+        lambda: tiny_decoder(layers=1, outliers=False),
+        "qdq(operators=all, observer=minmax, lm_head=static)",
+        False,
+    ),
+    "with caches": (lambda: tiny_decoder(layers=1, kv_cache=True), "qdq(lm_head=static)", False),
+    "dynamic": (lambda: bad_decoder(), "dynamic(lm_head=dynamic)", False),
+    "encoder": (lambda: tiny_encoder(layers=1), "qdq(lm_head=static)", False),
     "convolutions": (lambda: bad_conv(), "qdq", True),
 }
 
@@ -76,7 +80,7 @@ def test_a_switched_graph_gives_what_the_finished_one_does(bench: Any, case: str
 
 
 def test_one_node_alone_is_what_keeping_all_others_gives(bench: Any) -> None:
-    mixture = _mixture(bench, bad_decoder(), "qdq")
+    mixture = _mixture(bench, bad_decoder(), "qdq(lm_head=static)")
     others = [site.node for site in mixture.sites if site.node != BAD]
     alone = mixture.distance(Setting.of([BAD]))
     assert alone == pytest.approx(_finished(mixture, others), rel=0.02)
@@ -85,7 +89,7 @@ def test_one_node_alone_is_what_keeping_all_others_gives(bench: Any) -> None:
 
 def test_the_planted_node_comes_first(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = bench.save(bad_decoder()), bench.folder / "ranking.json"
-    options = ["--passes", "qdq", "--calibration", str(bench.text), "-o", str(out), *QUICK]
+    options = ["--passes", "qdq(lm_head=static)", "--calibration", str(bench.text), "-o", str(out), *QUICK]
     assert cli.main(["sensitivity", str(source), *options]) == 0
     shown, ranking = capsys.readouterr().out, json.loads(out.read_text())
     nodes = ranking["nodes"]
@@ -101,7 +105,7 @@ def test_the_planted_node_comes_first(bench: Any, capsys: pytest.CaptureFixture[
 
 def test_smoothing_heals_the_planted_node(bench: Any) -> None:
     effects = []
-    for passes in ("qdq", "smooth,qdq"):
+    for passes in ("qdq(lm_head=static)", "smooth,qdq(lm_head=static)"):
         ranking = _mixture(bench, bad_decoder(), passes).rank(Silent())
         effects.append(next(node.effect for node in ranking.nodes if node.node == BAD))
     assert effects[1] < effects[0] / 10
@@ -110,7 +114,7 @@ def test_smoothing_heals_the_planted_node(bench: Any) -> None:
 def test_a_network_without_logits_is_ranked_by_its_outputs(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     source = bench.save(bad_conv())
     files = images(bench.folder)
-    assert cli.main(["sensitivity", str(source), "--passes", "qdq", "--calibration", *files]) == 0
+    assert cli.main(["sensitivity", str(source), "--passes", "qdq(lm_head=static)", "--calibration", *files]) == 0
     shown = capsys.readouterr().out
     first = next(line for line in shown.splitlines() if line.startswith("1 ")).split()
     assert first[1:3] == ["conv_1", "Conv"]
@@ -131,7 +135,7 @@ def test_check_windows_are_none_of_those_calibrated_on(windows: int, found: int)
 
 def test_a_second_call_runs_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source, calibration = bench.save(bad_decoder()), Calibration([str(bench.text)])
-    recipe = Recipe(parse_passes("qdq"), samples=4, context=32)
+    recipe = Recipe(parse_passes("qdq(lm_head=static)"), samples=4, context=32)
     first = command.ranked(source, recipe, calibration, Silent())
 
     def walk(*arguments: Any, **more: Any) -> None:
@@ -144,8 +148,8 @@ def test_a_second_call_runs_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch)
     more.write_text(bench.text.read_text() + "More.")
     for args in (
         (changed, recipe, calibration),
-        (source, Recipe(parse_passes("smooth,qdq"), samples=4, context=32), calibration),
-        (source, Recipe(parse_passes("qdq"), samples=5, context=32), calibration),
+        (source, Recipe(parse_passes("smooth,qdq(lm_head=static)"), samples=4, context=32), calibration),
+        (source, Recipe(parse_passes("qdq(lm_head=static)"), samples=5, context=32), calibration),
         (source, recipe, Calibration([str(more)])),
     ):
         with pytest.raises(AssertionError, match="walked again"):
@@ -154,7 +158,7 @@ def test_a_second_call_runs_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_damaged_cache_is_measured_anew(bench: Any, cache: Path) -> None:
     source, calibration = bench.save(bad_decoder()), Calibration([str(bench.text)])
-    recipe = Recipe(parse_passes("qdq"), samples=4, context=32)
+    recipe = Recipe(parse_passes("qdq(lm_head=static)"), samples=4, context=32)
     first = command.ranked(source, recipe, calibration, Silent())
     (kept,) = (cache / "sensitivity").glob("*.json")
     kept.write_text('{"nodes": [{"node": "x"}]}')
@@ -169,8 +173,8 @@ def test_a_damaged_cache_is_measured_anew(bench: Any, cache: Path) -> None:
     ("options", "message"),
     [
         (["--passes", "smooth,pack"], "no pass of the list makes nodes integer: add qdq or dynamic"),
-        (["--passes", "qdq", "--include", "nothing"], "'qdq' makes no node of this model integer"),
-        (["--passes", "qdq", "-o", "in/model.onnx"], "is the input file"),
+        (["--passes", "qdq(lm_head=static)", "--include", "nothing"], "'qdq' makes no node of this model integer"),
+        (["--passes", "qdq(lm_head=static)", "-o", "in/model.onnx"], "is the input file"),
         (["--passes", "qdq(x=1)"], "has no parameter 'x'"),
     ],
 )

@@ -71,8 +71,9 @@ class Dynamic(Pass):
                 size = int(np.prod(linear.shape))
                 self.decide(linear.name, "skipped", reason, kind="MatMul", weights=size, weight=linear.weight.name)
                 continue
-            remember(node)
-            if not self.heads and is_head(node, vocabulary):
+            weights_only = not self.heads and is_head(node, vocabulary)
+            remember(node, weights_only=weights_only)
+            if weights_only:
                 stored = store.dequantized(node, RULES["MatMul"])
                 self._told(linear, stored, f"{self.grid}, weights only")
                 continue

@@ -104,8 +104,10 @@ class Qdq(Pass):
             raise UserError(f"qdq: activation {unknown[0].name} was never seen on the calibration data: is it empty?")
         self.grids = grids = self._grids(selection)
         readers = _readers(selection)
-        for node in (*selection.nodes, *selection.heads):
+        for node in selection.nodes:
             remember(node)
+        for node in selection.heads:
+            remember(node, weights_only=True)
         scales = self._round_weights(region.model, selection, grids)
         self._insert(region.model, selection, readers, grids)
         if TYPES[self.provider].bias and not self.spec.is_float:

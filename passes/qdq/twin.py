@@ -18,12 +18,13 @@ class Twin:
     """A node before it was quantized.
 
     proto: operator and attributes. inputs: what it read, with the initializers that may be gone from the graph by now.
-    transposed: the second input is read turned round.
+    transposed: the second input is read turned round. weights_only: the activation stayed in float.
     """
 
     proto: onnx.NodeProto
     inputs: tuple[ir.Value | None, ...]
     transposed: bool = False
+    weights_only: bool = False
 
     @property
     def weights(self) -> int:
@@ -37,7 +38,7 @@ class Twin:
         return np.ascontiguousarray(array.T) if self.transposed and value is self.inputs[1] else array
 
 
-def remember(node: ir.Node) -> None:
+def remember(node: ir.Node, *, weights_only: bool = False) -> None:
     """Leave a node's Twin in its meta."""
     proto = ir.to_proto(node)
     inputs, transposed = list(node.inputs), False
@@ -45,4 +46,4 @@ def remember(node: ir.Node) -> None:
     turned = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else None
     if node.op_type == "MatMul" and turned is not None and turned.const_value is not None:
         inputs[1], transposed = turned, True
-    node.meta[TWIN] = Twin(proto, tuple(inputs), transposed)
+    node.meta[TWIN] = Twin(proto, tuple(inputs), transposed, weights_only)
