@@ -114,8 +114,18 @@ def twin_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
         twin: Twin | None = node.meta.pop(TWIN, None)
         if twin is not None:
             error = _ratio(str(node.outputs[0].name), ".twin", outputs)
-            found.append(NodeError(node.name or "", error, 0.0, weights=twin.weights))
+            bits = _activation_bits(node, twin)
+            found.append(NodeError(node.name or "", error, 0.0, activation_bits=bits, weights=twin.weights))
     return found
+
+
+def _activation_bits(node: ir.Node, twin: Twin) -> int:
+    """Bits that the activation of an integer node is rounded to; 16 stands for float, too."""
+    if twin.weights_only:
+        return 16
+    back = node.inputs[0].producer() if node.inputs[0] is not None else None
+    codes = back.inputs[0] if back is not None and back.op_type == "DequantizeLinear" else None
+    return codes.dtype.bitwidth if codes is not None and codes.dtype is not None else 8
 
 
 def _int8_error(y: str, outputs: Sequence[Arrays]) -> float | None:
