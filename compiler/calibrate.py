@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from qcompile.compiler import statistics_file
-from qcompile.compiler.pipeline import Calibration, Progress, Silent, walk_model
+from qcompile.compiler.progress import Progress, Silent
 from qcompile.compiler.recipe import Recipe, Step, parse_passes
 from qcompile.compiler.store import check_output_path
+from qcompile.compiler.walk import Calibration, walk_model
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
@@ -67,6 +68,8 @@ def calibrate_model(
         raise UserError("calibrate: no pass of the list takes ranges from calibration data: add qdq")
     check_output_path(source, target)
     progress.step("loading")
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration)
     walked = walk_model(source, recipe, calibration, progress, checks=False)
     chosen = next(p for p in walked.passes if isinstance(p, Qdq))
     if not walked.watched:

@@ -8,11 +8,11 @@ from rich.console import Console
 
 from qcompile.compiler.console import table
 from qcompile.compiler.inputs import input_plan
-from qcompile.compiler.pipeline import Calibration, check_target, file_size, scale_dtype
 from qcompile.compiler.plan import build, effective, make_policy
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.segments import Segment, split
 from qcompile.compiler.store import load_model
+from qcompile.compiler.walk import Calibration, check_target, file_size, scale_dtype
 from qcompile.passes.base import Region
 from qcompile.passes.linears import Linear, find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.spec import QuantSpec

@@ -9,6 +9,7 @@ from qcompile.compiler.html.decisions import decisions
 from qcompile.compiler.html.markup import Markup, join, number, percent, table, text
 from qcompile.compiler.html.nodes import coverage, node_list, node_rows
 from qcompile.compiler.html.ranges import ranges
+from qcompile.compiler.html.steps import steps
 from qcompile.compiler.html.style import POLICY, SCRIPT, STYLE
 from qcompile.compiler.report import Report
 
@@ -22,6 +23,7 @@ def to_html(report: Report) -> str:
         parts["Nodes"] = node_list(rows)
     if report.ranges:
         parts["Activation ranges"] = ranges(report.ranges)
+    parts |= steps(report)
     parts["Decisions"] = decisions(report)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from qcompile.compiler.console import table
 from qcompile.compiler.mixed import Mixed
+from qcompile.compiler.rungs import Ladder
 from qcompile.compiler.verify import NodeError, OutputError
 from qcompile.passes.base import Decision
 
@@ -41,6 +42,7 @@ class Report:
     """Everything a compile leaves behind beside the model.
 
     decisions: by pass, in order. mixed: what stays in float by its sensitivity, where the recipe wants that.
+    ladder: what each step without data gained, where there was no data.
     rounding: what integer nodes changed in the outputs at most, relative.
     sizes in bytes, seconds, peak_memory in bytes.
     """
@@ -55,6 +57,7 @@ class Report:
     outputs: list[OutputError] = field(default_factory=list)
     ranges: list[ActivationRange] = field(default_factory=list)
     mixed: Mixed | None = None
+    ladder: Ladder | None = None
     rounding: float = 0.0
     reload_error: float | None = None
     files: list[str] = field(default_factory=list)
@@ -127,8 +130,9 @@ def print_report(report: Report, console: Console) -> None:
     if report.quantizer:
         _print_coverage(report, console)
     _print_passes(report, console)
-    for line in report.mixed.lines() if report.mixed is not None else ():
-        console.print(line, soft_wrap=True)
+    for told in (report.mixed, report.ladder):
+        for line in told.lines() if told is not None else ():
+            console.print(line, soft_wrap=True)
     _print_errors(report, console)
     saved = f"{_mb(report.source_bytes)} → {_mb(report.compiled_bytes)}"
     bits = f", {report.bits_per_weight:.2f} bits per packed MatMul weight" if report.bits_per_weight else ""

@@ -4,7 +4,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from qcompile.runtime.sessions import session
 
 _log = logging.getLogger(__name__)
 
+# Words for --calibration without files.
+SELF, NORMS = "self", "norms"
 # Batches that the finished model is checked on: few and short, since every output of theirs is kept.
 _CHECKS, _CHECK_TOKENS = 2, 48
 # Windows for choices by measured errors, which the statistics have not seen.
@@ -37,7 +39,8 @@ class Data:
     """Batches for statistics, batches to check the result on, and a sentence that says where both come from.
 
     real: the checks are what the model may meet, not random numbers. unseen: windows of the same text beside those of
-    the statistics, where a recipe chooses by its own errors.
+    the statistics, where a recipe chooses by its own errors. data_free: nothing came from the user or the bundle.
+    guess: passes have their statistics from the scales of norms (`proxies`), not from a run.
     """
 
     calibration: list[Batch]
@@ -45,12 +48,20 @@ class Data:
     description: str
     real: bool = True
     unseen: Sequence[Batch] = ()
+    data_free: bool = False
+    guess: bool = False
 
 
 def gather(
     plan: InputPlan, model: Path, recipe: Recipe, files: Sequence[str], tokenizer: Path | None, *, needed: bool
 ) -> Data:
-    """The calibration data of a model; with `needed` False only what the checks take."""
+    """The calibration data of a model; with `needed` False only what the checks take.
+
+    files: texts, .npz files, or module:function; or one word that is no file: "self" for tokens that the model samples,
+    "norms" for no data at all.
+    """
+    if len(files) == 1 and files[0] in (SELF, NORMS) and not Path(files[0]).exists():
+        return _data_free(plan, model, recipe, files[0], needed=needed)
     arrays = [Path(file) for file in files if file.endswith(".npz")]
     functions = [file for file in files if ":" in file and not Path(file).exists()]
     texts = [Path(file) for file in files if Path(file) not in arrays and file not in functions]
@@ -73,7 +84,7 @@ def gather(
         )
     if found is not None:
         return _from_text(plan, recipe, found, texts, needed=needed)
-    return _sampled(plan, model, recipe) if needed else _random(plan)
+    return _data_free(plan, model, recipe, SELF, needed=needed, why=" (no tokenizer beside it)")
 
 
 def spread(ids: Sequence[int], context: int, count: int) -> list[Ids]:
@@ -146,18 +157,28 @@ def _batches(plan: InputPlan, windows: Sequence[Ids]) -> list[Batch]:
     return token_batches(plan, decoded, decode_step=True) + (token_batches(plan, rest) if rest else [])
 
 
-def _sampled(plan: InputPlan, model: Path, recipe: Recipe) -> Data:
+def _data_free(plan: InputPlan, model: Path, recipe: Recipe, kind: str, *, needed: bool, why: str = "") -> Data:
+    """Case 1: nothing is needed: random checks. Case 2: "norms". Case 3: tokens sampled from the model.
+
+    Checks are sampled, too, but by another seed, so that statistics have not seen them.
+    """
+    if not needed:
+        return _random(plan)
     if plan.logits is None:
+        if kind == NORMS:
+            return replace(_random(plan), description="none: scales of norms stand in", data_free=True, guess=True)
         raise UserError(
-            "no tokenizer lies beside the model, and it is no decoder to sample text from: give --tokenizer"
+            "no tokenizer lies beside the model, and it is no decoder to sample text from: give --tokenizer, or "
+            "--calibration norms for passes that need no more"
         )
     running = session(model, providers=(recipe.provider,), kernels="portable")
+    count = _CHECKS * (plan.batch or 1)
+    checks = _checks(plan, sample_windows(running, plan, count, _CHECK_TOKENS, recipe.seed + 1))
+    if kind == NORMS:
+        return Data([], checks, "none: scales of norms stand in", data_free=True, guess=True)
     windows = sample_windows(running, plan, recipe.samples, recipe.context, recipe.seed)
-    return Data(
-        _batches(plan, windows),
-        _checks(plan, windows),
-        f"{len(windows)} windows of {len(windows[0])} tokens sampled from the model itself (no tokenizer beside it)",
-    )
+    described = f"{len(windows)} windows of {len(windows[0])} tokens sampled from the model itself{why}"
+    return Data(_batches(plan, windows), checks, described, data_free=True)
 
 
 def _random(plan: InputPlan) -> Data:

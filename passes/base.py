@@ -50,6 +50,7 @@ class Pass(ABC):
     whole_model: it runs once over the whole graph, before the model is walked segment by segment.
     after_walk: it runs once over the whole packed graph, behind the walk.
     needs_statistics: it cannot work without the Gram matrices of linears' inputs.
+    needs_correlations: statistics guessed channel by channel (`proxies`) are no use to it.
     walks_again: the calibration data goes through the graph once more for it, see `walk_again`.
     quantizes: its decisions say which weights became codes; coverage is counted from them.
     followed_by, preceded_by: names of passes of which one must come later, or earlier, in the list.
@@ -59,6 +60,7 @@ class Pass(ABC):
     whole_model: ClassVar[bool] = False
     after_walk: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = False
+    needs_correlations: ClassVar[bool] = False
     walks_again: ClassVar[bool] = False
     quantizes: ClassVar[bool] = False
     followed_by: ClassVar[Sequence[str]] = ()

@@ -85,6 +85,7 @@ class Gptq(Pass):
 
     name: ClassVar[str] = "gptq"
     needs_statistics: ClassVar[bool] = True
+    needs_correlations: ClassVar[bool] = True
     followed_by: ClassVar[tuple[str, ...]] = ("pack", "qdq", "dynamic")
 
     def __init__(

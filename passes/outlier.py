@@ -7,22 +7,20 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.absorb import trace, weight_users
+from qcompile.passes.absorb import weight_users
 from qcompile.passes.affine import Array
 from qcompile.passes.base import Pass, Region
-from qcompile.passes.channel_map import last_axis
 from qcompile.passes.errors import UserError
-from qcompile.passes.linears import Linear, constant, find_linears, vocabulary_size
+from qcompile.passes.linears import Linear, find_linears, vocabulary_size
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.observers.rest import Rest
 from qcompile.passes.policy import Policy
+from qcompile.passes.proxies import guessed
 from qcompile.passes.qdq.outliers import OUTLIERS, Outliers, choose, row_power
 
 Calibrator = Literal["minmax", "moving-average", "percentile", "entropy", "mse", "output-mse", "cross-entropy"]
-# How far the activations of a channel are taken to reach, in standard deviations, where nothing was observed.
-_DEVIATIONS = 6
 
 
 class Outlier(Pass):
@@ -117,26 +115,3 @@ class Outlier(Pass):
     def _skip(self, linears: list[Linear], reason: str) -> None:
         for linear in linears:
             self.decide(linear.name, "skipped", reason)
-
-
-def guessed(value: ir.Value, width: int) -> tuple[Array, Array] | str:
-    """(reach, mean square) of the channels (width,) of an activation, from the constants that scale them.
-
-    Case 1: gamma and beta of the normalization before it: of numbers with variance 1 they make gamma² + beta².
-    Case 2: the weight of the linear before it, seen as in `smooth`: the squared norm of a channel's column.
-    Reach is so many standard deviations for all. Only relations between the channels count.
-    """
-    found = trace(value)
-    if isinstance(found, str):
-        return f"no norm or linear before it: {found}"
-    channels = last_axis(found.index, width)
-    if isinstance(channels, str):
-        return f"no norm or linear before it: {channels}"
-    squares = np.zeros(int(channels.max()) + 1)
-    for absorber in found.absorbers:
-        array = np.asarray(constant(absorber.constant).numpy(), np.float64)
-        index = np.broadcast_to(absorber.index, array.shape)
-        inside = index < len(squares)
-        np.add.at(squares, index[inside], np.square(array[inside]))
-    power = squares[channels].astype(np.float32)
-    return np.float32(_DEVIATIONS) * np.sqrt(power), power

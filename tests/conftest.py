@@ -11,10 +11,11 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.compiler import cli
-from qcompile.compiler.pipeline import Calibration, compile_model
+from qcompile.compiler.pipeline import compile_model
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.report import Report
 from qcompile.compiler.store import save_model
+from qcompile.compiler.walk import Calibration
 from qcompile.models.text import calibration_text
 from qcompile.models.tiny import tiny_tokenizer
 

@@ -12,8 +12,8 @@ from observing import observe
 
 from qcompile.compiler import calibrate, cli, statistics_file
 from qcompile.compiler.calibrate import calibrate_model
-from qcompile.compiler.pipeline import Calibration
 from qcompile.compiler.recipe import Recipe, parse_passes
+from qcompile.compiler.walk import Calibration
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_mlp
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.percentile import Percentile

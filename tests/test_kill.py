@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from qcompile.compiler.pipeline import Calibration, compile_model
+from qcompile.compiler.pipeline import compile_model
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.store import load_model
+from qcompile.compiler.walk import Calibration
 from qcompile.models.tiny import tiny_decoder
 
 SERVER = multiprocessing.get_context("forkserver")

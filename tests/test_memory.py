@@ -20,7 +20,8 @@ MARGIN = 100 << 20
 COMPILE = """
 import sys
 from pathlib import Path
-from qcompile.compiler.pipeline import Calibration, compile_model
+from qcompile.compiler.pipeline import compile_model
+from qcompile.compiler.walk import Calibration
 from qcompile.compiler.recipe import Recipe, parse_passes
 
 model, *files = sys.argv[1:]

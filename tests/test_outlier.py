@@ -19,8 +19,9 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.formats.functions import OUTLIER, body
 from qcompile.passes.observers.extremes import MinMax
 from qcompile.passes.observers.rest import Rest
-from qcompile.passes.outlier import Outlier, guessed
+from qcompile.passes.outlier import Outlier
 from qcompile.passes.policy import Policy
+from qcompile.passes.proxies import guessed
 from qcompile.passes.qdq.outliers import choose
 from qcompile.passes.qdq.weights import SPEC
 from qcompile.passes.spec import ActivationSpec

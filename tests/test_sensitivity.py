@@ -11,7 +11,7 @@ from mixing import BAD, bad_conv, bad_decoder, images
 
 from qcompile.compiler import cli, sensitivity
 from qcompile.compiler.commands import sensitivity as command
-from qcompile.compiler.pipeline import Calibration, Silent, versions, walk_model
+from qcompile.compiler.progress import Silent
 from qcompile.compiler.ranking import RankingCache
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.sensitivity import Mixture, finished_distance
@@ -19,6 +19,7 @@ from qcompile.compiler.sources import spread, unseen
 from qcompile.compiler.store import model_hash
 from qcompile.compiler.switch import ALL_FLOAT, Setting
 from qcompile.compiler.switched import on_clone
+from qcompile.compiler.walk import Calibration, versions, walk_model
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.base import Region
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from qcompile.compiler.calibrate import DEFAULT_PASSES, Calibrated, Seen, calibrate_model, with_observer
 from qcompile.compiler.commands import compile as compiling
 from qcompile.compiler.console import console, megabytes, table
-from qcompile.compiler.pipeline import Calibration
+from qcompile.compiler.walk import Calibration
 
 _DESCRIPTION = """\
 Run the calibration data through a model and save what the observers of its activations learn.

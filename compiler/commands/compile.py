@@ -12,10 +12,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from qcompile.compiler.console import console as stdout
 from qcompile.compiler.dry_run import print_plan
-from qcompile.compiler.pipeline import Calibration, compile_model, default_output
+from qcompile.compiler.pipeline import compile_model, default_output
 from qcompile.compiler.recipe import TARGETS, Recipe, load_recipe, parse_passes, save_recipe
 from qcompile.compiler.report import print_report
 from qcompile.compiler.store import check_output_path
+from qcompile.compiler.walk import Calibration
 from qcompile.passes.errors import UserError
 
 _DESCRIPTION = """\
@@ -83,7 +84,10 @@ def add_choice(add: Callable[..., Any]) -> None:
 def add_calibration(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     """Add the options of calibration data; returns what adds more to their group."""
     add = parser.add_argument_group("calibration").add_argument
-    sources = "text, .jsonl, .npz files, or module:function (default: bundled text, else the model's own samples)"
+    sources = (
+        "text, .jsonl, .npz files, or module:function; or one word: self (tokens that the model generates), norms (no "
+        "data: the scales of norms stand in for activations). Default: bundled text, else self"
+    )
     add("--calibration", nargs="+", default=[], metavar="FILE", help=sources)
     add("--tokenizer", type=Path, metavar="DIR", help="folder with tokenizer.json (default: beside the model)")
     add("--samples", type=int, metavar="N", help="calibration windows (default: 32)")

@@ -12,12 +12,13 @@ from qcompile.compiler import mixed
 from qcompile.compiler.commands import compile as compiling
 from qcompile.compiler.console import console, table
 from qcompile.compiler.effect import decibels
-from qcompile.compiler.pipeline import Calibration, Progress, versions, walk_model
 from qcompile.compiler.plan import INT8
+from qcompile.compiler.progress import Progress
 from qcompile.compiler.ranking import Ranking, RankingCache
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.sensitivity import Mixture
 from qcompile.compiler.store import check_output_path, model_hash
+from qcompile.compiler.walk import Calibration, versions, walk_model
 from qcompile.passes.errors import UserError
 
 _DESCRIPTION = """\

@@ -1,0 +1,34 @@
+"""What was chosen by measuring finished models: nodes kept in float, and the steps without data."""
+
+from qcompile.compiler.effect import decibels
+from qcompile.compiler.html.markup import Markup, number, paragraph, section, table
+from qcompile.compiler.mixed import Mixed
+from qcompile.compiler.report import Report
+from qcompile.compiler.rungs import Ladder
+
+
+def steps(report: Report) -> dict[str, Markup]:
+    """The parts of the page, by title; none where nothing was chosen so."""
+    parts = {}
+    if report.mixed is not None:
+        parts["Mixed precision"] = _mixed(report.mixed)
+    if report.ladder is not None:
+        parts["Without data"] = _ladder(report.ladder)
+    return parts
+
+
+def _mixed(mixed: Mixed) -> Markup:
+    rows = [[str(kept.rank), kept.node, kept.effect] for kept in mixed.kept]
+    made = table("Nodes kept in float, the worst first", ["Rank", "Node", "Effect of it alone in integers"], rows)
+    ends = [number(d) if mixed.metric == "KL" else f"{decibels(d):.1f} dB" for d in (mixed.before, mixed.after)]
+    told = f"{mixed.metric} {ends[0]} with none of {mixed.nodes} nodes kept, {ends[1]} with these, on {mixed.windows}."
+    return section("precision", "Mixed precision", paragraph(told), made)
+
+
+def _ladder(ladder: Ladder) -> Markup:
+    rows = [[rung.name, " → ".join(rung.passes), rung.told] for rung in ladder.rungs]
+    made = table("Each step, finished and measured", ["Statistics from", "Passes", "Distance from float"], rows)
+    told = f"Measured on {ladder.windows}. The last step is what was written."
+    return section(
+        "data", "Without data", paragraph(told), made, *([paragraph(ladder.advice)] if ladder.advice else [])
+    )

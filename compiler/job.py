@@ -1,0 +1,166 @@
+"""One model on its way through the segments: rewritten, observed, checked."""
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+from threadpoolctl import threadpool_limits
+
+from qcompile.compiler.extract import Piece
+from qcompile.compiler.inputs import InputPlan
+from qcompile.compiler.progress import Progress
+from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.report import Report
+from qcompile.compiler.segments import Segment, split
+from qcompile.compiler.sources import Data
+from qcompile.compiler.stream import Arrays, Runner, Stream
+from qcompile.compiler.verify import compare_outputs, node_errors, probe_nodes, probe_twins, twin_errors
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.linears import find_linears
+from qcompile.passes.observers.base import Observer
+from qcompile.passes.pack import Pack
+from qcompile.passes.proxies import proxies
+from qcompile.passes.qdq.twin import TWIN
+
+
+def observed(passes: Sequence[Pass], model: ir.Model) -> dict[ir.Value, Observer]:
+    """The observers of all passes for the activations of the graph as it is."""
+    return {value: own for p in passes for value, own in p.observed(model).items()}
+
+
+class Job:
+    """One compile on its way through the segments."""
+
+    def __init__(self, model: ir.Model, recipe: Recipe, passes: Sequence[Pass], report: Report, progress: Progress):
+        self.model, self.recipe, self.report, self.progress = model, recipe, report, progress
+        self.passes = [p for p in passes if not p.whole_model and not p.after_walk]
+        self.late = [p for p in passes if p.after_walk]
+        self.pack = next((p for p in passes if isinstance(p, Pack)), None)
+        self.guess = False
+
+    def walk(self, plan: InputPlan, data: Data, watched: Mapping[ir.Value, Observer]) -> list[tuple[Arrays, Arrays]]:
+        """Take both streams through all segments, rewriting each; `watched` sees what the rewritten graph gives.
+
+        Returns the outputs on the check batches, compiled and float.
+        """
+        self.guess = data.guess
+        targets = {linear.node for linear in find_linears(self.model.graph)}
+        segments = split(self.model, targets.__contains__)
+        runner = Runner(self.model, plan, self.recipe.provider, self.progress.advance)
+        calibration, checks = Stream(data.calibration), Stream(data.checks)
+        rows = 2 * sum(batch.rows for batch in (*data.calibration, *data.checks))
+        self.progress.total(rows * len(segments))
+        outputs: list[tuple[Arrays, Arrays]] = [({}, {}) for _ in data.checks]
+        static = bool(observed(self.late, self.model))
+        inside = {node for segment in segments for node in segment.nodes}
+        loose = [node for node in self.model.graph if node not in inside]
+        for number, segment in enumerate(segments, 1):
+            self.progress.step(f"segment {number} of {len(segments)}")
+            self._rewrite(runner, segment, calibration, checks, outputs, int8=data.real)
+            if watched:
+                watched = observed(self.late, self.model)  # smoothing may have put a Mul before a linear
+            own = _seen_in(segment, segments, watched)
+            region = Region(self.model, [*(loose if number == 1 else ()), *segment.nodes])
+            more = [pair for p in (*self.passes, *self.late) if static for pair in p.observed_in(region).items()]
+            if calibration.batches and (own or more):
+                runner.observe(segment, own, calibration, more=more)
+            if calibration.batches:
+                runner.advance(segment, calibration)
+        if self.pack is not None:
+            self.pack.skip_rest(self.model)
+        return outputs
+
+    def verify(self, plan: InputPlan, data: Data, outputs: list[tuple[Arrays, Arrays]]) -> list[Arrays]:
+        """The outputs of the graph as it is on the check batches, compared with the float ones.
+
+        Where a pass behind the walk made nodes integer, the check batches go through the graph once more, and each such
+        node is compared with its float twin.
+        """
+        compiled = [compiled for compiled, _ in outputs]
+        targets = {node for node in self.model.graph if TWIN in node.meta}
+        if targets:
+            self.progress.step("checking integer nodes")
+            compiled = self._run_checks(plan, data, split(self.model, targets.__contains__))
+        compared = compare_outputs(compiled, [original for _, original in outputs])
+        self.report.outputs = sorted(compared, key=lambda output: output.name != plan.logits)
+        self.report.rounding = max((o.relative for o in compared), default=0.0) if targets else 0.0
+        return compiled
+
+    def walk_again(self, late: Pass, plan: InputPlan, data: Data) -> None:
+        """Take the calibration stream through the graph as it is now, segment by segment, for one pass."""
+        targets = {node for node in self.model.graph if TWIN in node.meta}
+        runner, stream = Runner(self.model, plan, self.recipe.provider), Stream(data.calibration)
+        for segment in split(self.model, targets.__contains__) if stream.batches else ():
+            for observers in late.walk_again(Region(self.model, list(segment.nodes))):
+                runner.observe(segment, observers, stream)
+            runner.advance(segment, stream)
+
+    def _run_checks(self, plan: InputPlan, data: Data, segments: Sequence[Segment]) -> list[Arrays]:
+        runner, stream = Runner(self.model, plan, self.recipe.provider), Stream(data.checks)
+        own = {str(value.name) for value in self.model.graph.outputs}
+        results: list[Arrays] = [{} for _ in data.checks]
+        for segment in segments:
+
+            def probe(piece: Piece, nodes: Sequence[ir.Node] = segment.nodes) -> list[str]:
+                return probe_twins(piece, nodes)
+
+            after = runner.outputs(segment, stream, original=False, prepare=probe)
+            self.report.nodes += twin_errors(segment.nodes, after)
+            if segment.carry is not None:
+                stream.quantized = [a[str(segment.carry.name)] for a in after]
+            for kept, a in zip(results, after, strict=True):
+                kept.update((name, array) for name, array in a.items() if name in own)
+        return results
+
+    def _rewrite(
+        self,
+        runner: Runner,
+        segment: Segment,
+        calibration: Stream,
+        checks: Stream,
+        outputs: list[tuple[Arrays, Arrays]],
+        *,
+        int8: bool,
+    ) -> None:
+        region = Region(self.model, list(segment.nodes))
+        if any(rewrite.needs_statistics for rewrite in self.passes):
+            widths = {linear.activation: linear.shape[0] for linear in find_linears(segment.nodes)}
+            if self.guess:
+                region.statistics = proxies(widths.items())
+            elif calibration.batches:
+                region.statistics = runner.collect(segment, list(widths), calibration)
+        before = runner.outputs(segment, checks, original=True)
+        # The passes work on columns side by side in threads of their own; BLAS threads inside those only fight.
+        with threadpool_limits(limits=1, user_api="blas"):
+            for rewrite in self.passes:
+                rewrite.call(region)
+        int8 = int8 and self.recipe.target == "qcompile" and self.recipe.activations != 16
+
+        def probe(piece: Piece) -> list[str]:
+            return probe_nodes(piece, segment.nodes, int8=int8)
+
+        after = runner.outputs(segment, checks, original=False, prepare=probe)
+        self.report.nodes += node_errors(segment.nodes, after)
+        if segment.carry is not None:
+            name = str(segment.carry.name)
+            checks.original, checks.quantized = [b[name] for b in before], [a[name] for a in after]
+        own = {str(value.name) for value in self.model.graph.outputs}
+        for kept, a, b in zip(outputs, after, before, strict=True):
+            kept[0].update((name, array) for name, array in a.items() if name in own)
+            kept[1].update((name, array) for name, array in b.items() if name in own)
+
+
+def _seen_in(
+    segment: Segment, segments: Sequence[Segment], watched: Mapping[ir.Value, Observer]
+) -> dict[ir.Value, Observer]:
+    """The observed values that a segment shows: those it computes, and of those that no segment does its inputs."""
+    if not watched:
+        return {}
+    nodes, everywhere = set(segment.nodes), {node for other in segments for node in other.nodes}
+    found = {}
+    for value, observer in watched.items():
+        producer = value.producer()
+        readers = [use.node for use in value.uses()]
+        first = next((other for other in segments if any(node in other.nodes for node in readers)), segments[0])
+        if producer in nodes or (producer not in everywhere and first is segment):
+            found[value] = observer
+    return found

@@ -1,0 +1,67 @@
+"""Without data: how far each step takes a model, from no data at all to tokens that it generates itself."""
+
+from collections.abc import Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+
+from qcompile.compiler.effect import effect_of
+from qcompile.compiler.plan import build
+from qcompile.compiler.progress import Progress, Silent
+from qcompile.compiler.recipe import Recipe, Step
+from qcompile.compiler.rungs import NORMS, NOTHING, SELF, Ladder, Rung
+from qcompile.compiler.sources import Data
+from qcompile.compiler.stream import Arrays
+from qcompile.compiler.walk import Walked, finish, prepare_model, walk
+
+
+def climb(source: Path, recipe: Recipe, data: Data, progress: Progress) -> list[Rung]:
+    """The rungs below the one that `data` stands for: the finished model of each, measured on the check batches.
+
+    Case 1: no data: the passes that need no statistics.
+    Case 2: norms as a proxy: the passes that need no more than the scale of each channel.
+    Case 3: no rung where it would be the same as another one.
+    Ranges of integer activations, where a pass takes them, are those of the self-generated tokens on every rung.
+    """
+    made = {p.name: p for p in build(recipe)}
+    if not any(p.quantizes for p in made.values()):
+        return []
+    again = {name for name, p in made.items() if p.walks_again}
+    statistics = {name for name, p in made.items() if p.needs_statistics}
+    correlations = {name for name, p in made.items() if p.needs_correlations}
+    wanted = [(NOTHING, _without(recipe, again | statistics))]
+    if not data.guess:
+        wanted.append((NORMS, _without(recipe, again | correlations)))
+    rungs = []
+    for name, passes in wanted:
+        if passes != recipe.passes if name == NOTHING else statistics & {step.name for step in passes}:  # else Case 3
+            progress.step(f"ladder: {name}")
+            rungs.append(_rung(name, source, replace(recipe, passes=passes), data))
+    return rungs
+
+
+def finished(rungs: Sequence[Rung], walked: Walked, outputs: Sequence[Arrays]) -> Ladder | None:
+    """The ladder with the finished model on its top; None where there is no rung below it."""
+    if not rungs:
+        return None
+    data = walked.data
+    top = _measured(NORMS if data.guess else SELF, walked, outputs)
+    sampled = "that the model sampled and calibration has not seen" if data.real else "of random inputs"
+    windows = f"{len(data.checks)} batches of {data.checks[0].rows} rows {sampled}"
+    return Ladder((*rungs, top), windows)
+
+
+def _rung(name: str, source: Path, recipe: Recipe, data: Data) -> Rung:
+    prepared = prepare_model(source, replace(recipe, keep_worst=None, max_kl=None, min_sqnr=None), Silent())
+    walked = walk(prepared, replace(data, guess=True, calibration=data.calibration if prepared.observes else []))
+    return _measured(name, walked, finish(walked, Silent()))
+
+
+def _measured(name: str, walked: Walked, outputs: Sequence[Arrays]) -> Rung:
+    effect = effect_of(walked.plan, [original for _, original in walked.outputs])
+    distance = effect.distance(outputs)
+    passes = tuple(str(step) for step in walked.prepared.recipe.passes)
+    return Rung(name, passes, distance, effect.told(distance))
+
+
+def _without(recipe: Recipe, names: Set[str]) -> tuple[Step, ...]:
+    return tuple(step for step in recipe.passes if step.name not in names)

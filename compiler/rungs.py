@@ -1,0 +1,45 @@
+"""What a ladder of steps without data showed."""
+
+from dataclasses import dataclass
+
+NOTHING, NORMS, SELF = "no data", "norms as a proxy", "self-generated tokens"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step of the ladder and where it leads.
+
+    name: where passes take statistics from. passes: those that can work with them. distance: of the finished graph
+    from the float model, KL in nats a token or a relative error; told: the same in words.
+    """
+
+    name: str
+    passes: tuple[str, ...]
+    distance: float
+    told: str
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The rungs that were climbed, the last one written to the file. windows: what they were compared on."""
+
+    rungs: tuple[Rung, ...]
+    windows: str
+
+    @property
+    def best(self) -> Rung:
+        """The rung of least distance."""
+        return min(self.rungs, key=lambda rung: rung.distance)
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        told = [f"ladder    {rung.name}: {rung.told} ({','.join(rung.passes)})" for rung in self.rungs]
+        return [*told, *(f"          {line}" for line in (f"on {self.windows}", self.advice) if line)]
+
+    @property
+    def advice(self) -> str:
+        """What to do where the last rung is not the best one."""
+        if self.best is self.rungs[-1]:
+            return ""
+        how = "--calibration norms" if self.best.name == NORMS else f"--passes {','.join(self.best.passes)}"
+        return f"{self.best.name} did better than {self.rungs[-1].name}: try {how}"

@@ -1,0 +1,222 @@
+"""From a file to a model behind the walk, and on to the finished graph: what every command that compiles does."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.compiler import statistics_file
+from qcompile.compiler.inputs import InputPlan, input_plan
+from qcompile.compiler.job import Job, observed
+from qcompile.compiler.mixed import check_metric
+from qcompile.compiler.plan import build, make_policy
+from qcompile.compiler.progress import Progress
+from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.report import ActivationRange, Report
+from qcompile.compiler.sources import Data, gather
+from qcompile.compiler.statistics_file import SavedStatistics
+from qcompile.compiler.store import check_finite, load_model, model_hash
+from qcompile.compiler.stream import Arrays
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.errors import UserError
+from qcompile.passes.formats.lower import check_block_size
+from qcompile.passes.linears import find_linears, vocabulary_size
+from qcompile.passes.observers.base import Observer
+from qcompile.passes.observers.extremes import Extremes
+from qcompile.passes.observers.histogram import Histogram
+from qcompile.runtime.sessions import ort_version
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the user gives: files (text, .jsonl, .npz) or module:function, and a tokenizer's folder."""
+
+    files: Sequence[str] = ()
+    tokenizer: Path | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model as the walk takes it, with the passes of its recipe."""
+
+    source: Path
+    recipe: Recipe
+    model: ir.Model
+    passes: Sequence[Pass]
+    plan: InputPlan
+    report: Report
+    job: Job
+
+    @property
+    def observes(self) -> bool:
+        """Whether some pass wants ranges of activations."""
+        return bool(observed(self.passes, self.model))
+
+
+@dataclass(frozen=True)
+class Walked:
+    """A model behind the walk: rewritten, its activations observed.
+
+    watched: observers by activation. outputs: compiled and float ones of the check batches.
+    """
+
+    prepared: Prepared
+    data: Data
+    watched: Mapping[ir.Value, Observer]
+    outputs: list[tuple[Arrays, Arrays]]
+
+    @property
+    def model(self) -> ir.Model:
+        """The graph."""
+        return self.prepared.model
+
+    @property
+    def passes(self) -> Sequence[Pass]:
+        """Those of the recipe, `prepare` first."""
+        return self.prepared.passes
+
+    @property
+    def plan(self) -> InputPlan:
+        """What the graph's inputs are for."""
+        return self.prepared.plan
+
+    @property
+    def report(self) -> Report:
+        """As far as it is known."""
+        return self.prepared.report
+
+
+def walk_model(
+    source: Path, recipe: Recipe, calibration: Calibration, progress: Progress, *, checks: bool = True
+) -> Walked:
+    """Load and prepare the model, and take the calibration data through it; `checks`: the check batches, too."""
+    prepared = prepare_model(source, recipe, progress)
+    data = gather_data(prepared, calibration)
+    return walk(prepared, data if checks else replace(data, checks=[]))
+
+
+def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
+    """Load the model and canonicalize its graph. Raises UserError for a model or a recipe that cannot work."""
+    graph = load_model(source)
+    check_finite(graph)
+    passes = build(recipe, scale_dtype(graph))
+    report = Report(str(source), model_hash(source), recipe.to_dict(), versions())
+    report.source_bytes = file_size(source, graph)
+    progress.step("preparing")
+    for whole in (p for p in passes if p.whole_model):
+        whole.call(Region.whole(graph))
+    check_target(graph, recipe)
+    plan = input_plan(graph)
+    check_metric(recipe, plan)
+    return Prepared(source, recipe, graph, passes, plan, report, Job(graph, recipe, passes, report, progress))
+
+
+def load_statistics(prepared: Prepared, path: Path) -> SavedStatistics:
+    """The ranges of a file, after the checks that need no data."""
+    saved = statistics_file.load(path)
+    if not prepared.observes:
+        raise UserError("--statistics are ranges of activations, and no pass of this list takes them: add qdq")
+    saved.check(prepared.report.source_hash, prepared.recipe.passes)
+    return saved
+
+
+def gather_data(prepared: Prepared, calibration: Calibration, saved: SavedStatistics | None = None) -> Data:
+    """The calibration data that the passes need; ranges may come from `saved`. UserError where it is not enough."""
+    observes, recipe = prepared.observes and saved is None, prepared.recipe
+    needed = recipe.mixed or observes or any(p.needs_statistics or p.walks_again for p in prepared.passes)
+    files, tokenizer = calibration.files, calibration.tokenizer
+    data = gather(prepared.plan, prepared.source, recipe, files, tokenizer, needed=needed)
+    if data.guess:
+        refused = [p.name for p in prepared.passes if p.walks_again or p.needs_correlations]
+        refused += ["qdq"] if observes else []
+        if refused:
+            raise UserError(
+                f"--calibration norms runs nothing, and {refused[0]} needs activations: leave it out or give "
+                "--calibration self"
+            )
+    return data
+
+
+def walk(prepared: Prepared, data: Data, saved: SavedStatistics | None = None) -> Walked:
+    """Take the data through the graph, segment by segment. Observers are filled from `saved` where there is one."""
+    report, graph = prepared.report, prepared.model
+    report.data = data.description
+    outputs = prepared.job.walk(prepared.plan, data, observed(prepared.passes, graph) if saved is None else {})
+    watched = observed(prepared.passes, graph)
+    if saved is not None:
+        saved.check_graph(graph)
+        saved.restore(watched)
+        report.data += f"; ranges from {saved.path.name}: {saved.header.data}"
+    return Walked(prepared, data, watched, outputs)
+
+
+def finish(walked: Walked, progress: Progress) -> list[Arrays]:
+    """Run the passes behind the walk; the outputs of the finished graph on the check batches."""
+    job, report = walked.prepared.job, walked.report
+    for late in (p for p in walked.passes if p.after_walk):
+        progress.step(late.name)
+        if late.walks_again:
+            job.walk_again(late, walked.plan, walked.data)
+        late.call(Region.whole(walked.model))
+        report.ranges += activation_ranges(late, walked.watched)
+    report.decisions = {p.name: p.decisions for p in walked.passes}
+    return job.verify(walked.plan, walked.data, walked.outputs)
+
+
+def check_target(model: ir.Model, recipe: Recipe) -> None:
+    """Raise UserError where the target does not take the group size of a weight, before any work is done."""
+    if recipe.target != "matmulnbits" or not any(step.name == "pack" for step in recipe.passes):
+        return
+    policy, vocabulary = make_policy(recipe, np.float32), vocabulary_size(model)
+    for linear in find_linears(model.graph):
+        spec = policy.for_linear(linear, vocabulary)
+        if not isinstance(spec, str):
+            check_block_size(spec.group_size(linear.shape[0]))
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides the result."""
+    found = {"onnxruntime": ort_version()}
+    for name in ("qcompile-onnx", "onnx", "onnx-ir", "onnxscript", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def activation_ranges(late: Pass, watched: Mapping[ir.Value, Observer]) -> list[ActivationRange]:
+    """The range that a pass chose for each activation it was shown, beside what was seen of it."""
+    found = []
+    for value, (low, high) in late.chosen_ranges.items():
+        observer = watched[value]
+        seen = observer if isinstance(observer, Extremes) else None
+        ends = (seen.low, seen.high) if seen is not None and seen.low is not None else (low, high)
+        edges, counts = observer.plot() if isinstance(observer, Histogram) else ((), ())
+        told = (float(np.min(ends[0])), float(np.max(ends[1])), observer.name, counts, edges)  # type: ignore[arg-type]
+        found.append(ActivationRange(observer.value, low, high, *told))
+    return found
+
+
+def element_type(model: ir.Model) -> ir.DataType:
+    """The float type of most weights."""
+    sizes: dict[ir.DataType, int] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
+    return max(sizes, key=lambda dtype: sizes[dtype], default=ir.DataType.FLOAT)
+
+
+def scale_dtype(model: ir.Model) -> type[np.float16] | type[np.float32]:
+    """The numpy type of the scales that the compiled model will hold."""
+    return np.float16 if element_type(model) == ir.DataType.FLOAT16 else np.float32
+
+
+def file_size(path: Path, model: ir.Model) -> int:
+    """Bytes of a model file and of the external data it uses."""
+    tensors = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+    return path.stat().st_size + sum({(t.location, t.offset): t.nbytes for t in tensors}.values())
