@@ -100,3 +100,12 @@ class Pass(ABC):
     def decide(self, node: str, action: str, reason: str, **detail: Any) -> None:
         """Leave one decision behind."""
         self.decisions.append(Decision(node, action, reason, detail))
+
+
+def needs_calibration(made: Pass | type[Pass]) -> bool:
+    """Whether a pass reads calibration data: for statistics, for ranges, or in a walk of its own.
+
+    A kind of pass is taken with its default parameters.
+    """
+    kind = made if isinstance(made, type) else type(made)
+    return made.needs_statistics or made.walks_again or kind.observed is not Pass.observed

@@ -7,6 +7,7 @@ import pytest
 from qcompile.compiler.cli import main
 from qcompile.compiler.plan import PASSES, build, effective, following_rounding, make_policy, parameters
 from qcompile.compiler.recipe import Recipe, parse_passes
+from qcompile.passes.base import needs_calibration
 from qcompile.passes.errors import UserError
 from qcompile.passes.gptq import ErrorCompensated
 from qcompile.passes.pack import Pack
@@ -107,3 +108,17 @@ def test_every_pass_tells_its_parameters(capsys: pytest.CaptureFixture[str]) -> 
         assert name in shown
         assert all(f"{parameter}=" in shown for parameter in parameters(kind))
     assert issubclass(PASSES["pack"], Pack)
+
+
+def test_every_pass_that_reads_calibration_data_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Statistics (smooth to outlier), ranges (qdq) or a walk of its own (bias_correction)."""
+    assert main(["passes"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    told = {line.split()[0] for line in shown if "(needs calibration)" in line}
+    assert told == {"smooth", "awq", "gptq", "outlier", "qdq", "bias_correction"}
+
+
+def test_parameters_decide_whether_a_pass_reads_data() -> None:
+    reads = {p.name: needs_calibration(p) for p in _build("outlier(source=norms),dynamic")}
+    assert reads == {"prepare": False, "outlier": False, "dynamic": False}
+    assert needs_calibration(_build("outlier,dynamic")[1])

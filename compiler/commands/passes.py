@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from qcompile.compiler.plan import PASSES, describe, parameters, summary
+from qcompile.passes.base import needs_calibration
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     """Print each pass, in the order in which a full list runs them."""
     console = Console(highlight=False)
     for name, kind in PASSES.items():
-        data = " [dim](needs calibration)[/dim]" if kind.needs_statistics else ""
+        data = " [dim](needs calibration)[/dim]" if needs_calibration(kind) else ""
         console.print(f"[bold]{name:<8}[/bold] {summary(kind)}{data}", soft_wrap=True)
         known = describe(parameters(kind))
         if known:
