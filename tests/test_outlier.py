@@ -17,13 +17,15 @@ from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.functions import OUTLIER, body
+from qcompile.passes.linears import as_linear
 from qcompile.passes.observers.extremes import MinMax
 from qcompile.passes.observers.rest import Rest
 from qcompile.passes.outlier import Outlier
 from qcompile.passes.policy import Policy
 from qcompile.passes.proxies import guessed
-from qcompile.passes.qdq.outliers import choose
-from qcompile.passes.qdq.weights import SPEC
+from qcompile.passes.qdq.outlier_emit import split_weight
+from qcompile.passes.qdq.outliers import Outliers, choose
+from qcompile.passes.qdq.weights import SPEC, WeightGrid
 from qcompile.passes.spec import ActivationSpec
 
 POLICY = Policy(SPEC, None, None)
@@ -301,6 +303,37 @@ def test_half_precision(bench, tmp_path) -> None:
     report = bench.compile(path, f"{SPLIT},qdq", calibration=_data(tmp_path, "float16"))
     assert all(error < 0.02 for error in _errors(report).values())
     assert {d.action for d in report.decisions["outlier"]} == {"marked"}
+
+
+@pytest.mark.parametrize("size", [1.25 * 2**-14, 2**-21])
+def test_scales_of_small_halves_are_rounded_up(bench, tmp_path, size) -> None:
+    """Scales of 2.5e-6 and 2e-8: float16 has few numbers there, or none but 0. The range must stay within the grid."""
+    np.savez(tmp_path / "data.npz", x=np.load(_data(tmp_path, "float16")[0])["x"] * np.float16(size))
+    path = bench.save(_model(dtype="fp16", loud=40), tokenizer=False)
+    passes = "outlier(most=0.05,threshold=0.3,observer=minmax),qdq"
+    bench.compile(path, passes, calibration=[str(tmp_path / "data.npz")])
+    graph = load_model(bench.folder / "out" / "model.onnx").graph
+    node = next(node for node in graph if node.op_type == OUTLIER)
+    scale, zero_point = (node.inputs[i].const_value.numpy().astype(np.float64) for i in (3, 4))
+    rest = np.delete(np.load(tmp_path / "data.npz")["x"], LOUD, axis=-1).astype(np.float64)
+    assert scale > 0
+    assert 255 * scale >= np.ptp(rest)
+    assert scale * (0 - zero_point) < rest.min() + 0.51 * scale
+    assert scale * (255 - zero_point) > rest.max() - 0.51 * scale
+
+
+@pytest.mark.parametrize("size", [2**-14, 2**-20])
+def test_codes_are_for_the_scales_that_are_stored(size) -> None:
+    """Columns of a float16 weight whose scales are subnormal, or would be 0: nearest codes for the scale as it is."""
+    w = (np.random.default_rng(3).standard_normal((K, 24)) * size).astype(np.float16).astype(np.float32)
+    b = Builder(opset=21, dtype="fp16")
+    model = b.model({"y": b.MatMul(b.input("x", b.dtype, ["b", K]), b.weight("w", w), name="linear")})
+    own = Outliers(np.array(LOUD), Rest("x", MinMax("x.rest"), np.delete(np.arange(K), LOUD)))
+    stored, _ = split_weight(model, as_linear(model.graph.node("linear")), own, WeightGrid())
+    scale = stored.scale.const_value.numpy().astype(np.float32)
+    assert (scale > 0).all()
+    w[list(LOUD)] = 0
+    np.testing.assert_array_equal(stored.codes.const_value.numpy(), np.clip(np.rint(w / scale), -128, 127))
 
 
 def test_a_decoder_with_all_passes(bench) -> None:

@@ -50,7 +50,7 @@ def split_weight(model: ir.Model, linear: Linear, own: Outliers, grid: WeightGri
     w, name, dtype = linear.read(), f"{linear.weight.name}.int8.rest", constant(linear.weight).dtype.numpy()
     rest = np.array(w)
     rest[own.channels] = 0
-    quantized = quantize_weight(rest, 1, grid)
+    quantized = quantize_weight(rest, 1, grid, scale_dtype=np.float16 if dtype == np.float16 else np.float32)
     codes = add_initializer(model, name, ir.tensor(quantized.codes))
     scale = add_initializer(model, f"{name}.scale", ir.tensor(quantized.scale.astype(dtype)))
     rows = np.ascontiguousarray(w[own.channels]).astype(dtype)
@@ -108,7 +108,8 @@ def _grid(model: ir.Model, linear: Linear, own: Outliers, spec: ActivationSpec) 
             f"qdq: the channels of {x.name} that `outlier` leaves were never seen on calibration data: "
             "compile with data, not with saved statistics"
         )
-    qparams, dtype = grid_of([own.rest], spec), constant(linear.weight).dtype.numpy()
+    dtype = constant(linear.weight).dtype.numpy()
+    qparams = grid_of([own.rest], spec, scale_dtype=dtype)
     scale = _shared(model, f"{x.name}.rest.scale", qparams.scale.astype(dtype))
     return [scale, _shared(model, f"{x.name}.rest.zero_point", qparams.zero_point.astype(spec.dtype.numpy()))]
 
