@@ -8,11 +8,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
-from qcompile.passes.formats.emit import add_initializer, drop_unused
+from qcompile.passes.formats.emit import drop_unused
 from qcompile.passes.linears import constant
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.mean import Mean
-from qcompile.passes.prepare.edit import Names, is_constant, take_over
+from qcompile.passes.prepare.edit import Names, add_initializer, is_constant, take_over
 from qcompile.passes.qdq.biases import bias_behind
 from qcompile.passes.qdq.selection import PRODUCTS, weight_position
 from qcompile.passes.qdq.twin import TWIN, Twin
@@ -140,7 +140,8 @@ def _own_bias(model: ir.Model, node: ir.Node, mean: Floats) -> str:
         return ""
     dtype = node.outputs[0].dtype or ir.DataType.FLOAT
     node.resize_inputs(3)  # Case 3
-    node.replace_input_with(2, add_initializer(model, f"{node.name}.bias", ir.tensor((-mean).astype(dtype.numpy()))))
+    made = ir.tensor((-mean).astype(dtype.numpy()))
+    node.replace_input_with(2, add_initializer(model.graph, f"{node.name}.bias", made))
     return ""
 
 
@@ -152,7 +153,7 @@ def _codes(model: ir.Model, read: ir.Node, mean: Floats) -> str:
     corrected = np.asarray(constant(codes).numpy(), np.float64) - moved
     if np.abs(corrected).max(initial=0) > _LIMIT:
         return "the corrected bias does not fit 32 bits"
-    made = add_initializer(model, f"{codes.name}.corrected", ir.tensor(corrected.astype(np.int32)))
+    made = add_initializer(model.graph, f"{codes.name}.corrected", ir.tensor(corrected.astype(np.int32)))
     read.replace_input_with(0, made)
     drop_unused(model, codes)
     return ""
@@ -178,7 +179,7 @@ def _replace(model: ir.Model, node: ir.Node, position: int, mean: Floats) -> Non
     assert bias is not None
     old = np.asarray(constant(bias).numpy())
     corrected = (old.astype(np.float64) - mean.reshape(old.shape)).astype(old.dtype)
-    made = add_initializer(model, f"{bias.name}.corrected", ir.tensor(corrected))
+    made = add_initializer(model.graph, f"{bias.name}.corrected", ir.tensor(corrected))
     node.replace_input_with(position, made)
     drop_unused(model, bias)
 
@@ -190,7 +191,7 @@ def _insert(model: ir.Model, node: ir.Node, mean: Floats) -> ir.Node:
     """
     value, names = node.outputs[0], Names(model)
     dtype = value.dtype or ir.DataType.FLOAT
-    bias = add_initializer(model, f"{node.name}.bias", ir.tensor((-mean).astype(dtype.numpy()).reshape(1, 1, -1)))
+    bias = add_initializer(model.graph, f"{node.name}.bias", ir.tensor((-mean).astype(dtype.numpy()).reshape(1, 1, -1)))
     add = ir.node("Add", [value, bias], name=f"{node.name}.corrected")
     add.outputs[0].name = names.fresh(f"{value.name}.corrected")
     take_over(value, add.outputs[0], names)

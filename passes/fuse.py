@@ -11,7 +11,7 @@ from qcompile.passes.base import Pass, Region
 from qcompile.passes.formats import emit, functions
 from qcompile.passes.formats.functions import ACTIVATION_BITS, operands
 from qcompile.passes.linears import constant, dimensions
-from qcompile.passes.prepare.edit import Names, take_over
+from qcompile.passes.prepare.edit import Names, add_initializer, take_over
 
 
 class Fuse(Pass):
@@ -90,7 +90,7 @@ class Fuse(Pass):
                 inputs.append(_joined_codes(model, f"{end}.zero_point", values))
             elif values:
                 joined = np.concatenate([constant(value).numpy() for value in values], axis=-1)
-                inputs.append(emit.add_initializer(model, f"{end}.{what}", ir.tensor(joined)))
+                inputs.append(add_initializer(model.graph, f"{end}.{what}", ir.tensor(joined)))
         made = self._made(model, nodes[0].op_type, inputs, nodes, name)
         self.decide(name, "fused", ", ".join(_name(node) for node in nodes), operator=made.op_type)
         whole = made.outputs[0]
@@ -98,7 +98,7 @@ class Fuse(Pass):
         like = nodes[0].outputs[0]
         whole.name, whole.type = name, like.type
         whole.shape = None if like.shape is None else ir.Shape([*list(like.shape)[:-1], int(widths.sum())])
-        sizes = emit.add_initializer(model, f"{name}.split", ir.tensor(widths))
+        sizes = add_initializer(model.graph, f"{name}.split", ir.tensor(widths))
         split = ir.node("Split", [whole, sizes], {"axis": -1}, num_outputs=len(nodes), name=f"{name}.split")
         nodes[0].prepend(split)
         names = Names(model)

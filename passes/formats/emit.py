@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array, Codes, Quantized
 from qcompile.passes.formats import functions
 from qcompile.passes.linears import Embedding, Linear, constant, dimensions
+from qcompile.passes.prepare.edit import add_initializer
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def store(model: ir.Model, name: str, quantized: Quantized) -> Tensors:
     spec, qparams = quantized.spec, quantized.qparams
     suffix = f"int{spec.bits}"
     codes = add_codes(model, f"{name}.{suffix}", quantized.codes, spec.dtype)
-    scale = add_initializer(model, f"{name}.{suffix}.scale", ir.tensor(qparams.scale.astype(spec.scale_dtype)))
+    scale = add_initializer(model.graph, f"{name}.{suffix}.scale", ir.tensor(qparams.scale.astype(spec.scale_dtype)))
     zero_point = None
     if not spec.symmetric:
         zero_point = add_codes(model, f"{name}.{suffix}.zero_point", qparams.zero_point.astype(np.uint8), spec.dtype)
@@ -78,23 +79,11 @@ def replace_embedding(model: ir.Model, embedding: Embedding, tensors: Tensors) -
     drop_unused(model, embedding.table)
 
 
-def add_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """A new initializer of the main graph; a number is appended to a name that is taken."""
-    taken, base, count = model.graph.initializers, name, 1
-    while name in taken:
-        name, count = f"{base}.{count}", count + 1
-    value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
-    )
-    model.graph.register_initializer(value)
-    return value
-
-
 def add_codes(model: ir.Model, name: str, codes: Codes, dtype: ir.DataType) -> ir.Value:
     """A new initializer of integers of 4 or 8 bits."""
     if dtype.bitwidth == 8:
-        return add_initializer(model, name, ir.Tensor(codes, dtype=dtype))
-    return add_initializer(model, name, ir.PackedTensor(pack_nibbles(codes), dtype, shape=ir.Shape(codes.shape)))
+        return add_initializer(model.graph, name, ir.Tensor(codes, dtype=dtype))
+    return add_initializer(model.graph, name, ir.PackedTensor(pack_nibbles(codes), dtype, shape=ir.Shape(codes.shape)))
 
 
 def drop_unused(model: ir.Model, value: ir.Value) -> None:
@@ -116,7 +105,7 @@ def _alias(model: ir.Model, value: ir.Value) -> ir.Value:
     """
     name = f"{value.name}.lookup"
     known = model.graph.initializers.get(name)
-    return known if known is not None else add_initializer(model, name, constant(value))
+    return known if known is not None else add_initializer(model.graph, name, constant(value))
 
 
 def _as_bytes(model: ir.Model, value: ir.Value) -> ir.Value:
@@ -130,7 +119,7 @@ def _as_bytes(model: ir.Model, value: ir.Value) -> ir.Value:
     else:
         codes = np.asarray(tensor.numpy()).astype(np.uint8)
         packed = pack_nibbles(np.pad(codes, ((0, 0), (0, 1)))).reshape(rows, -1)
-    return add_initializer(model, name, ir.Tensor(packed))
+    return add_initializer(model.graph, name, ir.Tensor(packed))
 
 
 def _become(model: ir.Model, node: ir.Node, operator: str, inputs: list[ir.Value], block_size: int) -> None:

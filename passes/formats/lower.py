@@ -7,8 +7,9 @@ from onnx_ir.passes.common import InlinePass
 
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import functions
-from qcompile.passes.formats.emit import add_codes, add_initializer, drop_unused, pack_nibbles
+from qcompile.passes.formats.emit import add_codes, drop_unused, pack_nibbles
 from qcompile.passes.linears import constant, dimensions
+from qcompile.passes.prepare.edit import add_initializer
 
 _MICROSOFT = "com.microsoft"
 
@@ -174,7 +175,7 @@ def _bit_pack(zeros: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
 
 
 def _add(model: ir.Model, source: ir.Value, end: str, array: npt.NDArray[np.generic]) -> ir.Value:
-    return add_initializer(model, f"{source.name}{end}.nbits", ir.Tensor(np.ascontiguousarray(array)))
+    return add_initializer(model.graph, f"{source.name}{end}.nbits", ir.Tensor(np.ascontiguousarray(array)))
 
 
 def _become(node: ir.Node, operator: str, inputs: list[ir.Value | None], attributes: dict[str, int]) -> None:
@@ -190,7 +191,7 @@ def _become(node: ir.Node, operator: str, inputs: list[ir.Value | None], attribu
 def _slice_last(model: ir.Model, node: ir.Node, k: int) -> None:
     """Cut the padding off the last dimension of a node's output, keeping the output's name for what is cut."""
     bounds = [
-        add_initializer(model, f"{node.name}.{name}", ir.tensor(np.array([number], np.int64)))
+        add_initializer(model.graph, f"{node.name}.{name}", ir.tensor(np.array([number], np.int64)))
         for name, number in (("start", 0), ("end", k), ("axis", -1))
     ]
     whole = node.outputs[0]

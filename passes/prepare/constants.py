@@ -44,7 +44,7 @@ def lift_constants(model: ir.Model, decide: Decide) -> None:
             continue
         name = output.name or ""
         model.graph.remove(node)
-        value = add_initializer(model.graph, tensor, name)
+        value = add_initializer(model.graph, name, tensor)
         ir.convenience.replace_all_uses_with(output, value)
         lifted += 1
     if lifted:

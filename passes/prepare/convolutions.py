@@ -132,11 +132,11 @@ def _fold(convolution: _Convolution, nodes: list[ir.Node], total: Affine, names:
     gain = total.gain.reshape(split[0], 1, split[2], 1)
     if (gain != 1).any():
         scaled = lazy(tensor, lambda array: (array.reshape(split) * gain).astype(dtype).reshape(shape), shape=shape)
-        node.replace_input_with(1, add_initializer(graph, scaled, names.fresh(f"{weight.name}_folded")))
+        node.replace_input_with(1, add_initializer(graph, names.fresh(f"{weight.name}_folded"), scaled))
     bias = convolution.bias * total.gain + total.offset
     if len(node.inputs) > 2 or bias.any():
         node.resize_inputs(3)
         value = ir.tensor(bias.astype(dtype), dtype=tensor.dtype)
-        node.replace_input_with(2, add_initializer(graph, value, names.fresh(f"{node.name}_bias")))
+        node.replace_input_with(2, add_initializer(graph, names.fresh(f"{node.name}_bias"), value))
     take_over(nodes[-1].outputs[0], node.outputs[0], names)
     graph.remove(nodes, safe=True)

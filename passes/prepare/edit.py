@@ -1,4 +1,4 @@
-"""Small graph edits that every step of `prepare` shares."""
+"""Small graph edits that the steps of `prepare` and the passes share."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -39,11 +39,13 @@ def is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.const_value is not None and not value.is_graph_input()
 
 
-def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
-    """A new initializer of the graph."""
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype))
-    tensor.name = name
-    value.const_value = tensor
+def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """A new initializer of the graph; a number is appended to a name that another initializer has."""
+    free, count = name, 1
+    while free in graph.initializers:
+        free, count = f"{name}.{count}", count + 1
+    shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+    value = ir.Value(name=free, shape=shape, type=kind, const_value=tensor)
     graph.register_initializer(value)
     return value
 

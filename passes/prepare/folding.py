@@ -54,7 +54,7 @@ def fold_weights(model: ir.Model, decide: Decide) -> None:
             assert source.const_value is not None
             assert output.name is not None
             tensor = lazy(source.const_value, folded.function, shape=folded.shape, dtype=folded.dtype)
-            done[key] = add_initializer(model.graph, tensor, output.name)
+            done[key] = add_initializer(model.graph, output.name, tensor)
         ir.convenience.replace_all_uses_with(output, done[key])
         model.graph.remove(node, safe=True)
         decide(node.name or "", "folded", f"{node.op_type} of the constant {source.name}")

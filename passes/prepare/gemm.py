@@ -106,7 +106,7 @@ def _transposed(node: ir.Node, weight: ir.Value, done: dict[ir.Value, ir.Value],
         assert node.graph is not None
         n, k = tensor.shape.numpy()
         flipped = lazy(tensor, lambda array: array.T, shape=(k, n))
-        done[weight] = add_initializer(node.graph, flipped, names.fresh(f"{weight.name}_transposed"))
+        done[weight] = add_initializer(node.graph, names.fresh(f"{weight.name}_transposed"), flipped)
     else:
         done[weight] = _insert(node, "Transpose", [weight], names.fresh(f"{weight.name}_transpose"), names, perm=[1, 0])
     return done[weight]
@@ -125,11 +125,11 @@ def _scaled(node: ir.Node, value: ir.Value, factor: float, names: Names) -> ir.V
     wide = np.promote_types(dtype, np.float32) if tensor.dtype != ir.DataType.BFLOAT16 else np.dtype(np.float32)
     shape = tuple(int(size) for size in tensor.shape.numpy())
     product = lazy(tensor, lambda array: (array.astype(wide) * wide.type(factor)).astype(dtype), shape=shape)
-    return add_initializer(node.graph, product, names.fresh(f"{value.name}_scaled"))
+    return add_initializer(node.graph, names.fresh(f"{value.name}_scaled"), product)
 
 
 def _scalar(node: ir.Node, factor: float, like: ir.Value, names: Names) -> ir.Value:
     dtype = like.dtype or ir.DataType.FLOAT
     assert node.graph is not None
     tensor = ir.tensor(np.array(factor, dtype.numpy()), dtype=dtype)
-    return add_initializer(node.graph, tensor, names.fresh(f"{node.outputs[0].name}_factor"))
+    return add_initializer(node.graph, names.fresh(f"{node.outputs[0].name}_factor"), tensor)

@@ -115,7 +115,7 @@ def _constant(
     key = (name, *numbers)
     if key not in added:
         array = np.array(numbers, np.int64)
-        added[key] = add_initializer(graph, ir.tensor(array), names.fresh(f"{name}_shape"))
+        added[key] = add_initializer(graph, names.fresh(f"{name}_shape"), ir.tensor(array))
     return added[key]
 
 

@@ -177,7 +177,7 @@ def sign_tables(model: ir.Model, decide: Decide) -> None:
             continue
         assert table.dtype is not None
         array = np.array(signs).astype(table.dtype.numpy())
-        factor = add_initializer(model.graph, ir.tensor(array, dtype=table.dtype), names.fresh(f"{table.name}_signs"))
+        factor = add_initializer(model.graph, names.fresh(f"{table.name}_signs"), ir.tensor(array, dtype=table.dtype))
         name = names.fresh(f"{table.name}_signed")
         signed = insert_before(products[0][0], "Mul", [table, factor], name=name, output=name)
         signed.shape, signed.type = table.shape, table.type

@@ -5,9 +5,9 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array
-from qcompile.passes.formats.emit import add_initializer, drop_unused
+from qcompile.passes.formats.emit import drop_unused
 from qcompile.passes.linears import constant
-from qcompile.passes.prepare.edit import insert_before, is_constant
+from qcompile.passes.prepare.edit import add_initializer, insert_before, is_constant
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.qdq.twin import TWIN, Twin
 
@@ -32,8 +32,8 @@ def quantize_bias(model: ir.Model, node: ir.Node, position: int, scale: Array) -
         return False
     name = f"{value.name}.{node.name}.int32"
     dtype = constant(value).dtype
-    stored = add_initializer(model, name, ir.tensor(codes.astype(np.int32)))
-    scale_value = add_initializer(model, f"{name}.scale", ir.tensor(scales.astype(dtype.numpy())))
+    stored = add_initializer(model.graph, name, ir.tensor(codes.astype(np.int32)))
+    scale_value = add_initializer(model.graph, f"{name}.scale", ir.tensor(scales.astype(dtype.numpy())))
     read = insert_before(
         node, "DequantizeLinear", [stored, scale_value], {"axis": 0}, name=f"{name}.dequantized", output=f"{name}.float"
     )
@@ -90,7 +90,7 @@ def settle_bias(model: ir.Model, node: ir.Node, scale: Array) -> None:
     assert bias is not None
     if len(shape) > 2:  # Case 1
         array = np.asarray(constant(bias).numpy())
-        lifted = add_initializer(model, f"{bias.name}.row", ir.tensor(array.reshape(1, 1, -1)))
+        lifted = add_initializer(model.graph, f"{bias.name}.row", ir.tensor(array.reshape(1, 1, -1)))
         add.replace_input_with(position, lifted)
     elif len(shape) == 2:  # Case 2
         _become_gemm(model, node, add, bias, scale)
@@ -129,4 +129,4 @@ def _state_zero_point(model: ir.Model, gemm: ir.Node) -> None:
     name = f"{codes.name}.zero_point"
     zeros = ir.tensor(np.zeros(constant(scale).shape.numpy(), np.int8))
     read.resize_inputs(3)
-    read.replace_input_with(2, model.graph.initializers.get(name) or add_initializer(model, name, zeros))
+    read.replace_input_with(2, model.graph.initializers.get(name) or add_initializer(model.graph, name, zeros))

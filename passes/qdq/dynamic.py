@@ -6,9 +6,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
-from qcompile.passes.formats.emit import add_initializer, drop_unused
+from qcompile.passes.formats.emit import drop_unused
 from qcompile.passes.linears import Linear, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
+from qcompile.passes.prepare.edit import add_initializer
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import add_outliers, masked, split_weight, told
 from qcompile.passes.qdq.outliers import OUTLIERS, Outliers
@@ -129,7 +130,7 @@ def _replace(model: ir.Model, linear: Linear, stored: Stored, codes: tuple[ir.Va
     point = model.graph.initializers.get(zero)
     if point is None:
         shape = stored.quantized.scale.shape
-        point = add_initializer(model, zero, ir.tensor(np.zeros(shape, stored.quantized.codes.dtype)))
+        point = add_initializer(model.graph, zero, ir.tensor(np.zeros(shape, stored.quantized.codes.dtype)))
     integer = ir.node("MatMulInteger", [x, stored.codes, zero_point, point], name=f"{base}.integer")
     cast = ir.node("Cast", [integer.outputs[0]], {"to": int(ir.DataType.FLOAT)}, name=f"{base}.cast")
     scales = ir.node("Mul", [scale, stored.scale], name=f"{base}.scales")

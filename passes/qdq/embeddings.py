@@ -8,7 +8,7 @@ import onnx_ir as ir
 from qcompile.passes.formats import emit, functions
 from qcompile.passes.linears import Embedding, find_embeddings
 from qcompile.passes.policy import Policy
-from qcompile.passes.prepare.edit import Decide
+from qcompile.passes.prepare.edit import Decide, add_initializer
 from qcompile.passes.qdq.weights import Stored, WeightStore
 
 
@@ -47,9 +47,9 @@ def _replace(model: ir.Model, embedding: Embedding, stored: Stored) -> None:
     name = f"{stored.codes.name}.lookup"
     dtype = embedding.table.dtype or ir.DataType.FLOAT
     inputs = [
-        emit.add_initializer(model, name, ir.tensor(codes)),
-        emit.add_initializer(model, f"{name}.scale", ir.tensor(scale.astype(dtype.numpy()).reshape(1, -1))),
-        emit.add_initializer(model, f"{name}.zero_point", ir.tensor(np.zeros((1, codes.shape[1]), codes.dtype))),
+        add_initializer(model.graph, name, ir.tensor(codes)),
+        add_initializer(model.graph, f"{name}.scale", ir.tensor(scale.astype(dtype.numpy()).reshape(1, -1))),
+        add_initializer(model.graph, f"{name}.zero_point", ir.tensor(np.zeros((1, codes.shape[1]), codes.dtype))),
     ]
     functions.register(model, "EmbeddingInt8")
     node = embedding.node

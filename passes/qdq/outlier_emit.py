@@ -7,10 +7,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.emit import add_initializer, drop_unused
+from qcompile.passes.formats.emit import drop_unused
 from qcompile.passes.formats.functions import DOMAIN, OUTLIER, register
 from qcompile.passes.linears import Linear, as_linear, constant
-from qcompile.passes.prepare.edit import Decide, insert_before
+from qcompile.passes.prepare.edit import Decide, add_initializer, insert_before
 from qcompile.passes.qdq.outliers import OUTLIERS, Outliers
 from qcompile.passes.qdq.ranges import grid_of
 from qcompile.passes.qdq.weights import Stored, WeightGrid, quantize_weight
@@ -51,10 +51,10 @@ def split_weight(model: ir.Model, linear: Linear, own: Outliers, grid: WeightGri
     rest = np.array(w)
     rest[own.channels] = 0
     quantized = quantize_weight(rest, 1, grid, scale_dtype=np.float16 if dtype == np.float16 else np.float32)
-    codes = add_initializer(model, name, ir.tensor(quantized.codes))
-    scale = add_initializer(model, f"{name}.scale", ir.tensor(quantized.scale.astype(dtype)))
+    codes = add_initializer(model.graph, name, ir.tensor(quantized.codes))
+    scale = add_initializer(model.graph, f"{name}.scale", ir.tensor(quantized.scale.astype(dtype)))
     rows = np.ascontiguousarray(w[own.channels]).astype(dtype)
-    outlying = add_initializer(model, f"{linear.weight.name}.outliers", ir.tensor(rows))
+    outlying = add_initializer(model.graph, f"{linear.weight.name}.outliers", ir.tensor(rows))
     return Stored(quantized, codes, scale), outlying
 
 
@@ -116,4 +116,4 @@ def _grid(model: ir.Model, linear: Linear, own: Outliers, spec: ActivationSpec) 
 
 def _shared(model: ir.Model, name: str, array: npt.NDArray[Any]) -> ir.Value:
     known = model.graph.initializers.get(name)
-    return known if known is not None else add_initializer(model, name, ir.tensor(array))
+    return known if known is not None else add_initializer(model.graph, name, ir.tensor(array))

@@ -10,13 +10,12 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array, QParams
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.emit import add_initializer
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.policy import Policy
-from qcompile.passes.prepare.edit import Names, take_over
+from qcompile.passes.prepare.edit import Names, add_initializer, take_over
 from qcompile.passes.qdq.biases import least_scales, quantize_bias, settle_bias
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import replace_outlier
@@ -173,12 +172,12 @@ class Qdq(Pass):
         """Q and DQ behind a value; returns the DQ's output."""
         dtype = _float_type(value)
         name = names.fresh(f"{value.name}.quantized")
-        scale = add_initializer(model, f"{name}.scale", ir.tensor(qparams.scale.astype(dtype.numpy())))
+        scale = add_initializer(model.graph, f"{name}.scale", ir.tensor(qparams.scale.astype(dtype.numpy())))
         grid, kind = [scale], {"output_dtype": int(self.spec.dtype)}
         if not self.spec.is_float or self.provider == "tensorrt":
             # Not for float8: ONNX Runtime 1.32 takes a zero point of 0 for the lowest code, and drops a Relu before it.
             zero = ir.tensor(qparams.zero_point.astype(self.spec.dtype.numpy()))
-            grid, kind = [scale, add_initializer(model, f"{name}.zero_point", zero)], {}
+            grid, kind = [scale, add_initializer(model.graph, f"{name}.zero_point", zero)], {}
         quantize = ir.node("QuantizeLinear", [value, *grid], kind, name=name)
         dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *grid], name=f"{name}.back")
         quantize.outputs[0].name, dequantize.outputs[0].name = name, names.fresh(f"{value.name}.dequantized")

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, quantize, storable
-from qcompile.passes.formats.emit import add_initializer, drop_unused
+from qcompile.passes.formats.emit import drop_unused
 from qcompile.passes.gptq import QUANTIZED
 from qcompile.passes.linears import as_linear, constant
-from qcompile.passes.prepare.edit import insert_before
+from qcompile.passes.prepare.edit import add_initializer, insert_before
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.spec import PerChannel, QuantSpec
 
@@ -135,8 +135,8 @@ class WeightStore:
             if _below(quantized, least):
                 quantized = quantize_weight(w, axis, self.grid, scale_dtype=half, least=least)
             name = f"{value.name}.{'float8' if self.grid.float8 else 'int8'}"
-            codes = add_initializer(self.model, name, ir.tensor(quantized.codes))
-            scale = add_initializer(self.model, f"{name}.scale", ir.tensor(quantized.scale.astype(dtype)))
+            codes = add_initializer(self.model.graph, name, ir.tensor(quantized.codes))
+            scale = add_initializer(self.model.graph, f"{name}.scale", ir.tensor(quantized.scale.astype(dtype)))
             self._stored[key] = Stored(quantized, codes, scale)
         return self._stored[key]
 
