@@ -1,6 +1,5 @@
 """Accuracy against bits per weight as a picture; the only module that uses matplotlib, and only when it draws."""
 
-import importlib
 import io
 import textwrap
 from collections.abc import Sequence
@@ -46,12 +45,12 @@ def draw(sweep: Sweep) -> dict[str, bytes]:
 
     Raises ModuleNotFoundError without matplotlib.
     """
-    # By name: matplotlib is an extra, and the fixed list of what compiler/ may import stays as it is.
-    matplotlib = importlib.import_module("matplotlib")
-    figures = importlib.import_module("matplotlib.figure")
+    import matplotlib
+    from matplotlib.figure import Figure
+
     made = {}
     with matplotlib.rc_context(_SETTINGS):
-        figure = figures.Figure(figsize=(9, 5), layout=None)
+        figure = Figure(figsize=(9, 5), layout=None)
         _panels(figure, sweep)
         _words(figure, sweep)
         for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):

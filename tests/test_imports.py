@@ -27,8 +27,8 @@ LAZY = {
     "runtime": set(),
     "models": {"torch", "transformers", "gguf", "safetensors"},
 }
-# Single modules with a right of their own; onnxruntime, too, only in functions.
-LAZY_OF_MODULE = {"runtime/sessions.py": {"onnxruntime"}}
+# What the functions of a single module may import beside that.
+LAZY_OF_MODULE = {"runtime/sessions.py": {"onnxruntime"}, "compiler/sweep_plot.py": {"matplotlib"}}
 
 
 def _imports(tree: ast.AST, *, inside: bool = False) -> Iterator[tuple[int, str, bool]]:
@@ -86,12 +86,15 @@ def test_imports_point_one_way() -> None:
         ("models/bad.py", "from qcompile.passes.spec import QuantSpec", "qcompile.passes.spec"),
         ("compiler/bad.py", "def f():\n    import torch", "torch"),
         ("compiler/bad.py", "import onnxruntime as ort", "onnxruntime"),
+        ("compiler/bad.py", "def f():\n    import matplotlib", "matplotlib"),
+        ("compiler/sweep_plot.py", "from matplotlib.figure import Figure", "matplotlib.figure"),
     ],
 )
 def test_the_walk_finds_planted_violations(tmp_path, path, code, module) -> None:
     for layer in LAYERS:
         (tmp_path / layer / "formats").mkdir(parents=True)
     (tmp_path / "passes" / "good.py").write_text("import numpy as np\nfrom qcompile.passes import spec\n")
+    (tmp_path / "compiler" / "sweep_plot.py").write_text("def f():\n    from matplotlib.figure import Figure\n")
     (tmp_path / "models" / "good.py").write_text("from qcompile.passes import errors\ndef f():\n    import torch\n")
     assert violations(tmp_path) == []
     (tmp_path / path).write_text(code + "\n")
@@ -104,7 +107,8 @@ _PROBE = """
 import json, pathlib, sys
 maps = pathlib.Path("/proc/self/maps")
 libraries = {line.split("/")[-1] for line in maps.read_text().split() if ".so" in line} if maps.exists() else set()
-heavy = [name for name in ("torch", "transformers", "onnxruntime", "tensorflow", "onnx") if name in sys.modules]
+frameworks = ("torch", "transformers", "onnxruntime", "tensorflow", "matplotlib", "onnx")
+heavy = [name for name in frameworks if name in sys.modules]
 heavy += sorted(name for name in libraries if name.startswith(("libcu", "libnv", "libonnxruntime", "libtorch")))
 print(json.dumps(heavy))
 """

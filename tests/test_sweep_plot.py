@@ -1,6 +1,5 @@
 """compiler/sweep_plot.py: what is drawn, where labels go, and life without matplotlib."""
 
-import ast
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from qcompile.compiler import sweep_plot
 from qcompile.compiler.sweep_labels import spread
 from qcompile.compiler.sweep_output import INSTALL, write_plots, write_tables
 from qcompile.compiler.sweep_plot import draw, series
@@ -99,15 +97,3 @@ def test_without_matplotlib_tables_are_written(tmp_path: Path, monkeypatch: pyte
     assert write_plots(made, tmp_path) == [INSTALL]
     assert "pip install 'qcompile-onnx[plot]'" in INSTALL
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json", "table.md"]
-
-
-def test_matplotlib_is_named_only_in_functions_of_one_module() -> None:
-    """It is imported by name, which the walk of test_imports.py does not see."""
-    folder = Path(sweep_plot.__file__).parent
-    for path in folder.rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
-        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and "import_module" in ast.unparse(n.func)]
-        named = [n for n in calls if n.args and "matplotlib" in ast.unparse(n.args[0])]
-        assert all(id(n) in inside for n in named)
-        assert bool(named) == (path.name == "sweep_plot.py"), path
