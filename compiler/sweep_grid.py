@@ -9,6 +9,7 @@ import yaml
 
 from qcompile.compiler.plan import build, effective, make_policy
 from qcompile.compiler.recipe import Recipe
+from qcompile.passes.base import needs_calibration
 from qcompile.passes.errors import UserError
 
 CALIBRATION = "calibration"
@@ -76,14 +77,15 @@ def identity(recipe: Recipe, calibration: str) -> dict[str, Any]:
     """What of a recipe and of the calibration data (any name of its content) decides the packed weights.
 
     Case 1: `symmetric` is left out where the weights' specs are the same without it (8 bits).
-    Case 2: data, samples and context are left out where no pass uses statistics. They still choose the inputs of
-        the checks, and so which nodes take int8 activations where that is left to qcompile: the first one counts.
+    Case 2: data, samples and context are left out where no pass reads them, and no sensitivity is measured on them.
+        They still choose the inputs of the checks, and so which nodes take int8 activations where that is left to
+        qcompile: the first one counts.
     """
     plain = replace(recipe, symmetric=False)
     if make_policy(recipe, "float32") == make_policy(plain, "float32"):  # Case 1
         recipe = plain
     settings = recipe.to_dict() | {CALIBRATION: calibration}
-    if not any(step.needs_statistics for step in build(recipe)):  # Case 2
+    if not recipe.mixed and not any(needs_calibration(step) for step in build(recipe)):  # Case 2
         for unused in (CALIBRATION, "samples", "context"):
             del settings[unused]
     return settings

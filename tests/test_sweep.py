@@ -253,3 +253,15 @@ def test_a_torn_cache_file_counts_as_none(tmp_path: Path) -> None:
         assert cache.get("a") is None
     assert cache.get("b") is None
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["a.json"]
+
+
+def test_ranges_of_other_data_are_another_row(bench: Any, compiled: list[str]) -> None:
+    """qdq reads the data without statistics: neither a row of this run nor one on disk may stand for another text."""
+    other = bench.folder / "other.txt"
+    model = bench.save(DECODER())
+    other.write_text(calibration_text()[6000:9000], encoding="utf-8")
+    grid = {"passes": ["qdq"], "calibration": [str(bench.text), str(other)]}
+    assert [row.status for row in _sweep(bench, model, grid).rows] == [DONE, DONE]
+    assert len(compiled) == 2
+    _sweep(bench, model, grid)
+    assert len(compiled) == 2

@@ -87,9 +87,25 @@ def test_symmetry_decides_nothing_at_8_bits() -> None:  # identity, Case 1
     assert identity(replace(PACK, symmetric=True), "a") != identity(PACK, "a")
 
 
-def test_data_decide_nothing_where_no_pass_takes_statistics() -> None:  # identity, Case 2
-    assert identity(replace(PACK, samples=3, context=9), "a") == identity(PACK, "b")
-    smooth = replace(PACK, passes=parse_passes("smooth,pack"))
-    assert identity(smooth, "a") != identity(smooth, "b")
-    assert identity(replace(smooth, samples=3), "a") != identity(smooth, "a")
-    assert identity(replace(PACK, seed=1), "a") != identity(PACK, "a")
+@pytest.mark.parametrize("passes", ["pack", "dynamic", "outlier(source=norms),dynamic"])
+def test_data_decide_nothing_where_no_pass_reads_them(passes: str) -> None:  # identity, Case 2
+    recipe = replace(PACK, passes=parse_passes(passes))
+    assert identity(replace(recipe, samples=3, context=9), "a") == identity(recipe, "b")
+    assert identity(replace(recipe, seed=1), "a") != identity(recipe, "a")
+
+
+@pytest.mark.parametrize(
+    ("passes", "settings"),
+    [
+        ("smooth,pack", {}),  # statistics
+        ("qdq", {}),  # ranges
+        ("qdq,bias_correction", {}),  # means
+        ("outlier,dynamic", {}),
+        ("dynamic", {"keep_worst": 1}),  # sensitivities
+    ],
+)
+def test_data_decide_where_they_are_read(passes: str, settings: dict[str, int]) -> None:  # identity, Case 2
+    recipe = replace(PACK, passes=parse_passes(passes), **settings)
+    assert identity(recipe, "a") != identity(recipe, "b")
+    assert identity(replace(recipe, samples=3), "a") != identity(recipe, "a")
+    assert identity(replace(recipe, context=9), "a") != identity(recipe, "a")
