@@ -1,0 +1,45 @@
+// The kernels of this folder as functions of device pointers and a stream. Nothing here allocates or synchronizes.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "layout.h"
+#include "plan.h"
+
+namespace qcompile::cuda {
+
+// One product on the device. Pointers are device pointers; x, bias and y are of layout.element unless said otherwise.
+struct Product {
+  Layout layout;
+  const void *codes, *scales, *zeros;
+  const void* x;            // (m, padded_k): fp16, or bf16 for kBfloat16; rows `x_stride` elements apart (a multiple of 8)
+  int64_t x_stride;
+  int64_t m;
+  void* y;                  // (m, n)
+  const void* bias;         // (n,), or nullptr
+  const float* row_factor;  // (m,), by which row sums are multiplied (kFloat), or nullptr
+  float* partials;          // (split, grid_m * tokens, padded_n) fp32 where plan.split > 1
+  uint32_t* counters;       // plan.counters zeros; they are zeros again behind the kernel
+};
+
+// Asks once for the shared memory that the kernel of a plan needs; before any capture.
+cudaError_t allow_shared_memory();
+
+cudaError_t launch_decode(const Plan& plan, const Product& product, cudaStream_t stream);
+cudaError_t launch_hopper(const Plan& plan, const Product& product, cudaStream_t stream);
+
+// x (m, k) of layout.element -> (m, padded_k) fp16 or bf16, rows where the packed weight has them; kFloat: each row
+// divided by the power of two 2^e that leaves its largest magnitude in [2^14, 2^15), row_factor[row] = 2^e.
+cudaError_t launch_prepare(const Layout& layout, const void* x, int64_t m, void* prepared, float* row_factor,
+                           cudaStream_t stream);
+
+// Columns [first, first + count) of the weight as (count, padded_k) fp16 or bf16, scales multiplied in; for cuBLAS.
+cudaError_t launch_dequantize(const Layout& layout, const void* codes, const void* scales, const void* zeros,
+                              int64_t first, int64_t count, void* out, cudaStream_t stream);
+
+// y (m, n) = y * row_factor + bias, in place, for routes whose product has no epilogue of its own.
+cudaError_t launch_finish(const Product& product, cudaStream_t stream);
+
+}  // namespace qcompile::cuda
