@@ -16,22 +16,30 @@ from qcompile.compiler.sources import Data
 from qcompile.compiler.switched import on_clone
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.errors import UserError
+from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.dynamic import Dynamic
 from qcompile.passes.qdq.qdq import Qdq
+
+# The share of what keeping nodes in float gains that keeping them with int8 weights has to gain.
+_ENOUGH = 0.75
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A node that stays in float. rank: 1 is the worst. effect: of it alone in integers."""
+    """A node whose activations stay in float. rank: 1 is the worst. effect: of it alone in integers.
+
+    weights_only: its weight becomes int8 all the same.
+    """
 
     node: str
     rank: int
     effect: str
+    weights_only: bool = False
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """What was kept in float, of so many nodes, and what that changed on the check windows.
+    """Which of so many nodes were kept from integer activations, and what that changed on the check windows.
 
     before, after: distance from the float model with no node kept and with these (KL in nats a token, or a relative
     error). bytes_before, bytes_after: of all weights.
@@ -52,8 +60,10 @@ class Mixed:
         unit = " nats a token" if self.metric == "KL" else " dB"
         ends = [f"{d:.4g}" if self.metric == "KL" else f"{decibels(d):.1f}" for d in (self.before, self.after)]
         sizes = [megabytes(size) for size in (self.bytes_before, self.bytes_after)]
+        light = sum(own.weights_only for own in self.kept)
+        kept = f"{len(self.kept)} of {self.nodes} nodes kept in float" + (f" ({light}: weights int8)" if light else "")
         return [
-            f"mixed     {len(self.kept)} of {self.nodes} nodes kept in float" + (f": {names}" if names else ""),
+            f"mixed     {kept}" + (f": {names}" if names else ""),
             f"          {self.metric} {ends[0]} → {ends[1]}{unit}, weights {sizes[0]} → {sizes[1]}; {self.windows}",
         ]
 
@@ -73,6 +83,9 @@ def keep(
     Case 1: keep_worst: so many of the most sensitive nodes.
     Case 2: max_kl, min_sqnr: the fewest, in the order of the ranking, with which the bound holds. The distance falls
             with every node kept, but for noise: the bound holds with these and does not with one less.
+    Case 3: keep_as "weights": MatMuls that are kept have int8 weights all the same, for which ONNX Runtime's CPU
+            provider has a kernel (MatMulNBits); it would decode the weight of a Conv in every run. "auto": so, unless
+            floats gain clearly more, or they alone meet the bound.
     The graph is not changed. Raises UserError where the recipe asks for what the model has not, or no choice is enough.
     """
     late = integer_pass(passes)
@@ -84,11 +97,19 @@ def keep(
         cache.put(ranking)
     progress.step("choosing nodes to keep in float")
     choose = _fewest if recipe.keep_worst is None else _worst
-    count, distance, size = choose(mixture, ranking, recipe)
-    kept = _kept(mixture, ranking, count)
-    late.policy = replace(late.policy, kept=_reasons(kept))
-    ends = (ranking.all_integer, distance, mixture.nbytes, size)
-    return Mixed(ranking.metric, mixture.windows, len(ranking.nodes), kept, *ends)
+    made = choose(mixture, ranking, recipe)
+    late.policy = _keeping(late.policy, made.kept)
+    ends = (ranking.all_integer, made.distance, mixture.nbytes, made.size)
+    return Mixed(ranking.metric, mixture.windows, len(ranking.nodes), made.kept, *ends)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A finished graph: the nodes kept, its distance from the float model, the bytes of its weights."""
+
+    kept: tuple[Kept, ...]
+    distance: float
+    size: int
 
 
 def check_metric(recipe: Recipe, plan: InputPlan) -> None:
@@ -107,16 +128,16 @@ def integer_pass(passes: Sequence[Pass]) -> Qdq | Dynamic:
     return found
 
 
-def _worst(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> tuple[int, float, int]:
-    """Case 1: (how many nodes to keep, the distance of the finished graph then, its bytes)."""
+def _worst(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> _Tried:
+    """Case 1."""
     count = recipe.keep_worst or 0
     if _nothing_left(mixture, ranking, count):
         raise UserError(f"keep_worst {count} leaves nothing to quantize: the model has {len(ranking.nodes)} nodes")
-    return count, *_tried(mixture, ranking, count, recipe.provider)
+    return _tried(mixture, ranking, count, recipe)
 
 
-def _fewest(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> tuple[int, float, int]:
-    """Case 2, as `_worst`."""
+def _fewest(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> _Tried:
+    """Case 2."""
     bound, told = _bound(recipe)
     most, nodes = len(ranking.nodes), [ranked.node for ranked in ranking.nodes]
     if ranking.all_float > bound:
@@ -125,16 +146,16 @@ def _fewest(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> tuple[int, fl
             f"({mixture.windows}); the passes before change that much"
         )
     count = smallest(lambda k: mixture.distance(mixture.without(nodes[:k])) <= bound, most)
-    distance, size = _tried(mixture, ranking, count, recipe.provider)
-    while distance > bound and count < most:  # one more, where values that shared a scale went apart
+    made = _tried(mixture, ranking, count, recipe, bound)
+    while made.distance > bound and count < most:  # one more, where values that shared a scale went apart
         count += 1
-        distance, size = _tried(mixture, ranking, count, recipe.provider)
+        made = _tried(mixture, ranking, count, recipe, bound)
     if _nothing_left(mixture, ranking, count):
         raise UserError(
             f"{told} is met only with all {most} nodes in float: nothing would be quantized; with none of them it is "
             f"{mixture.effect.told(ranking.all_integer)} ({mixture.windows})"
         )
-    return count, distance, size
+    return made
 
 
 def _nothing_left(mixture: Mixture, ranking: Ranking, count: int) -> bool:
@@ -165,20 +186,42 @@ def _bound(recipe: Recipe) -> tuple[float, str]:
     return 10 ** (-recipe.min_sqnr / 20), f"min_sqnr {recipe.min_sqnr:g}"
 
 
-def _tried(mixture: Mixture, ranking: Ranking, count: int, provider: str) -> tuple[float, int]:
-    """(distance, bytes of weights) of the graph that the pass makes with so many nodes kept."""
+def _tried(mixture: Mixture, ranking: Ranking, count: int, recipe: Recipe, bound: float = 0.0) -> _Tried:
+    """The graph that the pass makes with so many nodes kept; Case 3."""
+    late = mixture.late
+    has_kernel = not isinstance(late, Qdq) or late.provider == "cpu"
+    light = _kept(mixture, ranking, count, weights_only=has_kernel and recipe.keep_as != "float")
+    made = _finished(mixture, light, recipe)
+    if recipe.keep_as != "auto" or made.distance <= bound or not any(own.weights_only for own in light):
+        return made
+    in_float = _finished(mixture, _kept(mixture, ranking, count, weights_only=False), recipe)
+    gains = [ranking.all_integer - tried.distance for tried in (made, in_float)]
+    return in_float if in_float.distance <= bound or gains[0] < _ENOUGH * gains[1] else made
+
+
+def _finished(mixture: Mixture, kept: tuple[Kept, ...], recipe: Recipe) -> _Tried:
     made, clone = on_clone(mixture.late, mixture.model)
     assert isinstance(made, (Qdq, Dynamic))
-    made.policy = replace(made.policy, kept=_reasons(_kept(mixture, ranking, count)))
+    made.policy = _keeping(made.policy, kept)
     made.call(Region.whole(clone))
-    return finished_distance(mixture, clone, provider), stored_bytes(clone)
+    return _Tried(kept, finished_distance(mixture, clone, recipe.provider), stored_bytes(clone))
 
 
-def _kept(mixture: Mixture, ranking: Ranking, count: int) -> tuple[Kept, ...]:
-    worst = ranking.nodes[:count]
-    return tuple(Kept(own.node, rank, mixture.effect.told(own.effect)) for rank, own in enumerate(worst, 1))
+def _kept(mixture: Mixture, ranking: Ranking, count: int, *, weights_only: bool) -> tuple[Kept, ...]:
+    """The worst nodes; weights_only: those with a kernel for that."""
+    return tuple(
+        Kept(
+            own.node,
+            rank,
+            mixture.effect.told(own.effect),
+            weights_only and own.operator == "MatMul" and own.weights > 0,
+        )
+        for rank, own in enumerate(ranking.nodes[:count], 1)
+    )
 
 
-def _reasons(kept: Sequence[Kept]) -> dict[str, str]:
-    """What the report says of each node."""
-    return {own.node: f"kept for its sensitivity: rank {own.rank}, {own.effect} alone" for own in kept}
+def _keeping(policy: Policy, kept: Sequence[Kept]) -> Policy:
+    """The policy with these nodes kept, and what the report says of each."""
+    reasons = {own: f"kept for its sensitivity: rank {own.rank}, {own.effect} alone" for own in kept}
+    in_float = {own.node: told for own, told in reasons.items() if not own.weights_only}
+    return replace(policy, kept=in_float, weights_only={o.node: t for o, t in reasons.items() if o.weights_only})

@@ -15,6 +15,7 @@ _VERSION = 2
 # Settings that do not change the ranking.
 _LATER = (
     "keep_worst",
+    "keep_as",
     "max_kl",
     "min_sqnr",
     "min_coverage",

@@ -14,6 +14,7 @@ import yaml
 from qcompile.passes.errors import UserError
 
 TARGETS = ("qcompile", "matmulnbits", "qdq")
+KEEP_AS = ("auto", "weights", "float")
 # How files and options write a setting's None.
 _WORDS = {"lm_head": "keep", "embedding": "keep", "activations": "auto"}
 # Settings of which each alone says what stays in float; None by default.
@@ -80,6 +81,7 @@ class Recipe:
     activations: bits that kernels give the activations of packed products, 8 or 16, or None to choose node by node.
     keep_worst, max_kl, min_sqnr: nodes that qdq or dynamic leave in float: so many of the most sensitive, or as few as
     keep a decoder's KL (nats a token) below a bound, or the SQNR of other models' outputs (dB) above one. One of them.
+    keep_as: whether their MatMuls have int8 "weights" all the same, or are "float"; "auto" measures.
     """
 
     passes: tuple[Step, ...] = DEFAULT_PASSES
@@ -97,6 +99,7 @@ class Recipe:
     min_coverage: float = 0.95
     seed: int = 0
     provider: str = "cpu"
+    keep_as: str = "auto"
     keep_worst: int | None = None
     max_kl: float | None = None
     min_sqnr: float | None = None
@@ -108,6 +111,8 @@ class Recipe:
             raise UserError(
                 f"group size {self.group_size} is not possible; give 8 to 4096, or 0 for one scale a column"
             )
+        if self.keep_as not in KEEP_AS:
+            raise UserError(f"keep_as takes {' or '.join(KEEP_AS)}, got {self.keep_as!r}")
         if self.bits not in (4, 8):
             raise UserError(f"weights are quantized to 4 or 8 bits, got {self.bits}")
         for name, bits in (("lm_head", self.lm_head), ("embedding", self.embedding)):
@@ -147,7 +152,8 @@ class Recipe:
         plain["include"], plain["exclude"] = list(self.include), list(self.exclude)
         for name, word in _WORDS.items():
             plain[name] = plain[name] or word
-        return {name: value for name, value in plain.items() if name not in _MIXED or value is not None}
+        left = {name for name in _MIXED if plain[name] is None} | ({"keep_as"} if not self.mixed else set())
+        return {name: value for name, value in plain.items() if name not in left}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any], source: str = "recipe") -> "Recipe":
@@ -184,7 +190,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def _converted(key: str, value: Any, source: str) -> Any:
     expected: dict[str, tuple[type, ...]] = {
         "bits": (int,), "group_size": (int,), "symmetric": (bool,), "target": (str,), "samples": (int,),
-        "context": (int,), "min_coverage": (int, float), "seed": (int,), "provider": (str,),
+        "context": (int,), "keep_as": (str,), "min_coverage": (int, float), "seed": (int,), "provider": (str,),
         "keep_worst": (int,), "max_kl": (int, float), "min_sqnr": (int, float),
     }  # fmt: skip
     if key == "passes":

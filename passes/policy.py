@@ -14,6 +14,7 @@ class Policy:
 
     body: spec of ordinary linears. lm_head, embedding: their own spec, or None to keep them in float.
     include, exclude: shell patterns on node and weight names; exclude wins. kept: nodes that stay in float, and why.
+    weights_only: products whose weight alone becomes int8 where others compute in integers, and why.
     """
 
     body: QuantSpec
@@ -22,6 +23,7 @@ class Policy:
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
+    weights_only: Mapping[str, str] = field(default_factory=dict)
 
     def for_linear(self, linear: Linear, vocabulary: int | None) -> QuantSpec | str:
         """The spec of a linear, or the reason why it stays in float."""

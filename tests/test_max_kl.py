@@ -12,6 +12,7 @@ from qcompile.compiler.effect import LogitsKl, OutputError, decibels
 from qcompile.compiler.mixed import smallest
 from qcompile.compiler.recipe import Recipe, dump_recipe, load_recipe, parse_passes
 from qcompile.compiler.report import Report
+from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import run, session
 
@@ -37,6 +38,7 @@ def decoder(bench: Any) -> tuple[Any, Path, list[Path]]:
 
 def _compiled(decoder: Any, **settings: Any) -> Report:
     bench, source, files = decoder
+    settings.setdefault("keep_as", "float")
     return bench.compile(source, "qdq(lm_head=static)", calibration=[str(file) for file in files], **settings)
 
 
@@ -115,6 +117,40 @@ def test_bytes_are_those_of_the_weights(decoder: Any) -> None:
     k, n = 64, 256
     # Codes and scales give way to floats; the scale and zero point of the node's own activation go, too.
     assert made.bytes_after - made.bytes_before == pytest.approx(4 * k * n - k * n - 4 * n, abs=16)
+
+
+@pytest.mark.parametrize("passes", ["qdq(lm_head=static)", "dynamic(lm_head=dynamic)"])
+def test_int8_weights_where_only_the_activation_is_bad(bench: Any, passes: str) -> None:
+    # Outliers of tiny_decoder are in its norms, so that activations are bad and weights are not.
+    source, name = bench.save(tiny_decoder(layers=1)), passes.split("(")[0]
+    made = bench.compile(source, passes, keep_worst=2)
+    mixed = made.mixed
+    assert [own.weights_only for own in mixed.kept] == [True, True]
+    assert mixed.bytes_after == pytest.approx(mixed.bytes_before, abs=16), "the codes are the same"
+    reasons = [d.reason for d in made.decisions[name] if "weights only: kept for its sensitivity: rank" in d.reason]
+    assert len(reasons) == 2
+    in_float = bench.compile(source, passes, keep_worst=2, keep_as="float").mixed
+    assert in_float.bytes_after > mixed.bytes_after
+    assert in_float.after < mixed.after < 0.6 * mixed.before
+
+
+def test_floats_where_the_weight_is_bad(decoder: Any) -> None:
+    auto, light = (_compiled(decoder, keep_worst=1, keep_as=form).mixed for form in ("auto", "weights"))
+    assert auto is not None
+    assert light is not None
+    assert not auto.kept[0].weights_only
+    assert light.kept[0].weights_only
+    assert auto.after < 0.5 * light.after
+    bounded = _compiled(decoder, max_kl=1.01 * auto.after, keep_as="auto").mixed
+    assert bounded is not None
+    assert bounded.after <= 1.01 * auto.after
+
+
+def test_convolutions_are_kept_in_float_all_the_same(bench: Any) -> None:
+    source = bench.save(bad_conv(), tokenizer=False)
+    report = bench.compile(source, "qdq", calibration=images(bench.folder), keep_worst=1)
+    assert report.mixed is not None
+    assert not report.mixed.kept[0].weights_only
 
 
 def test_other_networks_by_the_noise_of_their_outputs(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:

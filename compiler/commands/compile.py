@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from qcompile.compiler.console import console as stdout
 from qcompile.compiler.dry_run import print_plan
 from qcompile.compiler.pipeline import compile_model, default_output
-from qcompile.compiler.recipe import TARGETS, Recipe, load_recipe, parse_passes, save_recipe
+from qcompile.compiler.recipe import KEEP_AS, TARGETS, Recipe, load_recipe, parse_passes, save_recipe
 from qcompile.compiler.report import print_report
 from qcompile.compiler.store import check_output_path
 from qcompile.compiler.walk import Calibration
@@ -67,6 +67,8 @@ def add_parser(subparsers: Any) -> None:
         "float model stays below this, in nats a token on windows of the calibration text that calibration does not "
         "use; the float and the integer weights are in memory at once")  # fmt: skip
     add("--min-sqnr", type=float, metavar="DB", help="the same for other models: signal to noise of their outputs")
+    add("--keep-as", choices=KEEP_AS, help="what such nodes become: float activations on int8 weights (MatMuls only), "
+        "or float altogether (default: auto, the first unless it is clearly worse)")  # fmt: skip
     add = parser.add_argument_group("safety").add_argument
     add("--min-coverage", type=float, metavar="SHARE", help="fail below this share of MatMul weights (default: 0.95)")
     add("--dry-run", action="store_true", help="print the plan: nodes, sizes before and after, memory; write nothing")
@@ -116,7 +118,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     given = {
         name: getattr(args, name) for name in (*names, "lm_head", "embedding", "activations", "include", "exclude")
     }
-    given |= {name: getattr(args, name, None) for name in ("keep_worst", "max_kl", "min_sqnr")}
+    given |= {name: getattr(args, name, None) for name in ("keep_worst", "max_kl", "min_sqnr", "keep_as")}
     plain |= {name: value for name, value in given.items() if value is not None}
     if args.passes is not None:
         plain["passes"] = [str(step) for step in parse_passes(args.passes)]

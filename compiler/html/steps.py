@@ -18,8 +18,9 @@ def steps(report: Report) -> dict[str, Markup]:
 
 
 def _mixed(mixed: Mixed) -> Markup:
-    rows = [[str(kept.rank), kept.node, kept.effect] for kept in mixed.kept]
-    made = table("Nodes kept in float, the worst first", ["Rank", "Node", "Effect of it alone in integers"], rows)
+    rows = [[str(k.rank), k.node, "int8" if k.weights_only else "float", k.effect] for k in mixed.kept]
+    columns = ["Rank", "Node", "Weight", "Effect of it alone in integers"]
+    made = table("Nodes with float activations, the worst first", columns, rows)
     ends = [number(d) if mixed.metric == "KL" else f"{decibels(d):.1f} dB" for d in (mixed.before, mixed.after)]
     told = f"{mixed.metric} {ends[0]} with none of {mixed.nodes} nodes kept, {ends[1]} with these, on {mixed.windows}."
     return section("precision", "Mixed precision", paragraph(told), made)

@@ -72,11 +72,12 @@ class Dynamic(Pass):
                 size = int(np.prod(linear.shape))
                 self.decide(linear.name, "skipped", reason, kind="MatMul", weights=size, weight=linear.weight.name)
                 continue
-            weights_only = not self.heads and is_head(node, vocabulary)
+            why = self.policy.weights_only.get(linear.name)
+            weights_only = why is not None or (not self.heads and is_head(node, vocabulary))
             remember(node, weights_only=weights_only)
             if weights_only:
                 stored = store.dequantized(node, RULES["MatMul"])
-                self._told(linear, stored, f"{self.grid}, weights only")
+                self._told(linear, stored, f"{self.grid}, weights only" + (f": {why}" if why else ""))
                 continue
             marked: Outliers | None = node.meta.pop(OUTLIERS, None)
             x = linear.activation if marked is None else masked(model, linear, marked)

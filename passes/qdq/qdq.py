@@ -152,7 +152,9 @@ class Qdq(Pass):
             self._told(node, "quantized", f"{self.grid} static, {self.spec}", stored, size)
         for node, rule in selection.heads.items():
             size = _elements(node)
-            self._told(node, "quantized", f"{self.grid}, weights only", self.store.dequantized(node, rule), size)
+            why = self.policy.weights_only.get(str(node.name))
+            reason = f"{self.grid}, weights only" + (f": {why}" if why else "")
+            self._told(node, "quantized", reason, self.store.dequantized(node, rule), size)
         return scales
 
     def _insert(self, model: ir.Model, selection: Selection, readers: Readers, grids: dict[ir.Value, QParams]) -> None:

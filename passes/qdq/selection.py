@@ -43,7 +43,7 @@ def select(
     """What to quantize in the main graph.
 
     Case 1: a product with a constant weight, unless the policy keeps it, or the provider computes it in float. Without
-            `heads` that of a decoder's lm_head is quantized, but not its input.
+            `heads` that of a decoder's lm_head is quantized, but not its input; so are those the policy names.
     Case 2: operators "all": every other operator that the provider computes in integers, products of two activations
             among them; those that are slower in integers only with `slower`.
     Case 3: operators "auto": such an operator between two integer ones, so that codes need not become floats.
@@ -57,7 +57,7 @@ def select(
         rule = _rule(node, provider)
         if isinstance(rule, str):
             found.kept[node] = ("skipped", rule)
-        elif not heads and is_head(node, vocabulary_size(model)):
+        elif node.name in policy.weights_only or (not heads and is_head(node, vocabulary_size(model))):
             found.heads[node] = rule
         else:
             found.nodes[node] = rule
