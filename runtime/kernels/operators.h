@@ -7,17 +7,17 @@
 
 namespace qcompile {
 
-// One operator for one combination of element types.
+// One operator for one combination of element types and one execution provider.
 struct Operator : ort::OrtCustomOp {
   const ort::OrtApi* api;
   const char* name;
-  int bits;         // of w: 4 or 8
-  bool bias;        // the Add of the name
-  bool half;        // x, scale, bias and the output are fp16 instead of fp32
-  bool is_signed;   // w and zero_point are int4 / int8 instead of uint4 / uint8
+  int bits;                                 // of w: 4 or 8
+  bool bias;                                // the Add of the name
+  ort::ONNXTensorElementDataType element;   // x, scale, bias and the output: fp32, fp16 or bf16
+  bool is_signed;                           // w and zero_point are int4 / int8 instead of uint4 / uint8
 };
 
-// All of them, for one ONNX Runtime.
+// Those of the CPU provider, for one ONNX Runtime. cuda/operators.h has those of the CUDA provider.
 std::vector<Operator> operators(const ort::OrtApi& api);
 
 }  // namespace qcompile

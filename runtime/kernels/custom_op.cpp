@@ -1,0 +1,104 @@
+#include "custom_op.h"
+
+#include <atomic>
+
+#include "c_api.h"
+
+namespace qcompile {
+
+using namespace ort;
+
+namespace {
+
+const Operator& self(const OrtCustomOp* op) { return *static_cast<const Operator*>(op); }
+
+size_t input_count(const OrtCustomOp* op) { return self(op).bias ? 5 : 4; }
+
+ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
+  const Operator& mine = self(op);
+  const Input input = input_at(mine, index);
+  if (input != kW && input != kZeroPoint) return mine.element;
+  if (mine.bits == 4) return mine.is_signed ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4 : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4;
+  return mine.is_signed ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+}
+
+// (…, K) and (K, N) -> (…, N), with the names of unknown dimensions. ONNX Runtime calls the function of the first
+// operator of a name for all of its element types and providers, so the type comes from input 0. It finds the type by
+// itself where this gives up.
+OrtStatus* infer_shape(const OrtCustomOp* op, OrtShapeInferContext* context) {
+  const OrtApi& api = *self(op).api;
+  return guarded(api, [&] {
+    OrtTensorTypeAndShapeInfo *x_info, *w_info;  // the context owns them
+    check(api.call<ShapeInferContext_GetInputTypeShape>(context, size_t(kX), &x_info));
+    check(api.call<ShapeInferContext_GetInputTypeShape>(context, size_t(kW), &w_info));
+    Shape y = shape_of(api, x_info);
+    const Shape w = shape_of(api, w_info);
+    if (y.rank == 0 || w.rank != 2 || w[1] < 0) return;
+    std::array<const char*, kMaxRank> names{};
+    check(api.call<GetSymbolicDimensions>(x_info, names.data(), y.rank));
+    y.dims[y.rank - 1] = w[1];
+    names[y.rank - 1] = "";
+    std::vector<std::string> made(y.rank);
+    for (size_t i = 0; i < y.rank; ++i) {
+      if (y[i] >= 0 || *names[i]) continue;  // without a name, −1 would be taken for a size, equal to any other −1
+      static std::atomic<unsigned> count{0};
+      made[i] = "qcompile_" + std::to_string(count++);
+      names[i] = made[i].c_str();
+    }
+    ONNXTensorElementDataType type;
+    check(api.call<GetTensorElementType>(x_info, &type));
+    OrtTensorTypeAndShapeInfo* y_info;
+    check(api.call<CreateTensorTypeAndShapeInfo>(&y_info));
+    const InfoOwner owner = own(api, y_info);
+    check(api.call<SetTensorElementType>(y_info, type));
+    check(api.call<SetDimensions>(y_info, y.dims.data(), y.rank));
+    check(api.call<SetSymbolicDimensions>(y_info, names.data(), y.rank));
+    check(api.call<ShapeInferContext_SetOutputTypeShape>(context, size_t(0), y_info));
+  });
+}
+
+Operator make(const OrtApi& api, const char* name, int bits, bool bias, ONNXTensorElementDataType element,
+              bool is_signed) {
+  Operator op{};
+  op.version = kApiVersion;
+  op.GetName = [](const OrtCustomOp* op) { return self(op).name; };
+  op.GetInputType = input_type;
+  op.GetInputTypeCount = input_count;
+  op.GetOutputType = [](const OrtCustomOp* op, size_t) { return self(op).element; };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
+  op.GetInputCharacteristic = [](const OrtCustomOp* op, size_t index) {
+    return input_at(self(op), index) == kZeroPoint ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+  };
+  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
+  op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
+  op.GetVariadicInputHomogeneity = op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
+  op.InferOutputShapeFn = infer_shape;
+  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
+  op.GetEndVersion = [](const OrtCustomOp*) { return kOperatorVersion; };
+  op.api = &api;
+  op.name = name;
+  op.bits = bits;
+  op.bias = bias;
+  op.element = element;
+  op.is_signed = is_signed;
+  return op;
+}
+
+}  // namespace
+
+Input input_at(const Operator& op, size_t index) { return !op.bias && index == kBias ? kZeroPoint : Input(index); }
+
+std::vector<Operator> all_operators(const OrtApi& api, std::initializer_list<ONNXTensorElementDataType> elements) {
+  std::vector<Operator> all;
+  for (ONNXTensorElementDataType element : elements) {
+    for (bool is_signed : {false, true}) {
+      all.push_back(make(api, "MatMulInt4", 4, false, element, is_signed));
+      all.push_back(make(api, "MatMulInt8", 8, false, element, is_signed));
+      all.push_back(make(api, "MatMulAddInt4", 4, true, element, is_signed));
+      all.push_back(make(api, "MatMulAddInt8", 8, true, element, is_signed));
+    }
+  }
+  return all;
+}
+
+}  // namespace qcompile

@@ -1,0 +1,34 @@
+// What ONNX Runtime asks of an operator before it makes a kernel: names, types, shapes. The same for every provider.
+#pragma once
+
+#include <initializer_list>
+#include <vector>
+
+#include "node.h"
+
+namespace qcompile {
+
+// MatMulInt4, MatMulInt8, MatMulAddInt4 and MatMulAddInt8 for these elements and both kinds of codes. What depends on
+// the provider is left to fill in: GetExecutionProviderType, GetInputMemoryType, and what run_with fills in.
+std::vector<Operator> all_operators(const ort::OrtApi& api,
+                                    std::initializer_list<ort::ONNXTensorElementDataType> elements);
+
+// Which input the index of one is.
+Input input_at(const Operator& op, size_t index);
+
+// Has the operator's nodes made and run as `Kernel`: a class with a constructor of (const Operator&, const
+// OrtKernelInfo*), compute(OrtKernelContext*) const, and api().
+template <typename Kernel>
+void run_with(Operator& op) {
+  using namespace ort;
+  op.CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
+    return guarded(*api, [&] { *kernel = new Kernel(*static_cast<const Operator*>(op), info); });
+  };
+  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+    const auto& mine = *static_cast<const Kernel*>(kernel);
+    return guarded(mine.api(), [&] { mine.compute(context); });
+  };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+}
+
+}  // namespace qcompile
