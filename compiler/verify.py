@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from qcompile.compiler import wide_probe
 from qcompile.compiler.extract import Piece
 from qcompile.compiler.feeds import Batch, InputPlan, complete
 from qcompile.compiler.stream import Arrays
@@ -45,6 +46,7 @@ class NodeError:
 def probe_nodes(piece: Piece, nodes: Sequence[ir.Node], *, int8: bool = False) -> list[str]:
     """Add to a piece, beside each packed node, products with its float and dequantized weights, and compare.
 
+    For a wide weight only what `node_errors` needs for that is added, see `wide_probe`.
     int8: measure what activations rounded to int8 would add, too.
     """
     names: list[str] = []
@@ -54,6 +56,9 @@ def probe_nodes(piece: Piece, nodes: Sequence[ir.Node], *, int8: bool = False) -
             continue
         y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
         graph, quantized = piece.proto.graph, reference[1]
+        if wide_probe.is_wide(quantized):
+            names += wide_probe.watch(graph, y, x, quantized, int8=int8)
+            continue
         exact = piece.add_weight(y + ".exact", quantized.dequantize())
         wanted = piece.add_weight(y + ".wanted", reference[0])
         k = len(quantized.codes)
@@ -70,7 +75,9 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
         reference: tuple[Array, Quantized] | None = node.meta.pop(REFERENCE, None)
         if reference is None:
             continue
-        y = str(node.outputs[0].name)
+        y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
+        if wide_probe.is_wide(reference[1]):
+            wide_probe.compare(y, x, *reference, outputs)
         wanted, exact = (_ratio(y, end, outputs) for end in (".wanted", ".exact"))
         dtype = node.outputs[0].dtype or ir.DataType.FLOAT
         if not exact <= _EXACT.get(dtype, 1e-4):

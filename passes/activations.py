@@ -32,13 +32,18 @@ def packed_rows(k: int, block_size: int) -> npt.NDArray[np.int64]:
     return np.where(rows < np.repeat(ends, splits)[:, None], rows, k)
 
 
+def change_name(x: str, block_size: int) -> str:
+    """The name of Q8(x) - x that `int8_change` adds."""
+    return f"{x}.int8.g{block_size}.delta"
+
+
 def int8_change(graph: onnx.GraphProto, x: str, k: int, block_size: int) -> str:
     """Append Q8(x) - x for an activation x (…, k), a float32 matrix (rows, k), to a graph; returns its name.
 
     It is made once for all products of x with this group size.
     """
     base = f"{x}.int8.g{block_size}"
-    delta = f"{base}.delta"
+    delta = change_name(x, block_size)
     if any(delta in node.output for node in graph.node):
         return delta
     index = packed_rows(k, block_size)

@@ -24,6 +24,11 @@ def added(value: str, end: str) -> str:
     return f"{value}{end}.added2"
 
 
+def rows(value: str) -> str:
+    """The name of the value as a matrix that `matrix` adds."""
+    return f"{value}.rows"
+
+
 def compare_product(
     graph: onnx.GraphProto, y: str, x: str, weight: str, end: str, *, change: str | None = None
 ) -> list[str]:
@@ -32,13 +37,13 @@ def compare_product(
     change: a matrix like the rows of x; ‖change·weight‖² is a third output. Both share one product, since ONNX Runtime
     keeps a packed copy of the weight for each.
     """
-    product, delta, rows = f"{y}{end}.product", f"{y}{end}.delta", matrix(graph, x)
+    product, delta, given = f"{y}{end}.product", f"{y}{end}.delta", matrix(graph, x)
     names = {delta: difference(y, end), product: reference(y, end)}
     if change is None:
-        graph.node.append(helper.make_node("MatMul", [rows, weight], [product]))
+        graph.node.append(helper.make_node("MatMul", [given, weight], [product]))
     else:
         both, result, moved = f"{y}{end}.both", f"{y}{end}.result", f"{y}{end}.moved"
-        graph.node.append(helper.make_node("Concat", [rows, change], [both], axis=0))
+        graph.node.append(helper.make_node("Concat", [given, change], [both], axis=0))
         graph.node.append(helper.make_node("MatMul", [both, weight], [result]))
         graph.node.append(helper.make_node("Split", [result], [product, moved], axis=0, num_outputs=2))
         names[moved] = added(y, end)
@@ -74,7 +79,7 @@ def _float(graph: onnx.GraphProto, value: str) -> str:
 
 def matrix(graph: onnx.GraphProto, value: str) -> str:
     """The value as a float32 matrix (rows, K)."""
-    shape, name = f"{value}.last", f"{value}.rows"
+    shape, name = f"{value}.last", rows(value)
     if any(name in node.output for node in graph.node):
         return name
     minus_one = constant(graph, "qcompile.minus1", [-1])
