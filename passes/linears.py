@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array
+from qcompile.passes.tensors import read
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 # Weight meta: the emitted initializers by (spec, transposed), for every later node that uses the same weight.
@@ -39,8 +40,8 @@ class Linear:
         return (b, a) if self.transposed else (a, b)
 
     def read(self) -> Array:
-        """The weight as float32 (K, N); a copy or a read-only view."""
-        stored = constant(self.weight).numpy()
+        """The weight as float32 (K, N); a copy or a read-only view. Nothing of it stays in memory with the model."""
+        stored = read(constant(self.weight))
         return np.asarray(stored.T if self.transposed else stored, dtype=np.float32)
 
 

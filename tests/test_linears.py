@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.models.tiny import tiny_decoder
+from qcompile.passes.formats.emit import floats
 from qcompile.passes.linears import as_linear, find_embeddings, find_linears, is_lm_head, vocabulary_size
 
 K, N, V = 6, 4, 10
@@ -33,6 +34,19 @@ def test_a_constant_right_operand_makes_a_linear() -> None:
     assert (linear.name, linear.shape, linear.transposed) == ("y", (K, N), False)
     assert (linear.activation.name, linear.weight.name) == ("x", "w")
     np.testing.assert_array_equal(linear.read(), w)
+
+
+def test_what_was_read_does_not_stay_in_memory(tmp_path) -> None:
+    """ONNX IR would keep the mapping of the file, with every page ever read, as long as the model lives."""
+    model = _model("e = Gather(t, ids) y = MatMul(e, w)", t=_floats(V, K), w=_floats(K, N))
+    ir.save(model, tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    model = ir.load(tmp_path / "m.onnx")
+    (linear,), (embedding,) = find_linears(model.graph), find_embeddings(model.graph)
+    np.testing.assert_array_equal(linear.read(), _floats(K, N))
+    np.testing.assert_array_equal(floats(embedding.table), _floats(V, K))
+    for value in (linear.weight, embedding.table):
+        assert isinstance(value.const_value, ir.ExternalTensor)
+        assert value.const_value.raw is None
 
 
 @pytest.mark.parametrize("attributes", ["", "<perm = [1, 0]>"])

@@ -10,6 +10,7 @@ from qcompile.passes.affine import Array, Codes, Quantized
 from qcompile.passes.formats import functions
 from qcompile.passes.linears import Embedding, Linear, constant, dimensions
 from qcompile.passes.prepare.edit import add_initializer
+from qcompile.passes.tensors import read
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def drop_unused(model: ir.Model, value: ir.Value) -> None:
 
 def floats(value: ir.Value) -> Array:
     """A constant as float32."""
-    return np.asarray(constant(value).numpy(), dtype=np.float32)
+    return np.asarray(read(constant(value)), dtype=np.float32)
 
 
 def _alias(model: ir.Model, value: ir.Value) -> ir.Value:
