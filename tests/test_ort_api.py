@@ -26,7 +26,7 @@ FIELDS = re.findall(
 )
 
 declared = {name: int(slot) for name, slot in re.findall(r"using (\w+) =\s+Slot<(\d+),", HEADER)}
-values = {name: int(value) for name, value in re.findall(r"\b([A-Z]\w+) = (\d+)[,\s]", HEADER.split("template")[0])}
+values = {name: int(value) for name, value in re.findall(r"\b([A-Z]\w+) = (-?\d+)[,\s]", HEADER.split("template")[0])}
 
 
 def test_the_list_is_whole() -> None:
@@ -40,8 +40,13 @@ def test_every_slot_is_the_listed_one() -> None:
 
 
 def test_every_declared_function_is_used() -> None:
-    sources = "".join(path.read_text() for path in KERNELS.glob("*.cpp") if path.name != "ort_header_check.cpp")
+    sources = "".join(path.read_text() for path in KERNELS.rglob("*.cpp") if path.name != "ort_header_check.cpp")
     assert [name for name in declared if name not in sources] == []
+
+
+def test_values_are_read_with_their_sign() -> None:
+    assert values["OrtMemTypeCPUInput"] == -2
+    assert values["ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16"] == 16
 
 
 def test_the_fields_of_a_custom_operator() -> None:

@@ -15,7 +15,6 @@ namespace {
 
 constexpr int64_t kMaxSize = int64_t(1) << 31;  // of K, N and block_size: products of two stay far from overflow
 constexpr Input kAllInputs[] = {kX, kW, kScale, kBias, kZeroPoint};
-constexpr const char* kNames[kInputs] = {"x", "w", "scale", "bias", "zero_point"};
 
 // Whether it failed; the failure itself is dropped.
 bool ignore(const OrtApi& api, OrtStatus* status) {
@@ -40,6 +39,11 @@ void give_back_pages(const void* data, int64_t bytes) {
 }
 
 }  // namespace
+
+const char* name_of(Input input) {
+  constexpr const char* kNames[kInputs] = {"x", "w", "scale", "bias", "zero_point"};
+  return kNames[input];
+}
 
 // ---- Shapes
 
@@ -180,7 +184,7 @@ void Node::check_shapes(const Given& given) const {
   for (Input input : {kW, kScale, kBias, kZeroPoint}) {
     const auto& shape = given.shape[input];
     if (shape && shape->rank != kRanks[input]) {
-      refuse("%s has shape %s, it must have %zu dimensions: compile the model again", kNames[input],
+      refuse("%s has shape %s, it must have %zu dimensions: compile the model again", name_of(input),
              shape->text().c_str(), kRanks[input]);
     }
   }
@@ -197,7 +201,7 @@ void Node::check_shapes(const Given& given) const {
   for (Input input : {kScale, kZeroPoint}) {
     const auto& shape = given.shape[input];
     if (shape && (differ((*shape)[0], grid[0]) || differ((*shape)[1], grid[1]))) {
-      refuse("%s has shape %s, w %s with block_size %lld needs %s: compile the model again", kNames[input],
+      refuse("%s has shape %s, w %s with block_size %lld needs %s: compile the model again", name_of(input),
              shape->text().c_str(), w.text().c_str(), (long long)block_size_, grid.text().c_str());
     }
   }

@@ -20,6 +20,8 @@ constexpr size_t kMaxRank = 32;
 enum Input : size_t { kX, kW, kScale, kBias, kZeroPoint, kInputs };
 constexpr Input kWeightInputs[] = {kW, kScale, kZeroPoint};
 
+const char* name_of(Input input);
+
 // ---- Failures: exceptions inside, an OrtStatus at the border. Nothing is thrown through C.
 
 // A status of ONNX Runtime on its way back to it.

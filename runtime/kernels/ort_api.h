@@ -27,6 +27,8 @@ struct OrtKernelInfo;
 struct OrtKernelContext;
 struct OrtShapeInferContext;
 struct OrtSessionOptions;
+struct OrtMemoryInfo;
+struct OrtAllocator;
 struct OrtCustomOpDomain;
 struct OrtCustomOp;
 
@@ -38,13 +40,17 @@ enum ONNXTensorElementDataType : int {
   ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 = 2,
   ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 = 3,
   ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 = 10,
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 = 16,
   ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4 = 21,
   ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4 = 22,
 };
 
 enum OrtCustomOpInputOutputCharacteristic : int { INPUT_OUTPUT_REQUIRED = 0, INPUT_OUTPUT_OPTIONAL = 1 };
 
-enum OrtMemType : int { OrtMemTypeDefault = 0 };
+// CPUInput: in host memory, for an operator of another provider.
+enum OrtMemType : int { OrtMemTypeCPUInput = -2, OrtMemTypeDefault = 0 };
+
+enum OrtMemoryInfoDeviceType : int { OrtMemoryInfoDeviceType_CPU = 0 };
 
 template <typename Signature>
 struct Pointer;
@@ -74,6 +80,8 @@ using GetDimensions = Slot<62, OrtStatus*(const OrtTensorTypeAndShapeInfo*, int6
 using GetSymbolicDimensions =
     Slot<63, OrtStatus*(const OrtTensorTypeAndShapeInfo*, const char** names, size_t count)>;
 using GetTensorTypeAndShape = Slot<65, OrtStatus*(const OrtValue*, OrtTensorTypeAndShapeInfo** out)>;
+using AllocatorAlloc = Slot<75, OrtStatus*(OrtAllocator*, size_t bytes, void** out)>;
+using AllocatorFree = Slot<76, OrtStatus*(OrtAllocator*, void*)>;
 using KernelInfoGetAttribute_float = Slot<85, OrtStatus*(const OrtKernelInfo*, const char* name, float* out)>;
 using KernelInfoGetAttribute_int64 = Slot<86, OrtStatus*(const OrtKernelInfo*, const char* name, int64_t* out)>;
 using KernelInfoGetAttribute_string =
@@ -85,11 +93,18 @@ using KernelContext_GetOutput =
 using ReleaseStatus = Slot<93, void(OrtStatus*)>;
 using ReleaseTypeInfo = Slot<98, void(OrtTypeInfo*)>;
 using ReleaseTensorTypeAndShapeInfo = Slot<99, void(OrtTensorTypeAndShapeInfo*)>;
+using ReleaseAllocator = Slot<132, void(OrtAllocator*)>;
+using KernelContext_GetGPUComputeStream = Slot<193, OrtStatus*(const OrtKernelContext*, void** out)>;
+using GetTensorMemoryInfo = Slot<194, OrtStatus*(const OrtValue*, const OrtMemoryInfo** out)>;  // the tensor owns it
+using MemoryInfoGetDeviceType = Slot<225, void(const OrtMemoryInfo*, OrtMemoryInfoDeviceType* out)>;
 using KernelInfo_GetInputCount = Slot<230, OrtStatus*(const OrtKernelInfo*, size_t* out)>;
 using KernelInfo_GetInputTypeInfo = Slot<234, OrtStatus*(const OrtKernelInfo*, size_t index, OrtTypeInfo** out)>;
 using KernelInfo_GetNodeName = Slot<244, OrtStatus*(const OrtKernelInfo*, char* out, size_t* size)>;
 using KernelInfoGetConstantInput_tensor =
     Slot<249, OrtStatus*(const OrtKernelInfo*, size_t index, int* is_constant, const OrtValue** out)>;
+// The allocator is the caller's, to be released.
+using KernelContext_GetAllocator =
+    Slot<253, OrtStatus*(const OrtKernelContext*, const OrtMemoryInfo*, OrtAllocator** out)>;
 using ShapeInferContext_GetInputTypeShape =
     Slot<268, OrtStatus*(const OrtShapeInferContext*, size_t index, OrtTensorTypeAndShapeInfo** out)>;
 using ShapeInferContext_SetOutputTypeShape =
@@ -98,6 +113,10 @@ using SetSymbolicDimensions = Slot<271, OrtStatus*(OrtTensorTypeAndShapeInfo*, c
 using KernelContext_ParallelFor =
     Slot<274, OrtStatus*(const OrtKernelContext*, void (*piece)(void* data, size_t index), size_t total,
                          size_t num_batch, void* data)>;
+// Memory for work on the context's stream. The caller frees it by the allocator of KernelContext_GetAllocator, on the
+// host as soon as that work is queued: only the same stream gets it again at once. The context must have a stream.
+using KernelContext_GetScratchBuffer =
+    Slot<277, OrtStatus*(const OrtKernelContext*, const OrtMemoryInfo*, size_t bytes, void** out)>;
 
 struct OrtApi {
   void (*slots[1])();  // in truth as many as the version has

@@ -10,6 +10,10 @@
 #include "kernels.h"
 #include "operators.h"
 
+#if defined(QCOMPILE_CUDA)
+#include "cuda/operators.h"
+#endif
+
 namespace qcompile {
 namespace {
 
@@ -24,6 +28,15 @@ struct Registration {
   OrtCustomOpDomain* domain;
 };
 
+// Of every provider that the library was built for. ONNX Runtime leaves those of providers that a session lacks alone.
+std::vector<Operator> operators_of_all_providers(const OrtApi& api) {
+  std::vector<Operator> all = operators(api);
+#if defined(QCOMPILE_CUDA)
+  for (const Operator& op : cuda::cuda_operators(api)) all.push_back(op);
+#endif
+  return all;
+}
+
 // Finds or makes the domain for this ONNX Runtime (a process may have more than one).
 OrtStatus* domain_for(const OrtApi& api, OrtCustomOpDomain** out) {
   static std::mutex mutex;
@@ -35,7 +48,7 @@ OrtStatus* domain_for(const OrtApi& api, OrtCustomOpDomain** out) {
       return nullptr;
     }
   }
-  auto made = std::make_unique<Registration>(Registration{&api, operators(api), nullptr});
+  auto made = std::make_unique<Registration>(Registration{&api, operators_of_all_providers(api), nullptr});
   if (OrtStatus* status = api.call<CreateCustomOpDomain>(kDomain, &made->domain)) return status;
   for (const Operator& op : made->operators) {
     if (OrtStatus* status = api.call<CustomOpDomain_Add>(made->domain, &op)) return status;
