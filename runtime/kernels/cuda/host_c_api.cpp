@@ -59,7 +59,7 @@ int qcompile_cuda_pack(int64_t k, int64_t n, int64_t block_size, int bits, int e
   if (!sane_weight(k, n, block_size, bits, element)) return fail(kBadWeight);
   if (!all({codes, scale, packed_codes, packed_scales, packed_zeros})) return fail("a pointer is null");
   const Layout layout = make_layout(k, n, block_size, bits, Element(element));
-  const qcompile::Source source = {static_cast<const uint8_t*>(codes), scale, layout.element == Element::kHalf,
+  const qcompile::Source source = {static_cast<const uint8_t*>(codes), scale, layout.element != Element::kFloat,
                                    static_cast<const uint8_t*>(zero_point), is_signed != 0};
   const Packed out = {static_cast<uint8_t*>(packed_codes), static_cast<uint8_t*>(packed_scales),
                       static_cast<uint8_t*>(packed_zeros)};

@@ -20,8 +20,8 @@ uint8_t flip_of(const Layout& layout, const Source& source) {
 // Zero point of a weight that has none in the file. Zero points are added to like codes, and an absent one is 0.
 uint8_t default_zero_point(const Layout& layout, const Source& source) { return flip_of(layout, source); }
 
-// `count` elements from `index` on of a tensor whose 4-bit elements lie two in a byte, the first one low. Where n is odd,
-// every second row begins with a high nibble.
+// `count` elements from `index` on of a tensor whose 4-bit elements lie two in a byte, the first one low. Where n is
+// odd, every second row begins with a high nibble.
 void read_row(const uint8_t* codes, int bits, int64_t index, int count, uint8_t flip, uint8_t* out) {
   if (bits == 8) {
     for (int i = 0; i < count; ++i) out[i] = uint8_t(codes[index + i] ^ flip);
@@ -46,7 +46,8 @@ void read_zeros(const Layout& layout, const Source& source, int64_t block, int64
 }
 
 // zeros: (64,) of each group, as read_zeros gives them
-void read_step(const Layout& layout, const Source& source, int64_t block, int64_t step, const uint8_t* zeros, Step& out) {
+void read_step(const Layout& layout, const Source& source, int64_t block, int64_t step, const uint8_t* zeros,
+               Step& out) {
   const int64_t column = block * kBlockN, columns = std::min<int64_t>(kBlockN, layout.n - column);
   for (int k = 0; k < kStepK; ++k) {
     const int64_t packed_row = step * kStepK + k, row = source_row(layout, packed_row);
@@ -108,7 +109,9 @@ void write_zeros(const Layout& layout, const uint8_t* values, int64_t block, int
   for (int g = 0; g < 8; ++g) {
     uint32_t word = 0;
     for (int tile = 0; tile < kTiles; ++tile) {
-      for (int row = g; row < kTile; row += 8) word |= uint32_t(values[tile * kTile + row]) << (4 * zero_nibble(tile, row));
+      for (int row = g; row < kTile; row += 8) {
+        word |= uint32_t(values[tile * kTile + row]) << (4 * zero_nibble(tile, row));
+      }
     }
     std::memcpy(zeros + 4 * zero_word(layout, block, group, g), &word, 4);
   }

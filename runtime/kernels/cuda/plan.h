@@ -23,6 +23,9 @@ enum class Route : int {
   kHopper,      // TMA and wgmma, sm_90a
 };
 
+// Rows of one launch at most: gridDim.z ends at 65535, and the smallest tiles have 8 rows. Longer products are cut.
+constexpr int64_t kMaxRows = int64_t(1) << 18;
+
 // What may be used: cuBLAS was found; kernels that have run on a GPU are told by their routes.
 struct Available {
   bool cublas = false;
@@ -46,7 +49,8 @@ struct Plan {
   double predicted_seconds;
 };
 
-// The plan of least predicted time for m rows of x. `forced`: -1, or the Route that must be taken (tests, benchmarks).
+// The plan of least predicted time for m rows of x (its first kMaxRows). `forced`: -1, or the Route that must be taken
+// (tests, benchmarks). Throws std::runtime_error where that one is not possible, or no kernel fits the machine.
 Plan make_plan(const Layout& layout, int64_t m, const Machine& machine, const Available& available, int forced = -1);
 
 }  // namespace qcompile::cuda
