@@ -31,11 +31,12 @@ class Piece:
     outputs: list[str]
     weights: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
-    def session(self, provider: str = "cpu") -> Any:
-        """An ONNX Runtime session of the piece."""
+    def session(self, provider: str = "cpu", *, accuracy_level: int = 0) -> Any:
+        """An ONNX Runtime session of the piece; accuracy_level as in `runtime.session`."""
         return session(
             self.proto.SerializeToString(),
             providers=(provider,),
+            accuracy_level=accuracy_level,
             weights=self.weights,
             spin=False,
             kernels="portable",

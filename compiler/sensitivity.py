@@ -28,6 +28,9 @@ from qcompile.passes.qdq.selection import Selection, products, quantized_output,
 from qcompile.passes.tensors import chunks
 from qcompile.runtime.sessions import run
 
+# session.qdq_matmulnbits_accuracy_level where an application sets none.
+_ORT_DEFAULT = 4
+
 
 class Steps(Protocol):
     """Told what is going on; the pipeline's Progress is one."""
@@ -126,10 +129,12 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
 
 
 def finished_distance(mixture: "Mixture", model: ir.Model, provider: str) -> float:
-    """How far the outputs of a model that is done are from the float model's."""
+    """How far the outputs of a model that is done are from the float model's, as an application will run it: ONNX
+    Runtime's own level for MatMulNBits, which rounds activations to int8 in blocks.
+    """
     values = [value for value in model.graph.outputs if value.name in mixture.effect.outputs]
     piece = extract(model, [], values)
-    running = piece.session(provider)
+    running = piece.session(provider, accuracy_level=_ORT_DEFAULT)
     given = [{name: array for name, array in batch.feeds.items() if name in piece.inputs} for batch in mixture.batches]
     found = [dict(zip(piece.outputs, run(running, piece.outputs, feeds), strict=True)) for feeds in given]
     return mixture.effect.distance(found)

@@ -123,7 +123,7 @@ def test_bytes_are_those_of_the_weights(decoder: Any) -> None:
 def test_int8_weights_where_only_the_activation_is_bad(bench: Any, passes: str) -> None:
     # Outliers of tiny_decoder are in its norms, so that activations are bad and weights are not.
     source, name = bench.save(tiny_decoder(layers=1)), passes.split("(")[0]
-    made = bench.compile(source, passes, keep_worst=2)
+    made = bench.compile(source, passes, keep_worst=2, keep_as="weights")
     mixed = made.mixed
     assert [own.weights_only for own in mixed.kept] == [True, True]
     assert mixed.bytes_after == pytest.approx(mixed.bytes_before, abs=16), "the codes are the same"
@@ -131,7 +131,9 @@ def test_int8_weights_where_only_the_activation_is_bad(bench: Any, passes: str) 
     assert len(reasons) == 2
     in_float = bench.compile(source, passes, keep_worst=2, keep_as="float").mixed
     assert in_float.bytes_after > mixed.bytes_after
-    assert in_float.after < mixed.after < 0.6 * mixed.before
+    assert in_float.after < mixed.after < 0.8 * mixed.before
+    auto = bench.compile(source, passes, keep_worst=2).mixed
+    assert auto.after in (mixed.after, in_float.after)
 
 
 def test_floats_where_the_weight_is_bad(decoder: Any) -> None:
