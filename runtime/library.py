@@ -70,6 +70,30 @@ def chosen_kernel(library: Path) -> str:
     return bytes(entry()).decode()
 
 
+def cuda_architectures(library: Path) -> list[str]:
+    """The GPU architectures that the library holds kernels for, such as 80, 90a or 90-virtual; none without CUDA."""
+    entry = _function(library, "qcompile_cuda_architectures")
+    entry.restype = ctypes.c_char_p
+    return [name for name in bytes(entry()).decode().split(",") if name]
+
+
+def cuda_devices(library: Path) -> int:
+    """GPUs that the library's kernels can use: 0 without a driver, and in a library that was built without CUDA."""
+    return int(_function(library, "qcompile_cuda_devices")())
+
+
+def why_no_cuda(library: Path) -> str | None:
+    """Why the library computes nothing on a GPU here, and what to do about it; None where it can."""
+    if not cuda_architectures(library):
+        return (
+            f"{library} was built without CUDA: install nvcc 12 or newer and reinstall qcompile-onnx, or run the "
+            "portable bodies (kernels='portable')"
+        )
+    if cuda_devices(library) == 0:
+        return "there is no GPU, or no CUDA driver, that the native kernels can use: run on the provider cpu"
+    return None
+
+
 def _known_version(library: Path) -> int:
     return int(_function(library, "qcompile_operator_version")())
 

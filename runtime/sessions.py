@@ -10,12 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.passes.errors import UserError
-from qcompile.runtime.library import VARIABLE, check_version, chosen_kernel, library_path
+from qcompile.runtime.library import VARIABLE, check_version, chosen_kernel, library_path, why_no_cuda
 
 # 1.23 and older crash on an absent optional input of an inlined model-local function.
 MINIMUM = (1, 24, 4)
 _INSTALL = "pip install 'qcompile-onnx[cpu]' or 'qcompile-onnx[cuda]'"
 KERNELS = ("auto", "native", "portable")
+# Why "auto" leaves CUDA to the portable bodies. Empty it when tests/test_cuda_gpu.py has passed on a GPU: "auto" is
+# then native there, too.
+CUDA_UNVERIFIED = "unverified on GPU"
 _ALIASES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "gpu": "CUDAExecutionProvider"}
 
 
@@ -39,8 +42,9 @@ def session(
     folder: where the external data of a model given as bytes lies.
     weights: initializers handed over in memory; the model must declare each as external data of that shape and type.
     spin: let idle threads of the session wait actively: best for one session alone, a waste beside other work.
-    kernels: "native" has the qcompile operators computed by the library of native kernels (CPU), "portable" by their
-    ONNX bodies; "auto" is native where the session runs on the CPU alone and there is a library.
+    kernels: "native" has the qcompile operators computed by the library of native kernels (on the CPU, and on CUDA
+    where it was built with CUDA, unverified on GPU), "portable" by their ONNX bodies; "auto" is native where the
+    session runs on the CPU alone and there is a library.
     """
     ort = _runtime()
     if kernels not in KERNELS:
@@ -94,20 +98,35 @@ def provider_names(providers: Sequence[str]) -> list[str]:
 
 def operator_kernels(kernels: str, provider: str) -> str:
     """Who computes qcompile's operators in a session of these settings, in a few words."""
-    library = _library(kernels, provider_names([provider]))
-    return "portable operators" if library is None else f"native kernels ({chosen_kernel(library)})"
+    names = provider_names([provider])
+    library = _library(kernels, names)
+    if library is None:
+        return "portable operators"
+    if _ALIASES["cuda"] in names:
+        return f"native kernels ({', '.join(filter(None, ['CUDA', CUDA_UNVERIFIED]))})"
+    return f"native kernels ({chosen_kernel(library)})"
 
 
 def _library(kernels: str, providers: list[str]) -> Path | None:
     """The library that a session of these providers is to register, None for none."""
-    if kernels == "portable" or (kernels == "auto" and providers != [_ALIASES["cpu"]]):
+    if kernels == "portable" or (kernels == "auto" and not _native_by_default(providers)):
         return None
     try:
-        return library_path()
+        library = library_path()
     except UserError:
         if kernels == "native" or os.environ.get(VARIABLE):
             raise
         return None
+    reason = why_no_cuda(library) if _ALIASES["cuda"] in providers else None
+    if reason and kernels == "native":
+        raise UserError(reason)
+    return None if reason else library
+
+
+def _native_by_default(providers: list[str]) -> bool:
+    """Whether all providers are ones that the library has kernels for, tried on their hardware."""
+    tried = {_ALIASES["cpu"]} if CUDA_UNVERIFIED else {_ALIASES["cpu"], _ALIASES["cuda"]}
+    return set(providers) <= tried
 
 
 def _register(options: Any, library: Path) -> None:

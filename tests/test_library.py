@@ -106,12 +106,19 @@ def test_kernels_chooses_who_computes(library: Path, monkeypatch: pytest.MonkeyP
     assert error() == portable, "auto without a library"
 
 
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
 def test_auto_is_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "library_path", lambda: Path("found"))
-    assert sessions._library("auto", ["CPUExecutionProvider"]) == Path("found")
-    assert sessions._library("auto", ["CUDAExecutionProvider", "CPUExecutionProvider"]) is None
-    assert sessions._library("native", ["CUDAExecutionProvider", "CPUExecutionProvider"]) == Path("found")
-    assert sessions._library("portable", ["CPUExecutionProvider"]) is None
+    monkeypatch.setattr(sessions, "why_no_cuda", lambda library: None)
+    assert sessions._library("auto", [CPU]) == Path("found")
+    assert sessions._library("auto", [CUDA, CPU]) is None
+    assert sessions._library("native", [CUDA, CPU]) == Path("found")
+    assert sessions._library("portable", [CPU]) is None
+    monkeypatch.setattr(sessions, "CUDA_UNVERIFIED", "")
+    assert sessions._library("auto", [CUDA, CPU]) == Path("found")
+    assert sessions._library("auto", ["DnnlExecutionProvider", CPU]) is None, "another provider has no kernels"
 
 
 def test_messages_of_the_library_are_one_line(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:

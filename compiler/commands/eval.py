@@ -45,8 +45,8 @@ def add_parser(subparsers: Any) -> None:
         "--kernels",
         default="auto",
         choices=KERNELS,
-        help="who computes the operators of qcompile: native, its library; portable, ONNX Runtime through their ONNX "
-        "bodies; auto (default), the library where there is one and the provider is the CPU",
+        help="who computes the operators of qcompile: native, its library (on cuda unverified on GPU); portable, ONNX "
+        "Runtime through their ONNX bodies; auto (default), the library where there is one and the provider is the CPU",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
 
