@@ -1,57 +1,14 @@
-# The CUDA side of the library: whether it is built, for which architectures, and how nvcc is called.
-#
-# Sets cuda_architectures and cuda_hopper_architectures, empty where there is nothing to build.
-set(QCOMPILE_CUDA AUTO CACHE STRING "Kernels for the CUDA provider: AUTO (where nvcc works), ON (an error if not), OFF")
-set_property(CACHE QCOMPILE_CUDA PROPERTY STRINGS AUTO ON OFF)
-# Machine code for Ampere, Ada and Hopper, PTX for what came later. The Hopper kernel needs 90a, which nothing else runs.
-set(QCOMPILE_CUDA_ARCHITECTURES "80-real;86-real;89-real;90a-real;90-virtual" CACHE STRING
-    "Architectures of the CUDA kernels, as in CMAKE_CUDA_ARCHITECTURES")
-
-# For a reason not to build: an error with ON, a message of this kind with AUTO.
-macro(without_cuda kind reason)
-  if(QCOMPILE_CUDA STREQUAL "AUTO")
-    message(${kind} "built without kernels for the CUDA provider: ${reason}")
-  else()
-    message(FATAL_ERROR "QCOMPILE_CUDA=${QCOMPILE_CUDA}, but ${reason}")
+# The CUDA side of the library, or what stands in for it in a build without CUDA (find.cmake has looked).
+foreach(file decode.cu hopper.cu weight.cpp cublas.cpp)  # until they are all there
+  if(NOT EXISTS "${CMAKE_CURRENT_LIST_DIR}/${file}")
+    message(STATUS "cuda/${file} is not written yet: built without CUDA")
+    set(cuda_architectures "")
   endif()
+endforeach()
+if(NOT cuda_architectures)
+  target_sources(qcompile_kernels PRIVATE cuda/no_cuda.cpp)
   return()
-endmacro()
-
-set(cuda_architectures "")
-set(cuda_hopper_architectures "")
-if(NOT QCOMPILE_CUDA)
-  return()
-elseif(QCOMPILE_SANITIZE)
-  without_cuda(STATUS "the sanitizers do not go with nvcc")
-elseif(CMAKE_CROSSCOMPILING)
-  without_cuda(STATUS "this build is for another machine")
 endif()
-
-find_program(QCOMPILE_NVCC nvcc PATHS ENV CUDACXX ENV CUDA_PATH /usr/local/cuda/bin PATH_SUFFIXES bin
-             DOC "Tells a broken nvcc from a missing one")
-mark_as_advanced(QCOMPILE_NVCC)
-if(NOT CMAKE_CUDA_COMPILER)  # what an earlier run did not find may be there now
-  unset(CMAKE_CUDA_COMPILER CACHE)
-  unset(CMAKE_CUDA_COMPILER)
-  if(QCOMPILE_NVCC AND NOT DEFINED ENV{CUDACXX})
-    set(ENV{CUDACXX} "${QCOMPILE_NVCC}")
-  endif()
-  check_language(CUDA)
-endif()
-if(NOT CMAKE_CUDA_COMPILER AND QCOMPILE_NVCC)
-  without_cuda(WARNING "${QCOMPILE_NVCC} is there, but compiles nothing (see CMakeError.log in the build folder)")
-elseif(NOT CMAKE_CUDA_COMPILER)
-  without_cuda(STATUS "no nvcc found")
-endif()
-set(CMAKE_CUDA_ARCHITECTURES ${QCOMPILE_CUDA_ARCHITECTURES})
-enable_language(CUDA)
-if(NOT CMAKE_CUDA_COMPILER_ID STREQUAL "NVIDIA" OR CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
-  without_cuda(WARNING "${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}, not nvcc 12 "
-                       "or newer")
-endif()
-set(cuda_architectures ${QCOMPILE_CUDA_ARCHITECTURES})
-set(cuda_hopper_architectures ${QCOMPILE_CUDA_ARCHITECTURES})
-list(FILTER cuda_hopper_architectures INCLUDE REGEX "^90a")
 
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
@@ -59,6 +16,22 @@ set(CMAKE_CUDA_EXTENSIONS OFF)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # the library loads where there is no CUDA at all
 set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
-string(APPEND CMAKE_CUDA_FLAGS " --expt-relaxed-constexpr")  # dequantization is shared with the host's checks
-# Behind a launcher that the user has set, such as ccache.
+string(APPEND CMAKE_CUDA_FLAGS " --expt-relaxed-constexpr")  # kernels share constexpr functions with the host
+# Kernels over their budget fail the build. Behind a launcher that the user has set, such as ccache.
 list(APPEND CMAKE_CUDA_COMPILER_LAUNCHER sh "${CMAKE_CURRENT_LIST_DIR}/budget.sh" "${CMAKE_CURRENT_LIST_DIR}/budgets.txt")
+
+string(REPLACE "-real" "" listed "${cuda_architectures}")
+string(REPLACE ";" "," listed "${listed}")
+add_library(cuda_kernels OBJECT cuda/decode.cu cuda/rows.cu cuda/weight.cpp cuda/cublas.cpp cuda/operators.cpp
+            cuda/device_c_api.cpp)
+add_library(cuda_hopper OBJECT cuda/hopper.cu)
+if(cuda_hopper_architectures)  # elsewhere its kernels are empty, and nothing may choose them
+  set_target_properties(cuda_hopper PROPERTIES CUDA_ARCHITECTURES "${cuda_hopper_architectures}")
+  target_compile_definitions(cuda_kernels PRIVATE QCOMPILE_CUDA_HOPPER=1)
+endif()
+foreach(target cuda_kernels cuda_hopper)
+  target_include_directories(${target} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  target_compile_definitions(${target} PRIVATE "QCOMPILE_CUDA_ARCHITECTURES=\"${listed}\"")
+endforeach()
+target_compile_definitions(qcompile_kernels PRIVATE QCOMPILE_CUDA=1)
+target_link_libraries(qcompile_kernels PRIVATE cuda_kernels cuda_hopper)
