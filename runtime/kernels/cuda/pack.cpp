@@ -90,20 +90,23 @@ void write_step(int bits, const Step& step, uint8_t* out) {
   }
 }
 
+// scales: of all groups of the block
 void write_scales(const Layout& layout, const Source& source, int64_t block, int64_t group, uint8_t* scales) {
   const int width = layout.scale_bytes();
   const bool exists = group * layout.block_size < layout.k;
-  const uint8_t* row = static_cast<const uint8_t*>(source.scale) + (group * layout.n + block * kBlockN) * width;
   for (int n = 0; n < kBlockN; ++n) {
-    uint8_t* out = scales + scale_index(layout, block, group, n / kTile, n % kTile) * width;
-    if (exists && block * kBlockN + n < layout.n) std::memcpy(out, row + n * width, size_t(width));
-    else std::memset(out, 0, size_t(width));
+    uint8_t* out = scales + scale_index(layout, 0, group, n / kTile, n % kTile) * width;
+    std::memset(out, 0, size_t(width));
+    const int64_t column = block * kBlockN + n;
+    if (!exists || column >= layout.n) continue;
+    std::memcpy(out, static_cast<const uint8_t*>(source.scale) + (group * layout.n + column) * width, size_t(width));
   }
 }
 
-void write_zeros(const Layout& layout, const uint8_t* values, int64_t block, int64_t group, uint8_t* zeros) {
+// zeros: of all groups of the block
+void write_zeros(const Layout& layout, const uint8_t* values, int64_t group, uint8_t* zeros) {
   if (layout.bits == 8) {
-    for (int n = 0; n < kBlockN; ++n) zeros[scale_index(layout, block, group, n / kTile, n % kTile)] = values[n];
+    for (int n = 0; n < kBlockN; ++n) zeros[scale_index(layout, 0, group, n / kTile, n % kTile)] = values[n];
     return;
   }
   for (int g = 0; g < 8; ++g) {
@@ -113,7 +116,7 @@ void write_zeros(const Layout& layout, const uint8_t* values, int64_t block, int
         word |= uint32_t(values[tile * kTile + row]) << (4 * zero_nibble(tile, row));
       }
     }
-    std::memcpy(zeros + 4 * zero_word(layout, block, group, g), &word, 4);
+    std::memcpy(zeros + 4 * zero_word(layout, 0, group, g), &word, 4);
   }
 }
 
@@ -151,15 +154,16 @@ void pack_blocks(const Layout& layout, const Source& source, int64_t begin, int6
   std::unique_ptr<uint8_t[]> zeros(new uint8_t[size_t(layout.groups() * kBlockN)]);  // of one block, one a byte
   Step step;
   for (int64_t block = begin; block < end; ++block) {
+    const int64_t at = block - out.first;  // in the buffers
     for (int64_t group = 0; group < layout.groups(); ++group) {
       uint8_t* values = zeros.get() + group * kBlockN;
       read_zeros(layout, source, block, group, values);
-      write_zeros(layout, values, block, group, out.zeros);
-      write_scales(layout, source, block, group, out.scales);
+      write_zeros(layout, values, group, out.zeros + at * (layout.zeros_bytes() / layout.blocks()));
+      write_scales(layout, source, block, group, out.scales + at * (layout.scales_bytes() / layout.blocks()));
     }
     for (int64_t s = 0; s < layout.steps(); ++s) {
       read_step(layout, source, block, s, zeros.get(), step);
-      write_step(layout.bits, step, out.codes + code_offset(layout, block, s, 0, 0, 0));
+      write_step(layout.bits, step, out.codes + code_offset(layout, at, s, 0, 0, 0));
     }
   }
 }

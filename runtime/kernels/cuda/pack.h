@@ -13,6 +13,7 @@ struct Packed {
   uint8_t* codes;
   uint8_t* scales;
   uint8_t* zeros;
+  int64_t first = 0;  // block that the buffers begin with, where they hold some of the blocks only
 };
 
 // Fills all bytes, blocks [begin, end) only. Signed codes and zero points are stored with 8 (128) added; weights without
