@@ -61,6 +61,9 @@ def _tile(told: str, value: str) -> Markup:
 def _errors(report: Report) -> list[tuple[str, str]]:
     """The error of the first output, which is the logits where there are any, and of the nodes."""
     tiles = [(f"error of {output.name}", number(output.relative)) for output in report.outputs[:1]]
+    if (found := report.predictions) is not None:
+        ends = f"{number(found.before)} → {number(found.after)}"
+        tiles += [("KL, nats a token", number(found.kl)), ("perplexity of the checks", ends)]
     errors = sorted((node.error for node in report.nodes), key=lambda error: (math.isnan(error), error))
     if errors:
         middle = errors[len(errors) // 2]
@@ -98,6 +101,9 @@ def _outputs(report: Report) -> Markup:
     made = table(
         "Outputs against the float model, on the check batches", ["Output", "Relative error", "Cosine"], rows, numbers=2
     )
+    if report.predictions is not None:
+        told = report.predictions.told()
+        made = join([made, Markup(f"<p>{text(told[0].upper() + told[1:], 400)}.</p>\n")])
     if report.reload_error is None:
         return made
     close = f"to {report.reload_error:.1e}" if report.reload_error else "exactly"

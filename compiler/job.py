@@ -7,6 +7,7 @@ from threadpoolctl import threadpool_limits
 
 from qcompile.compiler.extract import Piece
 from qcompile.compiler.inputs import InputPlan
+from qcompile.compiler.predictions import predictions
 from qcompile.compiler.progress import Progress
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report import Report
@@ -82,6 +83,8 @@ class Job:
             compiled = self._run_checks(plan, data, split(self.model, targets.__contains__))
         compared = compare_outputs(compiled, [original for _, original in outputs])
         self.report.outputs = sorted(compared, key=lambda output: output.name != plan.logits)
+        if data.real:
+            self.report.predictions = predictions(plan, data.checks, compiled, [original for _, original in outputs])
         self.report.rounding = max((o.relative for o in compared), default=0.0) if targets else 0.0
         return compiled
 

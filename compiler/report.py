@@ -10,6 +10,7 @@ from rich.console import Console
 
 from qcompile.compiler.console import table
 from qcompile.compiler.mixed import Mixed
+from qcompile.compiler.predictions import Predictions
 from qcompile.compiler.rungs import Ladder
 from qcompile.compiler.verify import NodeError, OutputError
 from qcompile.passes.base import Decision
@@ -42,7 +43,7 @@ class Report:
     """Everything a compile leaves behind beside the model.
 
     decisions: by pass, in order. mixed: what stays in float by its sensitivity, where the recipe wants that.
-    ladder: what each step without data gained, where there was no data.
+    ladder: what each step without data gained, where there was no data. predictions: of a decoder, on real tokens.
     rounding: what integer nodes changed in the outputs at most, relative.
     sizes in bytes, seconds, peak_memory in bytes.
     """
@@ -58,6 +59,7 @@ class Report:
     ranges: list[ActivationRange] = field(default_factory=list)
     mixed: Mixed | None = None
     ladder: Ladder | None = None
+    predictions: Predictions | None = None
     rounding: float = 0.0
     reload_error: float | None = None
     files: list[str] = field(default_factory=list)
@@ -186,6 +188,8 @@ def _print_errors(report: Report, console: Console) -> None:
     _print_activations(report, console)
     for output in report.outputs[:4]:
         console.print(f"output    {output.name}: relative error {output.relative:.3g}, cosine {output.cosine:.5f}")
+    if report.predictions is not None:
+        console.print(f"accuracy  {report.predictions.told()}", soft_wrap=True)
     if report.reload_error is not None:
         console.print(f"reloaded  the saved file reproduces the verified outputs to {report.reload_error:.1e}")
 
