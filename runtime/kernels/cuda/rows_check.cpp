@@ -2,8 +2,8 @@
 //
 //   rows_check [--sabotage code|row]
 //
-// One line for each kernel. Exit code 1 if anything failed. --sabotage plants one fault, so that a test can see the check
-// fail: a code of the packed weight off by one, or a row of x that is another one.
+// One line for each kernel. Exit code 1 if anything failed. --sabotage plants one fault, so that a test can see the
+// check fail: a code of the packed weight off by one, or a row of x that is another one.
 
 #include <algorithm>
 #include <cmath>

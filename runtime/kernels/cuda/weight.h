@@ -35,14 +35,20 @@ class DeviceWeight {
   // but through `call`. forced: -1 or a Route. Throws std::runtime_error.
   void multiply(const void* x, int64_t m, void* y, const void* bias, const Call& call, int forced = -1) const;
 
-  // Bytes that `allocate` will be asked for in all, each request rounded up to 256.
+  // Bytes that `allocate` will be asked for in all at most, each request rounded up to 256. For x that is 16-byte
+  // aligned; other x is copied.
   size_t scratch_bytes(int64_t m, int forced = -1) const;
 
   const Layout& layout() const { return layout_; }
   Plan plan(int64_t m, int forced = -1) const;
 
  private:
+  void upload(const Source& source);
+  void multiply_rows(const void* x, int64_t m, void* y, const void* bias, const Call& call, int forced) const;
+
   Layout layout_;
+  int device_ = 0;
+  Available available_;
   Machine machine_;
   uint8_t* memory_ = nullptr;  // codes, scales, zeros, each 256-byte aligned
 };
