@@ -1,0 +1,149 @@
+"""The CUDA provider's operators inside ONNX Runtime without a GPU: on host memory (cuda/operators_check.cpp)."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda_host import on_host
+from native_models import Case, native_library, open_session, relative
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from test_operators import MALFORMED, OPERATORS
+
+from qcompile.runtime.library import cuda_architectures
+
+# Relative errors where only the output is rounded: sums are of doubles here.
+TOLERANCES = {"float": 1e-6, "half": 4e-4, "bfloat16": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    return on_host()
+
+
+def _bfloat16(case: Case) -> ModelProto:
+    """The case's node between casts from and to float; scale and bias are rounded to bfloat16 in the case, too."""
+    proto = case.proto()
+    for tensor in proto.graph.initializer:
+        if tensor.name in ("scale", "bias"):
+            rounded = case.arrays[tensor.name].astype(ml_dtypes.bfloat16)
+            case.arrays[tensor.name] = rounded.astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
+    (node,) = proto.graph.node
+    node.input[0], node.output[0] = "x16", "y16"
+    proto.graph.node.insert(0, helper.make_node("Cast", ["x"], ["x16"], to=TensorProto.BFLOAT16))
+    proto.graph.node.append(helper.make_node("Cast", ["y16"], ["y"], to=TensorProto.FLOAT))
+    return proto
+
+
+def _check(case: Case, library: Path, *leading: int, element: str = "float") -> np.ndarray:
+    x = case.x(*leading)
+    if element == "bfloat16":
+        x = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    proto = _bfloat16(case) if element == "bfloat16" else case.proto()
+    (y,) = open_session(proto.SerializeToString(), library).run(None, {"x": x})
+    assert relative(y, case.expected(x)) < TOLERANCES[element]
+    return y
+
+
+@pytest.mark.parametrize("element", ["float", "half", "bfloat16"])
+@pytest.mark.parametrize(("signed", "zero_point"), [(False, True), (False, False), (True, True), (True, False)])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_type(library: Path, op: str, signed: bool, zero_point: bool, element: str) -> None:
+    """Odd K and N and a partial last group throughout."""
+    case = Case(op, half=element == "half", signed=signed, zero_point=zero_point)
+    _check(case, library, 2, 3, element=element)
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (1,), (2, 0, 3), (2, 2, 3)])
+def test_ranks_and_empty_inputs(library: Path, leading: tuple[int, ...]) -> None:
+    _check(Case("MatMulAddInt4", x_shape=None), library, *leading)
+
+
+@pytest.mark.parametrize("block_size", [7, 16, 32, 48, 64, 128, 1000])
+def test_block_sizes(library: Path, block_size: int) -> None:
+    for bits in (4, 8):
+        _check(Case(f"MatMulInt{bits}", 301, 130, block_size, x_shape=("a", 301)), library, 5)
+
+
+def test_activation_bits_change_nothing(library: Path) -> None:
+    outputs = [_check(Case(attributes={"activation_bits": bits}), library, 1, 3) for bits in (8, 16)]
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_shapes_are_inferred(library: Path) -> None:
+    for half in (False, True):
+        assert open_session(Case(half=half).model(), library).get_outputs()[0].shape == ["a", "b", 13]
+
+
+def test_a_computed_bias(library: Path) -> None:
+    case = Case("MatMulAddInt4")
+    proto = case.proto()
+    (bias,) = (tensor for tensor in proto.graph.initializer if tensor.name == "bias")
+    proto.graph.initializer.remove(bias)
+    proto.graph.input.append(helper.make_tensor_value_info("bias", TensorProto.FLOAT, ["n"]))
+    running, x = open_session(proto.SerializeToString(), library), case.x(1, 2)
+    (y,) = running.run(None, {"x": x, "bias": case.arrays["bias"]})
+    assert relative(y, case.expected(x)) < TOLERANCES["float"]
+    with pytest.raises(Exception, match=r"node 'node_0' \(MatMulAddInt4\): bias has shape \(12,\), w \(70, 13\) needs"):
+        running.run(None, {"x": x, "bias": np.ones(12, np.float32)})
+
+
+@pytest.mark.parametrize("name", ["w", "scale", "zero_point"])
+def test_weights_must_be_constant(library: Path, name: str) -> None:
+    case = Case("MatMulInt8")
+    proto = case.proto()
+    (tensor,) = (tensor for tensor in proto.graph.initializer if tensor.name == name)
+    proto.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+    with pytest.raises(Exception, match=rf"node 'node_0' \(MatMulInt8\): {name} is no constant .* without the library"):
+        open_session(proto.SerializeToString(), library)
+
+
+@pytest.mark.parametrize(("damage", "message"), MALFORMED, ids=[message for _, message in MALFORMED])
+def test_malformed_nodes_are_refused_at_load(library: Path, damage: Callable[[Case], object], message: str) -> None:
+    case = Case("MatMulAddInt4")
+    damage(case)
+    with pytest.raises(Exception) as caught:
+        open_session(case.model(), library)
+    assert re.search(message, str(caught.value)), caught.value
+
+
+def test_failures_of_cuda_name_the_node(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QCOMPILE_CHECK_FAIL", "weight")
+    with pytest.raises(Exception, match=r"node 'node_0' \(MatMulInt4\): no CUDA-capable device is detected"):
+        open_session(Case().model(), library)
+    monkeypatch.delenv("QCOMPILE_CHECK_FAIL")
+    running, x = open_session(Case().model(), library), Case().x(1, 2)
+    monkeypatch.setenv("QCOMPILE_CHECK_FAIL", "multiply")
+    with pytest.raises(Exception, match=r"node 'node_0' \(MatMulInt4\): an illegal memory access was encountered"):
+        running.run(None, {"x": x})
+    monkeypatch.delenv("QCOMPILE_CHECK_FAIL")
+    (y,) = running.run(None, {"x": x})
+    assert relative(y, Case().expected(x)) < TOLERANCES["float"], "a failed run leaves the kernel usable"
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_scratch_goes_back(library: Path) -> None:
+    """Each run takes 1 MB and writes it; 150 runs would be 150 MB."""
+    case = Case("MatMulInt4", 512, 512, x_shape=("a", 512))
+    running, x = open_session(case.model(), library), case.x(1)
+    running.run(None, {"x": x})
+    before = _resident()
+    for _ in range(150):
+        running.run(None, {"x": x})
+    assert _resident() - before < 20e6
+
+
+def test_bfloat16_has_no_operator_on_the_cpu() -> None:
+    built = native_library()
+    if not cuda_architectures(built):
+        pytest.skip("the library was built without CUDA, and knows no bfloat16")
+    with pytest.raises(Exception, match=r"Could not find an implementation for MatMulInt4\(1\) node"):
+        open_session(_bfloat16(Case()).SerializeToString(), built)
