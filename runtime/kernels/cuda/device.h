@@ -13,8 +13,10 @@
 
 #if defined(__CUDACC__)
 #define QCOMPILE_DEVICE __device__ __forceinline__
+#define QCOMPILE_UNROLL _Pragma("unroll")
 #else
 #define QCOMPILE_DEVICE inline
+#define QCOMPILE_UNROLL
 #endif
 
 namespace qcompile::cuda {

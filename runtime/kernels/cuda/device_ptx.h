@@ -9,11 +9,18 @@
 namespace qcompile::cuda {
 
 QCOMPILE_DEVICE int thread_x() { return int(threadIdx.x); }
+// The same, read anew: what depends on it is computed where it is used, and keeps no registers through a loop.
+QCOMPILE_DEVICE int thread_x_anew() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 QCOMPILE_DEVICE int block_x() { return int(blockIdx.x); }
 QCOMPILE_DEVICE int block_y() { return int(blockIdx.y); }
 QCOMPILE_DEVICE int block_z() { return int(blockIdx.z); }
 QCOMPILE_DEVICE int grid_x() { return int(gridDim.x); }
 QCOMPILE_DEVICE int grid_y() { return int(gridDim.y); }
+QCOMPILE_DEVICE int grid_z() { return int(gridDim.z); }
 
 QCOMPILE_DEVICE void block_barrier() { __syncthreads(); }
 QCOMPILE_DEVICE void warp_barrier() { __syncwarp(); }

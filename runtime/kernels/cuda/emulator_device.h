@@ -6,11 +6,13 @@
 namespace qcompile::cuda {
 
 inline int thread_x() { return emulator::self().id; }
+inline int thread_x_anew() { return thread_x(); }
 inline int block_x() { return emulator::block().index.x; }
 inline int block_y() { return emulator::block().index.y; }
 inline int block_z() { return emulator::block().index.z; }
 inline int grid_x() { return emulator::block().launch.grid.x; }
 inline int grid_y() { return emulator::block().launch.grid.y; }
+inline int grid_z() { return emulator::block().launch.grid.z; }
 
 inline void block_barrier() {
   emulator::meet("block_barrier", 0, emulator::block().launch.threads, nullptr,

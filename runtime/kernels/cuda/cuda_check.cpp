@@ -1,0 +1,246 @@
+// The decode kernel on the emulator against float64, its bit tricks one by one, and faults that the emulator must find.
+//
+//   cuda_check [--sabotage code|scale]
+//
+// One line each part: cases, failures, worst errors. Exit code 1 if anything failed. --sabotage plants one fault into
+// the packed weight, so that a test can see the check fail. Needs no CUDA and no GPU. What it cannot show: that a GPU
+// does what the emulator takes the PTX ISA to say.
+
+#include "check_product.h"
+#include "decode_epilogue.h"
+#include "emulator.h"
+
+using namespace qcompile::cuda;
+using check::Random;
+
+namespace {
+
+// Error of a sum of fp32 products, relative to the sum of their magnitudes, apart from the rounding of y. One rounding
+// of 2^-24 for each multiplication of 16 k, for each group twice, for 4 warps and 5 CTAs: 150 at most here, 9e-6.
+constexpr double kLimit = 1e-5;
+
+std::string sabotage;
+
+struct Report {
+  const char* name;
+  int64_t cases = 0, failures = 0;
+
+  void fail(const std::string& what) {
+    if (++failures <= 5) std::printf("  FAILED %s: %s\n", name, what.c_str());
+  }
+};
+
+// ---- Bit tricks
+
+bool is_pair(bool bfloat, uint32_t pair, int low, int high) {
+  const uint16_t a = uint16_t(pair), b = uint16_t(pair >> 16);
+  return bfloat ? bfloat_number(a) == float(low) && bfloat_number(b) == float(high)
+                : half_number(a) == float(low) && half_number(b) == float(high);
+}
+
+// Codes of registers R0 … R3 of both elements, by layout.h; 16 for rows of registers whose factor is in the scale.
+template <bool bfloat, int bits>
+bool is_operand(const uint32_t (&a)[4], const int (&codes)[8], int low, int high) {
+  for (int i = 0; i < 4; ++i) {
+    const int factor = i % 2 ? int(1 / kHighFactor<bfloat, bits>) : 1, zero = i % 2 ? high : low;
+    if (!is_pair(bfloat, a[i], (codes[2 * i] - zero) * factor, (codes[2 * i + 1] - zero) * factor)) return false;
+  }
+  return true;
+}
+
+// Zero points z0 (rows g) and z1 (rows g + 8) of a tile; the other tiles have others.
+template <bool bfloat, int bits>
+Zeros<bfloat, bits> zeros_of(int tile, int z0, int z1) {
+  uint64_t words = 0;
+  for (int i = 0; i < 4; ++i) {
+    for (int row = 0; row < 16; row += 8) {
+      const int other = (z0 + z1 + 3 * i + row) % (1 << bits), zero = i != tile ? other : row ? z1 : z0;
+      words |= uint64_t(zero) << (bits == 4 ? 4 * zero_nibble(i, row) : 8 * (2 * i + row / 8));
+    }
+  }
+  Zeros<bfloat, bits> zeros;
+  zeros.set(uint32_t(words), uint32_t(words >> 32));
+  return zeros;
+}
+
+// All half-words in both positions beside all zero points.
+template <bool bfloat>
+void check_nibbles(Report& report) {
+  for (uint32_t i = 0; i < 2 * 65536; ++i) {
+    const uint32_t other = i * 2654435761u >> 16, half = i & 0xffff, q = i >> 16 ? half << 16 | other : other << 16 | half;
+    int codes[8];
+    for (int e = 0; e < 8; ++e) codes[e] = int(q >> (4 * element_nibble(e)) & 15);
+    for (int zero = 0; zero < 16; ++zero, ++report.cases) {
+      const int tile = int(i + uint32_t(zero)) % 4, z1 = int(other + uint32_t(zero)) % 16;
+      const Zeros<bfloat, 4> zeros = zeros_of<bfloat, 4>(tile, zero, z1);
+      uint32_t a[4];
+      dequantize<bfloat, 4>(q, 0, zeros.pattern(tile, 0), zeros.pattern(tile, 1), a);
+      if (!is_operand<bfloat, 4>(a, codes, zero, z1)) report.fail("word " + std::to_string(q));
+    }
+  }
+}
+
+// All pairs of a code and a zero point, in all positions.
+template <bool bfloat>
+void check_bytes(Report& report) {
+  for (int i = 0; i < 65536; ++i) {
+    for (int e = 0; e < 8; ++e, ++report.cases) {
+      const int tile = (i + e) % 4, zero = i >> 8, other = (i * 7 + e) % 256;
+      const Zeros<bfloat, 8> zeros = e / 2 % 2 ? zeros_of<bfloat, 8>(tile, other, zero)
+                                               : zeros_of<bfloat, 8>(tile, zero, other);
+      int codes[8];
+      uint32_t q[2] = {0, 0}, a[4];
+      for (int j = 0; j < 8; ++j) {
+        codes[j] = (i + (j - e) * 37) & 255;
+        q[j / 4] |= uint32_t(codes[j]) << (8 * (j % 4));
+      }
+      dequantize<bfloat, 8>(q[0], q[1], zeros.pattern(tile, 0), zeros.pattern(tile, 1), a);
+      const bool right = e / 2 % 2 ? is_operand<bfloat, 8>(a, codes, other, zero)
+                                   : is_operand<bfloat, 8>(a, codes, zero, other);
+      if (!right) report.fail("code " + std::to_string(i & 255) + " zero point " + std::to_string(zero));
+    }
+  }
+}
+
+int64_t check_dequantization() {
+  Report reports[] = {{"4 bits to fp16"}, {"4 bits to bf16"}, {"8 bits to fp16"}, {"8 bits to bf16"}};
+  check_nibbles<false>(reports[0]);
+  check_nibbles<true>(reports[1]);
+  check_bytes<false>(reports[2]);
+  check_bytes<true>(reports[3]);
+  int64_t failures = 0;
+  for (const Report& report : reports) {
+    std::printf("%-16s %lld cases, %lld failures\n", report.name, (long long)report.cases, (long long)report.failures);
+    failures += report.failures;
+  }
+  return failures;
+}
+
+// ---- The kernel
+
+using Kernel = void (*)(const DecodeArguments&);
+
+template <Element element, int bits>
+Kernel kernel_of(int tokens) {
+  switch (tokens) {
+    case 8: return decode<element, bits, 1>;
+    case 16: return decode<element, bits, 2>;
+    case 32: return decode<element, bits, 4>;
+    default: return decode<element, bits, 8>;
+  }
+}
+
+Kernel kernel_of(const Case& c) {
+  const bool four = c.bits == 4;
+  switch (c.element) {
+    case Element::kHalf: return four ? kernel_of<Element::kHalf, 4>(c.tokens) : kernel_of<Element::kHalf, 8>(c.tokens);
+    case Element::kBfloat16:
+      return four ? kernel_of<Element::kBfloat16, 4>(c.tokens) : kernel_of<Element::kBfloat16, 8>(c.tokens);
+    default: return four ? kernel_of<Element::kFloat, 4>(c.tokens) : kernel_of<Element::kFloat, 8>(c.tokens);
+  }
+}
+
+// y on the emulator, between guard zones of poison. Throws emulator::Error.
+std::vector<uint8_t> run(const Product& p, uint64_t seed, Report& report) {
+  const Case& c = p.c;
+  DecodeArguments a = decode_arguments(p.layout, c.m, c.split, c.stages);
+  const int blocks = decode_blocks(c.tokens), grid_n = (a.blocks + blocks - 1) / blocks;
+  const int grid_m = int((c.m + c.tokens - 1) / c.tokens);
+  const size_t bytes = size_t(c.m * c.n) * size_t(p.numbers.width()), guard = 64;
+  std::vector<uint8_t> y(bytes + 2 * guard, 0xff);
+  std::vector<float> partials(size_t(c.split) * size_t(grid_m * c.tokens) * size_t(a.padded_n) + 4, std::nanf(""));
+  std::vector<uint32_t> counters(size_t(grid_n * grid_m), 0);
+  a.codes = p.codes, a.scales = p.scales, a.zeros = p.zeros;
+  a.x = reinterpret_cast<const uint16_t*>(p.x);
+  a.y = y.data() + guard;
+  a.bias = c.bias ? p.bias.data() : nullptr;
+  a.row_factor = c.element == Element::kFloat ? p.row_factor.data() : nullptr;
+  a.partials = partials.data() + (reinterpret_cast<uintptr_t>(partials.data()) % 16 ? 2 : 0);
+  a.counters = counters.data();
+  emulator::Globals globals;
+  globals.add(p.codes, size_t(p.layout.codes_bytes()), "codes");
+  globals.add(p.scales, size_t(p.layout.scales_bytes()), "scales");
+  globals.add(p.zeros, size_t(p.layout.zeros_bytes()), "zeros");
+  globals.add(p.x, p.x_bytes(), "x");
+  globals.add(p.bias.data(), p.bias.size(), "bias");
+  globals.add(p.row_factor.data(), p.row_factor.size() * 4, "row_factor");
+  globals.add_written(a.y, bytes, "y");
+  globals.add_written(a.partials, (partials.size() - 4) * 4, "partials");
+  globals.add_written(a.counters, counters.size() * 4, "counters");
+  const int shared = decode_shared_bytes(c.element, c.bits, c.tokens, c.stages);
+  const Kernel kernel = kernel_of(c);
+  emulator::run({{grid_n, c.split, grid_m}, decode_threads(c.tokens), shared, seed}, globals, [&] { kernel(a); });
+  for (size_t i = 0; i < guard; ++i) {
+    if (y[i] != 0xff || y[y.size() - 1 - i] != 0xff) report.fail("guard zone written: " + c.text());
+  }
+  for (uint32_t counter : counters) {
+    if (counter) report.fail("a counter is left: " + c.text());
+  }
+  return {y.begin() + long(guard), y.end() - long(guard)};
+}
+
+void compare(const Product& p, const std::vector<uint8_t>& y, Report& report, double& worst) {
+  for (size_t i = 0; i < p.y.size(); ++i) {
+    const double value = double(p.numbers.get(y.data(), i)), wanted = p.y[i];
+    const double slack = p.numbers.rounding() * std::fabs(wanted) + p.numbers.smallest();
+    if (std::fabs(wanted) > p.numbers.largest() && std::isinf(value) && value * wanted > 0) continue;
+    const double error = std::fmax(0.0, std::fabs(value - wanted) - slack) / std::fmax(p.magnitude[i], 1e-30);
+    worst = std::isnan(error) ? error : std::fmax(worst, error);
+    if (!(error <= kLimit)) {
+      return report.fail(p.c.text() + ": y[" + std::to_string(i) + "] is " + std::to_string(value) + ", not " +
+                         std::to_string(wanted));
+    }
+  }
+}
+
+// Every m with both ways of n and k, the other properties in turn.
+std::vector<Case> cases(Element element, int bits) {
+  const int64_t ms[] = {1, 2, 7, 8, 9, 16, 17, 33, 64, 65}, ns[] = {1, 63, 64, 65, 130};
+  const int64_t ks[] = {64, 192, 576, 640, 1088}, blocks[] = {32, 64, 128, 256, 0, 16, 192};
+  std::vector<Case> all;
+  for (int i = 0; i < 70; ++i) {
+    const int64_t m = ms[i % 10], k = ks[(i / 2 + i / 10) % 5], block = blocks[(i + i / 7) % 7];
+    const int fitting = m > 32 ? 64 : m > 16 ? 32 : m > 8 ? 16 : 8;
+    const int tokens = i % 4 == 3 && fitting > 8 ? fitting / 2 : fitting;
+    all.push_back({m, k, ns[(i + i / 5) % 5], block && block < k ? block : k, bits, element, i % 3 == 0, i % 2 == 0,
+                   i % 5 < 2, i % 7 == 4, tokens, kMinStages + i % 3, 1 + i / 3 % 5,
+                   uint64_t(i + 100 * bits + 1000 * int(element))});
+  }
+  return all;
+}
+
+int64_t check_kernel(const char* name, Element element, int bits) {
+  Report report = {name};
+  double worst = 0;
+  for (const Case& c : cases(element, bits)) {
+    ++report.cases;
+    Product p(c);
+    if (sabotage == "code") p.codes[0] ^= 1;
+    if (sabotage == "scale") p.scales[1] ^= 0x10;
+    try {
+      const std::vector<uint8_t> y = run(p, c.seed, report);
+      compare(p, y, report, worst);
+      if (y != run(p, c.seed + 12345, report)) report.fail("another order of blocks, other bits: " + c.text());
+    } catch (const emulator::Error& error) {
+      report.fail(c.text() + ": " + error.what());
+    }
+  }
+  std::printf("%-16s %lld cases, %lld failures, worst error %.1e of sum |x w| (limit %.0e)\n", name,
+              (long long)report.cases, (long long)report.failures, worst, kLimit);
+  std::fflush(stdout);
+  return report.failures;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 3 && std::strcmp(argv[1], "--sabotage") == 0) sabotage = argv[2];
+  int64_t failures = check_dequantization();
+  failures += check_kernel("decode fp16 4", Element::kHalf, 4);
+  failures += check_kernel("decode fp16 8", Element::kHalf, 8);
+  failures += check_kernel("decode bf16 4", Element::kBfloat16, 4);
+  failures += check_kernel("decode bf16 8", Element::kBfloat16, 8);
+  failures += check_kernel("decode fp32 4", Element::kFloat, 4);
+  failures += check_kernel("decode fp32 8", Element::kFloat, 8);
+  return failures ? 1 : 0;
+}
