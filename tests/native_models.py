@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -107,6 +108,21 @@ class Case:
 
     def expected(self, x: np.ndarray) -> np.ndarray:
         return x.astype(np.float64) @ self.weight() + self.arrays.get("bias", np.zeros(1)).astype(np.float64)
+
+
+def bfloat16_model(case: Case) -> onnx.ModelProto:
+    """The case's node between casts from and to float; scale and bias are rounded to bfloat16 in the case, too."""
+    proto = case.proto()
+    for tensor in proto.graph.initializer:
+        if tensor.name in ("scale", "bias"):
+            rounded = case.arrays[tensor.name].astype(ml_dtypes.bfloat16)
+            case.arrays[tensor.name] = rounded.astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
+    (node,) = proto.graph.node
+    node.input[0], node.output[0] = "x16", "y16"
+    proto.graph.node.insert(0, helper.make_node("Cast", ["x"], ["x16"], to=TensorProto.BFLOAT16))
+    proto.graph.node.append(helper.make_node("Cast", ["y16"], ["y"], to=TensorProto.FLOAT))
+    return proto
 
 
 def open_session(model: bytes | Path, library: Path | None, threads: int = 1) -> ort.InferenceSession:

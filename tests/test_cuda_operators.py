@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cuda_host import on_host
-from native_models import Case, native_library, open_session, relative
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from native_models import Case, bfloat16_model, native_library, open_session, relative
+from onnx import TensorProto, helper
 from test_operators import MALFORMED, OPERATORS
 
 from qcompile.runtime.library import cuda_architectures
@@ -23,26 +23,11 @@ def library() -> Path:
     return on_host()
 
 
-def _bfloat16(case: Case) -> ModelProto:
-    """The case's node between casts from and to float; scale and bias are rounded to bfloat16 in the case, too."""
-    proto = case.proto()
-    for tensor in proto.graph.initializer:
-        if tensor.name in ("scale", "bias"):
-            rounded = case.arrays[tensor.name].astype(ml_dtypes.bfloat16)
-            case.arrays[tensor.name] = rounded.astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
-    (node,) = proto.graph.node
-    node.input[0], node.output[0] = "x16", "y16"
-    proto.graph.node.insert(0, helper.make_node("Cast", ["x"], ["x16"], to=TensorProto.BFLOAT16))
-    proto.graph.node.append(helper.make_node("Cast", ["y16"], ["y"], to=TensorProto.FLOAT))
-    return proto
-
-
 def _check(case: Case, library: Path, *leading: int, element: str = "float") -> np.ndarray:
     x = case.x(*leading)
     if element == "bfloat16":
         x = x.astype(ml_dtypes.bfloat16).astype(np.float32)
-    proto = _bfloat16(case) if element == "bfloat16" else case.proto()
+    proto = bfloat16_model(case) if element == "bfloat16" else case.proto()
     (y,) = open_session(proto.SerializeToString(), library).run(None, {"x": x})
     assert relative(y, case.expected(x)) < TOLERANCES[element]
     return y
@@ -146,4 +131,4 @@ def test_bfloat16_has_no_operator_on_the_cpu() -> None:
     if not cuda_architectures(built):
         pytest.skip("the library was built without CUDA, and knows no bfloat16")
     with pytest.raises(Exception, match=r"Could not find an implementation for MatMulInt4\(1\) node"):
-        open_session(_bfloat16(Case()).SerializeToString(), built)
+        open_session(bfloat16_model(Case()).SerializeToString(), built)
