@@ -29,15 +29,15 @@ bool verbose = false;
 
 struct Case {
   int64_t m, k, n, block_size;
-  int tokens;
+  int tokens, split;
   Element element;
   bool bias;
   uint64_t seed;
 
   std::string text() const {
     char line[160];
-    std::snprintf(line, sizeof line, "m %d k %d n %d block %d tokens %d%s seed %d", int(m), int(k), int(n),
-                  int(block_size), tokens, bias ? " bias" : "", int(seed));
+    std::snprintf(line, sizeof line, "m %d k %d n %d block %d tokens %d split %d%s seed %d", int(m), int(k), int(n),
+                  int(block_size), tokens, split, bias ? " bias" : "", int(seed));
     return line;
   }
 };
@@ -56,6 +56,9 @@ struct Data {
         codes(size_t(layout.codes_bytes())), zeros(size_t(layout.zeros_bytes())),
         scales(size_t(layout.groups() * layout.padded_n)), x(size_t(c.m * stride)), bias(size_t(c.n)),
         y(size_t(c.m * c.n), 0xffff), w(size_t(c.k * c.n)) {
+    const int64_t tiles = (c.m + c.tokens - 1) / c.tokens;
+    partials.assign(size_t(hopper::partials_bytes(layout, tiles, c.tokens, c.split) / 4), NAN);
+    counters.assign(size_t(tiles * ((layout.blocks() + 1) / 2)), 0);
     for (uint8_t& byte : codes) byte = uint8_t(random.below(256));
     for (uint8_t& byte : zeros) byte = uint8_t(random.below(256));
     for (uint16_t& s : scales) {
@@ -80,6 +83,8 @@ struct Data {
   std::vector<uint8_t> codes, zeros;
   std::vector<uint16_t> scales, x, bias, y;
   std::vector<float> w;        // (k, n)
+  std::vector<float> partials;
+  std::vector<uint32_t> counters;
   std::vector<double> values;  // x (m, k)
 };
 
@@ -87,7 +92,8 @@ template <Element kElement, int kTokens>
 void launch(const Case& c, Data& data, sm90::Fault fault) {
   const sm90::TensorMap map = {data.x.data(), data.layout.padded_k, c.m, data.stride * 2, kStepK, kTokens};
   hopper::Arguments arguments = {data.layout, data.codes.data(), reinterpret_cast<const uint8_t*>(data.scales.data()),
-                                 data.zeros.data(), c.bias ? data.bias.data() : nullptr, data.y.data(), c.m};
+                                 data.zeros.data(), c.bias ? data.bias.data() : nullptr, data.y.data(), c.m,
+                                 data.partials.data(), data.counters.data()};
   emulator::Globals globals;
   globals.add(data.codes.data(), data.codes.size(), "codes");
   globals.add(data.scales.data(), data.scales.size() * 2, "scales");
@@ -95,8 +101,10 @@ void launch(const Case& c, Data& data, sm90::Fault fault) {
   globals.add(data.x.data(), data.x.size() * 2, "x");
   globals.add(data.bias.data(), data.bias.size() * 2, "bias");
   globals.add_written(data.y.data(), data.y.size() * 2, "y");
+  globals.add_written(data.partials.data(), data.partials.size() * 4, "partials");
+  globals.add_written(data.counters.data(), data.counters.size() * 4, "counters");
   emulator::Launch launch;
-  launch.grid = {int((data.layout.blocks() + 1) / 2), 1, int((c.m + kTokens - 1) / kTokens)};
+  launch.grid = {int((data.layout.blocks() + 1) / 2), c.split, int((c.m + kTokens - 1) / kTokens)};
   launch.threads = hopper::kThreads;
   launch.shared_bytes = int(hopper::shared_bytes(kTokens));
   launch.seed = c.seed;
@@ -138,6 +146,9 @@ std::string run_case(const Case& c, sm90::Fault fault, Report& report) {
   } catch (const emulator::Error& error) {
     return error.what();
   }
+  for (const uint32_t counter : data.counters) {
+    if (counter) return "counters are not zeros behind the kernel";
+  }
   std::vector<double> exact(data.w.begin(), data.w.end()), rounded(exact.size());
   for (size_t i = 0; i < exact.size(); ++i) {
     rounded[i] = double(to_number(c.element, to_bits(c.element, data.w[i])));
@@ -167,10 +178,11 @@ std::vector<Case> cases(Element element) {
   for (int i = 0; i < 42; ++i) {
     const int64_t k = depths[i % 8], block = blocks[i % 7];
     all.push_back({rows[(i + i / 7) % 7], k, columns[i % 6], block && block < k ? block : k,
-                   hopper::kTokenTiles[i % 3], element, i % 5 < 2, uint64_t(i + 1)});
+                   hopper::kTokenTiles[i % 3], i % 4 < 2 ? 1 : i % 4, element, i % 5 < 2, uint64_t(i + 1)});
   }
-  all.push_back({70, 1664, 200, 128, 64, element, true, 100});   // 12 stages, 26 steps
-  all.push_back({130, 1664, 130, 32, 128, element, false, 101});
+  all.push_back({70, 1664, 200, 128, 64, 1, element, true, 100});   // 12 stages, 26 steps
+  all.push_back({130, 1664, 130, 32, 128, 1, element, false, 101});
+  all.push_back({70, 640, 128, 128, 64, 7, element, true, 102});      // 2 steps a CTA; none for the last two
   return all;
 }
 
@@ -196,10 +208,10 @@ bool check_faults() {
   static const char* names[sm90::kFaults] = {
       "",           "no wait for full stages", "no wait for empty stages", "wrong parity",         "wrong stride",
       "no swizzle", "wrong address",           "no wgmma_wait<1>",         "no wgmma_wait<0>",     "no wgmma_fence",
-      "no warpgroup_barrier", "fewer bytes"};
+      "no threads_barrier", "fewer bytes"};
   int missed = 0;
   for (int fault = 1; fault < sm90::kFaults; ++fault) {
-    const Case c = {65, 640, 128, 128, 256, Element::kHalf, false, uint64_t(fault)};
+    const Case c = {65, 640, 128, 128, 256, 1, Element::kHalf, false, uint64_t(fault)};
     Report unused;
     const std::string noticed = run_case(c, sm90::Fault(fault), unused);
     missed += noticed.empty();

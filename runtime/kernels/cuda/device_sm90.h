@@ -84,8 +84,10 @@ QCOMPILE_DEVICE void registers_increase() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// Barrier `id` (1 … 15) of the 128 threads of a warpgroup.
-QCOMPILE_DEVICE void warpgroup_barrier(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+// Barrier `id` (1 … 15) of threads first … first + count - 1, whole warps.
+QCOMPILE_DEVICE void threads_barrier(int id, int /* first */, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
 
 // ---- wgmma
 

@@ -138,19 +138,19 @@ void copy_tile(uint32_t shared, const TensorMap* map, int32_t column, int32_t ro
 
 void warpgroup_meets(const char* name) { meet(name, self().id / 128 * 128, 128, nullptr, [](void**) {}); }
 
-void warpgroup_barrier(int id) {
-  if (planted == Fault::kNoWarpgroupBarrier) return;
+void threads_barrier(int id, int first, int count) {
+  if (planted == Fault::kNoThreadsBarrier) return;
   static const char* names[] = {"barrier 0", "barrier 1", "barrier 2", "barrier 3"};
   if (id < 1 || id > 3) fail("meets at a barrier that the emulator has not");
-  meet(names[id], self().id / 128 * 128, 128, &self(), [](void** all) {
+  meet(names[id], first, count, &self(), [count](void** all) {
     std::vector<uint32_t> times(block().threads.size());
-    for (int i = 0; i < 128; ++i) {
+    for (int i = 0; i < count; ++i) {
       Thread& thread = *static_cast<Thread*>(all[i]);
       thread.seen.resize(times.size());
       thread.seen[size_t(thread.id)] = thread.clock++;
       for (size_t j = 0; j < times.size(); ++j) times[j] = std::max(times[j], thread.seen[j]);
     }
-    for (int i = 0; i < 128; ++i) static_cast<Thread*>(all[i])->seen = times;
+    for (int i = 0; i < count; ++i) static_cast<Thread*>(all[i])->seen = times;
   });
 }
 

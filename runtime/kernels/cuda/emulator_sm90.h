@@ -32,7 +32,7 @@ enum class Fault {
   kNoWgmmaWait,        // wgmma_wait<1> returns at once
   kNoFinalWait,        // wgmma_wait<0> returns at once
   kNoWgmmaFence,
-  kNoWarpgroupBarrier,
+  kNoThreadsBarrier,
   kFewerBytes,         // the barrier expects 16 bytes less than are copied
 };
 constexpr int kFaults = 12;
@@ -60,7 +60,7 @@ template <int kCount>
 void registers_increase() {
   warpgroup_meets("registers_increase");
 }
-void warpgroup_barrier(int id);
+void threads_barrier(int id, int first, int count);
 
 template <typename T, int kCount>
 void settle(T (&)[kCount]) {}

@@ -89,7 +89,7 @@ cudaError_t describe_x(const Product& product, int tokens, CUtensorMap* map) {
 
 cudaError_t launch_hopper(const Plan& plan, const Product& product, cudaStream_t stream) {
   Kernel* const kernel = find_kernel(product.layout.element, plan.tokens);
-  if (!kernel || !hopper::supports(product.layout) || plan.split != 1) return cudaErrorNotSupported;
+  if (!kernel || !hopper::supports(product.layout) || plan.split < 1) return cudaErrorNotSupported;
   cudaError_t error = allow_shared(*kernel);
   if (error != cudaSuccess) return error;
   CUtensorMap map;
@@ -101,9 +101,11 @@ cudaError_t launch_hopper(const Plan& plan, const Product& product, cudaStream_t
                                  static_cast<const uint8_t*>(product.zeros),
                                  static_cast<const uint16_t*>(product.bias),
                                  static_cast<uint16_t*>(product.y),
-                                 product.m};
+                                 product.m,
+                                 product.partials,
+                                 product.counters};
   void* parameters[] = {&map, &arguments};
-  const dim3 grid(unsigned(plan.grid_n), 1, unsigned(plan.grid_m)), block(hopper::kThreads);
+  const dim3 grid(unsigned(plan.grid_n), unsigned(plan.split), unsigned(plan.grid_m)), block(hopper::kThreads);
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel->function), grid, block, parameters,
                           size_t(hopper::shared_bytes(plan.tokens)), stream);
 }

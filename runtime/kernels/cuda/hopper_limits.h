@@ -33,7 +33,15 @@ constexpr int kChunkTokens = 32;
 constexpr int kChunkRowBytes = kBlockN * 2 + 16;
 constexpr int kChunkBytes = kChunkTokens * kChunkRowBytes;
 
-constexpr int kBarriers = 2;  // of a stage: full and empty
+constexpr int kBarriers = 2;   // of a stage: full and empty
+constexpr int kFlagBytes = 8;  // tells the warpgroups which CTA of a split sum is last
+
+// Sums over k may be split between CTAs (Plan::split): each takes ceil(steps / split) steps of 64 k, and the last one
+// adds up. Plan::counters is then one for each tile of the grid, grid_n * grid_m, and partial sums take partials_bytes;
+// they lie as the accumulators do, not as rows.
+QCOMPILE_HD int64_t partials_bytes(const Layout& layout, int64_t grid_m, int tokens, int split) {
+  return split > 1 ? grid_m * split * tokens * layout.padded_n * 4 : 0;
+}
 
 // Enough stages to hide the latency of memory (a step of 256 tokens takes some 1000 clocks, of 64 tokens 250), and no
 // more than fit.
@@ -41,7 +49,7 @@ constexpr int stages(int tokens) { return tokens == 256 ? 5 : tokens == 128 ? 8 
 
 constexpr int64_t shared_bytes(int tokens) {
   const int64_t in_stages = int64_t(stages(tokens)) * (stage_bytes(tokens) + kBarriers * 8);
-  return kSwizzleBytes + in_stages + kConsumers * kChunkBytes;  // the first term: to align
+  return kSwizzleBytes + in_stages + kConsumers * kChunkBytes + kFlagBytes;  // the first term: to align
 }
 
 static_assert(shared_bytes(64) <= kSharedLimit && shared_bytes(128) <= kSharedLimit, "stages do not fit");
