@@ -36,7 +36,7 @@ build() {
 gpu_tests() {
   step test 150 python3 -m pytest -m gpu --noconftest -p no:cacheprovider -q -x --maxfail=8 \
     -k "not sanitizer" tests/test_cuda_gpu.py
-  step sessions 40 python3 -m pytest -m gpu -p no:cacheprovider -q --maxfail=8 tests/test_cuda_gpu_sessions.py
+  step sessions 40 python3 -m pytest -m gpu -p no:cacheprovider -q --maxfail=8 tests/test_cuda_gpu_sessions.py tests/test_cuda_gpu_calibrate.py
 }
 
 sanitize() {
