@@ -59,15 +59,14 @@ QCOMPILE_DEVICE void convert(uint32_t block, bool two_groups, int tile, int lane
   const uint32_t scales = block + kCodeBytes + uint32_t(lane / 4 * 16 + tile * 4);
   const uint32_t zeros = block + kCodeBytes + kScaleBytes + uint32_t(lane / 4 * 4);
   const int nibble = 4 * zero_nibble(tile, 0);
-  QCOMPILE_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t second = two_groups ? uint32_t(half) : 0;
-    const uint32_t scale = load_shared(scales + second * (kBlockN * 2));
-    const uint32_t zero = load_shared(zeros + second * (kBlockN / 2));
-    const GroupOfLane group = make_group<kElement>(scale, zero >> nibble);
-    dequantize<kElement>(words[2 * half], group, fragments.a[2 * half]);
-    dequantize<kElement>(words[2 * half + 1], group, fragments.a[2 * half + 1]);
+  GroupOfLane group = make_group<kElement>(load_shared(scales), load_shared(zeros) >> nibble);
+  dequantize<kElement>(words[0], group, fragments.a[0]);
+  dequantize<kElement>(words[1], group, fragments.a[1]);
+  if (two_groups) {  // the same for all threads
+    group = make_group<kElement>(load_shared(scales + kBlockN * 2), load_shared(zeros + kBlockN / 2) >> nibble);
   }
+  dequantize<kElement>(words[2], group, fragments.a[2]);
+  dequantize<kElement>(words[3], group, fragments.a[3]);
 }
 
 // Descriptor of a tile of x for wgmma (PTX ISA, matrix descriptor): its address, K-major with a 128-byte swizzle: rows
