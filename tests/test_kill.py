@@ -61,7 +61,7 @@ def test_kill_at_random_moments(bench: Any) -> None:
         seconds = _duration(source, output, text, bits)
         known[bits] = _pair(output)
     assert known[4] != known[8]
-    assert len(list(out.iterdir())) == 3
+    assert len(list(out.iterdir())) == 4
     random_moments, outcomes = random.Random(0), []
     for number in range(KILLS):
         bits = 8 if _pair(output) == known[4] else 4
@@ -76,7 +76,7 @@ def test_kill_at_random_moments(bench: Any) -> None:
         assert after in known.values()
         assert process.exitcode != 0 or after == known[bits]
         outcomes.append(after == known[bits])
-        assert len(list(out.iterdir())) <= 11, "what killed runs leave is removed by the next, not piled up"
+        assert len(list(out.iterdir())) <= 12, "what killed runs leave is removed by the next, not piled up"
     assert set(outcomes) == {True, False}, "some kills came before the switch and some after it"
     _duration(source, output, text, 4)
     assert sorted(path.name for path in out.iterdir()) == sorted(
