@@ -1,0 +1,128 @@
+// The launches of launch.h on the emulator, with the grids and arguments of the .cu files. Over when they return.
+
+#include <functional>
+#include <mutex>
+
+#include "../decode.h"
+#include "../decode_epilogue.h"
+#include "../launch.h"
+#include "../rows.h"
+
+namespace qcompile::cuda {
+namespace {
+
+int64_t width(Element element) { return element == Element::kFloat ? 4 : 2; }
+
+void add(emulator::Globals& globals, const void* data, int64_t bytes, const char* name) {
+  if (data) globals.add(data, size_t(bytes), name);
+}
+void add_written(emulator::Globals& globals, void* data, int64_t bytes, const char* name) {
+  if (data) globals.add_written(data, size_t(bytes), name);
+}
+void add_weight(emulator::Globals& globals, const Layout& layout, const void* codes, const void* scales,
+                const void* zeros) {
+  add(globals, codes, layout.codes_bytes(), "codes");
+  add(globals, scales, layout.scales_bytes(), "scales");
+  add(globals, zeros, layout.zeros_bytes(), "zeros");
+}
+
+// Blocks come in another order each time. Throws emulator::Error.
+cudaError_t emulate(emulator::Launch launch, emulator::Globals& globals, const std::function<void()>& kernel) {
+  static std::mutex mutex;  // the emulator runs one launch at a time
+  static uint64_t launches = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  launch.seed = ++launches;
+  emulator::run(launch, globals, kernel);
+  return cudaSuccess;
+}
+
+// The kernel of the element type, of the three in their order.
+template <typename Kernel>
+Kernel of_element(Element element, Kernel half, Kernel bfloat, Kernel single) {
+  return element == Element::kHalf ? half : element == Element::kBfloat16 ? bfloat : single;
+}
+
+using Decoder = void (*)(const DecodeArguments&);
+
+template <Element element, int bits>
+Decoder decoder(int tokens) {
+  return tokens == 8    ? decode<element, bits, 1>
+         : tokens == 16 ? decode<element, bits, 2>
+         : tokens == 32 ? decode<element, bits, 4>
+                        : decode<element, bits, 8>;
+}
+
+template <int bits>
+Decoder decoder(Element element, int tokens) {
+  return of_element(element, decoder<Element::kHalf, bits>, decoder<Element::kBfloat16, bits>,
+                    decoder<Element::kFloat, bits>)(tokens);
+}
+
+}  // namespace
+
+cudaError_t allow_shared_memory() { return cudaSuccess; }
+
+cudaError_t launch_decode(const Plan& plan, const Product& p, cudaStream_t) {
+  const Layout& layout = p.layout;
+  DecodeArguments a = decode_arguments(layout, p.m, plan.split, plan.stages);
+  a.codes = static_cast<const uint8_t*>(p.codes);
+  a.scales = static_cast<const uint8_t*>(p.scales);
+  a.zeros = static_cast<const uint8_t*>(p.zeros);
+  a.x = static_cast<const uint16_t*>(p.x);
+  a.x_stride = p.x_stride;
+  a.y = p.y;
+  a.bias = p.bias;
+  a.row_factor = p.row_factor;
+  a.partials = p.partials;
+  a.counters = p.counters;
+  emulator::Globals globals;
+  add_weight(globals, layout, p.codes, p.scales, p.zeros);
+  add(globals, p.x, p.m * p.x_stride * 2, "x");
+  add(globals, p.bias, layout.n * width(layout.element), "bias");
+  add(globals, p.row_factor, p.m * 4, "row_factor");
+  add_written(globals, p.y, p.m * layout.n * width(layout.element), "y");
+  add_written(globals, p.partials, plan.scratch_bytes, "partials");
+  add_written(globals, p.counters, plan.counters * 4, "counters");
+  const Decoder kernel = (layout.bits == 4 ? decoder<4> : decoder<8>)(layout.element, plan.tokens);
+  const emulator::Index grid = {int(plan.grid_n), plan.split, int(plan.grid_m)};
+  return emulate({grid, plan.threads, int(plan.shared_bytes)}, globals, [&] { kernel(a); });
+}
+
+cudaError_t launch_hopper(const Plan&, const Product&, cudaStream_t) { return cudaErrorInvalidValue; }
+
+cudaError_t launch_prepare(const Layout& layout, const void* x, int64_t m, void* prepared, float* row_factor,
+                           cudaStream_t) {
+  emulator::Globals globals;
+  add(globals, x, m * layout.k * width(layout.element), "x");
+  add_written(globals, prepared, m * layout.padded_k * 2, "prepared");
+  add_written(globals, row_factor, m * 4, "row_factor");
+  const auto kernel = of_element(layout.element, prepare_row<Element::kHalf>, prepare_row<Element::kBfloat16>,
+                                 prepare_row<Element::kFloat>);
+  return emulate({{int(m), 1, 1}, kRowThreads, kPrepareShared}, globals,
+                 [&] { kernel(layout, x, prepared, row_factor); });
+}
+
+cudaError_t launch_dequantize(const Layout& layout, const void* codes, const void* scales, const void* zeros,
+                              int64_t first, int64_t count, void* out, cudaStream_t) {
+  emulator::Globals globals;
+  add_weight(globals, layout, codes, scales, zeros);
+  add_written(globals, out, count * layout.padded_k * 2, "out");
+  const auto kernel = of_element(layout.element, dequantize_step<Element::kHalf>, dequantize_step<Element::kBfloat16>,
+                                 dequantize_step<Element::kFloat>);
+  const emulator::Index grid = {int(layout.steps()), int(round_up(count, kBlockN) / kBlockN), 1};
+  return emulate({grid, kDequantizeThreads, kDequantizeShared}, globals,
+                 [&] { kernel(layout, codes, scales, zeros, first, count, out); });
+}
+
+cudaError_t launch_finish(const Product& p, cudaStream_t) {
+  const Layout& layout = p.layout;
+  emulator::Globals globals;
+  add(globals, p.bias, layout.n * width(layout.element), "bias");
+  add(globals, p.row_factor, p.m * 4, "row_factor");
+  add_written(globals, p.y, p.m * layout.n * width(layout.element), "y");
+  const auto kernel = of_element(layout.element, finish_row<Element::kHalf>, finish_row<Element::kBfloat16>,
+                                 finish_row<Element::kFloat>);
+  return emulate({{int(p.m), 1, 1}, kRowThreads, 0}, globals, [&] { kernel(layout.n, p.y, p.row_factor, p.bias); });
+}
+
+}  // namespace qcompile::cuda
