@@ -1,7 +1,6 @@
 #include "cublas.h"
 
 #include <dlfcn.h>
-#include <library_types.h>
 
 #include <limits>
 #include <map>
@@ -18,6 +17,7 @@ using Handle = void*;
 constexpr int kOpN = 0, kOpT = 1;  // cublasOperation_t
 constexpr int kCompute32F = 68;    // cublasComputeType_t
 constexpr int kDefaultAlgorithm = -1;
+constexpr int kReal32F = 0, kReal16F = 2, kReal16BF = 14;  // cudaDataType_t
 // cublasMath_t: sums that are cut over k are added in fp32, though y is fp16.
 constexpr int kNoReducedPrecision = 16;
 
@@ -26,8 +26,9 @@ struct Functions {
   int (*set_stream)(Handle, cudaStream_t);
   int (*set_workspace)(Handle, void*, size_t);
   int (*set_math_mode)(Handle, int);
-  int (*gemm)(Handle, int, int, int, int, int, const void*, const void*, cudaDataType, int, const void*, cudaDataType,
-              int, const void*, void*, cudaDataType, int, int, int);
+  // op a, op b; m, n, k; alpha; a, its type, its stride; b; beta; c; type of sums, algorithm
+  int (*gemm)(Handle, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int, const void*,
+              void*, int, int, int, int);
 };
 
 // A library that the process has already (ONNX Runtime's, PyTorch's) rather than another one of it.
@@ -108,8 +109,8 @@ void cublas_multiply(int device, const CublasProduct& product, void* workspace, 
   const Handle handle = handles().of_device.at(device);
   check(cublas.set_stream(handle, stream), "cublasSetStream");  // takes the workspace away, so this comes first
   check(cublas.set_workspace(handle, workspace, workspace_bytes), "cublasSetWorkspace");
-  const cudaDataType operand = product.element == Element::kBfloat16 ? CUDA_R_16BF : CUDA_R_16F;
-  const cudaDataType result = product.element == Element::kFloat ? CUDA_R_32F : operand;
+  const int operand = product.element == Element::kBfloat16 ? kReal16BF : kReal16F;
+  const int result = product.element == Element::kFloat ? kReal32F : operand;
   const float one = 1, zero = 0;
   // cuBLAS's matrices lie in columns: it computes yᵀ (n, m) = w xᵀ, and sees w as its transpose.
   check(cublas.gemm(handle, kOpT, kOpN, as_int(product.n), as_int(product.m), as_int(product.k), &one, product.w,

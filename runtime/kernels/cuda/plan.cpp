@@ -12,6 +12,8 @@ namespace {
 // ---- How kDecode is cut (decode_shape.h)
 
 constexpr int kMinUnits = 3;         // of a CTA: fewer do not fill its pipeline
+constexpr int64_t kMaxK = int64_t(1) << 21;          // padded; as far as decode.h's division by the group is exact
+constexpr int64_t kMaxN = (int64_t(1) << 31) - 128;  // padded; its columns are ints
 constexpr int kMaxSplit = 16;        // partial sums are read back one after another
 constexpr int kMaxCtas = 4;          // of a multiprocessor, where sums are split: more CTAs do not read faster
 constexpr int64_t kReserved = 1024;  // bytes of shared memory that a resident CTA costs beside its own
@@ -124,6 +126,9 @@ Plan decode_tile(const Layout& layout, int64_t m, const Machine& machine, Tile& 
 int without_empty(int64_t units, int64_t split) { return int(div_up(units, div_up(units, split))); }
 
 Plan decode_plan(const Layout& layout, int64_t m, const Machine& machine) {
+  if (layout.padded_k > kMaxK || layout.padded_n > kMaxN) {
+    throw std::runtime_error("the weight is too large: 2^21 rows (filled up) are computed at most");
+  }
   Tile tile;
   Plan plan = decode_tile(layout, m, machine, tile);
   plan.grid_n = div_up(layout.padded_n, plan.block_n);
