@@ -4,6 +4,10 @@ PYTHON ?= python3
 # has no wheel (another platform, a newer Python), the Makefile takes whatever `torch` there is.
 TORCH ?= torch==2.13.0
 EXTRAS ?= cpu,export,dev
+# AUTO: kernels for the CUDA provider where nvcc works (docs/cuda.md); ON, OFF. In the checkout only for the oldest and the
+# newest GPUs, which takes the compiler a fraction of the wheel's five architectures: CUDA_ARCHITECTURES=90a-real for one.
+CUDA ?= AUTO
+CUDA_ARCHITECTURES ?= 80-real;90a-real
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -28,13 +32,13 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 wheel: $(STAMP)
-	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m build --wheel --outdir dist --config-setting=cmake.define.QCOMPILE_CUDA=$(CUDA) .
 
 clean:
 	rm -rf .venv build dist demo-output
 
 # The install is editable: Python is read where it lies. A change of dependencies or of the kernels needs it again.
-$(STAMP): pyproject.toml $(wildcard runtime/kernels/*)
+$(STAMP): pyproject.toml $(wildcard runtime/kernels/*) $(wildcard runtime/kernels/cuda/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "qcompile needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
@@ -42,5 +46,7 @@ $(STAMP): pyproject.toml $(wildcard runtime/kernels/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)" || $(BIN)/python -m pip install --quiet torch
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" \
+	    --config-settings=cmake.define.QCOMPILE_CUDA=$(CUDA) \
+	    "--config-settings=cmake.define.QCOMPILE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)"
 	@touch $@
