@@ -46,11 +46,11 @@ cudaError_t allow_shared(Kernel& kernel) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  const uint64_t bit = uint64_t(1) << (device % 64);
+  const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
   if (kernel.allowed & bit) return cudaSuccess;
   error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                int(hopper::shared_bytes(kernel.tokens)));
-  if (error == cudaSuccess && device < 64) kernel.allowed |= bit;
+  if (error == cudaSuccess) kernel.allowed |= bit;
   return error;
 }
 
