@@ -23,7 +23,7 @@ namespace {
 
 // Errors of a row of y, relative to what |y| is for independent x and W, beyond the rounding of y itself.
 constexpr double kLimitSums = 1e-6;                   // against W rounded to the element: order of fp32 sums
-constexpr double kLimitWeights[] = {3.0e-4, 2.4e-3};  // against W itself, which is rounded to 11 bits (fp16), 8 (bf16)
+constexpr double kLimitWeights[] = {0x1p-11, 0x1p-8};  // against W itself: what rounding to fp16 or bf16 does at most
 
 bool verbose = false;
 
