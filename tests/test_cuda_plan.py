@@ -105,6 +105,17 @@ MACHINE = st.sampled_from(list(MACHINES.values()))
 ROWS = st.one_of(st.integers(1, 300), st.integers(1, 70000), st.sampled_from([8, 16, 32, 64, MAX_ROWS, 1 << 31]))
 
 
+def _check_split(weight: Weight, plan: Plan, units: int, least: int) -> None:
+    """Each CTA of a sum takes as many units, and even the last one has some; scratch and counters for all."""
+    each = -(-units // plan.split)
+    assert (plan.split - 1) * each < units <= plan.split * each
+    assert 1 <= plan.split <= 16
+    assert plan.split == 1 or each >= least
+    assert max(plan.grid_m, plan.split) < 1 << 16, "gridDim.y and z"
+    sums = plan.split * plan.grid_m * plan.tokens * weight.padded_n * 4
+    assert (plan.scratch_bytes, plan.counters) == ((sums, plan.grid_n * plan.grid_m) if plan.split > 1 else (0, 0))
+
+
 def _stage_bytes(weight: Weight, tokens: int, block_n: int) -> int:
     """Codes of 256 k, rows of x with 16 bytes of padding, scales and zero points of eight groups (of 32)."""
     scales = 8 * block_n * (4 if weight.element == 2 else 2)
@@ -120,15 +131,7 @@ def test_decode_covers_everything_once(library: ctypes.CDLL, weight: Weight, m: 
     assert (plan.grid_m - 1) * plan.tokens < rows <= plan.grid_m * plan.tokens
     assert (plan.grid_n - 1) * plan.block_n < weight.padded_n <= plan.grid_n * plan.block_n
     assert (plan.tokens, plan.block_n, plan.threads) in [(8, 64, 128), (16, 64, 128), (32, 128, 256), (64, 128, 256)]
-    # each CTA of a sum takes `each` units, and even the last one has some
-    units = -(-padded_k // UNIT)
-    each = -(-units // plan.split)
-    assert (plan.split - 1) * each < units <= plan.split * each
-    assert 1 <= plan.split <= 16
-    assert plan.split == 1 or each >= 3
-    assert max(plan.grid_m, plan.split) < 1 << 16, "gridDim.y and z"
-    sums = plan.split * plan.grid_m * plan.tokens * weight.padded_n * 4
-    assert (plan.scratch_bytes, plan.counters) == ((sums, plan.grid_n * plan.grid_m) if plan.split > 1 else (0, 0))
+    _check_split(weight, plan, -(-padded_k // UNIT), 3)
     assert 2 <= plan.stages <= 4
     assert plan.shared_bytes == plan.stages * _stage_bytes(weight, plan.tokens, plan.block_n)
     assert plan.shared_bytes <= machine.shared_bytes
@@ -169,10 +172,13 @@ def test_hopper_by_force(library: ctypes.CDLL, weight: Weight, m: int) -> None:
         return
     rows = min(m, MAX_ROWS)
     assert (plan.route, plan.block_n, plan.threads) == (HOPPER, 128, 384)
-    assert plan.tokens == next((tokens for tokens in (64, 128) if tokens >= rows), 256)
+    assert plan.tokens in (64, 128, 256)
+    assert plan.tokens == 64 or plan.tokens < 2 * rows, "no tile that is half empty"
     assert (plan.grid_m - 1) * plan.tokens < rows <= plan.grid_m * plan.tokens
     assert (plan.grid_n - 1) * plan.block_n < weight.padded_n <= plan.grid_n * plan.block_n
-    assert (plan.split, plan.scratch_bytes, plan.counters) == (1, 0, 0)
+    steps = _padded_k(library, weight) // 64
+    _check_split(weight, plan, steps, 12)
+    assert plan.split == 1 or plan.split * plan.grid_n * plan.grid_m <= machine.multiprocessors
     assert plan.shared_bytes <= machine.shared_bytes
 
 
@@ -236,3 +242,10 @@ def test_machines_with_little_shared_memory(library: ctypes.CDLL) -> None:
 def test_absurd_numbers_are_refused(library, weight: Weight, m: int, machine: Machine, route: int) -> None:
     assert _plan(library, weight, m, machine, CUBLAS, route) is None
     assert library.qcompile_cuda_error()
+
+
+def test_weights_that_no_kernel_computes(library: ctypes.CDLL) -> None:
+    assert _plan(library, Weight(1 << 21, 64), 1, MACHINES["H100"]) is not None
+    assert _plan(library, Weight((1 << 21) + 1, 64), 1, MACHINES["H100"]) is None
+    assert _plan(library, Weight(64, 1 << 31), 1, MACHINES["H100"]) is None
+    assert b"too large" in library.qcompile_cuda_error()

@@ -9,12 +9,13 @@
 namespace qcompile::cuda {
 namespace {
 
-// ---- How kDecode is cut (decode_shape.h)
+// ---- How kDecode (decode_shape.h) and kHopper (hopper_limits.h) are cut
 
 constexpr int kMinUnits = 3;         // of a CTA: fewer do not fill its pipeline
 constexpr int64_t kMaxK = int64_t(1) << 21;          // padded; as far as decode.h's division by the group is exact
 constexpr int64_t kMaxN = (int64_t(1) << 31) - 128;  // padded; its columns are ints
 constexpr int kMaxSplit = 16;        // partial sums are read back one after another
+constexpr int kMinSteps = 12;        // of 64 k, of a CTA of kHopper: its pipeline has 5 to 12 stages
 constexpr int kMaxCtas = 4;          // of a multiprocessor, where sums are split: more CTAs do not read faster
 constexpr int64_t kReserved = 1024;  // bytes of shared memory that a resident CTA costs beside its own
 
@@ -38,7 +39,8 @@ constexpr double kPerEight = 1.5;       // and for 8 tokens: one mma, half an ld
 constexpr double kIssued = 0.6 * 4 * 1.5e9;  // instructions a second and multiprocessor: 60 % of 4 a clock, 1.5 GHz
 constexpr double kCublas = 0.70;        // of the fp16 rate, for matrices that fill the machine
 constexpr int kCublasRows = 64;         // of its tiles, at least: fewer rows cost as much
-constexpr double kHopperRate = 0.55;    // of the fp16 rate, where tokens hide the conversion
+// Of the fp16 rate, by tokens: the conversion of an operand hides behind its products with 256, hardly with 64.
+constexpr double kHopperRate64 = 0.35, kHopperRate128 = 0.48, kHopperRate256 = 0.55;
 constexpr double kLaunch = 2.5e-6;      // of a product: launch, first load from memory, last store
 constexpr double kNextLaunch = 1.5e-6;  // of a kernel behind another one: the first is still running when it is sent
 constexpr double kReduction = 0.7e-6;   // counters, and the last CTA's sum over the others
@@ -56,6 +58,12 @@ double activation_bytes(const Layout& layout, int64_t m) {
   const double x = row_bytes(layout, m);
   const double prepared = layout.takes_x_as_it_is() ? 0 : double(m * layout.k) * element_bytes(layout) + x;
   return prepared + x + double(m * layout.n) * element_bytes(layout);
+}
+
+// Bytes that CTAs read from the second-level cache: every row of them the weight, every column x; sums are written, too.
+double cached_bytes(const Layout& layout, int64_t m, const Plan& plan) {
+  return double(layout.bytes()) * double(plan.grid_m) + row_bytes(layout, m) * double(plan.grid_n) +
+         2 * double(plan.scratch_bytes);
 }
 
 double launches(const Layout& layout, double others) {
@@ -85,15 +93,31 @@ double decode_seconds(const Layout& layout, int64_t m, const Machine& machine, c
   const double in_flight = double((plan.stages - 1) * stage_codes(layout.bits, plan.tokens));
   const double memory = (double(layout.bytes()) + activation_bytes(layout, m)) /
                         (bandwidth * reach(machine, ctas, std::max(1.0, resident), in_flight));
-  // Every row of CTAs reads the weight, every column of them x; partial sums are written and read.
-  const double sums = double(plan.scratch_bytes) * 2;
-  const double read = double(layout.bytes()) * double(plan.grid_m) + row_bytes(layout, m) * double(plan.grid_n);
-  const double cached = (read + sums) / (bandwidth * kCacheRatio);
+  const double cached = cached_bytes(layout, m, plan) / (bandwidth * kCacheRatio);
   const double tensor = flops(layout, double(plan.grid_m * plan.tokens)) / (machine.half_per_second * kMmaSync);
   const double operands = double(plan.grid_m * layout.padded_k * layout.padded_n) / (kTile * kTile);
   const double issue = operands * (kConversion + kPerEight * plan.tokens / 8) / (kIssued * machine.multiprocessors);
   const double arithmetic = std::max(tensor, issue) / balance(machine, ctas);
   return launches(layout, 0) + (plan.split > 1 ? kReduction : 0) + std::max({memory, cached, arithmetic});
+}
+
+// ---- Splitting sums over k
+
+// The plan with the split of least seconds(plan): each CTA of a sum takes ceil(units / split) units, at least `least`
+// but for the last one, and there are `room` CTAs at most where sums are split.
+template <typename Seconds>
+Plan best_split(const Layout& layout, Plan plan, int64_t units, int64_t least, int64_t room, Seconds seconds) {
+  const int64_t tiles = plan.grid_n * plan.grid_m;
+  const int64_t most = std::max<int64_t>(1, std::min({int64_t(kMaxSplit), units / least, room / tiles}));
+  Plan best{};
+  for (int64_t wanted = 1; wanted <= most; ++wanted) {
+    plan.split = int(div_up(units, div_up(units, wanted)));  // fewer, where some would be left without a unit
+    plan.scratch_bytes = plan.split > 1 ? plan.split * plan.grid_m * plan.tokens * layout.padded_n * 4 : 0;
+    plan.counters = plan.split > 1 ? tiles : 0;
+    plan.predicted_seconds = seconds(plan);
+    if (wanted == 1 || plan.predicted_seconds < best.predicted_seconds) best = plan;
+  }
+  return best;
 }
 
 // ---- kDecode
@@ -122,9 +146,6 @@ Plan decode_tile(const Layout& layout, int64_t m, const Machine& machine, Tile& 
   throw std::runtime_error("no kernel fits the shared memory of this device");
 }
 
-// Fewest CTAs for a sum such that each takes ceil(units / split) units: none is left without one.
-int without_empty(int64_t units, int64_t split) { return int(div_up(units, div_up(units, split))); }
-
 Plan decode_plan(const Layout& layout, int64_t m, const Machine& machine) {
   if (layout.padded_k > kMaxK || layout.padded_n > kMaxN) {
     throw std::runtime_error("the weight is too large: 2^21 rows (filled up) are computed at most");
@@ -133,20 +154,9 @@ Plan decode_plan(const Layout& layout, int64_t m, const Machine& machine) {
   Plan plan = decode_tile(layout, m, machine, tile);
   plan.grid_n = div_up(layout.padded_n, plan.block_n);
   plan.grid_m = div_up(m, plan.tokens);
-  const int64_t units = div_up(layout.padded_k, kUnitK);
-  Plan best = plan;
-  best.predicted_seconds = -1;
-  const int64_t room = kMaxCtas * machine.multiprocessors / (plan.grid_n * plan.grid_m);
-  const int64_t most = std::max<int64_t>(1, std::min({int64_t(kMaxSplit), units / kMinUnits, room}));
-  for (int64_t wanted = 1; wanted <= most; ++wanted) {
-    plan.split = without_empty(units, wanted);
-    const bool shared = plan.split > 1;
-    plan.scratch_bytes = shared ? plan.split * plan.grid_m * plan.tokens * layout.padded_n * 4 : 0;
-    plan.counters = shared ? plan.grid_n * plan.grid_m : 0;
-    plan.predicted_seconds = decode_seconds(layout, m, machine, plan, tile);
-    if (best.predicted_seconds < 0 || plan.predicted_seconds < best.predicted_seconds) best = plan;
-  }
-  return best;
+  const int64_t units = div_up(layout.padded_k, kUnitK), room = kMaxCtas * machine.multiprocessors;
+  return best_split(layout, plan, units, kMinUnits, room,
+                    [&](const Plan& one) { return decode_seconds(layout, m, machine, one, tile); });
 }
 
 // ---- kDequantize
@@ -178,28 +188,37 @@ bool hopper_possible(const Layout& layout, const Machine& machine, const Availab
          machine.shared_bytes >= hopper::kSharedLimit;
 }
 
-Plan hopper_plan(const Layout& layout, int64_t m, const Machine& machine) {
-  Plan plan{};
-  plan.route = Route::kHopper;
-  for (const int tokens : hopper::kTokenTiles) {
-    plan.tokens = tokens;
-    if (tokens >= m) break;
-  }
-  plan.block_n = hopper::kColumns;
-  plan.stages = hopper::stages(plan.tokens);
-  plan.threads = hopper::kThreads;
-  plan.split = 1;
-  plan.grid_n = div_up(layout.padded_n, plan.block_n);
-  plan.grid_m = div_up(m, plan.tokens);
-  plan.shared_bytes = hopper::shared_bytes(plan.tokens);
-  const double ctas = double(plan.grid_n * plan.grid_m), bandwidth = machine.bytes_per_second * kBandwidth;
+double hopper_seconds(const Layout& layout, int64_t m, const Machine& machine, const Plan& plan) {
+  const double ctas = double(plan.grid_n * plan.grid_m * plan.split), bandwidth = machine.bytes_per_second * kBandwidth;
   const double in_flight = double((plan.stages - 1) * hopper::kConsumers * hopper::kBlockBytes);
   const double memory = (double(layout.bytes()) + activation_bytes(layout, m)) /
                         (bandwidth * reach(machine, ctas, 1, in_flight));
+  const double cached = cached_bytes(layout, m, plan) / (bandwidth * kCacheRatio);
+  const double rate = plan.tokens == 64 ? kHopperRate64 : plan.tokens == 128 ? kHopperRate128 : kHopperRate256;
   const double arithmetic = flops(layout, double(plan.grid_m * plan.tokens)) /
-                            (machine.half_per_second * kHopperRate * balance(machine, ctas));
-  plan.predicted_seconds = launches(layout, 0) + std::max(memory, arithmetic);
-  return plan;
+                            (machine.half_per_second * rate * balance(machine, ctas));
+  return launches(layout, 0) + (plan.split > 1 ? kReduction : 0) + std::max({memory, cached, arithmetic});
+}
+
+// The best of the tiles that m fills, but for the smallest one.
+Plan hopper_plan(const Layout& layout, int64_t m, const Machine& machine) {
+  Plan best{};
+  for (const int tokens : hopper::kTokenTiles) {
+    if (best.tokens && tokens / 2 >= m) break;
+    Plan plan{};
+    plan.route = Route::kHopper;
+    plan.tokens = tokens;
+    plan.block_n = hopper::kColumns;
+    plan.stages = hopper::stages(tokens);
+    plan.threads = hopper::kThreads;
+    plan.grid_n = div_up(layout.padded_n, plan.block_n);
+    plan.grid_m = div_up(m, tokens);
+    plan.shared_bytes = hopper::shared_bytes(tokens);
+    plan = best_split(layout, plan, layout.steps(), kMinSteps, machine.multiprocessors,
+                      [&](const Plan& one) { return hopper_seconds(layout, m, machine, one); });
+    if (!best.tokens || plan.predicted_seconds < best.predicted_seconds) best = plan;
+  }
+  return best;
 }
 
 // Routes that have computed right results on a GPU. The others are taken only by force.
