@@ -19,8 +19,8 @@ from qcompile.runtime.library import library_path
 pytestmark = pytest.mark.gpu
 
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 128, 257, 1024)
-# |y - y64| / |y64| of a row. fp16 and bf16 round each weight where it is scaled before the product, and y; fp32 rounds
-# each row of x to fp16. Rounding alone gives 3e-4 (bf16: 2.5e-3).
+# Errors of a row (Product.error). fp16 and bf16 round each weight where it is scaled before the product, and y; fp32
+# rounds each row of x to fp16. Rounding alone gives 3e-4 (bf16: 2.5e-3).
 LIMITS = {"fp16": 1e-3, "bf16": 6e-3, "fp32": 1e-3}
 SHAPES = {
     "even": (4096, 512, 128),
@@ -88,11 +88,11 @@ class Product:
         return y
 
     def error(self, x: Any, y: Any) -> float:
-        """The worst row's relative error against float64."""
-        wanted = x.double() @ self.w64
+        """The worst row's error against float64, relative to what |y| is where signs are random: no sum cancels."""
+        wanted, squares = x.double() @ self.w64, x.double() ** 2 @ self.w64**2
         if self.bias is not None:
-            wanted += self.bias.double()
-        return float(((y.double() - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+            wanted, squares = wanted + self.bias.double(), squares + self.bias.double() ** 2
+        return float(((y.double() - wanted).norm(dim=1) / squares.sum(dim=1).sqrt()).max())
 
     def routes(self, m: int) -> Iterator[str]:
         """The plan's own choice, and every route that this weight can take here."""
@@ -100,9 +100,8 @@ class Product:
             try:
                 self.weight.scratch(m, route)
             except CudaError:
-                assert route == "hopper", "only the Hopper kernel needs a machine of its own"
-            else:
-                yield route
+                continue
+            yield route
 
 
 def _cases() -> Iterator[Any]:
@@ -130,7 +129,8 @@ def test_every_route_against_float64_and_twice_the_same(
             assert product.error(x, y) <= LIMITS[shape.element], f"{route}, {m} rows"
             assert torch.equal(product.run(x, route), y), f"{route}, {m} rows: the second run differs"
             checked.add(route)
-    assert {"plan", "decode", "dequantize"} <= checked
+    missing = {"plan", "decode", "dequantize"} - checked
+    assert not missing, "is there no libcublas? torch's own packages bring it"
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -145,12 +145,6 @@ def test_a_row_that_is_not_finite_spoils_no_other(torch: Any, library: Library, 
     assert not bool(y[17].isfinite().any())
     kept = [i for i in range(40) if i not in (3, 17)]
     assert product.error(x[kept], y[kept]) <= LIMITS["fp16"]
-
-
-def test_no_rows(torch: Any, library: Library) -> None:
-    """A product of no rows writes nothing and is no error."""
-    product = Product(torch, library, Weight(Shape(256, 64, 128)))
-    assert product.run(torch.empty(0, 256, device="cuda", dtype=torch.float16)).shape == (0, 64)
 
 
 @pytest.mark.parametrize("m", [1, 16, 64, 300])
@@ -192,12 +186,14 @@ def test_two_streams_at_once(torch: Any, library: Library, m: int) -> None:
         assert all(torch.equal(one, y) for one in found[i])
 
 
-def test_a_refused_product_says_why(torch: Any, library: Library) -> None:
-    product = Product(torch, library, Weight(Shape(256, 64, 128)))
-    x, y = product.x(100), torch.empty(100, 64, device="cuda", dtype=torch.float16)
-    if product.weight.scratch(100, "dequantize")[0]:
-        with pytest.raises(CudaError, match="scratch"):
-            product.weight.multiply(x, y, torch.empty(0, device="cuda", dtype=torch.uint8), route="dequantize")
+def test_too_little_scratch_is_refused_and_no_rows_are_nothing(torch: Any, library: Library) -> None:
+    product = Product(torch, library, Weight(Shape(250, 64, 128)))  # K is filled up: x is prepared in scratch
+    x, y = product.x(100), torch.full((100, 64), 7.0, device="cuda", dtype=torch.float16)
+    none = torch.empty(0, device="cuda", dtype=torch.uint8)
+    with pytest.raises(CudaError, match="scratch"):
+        product.weight.multiply(x, y, none)
+    product.weight.multiply(x[:0], y, none)
+    assert bool((y == 7).all())
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
