@@ -27,6 +27,10 @@ struct Product {
 // Asks once for the shared memory that the kernel of a plan needs; before any capture.
 cudaError_t allow_shared_memory();
 
+// Brings the code of prepare, dequantize and finish to the device, which is else done at the first launch; before any
+// capture.
+cudaError_t load_row_kernels();
+
 cudaError_t launch_decode(const Plan& plan, const Product& product, cudaStream_t stream);
 cudaError_t launch_hopper(const Plan& plan, const Product& product, cudaStream_t stream);
 

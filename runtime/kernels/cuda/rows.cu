@@ -40,7 +40,29 @@ cudaError_t launch(Element element, const Shape& shape, cudaStream_t stream, voi
   return cudaGetLastError();
 }
 
+template <typename... Parameters>
+cudaError_t load(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel);
+}
+
+template <Element element>
+cudaError_t load_kernels() {
+  const cudaError_t loaded[] = {load(prepare_kernel<element>), load(dequantize_kernel<element>),
+                                load(finish_kernel<element>)};
+  for (const cudaError_t error : loaded) {
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 }  // namespace
+
+cudaError_t load_row_kernels() {
+  if (const cudaError_t error = load_kernels<Element::kHalf>()) return error;
+  if (const cudaError_t error = load_kernels<Element::kBfloat16>()) return error;
+  return load_kernels<Element::kFloat>();
+}
 
 cudaError_t launch_prepare(const Layout& layout, const void* x, int64_t m, void* prepared, float* row_factor,
                            cudaStream_t stream) {

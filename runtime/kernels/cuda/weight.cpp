@@ -88,6 +88,7 @@ bool has_hopper_kernels() {
 DeviceWeight::DeviceWeight(const Layout& layout, const Source& source)
     : layout_(layout), device_(current_device()), machine_(this_machine()) {
   plan(1);  // throws where no kernel computes it
+  check(load_row_kernels(), "cannot load kernels");
   check(allow_shared_memory(), "cannot raise the shared memory of a kernel");
   check(Counters::of_device(device_).prepare(), "cannot make counters");
   const int64_t bytes = aligned(layout.codes_bytes()) + aligned(layout.scales_bytes()) + aligned(layout.zeros_bytes());
