@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def _create(functions: Any, case: Case, **changes: Any) -> int | None:
     values |= changes
     sizes = [ctypes.c_int64(values[name]) for name in ("k", "n", "block_size")]
     numbers = [values[name] for name in ("bits", "element", "signed")]
-    raw = {name: case.tensor(name).raw_data for name in ("w", "scale", "zero_point")} | changes
-    return functions.qcompile_cuda_weight_create(*sizes, *numbers, raw["w"], raw["scale"], raw["zero_point"])
+    raw = {name: case.tensor(name).raw_data for name in case.arrays} | changes
+    return functions.qcompile_cuda_weight_create(*sizes, *numbers, raw["w"], raw["scale"], raw.get("zero_point"))
 
 
 def _product(
@@ -76,6 +77,34 @@ def test_products(library: Path) -> None:
         assert word in functions.qcompile_cuda_error()
     assert _product(functions, None, x, y, scratch) == 1
     assert b"weight is null" in functions.qcompile_cuda_error()
+    functions.qcompile_cuda_weight_destroy(ctypes.c_void_p(weight))
+
+
+@pytest.fixture
+def hopper(library: Path) -> Iterator[Any]:
+    """The functions, on an emulated device of sm_90."""
+    functions = c_functions(library)
+    functions.qcompile_check_architecture(90)
+    yield functions
+    functions.qcompile_check_architecture(86)
+
+
+@pytest.mark.parametrize("route", [0, 2])
+@pytest.mark.parametrize("zero_point", [True, False])
+def test_routes(hopper: Any, route: int, zero_point: bool) -> None:
+    """Decode and Hopper kernels as plans cut them, from scratch of poison; cuBLAS is weight_check's."""
+    functions = hopper
+    case = Case("MatMulInt4", 1600, 200, 64, half=True, zero_point=zero_point)
+    weight, plan = _create(functions, case), (ctypes.c_int64 * 12)()
+    for rows in (1, 40, 130):
+        size = functions.qcompile_cuda_weight_scratch(ctypes.c_void_p(weight), ctypes.c_int64(rows), route, plan)
+        assert plan[0] == route, functions.qcompile_cuda_error()
+        x, y, scratch = case.x(rows), np.full((rows, case.n), np.nan, np.float16), _aligned(max(size, 1))
+        scratch[:] = 255
+        assert _product(functions, weight, x, y, scratch, route=route) == 0, functions.qcompile_cuda_error()
+        assert relative(y, case.expected(x)) < HALF, f"{rows} rows"
+    assert functions.qcompile_cuda_weight_scratch(ctypes.c_void_p(weight), ctypes.c_int64(1), 1, plan) == -1
+    assert b"needs cuBLAS" in functions.qcompile_cuda_error()
     functions.qcompile_cuda_weight_destroy(ctypes.c_void_p(weight))
 
 

@@ -55,6 +55,21 @@ def test_block_sizes(library: Path, block_size: int) -> None:
         _check(Case(f"MatMulInt{bits}", 301, 130, block_size, x_shape=("a", 301)), library, 5)
 
 
+@pytest.mark.parametrize("element", TOLERANCES)
+def test_rows_of_every_tile(library: Path, element: str) -> None:
+    """Sums that several CTAs share, other numbers of rows in turn: what one run leaves behind, the next one meets."""
+    case = Case("MatMulAddInt4", 1600, 130, 64, element == "half", x_shape=("a", 1600))
+    proto = bfloat16_model(case) if element == "bfloat16" else case.proto()
+    running = open_session(proto.SerializeToString(), library)
+    for rows in (1, 65, 2, 17, 33, 1):
+        x = case.x(rows, seed=rows)
+        if element == "bfloat16":
+            x = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+        first, second = (running.run(None, {"x": x})[0] for _ in range(2))
+        assert relative(first, case.expected(x)) < TOLERANCES[element], f"{rows} rows"
+        np.testing.assert_array_equal(first, second)
+
+
 def test_activation_bits_change_nothing(library: Path) -> None:
     outputs = [_check(Case(attributes={"activation_bits": bits}), library, 1, 3) for bits in (8, 16)]
     np.testing.assert_array_equal(*outputs)

@@ -11,7 +11,8 @@ add_library(operators_check SHARED cuda/operators_check.cpp cuda/emulated/launch
             cuda/weight.cpp cuda/machine.cpp cuda/operators.cpp cuda/device_c_api.cpp cuda/host_c_api.cpp cuda/pack.cpp
             cuda/plan.cpp custom_op.cpp node.cpp)
 target_include_directories(operators_check PRIVATE cuda/emulated)
-target_compile_definitions(operators_check PRIVATE "QCOMPILE_CUDA_ARCHITECTURES=\"emulated\"")
+target_compile_definitions(operators_check PRIVATE QCOMPILE_CUDA_HOPPER=1
+                           "QCOMPILE_CUDA_ARCHITECTURES=\"emulated\"")
 target_link_libraries(operators_check PRIVATE emulator Threads::Threads)
 
 # Weights and their products whole, on the same device; a libcublas.so.13 beside the program stands for cuBLAS.

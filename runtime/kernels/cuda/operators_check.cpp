@@ -32,6 +32,15 @@ QCOMPILE_EXPORT int64_t qcompile_check_allocations() {
 // The device that is current from now on: one that a weight does not lie on fails its products.
 QCOMPILE_EXPORT void qcompile_check_device(int device) { qcompile::cuda::emulated::runtime().device = device; }
 
+// The architecture (86, 90) of the device of weights made from now on, with its shared memory.
+QCOMPILE_EXPORT void qcompile_check_architecture(int architecture) {
+  int(&attributes)[8] = qcompile::cuda::emulated::runtime().attributes;
+  attributes[cudaDevAttrComputeCapabilityMajor] = architecture / 10;
+  attributes[cudaDevAttrComputeCapabilityMinor] = architecture % 10;
+  attributes[cudaDevAttrMaxSharedMemoryPerBlockOptin] = (architecture == 90 ? 227 : 99) << 10;
+  attributes[cudaDevAttrMaxSharedMemoryPerMultiprocessor] = (architecture == 90 ? 228 : 100) << 10;
+}
+
 QCOMPILE_EXPORT qcompile::ort::OrtStatus* RegisterCustomOps(qcompile::ort::OrtSessionOptions* options,
                                                              const qcompile::ort::OrtApiBase* base) {
   using namespace qcompile::ort;

@@ -5,6 +5,7 @@
 
 #include "../decode.h"
 #include "../decode_epilogue.h"
+#include "../hopper.h"
 #include "../launch.h"
 #include "../rows.h"
 
@@ -32,7 +33,7 @@ cudaError_t emulate(emulator::Launch launch, emulator::Globals& globals, const s
   static uint64_t launches = 0;
   const std::lock_guard<std::mutex> lock(mutex);
   launch.seed = ++launches;
-  emulator::run(launch, globals, kernel);
+  sm90::run(launch, globals, kernel);  // what it adds to emulator::run matters to the Hopper kernel alone
   return cudaSuccess;
 }
 
@@ -58,9 +59,32 @@ Decoder decoder(Element element, int tokens) {
                     decoder<Element::kFloat, bits>)(tokens);
 }
 
+using HopperKernel = void (*)(const sm90::TensorMap*, const hopper::Arguments&);
+
+template <Element element>
+HopperKernel hopper_kernel(int tokens) {
+  return tokens == 64    ? hopper::product<element, 64>
+         : tokens == 128 ? hopper::product<element, 128>
+                         : hopper::product<element, 256>;
+}
+
+emulator::Globals globals_of(const Plan& plan, const Product& p) {
+  const Layout& layout = p.layout;
+  emulator::Globals globals;
+  add_weight(globals, layout, p.codes, p.scales, p.zeros);
+  add(globals, p.x, p.m * p.x_stride * 2, "x");
+  add(globals, p.bias, layout.n * width(layout.element), "bias");
+  add(globals, p.row_factor, p.m * 4, "row_factor");
+  add_written(globals, p.y, p.m * layout.n * width(layout.element), "y");
+  add_written(globals, p.partials, plan.scratch_bytes, "partials");
+  add_written(globals, p.counters, plan.counters * 4, "counters");
+  return globals;
+}
+
 }  // namespace
 
 cudaError_t allow_shared_memory() { return cudaSuccess; }
+cudaError_t load_row_kernels() { return cudaSuccess; }
 
 cudaError_t launch_decode(const Plan& plan, const Product& p, cudaStream_t) {
   const Layout& layout = p.layout;
@@ -75,20 +99,32 @@ cudaError_t launch_decode(const Plan& plan, const Product& p, cudaStream_t) {
   a.row_factor = p.row_factor;
   a.partials = p.partials;
   a.counters = p.counters;
-  emulator::Globals globals;
-  add_weight(globals, layout, p.codes, p.scales, p.zeros);
-  add(globals, p.x, p.m * p.x_stride * 2, "x");
-  add(globals, p.bias, layout.n * width(layout.element), "bias");
-  add(globals, p.row_factor, p.m * 4, "row_factor");
-  add_written(globals, p.y, p.m * layout.n * width(layout.element), "y");
-  add_written(globals, p.partials, plan.scratch_bytes, "partials");
-  add_written(globals, p.counters, plan.counters * 4, "counters");
+  emulator::Globals globals = globals_of(plan, p);
   const Decoder kernel = (layout.bits == 4 ? decoder<4> : decoder<8>)(layout.element, plan.tokens);
   const emulator::Index grid = {int(plan.grid_n), plan.split, int(plan.grid_m)};
   return emulate({grid, plan.threads, int(plan.shared_bytes)}, globals, [&] { kernel(a); });
 }
 
-cudaError_t launch_hopper(const Plan&, const Product&, cudaStream_t) { return cudaErrorInvalidValue; }
+cudaError_t launch_hopper(const Plan& plan, const Product& p, cudaStream_t) {
+  const Layout& layout = p.layout;
+  if (!hopper::supports(layout)) return cudaErrorInvalidValue;
+  const sm90::TensorMap map = {p.x, layout.padded_k, p.m, p.x_stride * 2, kStepK, plan.tokens};
+  const hopper::Arguments arguments = {layout,
+                                       static_cast<const uint8_t*>(p.codes),
+                                       static_cast<const uint8_t*>(p.scales),
+                                       static_cast<const uint8_t*>(p.zeros),
+                                       static_cast<const uint16_t*>(p.bias),
+                                       static_cast<uint16_t*>(p.y),
+                                       p.m,
+                                       p.partials,
+                                       p.counters};
+  emulator::Globals globals = globals_of(plan, p);
+  const HopperKernel kernel = layout.element == Element::kHalf ? hopper_kernel<Element::kHalf>(plan.tokens)
+                                                               : hopper_kernel<Element::kBfloat16>(plan.tokens);
+  const emulator::Index grid = {int(plan.grid_n), plan.split, int(plan.grid_m)};
+  return emulate({grid, hopper::kThreads, int(hopper::shared_bytes(plan.tokens))}, globals,
+                 [&] { kernel(&map, arguments); });
+}
 
 cudaError_t launch_prepare(const Layout& layout, const void* x, int64_t m, void* prepared, float* row_factor,
                            cudaStream_t) {
