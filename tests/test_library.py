@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from cuda_host import on_host
 from kernel_builds import SANITIZED, build_kernel_check, run, tool
 from native_models import Case, native_library, open_session, relative
 from onnx import TensorProto, helper
@@ -228,13 +230,14 @@ def _deep_model(folder: Path, layers: int, size: int, block_size: int) -> tuple[
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_resident_memory_is_that_of_the_packed_weights(library: Path, tmp_path: Path) -> None:
-    """The pages of the file are given back, and nothing else of the weights' size is kept."""
+@pytest.mark.parametrize("built", [native_library, on_host], ids=["CPU", "CUDA emulated"])
+def test_resident_memory_is_that_of_the_packed_weights(built: Callable[[], Path], tmp_path: Path) -> None:
+    """The pages of the file are given back, and nothing else of the weights' size is kept; of CUDA's, on its device."""
     big, packed = _deep_model(tmp_path / "big", 16, 2048, 128)
     small, _ = _deep_model(tmp_path / "small", 16, 64, 32)
 
     def taken(model: Path) -> int:
-        command = [sys.executable, "-c", _MEMORY, str(library), str(model)]
+        command = [sys.executable, "-c", _MEMORY, str(built()), str(model)]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert taken(big) - taken(small) < PACKED * packed
