@@ -140,6 +140,7 @@ QCOMPILE_DEVICE uint32_t code_of(int bits, uint32_t low, uint32_t high, int e) {
 template <Element element>
 QCOMPILE_DEVICE void dequantize_word(int bits, uint32_t low, uint32_t high, const Affine (&of)[2], int tile, int part) {
   const int lane = thread_x() % kLanes;
+  QCOMPILE_UNROLL
   for (int e = 0; e < 8; e += 2) {
     const Affine& column = of[e / 2 % 2];  // a constant once the loop is unrolled: no local memory
     uint32_t pair = 0;
@@ -159,12 +160,16 @@ QCOMPILE_DEVICE void dequantize_step(const Layout& layout, const void* codes, co
                                      int64_t first, int64_t count, void* out) {
   const int64_t step = block_x(), block = first / kBlockN + block_y();
   const int tile = thread_x() / kLanes, lane = thread_x() % kLanes;
+  const bool bytes = layout.bits == 8;
+  const auto* from = static_cast<const Words4*>(codes) + code_offset(layout, block, step, tile, lane, 0) / 16;
+  const Words4 a = load_global(from), b = bytes ? load_global(from + 1) : Words4{};
+  const uint32_t words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};  // indices are constants once unrolled
+  QCOMPILE_UNROLL
   for (int part = 0; part < kStepK / kTile; ++part) {
     const int64_t group = (step * kStepK + part * kTile) / layout.group;
     const Affine of[2] = {affine_of<element>(layout, scales, zeros, block, group, tile, lane / 4),
                           affine_of<element>(layout, scales, zeros, block, group, tile, lane / 4 + 8)};
-    const auto* words = static_cast<const uint32_t*>(codes) + code_offset(layout, block, step, tile, lane, part) / 4;
-    const uint32_t low = load_global(words), high = layout.bits == 8 ? load_global(words + 1) : 0;
+    const uint32_t low = bytes ? words[2 * part] : words[part], high = words[2 * part + 1];
     dequantize_word<element>(layout.bits, low, high, of, tile, part);
   }
   block_barrier();
