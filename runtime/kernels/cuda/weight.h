@@ -1,4 +1,4 @@
-// A quantized weight on the device and its products: what the operators of the CUDA provider and the C entry points call.
+// A quantized weight on the device and its products: what the operators of the CUDA provider and the C functions call.
 // Unverified on GPU; weight_check.cpp runs it on an emulated device.
 #pragma once
 

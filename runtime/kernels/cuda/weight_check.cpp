@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -201,6 +202,42 @@ void check_products(Report& report) {
   }
 }
 
+// fp32 rows with NaN, infinities, zeros, and numbers far outside fp16: what float64 makes of them, in each column.
+void check_specials(Report& report) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const std::vector<float> specials[] = {{std::nanf("")}, {infinity}, {-infinity}, {infinity, -infinity}, {3e38f}, {}};
+  constexpr double scales[] = {1, 1, 1, 1, 1e30, 1e-37};  // of the other elements of the row
+  for (const int route : {0, 1}) {
+    const Case c{6, 200, 70, 64, 4, Element::kFloat, false, route};
+    Random random(7);
+    const File file(c, random);
+    const DeviceWeight weight(make_layout(c.k, c.n, c.block_size, c.bits, c.element), file.source(c.element));
+    Device x(c.m * c.k * 4), y(c.m * c.n * 4);
+    std::vector<float> values(size_t(c.m * c.k));
+    for (int64_t i = 0; i < c.m * c.k; ++i) {
+      const std::vector<float>& special = specials[i / c.k];
+      const size_t at = size_t(i % c.k - 90);
+      const float value = at < special.size() ? special[at] : float(random.normal() * scales[i / c.k]);
+      values[size_t(i)] = write(c.element, x.data(), i, value);
+    }
+    Arena arena;
+    weight.multiply(x.data(), c.m, y.data(), nullptr, arena.call(nullptr), route);
+    for (int64_t i = 0; i < c.m * c.n; ++i, ++report.cases) {
+      double expected = 0, magnitude = 0;
+      for (int64_t k = 0; k < c.k; ++k) {
+        const double term = double(values[size_t(i / c.n * c.k + k)]) * file.w[size_t(k * c.n + i % c.n)];
+        expected += term;
+        magnitude += std::fabs(term);
+      }
+      const double got = double(read(c.element, y.data(), i)), error = std::fabs(got - expected);
+      const bool overflows = std::fabs(expected) > 3.39e38 && std::isinf(got) && got * expected > 0;
+      const bool right = std::isnan(expected) ? std::isnan(got) : overflows || error <= 1e-3 * magnitude;
+      report.expect(right, c.text() + ": element " + std::to_string(i) + " is " + std::to_string(got) + " for " +
+                               std::to_string(expected));
+    }
+  }
+}
+
 // ---- Making weights
 
 // What is on the device is what pack_blocks makes of all blocks, though the host has a slice of it at a time; from
@@ -288,15 +325,16 @@ void check_failures(Report& report) {
 
 int main(int count, char** arguments) {
   sabotage = count == 3 && std::string(arguments[1]) == "--sabotage" && std::string(arguments[2]) == "x";
-  Report products{"products"}, upload{"upload"}, failures{"failures"};
+  Report products{"products"}, specials{"specials"}, upload{"upload"}, failures{"failures"};
   products.expect(device_count() == 2 && cublas_ready(0), "the emulated device and cuBLAS are not found");
   const int clears = runtime().clears;
   check_products(products);
   products.expect(runtime().clears > clears, "counters of an unknown stream are cleared");
+  check_specials(specials);
   check_upload(upload);
   check_failures(failures);
   int failed = 0;
-  for (const Report& report : {products, upload, failures}) {
+  for (const Report& report : {products, specials, upload, failures}) {
     std::printf("%s %d cases %d failures, worst error %.2f of its limit\n", report.name, report.cases, report.failures,
                 report.worst);
     failed += report.failures;
