@@ -22,8 +22,8 @@ list(APPEND CMAKE_CUDA_COMPILER_LAUNCHER sh "${CMAKE_CURRENT_LIST_DIR}/budget.sh
 
 string(REPLACE "-real" "" listed "${cuda_architectures}")
 string(REPLACE ";" "," listed "${listed}")
-add_library(cuda_kernels OBJECT cuda/decode.cu cuda/rows.cu cuda/weight.cpp cuda/machine.cpp cuda/cublas.cpp cuda/operators.cpp
-            cuda/device_c_api.cpp)
+add_library(cuda_kernels OBJECT cuda/decode.cu cuda/rows.cu cuda/weight.cpp cuda/machine.cpp cuda/cublas.cpp
+            cuda/operators.cpp cuda/device_c_api.cpp)
 add_library(cuda_hopper OBJECT cuda/hopper.cu)
 if(cuda_hopper_architectures)  # elsewhere its kernels are empty, and nothing may choose them
   set_target_properties(cuda_hopper PROPERTIES CUDA_ARCHITECTURES "${cuda_hopper_architectures}")
