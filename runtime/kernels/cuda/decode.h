@@ -64,6 +64,10 @@ struct Decode {
   static constexpr int kScales = kRows + stage_rows(kTokens);
   static constexpr int kZeros = kScales + stage_scales(element, kTokens);
   static constexpr int kPass = MT <= 2 ? 4 : 2;              // tiles at a time, so that the sums of a group fit registers
+  // 64 tokens: that is not enough. Half of the tokens at a time, sums of a group end with each half step, and half steps
+  // are a real loop: unrolled, ptxas begins the next one too early and spills.
+  static constexpr bool kTight = MT == 8;
+  static constexpr int kPartial = kTight ? MT / 2 : MT;      // of 8 tokens, how many have sums of a group at a time
 
   struct Place {
     int thread, lane, wn, wk;  // in the CTA
@@ -200,7 +204,11 @@ struct Decode {
   // The codes of half step `half` of a tile, as the two A operands of n - z.
   QCOMPILE_DEVICE void load_operands(int lane, uint32_t codes, int half, Words4& words, uint32_t low, uint32_t high,
                                      uint32_t (&operands)[2][4]) const {
-    if constexpr (bits == 4) {  // 16 bytes are the whole step
+    if constexpr (bits == 4 && kTight) {
+      const Words2 own = load_shared_2(codes + uint32_t(lane * 16 + half * 8));
+      dequantize<kBfloat, bits>(own.x, 0, low, high, operands[0]);
+      dequantize<kBfloat, bits>(own.y, 0, low, high, operands[1]);
+    } else if constexpr (bits == 4) {  // 16 bytes are the whole step
       if (half == 0) words = load_shared_4(codes + uint32_t(lane) * 16);
       dequantize<kBfloat, bits>(half ? words.z : words.x, 0, low, high, operands[0]);
       dequantize<kBfloat, bits>(half ? words.w : words.y, 0, low, high, operands[1]);
@@ -211,15 +219,13 @@ struct Decode {
     }
   }
 
-  // sums += scale * parts, the sums of a group so far; parts begin again.
-  QCOMPILE_DEVICE void flush(const Place& own, uint32_t stage, int group, int pass, float (&parts)[kPass][MT][4]) {
-    float scales[kPass][2];
-    load_scales(own, stage, group, pass, scales);
+  // sums += scale * parts for kPartial x 8 tokens, the sums of a group so far; parts begin again.
+  QCOMPILE_DEVICE void flush(const float (&scales)[kPass][2], int pass, int first, float (&parts)[kPass][kPartial][4]) {
     QCOMPILE_UNROLL
     for (int i = 0; i < kPass; ++i) {
       QCOMPILE_UNROLL
-      for (int j = 0; j < 4 * MT; ++j) {
-        sums[pass * kPass + i][j / 4][j % 4] += scales[i][j % 4 / 2] * parts[i][j / 4][j % 4];
+      for (int j = 0; j < 4 * kPartial; ++j) {
+        sums[pass * kPass + i][first + j / 4][j % 4] += scales[i][j % 4 / 2] * parts[i][j / 4][j % 4];
         parts[i][j / 4][j % 4] = 0;
       }
     }
@@ -229,11 +235,11 @@ struct Decode {
   QCOMPILE_DEVICE void multiply_pass(const Place& own, uint32_t stage, int pass, int group, bool two_groups) {
     const uint32_t codes = stage + uint32_t((own.wn * kUnitSteps + own.wk) * kStepBytes + pass * kPass * kTileBytes);
     const uint32_t rows = stage + uint32_t(kRows + own.lane % 8 * kRowStride + (own.wk * kStepK + own.lane / 8 * 8) * 2);
-    float parts[kPass][MT][4] = {};
+    float parts[kPass][kPartial][4] = {};
     Words4 words[kPass];
     Zeros<kBfloat, bits> zeros;
     load_zeros(own, stage, group, zeros);
-    QCOMPILE_UNROLL
+    QCOMPILE_UNROLL_BY(kTight ? 1 : 2)
     for (int half = 0; half < 2; ++half) {
       if (half == 1 && two_groups) load_zeros(own, stage, group + 1, zeros);
       uint32_t operands[kPass][2][4];
@@ -243,6 +249,8 @@ struct Decode {
         load_operands(own.lane, codes + uint32_t(i * kTileBytes), half, words[i], zeros.pattern(tile, 0), zeros.pattern(tile, 1),
                       operands[i]);
       }
+      float scales[kPass][2];
+      const bool ends = kTight || half == 1 || two_groups;  // these are the last products of a sum
       QCOMPILE_UNROLL
       for (int m = 0; m < MT; ++m) {
         uint32_t b[4];  // 32 k of 8 tokens: the B operands of two multiplications
@@ -250,10 +258,12 @@ struct Decode {
         QCOMPILE_UNROLL
         for (int i = 0; i < 2 * kPass; ++i) {
           const int j = i / kPass;
-          multiply_add<kBfloat>(parts[i % kPass][m], operands[i % kPass][j], b[2 * j], b[2 * j + 1]);
+          multiply_add<kBfloat>(parts[i % kPass][m % kPartial], operands[i % kPass][j], b[2 * j], b[2 * j + 1]);
         }
+        if (m % kPartial < kPartial - 1 || !ends) continue;
+        if (m < kPartial) load_scales(own, stage, group + (two_groups ? half : 0), pass, scales);
+        flush(scales, pass, m - m % kPartial, parts);
       }
-      if (half == 1 || two_groups) flush(own, stage, group + (two_groups ? half : 0), pass, parts);
     }
   }
 

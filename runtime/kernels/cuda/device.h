@@ -14,9 +14,12 @@
 #if defined(__CUDACC__)
 #define QCOMPILE_DEVICE __device__ __forceinline__
 #define QCOMPILE_UNROLL _Pragma("unroll")
+#define QCOMPILE_PRAGMA(words) _Pragma(#words)
+#define QCOMPILE_UNROLL_BY(count) QCOMPILE_PRAGMA(unroll (count))
 #else
 #define QCOMPILE_DEVICE inline
 #define QCOMPILE_UNROLL
+#define QCOMPILE_UNROLL_BY(count)
 #endif
 
 namespace qcompile::cuda {
