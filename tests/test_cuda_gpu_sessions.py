@@ -15,6 +15,7 @@ import pytest
 from native_models import Case, bfloat16_model, native_library, relative
 from onnx import helper
 
+from qcompile.models.tiny import tiny_decoder
 from qcompile.runtime import session
 from qcompile.runtime.library import why_no_cuda
 
@@ -157,3 +158,15 @@ def test_session_of_the_package(library: Path) -> None:
     for kernels in ("native", "portable"):
         (y,) = session(case.model(), providers=("cuda",), kernels=kernels).run(None, {"x": x})
         assert relative(y, case.expected(x)) < TOLERANCES["half"], kernels
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_compiled_decoder(library: Path, bench, bits: int) -> None:
+    """A whole model in fp32, head tied to the embedding: its logits against those of the portable bodies on the CPU."""
+    bench.compile(bench.save(tiny_decoder(tied=True)), "pack,fuse", bits=bits)
+    path = bench.folder / "out" / "model.onnx"
+    ids = np.array([[5, 17, 42, 99, 3]])
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    wanted = session(path, kernels="portable").run(None, feeds)[0]
+    found = session(path, providers=("cuda",), kernels="native").run(None, feeds)[0]
+    assert relative(found, wanted) < 5e-3

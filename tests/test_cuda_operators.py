@@ -8,12 +8,15 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 from cuda_host import on_host
 from native_models import Case, bfloat16_model, native_library, open_session, relative
 from onnx import TensorProto, helper
 from test_operators import MALFORMED, OPERATORS
 
+from qcompile.models.tiny import tiny_decoder
+from qcompile.runtime import session
 from qcompile.runtime.library import cuda_architectures
 
 # Relative errors: x of float is rounded to fp16; otherwise y is rounded, and for some routes the weights.
@@ -161,6 +164,18 @@ def test_scratch_goes_back(library: Path) -> None:
     for _ in range(20):
         running.run(None, {"x": x})
     assert _resident() - before < 4e6
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_compiled_decoder(library: Path, bench, bits: int) -> None:
+    """A whole model, its head tied to the embedding and its products fused, against the portable bodies."""
+    bench.compile(bench.save(tiny_decoder(tied=True)), "pack,fuse", bits=bits)
+    path = bench.folder / "out" / "model.onnx"
+    assert any(node.op_type.startswith("MatMul") for node in onnx.load(path).graph.node if node.domain == "qcompile")
+    ids = np.array([[5, 17, 42, 99, 3]])
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    wanted = session(path, kernels="portable").run(None, feeds)[0]
+    assert relative(open_session(path, library).run(None, feeds)[0], wanted) < 5e-3
 
 
 def test_bfloat16_has_no_operator_on_the_cpu() -> None:
