@@ -13,7 +13,9 @@ set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
 string(APPEND CMAKE_CUDA_FLAGS " --expt-relaxed-constexpr")  # kernels share constexpr functions with the host
 string(APPEND CMAKE_CUDA_FLAGS " -Xcompiler=-Wno-unknown-pragmas")  # of which g++ sees `unroll`
 # Kernels over their budget fail the build. Behind a launcher that the user has set, such as ccache.
-list(APPEND CMAKE_CUDA_COMPILER_LAUNCHER sh "${CMAKE_CURRENT_LIST_DIR}/budget.sh" "${CMAKE_CURRENT_LIST_DIR}/budgets.txt")
+set(budget "${CMAKE_CURRENT_LIST_DIR}/budget.sh" "${CMAKE_CURRENT_LIST_DIR}/budgets.txt")
+list(APPEND CMAKE_CUDA_COMPILER_LAUNCHER sh ${budget})
+set_source_files_properties(cuda/decode.cu cuda/rows.cu cuda/hopper.cu PROPERTIES OBJECT_DEPENDS "${budget}")
 
 string(REPLACE "-real" "" listed "${cuda_architectures}")
 string(REPLACE ";" "," listed "${listed}")
