@@ -50,7 +50,7 @@ QCOMPILE_EXPORT void* qcompile_cuda_weight_create(int64_t k, int64_t n, int64_t 
 QCOMPILE_EXPORT void qcompile_cuda_weight_destroy(void* weight);
 QCOMPILE_EXPORT int64_t qcompile_cuda_weight_bytes(const void* weight);
 
-// Bytes of scratch that a product of m rows takes, and its plan as in qcompile_cuda_plan.
+// Bytes of scratch that a product of m rows takes, -1 for bad arguments; its plan as in qcompile_cuda_plan (or nullptr).
 QCOMPILE_EXPORT int64_t qcompile_cuda_weight_scratch(const void* weight, int64_t m, int route, int64_t plan[12]);
 
 // y (m, n) = x (m, k) W + bias on a cudaStream_t; pointers to device memory, scratch 256-byte aligned. Does not
