@@ -4,7 +4,6 @@ import ctypes
 import functools
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,12 @@ def on_host() -> Path:
     return folder / "liboperators_check.so"
 
 
-@functools.cache
-def without_cuda() -> Path:
-    """The C entry points of a library that was built without CUDA."""
+def without_cuda(folder: Path) -> Path:
+    """The C entry points of a library that was built without CUDA, compiled into the folder."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    library = Path(tempfile.mkdtemp(prefix="qcompile-cuda-")) / "libwithout_cuda.so"
+    library = folder / "libwithout_cuda.so"
     files = [str(KERNELS / "cuda" / f"{name}.cpp") for name in ("no_cuda", "host_c_api", "pack", "plan")]
     subprocess.run([compiler, "-std=c++17", "-O1", "-fPIC", "-shared", *files, "-o", str(library)], check=True)
     return library

@@ -115,8 +115,8 @@ def test_bad_weights(library: Path, changes: dict[str, Any]) -> None:
     assert functions.qcompile_cuda_error()
 
 
-def test_without_cuda() -> None:
-    library = without_cuda()
+def test_without_cuda(tmp_path: Path) -> None:
+    library = without_cuda(tmp_path)
     functions = c_functions(library)
     assert cuda_devices(library) == 0
     assert cuda_architectures(library) == []
