@@ -4,10 +4,13 @@ PYTHON ?= python3
 # has no wheel (another platform, a newer Python), the Makefile takes whatever `torch` there is.
 TORCH ?= torch==2.13.0
 EXTRAS ?= cpu,export,dev
-# AUTO: kernels for the CUDA provider where nvcc works (docs/cuda.md); ON, OFF. In the checkout only for the oldest and the
-# newest GPUs, which takes the compiler a fraction of the wheel's five architectures: CUDA_ARCHITECTURES=90a-real for one.
+# AUTO: kernels for the CUDA provider where nvcc works (docs/cuda.md); ON, OFF. CUDA_ARCHITECTURES=90a-real: for one card.
 CUDA ?= AUTO
-CUDA_ARCHITECTURES ?= 80-real;90a-real
+CUDA_ARCHITECTURES ?=
+KERNELS := cmake.define.QCOMPILE_CUDA=$(CUDA)
+ifneq ($(CUDA_ARCHITECTURES),)
+KERNELS += "cmake.define.QCOMPILE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)"
+endif
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -32,7 +35,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 wheel: $(STAMP)
-	$(BIN)/python -m build --wheel --outdir dist --config-setting=cmake.define.QCOMPILE_CUDA=$(CUDA) .
+	$(BIN)/python -m build --wheel --outdir dist $(addprefix --config-setting=,$(KERNELS)) .
 
 clean:
 	rm -rf .venv build dist demo-output
@@ -46,7 +49,5 @@ $(STAMP): pyproject.toml $(wildcard runtime/kernels/*) $(wildcard runtime/kernel
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)" || $(BIN)/python -m pip install --quiet torch
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" \
-	    --config-settings=cmake.define.QCOMPILE_CUDA=$(CUDA) \
-	    "--config-settings=cmake.define.QCOMPILE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)"
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" $(addprefix --config-settings=,$(KERNELS))
 	@touch $@
