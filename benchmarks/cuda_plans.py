@@ -97,11 +97,25 @@ def readable(names: list[str]) -> dict[str, str]:
 
 
 def resource_table(library: Path) -> Iterator[str]:
-    """Registers, stack and shared memory of every kernel and architecture."""
+    """Registers of every kernel by architecture."""
     rows = resources(library)
     names = readable([row[0] for row in rows])
-    yield "\n## Registers and static shared memory (dynamic shared memory: see the plans)\n"
-    yield "| kernel | architecture | registers | stack bytes | static shared bytes |"
-    yield "|---|---|--:|--:|--:|"
-    for name, architecture, registers, stack, shared in rows:
-        yield f"| `{names[name]}` | {architecture} | {registers} | {stack} | {shared} |"
+    architectures = sorted({row[1] for row in rows})
+    registers: dict[str, dict[str, int]] = {}
+    for name, architecture, count, *_ in rows:
+        registers.setdefault(_element(names[name]), {})[architecture] = count
+    stacks = sum(row[3] > 0 for row in rows)
+    yield "\n## Registers a thread\n"
+    yield f"{len(rows)} kernels, {stacks} with a stack frame. decode_kernel<type, bits, tokens / 8>;"
+    yield "hopper_kernel<type, tokens>. Dynamic shared memory: see the plans."
+    yield "\n| kernel | " + " | ".join(architectures) + " |"
+    yield "|---|" + "--:|" * len(architectures)
+    for name, counts in sorted(registers.items()):
+        yield f"| `{name}` | " + " | ".join(str(counts.get(a, "")) for a in architectures) + " |"
+
+
+def _element(name: str) -> str:
+    """With layout.h's enumeration in words."""
+    for number, word in enumerate(("fp16", "bf16", "fp32")):
+        name = re.sub(rf"\((?:qcompile::cuda::)?Element\){number}", word, name)
+    return name
