@@ -14,8 +14,8 @@ namespace qcompile::cuda {
 // A graph keeps the buffer of the stream that it was captured on: replay it on one stream at a time.
 class Counters {
  public:
-  static constexpr int kBuffers = 8;
-  static constexpr int64_t kCount = 16384;  // 64 KB: 30 times what plans ask for, 4 of each multiprocessor
+  static constexpr int kBuffers = 64;
+  static constexpr int64_t kCount = 2048;  // plans split sums only where CTAs are few: 2 of each multiprocessor
 
   static Counters& of_device(int device) {
     static std::mutex mutex;

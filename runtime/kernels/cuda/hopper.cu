@@ -31,12 +31,13 @@ struct Kernel {
 template <Element kElement, int kTokens>
 Kernel kernel{hopper_kernel<kElement, kTokens>, kElement, kTokens};
 
+Kernel* const kKernels[] = {
+    &kernel<Element::kHalf, 64>,      &kernel<Element::kHalf, 128>,      &kernel<Element::kHalf, 256>,
+    &kernel<Element::kBfloat16, 64>,  &kernel<Element::kBfloat16, 128>,  &kernel<Element::kBfloat16, 256>,
+};
+
 Kernel* find_kernel(Element element, int tokens) {
-  static Kernel* const kernels[] = {
-      &kernel<Element::kHalf, 64>,      &kernel<Element::kHalf, 128>,      &kernel<Element::kHalf, 256>,
-      &kernel<Element::kBfloat16, 64>,  &kernel<Element::kBfloat16, 128>,  &kernel<Element::kBfloat16, 256>,
-  };
-  for (Kernel* candidate : kernels) {
+  for (Kernel* candidate : kKernels) {
     if (candidate->element == element && candidate->tokens == tokens) return candidate;
   }
   return nullptr;
@@ -70,9 +71,14 @@ Encode find_encode() {
   return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? Encode(function) : nullptr;
 }
 
+Encode known_encode() {
+  static const Encode encode = find_encode();
+  return encode;
+}
+
 // x (m, padded_k) in boxes of (tokens, 64): rows of 128 bytes, swizzled as wgmma reads them, zeros behind the last row.
 cudaError_t describe_x(const Product& product, int tokens, CUtensorMap* map) {
-  static const Encode encode = find_encode();
+  const Encode encode = known_encode();
   if (!encode) return cudaErrorSymbolNotFound;
   const bool half = product.layout.element == Element::kHalf;
   const cuuint64_t sizes[2] = {cuuint64_t(product.layout.padded_k), cuuint64_t(product.m)};
@@ -86,6 +92,13 @@ cudaError_t describe_x(const Product& product, int tokens, CUtensorMap* map) {
 }
 
 }  // namespace
+
+cudaError_t allow_hopper() {
+  for (Kernel* each : kKernels) {
+    if (const cudaError_t error = allow_shared(*each)) return error;
+  }
+  return known_encode() ? cudaSuccess : cudaErrorSymbolNotFound;
+}
 
 cudaError_t launch_hopper(const Plan& plan, const Product& product, cudaStream_t stream) {
   Kernel* const kernel = find_kernel(product.layout.element, plan.tokens);

@@ -31,6 +31,9 @@ cudaError_t allow_shared_memory();
 // capture.
 cudaError_t load_row_kernels();
 
+// The same for the Hopper kernels, and the driver's function that describes x to them; on sm_90 only.
+cudaError_t allow_hopper();
+
 cudaError_t launch_decode(const Plan& plan, const Product& product, cudaStream_t stream);
 cudaError_t launch_hopper(const Plan& plan, const Product& product, cudaStream_t stream);
 

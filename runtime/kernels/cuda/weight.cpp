@@ -73,9 +73,10 @@ void pack_parallel(const Layout& layout, const Source& source, int64_t begin, in
   for (std::future<void>& part : parts) part.get();
 }
 
-bool has_hopper_kernels() {
+// Whether the Hopper kernels are there and can be launched; asked before any capture.
+bool hopper_ready([[maybe_unused]] const Machine& machine) {
 #if defined(QCOMPILE_CUDA_HOPPER)
-  return true;
+  return machine.architecture == 90 && allow_hopper() == cudaSuccess;
 #else
   return false;
 #endif
@@ -90,6 +91,7 @@ DeviceWeight::DeviceWeight(const Layout& layout, const Source& source)
   plan(1);  // throws where no kernel computes it
   check(load_row_kernels(), "cannot load kernels");
   check(allow_shared_memory(), "cannot raise the shared memory of a kernel");
+  available_.hopper = hopper_ready(machine_);
   check(Counters::of_device(device_).prepare(), "cannot make counters");
   const int64_t bytes = aligned(layout.codes_bytes()) + aligned(layout.scales_bytes()) + aligned(layout.zeros_bytes());
   void* memory = nullptr;
@@ -112,7 +114,6 @@ void DeviceWeight::upload(const Source& source) {
   const OnHost zero_point(source.zero_point, (count * layout_.bits + 7) / 8);
   const Source here = {static_cast<const uint8_t*>(codes.data()), scale.data(), source.scale_is_half,
                        static_cast<const uint8_t*>(zero_point.data()), source.is_signed};
-  available_.hopper = has_hopper_kernels();
   available_.cublas = fits_half(layout_, static_cast<const float*>(here.scale), count) && cublas_ready(device_);
 
   // Slices of blocks: the host never holds the whole packed weight.

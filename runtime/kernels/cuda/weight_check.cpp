@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../check_data.h"
+#include "counters.h"
 #include "cublas.h"
 #include "device.h"
 #include "emulated/runtime.h"
@@ -327,6 +328,9 @@ int main(int count, char** arguments) {
   sabotage = count == 3 && std::string(arguments[1]) == "--sabotage" && std::string(arguments[2]) == "x";
   Report products{"products"}, specials{"specials"}, upload{"upload"}, failures{"failures"};
   products.expect(device_count() == 2 && cublas_ready(0), "the emulated device and cuBLAS are not found");
+  Counters& counters = Counters::of_device(0);
+  products.expect(counters.prepare() == cudaSuccess, "counters");
+  for (int i = 8; i < Counters::kBuffers; ++i) counters.of_stream(stream_number(uintptr_t(100 + i)), 1);  // taken
   const int clears = runtime().clears;
   check_products(products);
   products.expect(runtime().clears > clears, "counters of an unknown stream are cleared");

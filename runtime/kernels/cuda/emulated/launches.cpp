@@ -84,6 +84,7 @@ emulator::Globals globals_of(const Plan& plan, const Product& p) {
 }  // namespace
 
 cudaError_t allow_shared_memory() { return cudaSuccess; }
+cudaError_t allow_hopper() { return cudaSuccess; }
 cudaError_t load_row_kernels() { return cudaSuccess; }
 
 cudaError_t launch_decode(const Plan& plan, const Product& p, cudaStream_t) {
