@@ -98,6 +98,10 @@ class Library:
         """GPUs that can be used; 0 without a driver."""
         return int(self.functions.qcompile_cuda_devices())
 
+    def why_no_device(self) -> str:
+        """Why devices() is 0."""
+        return "no GPU or no driver" if self.architectures() else "the library was built without CUDA"
+
     def plan(
         self, shape: "Shape", m: int, machine: "Machine", *, hopper: bool = True, route: str = "plan"
     ) -> tuple[Plan, float]:

@@ -266,7 +266,7 @@ def main() -> None:
         name = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
         lines = measured(library, QUICK_ROWS if given.quick else ROWS)
     else:
-        parser.error(f"no GPU: {library.error() or 'the library was built without CUDA'}; --plan needs none")
+        parser.error(f"{library.why_no_device()}; --plan needs no GPU")
     title = f"# CUDA kernels: {name} ({date.today()})\n\n{described(' '.join(['python', *sys.argv]))}\n"
     file = None
     if given.output:

@@ -48,7 +48,7 @@ def torch() -> Any:
 def library(torch: Any) -> Library:
     loaded = Library(library_path())
     if not loaded.devices():
-        pytest.skip(f"the library finds no CUDA device: {loaded.error() or 'it was built without CUDA'}")
+        pytest.skip(f"the library finds no CUDA device: {loaded.why_no_device()}")
     return loaded
 
 
