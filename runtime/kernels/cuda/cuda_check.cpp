@@ -6,6 +6,7 @@
 // the packed weight, so that a test can see the check fail. Needs no CUDA and no GPU. What it cannot show: that a GPU
 // does what the emulator takes the PTX ISA to say.
 
+#include "check_faults.h"
 #include "check_product.h"
 #include "decode_epilogue.h"
 #include "emulator.h"
@@ -140,10 +141,17 @@ Kernel kernel_of(const Case& c) {
   }
 }
 
+// What a launch may do wrong.
+struct Wrong {
+  int stages = 0;    // that the kernel is told; 0: as many as there is memory for
+  size_t rows = 0;   // by which x is too short
+  int memory = 0;    // bytes of shared memory that are missing
+};
+
 // y on the emulator, between guard zones of poison. Throws emulator::Error.
-std::vector<uint8_t> run(const Product& p, uint64_t seed, Report& report) {
+std::vector<uint8_t> run(const Product& p, uint64_t seed, Report& report, const Wrong& wrong = {}) {
   const Case& c = p.c;
-  DecodeArguments a = decode_arguments(p.layout, c.m, c.split, c.stages);
+  DecodeArguments a = decode_arguments(p.layout, c.m, c.split, wrong.stages ? wrong.stages : c.stages);
   const int blocks = decode_blocks(c.tokens), grid_n = (a.blocks + blocks - 1) / blocks;
   const int grid_m = int((c.m + c.tokens - 1) / c.tokens);
   const size_t bytes = size_t(c.m * c.n) * size_t(p.numbers.width()), guard = 64;
@@ -161,13 +169,13 @@ std::vector<uint8_t> run(const Product& p, uint64_t seed, Report& report) {
   globals.add(p.codes, size_t(p.layout.codes_bytes()), "codes");
   globals.add(p.scales, size_t(p.layout.scales_bytes()), "scales");
   globals.add(p.zeros, size_t(p.layout.zeros_bytes()), "zeros");
-  globals.add(p.x, p.x_bytes(), "x");
+  globals.add(p.x, p.x_bytes() - wrong.rows * size_t(p.layout.padded_k) * 2, "x");
   globals.add(p.bias.data(), p.bias.size(), "bias");
   globals.add(p.row_factor.data(), p.row_factor.size() * 4, "row_factor");
   globals.add_written(a.y, bytes, "y");
   globals.add_written(a.partials, (partials.size() - 4) * 4, "partials");
   globals.add_written(a.counters, counters.size() * 4, "counters");
-  const int shared = decode_shared_bytes(c.element, c.bits, c.tokens, c.stages);
+  const int shared = decode_shared_bytes(c.element, c.bits, c.tokens, c.stages) - wrong.memory;
   const Kernel kernel = kernel_of(c);
   emulator::run({{grid_n, c.split, grid_m}, decode_threads(c.tokens), shared, seed}, globals, [&] { kernel(a); });
   for (size_t i = 0; i < guard; ++i) {
@@ -231,11 +239,42 @@ int64_t check_kernel(const char* name, Element element, int bits) {
   return report.failures;
 }
 
+// ---- Faults
+
+std::string message_of_launch(const Wrong& wrong, Report& report) {
+  const Product p({9, 1088, 70, 32, 4, Element::kHalf, false, true, false, false, 16, 3, 1, 1});
+  try {
+    run(p, 1, report, wrong);
+    return "";
+  } catch (const emulator::Error& error) {
+    return error.what();
+  }
+}
+
+// Small kernels with a fault each, then the decode kernel launched wrongly.
+int64_t check_faults() {
+  Report report = {"faults"};
+  for (int fault = 0; fault < int(sizeof kFaults / sizeof *kFaults); ++fault) {
+    const bool sums = fault >= kFirstSharedSum;
+    report.failures += !is_found(kFaults[fault].name, kFaults[fault].reason, message_of_fault(fault, sums));
+    ++report.cases;
+  }
+  report.failures += !is_found("none, sums", nullptr, message_of_fault(0, true));
+  report.failures += !is_found("decode", nullptr, message_of_launch(Wrong{}, report));
+  report.failures += !is_found("decode, one stage", "reads shared word", message_of_launch(Wrong{1, 0, 0}, report));
+  report.failures += !is_found("decode, x too short", "out of bounds", message_of_launch(Wrong{0, 1, 0}, report));
+  report.failures += !is_found("decode, memory too small", "is out of bounds", message_of_launch(Wrong{0, 0, 16}, report));
+  report.cases += 5;
+  std::printf("%-16s %lld cases, %lld not as they must be\n", report.name, (long long)report.cases,
+              (long long)report.failures);
+  return report.failures;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc == 3 && std::strcmp(argv[1], "--sabotage") == 0) sabotage = argv[2];
-  int64_t failures = check_dequantization();
+  int64_t failures = check_dequantization() + check_faults();
   failures += check_kernel("decode fp16 4", Element::kHalf, 4);
   failures += check_kernel("decode fp16 8", Element::kHalf, 8);
   failures += check_kernel("decode bf16 4", Element::kBfloat16, 4);
