@@ -55,7 +55,9 @@ struct Numbers {
     return element == Element::kHalf ? half_number(uint16_t(word)) : bfloat_number(uint16_t(word));
   }
   // Half of the last place of a result, relative, and at least this much.
-  double rounding() const { return std::ldexp(1.0, element == Element::kFloat ? -24 : element == Element::kHalf ? -11 : -8); }
+  double rounding() const {
+    return std::ldexp(1.0, element == Element::kFloat ? -24 : element == Element::kHalf ? -11 : -8);
+  }
   double smallest() const { return element == Element::kHalf ? std::ldexp(1.0, -25) : 1e-38; }
   double largest() const { return element == Element::kHalf ? 65504 : 3.3e38; }
 };

@@ -1,8 +1,8 @@
 // The decode kernel: products of few tokens, bound by reading the weight once. sm_80 and later; unverified on GPU.
 //
-// Yᵀ = Wᵀ Xᵀ on tensor cores (mma.m16n8k16). A CTA computes 64 or 128 columns for 8, 16, 32 or 64 tokens, over the units
-// of 256 k that are its share of the sum. Unit after unit comes to shared memory by asynchronous copies, `stages` deep:
-// codes, rows of x, scales and zero points. Warp (wn, wk) multiplies step wk of every unit for its block of 64 columns;
+// Yᵀ = Wᵀ Xᵀ on tensor cores (mma.m16n8k16). A CTA computes 64 or 128 columns for 8, 16, 32 or 64 tokens, over the
+// units of 256 k that are its share of the sum. Unit after unit comes to shared memory by asynchronous copies,
+// `stages` deep: codes, rows of x, scales and zero points. Warp (wn, wk) multiplies step wk of every unit for its block of 64 columns;
 // what the four warps of a block have is summed at the end, and so are the shares of CTAs, always in the same order.
 // Codes become n - z exactly (dequant.h); sums of a group are multiplied by its scale in fp32.
 #pragma once
@@ -63,9 +63,9 @@ struct Decode {
   static constexpr int kRows = stage_codes(bits, kTokens);   // where the parts of a stage begin
   static constexpr int kScales = kRows + stage_rows(kTokens);
   static constexpr int kZeros = kScales + stage_scales(element, kTokens);
-  static constexpr int kPass = MT <= 2 ? 4 : 2;              // tiles at a time, so that the sums of a group fit registers
-  // 64 tokens: that is not enough. Half of the tokens at a time, sums of a group end with each half step, and half steps
-  // are a real loop: unrolled, ptxas begins the next one too early and spills.
+  static constexpr int kPass = MT <= 2 ? 4 : 2;              // tiles at a time: sums of a group must fit registers
+  // 64 tokens: that is not enough. Half of the tokens at a time, sums of a group end with each half step, and half
+  // steps are a real loop: unrolled, ptxas begins the next one too early and spills.
   static constexpr bool kTight = MT == 8;
   static constexpr int kPartial = kTight ? MT / 2 : MT;      // of 8 tokens, how many have sums of a group at a time
 
@@ -174,7 +174,8 @@ struct Decode {
   }
 
   // Scales of rows g and g + 8 of the pass's tiles, times kHighFactor.
-  QCOMPILE_DEVICE void load_scales(const Place& own, uint32_t stage, int group, int pass, float (&scales)[kPass][2]) const {
+  QCOMPILE_DEVICE void load_scales(const Place& own, uint32_t stage, int group, int pass,
+                                   float (&scales)[kPass][2]) const {
     constexpr float high = kHighFactor<kBfloat, bits>;
     const uint32_t lanes = stage + uint32_t(kScales + (own.wn * kUnitGroups + group) * kGroupScales);
     const uint32_t at = lanes + uint32_t((own.lane / 4 * 8 + pass * kPass * 2) * kScaleBytes);
@@ -234,7 +235,8 @@ struct Decode {
   // Tiles of one pass over a step: two half steps of 32 k, which are two groups if groups have 32 rows.
   QCOMPILE_DEVICE void multiply_pass(const Place& own, uint32_t stage, int pass, int group, bool two_groups) {
     const uint32_t codes = stage + uint32_t((own.wn * kUnitSteps + own.wk) * kStepBytes + pass * kPass * kTileBytes);
-    const uint32_t rows = stage + uint32_t(kRows + own.lane % 8 * kRowStride + (own.wk * kStepK + own.lane / 8 * 8) * 2);
+    const int k = own.wk * kStepK + own.lane / 8 * 8;  // of the row whose address this lane gives
+    const uint32_t rows = stage + uint32_t(kRows + own.lane % 8 * kRowStride + k * 2);
     float parts[kPass][kPartial][4] = {};
     Words4 words[kPass];
     Zeros<kBfloat, bits> zeros;
@@ -246,8 +248,8 @@ struct Decode {
       QCOMPILE_UNROLL
       for (int i = 0; i < kPass; ++i) {
         const int tile = pass * kPass + i;
-        load_operands(own.lane, codes + uint32_t(i * kTileBytes), half, words[i], zeros.pattern(tile, 0), zeros.pattern(tile, 1),
-                      operands[i]);
+        load_operands(own.lane, codes + uint32_t(i * kTileBytes), half, words[i], zeros.pattern(tile, 0),
+                      zeros.pattern(tile, 1), operands[i]);
       }
       float scales[kPass][2];
       const bool ends = kTight || half == 1 || two_groups;  // these are the last products of a sum

@@ -8,7 +8,7 @@ namespace qcompile::cuda {
 constexpr int kUnitSteps = 4;                     // steps of 64 k in a unit of the pipeline, one for each warp of a sum
 constexpr int kUnitK = kUnitSteps * kStepK;
 constexpr int kUnitGroups = kUnitK / 32;          // groups that a unit touches at most: group 32
-constexpr int kRowStride = (kUnitK + 8) * 2;      // bytes; 16 more than a row of x, so that ldmatrix meets no bank twice
+constexpr int kRowStride = (kUnitK + 8) * 2;      // bytes; 16 more than a row of x: ldmatrix meets no bank twice
 constexpr int kMinStages = 2, kMaxStages = 4;     // of the pipeline; given at the launch
 
 // `tokens` of a CTA: 8, 16, 32 or 64. From 32 on two blocks of columns share the rows of x.

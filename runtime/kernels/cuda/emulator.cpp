@@ -140,7 +140,8 @@ void run_block(Block& block) {
 void start_block(Block& block, int number) {
   const Launch& launch = block.launch;
   block.number = number;
-  block.index = {number % launch.grid.x, number / launch.grid.x % launch.grid.y, number / launch.grid.x / launch.grid.y};
+  const int row = number / launch.grid.x;
+  block.index = {number % launch.grid.x, row % launch.grid.y, row / launch.grid.y};
   ++block.interval;
   std::memset(block.shared.data(), kPoison, block.shared.size());
   for (Word& word : block.words) word.writer = -1, word.in_flight = false, word.readers.clear();

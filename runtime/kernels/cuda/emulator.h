@@ -31,7 +31,7 @@ class Globals {
     ranges_.push_back({address(data), bytes, name, std::vector<Written>(bytes / 2 + 1)});
   }
 
-  struct Written { int block = -1; uint32_t sequence = 0; };  // of 2 bytes: who wrote them last in this launch, and when
+  struct Written { int block = -1; uint32_t sequence = 0; };  // of 2 bytes: who wrote them last in a launch, and when
   struct Range { uintptr_t begin; size_t bytes; std::string name; std::vector<Written> written; };
   // The range that holds these bytes, or nullptr.
   Range* find(const void* data, size_t bytes);

@@ -64,7 +64,8 @@ void load_all(void** lanes, int count) {
     for (int row = 0; row < 8; ++row) {
       uint32_t words[4];
       const int owner = 8 * matrix + row;
-      read_shared(static_cast<const Matrices*>(lanes[owner])->address, words, 16, block().threads[size_t(first + owner)]);
+      const uint32_t address = static_cast<const Matrices*>(lanes[owner])->address;
+      read_shared(address, words, 16, block().threads[size_t(first + owner)]);
       for (int i = 0; i < 4; ++i) static_cast<const Matrices*>(lanes[4 * row + i])->d[matrix] = words[i];
     }
   }
