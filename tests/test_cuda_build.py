@@ -248,4 +248,4 @@ def test_kernels_on_the_emulator(program: str) -> None:
     output = run(build_kernel_check("kernel_check", "-DQCOMPILE_CUDA=OFF", target=program) / program)
     lines = output.splitlines()
     assert lines
-    assert [line for line in lines if not re.search(r"\b0 failures", line)] == []
+    assert [line for line in lines if not re.search(r"\b0 (failures|not as they must be)", line)] == []
