@@ -4,6 +4,7 @@ Used by cuda_kernels.py and tests/test_cuda_gpu.py. Everything but DeviceWeight 
 """
 
 import ctypes
+import os
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,9 @@ ELEMENTS = {"fp16": 0, "bf16": 1, "fp32": 2}
 DTYPES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "fp32": np.dtype(np.float32)}
 ROUTES = {"plan": -1, "decode": 0, "dequantize": 1, "hopper": 2}
 ROUTE_NAMES = {number: name for name, number in ROUTES.items()}
+# Routes to leave out, by name, separated by commas: a kernel that faults takes its whole process with it.
+EXCLUDED = set(filter(None, os.environ.get("QCOMPILE_WITHOUT_ROUTES", "").split(",")))
+CHOSEN = [name for name in ROUTES if name not in EXCLUDED]
 GUARD = 256  # elements before and behind an output that must stay as they were
 
 

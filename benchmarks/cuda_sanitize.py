@@ -9,7 +9,7 @@ import sys
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation of its own, whose ends are watched
 
 import torch
-from cuda_harness import ROUTES, CudaError, DeviceWeight, Library, Shape, Weight, torch_dtype
+from cuda_harness import CHOSEN, CudaError, DeviceWeight, Library, Shape, Weight, torch_dtype
 
 SHAPES = (Shape(1000, 333, 128), Shape(512, 130, 32, element="bf16"), Shape(640, 192, 64, bits=8, element="fp32"))
 ROWS = (1, 9, 40, 130)
@@ -22,7 +22,7 @@ def main() -> None:
         for m in ROWS:
             x = torch.ones(m, shape.k, device="cuda", dtype=torch_dtype(shape.element))
             y = torch.empty(m, shape.n, device="cuda", dtype=x.dtype)
-            for route in ROUTES:
+            for route in CHOSEN:
                 try:
                     wanted, _ = weight.scratch(m, route)
                 except CudaError:

@@ -4,6 +4,7 @@ Unverified until a GPU ran them: no machine of this project's tests has one, so 
 `benchmarks/gpu_session.sh` runs them where there is one. Nothing here needs ONNX Runtime.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cuda_harness import GUARD, ROUTES, CudaError, DeviceWeight, Library, Shape, Weight, torch_dtype
+from cuda_harness import CHOSEN, EXCLUDED, GUARD, ROUTES, CudaError, DeviceWeight, Library, Shape, Weight, torch_dtype
 
 from qcompile.runtime.library import library_path
 
@@ -36,11 +37,16 @@ SHAPES = {
 }
 
 
+def _absent(reason: str) -> None:
+    """Skip; with QCOMPILE_REQUIRE_GPU=1, where a GPU was wanted, fail."""
+    (pytest.fail if os.environ.get("QCOMPILE_REQUIRE_GPU") == "1" else pytest.skip)(reason)
+
+
 @pytest.fixture(scope="module")
 def torch() -> Any:
     torch = pytest.importorskip("torch", reason="the tests hold device memory through torch")
     if not torch.cuda.is_available():
-        pytest.skip("torch finds no CUDA device")
+        _absent("torch finds no CUDA device")
     return torch
 
 
@@ -48,7 +54,7 @@ def torch() -> Any:
 def library(torch: Any) -> Library:
     loaded = Library(library_path())
     if not loaded.devices():
-        pytest.skip(f"the library finds no CUDA device: {loaded.why_no_device()}")
+        _absent(f"the library finds no CUDA device: {loaded.why_no_device()}")
     return loaded
 
 
@@ -96,7 +102,7 @@ class Product:
 
     def routes(self, m: int) -> Iterator[str]:
         """The plan's own choice, and every route that this weight can take here."""
-        for route in ROUTES:
+        for route in CHOSEN:
             try:
                 self.weight.scratch(m, route)
             except CudaError:
@@ -129,7 +135,7 @@ def test_every_route_against_float64_and_twice_the_same(
             assert product.error(x, y) <= LIMITS[shape.element], f"{route}, {m} rows"
             assert torch.equal(product.run(x, route), y), f"{route}, {m} rows: the second run differs"
             checked.add(route)
-    missing = {"plan", "decode", "dequantize"} - checked
+    missing = {"plan", "decode", "dequantize"} - EXCLUDED - checked
     assert not missing, "is there no libcublas? torch's own packages bring it"
 
 

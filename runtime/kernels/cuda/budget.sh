@@ -47,6 +47,8 @@ awk '
     exit failed
   }
 ' "$budgets" "$report" && exit 0
+# On a machine that is lent for minutes a slow kernel is better than none.
+[ "$QCOMPILE_BUDGET" = warn ] && exit 0
 
 # A rule that fails must not leave an object that a later run takes for done.
 while [ $# -gt 1 ]; do

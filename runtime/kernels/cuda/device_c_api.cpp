@@ -72,7 +72,7 @@ int64_t qcompile_cuda_weight_bytes(const void* weight) { return self(weight).lay
 int64_t qcompile_cuda_weight_scratch(const void* weight, int64_t m, int route, int64_t plan[12]) {
   if (bad_product(weight, m, route)) return -1;
   try {
-    const Plan made = self(weight).plan(m, route);
+    const Plan made = m > 0 ? self(weight).plan(m, route) : Plan{};  // no rows, no kernel
     const int64_t values[12] = {int64_t(made.route), made.tokens, made.block_n, made.stages,
                                 made.threads,        made.split,  made.grid_n,  made.grid_m,
                                 made.shared_bytes,   made.chunk,  made.scratch_bytes, made.counters};
