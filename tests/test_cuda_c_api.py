@@ -96,6 +96,7 @@ def test_routes(hopper: Any, route: int, zero_point: bool) -> None:
     functions = hopper
     case = Case("MatMulInt4", 1600, 200, 64, half=True, zero_point=zero_point)
     weight, plan = _create(functions, case), (ctypes.c_int64 * 12)()
+    assert functions.qcompile_cuda_weight_scratch(ctypes.c_void_p(weight), ctypes.c_int64(0), route, plan) == 0
     for rows in (1, 40, 130):
         size = functions.qcompile_cuda_weight_scratch(ctypes.c_void_p(weight), ctypes.c_int64(rows), route, plan)
         assert plan[0] == route, functions.qcompile_cuda_error()
