@@ -153,8 +153,7 @@ def _print_coverage(report: Report, console: Console) -> None:
     size: Counter[tuple[str, str]] = Counter()
     seen: set[str] = set()
     for d in report.decisions[report.quantizer or ""]:
-        reason = d.reason.split(": ")[0] if d.action == "kept" else d.reason  # what follows is of that node alone
-        key = (str(d.detail.get("kind", "")), reason if d.action == "quantized" else f"float: {reason}")
+        key = (str(d.detail.get("kind", "")), d.group)
         rows[key] += 1
         name = str(d.detail.get("weight", d.node))
         if name not in seen:

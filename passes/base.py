@@ -20,6 +20,17 @@ class Decision:
     reason: str
     detail: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def told(self) -> str:
+        """The format of a quantized node; why another one stays in float."""
+        return self.reason if self.action == "quantized" else f"float: {self.reason}"
+
+    @property
+    def group(self) -> str:
+        """The same for a count of nodes: what kept and quantized ones say behind a colon is of one node alone."""
+        reason = self.reason.split(": ")[0] if self.action in ("kept", "quantized") else self.reason
+        return reason if self.action == "quantized" else f"float: {reason}"
+
 
 @dataclass
 class Region:

@@ -37,6 +37,16 @@ def test_a_compiled_decoder_is_all_on_the_page(bench: Any) -> None:
     assert page.told("title")[0] == "qcompile report: model.onnx"
 
 
+def test_nodes_kept_for_their_sensitivity_are_counted_together() -> None:
+    kept = [node(f"k{i}", f"kept for its sensitivity: rank {i}, KL 0.{i} alone", action="kept") for i in (1, 2)]
+    light = [node(f"q{i}", f"int8 per channel, weights only: kept for its sensitivity: rank {i}") for i in (3, 4)]
+    source = to_html(_report(*kept, *light))
+    body = source[source.index('<section id="coverage"') : source.index('<section id="errors"')]
+    assert body.count("<tr>") == 3, "the head and two rows"
+    assert "rank" not in body
+    assert "rank 4" in source, "each node says its own"
+
+
 def test_coverage_counts_nodes_by_operator_and_decision() -> None:
     report = _report(
         node("a", "int4 g128 asym"), node("b", "int4 g128 asym"), node("head", "int8 g128 asym", weight="table"),

@@ -108,7 +108,7 @@ def _points(rows: Sequence[NodeRow], scale: _Scale, pitch: int) -> Iterator[str]
 
 def _hit(row: NodeRow, pitch: int) -> str:
     """A transparent strip of full height: short bars can be pointed at, too."""
-    lines = [f"#{row.number} {cut(row.decision.node, 100)}", row.told]
+    lines = [f"#{row.number} {cut(row.decision.node, 100)}", row.decision.told]
     if row.error is not None:
         error, added = row.error.error, row.error.int8_error
         lines.append(f"error {number(error)}" + (f", int8 adds {number(added)}" if added is not None else ""))

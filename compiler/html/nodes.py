@@ -30,12 +30,6 @@ class NodeRow:
     error: NodeError | None
 
     @property
-    def told(self) -> str:
-        """The format, or why there is none."""
-        reason = self.decision.reason
-        return reason if self.decision.action == "quantized" else f"float: {reason}"
-
-    @property
     def operator(self) -> str:
         """The operator of the source model."""
         return str(self.decision.detail.get("kind", ""))
@@ -94,7 +88,7 @@ def coverage(report: Report, rows: Sequence[NodeRow]) -> Markup:
     """Nodes counted by operator and decision, with the weights behind them, as the terminal shows them."""
     groups: dict[tuple[str, str], list[NodeRow]] = {}
     for row in rows:
-        groups.setdefault((row.operator, row.told), []).append(row)
+        groups.setdefault((row.operator, row.decision.group), []).append(row)
     told = f"{percent(report.coverage)} of the {report.kinds} weights are quantized."
     if not any(report.packed(kind) or report.skipped(kind) for kind in report.products):
         told = f"There was no {report.kinds} weight to quantize."
@@ -107,7 +101,13 @@ def _group(rows: Sequence[NodeRow]) -> list[object]:
     own = [row for row in rows if row.size is not None]
     weights, size = (sum(row.weights for row in own), sum(row.size or 0 for row in own))
     stored = megabytes(size) if weights else "–" if own else "shared"
-    return [swatch(rows[0]), rows[0].operator, f"{len(rows):,}", f"{weights:,}" if weights else "–", stored]
+    return [
+        swatch(rows[0], rows[0].decision.group),
+        rows[0].operator,
+        f"{len(rows):,}",
+        f"{weights:,}" if weights else "–",
+        stored,
+    ]
 
 
 def _shares(rows: Sequence[NodeRow]) -> Markup:
@@ -127,9 +127,9 @@ def _shares(rows: Sequence[NodeRow]) -> Markup:
     return Markup(f"{drawn}{''.join(parts)}</svg>\n" if parts else "")
 
 
-def swatch(row: NodeRow) -> Markup:
-    """The decision behind a square of its colour."""
-    return Markup(f'<i class="k-{row.kind}"></i>{text(row.told)}')
+def swatch(row: NodeRow, told: str) -> Markup:
+    """What is told of a decision behind a square of its colour."""
+    return Markup(f'<i class="k-{row.kind}"></i>{text(told)}')
 
 
 def node_list(rows: Sequence[NodeRow]) -> Markup:
@@ -152,4 +152,4 @@ def _cells(row: NodeRow) -> list[object]:
     ]  # fmt: skip
     bits = number(row.decision.detail.get("bits_per_weight"))
     weights = f"{row.weights:,}" if row.weights else "–"
-    return [str(row.number), row.decision.node, row.operator, swatch(row), weights, bits, *measured]
+    return [str(row.number), row.decision.node, row.operator, swatch(row, row.decision.told), weights, bits, *measured]
