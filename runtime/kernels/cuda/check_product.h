@@ -68,7 +68,7 @@ inline uint8_t* aligned(std::vector<uint8_t>& bytes, size_t size) {
   return bytes.data() + (16 - reinterpret_cast<uintptr_t>(bytes.data()) % 16) % 16;
 }
 
-struct Product {
+struct CheckedProduct {
   Case c;
   Layout layout;
   Numbers numbers, operands;                      // of scales, bias and y; of x
@@ -78,7 +78,7 @@ struct Product {
   std::vector<float> row_factor;                  // (m,)
   std::vector<double> y, magnitude;               // (m, n): the sum, and the sum of magnitudes
 
-  explicit Product(const Case& of)
+  explicit CheckedProduct(const Case& of)
       : c(of), layout(make_layout(c.k, c.n, c.block_size, c.bits, c.element)), numbers{c.element},
         operands{c.element == Element::kFloat ? Element::kHalf : c.element} {
     check::Random random(c.seed);

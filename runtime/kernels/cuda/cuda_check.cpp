@@ -55,7 +55,7 @@ struct Wrong {
 };
 
 // y on the emulator, between guard zones of poison. Throws emulator::Error.
-std::vector<uint8_t> run(const Product& p, uint64_t seed, Report& report, const Wrong& wrong = {}) {
+std::vector<uint8_t> run(const CheckedProduct& p, uint64_t seed, Report& report, const Wrong& wrong = {}) {
   const Case& c = p.c;
   DecodeArguments a = decode_arguments(p.layout, c.m, c.split, wrong.stages ? wrong.stages : c.stages);
   const int blocks = decode_blocks(c.tokens), grid_n = (a.blocks + blocks - 1) / blocks;
@@ -93,7 +93,7 @@ std::vector<uint8_t> run(const Product& p, uint64_t seed, Report& report, const 
   return {y.begin() + long(guard), y.end() - long(guard)};
 }
 
-void compare(const Product& p, const std::vector<uint8_t>& y, Report& report, double& worst) {
+void compare(const CheckedProduct& p, const std::vector<uint8_t>& y, Report& report, double& worst) {
   for (size_t i = 0; i < p.y.size(); ++i) {
     const double value = double(p.numbers.get(y.data(), i)), wanted = p.y[i];
     const double slack = p.numbers.rounding() * std::fabs(wanted) + p.numbers.smallest();
@@ -128,7 +128,7 @@ int64_t check_kernel(const char* name, Element element, int bits) {
   double worst = 0;
   for (const Case& c : cases(element, bits)) {
     ++report.cases;
-    Product p(c);
+    CheckedProduct p(c);
     if (sabotage == "code") p.codes[0] ^= 1;
     if (sabotage == "scale") p.scales[1] ^= 0x10;
     try {
@@ -148,7 +148,7 @@ int64_t check_kernel(const char* name, Element element, int bits) {
 // ---- Faults
 
 std::string message_of_launch(const Wrong& wrong, Report& report) {
-  const Product p({9, 1088, 70, 32, 4, Element::kHalf, false, true, false, false, 16, 3, 1, 1});
+  const CheckedProduct p({9, 1088, 70, 32, 4, Element::kHalf, false, true, false, false, 16, 3, 1, 1});
   try {
     run(p, 1, report, wrong);
     return "";

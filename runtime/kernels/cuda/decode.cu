@@ -70,17 +70,7 @@ cudaError_t launch_decode(const Plan& plan, const Product& product, cudaStream_t
   const Kernel kernel = kernel_of(product.layout.element, product.layout.bits, plan.tokens);
   constexpr int64_t kMostK = int64_t(1) << 21;  // of Decode::group_of
   if (!kernel || product.layout.padded_k > kMostK) return cudaErrorInvalidValue;
-  DecodeArguments arguments = decode_arguments(product.layout, product.m, plan.split, plan.stages);
-  arguments.codes = static_cast<const uint8_t*>(product.codes);
-  arguments.scales = static_cast<const uint8_t*>(product.scales);
-  arguments.zeros = static_cast<const uint8_t*>(product.zeros);
-  arguments.x = static_cast<const uint16_t*>(product.x);
-  arguments.x_stride = product.x_stride;
-  arguments.y = product.y;
-  arguments.bias = product.bias;
-  arguments.row_factor = product.row_factor;
-  arguments.partials = product.partials;
-  arguments.counters = product.counters;
+  const DecodeArguments arguments = decode_arguments(plan, product);
   const dim3 grid(unsigned(plan.grid_n), unsigned(plan.split), unsigned(plan.grid_m));
   kernel<<<grid, unsigned(plan.threads), size_t(plan.shared_bytes), stream>>>(arguments);
   return cudaGetLastError();

@@ -9,6 +9,8 @@
 
 #include "decode_shape.h"
 #include "dequant.h"
+#include "plan.h"
+#include "product.h"
 
 namespace qcompile::cuda {
 
@@ -44,6 +46,22 @@ inline DecodeArguments decode_arguments(const Layout& layout, int64_t m, int spl
   a.group_halves = int(layout.group / 32);
   a.group_inverse = ((uint64_t(1) << 32) + uint64_t(a.group_halves) - 1) / uint64_t(a.group_halves);
   a.stages = stages;
+  return a;
+}
+
+// What a launch hands to the kernel.
+inline DecodeArguments decode_arguments(const Plan& plan, const Product& p) {
+  DecodeArguments a = decode_arguments(p.layout, p.m, plan.split, plan.stages);
+  a.codes = static_cast<const uint8_t*>(p.codes);
+  a.scales = static_cast<const uint8_t*>(p.scales);
+  a.zeros = static_cast<const uint8_t*>(p.zeros);
+  a.x = static_cast<const uint16_t*>(p.x);
+  a.x_stride = p.x_stride;
+  a.y = p.y;
+  a.bias = p.bias;
+  a.row_factor = p.row_factor;
+  a.partials = p.partials;
+  a.counters = p.counters;
   return a;
 }
 

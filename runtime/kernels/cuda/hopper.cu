@@ -108,15 +108,7 @@ cudaError_t launch_hopper(const Plan& plan, const Product& product, cudaStream_t
   CUtensorMap map;
   error = describe_x(product, plan.tokens, &map);
   if (error != cudaSuccess) return error;
-  hopper::Arguments arguments = {product.layout,
-                                 static_cast<const uint8_t*>(product.codes),
-                                 static_cast<const uint8_t*>(product.scales),
-                                 static_cast<const uint8_t*>(product.zeros),
-                                 static_cast<const uint16_t*>(product.bias),
-                                 static_cast<uint16_t*>(product.y),
-                                 product.m,
-                                 product.partials,
-                                 product.counters};
+  hopper::Arguments arguments = hopper::arguments_of(product);
   void* parameters[] = {&map, &arguments};
   const dim3 grid(unsigned(plan.grid_n), unsigned(plan.split), unsigned(plan.grid_m)), block(hopper::kThreads);
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel->function), grid, block, parameters,

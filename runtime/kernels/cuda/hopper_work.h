@@ -5,6 +5,7 @@
 
 #include "device_sm90.h"
 #include "hopper_limits.h"
+#include "product.h"
 
 namespace qcompile::cuda::hopper {
 
@@ -19,6 +20,12 @@ struct Arguments {
   float* partials;                        // as hopper_limits.h says, where split > 1
   uint32_t* counters;                     // (tiles of rows, pairs of blocks), zeros before and behind
 };
+
+inline Arguments arguments_of(const Product& p) {
+  return {p.layout, static_cast<const uint8_t*>(p.codes), static_cast<const uint8_t*>(p.scales),
+          static_cast<const uint8_t*>(p.zeros), static_cast<const uint16_t*>(p.bias), static_cast<uint16_t*>(p.y),
+          p.m, p.partials, p.counters};
+}
 
 // What this CTA computes: blocks [first_block, first_block + blocks), rows [first_m, first_m + kTokens), of these sums
 // steps [begin, end).

@@ -89,36 +89,18 @@ cudaError_t load_row_kernels() { return cudaSuccess; }
 
 cudaError_t launch_decode(const Plan& plan, const Product& p, cudaStream_t) {
   const Layout& layout = p.layout;
-  DecodeArguments a = decode_arguments(layout, p.m, plan.split, plan.stages);
-  a.codes = static_cast<const uint8_t*>(p.codes);
-  a.scales = static_cast<const uint8_t*>(p.scales);
-  a.zeros = static_cast<const uint8_t*>(p.zeros);
-  a.x = static_cast<const uint16_t*>(p.x);
-  a.x_stride = p.x_stride;
-  a.y = p.y;
-  a.bias = p.bias;
-  a.row_factor = p.row_factor;
-  a.partials = p.partials;
-  a.counters = p.counters;
+  const DecodeArguments arguments = decode_arguments(plan, p);
   emulator::Globals globals = globals_of(plan, p);
   const Decoder kernel = (layout.bits == 4 ? decoder<4> : decoder<8>)(layout.element, plan.tokens);
   const emulator::Index grid = {int(plan.grid_n), plan.split, int(plan.grid_m)};
-  return emulate({grid, plan.threads, int(plan.shared_bytes)}, globals, [&] { kernel(a); });
+  return emulate({grid, plan.threads, int(plan.shared_bytes)}, globals, [&] { kernel(arguments); });
 }
 
 cudaError_t launch_hopper(const Plan& plan, const Product& p, cudaStream_t) {
   const Layout& layout = p.layout;
   if (!hopper::supports(layout)) return cudaErrorInvalidValue;
   const sm90::TensorMap map = {p.x, layout.padded_k, p.m, p.x_stride * 2, kStepK, plan.tokens};
-  const hopper::Arguments arguments = {layout,
-                                       static_cast<const uint8_t*>(p.codes),
-                                       static_cast<const uint8_t*>(p.scales),
-                                       static_cast<const uint8_t*>(p.zeros),
-                                       static_cast<const uint16_t*>(p.bias),
-                                       static_cast<uint16_t*>(p.y),
-                                       p.m,
-                                       p.partials,
-                                       p.counters};
+  const hopper::Arguments arguments = hopper::arguments_of(p);
   emulator::Globals globals = globals_of(plan, p);
   const HopperKernel kernel = layout.element == Element::kHalf ? hopper_kernel<Element::kHalf>(plan.tokens)
                                                                : hopper_kernel<Element::kBfloat16>(plan.tokens);
