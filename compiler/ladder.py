@@ -47,6 +47,9 @@ def finished(rungs: Sequence[Rung], walked: Walked, outputs: Sequence[Arrays]) -
     top = _measured(NORMS if data.guess else SELF, walked, outputs)
     sampled = "that the model sampled and calibration has not seen" if data.real else "of random inputs"
     windows = f"{len(data.checks)} batches of {data.checks[0].rows} rows {sampled}"
+    kept = len(walked.report.mixed.kept) if walked.report.mixed is not None else 0
+    if kept:
+        windows += f"; {kept} nodes are kept in float in the last step alone"
     return Ladder((*rungs, top), windows)
 
 

@@ -64,6 +64,12 @@ def test_rungs_run_the_passes_that_can_work_there(bench: Any, passes: str, rungs
         assert all("gptq" not in rung.passes for rung in report.ladder.rungs[:-1])  # type: ignore[union-attr]
 
 
+def test_the_ladder_says_that_only_its_last_step_keeps_nodes(bench: Any) -> None:
+    path = bench.save(tiny_decoder(layers=1), tokenizer=False)
+    ladder = bench.compile(path, "smooth,qdq", calibration=(), keep_worst=2).ladder
+    assert ladder.windows.endswith("; 2 nodes are kept in float in the last step alone")
+
+
 @pytest.mark.parametrize(("passes", "calibration"), [("qdq", ()), ("pack", ()), ("dynamic", ("norms",))])
 def test_no_ladder_where_there_is_nothing_to_climb(bench: Any, passes: str, calibration: tuple[str, ...]) -> None:
     assert _climbed(bench, tiny_decoder(layers=1), passes, *calibration).ladder is None
