@@ -68,9 +68,7 @@ def calibrate_model(
         raise UserError("calibrate: no pass of the list takes ranges from calibration data: add qdq")
     check_output_path(source, target)
     progress.step("loading")
-    if not isinstance(calibration, Calibration):
-        calibration = Calibration(calibration)
-    walked = walk_model(source, recipe, calibration, progress, checks=False)
+    walked = walk_model(source, recipe, Calibration.of(calibration), progress, checks=False)
     chosen = next(p for p in walked.passes if isinstance(p, Qdq))
     if not walked.watched:
         raise UserError("calibrate: the model has no activation that qdq would quantize")

@@ -50,8 +50,7 @@ def compile_model(
     started = time.monotonic()
     progress.step("loading")
     check_output_path(source, target)
-    if not isinstance(calibration, Calibration):
-        calibration = Calibration(calibration)
+    calibration = Calibration.of(calibration)
     prepared = prepare_model(source, recipe, progress)
     saved = None if statistics is None else load_statistics(prepared, Path(statistics))
     graph, plan, report = prepared.model, prepared.plan, prepared.report

@@ -37,6 +37,11 @@ class Calibration:
     files: Sequence[str] = ()
     tokenizer: Path | None = None
 
+    @classmethod
+    def of(cls, given: "Calibration | Sequence[str]") -> "Calibration":
+        """The same, or files alone."""
+        return given if isinstance(given, Calibration) else cls(given)
+
 
 @dataclass(frozen=True)
 class Prepared:
