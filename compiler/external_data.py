@@ -46,31 +46,72 @@ def tensors_in(attribute: ir.Attr) -> list[ir.TensorProtocol]:
     return [attribute.as_tensor()] if attribute.type == ir.AttributeType.TENSOR else list(attribute.as_tensors())
 
 
-def check_external(tensor: ir.ExternalTensor, name: str, folder: Path) -> None:
-    """Raise UserError unless the bytes of `tensor` are all there, in a file inside `folder` (resolved)."""
-    location = os.fspath(tensor.location)
-    where = f"tensor {name!r} of the model in {folder}"
-    path = (folder / location).resolve()
-    if not location or os.path.isabs(location) or not path.is_relative_to(folder):
+def locate(model: ir.Model, path: Path) -> None:
+    """Have every external tensor of the model at `path` name the real file that holds its bytes, checked.
+
+    The rule: a location is relative and never leads upwards, and the file behind it lies in the folder of the model
+    file, or, where the model file is a link, in the folder of the file it leads to. So links inside a folder work, and
+    the cache of Hugging Face, whose snapshots are links into one folder of blobs; a link from a model's folder to
+    anywhere else does not. Locations become absolute paths without links, with an empty base folder: onnx_ir then
+    leaves out checks of its own, which know neither that cache nor hard links. Raises UserError.
+    """
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = located(value.const_value, value.name or "", path)
+    for node, attribute in list(attributes_of(model)):
+        tensors = tensors_in(attribute)
+        if any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors):
+            where = (node.outputs[0].name if node.outputs else node.name) or ""
+            found = [located(t, where, path) if isinstance(t, ir.ExternalTensor) else t for t in tensors]
+            single = attribute.type == ir.AttributeType.TENSOR
+            node.attributes[attribute.name] = (
+                ir.AttrTensor(attribute.name, found[0]) if single else ir.AttrTensors(attribute.name, found)
+            )
+
+
+def located(tensor: ir.ExternalTensor, name: str, model: Path) -> ir.ExternalTensor:
+    """The tensor `name` of the model file `model`, its location an absolute path without links."""
+    file = _data_file(os.fspath(tensor.location), f"tensor {name!r} of the model in {model.parent}", model)
+    _check_extent(tensor, f"tensor {name!r} of the model in {model.parent}", file)
+    found = ir.ExternalTensor(
+        file, tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name or name
+    )
+    found.metadata_props.update(tensor.metadata_props)
+    return found
+
+
+def _data_file(location: str, where: str, model: Path) -> Path:
+    """The real file of a location, where the rule of `locate` allows it."""
+    folders = {model.parent.resolve(), model.resolve().parent}
+    upwards = os.path.normpath(location).split(os.sep)[0] == os.pardir
+    try:
+        file = (model.parent / location).resolve()
+        inside = location and not os.path.isabs(location) and not upwards and any(map(file.is_relative_to, folders))
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a name that cannot be one
+        raise UserError(f"{where}: its external data {location!r} cannot be found: {error}") from error
+    if not inside:
         raise UserError(
             f"{where}: its external data {location!r} lies outside of the model's folder; "
             "copy the data file beside the model (cp -L follows links) and export with a relative location"
         )
-    if not path.is_file():
+    if not file.is_file():
         raise UserError(f"{where}: its external data file {location!r} is missing; copy it beside the model")
-    status = path.stat()
-    if status.st_nlink > 1:  # onnx and onnx_ir refuse to read such a file later on
-        raise UserError(f"{where}: {location!r} has more than one hard link, which ONNX tools refuse; copy the file")
+    return file
+
+
+def _check_extent(tensor: ir.ExternalTensor, where: str, file: Path) -> None:
+    """Raise UserError unless the file holds as many bytes as the tensor's type and shape take, where it says."""
+    location, size = os.fspath(tensor.location), file.stat().st_size
     offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
     if offset < 0 or length != tensor.nbytes:
         raise UserError(
             f"{where}: {length} bytes at offset {offset} of {location!r} do not hold {tensor.dtype.name} "
             f"{tuple(tensor.shape)} ({tensor.nbytes} bytes); export the model again"
         )
-    if offset + length > status.st_size:
+    if offset + length > size:
         raise UserError(
-            f"{where}: {location!r} is too short ({status.st_size} bytes, {offset + length} needed); "
-            "copy or download it again"
+            f"{where}: {location!r} is too short ({size} bytes, {offset + length} needed); copy or download it again"
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qcompile.compiler.external_data import check_external, tensors_of
+from qcompile.compiler.external_data import locate, tensors_of
 from qcompile.compiler.saving import SaveReport, save_model
 from qcompile.passes.errors import UserError
 from qcompile.passes.tensors import chunks
@@ -39,11 +39,7 @@ def load_model(path: Path) -> ir.Model:
     except Exception as error:
         raise UserError(f"{path}: damaged ONNX graph ({_root_cause(error)}); export the model again") from error
     _check_versions(model, path)
-    folder = path.parent.resolve()
-    for name, tensor in tensors_of(model):
-        if isinstance(tensor, ir.ExternalTensor):
-            check_external(tensor, name, folder)
-            tensor.base_dir = folder  # never "", with which onnx_ir leaves out its own checks of the path
+    locate(model, path)
     return model
 
 

@@ -96,8 +96,14 @@ class Tokenizer:
 
 
 def find_tokenizer(path: Path) -> Path | None:
-    """The tokenizer.json that is `path`, in the folder `path`, or beside the file `path`; None without one."""
-    candidates = [path / "tokenizer.json"] if path.is_dir() else [path, path.parent / "tokenizer.json"]
+    """The tokenizer.json that is `path`, in the folder `path`, or beside the file `path`; None without one.
+
+    Repositories that keep their graphs in a folder `onnx` have it one folder up.
+    """
+    folder = path if path.is_dir() else path.parent
+    candidates = [folder / "tokenizer.json"] if path.is_dir() else [path, folder / "tokenizer.json"]
+    if folder.absolute().name == "onnx":
+        candidates.append(folder.absolute().parent / "tokenizer.json")
     return next((c for c in candidates if c.is_file() and c.suffix == ".json"), None)
 
 

@@ -8,12 +8,14 @@ import multiprocessing
 import platform
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy.typing as npt
@@ -144,7 +146,8 @@ class _Worker:
         self.subject = subject
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, subject, list(cases)), daemon=True)
-        self.process.start()
+        with _without_main():
+            self.process.start()
         theirs.close()
 
     def receive(self) -> Any:
@@ -171,6 +174,19 @@ class _Worker:
         self.connection.close()
         self.process.join(timeout=10)
         self.process.kill()
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Have a spawned process not import the caller's script again: it needs nothing of it, and one without the usual
+    `if __name__ == "__main__"` would start over.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _serve(connection: Connection, subject: Subject, cases: Sequence[Case]) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -170,6 +171,18 @@ def test_models_take_turns_in_processes_of_their_own(tmp_path: Path) -> None:
     assert all(len(values) == 2 and min(values) > 0 for result in results for values in result.seconds.values())
     if Path("/proc/self/status").exists():
         assert all(result.memory is not None and 0 < result.memory < 1e9 for result in results)
+
+
+def test_a_script_without_a_main_guard_can_measure(tmp_path: Path) -> None:
+    """A worker that imported the caller's script again would start it over."""
+    script = tmp_path / "script.py"
+    path = _saved(tmp_path, tiny_conv())
+    script.write_text(
+        "from qcompile.compiler.cli import main\n"
+        f"raise SystemExit(main(['bench', {str(path)!r}, '--rounds', '1', '--shape', 'image=1,3,16,16']))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_failures_in_a_worker_are_told_in_one_line(tmp_path: Path) -> None:

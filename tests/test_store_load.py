@@ -9,7 +9,7 @@ import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompile.compiler.store import check_finite, check_output_path, load_model, model_hash
+from qcompile.compiler.store import check_finite, check_output_path, load_model, model_hash, save_model
 from qcompile.passes.errors import UserError
 
 
@@ -116,7 +116,8 @@ def test_domain_alias(tmp_path):
         ({"location": "/etc/hostname"}, "outside of the model's folder"),
         ({"location": ""}, "outside of the model's folder"),
         ({"location": "link.data"}, "outside of the model's folder"),
-        ({"location": "hard.data"}, "hard link"),
+        ({"location": "circle.data"}, "cannot be found|is missing"),
+        ({"location": "../models/link.data"}, "outside of the model's folder"),
         ({"offset": 64}, "too short"),
         ({"offset": -1}, "damaged ONNX graph.*-1"),
         ({"length": 2047}, "do not hold"),
@@ -126,9 +127,8 @@ def test_bad_external_data(tmp_path, entries, message):
     folder = tmp_path / "models"
     folder.mkdir()
     (tmp_path / "w.data").write_bytes(bytes(2048))
-    (tmp_path / "twin.data").write_bytes(bytes(2048))
     (folder / "link.data").symlink_to(tmp_path / "w.data")
-    os.link(tmp_path / "twin.data", folder / "hard.data")
+    (folder / "circle.data").symlink_to("circle.data")
     path = _external(folder, **entries)
     with pytest.raises(UserError, match=message) as caught:
         load_model(path)
@@ -139,6 +139,55 @@ def test_links_within_the_folder_are_fine(tmp_path):
     path = _external(tmp_path, location="link.data")
     (tmp_path / "link.data").symlink_to("w.data")
     assert load_model(path).graph.initializers["w"].const_value.numpy()[0, 1] == 1
+
+
+def test_hard_links_are_files_like_others(tmp_path):
+    path = _external(tmp_path)
+    os.link(tmp_path / "w.data", tmp_path / "twin.data")
+    assert load_model(path).graph.initializers["w"].const_value.numpy()[0, 1] == 1
+
+
+def _cached(folder: Path, *names: str) -> Path:
+    """The layout of the Hugging Face cache: snapshots/REVISION/onnx holds links to the files, which lie in blobs."""
+    blobs, snapshot = folder / "blobs", folder / "snapshots" / "0a1b" / "onnx"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, name in enumerate(names):
+        (folder / name).rename(blobs / f"{number:040x}")
+        (snapshot / name).symlink_to(Path("../../../blobs") / f"{number:040x}")
+    return snapshot
+
+
+def _contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()}
+
+
+def test_a_snapshot_of_links_into_blobs_loads_and_stays_as_it_was(tmp_path):
+    path = _external(tmp_path)
+    snapshot = _cached(tmp_path, path.name, "w.data")
+    before = _contents(tmp_path / "blobs")
+    (tmp_path / "current").symlink_to(snapshot)
+    for folder in (snapshot, tmp_path / "current"):
+        model = load_model(folder / path.name)
+        assert model.graph.initializers["w"].const_value.numpy()[0, 1] == 1
+        save_model(model, folder / "copy.onnx")
+    made = [file for file in snapshot.iterdir() if file.name.startswith("copy")]
+    assert len(made) == 2
+    assert not any(file.is_symlink() for file in made)
+    assert before == {
+        file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "blobs").iterdir()
+    }
+
+
+def test_a_linked_model_opens_no_folder_but_that_of_its_own_file(tmp_path):
+    """Traversal: the data leads out of the folder of the links, and not into that of the blobs."""
+    path = _external(tmp_path)
+    (tmp_path / "secret").write_bytes((tmp_path / "w.data").read_bytes())
+    snapshot = _cached(tmp_path, path.name, "w.data")
+    (snapshot / "w.data").unlink()
+    (snapshot / "w.data").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="outside of the model's folder"):
+        load_model(snapshot / path.name)
 
 
 def test_tensors_of_subgraphs_are_checked_too(tmp_path):

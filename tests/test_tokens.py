@@ -53,6 +53,7 @@ def test_found_in_a_folder_as_a_file_and_beside_a_model(folder: Path) -> None:
     (folder / "model.onnx").touch()
     assert find_tokenizer(folder) == find_tokenizer(expected) == find_tokenizer(folder / "model.onnx") == expected
     assert find_tokenizer(folder / "nowhere" / "model.onnx") is None
+    assert find_tokenizer(folder / "onnx" / "model.onnx") == expected, "as repositories with a folder of graphs have it"
 
 
 def test_missing_and_broken_tokenizers(tmp_path: Path) -> None:
