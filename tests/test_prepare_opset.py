@@ -140,7 +140,6 @@ def test_group_normalization_gets_a_scale_for_every_channel():
         (8, "y = BatchNormalization <spatial = 0> (x, b, b, b, b)", "statistics are not those of whole channels"),
         (11, 'y = Resize <coordinate_transformation_mode = "tf_half_pixel_for_nn"> (x, none, scales)', "tf_half_pixel"),
         (11, "y, z, v, m, n = BatchNormalization(x, b, b, b, b) w = Relu(z)", "training mode"),
-        (11, "y = Imaginary(x)", "there is no such operator"),
         (
             8,
             "y = Scan <num_scan_inputs = 1, body = t (float[4,6] i) => (float[4,6] o) { o = Relu(i) }> (none, x)",
@@ -154,6 +153,21 @@ def test_impossible(opset, body, message):
     with pytest.raises(UserError, match=message) as caught:
         _prepare(model)
     assert "export the model again with opset 21" in str(caught.value)
+
+
+@pytest.mark.parametrize("opset", [9, 14, 17, 20])
+def test_operators_that_only_the_runtime_knows_stay(opset):
+    """ONNX Runtime's optimizer writes SimplifiedLayerNormalization into ONNX's own domain."""
+    model = _parse("n = SimplifiedLayerNormalization <axis = -1, epsilon = 0.01> (x, g) y = Relu(n)", opset)
+    model.graph.outputs[0].shape = None
+    value = ir.Value(name="g", const_value=ir.tensor(np.arange(1, 7, dtype=np.float32)))
+    model.graph.register_initializer(value)
+    model.graph[0].replace_input_with(1, value)
+    before = _run(model, x=X)
+    decisions = _prepare(model).decisions
+    assert "ONNX knows no SimplifiedLayerNormalization: left to ONNX Runtime as it is" in [d.reason for d in decisions]
+    assert model.opset_imports[""] == 21
+    np.testing.assert_array_equal(_run(model, x=X)[0], before[0])
 
 
 def test_subgraphs_are_converted():

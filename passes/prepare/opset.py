@@ -2,7 +2,8 @@
 
 onnx's own converter needs the weights in one protobuf (under 2 GB), drops model-local functions and fails on types it
 does not know; onnxscript's begins at opset 18. So `opset_rules` says for each operator what changed its meaning, and
-the operator's schema checks that nothing was missed.
+the operator's schema checks that nothing was missed. What never had a schema (SimplifiedLayerNormalization, which ONNX
+Runtime's own optimizer writes into ONNX's domain) has no older meaning either and stays: the runtime says if it runs.
 """
 
 from collections import Counter
@@ -29,17 +30,22 @@ def raise_opset(model: ir.Model, target: int, decide: Decide) -> None:
         )
     model.opset_imports.setdefault("", target)  # custom operators alone name none, and get company here
     converted: Counter[str] = Counter()
+    unknown: Counter[str] = Counter()
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         imported = graph.opset_imports.get("", source)
         if imported < target:
             for node in list(graph.all_nodes()):
-                if node.domain == "":
+                if node.domain == "" and _schema(node.op_type, target) is None:
+                    unknown[node.op_type] += 1
+                elif node.domain == "":
                     converted.update(_convert(node, imported, target, names))
             graph.opset_imports[""] = target
     model.ir_version = min(max(model.ir_version, _MIN_IR_VERSION), _MAX_IR_VERSION)
     if source < target:
         changed = ", ".join(f"{count} {op_type}" for op_type, count in sorted(converted.items())) or "no node"
         decide("", "converted", f"opset {source} to {target}: {changed} rewritten")
+    for op_type, count in unknown.items():
+        decide("", "kept", f"ONNX knows no {op_type}: left to ONNX Runtime as it is", nodes=count)
 
 
 def _convert(node: ir.Node, source: int, target: int, names: Names) -> list[str]:
@@ -60,12 +66,17 @@ def _convert(node: ir.Node, source: int, target: int, names: Names) -> list[str]
     return rewritten[:1]
 
 
-def _schema_problem(node: ir.Node, opset: int) -> str | None:
+def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
+    """The schema of an operator of ONNX's own domain, None where it never had one."""
     try:
-        schema = onnx.defs.get_schema(node.op_type, opset, "")
+        return onnx.defs.get_schema(op_type, opset, "")
     except onnx.defs.SchemaError:
-        return "there is no such operator"
-    if schema.deprecated:
+        return None
+
+
+def _schema_problem(node: ir.Node, opset: int) -> str | None:
+    schema = _schema(node.op_type, opset)
+    if schema is None or schema.deprecated:
         return "the operator was removed"
     unknown = set(node.attributes) - set(schema.attributes)
     if unknown:
