@@ -91,14 +91,53 @@ def test_constant_that_is_an_output_stays():
     assert reasons(decisions, "kept") == ["the Constant is a graph output"]
 
 
-def test_constants_of_subgraphs_stay():
+def test_weights_of_branches_become_initializers_of_the_main_graph():
     model = tiny_branch()
-    inside = [len(list(graph.all_nodes())) for graph in model.graph.subgraphs()]
     decisions = prepare(model)
-    assert [len(list(graph.all_nodes())) for graph in model.graph.subgraphs()] == inside
-    kept = reasons(decisions, "skipped")
-    assert kept
-    assert all("inside the subgraph of If node" in reason and "left in float" in reason for reason in kept)
+    assert not any(graph.initializers for graph in model.graph.subgraphs())
+    assert {"outer.weight", "then.weight"} <= set(model.graph.initializers)
+    assert "1 weights of bodies into the main graph" in reasons(decisions, "lifted")
+
+
+def test_equal_weights_of_two_branches_are_one():
+    body = """y = If (flag) <
+        then_branch = p () => (float[M,N] q) { q = Gemm <transB = 1> (x, v) },
+        else_branch = r () => (float[M,N] s) { t = Transpose <perm = [1, 0]> (w) a = MatMul(x, t) s = Neg(a) }>"""
+    for flag in (True, False):
+        model = parse(body, inputs="float[M,K] x, bool flag", w=weight(N, K), v=weight(N, K))
+        check(model, X | {"flag": np.array(flag)})
+        linears = find_linears(model.graph.all_nodes())
+        assert len(linears) == 2
+        assert len({linear.weight for linear in linears}) == 1
+
+
+def test_names_that_two_branches_share_are_kept_apart():
+    """A weight called w in each branch, of other numbers and another shape, and an x that hides the outer one."""
+    rng = np.random.default_rng(0)
+
+    def branch(name: str, inner: int) -> onnx.GraphProto:
+        weights = {"w": rng.standard_normal((K, inner)), "v": rng.standard_normal((inner, N))}
+        nodes = [
+            onnx.helper.make_node("MatMul", ["x", "w"], ["h"]),
+            onnx.helper.make_node("MatMul", ["h", "v"], ["y"]),
+        ]
+        tensors = [onnx.numpy_helper.from_array(array.astype("f"), key) for key, array in weights.items()]
+        return onnx.helper.make_graph(
+            nodes, name, [], [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)], tensors
+        )
+
+    model = parse("z = Identity(x) u = Identity(flag)", inputs="float[M,K] x, bool flag", outputs="float[M,N] out")
+    proto = ir.to_proto(model)
+    del proto.graph.node[:]
+    proto.graph.node.append(
+        onnx.helper.make_node("If", ["flag"], ["out"], then_branch=branch("a", 24), else_branch=branch("b", 40))
+    )
+    for flag in (True, False):
+        model = ir.from_proto(onnx.ModelProto.FromString(proto.SerializeToString()))
+        check(model, X | {"flag": np.array(flag)})
+        names = [value.name for node in model.graph.all_nodes() for value in node.outputs]
+        assert len(set(names)) == len(names)
+        assert len(find_linears(model.graph.all_nodes())) == 4
 
 
 def test_default_inputs_become_constants():
@@ -177,21 +216,20 @@ def test_weights_that_subgraphs_capture():
     weights = {"w": weight(N, K), "w2": weight(K, K)}
     for flag in (True, False):
         model = parse(body, inputs="float[M,K] x, bool flag", outputs="float[M,N] y, float[M,N] a", **weights)
-        decisions = check(model, X | {"flag": np.array(flag)})
+        check(model, X | {"flag": np.array(flag)})
         assert operators(model) == ["Transpose", "MatMul", "If", "MatMul"], "the subgraph needs w as it is"
-        assert len(reasons(decisions, "skipped")) == 3
+        assert len(find_linears(model.graph.all_nodes())) == 5
 
 
-def test_loops_are_left_alone():
+def test_loops():
     body = """n = Constant <value = int64 {3}> () c = Constant <value = bool {1}> ()
         y = Loop (n, c, x) <body = b (int64 i, bool go, float[M,K] h) => (bool on, float[M,K] next)
             { on = Identity(go) t = Transpose(w) m = MatMul(h, t) g = Gemm(m, w) next = Tanh(g) }>"""
     model = parse(body, outputs="float[M,K] y", w=weight(K, K))
     decisions = check(model, X, tolerance=1e-4)
     assert operators(model) == ["Loop"]
-    assert (
-        reasons(decisions, "skipped") == [f"inside the subgraph of Loop node {model.graph[0].name}: left in float"] * 2
-    )
+    assert reasons(decisions, "split") == ["Gemm as MatMul"]
+    assert len(find_linears(model.graph.all_nodes())) == 2
 
 
 def test_initializer_that_is_an_output_stays():

@@ -28,13 +28,13 @@ class _Folded:
 
 
 def fold_weights(model: ir.Model, decide: Decide) -> None:
-    """Fold Transpose, Cast, Reshape, Squeeze and Unsqueeze of initializers in the main graph.
+    """Fold Transpose, Cast, Reshape, Squeeze and Unsqueeze of initializers, in bodies of If, Loop and Scan too.
 
     A weight that others use as it is keeps its one copy: its Transpose or Cast stays (a tied embedding; `linears` sees
     through the Transpose), while a changed shape costs nothing on disk, where equal bytes are stored once.
     """
     done: dict[tuple[ir.Value, str], ir.Value] = {}
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         source = node.inputs[0] if node.inputs else None
         if node.domain != "" or source is None or not is_constant(source):
             continue
@@ -56,7 +56,8 @@ def fold_weights(model: ir.Model, decide: Decide) -> None:
             tensor = lazy(source.const_value, folded.function, shape=folded.shape, dtype=folded.dtype)
             done[key] = add_initializer(model.graph, output.name, tensor)
         ir.convenience.replace_all_uses_with(output, done[key])
-        model.graph.remove(node, safe=True)
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
         decide(node.name or "", "folded", f"{node.op_type} of the constant {source.name}")
 
 
@@ -72,7 +73,7 @@ def _keep(node: ir.Node, source: ir.Value, folded: _Folded) -> str | None:
     assert tensor is not None
     if folded.same_bytes or tensor.nbytes < _SMALL:
         return None
-    same = all(use.node.graph is node.graph and _signature(use.node) == _signature(node) for use in source.uses())
+    same = all(_signature(use.node) == _signature(node) for use in source.uses())
     if not same or source.is_graph_output():
         return f"{source.name} is also used without this {node.op_type}; one copy of it is kept"
     grows = folded.dtype.bitwidth > tensor.dtype.bitwidth

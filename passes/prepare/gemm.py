@@ -8,9 +8,12 @@ from qcompile.passes.tensors import lazy
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
+# Weights turned round, by weight and the graph that reads them: None for an initializer, which every graph can read.
+_Done = dict[tuple[ir.Value, ir.Graph | None], ir.Value]
+
 
 def split_gemms(model: ir.Model, decide: Decide) -> None:
-    """Y = alpha A' B' + beta C becomes Add(MatMul(A', W), C'), in the main graph.
+    """Y = alpha A' B' + beta C becomes Add(MatMul(A', W), C'), in bodies of If, Loop and Scan too.
 
     Case 1: transA puts a Transpose before the MatMul.
     Case 2: transB is folded into a weight that only such Gemms use; a weight used otherwise too gets a Transpose node.
@@ -19,13 +22,13 @@ def split_gemms(model: ir.Model, decide: Decide) -> None:
     The MatMul keeps the Gemm's name, the Add is called `<name>_bias`.
     """
     names = Names(model)
-    transposed: dict[ir.Value, ir.Value] = {}
-    for node in list(model.graph):
+    transposed: _Done = {}
+    for node in list(model.graph.all_nodes()):
         if node.op_type != "Gemm" or node.domain != "":
             continue
         reason = _reason(node)
         if reason is None:
-            decide(node.name or "", "split", _split(node, names, transposed))
+            decide(node.name or "", "split", _split(node, names, transposed, model.graph))
         else:
             decide(node.name or "", "skipped", reason)
 
@@ -45,7 +48,7 @@ def _origin(value: ir.Value | None) -> ir.Value | None:
     return producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
 
 
-def _split(node: ir.Node, names: Names, transposed: dict[ir.Value, ir.Value]) -> str:
+def _split(node: ir.Node, names: Names, transposed: _Done, home: ir.Graph) -> str:
     left, right = node.inputs[0], node.inputs[1]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
@@ -58,19 +61,19 @@ def _split(node: ir.Node, names: Names, transposed: dict[ir.Value, ir.Value]) ->
         steps.insert(0, "Transpose")
     single = len(right.uses()) == 1
     if node.attributes.get_int("transB", 0):  # Case 2
-        right = _transposed(node, right, transposed, names)
+        right = _transposed(node, right, transposed, names, home)
     if alpha != 1 and single and len(right.uses()) < 2 and is_constant(right):  # Case 3
-        right, alpha = _scaled(node, right, alpha, names), 1.0
+        right, alpha = _scaled(home, right, alpha, names), 1.0
     result = _insert(node, "MatMul", [left, right], name, names)
     node.name = f"{name}_replaced"
     if alpha != 1:
-        result = _insert(node, "Mul", [result, _scalar(node, alpha, right, names)], f"{name}_alpha", names)
+        result = _insert(node, "Mul", [result, _scalar(node, alpha, right, names, home)], f"{name}_alpha", names)
         steps.append("Mul")
     if bias is not None and beta != 0:  # Case 4
         if beta != 1 and is_constant(bias):
-            bias = _scaled(node, bias, beta, names)
+            bias = _scaled(home, bias, beta, names)
         elif beta != 1:
-            bias = _insert(node, "Mul", [bias, _scalar(node, beta, right, names)], f"{name}_beta", names)
+            bias = _insert(node, "Mul", [bias, _scalar(node, beta, right, names, home)], f"{name}_beta", names)
             steps.append("Mul")
         result = _insert(node, "Add", [result, bias], f"{name}_bias", names)
         steps.append("Add")
@@ -90,46 +93,43 @@ def _insert(
     return value
 
 
-def _transposed(node: ir.Node, weight: ir.Value, done: dict[ir.Value, ir.Value], names: Names) -> ir.Value:
+def _transposed(node: ir.Node, weight: ir.Value, done: _Done, names: Names, home: ir.Graph) -> ir.Value:
     """Case 2: the weight the other way round; a new initializer, a Transpose's own input, or a new Transpose."""
-    if weight in done:
-        return done[weight]
+    for key in ((weight, None), (weight, node.graph)):
+        if key in done:
+            return done[key]
     if not is_constant(weight):
         origin = _origin(weight)
         assert origin is not None
         return origin
-    if not weight.is_graph_output() and all(
-        _is_transposing_gemm(user, index, node.graph) for user, index in weight.uses()
-    ):
+    if not weight.is_graph_output() and all(_is_transposing_gemm(user, index) for user, index in weight.uses()):
         tensor = weight.const_value
         assert tensor is not None
-        assert node.graph is not None
         n, k = tensor.shape.numpy()
         flipped = lazy(tensor, lambda array: array.T, shape=(k, n))
-        done[weight] = add_initializer(node.graph, names.fresh(f"{weight.name}_transposed"), flipped)
-    else:
-        done[weight] = _insert(node, "Transpose", [weight], names.fresh(f"{weight.name}_transpose"), names, perm=[1, 0])
-    return done[weight]
+        done[weight, None] = made = add_initializer(home, names.fresh(f"{weight.name}_transposed"), flipped)
+        return made
+    made = _insert(node, "Transpose", [weight], names.fresh(f"{weight.name}_transpose"), names, perm=[1, 0])
+    done[weight, node.graph] = made
+    return made
 
 
-def _is_transposing_gemm(node: ir.Node, index: int, graph: ir.Graph | None) -> bool:
-    return (node.op_type, index) == ("Gemm", 1) and node.graph is graph and node.attributes.get_int("transB", 0) == 1
+def _is_transposing_gemm(node: ir.Node, index: int) -> bool:
+    return (node.op_type, index) == ("Gemm", 1) and node.attributes.get_int("transB", 0) == 1
 
 
-def _scaled(node: ir.Node, value: ir.Value, factor: float, names: Names) -> ir.Value:
+def _scaled(home: ir.Graph, value: ir.Value, factor: float, names: Names) -> ir.Value:
     """The constant times the factor, computed in float32 (a double stays one), as a new initializer."""
     tensor = value.const_value
     assert tensor is not None
-    assert node.graph is not None
     dtype = tensor.dtype.numpy()
     wide = np.promote_types(dtype, np.float32) if tensor.dtype != ir.DataType.BFLOAT16 else np.dtype(np.float32)
     shape = tuple(int(size) for size in tensor.shape.numpy())
     product = lazy(tensor, lambda array: (array.astype(wide) * wide.type(factor)).astype(dtype), shape=shape)
-    return add_initializer(node.graph, names.fresh(f"{value.name}_scaled"), product)
+    return add_initializer(home, names.fresh(f"{value.name}_scaled"), product)
 
 
-def _scalar(node: ir.Node, factor: float, like: ir.Value, names: Names) -> ir.Value:
+def _scalar(node: ir.Node, factor: float, like: ir.Value, names: Names, home: ir.Graph) -> ir.Value:
     dtype = like.dtype or ir.DataType.FLOAT
-    assert node.graph is not None
     tensor = ir.tensor(np.array(factor, dtype.numpy()), dtype=dtype)
-    return add_initializer(node.graph, names.fresh(f"{node.outputs[0].name}_factor"), tensor)
+    return add_initializer(home, names.fresh(f"{node.outputs[0].name}_factor"), tensor)

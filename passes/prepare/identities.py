@@ -6,16 +6,17 @@ from qcompile.passes.prepare.edit import Decide, small_array
 
 
 def remove_identities(model: ir.Model, decide: Decide) -> None:
-    """Bypass Identity, and Dropout outside of training, in the main graph; one that names a graph output stays."""
+    """Bypass Identity, and Dropout outside of training, in bodies too; one that names an output stays."""
     removed = 0
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         if not _does_nothing(node):
             continue
         value, output = node.inputs[0], node.outputs[0]
         if value is None or output.is_graph_output():
             continue
         ir.convenience.replace_all_uses_with(output, value)
-        model.graph.remove(node, safe=True)
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
         removed += 1
     if removed:
         decide("", "removed", f"{removed} Identity and Dropout nodes", nodes=removed)

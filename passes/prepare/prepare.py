@@ -10,10 +10,10 @@ from qcompile.passes.prepare.gemm import split_gemms
 from qcompile.passes.prepare.hard_swish import name_hard_swishes
 from qcompile.passes.prepare.heads import group_heads
 from qcompile.passes.prepare.identities import remove_identities
+from qcompile.passes.prepare.names import unique_names
 from qcompile.passes.prepare.opset import raise_opset
 from qcompile.passes.prepare.simplify import divide, remove_guards, remove_neutral, sign_tables
 from qcompile.passes.prepare.sizes import merge_sizes, transpose_keys
-from qcompile.passes.prepare.subgraphs import report_subgraphs
 from qcompile.passes.prepare.tidy import infer_shapes, inline_functions, name_nodes, remove_traces, remove_unused, sort
 from qcompile.passes.prepare.ties import tie_heads
 
@@ -33,7 +33,8 @@ class Prepare(Pass):
             others use as it is (a tied embedding) keeps its one copy, and the Transpose stays.
     Case 7: a Gemm with constant weight becomes MatMul and Add.
     Case 8: what no output needs is removed, and shapes are inferred again.
-    Case 9: weights in subgraphs of If, Loop and Scan are left alone, each with its reason.
+    Case 9: every value has a name of its own, in bodies of If, Loop and Scan too; their weights become initializers of
+            the main graph, and Cases 5 to 7 hold for what reads them there.
     Case 10: x * (1 / d) becomes x / d, so that runtimes see the end of a normalization.
     Case 11: Reshape, Transpose, Reshape that turn the last two axes become one Transpose.
     Case 12: what is computed twice is computed once. Dimensions of graph inputs with one name are one size.
@@ -61,6 +62,7 @@ class Prepare(Pass):
         remove_traces(model, decide)
         name_nodes(model, decide)
         inline_functions(model, decide)
+        unique_names(model, decide)  # Case 9
         fix_defaults(model, decide)  # Case 2
         load_small(model)
         infer_shapes(model, decide)
@@ -88,5 +90,4 @@ class Prepare(Pass):
         sort(model)
         name_nodes(model, decide)
         infer_shapes(model, decide)
-        report_subgraphs(model, decide)  # Case 9
         region.nodes = list(model.graph)
