@@ -12,6 +12,7 @@ from qcompile.compiler import statistics_file
 from qcompile.compiler.inputs import InputPlan, input_plan
 from qcompile.compiler.job import Job, observed
 from qcompile.compiler.mixed import check_metric
+from qcompile.compiler.patterns import check_patterns
 from qcompile.compiler.plan import build, make_policy
 from qcompile.compiler.progress import Progress
 from qcompile.compiler.recipe import Recipe
@@ -113,6 +114,7 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     progress.step("preparing")
     for whole in (p for p in passes if p.whole_model):
         whole.call(Region.whole(graph))
+    check_patterns(recipe, graph)
     check_target(graph, recipe)
     plan = input_plan(graph)
     check_metric(recipe, plan)

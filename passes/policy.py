@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+
+import onnx_ir as ir
 
 from qcompile.passes.linears import Embedding, Linear, is_lm_head
+from qcompile.passes.origins import matches
 from qcompile.passes.spec import QuantSpec
 
 
@@ -13,7 +15,8 @@ class Policy:
     """The user's choice, applied to one weight at a time.
 
     body: spec of ordinary linears. lm_head, embedding: their own spec, or None to keep them in float.
-    include, exclude: shell patterns on node and weight names; exclude wins. kept: nodes that stay in float, and why.
+    include, exclude: shell patterns on names of nodes and weights, those of the source among them, or operators;
+    exclude wins. kept: nodes that stay in float, and why.
     weights_only: products whose weight alone becomes int8 where others compute in integers, and why.
     """
 
@@ -27,7 +30,7 @@ class Policy:
 
     def for_linear(self, linear: Linear, vocabulary: int | None) -> QuantSpec | str:
         """The spec of a linear, or the reason why it stays in float."""
-        refusal = self.refusal(linear.name, linear.weight.name or "")
+        refusal = self.refusal(linear.node, linear.weight)
         if refusal:
             return refusal
         if is_lm_head(linear, vocabulary):
@@ -36,17 +39,16 @@ class Policy:
 
     def for_embedding(self, embedding: Embedding) -> QuantSpec | str:
         """The spec of an embedding table, or the reason why it stays in float."""
-        return (
-            self.refusal(embedding.name, embedding.table.name or "") or self.embedding or "embedding is kept in float"
-        )
+        return self.refusal(embedding.node, embedding.table) or self.embedding or "embedding is kept in float"
 
-    def refusal(self, *names: str) -> str:
-        """Why a node or weight of these names, the node's first, is not to be quantized, or an empty string."""
-        if names[0] in self.kept:
-            return self.kept[names[0]]
-        for pattern in self.exclude:
-            if any(fnmatchcase(name, pattern) for name in names):
-                return f"excluded by {pattern!r}"
-        if not any(fnmatchcase(name, pattern) for pattern in self.include for name in names):
-            return "not among the included names"
-        return ""
+    def refusal(self, node: ir.Node, *weights: ir.Value | None) -> str:
+        """Why a node with these weights is not to be quantized, or an empty string."""
+        excluded = self.kept.get(str(node.name), "") or self.exclusion(node, *weights)
+        if excluded or any(matches(pattern, node, *weights) for pattern in self.include):
+            return excluded
+        return "not among the included names"
+
+    def exclusion(self, node: ir.Node, *weights: ir.Value | None) -> str:
+        """The same by `exclude` alone, which also keeps nodes without a weight in float."""
+        found = (pattern for pattern in self.exclude if matches(pattern, node, *weights))
+        return next((f"excluded by {pattern!r}" for pattern in found), "")

@@ -1,5 +1,7 @@
 """passes/qdq/selection.py: which nodes become integer for each `operators` and provider, and why the others do not."""
 
+from itertools import product
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -10,8 +12,13 @@ from qdq_runs import Made, Q, quantized, redundant_pairs
 
 from qcompile.compiler.plan import build
 from qcompile.compiler.recipe import Recipe, parse_passes
+from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError
+from qcompile.passes.policy import Policy
+from qcompile.passes.prepare import Prepare
+from qcompile.passes.qdq.selection import select
+from qcompile.passes.qdq.weights import SPEC
 
 
 def _attention() -> Tiny:
@@ -203,3 +210,16 @@ def test_helper_sees_redundant_pairs() -> None:
     again = tiny.one("QuantizeLinear", tiny.one("DequantizeLinear", codes, *grid), *grid)
     proto = onnx.load_from_string(tiny.output(tiny.one("DequantizeLinear", again, *grid)).model())
     assert len(redundant_pairs(proto)) == 1
+
+
+def test_an_excluded_operator_without_a_weight_stays_in_float() -> None:
+    model = tiny_decoder(layers=1)
+    Prepare().call(Region.whole(model))
+    softmaxes = {node: str(node.name) for node in model.graph if node.op_type == "Softmax"}
+    for exclude, operators in product((("Softmax",), tuple(softmaxes.values())), ("all", "auto")):
+        policy = Policy(SPEC, SPEC, SPEC, exclude=exclude)
+        assert not softmaxes.keys() & select(model, policy, "cpu", operators, slower=True).nodes.keys()
+    found = select(model, Policy(SPEC, SPEC, SPEC), "cpu", "all", slower=True)
+    assert softmaxes.keys() <= found.nodes.keys(), "without a pattern they are integer"
+    found = select(model, Policy(SPEC, SPEC, SPEC, exclude=("Softmax",)), "cpu", "all", slower=True)
+    assert {found.kept[node] for node in softmaxes} == {("kept", "excluded by 'Softmax'")}

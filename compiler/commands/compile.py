@@ -79,7 +79,9 @@ def add_choice(add: Callable[..., Any]) -> None:
     """Add the options that say which weights are quantized."""
     add("--lm-head", type=_bits, metavar="{4,8,keep}", help="bits of the output projection (default: 8)")
     add("--embedding", type=_bits, metavar="{4,8,keep}", help="bits of the token embedding (default: 8)")
-    add("--include", action="append", metavar="PATTERN", help="quantize only nodes or weights of this name; may repeat")
+    add("--include", action="append", metavar="PATTERN",
+        help="quantize only nodes or weights of this name, or nodes of "
+        "this operator; may repeat")  # fmt: skip
     add("--exclude", action="append", metavar="PATTERN", help="keep these in float; may repeat")
 
 

@@ -1,6 +1,7 @@
 """The pass itself: its steps, in order."""
 
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.origins import keep_origins, origins
 from qcompile.passes.prepare.constants import fix_defaults, lift_constants, load_small
 from qcompile.passes.prepare.convolutions import fold_convolutions
 from qcompile.passes.prepare.duplicates import merge_duplicates
@@ -22,7 +23,7 @@ class Prepare(Pass):
     """Canonicalize the graph: opset 21, weights as initializers, Gemm as MatMul and Add, no copies.
 
     Case 1: nodes are sorted and get names of their own; the exporter's stack traces are removed; model-local functions
-            are inlined, but for qcompile's.
+            are inlined, but for qcompile's. What the source calls each node and its weights is kept (`origins`).
     Case 2: an initializer that is a graph input too (a default value) becomes a constant; small external tensors are
             read; Constant nodes of the main graph become initializers.
     Case 3: an opset below `opset` is raised to it, in subgraphs too; impossible for an operator: UserError.
@@ -62,6 +63,8 @@ class Prepare(Pass):
         remove_traces(model, decide)
         name_nodes(model, decide)
         inline_functions(model, decide)
+        name_nodes(model, decide)
+        known = origins(model)
         unique_names(model, decide)  # Case 9
         fix_defaults(model, decide)  # Case 2
         load_small(model)
@@ -89,5 +92,6 @@ class Prepare(Pass):
         remove_unused(model, decide)  # Case 8
         sort(model)
         name_nodes(model, decide)
+        keep_origins(model, known)
         infer_shapes(model, decide)
         region.nodes = list(model.graph)

@@ -47,6 +47,7 @@ def select(
     Case 2: operators "all": every other operator that the provider computes in integers, products of two activations
             among them; those that are slower in integers only with `slower`.
     Case 3: operators "auto": such an operator between two integer ones, so that codes need not become floats.
+    What the user excludes is in none of them, with a weight or without.
     """
     found = Selection()
     chosen, kept = products(model, policy)
@@ -69,11 +70,12 @@ def select(
             and node not in found.kept
             and isinstance(rule, Rule)
             and _usable(node, rule, slower)
+            and not _excluded(node, policy, found)
         ):
             found.nodes[node] = rule
     _add_values(found, provider)
     if operators == "auto":
-        _add_between(model, found, provider, slower)  # Case 3
+        _add_between(model, found, policy, provider, slower)  # Case 3
     return found
 
 
@@ -143,10 +145,8 @@ def _refusal(node: ir.Node, policy: Policy, vocabulary: int | None) -> str:
         assert not isinstance(linear, str)
         if is_lm_head(linear, vocabulary) and policy.lm_head is None:
             return "lm_head is kept in float"
-        return policy.refusal(linear.name, linear.weight.name or "")
-    weight = node.inputs[1]
-    assert weight is not None
-    return policy.refusal(node.name or "", weight.name or "")
+        return policy.refusal(node, linear.weight)
+    return policy.refusal(node, node.inputs[1])
 
 
 def _usable(node: ir.Node, rule: Rule, slower: bool) -> bool:
@@ -185,13 +185,21 @@ def _clamped(node: ir.Node) -> ir.Value | None:
     return None if value is end.outputs[0] else value
 
 
-def _add_between(model: ir.Model, found: Selection, provider: Provider, slower: bool) -> None:
+def _excluded(node: ir.Node, policy: Policy, found: Selection) -> bool:
+    """Whether the user excludes a node without a weight; noted, if so."""
+    reason = policy.exclusion(node)
+    if reason:
+        found.kept[node] = ("kept", reason)
+    return bool(reason)
+
+
+def _add_between(model: ir.Model, found: Selection, policy: Policy, provider: Provider, slower: bool) -> None:
     """Case 3: operators whose inputs are quantized anyway, and whose output an integer operator reads."""
     candidates = {}
     for node in model.graph:
         if node not in found.nodes and node not in found.heads and node not in found.kept:
             rule = _rule(node, provider)
-            if isinstance(rule, Rule) and _usable(node, rule, slower):
+            if isinstance(rule, Rule) and _usable(node, rule, slower) and not _excluded(node, policy, found):
                 candidates[node] = rule
     wanted = _wanted(found, candidates)
     for node, rule in candidates.items():
