@@ -16,8 +16,8 @@ Codes = npt.NDArray[np.int8 | np.uint8]
 
 # Fractions of the full range tried by the clip search; 1.0 first, so that ties keep the unclipped range.
 _SHRINK = tuple(1.0 - 0.03 * step for step in range(18))
-# The smallest scale kept as it is; a group of zeros gets 1.0 instead, so that it decodes to exact zeros.
-_TINY = np.float32(1e-12)
+# The smallest float32 scale. Its products with the scales of usual activations are normal numbers still.
+LEAST_SCALE = np.float32(2.0**-120)
 # Between these float16 numbers are dense enough for a scale (below the first, the spacing is more than 2^-8 of it).
 _HALF_LEAST, _HALF_MOST = np.float32(2.0**-16), np.float32(65504)
 
@@ -60,8 +60,9 @@ def expand(per_group: Array, spec: QuantSpec, k: int) -> Array:
 
 
 def storable(scale: Array, spec: QuantSpec) -> Array:
-    """The scale as the file will hold it, zeros replaced by one.
+    """The scale as the file will hold it, never zero: a group of zeros has 1, and decodes to exact zeros.
 
+    One below the least number that the file can hold (of float32: LEAST_SCALE) becomes that number.
     float16 models hold float16 scales. In float32 models a scale is rounded to the nearest float16 number, too, where
     that changes it by 2^-9 at most: kernels then keep two bytes of it. Codes are chosen for the rounded scale.
     """
@@ -69,8 +70,11 @@ def storable(scale: Array, spec: QuantSpec) -> Array:
         magnitude = np.abs(scale)
         precise = (magnitude >= _HALF_LEAST) & (magnitude <= _HALF_MOST)
         scale = np.where(precise, np.clip(scale, -_HALF_MOST, _HALF_MOST).astype(np.float16), scale)
-    scale = scale.astype(spec.scale_dtype).astype(np.float32)
-    return np.where(np.abs(scale) < _TINY, np.float32(1), scale)
+    half = np.dtype(spec.scale_dtype) == np.float16
+    stored = scale.astype(spec.scale_dtype).astype(np.float32)
+    least = np.float32(np.finfo(np.float16).smallest_subnormal) if half else LEAST_SCALE
+    stored = np.where(np.abs(stored) < least, np.copysign(least, scale), stored)
+    return np.where(scale == 0, np.float32(1), stored).astype(np.float32)
 
 
 def choose_qparams(w: Array, spec: QuantSpec, *, importance: Array | None = None) -> QParams:
@@ -108,8 +112,8 @@ def range_qparams(low: Array, high: Array, spec: ActivationSpec, *, scale_dtype:
     if spec.symmetric:
         width, steps = np.maximum(-low, high), spec.qmax - spec.middle
     else:
-        width, steps = high - low, spec.qmax - spec.qmin
-    scale: Array = np.asarray(width, np.float32) / np.float32(steps)
+        width, steps = np.subtract(high, low, dtype=np.float64), spec.qmax - spec.qmin
+    scale: Array = (np.asarray(width, np.float64) / steps).astype(np.float32)
     scale = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(1)).astype(np.float32)
     stored = scale.astype(scale_dtype)
     scale = np.where(stored < scale, np.nextafter(stored, stored.dtype.type(np.inf)), stored).astype(np.float32)
@@ -164,7 +168,7 @@ def _refit(blocks: Array, qparams: QParams, spec: QuantSpec, weight: Array) -> Q
     top = np.einsum("gkn,gkn->gn", weighted, blocks)
     bottom = np.einsum("gkn,gkn->gn", weighted, levels)
     scale = np.divide(top, bottom, out=qparams.scale.copy(), where=bottom > 0)
-    usable = np.isfinite(scale) & (np.abs(scale) > _TINY) & (np.sign(scale) == np.sign(qparams.scale))
+    usable = np.isfinite(scale) & (scale != 0) & (np.sign(scale) == np.sign(qparams.scale))
     return QParams(storable(np.where(usable, scale, qparams.scale), spec), qparams.zero_point)
 
 

@@ -13,7 +13,7 @@ from qcompile.passes.linears import constant
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.mean import Mean
 from qcompile.passes.prepare.edit import Names, add_initializer, is_constant, take_over
-from qcompile.passes.qdq.biases import bias_behind
+from qcompile.passes.qdq.biases import bias_behind, channel_bias
 from qcompile.passes.qdq.selection import PRODUCTS, weight_position
 from qcompile.passes.qdq.twin import TWIN, Twin
 
@@ -89,14 +89,17 @@ class BiasCorrection(Pass):
         """Why nothing was done, or an empty string."""
         if node.op_type in (*_CONVOLUTIONS, "Gemm"):
             return _own_bias(region.model, node, mean)
-        found = _added(node, len(mean))
+        found, shape = _added(node, len(mean)), node.outputs[0].shape
+        flat = node.op_type == "MatMul" and (shape is None or len(shape) < 3)
+        bias = found[0].inputs[found[1]] if found is not None else None
+        if bias is not None and flat and bias.shape is not None and len(bias.shape) == 0:  # Case 5
+            return "a product of rank 2 with a float bias would be computed in float"
         if found is not None:
             _replace(region.model, *found, mean)  # Case 2
             return ""
         if not self.insert:
             return "it has no bias, insert=true would add one"
-        shape = node.outputs[0].shape
-        if node.op_type == "MatMul" and (shape is None or len(shape) < 3):  # Case 5
+        if flat:  # Case 5
             return "a product of rank 2 with a float bias would be computed in float"
         self._done.add(_insert(region.model, node, mean))  # Case 4
         return ""
@@ -133,6 +136,8 @@ def _own_bias(model: ir.Model, node: ir.Node, mean: Floats) -> str:
         return _codes(model, producer, mean)  # Case 1
     if bias is not None and not is_constant(bias):
         return "its bias is no constant"
+    if bias is not None and channel_bias(node, 2, len(mean)) is None:
+        return "its bias differs from row to row"
     if bias is None and node.op_type == "Gemm":  # Case 5
         return "a product of rank 2 with a float bias would be computed in float"
     if bias is not None:
@@ -169,16 +174,21 @@ def _added(node: ir.Node, channels: int) -> tuple[ir.Node, int] | None:
     bias = uses[0].node.inputs[position]
     if bias is None or not is_constant(bias):
         return None
-    shape = constant(bias).shape.numpy()
-    return (uses[0].node, position) if shape and shape[-1] == np.prod(shape) == channels else None
+    return (uses[0].node, position) if channel_bias(uses[0].node, position, channels) is not None else None
 
 
 def _replace(model: ir.Model, node: ir.Node, position: int, mean: Floats) -> None:
-    """Read a bias without the mean error; the old one may have other readers."""
-    bias = node.inputs[position]
+    """Read a bias without the mean error, one number a channel; the old one may have other readers.
+
+    It keeps its rank, on which the fusion of an Add hangs: one number becomes a row, one of rank 0 a (1, 1, N).
+    """
+    bias, own = node.inputs[position], channel_bias(node, position, len(mean))
     assert bias is not None
-    old = np.asarray(constant(bias).numpy())
-    corrected = (old.astype(np.float64) - mean.reshape(old.shape)).astype(old.dtype)
+    assert own is not None
+    old = constant(bias)
+    rank = len(old.shape) or (3 if node.op_type == "Add" else 1)
+    shape = (*[1] * (rank - 1), len(mean))
+    corrected = (own - mean).astype(old.dtype.numpy()).reshape(shape)
     made = add_initializer(model.graph, f"{bias.name}.corrected", ir.tensor(corrected))
     node.replace_input_with(position, made)
     drop_unused(model, bias)

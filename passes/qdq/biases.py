@@ -1,6 +1,7 @@
 """Biases of integer products, such that ONNX Runtime fuses them."""
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
@@ -11,21 +12,37 @@ from qcompile.passes.prepare.edit import add_initializer, insert_before, is_cons
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.qdq.twin import TWIN, Twin
 
+Floats = npt.NDArray[np.float64]
 _LIMIT = 2**31 - 1
 # Codes of a bias where the scale is chosen for it: half of 32 bits' are left for the sums.
 _ROOM = 2**30
 
 
-def quantize_bias(model: ir.Model, node: ir.Node, position: int, scale: Array) -> bool:
-    """Put int32 codes behind a DequantizeLinear where the node reads its constant bias (N,); scale () or (N,).
+def channel_bias(node: ir.Node, position: int | None, channels: int) -> Floats | None:
+    """The constant that stands at `position`, one number for each output channel: (channels,), float64.
 
-    False, and nothing done, where the codes would not fit 32 bits, or the scale float16: the sums' scales are tiny, and
-    no such product is computed in integers.
+    One number alone, of any rank, is that of every channel. None where there is no constant, or one that differs from
+    row to row.
     """
-    value = node.inputs[position] if len(node.inputs) > position else None
-    if not is_constant(value) or value is None or constant(value).dtype != ir.DataType.FLOAT:
+    value = node.inputs[position] if position is not None and len(node.inputs) > position else None
+    if value is None or not is_constant(value):
+        return None
+    bias = np.asarray(constant(value).numpy(), np.float64)
+    if bias.size == 1:
+        return np.full(channels, bias.reshape(()))
+    return bias.reshape(-1) if bias.size == channels == bias.shape[-1] else None
+
+
+def quantize_bias(model: ir.Model, node: ir.Node, position: int, scale: Array, channels: int) -> bool:
+    """Put int32 codes (channels,) behind a DequantizeLinear where the node reads its constant bias.
+
+    scale: () or (channels,). False, and nothing done, where the codes would not fit 32 bits, or the scale float16: the
+    sums' scales are tiny, and no such product is computed in integers.
+    """
+    bias = channel_bias(node, position, channels)
+    value = node.inputs[position] if bias is not None else None
+    if bias is None or value is None or constant(value).dtype != ir.DataType.FLOAT:
         return False
-    bias = np.asarray(constant(value).numpy(), np.float64).reshape(-1)
     scales = np.broadcast_to(scale.astype(np.float32), bias.shape)
     codes = np.rint(bias / scales)
     if np.abs(codes).max(initial=0) > _LIMIT:
@@ -43,19 +60,20 @@ def quantize_bias(model: ir.Model, node: ir.Node, position: int, scale: Array) -
     return True
 
 
-def least_scales(node: ir.Node, rule: Rule, scale: Array) -> Array | None:
+def least_scales(node: ir.Node, rule: Rule, scale: Array, channels: int) -> Array | None:
     """The scales (channels,) of a product's weight from which on its bias fits 32 bits; None without a constant bias.
 
     Weights that are nearly zero beside their bias, as those of dead channels, have smaller ones: ONNX Runtime would
-    make the bias int32 all the same, and clip it. scale: (), of the activation.
+    make the bias int32 all the same, and clip it. 0 where the bias is 0. scale: (), of the activation.
+    None for float16 as well, of which no bias becomes int32.
     """
     behind = bias_behind(node)
     holder, position = behind if behind is not None else (node, rule.bias)
-    value = holder.inputs[position] if position is not None and len(holder.inputs) > position else None
-    if not is_constant(value) or value is None:
+    bias = channel_bias(holder, position, channels)
+    value = holder.inputs[position] if bias is not None and position is not None else None
+    if bias is None or value is None or constant(value).dtype != ir.DataType.FLOAT:
         return None
-    bias = np.abs(np.asarray(constant(value).numpy(), np.float64).reshape(-1))
-    return np.asarray(bias / (float(scale) * _ROOM), np.float32)
+    return np.asarray(np.abs(bias) / (float(scale) * _ROOM), np.float32)
 
 
 def bias_behind(node: ir.Node) -> tuple[ir.Node, int] | None:
@@ -104,7 +122,7 @@ def _become_gemm(model: ir.Model, node: ir.Node, add: ir.Node, bias: ir.Value, s
     add.resize_inputs(3)
     for i, value in enumerate(inputs):
         add.replace_input_with(i, value)
-    if not quantize_bias(model, add, 2, scale):
+    if not quantize_bias(model, add, 2, scale, _columns(node)):
         add.resize_inputs(2)
         add.replace_input_with(0, node.outputs[0])
         add.replace_input_with(1, bias)
@@ -116,6 +134,14 @@ def _become_gemm(model: ir.Model, node: ir.Node, add: ir.Node, bias: ir.Value, s
     add.meta[TWIN] = Twin(proto, (*twin.inputs, bias), twin.transposed)
     model.graph.remove(node, safe=True)
     add.name = node.name
+
+
+def _columns(node: ir.Node) -> int:
+    """N of an integer MatMul, whose codes (K, N) stand behind a DequantizeLinear."""
+    weight = node.inputs[1]
+    assert weight is not None
+    assert weight.shape is not None
+    return int(weight.shape[-1])  # type: ignore[arg-type]  # quantized weights are constants
 
 
 def _state_zero_point(model: ir.Model, gemm: ir.Node) -> None:

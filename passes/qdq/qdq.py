@@ -16,7 +16,7 @@ from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import Names, add_initializer, take_over
-from qcompile.passes.qdq.biases import least_scales, quantize_bias, settle_bias
+from qcompile.passes.qdq.biases import quantize_bias, settle_bias
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import replace_outlier
 from qcompile.passes.qdq.outliers import OUTLIERS
@@ -144,11 +144,11 @@ class Qdq(Pass):
                 self.decide(node.name or "", "quantized", f"static {self.spec}", kind=node.op_type, weights=0)
                 continue
             size = _elements(node)
-            biased = TYPES[self.provider].bias and not self.spec.is_float
-            stored = self.store.dequantized(node, rule, least_scales(node, rule, grids[x].scale) if biased else None)
+            # For TensorRT as well, whose biases stay float: ONNX Runtime's CPU provider makes codes of them.
+            stored = self.store.dequantized(node, rule, None if self.spec.is_float else grids[x].scale)
             scales[node] = np.asarray(grids[x].scale * stored.quantized.scale, np.float32)
-            if rule.bias is not None and biased:
-                quantize_bias(model, node, rule.bias, scales[node])
+            if rule.bias is not None and TYPES[self.provider].bias and not self.spec.is_float:
+                quantize_bias(model, node, rule.bias, scales[node], _channels(stored))
             self._told(node, "quantized", f"{self.grid} static, {self.spec}", stored, size)
         for node, rule in selection.heads.items():
             size = _elements(node)
@@ -230,6 +230,10 @@ def _readers(selection: Selection) -> Readers:
 def _float_type(value: ir.Value) -> ir.DataType:
     """The element type of an activation and of its scale."""
     return ir.DataType.FLOAT16 if value.dtype == ir.DataType.FLOAT16 else ir.DataType.FLOAT
+
+
+def _channels(stored: Stored) -> int:
+    return int(stored.quantized.codes.shape[stored.quantized.axis])
 
 
 def _elements(node: ir.Node) -> int:

@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, quantize, storable
+from qcompile.passes.affine import LEAST_SCALE, Array, QParams, Quantized, choose_qparams, quantize, storable
 from qcompile.passes.formats.emit import drop_unused
 from qcompile.passes.gptq import QUANTIZED
 from qcompile.passes.linears import as_linear, constant
 from qcompile.passes.prepare.edit import add_initializer, insert_before
+from qcompile.passes.qdq.biases import least_scales
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.spec import PerChannel, QuantSpec
 
@@ -22,6 +23,8 @@ SPEC = QuantSpec(8, PerChannel(1), symmetric=True, signed_scale=False)
 # With 7 bits, sums of two products of uint8 and int8 stay within the 16 bits of x86 before VNNI.
 _REDUCED = np.float32(2)
 _FLOAT8_MOST = np.float32(448)
+# So many times the least scale leave a bias 10 of its 30 bits.
+_COARSE = np.float32(2.0**20)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def quantize_weight(
 ) -> Codes:
     """Codes of a weight of any shape, its output channels along `axis`, for scales as `scale_dtype` holds them.
 
-    least: the smallest scale of each channel, (channels,).
+    least: the smallest scale of each channel, (channels,); that of channels of zeros.
     """
     spec = replace(SPEC, scale_dtype=scale_dtype)
     axis %= w.ndim
@@ -80,11 +83,41 @@ def quantize_weight(
             qparams = QParams(np.maximum(qparams.scale, floor), qparams.zero_point)
         scale, codes = qparams.scale, quantize(matrix, qparams, spec)
     codes = np.ascontiguousarray(np.moveaxis(codes.reshape(moved.shape), -1, axis))
-    return Codes(codes, scale.reshape(-1) if grid.per_channel else scale.reshape(()), axis)
+    return freed(Codes(codes, scale.reshape(-1) if grid.per_channel else scale.reshape(()), axis), least)
 
 
-def _below(quantized: Codes, least: Array | None) -> bool:
-    return least is not None and bool((quantized.scale < least).any())
+def freed(quantized: Codes, least: Array | None) -> Codes:
+    """The same with other scales for channels whose codes are all zero: they decode to zero with any scale.
+
+    Their bias alone is what comes out of them, in codes of scale(activation) * scale: `least`, (channels,), is the
+    scale that gives it most of 32 bits. Where it is 0 there is no bias, and the scale stays.
+    """
+    if least is None:
+        return quantized
+    least, zeros = _per_scale(quantized, least), ~_any_code(quantized)
+    scale = np.where(zeros & (least > 0), np.maximum(least, LEAST_SCALE), quantized.scale).astype(np.float32)
+    return replace(quantized, scale=scale)
+
+
+def suits(quantized: Codes, least: Array | None) -> bool:
+    """Whether a bias of these `least` scales (channels,) has codes that fit 32 bits, and enough of them."""
+    if least is None:
+        return True
+    least, zeros = _per_scale(quantized, least), ~_any_code(quantized)
+    coarse = zeros & (least > 0) & (quantized.scale > np.maximum(least * _COARSE, LEAST_SCALE))
+    return not bool((quantized.scale < least).any() or coarse.any())
+
+
+def _per_scale(quantized: Codes, least: Array) -> Array:
+    return least if quantized.scale.ndim else np.asarray(least.max(initial=0.0), np.float32)
+
+
+def _any_code(quantized: Codes) -> npt.NDArray[np.bool_]:
+    """Whether a scale, () or (channels,), has codes other than zero."""
+    if not quantized.scale.ndim:
+        return np.asarray(quantized.codes.any())
+    others = tuple(i for i in range(quantized.codes.ndim) if i != quantized.axis)
+    return np.asarray(quantized.codes.any(axis=others))
 
 
 def float_weight(node: ir.Node, rule: Rule) -> tuple[ir.Value, Array, int]:
@@ -114,11 +147,11 @@ class Stored:
 
 
 class WeightStore:
-    """Quantizes every weight once, however many nodes read it."""
+    """Quantizes every weight once, however many nodes read it, unless their biases need other scales."""
 
     def __init__(self, model: ir.Model, grid: WeightGrid) -> None:
         self.model, self.grid = model, grid
-        self._stored: dict[tuple[ir.Value, bool, int], Stored] = {}
+        self._stored: dict[tuple[ir.Value, bool, int], list[Stored]] = {}
 
     def store(
         self, value: ir.Value, w: Array, axis: int, *, transposed: bool = False, least: Array | None = None
@@ -127,18 +160,21 @@ class WeightStore:
 
         least: the smallest scales (channels,) that a reader can do with; others of the weight keep theirs.
         """
-        key = (value, transposed, axis)
-        if key not in self._stored or _below(self._stored[key].quantized, least):
+        known = self._stored.setdefault((value, transposed, axis), [])
+        found = next((stored for stored in known if suits(stored.quantized, least)), None)
+        if found is None:
             dtype = constant(value).dtype.numpy()
             half = np.float16 if dtype == np.float16 else np.float32
             quantized = self._compensated(value, transposed) or quantize_weight(w, axis, self.grid, scale_dtype=half)
-            if _below(quantized, least):
+            quantized = freed(quantized, least)
+            if not suits(quantized, least):
                 quantized = quantize_weight(w, axis, self.grid, scale_dtype=half, least=least)
             name = f"{value.name}.{'float8' if self.grid.float8 else 'int8'}"
             codes = add_initializer(self.model.graph, name, ir.tensor(quantized.codes))
             scale = add_initializer(self.model.graph, f"{name}.scale", ir.tensor(quantized.scale.astype(dtype)))
-            self._stored[key] = Stored(quantized, codes, scale)
-        return self._stored[key]
+            found = Stored(quantized, codes, scale)
+            known.append(found)
+        return found
 
     def _compensated(self, value: ir.Value, transposed: bool) -> Codes | None:
         """The codes that `gptq` chose for a weight, where they are of this grid."""
@@ -147,9 +183,13 @@ class WeightStore:
             return None
         return Codes(known.codes, known.qparams.scale[0], 1)
 
-    def dequantized(self, node: ir.Node, rule: Rule, least: Array | None = None) -> Stored:
-        """Put a DequantizeLinear of codes where the node reads its float weight; `least`: see `store`."""
+    def dequantized(self, node: ir.Node, rule: Rule, scale: Array | None = None) -> Stored:
+        """Put a DequantizeLinear of codes where the node reads its float weight.
+
+        scale: (), of the activation, where the bias of the node is to be int32; see `least_scales`.
+        """
         value, w, axis = float_weight(node, rule)
+        least = None if scale is None else least_scales(node, rule, scale, w.shape[axis])
         position = rule.weight or 1
         read = node.inputs[position]
         assert read is not None
