@@ -8,7 +8,7 @@ from typing import Any
 
 _HOMES = {
     "compile_model": "qcompile.compiler.pipeline",
-    "Calibration": "qcompile.compiler.pipeline",
+    "Calibration": "qcompile.compiler.sources",
     "Recipe": "qcompile.compiler.recipe",
     "parse_passes": "qcompile.compiler.recipe",
 }

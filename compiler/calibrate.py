@@ -9,8 +9,9 @@ import numpy as np
 from qcompile.compiler import statistics_file
 from qcompile.compiler.progress import Progress, Silent
 from qcompile.compiler.recipe import Recipe, Step, parse_passes
+from qcompile.compiler.sources import Calibration, Given
 from qcompile.compiler.store import check_output_path
-from qcompile.compiler.walk import Calibration, walk_model
+from qcompile.compiler.walk import walk_model
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
@@ -55,7 +56,7 @@ def calibrate_model(
     recipe: Recipe | None = None,
     *,
     output: Path | str,
-    calibration: Calibration | Sequence[str] = (),
+    calibration: Given = (),
     progress: Progress | None = None,
 ) -> Calibrated:
     """Save what the observers of the recipe learn (default: of smooth,qdq), for `compile_model(statistics=output)`.

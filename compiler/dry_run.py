@@ -12,8 +12,9 @@ from qcompile.compiler.patterns import check_patterns
 from qcompile.compiler.plan import build, effective, make_policy
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.segments import Segment, split
+from qcompile.compiler.sources import Calibration
 from qcompile.compiler.store import load_model
-from qcompile.compiler.walk import Calibration, check_target, file_size, scale_dtype
+from qcompile.compiler.walk import check_target, file_size, scale_dtype
 from qcompile.passes.base import Region
 from qcompile.passes.linears import Linear, find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.spec import QuantSpec

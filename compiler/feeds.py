@@ -1,4 +1,4 @@
-"""Batches of feeds for a graph: from windows of token ids, or from .npz files."""
+"""Batches of feeds for a graph: from windows of token ids, or from files of arrays."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from qcompile.compiler.array_files import array_sets
 from qcompile.compiler.inputs import InputPlan, PastPair, input_plan
-from qcompile.compiler.npz import Feeds, leading, read_npz, split
+from qcompile.compiler.npz import Feeds, conversions, leading, read_arrays, split, stored_arrays
 from qcompile.compiler.spill import Spill
 from qcompile.compiler.tokens import Ids
 from qcompile.passes.errors import UserError
@@ -19,7 +20,9 @@ __all__ = [
     "Feeds",
     "InputPlan",
     "PastPair",
+    "array_conversions",
     "complete",
+    "completed",
     "input_plan",
     "kept",
     "npz_batches",
@@ -33,7 +36,7 @@ class Batch:
     """What one run is fed.
 
     given: its arrays by input name, or a function that reads them.
-    rows: tokens in the batch (for .npz, its leading dimension).
+    rows: tokens in the batch (for arrays, their leading dimension).
     follows: the number of the batch whose present outputs are this one's past; `complete` puts them in.
     """
 
@@ -68,7 +71,7 @@ def token_feeds(plan: InputPlan, ids: Ids, *, past: int = 0, empty: bool = True)
     """Feeds for ids (batch, current) behind `past` tokens; with `empty`, the caches too, at zero length."""
     given = plan.require_tokens()
     batch, current = ids.shape
-    feeds: Feeds = {given.name: ids.astype(given.dtype)}
+    feeds: Feeds = {**plan.fillers(), given.name: ids.astype(given.dtype)}
     if plan.mask:
         feeds[plan.mask.name] = np.ones((batch, past + current), plan.mask.dtype)
     if plan.positions:
@@ -77,6 +80,10 @@ def token_feeds(plan: InputPlan, ids: Ids, *, past: int = 0, empty: bool = True)
         feeds[plan.positions.name] = np.broadcast_to(row, shape).astype(plan.positions.dtype)
     if plan.types:
         feeds[plan.types.name] = np.zeros((batch, current), plan.types.dtype)
+    if len(given.shape) == 1:  # one row without a batch axis: what has the ids' rank loses it, too
+        for role in (given, plan.mask, plan.types):
+            if role is not None:
+                feeds[role.name] = feeds[role.name].reshape(-1)
     if empty:
         feeds |= {pair.past.name: pair.empty(batch) for pair in plan.past}
     return feeds
@@ -88,7 +95,7 @@ def complete(plan: InputPlan, feeds: Feeds, outputs: Mapping[str, Any]) -> Feeds
 
 
 def npz_batches(plan: InputPlan, paths: Sequence[Path]) -> list[Batch]:
-    """One batch for each .npz file, arrays by input name; more where the graph fixes a smaller leading dimension.
+    """One batch for each .npz file or set of .npy files; more where the graph fixes a smaller leading dimension.
 
     Files may differ in their free dimensions. Caches may be left out (they start empty), and with the ids given also
     masks, positions and types. Every file is checked here, and read again whenever its batch is run; the parts of a
@@ -96,14 +103,39 @@ def npz_batches(plan: InputPlan, paths: Sequence[Path]) -> list[Batch]:
     """
     batches: list[Batch] = []
     parts = Spill()
-    for path in map(Path, paths):
-        feeds = _from_file(plan, path)
+    for group in array_sets(plan, paths):
+        feeds = _from_files(plan, group)
         several = split(plan, feeds)
         if len(several) > 1:
             batches += [Batch(kept(parts, part), leading(part)) for part in several]
         else:
-            batches.append(Batch(partial(_from_file, plan, path), leading(feeds)))
+            batches.append(Batch(partial(_from_files, plan, group), leading(feeds)))
     return batches
+
+
+def array_conversions(plan: InputPlan, paths: Sequence[Path]) -> list[str]:
+    """What is converted in files of arrays, each told once."""
+    told = (conversions(plan, stored_arrays(plan, group)) for group in array_sets(plan, paths))
+    return list(dict.fromkeys(remark for remarks in told for remark in remarks))
+
+
+def completed(plan: InputPlan, arrays: Feeds, source: str) -> Feeds:
+    """Arrays that were checked, with what can be derived from the ids, empty caches, and what no node reads added."""
+    derived = dict(plan.fillers())
+    ids = arrays.get(plan.ids.name) if plan.ids else None
+    if plan.ids and ids is not None:
+        if plan.vocabulary and ids.size and not 0 <= ids.min() <= ids.max() < plan.vocabulary:
+            raise UserError(f"{source}: array {plan.ids.name!r} has ids outside 0 … {plan.vocabulary - 1}")
+        if not plan.past_names & set(arrays):
+            rows = ids.astype(np.int64)
+            tokens_only = replace(plan, floats=(), unknown=())
+            derived |= token_feeds(tokens_only, rows if rows.ndim == 2 else rows[None])
+    feeds = derived | arrays
+    missing = [given.name for given in plan.inputs if given.name not in feeds]
+    if missing:
+        needed = ", ".join(given.name for given in plan.required)
+        raise UserError(f"{source}: no array for input {missing[0]!r} (needed: {needed})")
+    return feeds
 
 
 def kept(spill: Spill, feeds: Feeds) -> Callable[[], Feeds]:
@@ -137,20 +169,6 @@ def _pieces(plan: InputPlan, ids: Ids, *, decode_step: bool) -> list[Ids]:
     return [ids[:, :-1], ids[:, -1:]] if decode_step and length > 1 else [ids]
 
 
-def _from_file(plan: InputPlan, path: Path) -> Feeds:
-    """The arrays of a .npz file, with what can be derived from the ids added; UserError where they do not fit."""
-    checked = read_npz(plan, path)
-    derived: Feeds = {}
-    if plan.ids and plan.ids.name in checked and checked[plan.ids.name].ndim == 2:
-        ids = checked[plan.ids.name].astype(np.int64)
-        if plan.vocabulary and ids.size and not 0 <= ids.min() <= ids.max() < plan.vocabulary:
-            raise UserError(f"{path}: array {plan.ids.name!r} has ids outside 0 … {plan.vocabulary - 1}")
-        if not plan.past_names & set(checked):
-            tokens_only = replace(plan, floats=(), unknown=())
-            derived = token_feeds(tokens_only, ids)
-    feeds = derived | checked
-    names = [given.name for given in plan.inputs]
-    missing = [name for name in names if name not in feeds]
-    if missing:
-        raise UserError(f"{path}: no array for input {missing[0]!r} (needed: {', '.join(names)})")
-    return feeds
+def _from_files(plan: InputPlan, paths: Sequence[Path]) -> Feeds:
+    """The feeds of files that together fill the inputs; UserError where they do not fit."""
+    return completed(plan, read_arrays(plan, paths), " and ".join(map(str, paths[:2])))

@@ -23,7 +23,17 @@ class Input:
     @property
     def is_float(self) -> bool:
         """Whether it is of floating type (bfloat16 included)."""
-        return self.dtype.kind not in "iub"
+        return self.dtype.kind not in "iubO"
+
+    @property
+    def is_string(self) -> bool:
+        """Whether its elements are strings, which ONNX Runtime takes as Python objects."""
+        return self.dtype.kind == "O"
+
+    def filler(self) -> npt.NDArray[np.generic]:
+        """An array for an input that nothing reads: zeros (or ""), free dimensions 1."""
+        shape = [dim if isinstance(dim, int) else 1 for dim in self.shape]
+        return np.full(shape, "", object) if self.is_string else np.zeros(shape, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,11 @@ class PastPair:
 class InputPlan:
     """The roles of a graph's inputs.
 
-    vocabulary: rows of the embedding that `ids` index. batch, sequence: where the graph fixes the shape of `ids`.
-    mask (batch, past + current), positions and types (batch, current) follow from the ids.
+    vocabulary: rows of the embedding that `ids` index. batch, sequence: where the graph fixes the shape of `ids`;
+    ids of rank 1 are one row: batch is 1.
+    mask (batch, past + current), positions and types (batch, current) follow from the ids, and have their rank.
     floats and unknown inputs cannot be made from tokens: they need a .npz.
+    unread: what no node reads and no output gives back; data may leave it out.
     logits: the output with one score for each id of the vocabulary, for every token.
     """
 
@@ -69,6 +81,18 @@ class InputPlan:
     logits: str | None
     batch: int | None
     sequence: int | None
+    unread: tuple[Input, ...] = ()
+
+    @property
+    def required(self) -> tuple[Input, ...]:
+        """The inputs that data must have: neither caches nor unread, nor what follows from the ids."""
+        derived = (self.mask, self.positions, self.types) if self.ids is not None else ()
+        spared = self.past_names | {given.name for given in (*self.unread, *derived) if given is not None}
+        return tuple(given for given in self.inputs if given.name not in spared)
+
+    def fillers(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Arrays for the unread inputs, which ONNX Runtime wants all the same."""
+        return {given.name: given.filler() for given in self.unread}
 
     @property
     def past_names(self) -> set[str]:
@@ -78,7 +102,7 @@ class InputPlan:
     def require_tokens(self) -> Input:
         """The ids input of a model that can be fed from text; otherwise the error says what is in the way."""
         for given in (*self.floats, *self.unknown):
-            kind = "float input" if given.is_float else "input"
+            kind = "float input" if given.is_float else "string input" if given.is_string else "input"
             raise UserError(
                 f"{kind} {given.name!r} ({given.dtype}, shape {list(given.shape)}) cannot be made from text: "
                 "give all inputs in .npz files, arrays by input name"
@@ -106,16 +130,20 @@ def input_plan(model: ir.Model) -> InputPlan:
     taken = {pair.past.name for pair in past} | {given.name for given in roles.values()}
     floats: list[Input] = []
     unknown: list[Input] = []
+    unread = [given for value, given in inputs.items() if not value.uses() and not value.is_graph_output()]
+    if ids_value is not None and len(inputs[ids_value].shape) not in (1, 2):  # several texts an example, say
+        unknown.append(roles.pop("ids"))
+    rank = len(roles["ids"].shape) if roles else 2
     for given in inputs.values():
-        if given.name in taken:
+        if given.name in taken or given in unread:
             continue
-        role = _role_by_name(given)
+        role = _role_by_name(given, rank)
         if role and role not in roles:
             roles[role] = given
         else:
             (floats if given.is_float else unknown).append(given)
     ids = roles.get("ids")
-    batch, sequence = (ids.shape[0], ids.shape[1]) if ids is not None and len(ids.shape) == 2 else (None, None)
+    batch, sequence = (1, *ids.shape)[-2:] if ids is not None else (None, None)
     return InputPlan(
         inputs=tuple(inputs.values()),
         ids=ids,
@@ -129,6 +157,7 @@ def input_plan(model: ir.Model) -> InputPlan:
         logits=logits_output(graph, {pair.present for pair in past}, vocabulary),
         batch=batch if isinstance(batch, int) else None,
         sequence=sequence if isinstance(sequence, int) else None,
+        unread=tuple(unread),
     )
 
 
@@ -144,15 +173,15 @@ def _dim(dim: Dim) -> Dim:
     return None if isinstance(dim, int) and dim < 0 else dim
 
 
-def _role_by_name(given: Input) -> str | None:
-    """mask, positions, types or ids, of an input of fitting rank."""
-    name, rank = given.name.lower(), len(given.shape)
-    if "mask" in name and rank == 2:
+def _role_by_name(given: Input, rank: int) -> str | None:
+    """mask, positions, types or ids, of an input of fitting rank: that of the ids."""
+    name, own = given.name.lower(), len(given.shape)
+    if "mask" in name and own == rank and not given.is_string:
         return "mask"
-    if given.is_float or given.dtype.kind == "b":
+    if given.dtype.kind not in "iu":
         return None
-    if "position" in name and rank in (1, 2):
+    if "position" in name and own in (1, rank):
         return "positions"
-    if ("token_type" in name or "segment" in name) and rank == 2:
+    if ("token_type" in name or "segment" in name) and own == rank:
         return "types"
-    return "ids" if "input_ids" in name and rank == 2 else None
+    return "ids" if "input_ids" in name and own == 2 else None

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from qcompile.compiler import activations, ladder, output_files
@@ -13,10 +12,10 @@ from qcompile.compiler.progress import Progress, Silent
 from qcompile.compiler.ranking import RankingCache
 from qcompile.compiler.recipe import Recipe, dump_recipe
 from qcompile.compiler.report import Report
+from qcompile.compiler.sources import Calibration, Given
 from qcompile.compiler.store import check_output_path, save_model
 from qcompile.compiler.verify import check_reloaded, run_file
 from qcompile.compiler.walk import (
-    Calibration,
     element_type,
     finish,
     gather_data,
@@ -33,13 +32,14 @@ def compile_model(
     recipe: Recipe | None = None,
     *,
     output: Path | str | None = None,
-    calibration: Calibration | Sequence[str] = (),
+    calibration: Given = (),
     progress: Progress | None = None,
     statistics: Path | str | None = None,
 ) -> Report:
     """Compile the model file to `output` (with its data file and report.json beside it); everything or nothing.
 
-    output: MODEL-int4.onnx beside the model where it is not given. calibration: files, or files and a tokenizer.
+    output: MODEL-int4.onnx beside the model where it is not given. calibration: files, a reader
+    (`get_next`, or an iterable of dicts), or a Calibration, which has both and their settings.
     statistics: a file of `calibrate_model` that ranges are taken from, instead of a run over calibration data.
 
     Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
@@ -58,8 +58,7 @@ def compile_model(
     rungs = ladder.climb(source, recipe, data, progress) if data.data_free and saved is None else []
     walked = walk(prepared, data, saved)
     if recipe.mixed:
-        given = (calibration.files, calibration.tokenizer, statistics)
-        rankings = RankingCache(source, report.source_hash, recipe, report.versions, *given)
+        rankings = RankingCache(source, report.source_hash, recipe, report.versions, calibration, statistics)
         report.mixed = keep(graph, walked.passes, plan, data, source, recipe, progress, rankings)
     if recipe.target == "qcompile":
         report.nodes = activations.choose(report.nodes, recipe.activations)

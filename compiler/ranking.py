@@ -1,11 +1,12 @@
 """The order of a model's integer nodes by their effect, and finished orders on disk."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.sources import Calibration
 from qcompile.compiler.sweep_cache import Cache, digest, files_digest
 from qcompile.compiler.tokens import find_tokenizer
 from qcompile.models.cache import cache_dir
@@ -65,7 +66,7 @@ class Ranking:
 
 
 class RankingCache:
-    """The place of one ranking. Nothing is kept where data comes from a function, whose content no digest tells."""
+    """The place of one ranking. Nothing is kept of data whose content no digest of files tells: a function's, say."""
 
     def __init__(
         self,
@@ -73,16 +74,15 @@ class RankingCache:
         source_hash: str,
         recipe: Recipe,
         versions: dict[str, str],
-        files: Sequence[str] = (),
-        tokenizer: Path | None = None,
+        calibration: Calibration,
         statistics: Path | str | None = None,
     ) -> None:
         self._cache = Cache(cache_dir() / "sensitivity")
-        if any(":" in file and not Path(file).exists() for file in files):
+        if not calibration.only_files:
             self._key = None
             return
-        beside = find_tokenizer(tokenizer or model)
-        read = [*files, *([beside] if beside else []), *([statistics] if statistics else [])]
+        beside = find_tokenizer(calibration.tokenizer or model)
+        read = [*calibration.files, *([beside] if beside else []), *([statistics] if statistics else [])]
         settings = {name: value for name, value in recipe.to_dict().items() if name not in _LATER}
         content = {"version": _VERSION, "model": source_hash, "recipe": settings, "data": files_digest(read)}
         self._key = digest(content | {"versions": versions})

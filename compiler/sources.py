@@ -1,20 +1,21 @@
 """Where calibration data comes from, in this order: the user, the bundled text, the model itself."""
 
-import importlib
 import logging
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qcompile.compiler.feeds import Batch, InputPlan, kept, npz_batches, token_batches
-from qcompile.compiler.npz import checked, leading
+from qcompile.compiler.calibration_files import Files
+from qcompile.compiler.feeds import Batch, InputPlan, array_conversions, npz_batches, token_batches
+from qcompile.compiler.images import SUFFIXES as IMAGES
+from qcompile.compiler.images import Pictures
+from qcompile.compiler.picture_batches import picture_batches
+from qcompile.compiler.readers import Reader, is_reference, read_batches
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.sampling import sample_windows
-from qcompile.compiler.spill import Spill
 from qcompile.compiler.tokens import Ids, Tokenizer, find_tokenizer, load_tokenizer
 from qcompile.models.text import calibration_text, read_texts
 from qcompile.passes.errors import UserError
@@ -52,39 +53,78 @@ class Data:
     guess: bool = False
 
 
-def gather(
-    plan: InputPlan, model: Path, recipe: Recipe, files: Sequence[str], tokenizer: Path | None, *, needed: bool
-) -> Data:
-    """The calibration data of a model; with `needed` False only what the checks take.
+@dataclass(frozen=True)
+class Calibration:
+    """What the user gives, for `gather`.
 
-    files: texts, .npz files, or module:function; or one word that is no file: "self" for tokens that the model samples,
-    "norms" for no data at all.
+    files: texts, .npz or .npy files, images, folders of them, or module:name; or one word that is no file. tokenizer:
+    its folder. reader: instead of files, an object with `get_next` as ONNX Runtime's CalibrationDataReader has it, or
+    an iterable of dicts from input name to array. pictures: what is done to images.
     """
-    if len(files) == 1 and files[0] in (SELF, NORMS) and not Path(files[0]).exists():
-        return _data_free(plan, model, recipe, files[0], needed=needed)
-    arrays = [Path(file) for file in files if file.endswith(".npz")]
-    functions = [file for file in files if ":" in file and not Path(file).exists()]
-    texts = [Path(file) for file in files if Path(file) not in arrays and file not in functions]
-    if sum(map(bool, (arrays, functions, texts))) > 1:
-        raise UserError("--calibration takes text files, .npz files or one module:function, not a mixture")
-    if arrays:
-        batches = npz_batches(plan, arrays)
-        return Data(batches if needed else [], batches[:_CHECKS], f"{len(batches)} batches of {_names(arrays)}")
-    if functions:
-        batches = _called(plan, functions[0])
-        return Data(batches if needed else [], batches[:_CHECKS], f"{len(batches)} batches of {functions[0]}")
+
+    files: Sequence[str] = ()
+    tokenizer: Path | None = None
+    reader: Reader | Iterable[Mapping[str, Any]] | None = None
+    pictures: Pictures = field(default_factory=Pictures)
+
+    @property
+    def only_files(self) -> bool:
+        """Whether the content of the files tells all: no program, no folders, no images, which have settings."""
+        plain = (Path(file).suffix.lower() not in IMAGES and not Path(file).is_dir() for file in self.files)
+        return self.reader is None and all(plain) and not any(map(is_reference, self.files))
+
+    @classmethod
+    def of(cls, given: "Given") -> "Calibration":
+        """The same, or files alone, or a reader alone."""
+        if isinstance(given, Calibration):
+            return given
+        if isinstance(given, str | Path):
+            return cls([str(given)])
+        if isinstance(given, Sequence) and all(isinstance(file, str | Path) for file in given):
+            return cls([str(file) for file in given])
+        return cls(reader=given)  # type: ignore[arg-type]
+
+
+# What functions take for calibration data: files, or a reader, alone or with settings.
+Given = Calibration | Sequence[str] | Reader | Iterable[Mapping[str, Any]]
+
+
+def gather(plan: InputPlan, model: Path, recipe: Recipe, given: Calibration, *, needed: bool) -> Data:
+    """The calibration data of a model; with `needed` False only what the checks take."""
+    if given.reader is not None and given.files:
+        raise UserError("give calibration files or a reader, not both")
+    if len(given.files) == 1 and given.files[0] in (SELF, NORMS) and not Path(given.files[0]).exists():
+        return _data_free(plan, model, recipe, given.files[0], needed=needed)
+    files = Files.of(given.files)
+    if files.arrays or files.images or files.reference or given.reader is not None:
+        batches, described = _batches_given(plan, model, recipe, given, files)
+        return Data(batches if needed else [], batches[:_CHECKS], described)
     if plan.floats or plan.unknown or plan.ids is None:
         if needed:
             plan.require_tokens()
         return _random(plan)
-    found = load_tokenizer(tokenizer) if tokenizer is not None else _beside(model)
-    if found is None and texts:
+    found = load_tokenizer(given.tokenizer) if given.tokenizer is not None else _beside(model)
+    if found is None and files.texts:
         raise UserError(
-            f"--calibration {texts[0]} is text, but no tokenizer.json lies beside {model}: give --tokenizer"
+            f"--calibration {files.texts[0]} is text, but no tokenizer.json lies beside {model}: give --tokenizer"
         )
     if found is not None:
-        return _from_text(plan, recipe, found, texts, needed=needed)
+        return _from_text(plan, recipe, found, files.texts, needed=needed)
     return _data_free(plan, model, recipe, SELF, needed=needed, why=" (no tokenizer beside it)")
+
+
+def _batches_given(
+    plan: InputPlan, model: Path, recipe: Recipe, given: Calibration, files: Files
+) -> tuple[list[Batch], str]:
+    """(batches, what they are) of arrays, images, or a program."""
+    if files.arrays:
+        batches, remarks = npz_batches(plan, files.arrays), array_conversions(plan, files.arrays)
+        return batches, "; ".join([f"{len(batches)} batches of {_names(files.arrays)}", *remarks])
+    if files.images:
+        return picture_batches(plan, files.images, given.pictures.beside(model), recipe.samples)
+    label = files.reference or type(given.reader).__name__
+    batches, remarks = read_batches(plan, files.reference or given.reader, label)
+    return batches, "; ".join([f"{len(batches)} batches of {label}", *remarks])
 
 
 def spread(ids: Sequence[int], context: int, count: int) -> list[Ids]:
@@ -189,13 +229,16 @@ def _random(plan: InputPlan) -> Data:
         count = _CHECKS * (plan.batch or 1)
         windows = [rng.integers(plan.vocabulary or 2, size=length) for _ in range(count)]
         return Data([], token_batches(plan, windows, decode_step=bool(plan.past)), "random tokens (checks only)", False)
-    feeds = {}
+    feeds = dict(plan.fillers())
     for given in plan.inputs:
         shape = [
             dim if isinstance(dim, int) and dim > 0 else _free(i, len(given.shape)) for i, dim in enumerate(given.shape)
         ]
-        draw = rng.normal(size=shape) if given.is_float else rng.integers(0, 2, size=shape)
-        feeds[given.name] = np.asarray(draw).astype(given.dtype)
+        if given.is_string:
+            feeds[given.name] = np.full(shape, "a", object)
+        elif given.name not in feeds:
+            draw = rng.normal(size=shape) if given.is_float else rng.integers(0, 2, size=shape)
+            feeds[given.name] = np.asarray(draw).astype(given.dtype)
     return Data([], [Batch(feeds, 1)], "random normal inputs (checks only; give .npz files for real ones)", False)
 
 
@@ -209,43 +252,6 @@ def _free(axis: int, rank: int) -> int:
 def _beside(model: Path) -> Tokenizer | None:
     path = find_tokenizer(model)
     return load_tokenizer(path) if path is not None else None
-
-
-def _called(plan: InputPlan, reference: str) -> list[Batch]:
-    """Batches of what module:function gives, an iterable of dicts from input name to array, each put aside at once."""
-    function, spill = _function(reference), Spill()
-    try:
-        batches = [_given(plan, feeds, spill) for feeds in function()]
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"--calibration {reference} failed: {type(error).__name__}: {error}") from error
-    if not batches:
-        raise UserError(f"{reference} gave no batches")
-    return batches
-
-
-def _function(reference: str) -> Any:
-    module, _, name = reference.partition(":")
-    if str(Path.cwd()) not in sys.path:  # an installed command does not look in the current folder by itself
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--calibration {reference}: {error}") from error
-
-
-def _given(plan: InputPlan, feeds: Any, spill: Spill) -> Batch:
-    names = {given.name for given in plan.inputs}
-    if not isinstance(feeds, dict) or set(feeds) - names or names - set(feeds) - plan.past_names:
-        raise UserError(f"a calibration batch must be a dict with an array for each of {', '.join(sorted(names))}")
-    by_name = {given.name: given for given in plan.inputs}
-    # Copies: a function may fill the same array again.
-    arrays = {name: checked(by_name[name], np.array(a), "a calibration batch") for name, a in feeds.items()}
-    for name, array in arrays.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise UserError(f"a calibration batch holds NaN or infinity in {name!r}")
-    return Batch(kept(spill, arrays), leading(arrays))
 
 
 def _names(paths: Sequence[Path]) -> str:

@@ -12,6 +12,7 @@ from qcompile.compiler.inputs import input_plan
 from qcompile.compiler.pipeline import compile_model
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report import Report
+from qcompile.compiler.sources import Calibration
 from qcompile.compiler.store import load_model, model_hash
 from qcompile.compiler.sweep_cache import Cache, digest
 from qcompile.compiler.sweep_data import Evaluation, Scoring, calibration_digest, scoring
@@ -19,7 +20,7 @@ from qcompile.compiler.sweep_grid import Combination, Grid, combinations, identi
 from qcompile.compiler.sweep_output import write_plots, write_tables
 from qcompile.compiler.sweep_progress import COMPILING, Compiling, Quiet, Watcher
 from qcompile.compiler.sweep_rows import DONE, FAILED, OPEN, REFUSED, SAME, Row, Sweep, name
-from qcompile.compiler.walk import Calibration, versions
+from qcompile.compiler.walk import versions
 from qcompile.passes.errors import UserError
 
 _KEPT = ("status", "reason", "bits_per_weight", "compiled_bytes", "coverage", "scores", "seconds", "data", "model")

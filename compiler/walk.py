@@ -17,7 +17,7 @@ from qcompile.compiler.plan import build, make_policy
 from qcompile.compiler.progress import Progress
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report import ActivationRange, Report
-from qcompile.compiler.sources import Data, gather
+from qcompile.compiler.sources import Calibration, Data, gather
 from qcompile.compiler.statistics_file import SavedStatistics
 from qcompile.compiler.store import check_finite, load_model, model_hash
 from qcompile.compiler.stream import Arrays
@@ -29,19 +29,6 @@ from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.histogram import Histogram
 from qcompile.runtime.sessions import ort_version
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What the user gives: files (text, .jsonl, .npz) or module:function, and a tokenizer's folder."""
-
-    files: Sequence[str] = ()
-    tokenizer: Path | None = None
-
-    @classmethod
-    def of(cls, given: "Calibration | Sequence[str]") -> "Calibration":
-        """The same, or files alone."""
-        return given if isinstance(given, Calibration) else cls(given)
 
 
 @dataclass(frozen=True)
@@ -134,8 +121,7 @@ def gather_data(prepared: Prepared, calibration: Calibration, saved: SavedStatis
     """The calibration data that the passes need; ranges may come from `saved`. UserError where it is not enough."""
     observes, recipe = prepared.observes and saved is None, prepared.recipe
     needed = recipe.mixed or observes or any(p.needs_statistics or p.walks_again for p in prepared.passes)
-    files, tokenizer = calibration.files, calibration.tokenizer
-    data = gather(prepared.plan, prepared.source, recipe, files, tokenizer, needed=needed)
+    data = gather(prepared.plan, prepared.source, recipe, calibration, needed=needed)
     if data.guess:
         refused = [p.name for p in prepared.passes if p.walks_again or p.needs_correlations]
         refused += ["qdq"] if observes else []

@@ -252,8 +252,9 @@ def test_npz_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a readable \.npz"):
         npz_batches(plan, [tmp_path / "text.npz"])
     np.save(tmp_path / "a.npy", np.ones(3))
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
     with pytest.raises(UserError, match="single array"):
-        npz_batches(plan, [tmp_path / "a.npy"])
+        npz_batches(plan, [tmp_path / "a.npz"])
     with pytest.raises(UserError, match="ids outside 0 … 255"):
         npz_batches(input_plan(tiny_decoder()), [_save(tmp_path / "i.npz", input_ids=np.full((1, 2), 999))])
 

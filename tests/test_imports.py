@@ -28,7 +28,11 @@ LAZY = {
     "models": {"torch", "transformers", "gguf", "safetensors"},
 }
 # What the functions of a single module may import beside that.
-LAZY_OF_MODULE = {"runtime/sessions.py": {"onnxruntime"}, "compiler/sweep_plot.py": {"matplotlib"}}
+LAZY_OF_MODULE = {
+    "runtime/sessions.py": {"onnxruntime"},
+    "compiler/sweep_plot.py": {"matplotlib"},
+    "compiler/images.py": {"PIL"},
+}
 
 
 def _imports(tree: ast.AST, *, inside: bool = False) -> Iterator[tuple[int, str, bool]]:

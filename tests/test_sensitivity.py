@@ -167,7 +167,7 @@ def test_a_damaged_cache_is_measured_anew(bench: Any, cache: Path) -> None:
     assert again.nodes == first.nodes
     for content in ("{", "[]", '{"metric": "KL", "nodes": 1}'):
         kept.write_text(content)
-        assert RankingCache(source, model_hash(source), recipe, versions(), calibration.files).get() is None
+        assert RankingCache(source, model_hash(source), recipe, versions(), calibration).get() is None
 
 
 @pytest.mark.parametrize(

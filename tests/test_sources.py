@@ -12,7 +12,7 @@ import pytest
 
 from qcompile.compiler.inputs import input_plan
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.sources import Data, gather, spread
+from qcompile.compiler.sources import Calibration, Data, gather, spread
 from qcompile.compiler.tokens import load_tokenizer
 from qcompile.models.text import calibration_text
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
@@ -30,7 +30,8 @@ def _gather(
     beside: bool = True,
 ) -> Data:
     path = bench.save(model, tokenizer=beside)
-    return gather(input_plan(model), path, RECIPE, [str(f) for f in files], tokenizer, needed=needed)
+    given = Calibration([str(f) for f in files], tokenizer)
+    return gather(input_plan(model), path, RECIPE, given, needed=needed)
 
 
 def _ids(data: Data) -> list[list[int]]:
@@ -125,8 +126,8 @@ def test_a_function_of_the_users(bench: Any, module: str, name: str) -> None:
     ("name", "message"),
     [
         ("empty", r"my_batches:empty gave no batches"),
-        ("wrong", r"must be a dict with an array for each of x"),
-        ("poisoned", r"NaN or infinity in 'x'"),
+        ("wrong", r"my_batches:wrong: array 'y' is no input of the model \(inputs: x\)"),
+        ("poisoned", r"my_batches:poisoned: array 'x' contains NaN or infinity"),
         ("absent", r"my_batches:absent: .*has no attribute 'absent'"),
     ],
 )

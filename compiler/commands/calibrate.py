@@ -10,7 +10,6 @@ from rich.console import Console
 from qcompile.compiler.calibrate import DEFAULT_PASSES, Calibrated, Seen, calibrate_model, with_observer
 from qcompile.compiler.commands import compile as compiling
 from qcompile.compiler.console import console, megabytes, table
-from qcompile.compiler.walk import Calibration
 
 _DESCRIPTION = """\
 Run the calibration data through a model and save what the observers of its activations learn.
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or args.model.with_suffix(".statistics")
     screen = console()
     with compiling.Bar(screen) as bar:
-        calibration = Calibration(args.calibration, args.tokenizer)
+        calibration = compiling.calibration_of(args)
         made = calibrate_model(args.model, recipe, output=output, calibration=calibration, progress=bar)
     print_calibrated(made, screen)
     screen.print(f"wrote     {output} ({megabytes(made.size)})", soft_wrap=True)

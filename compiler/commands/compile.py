@@ -12,11 +12,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from qcompile.compiler.console import console as stdout
 from qcompile.compiler.dry_run import print_plan
+from qcompile.compiler.images import Pictures
 from qcompile.compiler.pipeline import compile_model, default_output
 from qcompile.compiler.recipe import KEEP_AS, TARGETS, Recipe, load_recipe, parse_passes, save_recipe
 from qcompile.compiler.report import print_report
+from qcompile.compiler.sources import Calibration
 from qcompile.compiler.store import check_output_path
-from qcompile.compiler.walk import Calibration
 from qcompile.passes.errors import UserError
 
 _DESCRIPTION = """\
@@ -89,16 +90,42 @@ def add_calibration(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     """Add the options of calibration data; returns what adds more to their group."""
     add = parser.add_argument_group("calibration").add_argument
     sources = (
-        "text, .jsonl, .npz files, or module:function; or one word: self (tokens that the model generates), norms (no "
-        "data: the scales of norms stand in for activations). Default: bundled text, else self"
+        "text, .jsonl, .npz, .npy or image files, folders of them, or module:name (a function that gives dicts of "
+        "arrays, or a reader with get_next); or one word: self (tokens that the model generates), norms (no data: the "
+        "scales of norms stand in for activations). Default: bundled text, else self"
     )
     add("--calibration", nargs="+", default=[], metavar="FILE", help=sources)
+    add("--image-mean", type=_numbers, metavar="R,G,B", help="of images: (pixel/255 - mean) / std; one number, or one "
+        "a channel (default: of preprocessor_config.json beside the model, else ImageNet's)")  # fmt: skip
+    add("--image-std", type=_numbers, metavar="R,G,B", help="deviations, likewise")
+    add("--image-size", type=_image_size, metavar="H,W", help="of images, where the model's input leaves it free")
     add("--tokenizer", type=Path, metavar="DIR", help="folder with tokenizer.json (default: beside the model)")
     add("--samples", type=int, metavar="N", help="calibration windows (default: 32)")
     add("--context", type=int, metavar="N", help="tokens of a window (default: 512)")
     add("--seed", type=int, help="of everything random: same input, seed and versions, same bytes (default: 0)")
     add("--provider", help="execution provider for calibration and checks: cpu (default), or cuda (unverified on GPU)")
     return add
+
+
+def calibration_of(args: argparse.Namespace) -> Calibration:
+    """What the options of `add_calibration` say."""
+    pictures = Pictures(args.image_mean, args.image_std, args.image_size)
+    return Calibration(args.calibration, args.tokenizer, pictures=pictures)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 0.5 or 0.4,0.5,0.6, got {text!r}") from error
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(part) for part in text.replace("x", ",").split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected height,width such as 224,224, got {text!r}") from error
+    return height, width
 
 
 def _bits(text: str) -> int | str:
@@ -137,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     check_output_path(args.model, output)
     if args.save_recipe is not None and args.save_recipe.resolve() in (args.model.resolve(), output.resolve()):
         raise UserError(f"--save-recipe {args.save_recipe} would overwrite a model; choose another name")
-    calibration = Calibration(args.calibration, args.tokenizer)
+    calibration = calibration_of(args)
     if args.dry_run:
         print_plan(args.model, output, recipe, calibration, screen)
         return 0

@@ -17,8 +17,9 @@ from qcompile.compiler.progress import Progress
 from qcompile.compiler.ranking import Ranking, RankingCache
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.sensitivity import Mixture
+from qcompile.compiler.sources import Calibration
 from qcompile.compiler.store import check_output_path, model_hash
-from qcompile.compiler.walk import Calibration, versions, walk_model
+from qcompile.compiler.walk import versions, walk_model
 from qcompile.passes.errors import UserError
 
 _DESCRIPTION = """\
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         check_output_path(args.model, args.output)
     screen = console()
     with compiling.Bar(screen) as bar:
-        ranking = ranked(args.model, recipe, Calibration(args.calibration, args.tokenizer), bar)
+        ranking = ranked(args.model, recipe, compiling.calibration_of(args), bar)
     if args.output is not None:
         args.output.write_text(json.dumps(ranking.to_dict(), indent=1) + "\n", encoding="utf-8")
     print_ranking(ranking, screen)
@@ -73,7 +74,7 @@ def ranked(model: Path, recipe: Recipe, calibration: Calibration, progress: Prog
     if not any(step.name in INT8 for step in recipe.passes):
         raise UserError("sensitivity: no pass of the list makes nodes integer: add qdq or dynamic")
     progress.step("loading")
-    cache = RankingCache(model, model_hash(model), recipe, versions(), calibration.files, calibration.tokenizer)
+    cache = RankingCache(model, model_hash(model), recipe, versions(), calibration)
     known = cache.get()
     if known is not None:
         return known
