@@ -6,9 +6,11 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from qcompile.compiler.visible import visible
 from qcompile.passes.errors import UserError
 
 # Imported only when chosen, so that --help answers at once.
@@ -53,6 +55,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if sys.stderr is None:  # closed by the shell (2>&-); libraries print there without asking
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         return _guarded(arguments)
     except BrokenPipeError:  # the reader went away: `qcompile inspect … | head`
@@ -63,19 +67,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(arguments: list[str]) -> int:
     """Every failure as one line on stderr, unless --traceback asks for more."""
     try:
+        if sys.stdout is None:  # files opened from now on would take its number
+            raise UserError("stdout is closed; send it to a file, or to /dev/null")
         code = _run(arguments)
         sys.stdout.flush()
         return code
-    except SystemExit as exit:  # argparse, after --help and --version
-        return exit.code if isinstance(exit.code, int) else 0
     except BrokenPipeError:
         raise
     except KeyboardInterrupt:
         return _fail("interrupted, nothing was written", 130)
-    except (UserError, OSError, MemoryError, Exception) as error:
+    except Exception as error:
         if "--traceback" in arguments:
-            raise
+            traceback.print_exc()
+        _drop_output(error)
         return _explain(error)
+
+
+def _drop_output(error: Exception) -> None:
+    """What stdout could not take (a full disk) is not tried again when the interpreter ends."""
+    if isinstance(error, OSError) and error.filename is None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: BaseException) -> int:
@@ -92,7 +106,8 @@ def _explain(error: BaseException) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print("qcompile: " + " ".join(message.split()), file=sys.stderr)
+    """Print one line, names in it made visible; the exit code."""
+    print("qcompile: " + visible(" ".join(message.split())), file=sys.stderr)
     return code
 
 
@@ -105,9 +120,15 @@ def _run(arguments: list[str]) -> int:
     parser = Parser(prog="qcompile")
     module = _module(name)
     module.add_parser(parser.add_subparsers(dest="command"))
-    args = _with_globals(parser, name).parse_args([name, *rest, *options])
+    try:
+        args = _with_globals(parser, name).parse_args([name, *rest, *options])
+    except SystemExit:  # after --help
+        return 0
     _start_logging(args.verbose)
-    return int(module.run(args))
+    try:
+        return int(module.run(args))
+    except SystemExit as exit:  # nothing here calls it: a module of the user's, a library
+        raise UserError(f"code that {name} loaded ended it with sys.exit({exit.code!r}); nothing was done") from exit
 
 
 def _top_level(rest: list[str]) -> int:

@@ -1,16 +1,26 @@
 """What commands print with: tables that survive a pipe, progress bars with the time left."""
 
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from qcompile.compiler.visible import visible
 
 # Into a file or a pipe nothing is cut or wrapped, however long a node's name is.
 _PIPE_WIDTH = 10_000
 
 
 class _Console(Console):
+    """Every string that is printed, a table's cells too, is one line whose characters all show."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The string as rich prints it, which would let escape sequences through."""
+        return super().render_str(visible(text), **options)
+
     def on_broken_pipe(self) -> None:
         """Leave a reader that went away to the command line, instead of rich's exit code 1."""
         raise BrokenPipeError

@@ -124,6 +124,8 @@ def remove_unmentioned(path: Path) -> None:
 
 
 def _mentions(model: Path, name: str) -> bool:
+    if not model.is_file():  # gone, or a pipe, which would wait for a writer
+        return False
     try:
         with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return content.find(name.encode()) >= 0

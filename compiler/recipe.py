@@ -3,6 +3,7 @@
 import contextlib
 import math
 import re
+import reprlib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -15,6 +16,8 @@ from qcompile.passes.errors import UserError
 
 TARGETS = ("qcompile", "matmulnbits", "qdq")
 KEEP_AS = ("auto", "weights", "float")
+# Longer files are something else. Seeds and sizes beyond these are typing errors, or attacks.
+_LARGEST_FILE, _LARGEST_SEED, _MOST = 1 << 20, 2**63 - 1, 10**7
 # How files and options write a setting's None.
 _WORDS = {"lm_head": "keep", "embedding": "keep", "activations": "auto"}
 # Settings of which each alone says what stays in float; None by default.
@@ -126,6 +129,10 @@ class Recipe:
             raise UserError(f"min_coverage must lie between 0 and 1, got {self.min_coverage}")
         if self.samples < 1 or self.context < 2:
             raise UserError(f"samples must be at least 1 and context at least 2, got {self.samples} and {self.context}")
+        if max(self.samples, self.context) > _MOST:
+            raise UserError(f"samples and context must be at most {_MOST}, got {self.samples} and {self.context}")
+        if not 0 <= self.seed <= _LARGEST_SEED:
+            raise UserError(f"seed must be 0 to {_LARGEST_SEED}, got {self.seed}")
         self._check_mixed()
 
     @property
@@ -161,17 +168,44 @@ class Recipe:
         known = {f.name: f for f in fields(cls)}
         for key in plain:
             if key not in known:
-                raise UserError(f"{source}: unknown key {key!r}; known keys are {', '.join(known)}")
+                raise UserError(f"{source}: unknown key {_shown(key)}; known keys are {', '.join(known)}")
         return cls(**{key: _converted(key, value, source) for key, value in plain.items()})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, of which a recipe needs none: a few lines of them stand for more than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node, unless it is an alias."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read here: write the value out",
+                problem_mark=mark)  # fmt: skip
+        return super().compose_node(parent, index)
+
+
+def _shown(value: Any) -> str:
+    """A value of a file for a message, cut short."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
 
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a .yaml, .yml or .toml file."""
+    if path.exists() and not path.is_file():  # reading a pipe may wait for ever
+        raise UserError(f"recipe {path} is not a regular file")
     try:
+        if path.exists() and path.stat().st_size > _LARGEST_FILE:
+            raise UserError(f"recipe {path} has over {_LARGEST_FILE} bytes: that is no recipe")
         text = path.read_text(encoding="utf-8")
-        plain = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+        plain = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, _Loader)
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError(f"recipe {path} is nested too deeply: it must be a table of keys and values") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: bad UTF-8, TOML, dates, endless numbers
+        raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())[:400]}") from error
     if not isinstance(plain, dict):
         raise UserError(f"recipe {path} must be a table of keys and values, such as 'bits: 4'")
     return Recipe.from_dict(plain, str(path))
@@ -194,12 +228,14 @@ def _converted(key: str, value: Any, source: str) -> Any:
         "keep_worst": (int,), "max_kl": (int, float), "min_sqnr": (int, float),
     }  # fmt: skip
     if key == "passes":
-        text = ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
-        return parse_passes(text)
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items):
+            raise UserError(f"{source}: passes must be a list of names, got {_shown(value)}")
+        return parse_passes(",".join(items))
     if key in ("include", "exclude"):
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise UserError(f"{source}: {key} must be a list of patterns, got {value!r}")
+            raise UserError(f"{source}: {key} must be a list of patterns, got {_shown(value)}")
         return tuple(items)
     if key in _WORDS:
         if value in (_WORDS[key], None):
@@ -209,5 +245,5 @@ def _converted(key: str, value: Any, source: str) -> Any:
         return None
     if not isinstance(value, expected[key]) or (isinstance(value, bool) and bool not in expected[key]):
         kinds = " or ".join(kind.__name__ for kind in expected[key])
-        raise UserError(f"{source}: {key} must be {kinds}, got {value!r}")
+        raise UserError(f"{source}: {key} must be {kinds}, got {_shown(value)}")
     return value

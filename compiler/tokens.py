@@ -2,7 +2,10 @@
 
 import json
 import logging
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,16 +30,15 @@ class Tokenizer:
         import tokenizers
 
         self.path = path
-        try:
+        with _told(f"{path} is not a tokenizer.json"):
             self._inner: Any = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{path} is not a tokenizer.json: {str(error).splitlines()[0]}") from error
-        self._inner.no_truncation()
-        self._inner.no_padding()
+            self._inner.no_truncation()
+            self._inner.no_padding()
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of the text. special: add what the tokenizer puts around a text (BOS, [CLS] … [SEP])."""
-        return list(self._inner.encode(text, add_special_tokens=special).ids)
+        with _told(f"{self.path} cannot encode a text of {len(text)} characters"):
+            return list(self._inner.encode(text, add_special_tokens=special).ids)
 
     def around(self) -> tuple[list[int], list[int]]:
         """Ids that the tokenizer puts before and behind a text: [CLS] and [SEP], say."""
@@ -48,7 +50,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of the ids. special: keep special tokens visible."""
-        return str(self._inner.decode(list(ids), skip_special_tokens=not special))
+        with _told(f"{self.path} cannot decode {len(ids)} ids"):
+            return str(self._inner.decode(list(ids), skip_special_tokens=not special))
 
     @cached_property
     def size(self) -> int:
@@ -71,7 +74,8 @@ class Tokenizer:
         found: set[int] = set()
         for name in ("generation_config.json", "config.json"):
             entry = _json(self.path.parent / name).get("eos_token_id")
-            found.update(entry if isinstance(entry, list) else [entry] if isinstance(entry, int) else [])
+            entries = entry if isinstance(entry, list) else [entry]
+            found.update(number for number in entries if isinstance(number, int))
         token = _json(self.path.parent / "tokenizer_config.json").get("eos_token")
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str) and (known := self.token_id(text)) is not None:
@@ -93,6 +97,43 @@ class Tokenizer:
                 f"{self.path} does not fit the model: it has {self.size} ids, "
                 f"the model's embedding has {rows} rows (give the model's own with --tokenizer DIR)"
             )
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Failures of the tokenizers library as a UserError: `what`, and why.
+
+    It raises bare Exceptions, and where its Rust code panics a PanicException, which is a BaseException, behind lines
+    that Rust writes to the process's stderr: those go nowhere.
+    """
+    try:
+        with _muted_panics():
+            yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{what}: {reason}; give the model's own with --tokenizer DIR") from error
+
+
+@contextmanager
+def _muted_panics() -> Iterator[None]:
+    """File descriptor 2 on /dev/null; Python's own stderr is written to the end before and is not used meanwhile."""
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # stderr is closed: nothing to mute
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def find_tokenizer(path: Path) -> Path | None:
@@ -117,6 +158,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def read_text(path: Path) -> str:
     """A UTF-8 text file; bad bytes and emptiness are the user's error."""
+    if Path(path).exists() and not Path(path).is_file():  # reading a pipe may wait for ever
+        raise UserError(f"{path} is not a regular file: save the text in one")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -148,7 +191,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         _log.warning("%s is not valid JSON (%s): ignored", path, error)
         return {}
     return loaded if isinstance(loaded, dict) else {}

@@ -33,6 +33,8 @@ def _documents(path: Path) -> list[str]:
 
 def _read(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():  # reading a pipe may wait for ever
+            raise UserError(f"{path} is not a regular file: save the text in one")
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such text file") from error

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,10 +86,61 @@ def test_failures_are_one_line(
     assert captured.out == ""
 
 
-def test_traceback_raises(fake: Fake) -> None:
-    fake(_raise(ZeroDivisionError("oops")))
-    with pytest.raises(ZeroDivisionError):
-        main(["eval", "model.onnx", "--traceback"])
+@pytest.mark.parametrize(("error", "code"), [(ZeroDivisionError("oops"), 1), (UserError("bad"), 2), (OSError(), 1)])
+def test_traceback_changes_no_exit_code(
+    fake: Fake, capsys: pytest.CaptureFixture[str], error: Exception, code: int
+) -> None:
+    fake(_raise(error))
+    assert main(["eval", "model.onnx"]) == main(["eval", "model.onnx", "--traceback"]) == code
+    told = capsys.readouterr().err
+    assert told.count("Traceback (most recent call last)") == 1
+    assert told.count(type(error).__name__) >= 1
+
+
+@pytest.mark.parametrize("code", [0, 3, None, "done"])
+def test_an_exit_within_a_command_is_no_success(fake: Fake, capsys: pytest.CaptureFixture[str], code: Any) -> None:
+    """A user's module that calls sys.exit() once ended a compile with exit code 0 and no output."""
+    fake(_raise(SystemExit(code)))
+    assert main(["eval", "model.onnx"]) == 2
+    assert capsys.readouterr().err.startswith("qcompile: error: code that eval loaded ended it with sys.exit(")
+
+
+def test_names_in_messages_show_their_control_characters(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(_raise(UserError("node \x1b[31mred\x07\u202e \udcff")))
+    assert main(["eval", "model.onnx"]) == 2
+    assert capsys.readouterr().err == "qcompile: error: node \\u001b[31mred\\u0007\\u202e \\udcff\n"
+
+
+def test_names_on_the_console_show_their_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    out = console()
+    out.print("a\x1b[2Jb\r\ud800")
+    rows = table("name")
+    rows.add_row("c\x9b\n")
+    out.print(rows)
+    shown = capsys.readouterr().out
+    assert "a\\u001b[2Jb\\u000d\\ud800\n" in shown
+    assert "c\\u009b\\u000a" in shown
+
+
+_CLOSED = "import sys; from qcompile.compiler import cli; sys.exit(cli.main(['passes']))"
+
+
+def test_closed_streams() -> None:
+    def run(redirection: str) -> subprocess.CompletedProcess[str]:
+        line = f'"{sys.executable}" -c "{_CLOSED}" {redirection}'
+        return subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False, timeout=60)
+
+    done = run(">&-")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "qcompile: error: stdout is closed; send it to a file, or to /dev/null\n",
+    )
+    done = run("2>&-")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "pack" in done.stdout
+    if Path("/dev/full").exists():
+        done = run(">/dev/full")
+        assert (done.returncode, done.stderr) == (2, "qcompile: error: No space left on device\n")
 
 
 @pytest.mark.parametrize(

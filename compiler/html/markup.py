@@ -4,6 +4,8 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
+from qcompile.compiler.visible import visible
+
 # Names longer than this many characters lose their middle; the whole name is in the JSON report.
 LONGEST = 160
 
@@ -18,10 +20,7 @@ def text(value: object, longest: int = LONGEST) -> Markup:
     """A value as HTML: at most `longest` characters before escaping, unprintable ones (also U+202E) as \\uXXXX."""
     if isinstance(value, Markup):
         return value
-    shown = cut(str(value), longest)
-    if not shown.isprintable():
-        shown = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in shown)
-    return Markup(html.escape(shown))
+    return Markup(html.escape(visible(cut(str(value), longest))))
 
 
 def cut(name: str, longest: int) -> str:
