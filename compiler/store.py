@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompile.compiler.external_data import locate, tensors_of
 from qcompile.compiler.saving import SaveReport, save_model
+from qcompile.compiler.well_formed import check_model
 from qcompile.passes.errors import UserError
 from qcompile.passes.tensors import chunks
 
@@ -32,13 +33,22 @@ _MOVES = {"Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity"}
 
 
 def load_model(path: Path) -> ir.Model:
-    """The model at `path`, its external weights left on disk; UserError for everything that is wrong with the files."""
+    """The model at `path`, its external weights left on disk; UserError for everything that is wrong with the files.
+
+    Behind it the invariant of `well_formed` holds, nodes stand in topological order in every graph and function, and
+    the bytes of every tensor that lies in a file of its own are there.
+    """
     proto = _parse(path)
+    try:
+        check_model(proto)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:
         raise UserError(f"{path}: damaged ONNX graph ({_root_cause(error)}); export the model again") from error
     _check_versions(model, path)
+    _sort(model, path)
     locate(model, path)
     return model
 
@@ -97,9 +107,6 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise UserError(f"{path}: the graph has no nodes or no outputs, nothing to compile; export the model again")
     if not proto.opset_import:
         raise UserError(f"{path} names no opset: it is truncated; copy or export it again")
-    if proto.graph.sparse_initializer:
-        name = proto.graph.sparse_initializer[0].values.name
-        raise UserError(f"{path}: sparse tensor {name!r} is not supported; export the model with dense weights")
     return proto
 
 
@@ -134,6 +141,15 @@ def _check_versions(model: ir.Model, path: Path) -> None:
     if model.ir_version > MAX_IR_VERSION:
         logger.info("IR version %d lowered to %d", model.ir_version, MAX_IR_VERSION)
         model.ir_version = MAX_IR_VERSION
+
+
+def _sort(model: ir.Model, path: Path) -> None:
+    """Topological order, which old files do not always have."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        try:
+            graph.sort()
+        except ValueError as error:
+            raise UserError(f"{path}: the graph has a cycle ({error}); export the model again") from error
 
 
 def _weights(model: ir.Model) -> Iterator[ir.Value]:
