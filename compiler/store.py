@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import onnx_ir as ir
 
 from qcompile.compiler.external_data import locate, tensors_of
 from qcompile.compiler.saving import SaveReport, save_model
+from qcompile.compiler.tensor_protos import external_locations
 from qcompile.compiler.well_formed import check_model
 from qcompile.passes.errors import UserError
 from qcompile.passes.tensors import chunks
@@ -44,7 +46,9 @@ def load_model(path: Path) -> ir.Model:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     try:
-        model = ir.serde.deserialize_model(proto)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # keys of external data that ONNX does not know
+            model = ir.serde.deserialize_model(proto)
     except Exception as error:
         raise UserError(f"{path}: damaged ONNX graph ({_root_cause(error)}); export the model again") from error
     _check_versions(model, path)
@@ -176,8 +180,7 @@ def _count_non_finite(tensor: ir.TensorProtocol) -> tuple[int, int]:
 def _data_files(path: Path) -> set[Path]:
     """The external data files that the model at `path` names and that exist."""
     try:
-        model = ir.serde.deserialize_model(_parse(path))
-    except Exception:  # load_model says what is wrong with it
+        locations = set(external_locations(_parse(path)))
+    except (UserError, UnicodeDecodeError):  # load_model says what is wrong with it
         return set()
-    named = {path.parent / tensor.location for _, tensor in tensors_of(model) if isinstance(tensor, ir.ExternalTensor)}
-    return {file for file in named if file.is_file()}
+    return {file for location in locations if "\0" not in location and (file := path.parent / location).is_file()}

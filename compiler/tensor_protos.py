@@ -1,6 +1,7 @@
 """Tensors as a file stores them: type, dimensions and data must say the same."""
 
 import math
+from collections.abc import Iterable, Iterator
 
 import onnx
 import onnx_ir as ir
@@ -21,6 +22,32 @@ _TYPES = {
     "string_data": "STRING",
 }
 _FIELD = {name: where for where, names in _TYPES.items() for name in names.split()}
+
+
+def external_locations(proto: onnx.ModelProto) -> Iterator[str]:
+    """The files that tensors of the model say they lie in, as the model names them; in any graph, or a function."""
+    yield from _graph_locations(proto.graph)
+    for function in proto.functions:
+        yield from _node_locations(function.node)
+
+
+def _graph_locations(graph: onnx.GraphProto) -> Iterator[str]:
+    yield from _locations(graph.initializer)
+    yield from _node_locations(graph.node)
+
+
+def _node_locations(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from _locations([attribute.t, *attribute.tensors])
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _graph_locations(graph)
+
+
+def _locations(tensors: Iterable[onnx.TensorProto]) -> Iterator[str]:
+    for tensor in tensors:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            yield from (entry.value for entry in tensor.external_data if entry.key == "location")
 
 
 def check_tensor(tensor: onnx.TensorProto, where: str) -> None:
@@ -93,7 +120,8 @@ def _entries(dtype: ir.DataType, size: int) -> int:
     """Entries of the field for so many elements: complex numbers take two, types below a byte share one."""
     if dtype.name.startswith("COMPLEX"):
         return 2 * size
-    return math.ceil(size * dtype.bitwidth / 8) if dtype.bitwidth < 8 and dtype.name != "BOOL" else size
+    shared = dtype != ir.DataType.STRING and dtype.bitwidth < 8
+    return math.ceil(size * dtype.bitwidth / 8) if shared else size
 
 
 def _listed(dims: list[int]) -> str:
