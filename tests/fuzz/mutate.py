@@ -1,4 +1,4 @@
-"""Damage, decided by a random generator alone: fields and structure of a parsed model, bytes, JSON, words of a recipe."""
+"""Damage, decided by a random generator alone: fields and structure of a model, bytes, JSON, words of a recipe."""
 
 import copy
 import json
@@ -13,111 +13,31 @@ from onnx import TensorProto, helper
 from fuzz.seeds import ARRAYS, DATA, MODEL, RECIPE, TOKENIZER, Seed, packed_arrays
 
 Random = np.random.Generator
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 _NUMBERS = (0, 1, -1, 2, 3, 7, 127, 255, 2**31 - 1, 2**31, -(2**31), 2**63 - 1, -(2**63), 10**6, 10**9, 10**12)
 _FLOATS = (0.0, -0.0, 1.0, -1.0, float("nan"), float("inf"), -float("inf"), 1e38, 1e-38, 0.5)
-_TEXTS = (
-    "",
-    "x",
-    "\x1b[31mred\x07",
-    "\u202egnp",
-    "a" * 3000,
-    "..",
-    "/dev/null",
-    "\x00",
-    "nan",
-    "日本語",
-    "n\nm",
-    "%s{}",
+_TEXTS = ("", "x", "\x1b[31mr\x07", "\u202egnp", "a" * 3000, "..", "/dev/null", "\x00", "nan", "日本", "n\nm", "%s{}")
+_OPERATORS = _words(
+    """
+Relu Add Mul Sub Div MatMul Gemm Conv ConvTranspose Gather Reshape Transpose Concat Split Slice
+Squeeze Unsqueeze Identity Cast Shape ConstantOfShape Expand Tile Range Where Softmax
+LayerNormalization BatchNormalization Einsum Dropout Clip HardSwish ReduceMean ReduceSum Pad Resize
+TopK If Loop Scan Constant DequantizeLinear QuantizeLinear DynamicQuantizeLinear MatMulInteger LSTM
+Reciprocal Neg IsNaN Equal Flatten GlobalAveragePool Upsample Size
+"""
 )
-_OPERATORS = [
-    "Relu",
-    "Add",
-    "Mul",
-    "Sub",
-    "Div",
-    "MatMul",
-    "Gemm",
-    "Conv",
-    "ConvTranspose",
-    "Gather",
-    "Reshape",
-    "Transpose",
-    "Concat",
-    "Split",
-    "Slice",
-    "Squeeze",
-    "Unsqueeze",
-    "Identity",
-    "Cast",
-    "Shape",
-    "ConstantOfShape",
-    "Expand",
-    "Tile",
-    "Range",
-    "Where",
-    "Softmax",
-    "LayerNormalization",
-    "BatchNormalization",
-    "Einsum",
-    "Dropout",
-    "Clip",
-    "HardSwish",
-    "ReduceMean",
-    "ReduceSum",
-    "Pad",
-    "Resize",
-    "TopK",
-    "If",
-    "Loop",
-    "Scan",
-    "Constant",
-    "DequantizeLinear",
-    "QuantizeLinear",
-    "DynamicQuantizeLinear",
-    "MatMulInteger",
-    "LSTM",
-    "Reciprocal",
-    "Neg",
-    "IsNaN",
-    "Equal",
-    "Flatten",
-    "GlobalAveragePool",
-    "Upsample",
-    "Size",
-]
-_WORDS = [
-    "0",
-    "-1",
-    "1e400",
-    ".nan",
-    ".inf",
-    "99999999999999999999",
-    "true",
-    "null",
-    "~",
-    "[]",
-    "{}",
-    "[[]]",
-    "keep",
-    "nan",
-    "pack",
-    "qdq",
-    "smooth(alpha=nan)",
-    "awq(grid=-1)",
-    "awq(grid=1e9)",
-    "gptq(damping=-3)",
-    "pack(clip=maybe)",
-    "qdq(provider=x)",
-    "*a",
-    "&a",
-    "!!python/none",
-    "2001-99-99",
-    "0x10",
-    "1_0",
-    "''",
-    '"*"',
-    "x[",
-]
+_WORDS = _words(
+    """
+0 -1 1e400 .nan .inf 99999999999999999999 true null ~ [] {} [[]] keep nan pack qdq smooth(alpha=nan)
+awq(grid=-1) awq(grid=1e9) gptq(damping=-3) pack(clip=maybe) qdq(provider=x) *a &a !!python/none
+2001-99-99 0x10 1_0 '' "*" x[
+"""
+)
 
 
 def mutated(seed: Seed, random: Random) -> dict[str, bytes]:
@@ -333,7 +253,7 @@ def _versions(proto: onnx.ModelProto, random: Random) -> None:
 
 
 def _mixed(proto: onnx.ModelProto, random: Random) -> None:
-    """A message in place of another one of its type, from anywhere in the model: graphs in themselves, attributes swapped."""
+    """A message in place of another one of its type, from anywhere in the model: graphs in themselves, say."""
     messages = list(_messages(proto))
     target = _pick(random, messages)
     same = [message for message in messages if message.DESCRIPTOR is target.DESCRIPTOR]

@@ -1,6 +1,6 @@
-"""The process that runs mutants, one after the other, through the command line: `python -m fuzz.worker`, started by run.py.
+"""The process that runs mutants, one after the other, through the command line; run.py starts it.
 
-On the pipe that it is given it says "N start" before mutant N and "N VERDICT" behind it, where nothing but "ok" is good.
+On the pipe that it is given it says "N start" before mutant N and "N VERDICT" behind it; nothing but "ok" is good.
 A mutant that takes longer than the limit leaves a trace of all threads in the file `stderr` and ends the process.
 """
 
