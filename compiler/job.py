@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
+from qcompile.compiler.decoded_check import check_decoded
 from qcompile.compiler.extract import Piece
 from qcompile.compiler.inputs import InputPlan
 from qcompile.compiler.predictions import predictions
@@ -16,6 +17,7 @@ from qcompile.compiler.sources import Data
 from qcompile.compiler.stream import Arrays, Runner, Stream
 from qcompile.compiler.verify import compare_outputs, node_errors, probe_nodes, probe_twins, twin_errors
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.formats.functions import is_product
 from qcompile.passes.linears import find_linears
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.pack import Pack
@@ -37,6 +39,7 @@ class Job:
         self.late = [p for p in passes if p.after_walk]
         self.pack = next((p for p in passes if isinstance(p, Pack)), None)
         self.guess = False
+        self.changed = any(p.quantizes for p in self.late)  # behind the walk, so that its outputs are the float ones
 
     def walk(self, plan: InputPlan, data: Data, watched: Mapping[ir.Value, Observer]) -> list[tuple[Arrays, Arrays]]:
         """Take both streams through all segments, rewriting each; `watched` sees what the rewritten graph gives.
@@ -67,20 +70,22 @@ class Job:
             if calibration.batches:
                 runner.advance(segment, calibration)
         if self.pack is not None:
-            self.pack.skip_rest(self.model)
+            self.changed = self.pack.skip_rest(self.model)
         return outputs
 
     def verify(self, plan: InputPlan, data: Data, outputs: list[tuple[Arrays, Arrays]]) -> list[Arrays]:
         """The outputs of the graph as it is on the check batches, compared with the float ones.
 
-        Where a pass behind the walk made nodes integer, the check batches go through the graph once more, and each such
-        node is compared with its float twin.
+        Where something was made integer behind the walk, the check batches go through the graph once more. Each integer
+        node is compared with its float twin, each decoded weight with its codes.
         """
         compiled = [compiled for compiled, _ in outputs]
         targets = {node for node in self.model.graph if TWIN in node.meta}
-        if targets:
+        if self.changed:
             self.progress.step("checking integer nodes")
-            compiled = self._run_checks(plan, data, split(self.model, targets.__contains__))
+            self.report.nodes += check_decoded(self.model, self.recipe.provider)
+            packed = {node for node in self.model.graph if is_product(node)}
+            compiled = self._run_checks(plan, data, split(self.model, (targets | packed).__contains__))
         compared = compare_outputs(compiled, [original for _, original in outputs])
         self.report.outputs = sorted(compared, key=lambda output: output.name != plan.logits)
         if data.real:

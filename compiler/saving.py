@@ -65,7 +65,7 @@ def _write(model: ir.Model, path: Path, data: Path, target: Path, metadata: Mapp
     offsets: dict[ir.Value, int] = {}
     with open(data, "wb") as file:
         writer = DataWriter(file)
-        for value in model.graph.initializers.values():
+        for value in (value for graph in model.graphs() for value in graph.initializers.values()):
             tensor = value.const_value
             if tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes >= _INLINE_BELOW:
                 offsets[value] = writer.append(tensor)

@@ -77,6 +77,13 @@ def dimensions(value: ir.Value) -> tuple[int, ...]:
     return tuple(int(size) for size in constant(value).shape.numpy())
 
 
+def is_float_constant(value: ir.Value | None) -> bool:
+    """Whether the value is an initializer of float type."""
+    if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
+        return False
+    return value.const_value.dtype in _FLOATS
+
+
 def is_weight(value: ir.Value | None) -> bool:
     """Whether the value is an initializer of float type and rank 2."""
     if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
@@ -126,8 +133,9 @@ def find_embeddings(nodes: Iterable[ir.Node]) -> list[Embedding]:
 
 def vocabulary_size(model: ir.Model) -> int | None:
     """Rows of the largest embedding table, packed or not, or None for a model without one."""
-    sizes = [embedding.shape[0] for embedding in find_embeddings(model.graph)]
-    for node in model.graph:
+    nodes = list(model.graph.all_nodes())
+    sizes = [embedding.shape[0] for embedding in find_embeddings(nodes)]
+    for node in nodes:
         if node.domain == "qcompile" and node.op_type.startswith("Embedding") and node.inputs[2] is not None:
             sizes.append(dimensions(node.inputs[2])[1])
     return max(sizes, default=None)

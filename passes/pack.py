@@ -1,6 +1,7 @@
 """Writing quantized weights into the graph."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -8,10 +9,14 @@ import onnx_ir as ir
 
 from qcompile.passes.affine import Quantized
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.bodies import body_nodes
 from qcompile.passes.formats import emit
+from qcompile.passes.formats.decoded import Coded
 from qcompile.passes.gptq import QUANTIZED
+from qcompile.passes.inner import Chosen, quantize_inner
 from qcompile.passes.linears import PACKED, Embedding, Linear, as_linear, find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
+from qcompile.passes.qdq.weights import WeightGrid, WeightStore
 from qcompile.passes.rounding import CLIP, round_to_nearest, round_with_clip
 from qcompile.passes.spec import QuantSpec
 
@@ -55,21 +60,52 @@ class Pack(Pass):
             if isinstance(table, str):
                 self._keep(embedding, table)
             else:
-                self._pack_embedding(region, embedding, table)
+                self._pack_embedding(region.model, embedding, table)
 
-    def skip_rest(self, model: ir.Model) -> None:
-        """Account for the nodes with weights that no format covers, those in subgraphs among them."""
-        for node in ir.traversal.RecursiveGraphIterator(model.graph):
-            name, inner = node.name or "", node.graph is not model.graph
-            if node.op_type == "MatMul" and node.domain == "":
+    def skip_rest(self, model: ir.Model) -> bool:
+        """Code what no packed product covers (`inner`), and account for the weights that are left.
+
+        Returns whether something became codes: the graph then computes something else than it did.
+
+        Case 5: linears and tables in bodies of If, Loop and Scan: the grid of all others, rounded without data.
+        Case 6: convolutions in bodies, LSTM, GRU and RNN: int8, whatever the bits of linears.
+        """
+        store = WeightStore(model, WeightGrid())
+        before = len(self.decisions)
+        done = quantize_inner(
+            model, self.policy, store, partial(self._coded, model, vocabulary_size(model)), self.decide
+        )
+        for embedding in find_embeddings(body_nodes(model)):
+            table = self.policy.for_embedding(embedding)
+            if isinstance(table, str):
+                self._keep(embedding, table)
+            else:
+                self._pack_embedding(model, embedding, table)
+        changed = any(decision.action == "quantized" for decision in self.decisions[before:])
+        for node in model.graph.all_nodes():
+            name = node.name or ""
+            if node.op_type == "MatMul" and node.domain == "" and node not in done:
                 reason = as_linear(node)
-                if not isinstance(reason, str):
-                    reason = "inside a subgraph (If, Loop or Scan)" if inner else ""
-                if reason and (weights := _largest_constant(node)):
+                if isinstance(reason, str) and (weights := _largest_constant(node)):
                     self.decide(name, "skipped", reason, kind="MatMul", weights=weights)
-            elif node.op_type in {"Conv", "ConvTranspose", "Gemm", "LSTM", "GRU"}:
+            elif node.op_type in {"Conv", "ConvTranspose", "Gemm"} and node not in done:
                 reason, weights = f"no packed format for {node.op_type} weights", _largest_constant(node)
                 self.decide(name, "skipped", reason, kind=node.op_type, weights=weights)
+        return changed
+
+    def _coded(self, model: ir.Model, vocabulary: int | None, linear: Linear) -> Chosen | str:
+        """Case 5: the codes of a linear in a body; those of the main graph where it reads the same weight."""
+        spec = self.policy.for_linear(linear, vocabulary)
+        if isinstance(spec, str):
+            return spec
+        stored = linear.weight.meta.setdefault(PACKED, {})
+        key = (spec, linear.transposed)
+        if key not in stored:
+            quantized = round_to_nearest(linear.read(), spec, None)
+            stored[key] = (quantized, emit.store(model, str(linear.weight.name), quantized))
+        quantized, own = stored[key]
+        parts = (own.codes, own.scale, own.zero_point)
+        return Chosen(Coded(*parts, 0, own.block_size, linear.shape, quantized.dequantize), str(spec), own.nbytes)
 
     def _keep(self, site: Linear | Embedding, reason: str) -> None:
         kind = "MatMul" if isinstance(site, Linear) else "Gather"
@@ -106,16 +142,16 @@ class Pack(Pass):
         emit.replace_matmul(region.model, linear, tensors)
         self._quantized(linear, spec, linear.shape[0], tensors)
 
-    def _pack_embedding(self, region: Region, embedding: Embedding, spec: QuantSpec) -> None:
+    def _pack_embedding(self, model: ir.Model, embedding: Embedding, spec: QuantSpec) -> None:
         # A table (V, K) is the transpose of the (K, V) weight that a tied lm_head multiplies with.
         stored = embedding.table.meta.setdefault(PACKED, {})
         key = (spec, True)
         if key not in stored:
             w = np.ascontiguousarray(np.asarray(emit.floats(embedding.table)).T)
             quantized = round_to_nearest(w, spec, None)
-            stored[key] = (quantized, emit.store(region.model, str(embedding.table.name), quantized))
+            stored[key] = (quantized, emit.store(model, str(embedding.table.name), quantized))
         _, tensors = stored[key]
-        emit.replace_embedding(region.model, embedding, tensors)
+        emit.replace_embedding(model, embedding, tensors)
         self._quantized(embedding, spec, embedding.shape[1], tensors)
 
     def _quantized(self, site: Linear | Embedding, spec: QuantSpec, k: int, tensors: emit.Tensors) -> None:

@@ -8,6 +8,7 @@ from qcompile.models.tiny import tiny_branch, tiny_conv, tiny_decoder
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
+from qcompile.passes.prepare import Prepare
 from qcompile.passes.spec import PerGroup, QuantSpec
 
 SPEC, EIGHT = QuantSpec(4, PerGroup(32)), QuantSpec(8, PerGroup(32))
@@ -28,17 +29,19 @@ def test_convolutions_are_counted_as_skipped() -> None:
     assert skipped == {"conv_0", "conv_1"}
 
 
-def test_weights_in_subgraphs_are_counted_as_skipped() -> None:
-    """`outer.weight` serves the main graph and a branch: the branch keeps it in float."""
+def test_weights_of_branches() -> None:
+    """`outer.weight` serves the main graph and a branch: its codes are there once."""
     model = tiny_branch()
+    Prepare().call(Region.whole(model))
     decisions = _pack(model)
     assert {name: decision.action for name, decision in decisions.items()} == {
         "outer": "quantized",
-        "then": "skipped",
-        "else": "skipped",
+        "then": "quantized",
+        "else": "quantized",
     }
-    assert decisions["else"].reason == "inside a subgraph (If, Loop or Scan)"
-    assert "outer.weight" in model.graph.initializers
+    assert decisions["else"].reason == "int4 g32 asym: in a body, rounded without data"
+    assert decisions["else"].detail["weight"] == decisions["outer"].detail["weight"] == "outer.weight"
+    assert "outer.weight" not in model.graph.initializers
 
 
 def test_a_kept_head_of_a_decoder() -> None:

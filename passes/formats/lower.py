@@ -7,6 +7,7 @@ from onnx_ir.passes.common import InlinePass
 
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import functions
+from qcompile.passes.formats.decoded import sink
 from qcompile.passes.formats.emit import add_codes, drop_unused, pack_nibbles
 from qcompile.passes.linears import constant, dimensions
 from qcompile.passes.prepare.edit import add_initializer
@@ -20,6 +21,7 @@ def lower(model: ir.Model, target: str) -> None:
         raise UserError(f"unknown target {target!r}")
     for value in list(model.graph.initializers.values()):  # tables that are only looked up, under another name
         drop_unused(model, value)
+    sink(model)
     if target == "matmulnbits":
         to_matmulnbits(model)
     else:
@@ -28,9 +30,11 @@ def lower(model: ir.Model, target: str) -> None:
         _drop_unused_functions(model)
         return
     # For matmulnbits, only MatMulInt8Outlier is left.
-    names = {str(node.outputs[0].name): node.name for node in model.graph if node.domain == functions.DOMAIN}
+    names = {
+        str(node.outputs[0].name): node.name for node in model.graph.all_nodes() if node.domain == functions.DOMAIN
+    }
     InlinePass(criteria=lambda function: function.domain == functions.DOMAIN)(model)
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         node.name = names.get(str(node.outputs[0].name), node.name)
     for key in [key for key in model.functions if key[0] == functions.DOMAIN]:
         del model.functions[key]
@@ -38,7 +42,7 @@ def lower(model: ir.Model, target: str) -> None:
 
 
 def _drop_unused_functions(model: ir.Model) -> None:
-    used = {node.op_identifier() for node in model.graph}
+    used = {node.op_identifier() for node in model.graph.all_nodes()}
     for key in [key for key in model.functions if key[0] == functions.DOMAIN and key not in used]:
         del model.functions[key]
 
@@ -48,7 +52,7 @@ def _complete_zero_points(model: ir.Model) -> None:
 
     Both share one body; with its optional input left open ONNX Runtime would not fuse them (see `functions.body`).
     """
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         function = model.functions.get(node.op_identifier())
         if node.domain != functions.DOMAIN or function is None or len(node.inputs) == len(function.inputs):
             continue
@@ -75,7 +79,7 @@ def to_matmulnbits(model: ir.Model) -> None:
     MatMulNBits B (N, blocks, block_size * bits / 8), GatherBlockQuantized data (V, blocks * block_size * bits / 8).
     """
     cache: dict[tuple[ir.Value, bool], list[ir.Value]] = {}
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         if node.domain != functions.DOMAIN:
             continue
         if functions.is_product(node):

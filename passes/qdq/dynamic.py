@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.formats.emit import drop_unused
+from qcompile.passes.inner import int8, quantize_inner
 from qcompile.passes.linears import Linear, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import add_initializer
@@ -29,6 +30,7 @@ class Dynamic(Pass):
     Case 3: a linear that `outlier` marked: its outliers are set to zero before the DynamicQuantizeLinear, and a float
             product of them alone is added.
     Case 4: tables of embeddings become int8, too, shared with a tied lm_head.
+    Case 5: weights in bodies of If, Loop and Scan, of LSTM, GRU and RNN: int8, decoded before their reader.
     weights: one scale a channel, or one a tensor. lm_head: "weights" leaves the input of a decoder's head in float.
     """
 
@@ -94,6 +96,7 @@ class Dynamic(Pass):
             _replace(model, linear, stored, codes[x])
         for node, reason in kept.items():
             self.decide(node.name or "", "kept", reason, kind=node.op_type, weights=0, weight=node.name)
+        quantize_inner(model, self.policy, store, int8(model, self.policy, store), self.decide)  # Case 5
         quantize_embeddings(model, self.policy, store, self.decide)  # Case 4
         region.nodes = list(model.graph)
 

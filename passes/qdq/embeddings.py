@@ -19,7 +19,7 @@ def quantize_embeddings(model: ir.Model, policy: Policy, store: WeightStore, dec
     """
     if store.grid.float8:
         store = WeightStore(model, replace(store.grid, float8=False))
-    for embedding in find_embeddings(model.graph):
+    for embedding in find_embeddings(model.graph.all_nodes()):
         size, name = int(np.prod(embedding.shape)), embedding.name
         spec = policy.for_embedding(embedding)
         if isinstance(spec, str):

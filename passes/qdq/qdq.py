@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array, QParams
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.errors import UserError
+from qcompile.passes.inner import int8, quantize_inner
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.mse import Mse
@@ -29,6 +30,7 @@ from qcompile.passes.spec import ActivationSpec
 
 Calibrator = Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse", "output-mse", "cross-entropy"]
 Readers = dict[ir.Value, list[tuple[ir.Node, int]]]
+_NO_RECURRENT = "tensorrt decodes no weights of recurrent layers"
 _TYPES = {"float8": ir.DataType.FLOAT8E4M3FN}
 
 
@@ -40,6 +42,7 @@ class Qdq(Pass):
             values that must share a scale share it.
     Case 3: biases become int32 where the provider takes them; others keep a form that does not hinder the fusion.
     Case 4: tables of embeddings become int8, too, shared with a tied lm_head.
+    Case 5: weights in bodies of If, Loop and Scan, of LSTM, GRU and RNN: int8, decoded before their reader.
     lm_head: "weights" leaves its input in float: its error meets the logits as it is (SmolLM2: two fifths of the KL).
     provider: whose fusions and types are aimed at. weights: one scale a channel, or one a tensor.
     activations: "auto" is what the provider wants; 16 bits and float8 run as Q, DQ and float operators on the CPU.
@@ -112,6 +115,9 @@ class Qdq(Pass):
         if TYPES[self.provider].bias and not self.spec.is_float:
             for node, scale in scales.items():
                 settle_bias(region.model, node, scale)
+        coder = int8(region.model, self.policy, self.store)  # Case 5
+        unread = _NO_RECURRENT if self.provider == "tensorrt" else ""
+        quantize_inner(region.model, self.policy, self.store, coder, self.decide, recurrent=unread)
         quantize_embeddings(region.model, self.policy, self.store, self.decide)
         for node, reason in selection.kept.items():
             self._told(node, *reason)
