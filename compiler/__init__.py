@@ -1,6 +1,6 @@
 """The compiler: recipes, the pipeline, calibration, verification, reports and the command line.
 
-`compile_model`, `Calibration`, `Recipe` and `parse_passes` can be imported from here.
+`compile_model`, `Calibration`, `Recipe`, `parse_passes` and `custom_operators` can be imported from here.
 """
 
 import importlib
@@ -11,8 +11,9 @@ _HOMES = {
     "Calibration": "qcompile.compiler.sources",
     "Recipe": "qcompile.compiler.recipe",
     "parse_passes": "qcompile.compiler.recipe",
+    "custom_operators": "qcompile.runtime.sessions",
 }
-__all__ = ["Calibration", "Recipe", "compile_model", "parse_passes"]
+__all__ = ["Calibration", "Recipe", "compile_model", "custom_operators", "parse_passes"]
 
 
 def __getattr__(name: str) -> Any:

@@ -126,9 +126,19 @@ def _run(arguments: list[str]) -> int:
         return 0
     _start_logging(args.verbose)
     try:
-        return int(module.run(args))
+        return _registered(module, args)
     except SystemExit as exit:  # nothing here calls it: a module of the user's, a library
         raise UserError(f"code that {name} loaded ended it with sys.exit({exit.code!r}); nothing was done") from exit
+
+
+def _registered(module: Any, args: argparse.Namespace) -> int:
+    """Run a command, with its custom operators registered in every session."""
+    if not getattr(args, "custom_ops", None):
+        return int(module.run(args))
+    from qcompile.runtime.sessions import custom_operators
+
+    with custom_operators(args.custom_ops):
+        return int(module.run(args))
 
 
 def _top_level(rest: list[str]) -> int:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from qcompile.passes.errors import UserError
 from qcompile.runtime.library import chosen_kernel, library_path
-from qcompile.runtime.sessions import ort_version, readable, session
+from qcompile.runtime.sessions import custom_operators, ort_version, readable, registered_libraries, session
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 
@@ -32,13 +32,14 @@ _TURN = 0.1
 
 @dataclass(frozen=True)
 class Subject:
-    """A model file and how it is run."""
+    """A model file and how it is run; libraries: of custom operators, by default those that sessions register here."""
 
     label: str
     path: Path
     kernels: str = "auto"
     accuracy_level: int = 0
     threads: int = 1
+    libraries: tuple[Path, ...] = field(default_factory=registered_libraries)
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,13 @@ class Runner:
         self.subject = subject
         ort_version()  # what importing it takes is not the model's
         before, started = resident_memory(), time.perf_counter()
-        self.session: Any = session(
-            subject.path,
-            kernels=subject.kernels,
-            accuracy_level=subject.accuracy_level,
-            threads=subject.threads,
-        )
+        with custom_operators(subject.libraries):
+            self.session: Any = session(
+                subject.path,
+                kernels=subject.kernels,
+                accuracy_level=subject.accuracy_level,
+                threads=subject.threads,
+            )
         seconds = time.perf_counter() - started
         self.before = before
         self.loaded = Loaded(seconds, self.memory())

@@ -2,7 +2,9 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,34 @@ KERNELS = ("auto", "native", "portable")
 # Why "auto" leaves CUDA to the portable bodies. Empty it when tests/test_cuda_gpu.py has passed on a GPU: "auto" is
 # then native there, too.
 CUDA_UNVERIFIED = "unverified on GPU"
+# What ONNX Runtime says of an operator that it does not know.
+_UNKNOWN = re.compile(r"is not a registered function/op|No opset import for domain|No Op registered for")
 _ALIASES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "gpu": "CUDAExecutionProvider"}
+
+# Libraries of other people's operators, which every session registers (`custom_operators`).
+_LIBRARIES: ContextVar[tuple[Path, ...]] = ContextVar("libraries", default=())
+
+
+@contextmanager
+def custom_operators(libraries: Sequence[Path | str]) -> Iterator[None]:
+    """Have every session opened inside register these libraries (their RegisterCustomOps), each once.
+
+    They are native code that runs in this process. No recipe names one, for a recipe comes as data.
+    """
+    wanted = [Path(library).resolve() for library in libraries]
+    for given, library in zip(libraries, wanted, strict=True):
+        if not library.is_file():
+            raise UserError(f"{given}: no such library of operators; give the .so, .dylib or .dll file")
+    token = _LIBRARIES.set(tuple(dict.fromkeys((*_LIBRARIES.get(), *wanted))))
+    try:
+        yield
+    finally:
+        _LIBRARIES.reset(token)
+
+
+def registered_libraries() -> tuple[Path, ...]:
+    """The libraries that a session opened now would register."""
+    return _LIBRARIES.get()
 
 
 def session(
@@ -69,12 +98,15 @@ def session(
     if library is not None:
         check_version(model, library)
         _register(options, library)
+    for other in _LIBRARIES.get():
+        _register(options, other)
     source = model if isinstance(model, bytes) else str(model)
     label = "the model" if isinstance(model, bytes) else str(model)
     try:
         created = ort.InferenceSession(source, options, providers=names)
     except Exception as error:  # ORT's exception classes share no base but Exception
-        raise UserError(f"{label}: ONNX Runtime {ort.__version__} cannot load it: {readable(error)}") from error
+        hint = "; give the library of its operators with --custom-ops" if _UNKNOWN.search(str(error)) else ""
+        raise UserError(f"{label}: ONNX Runtime {ort.__version__} cannot load it: {readable(error)}{hint}") from error
     if names[0] not in created.get_providers():
         raise UserError(f"ONNX Runtime could not start {names[0]} (are its CUDA and cuDNN libraries installed?)")
     return created

@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qcompile.compiler.commands.options import add_custom_ops
 from qcompile.compiler.console import console, progress, table
 from qcompile.compiler.inputs import InputPlan, input_plan
 from qcompile.compiler.store import load_model
@@ -102,6 +103,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--threads", default=str(_cores()), metavar="N,…", help="threads (default: every core, %(default)s)"
     )
+    add_custom_ops(parser.add_argument)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each model that count (default 5)")
     parser.add_argument("--kernels", default="auto", choices=KERNELS, help="default of the models")
     parser.add_argument(

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qcompile.compiler.commands.options import add_custom_ops
 from qcompile.compiler.console import console as stdout
 from qcompile.compiler.dry_run import print_plan
 from qcompile.compiler.images import Pictures
@@ -103,6 +104,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     add("--samples", type=int, metavar="N", help="calibration windows (default: 32)")
     add("--context", type=int, metavar="N", help="tokens of a window (default: 512)")
     add("--seed", type=int, help="of everything random: same input, seed and versions, same bytes (default: 0)")
+    add_custom_ops(add)
     add("--provider", help="execution provider for calibration and checks: cpu (default), or cuda (unverified on GPU)")
     return add
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qcompile.compiler.commands.options import add_custom_ops
 from qcompile.compiler.console import console, megabytes, progress, table
 from qcompile.compiler.evaluate import DecoderScores, OutputScores, compare_outputs, evaluate_many
 from qcompile.compiler.feeds import Batch, npz_batches, token_batches
@@ -40,6 +41,7 @@ def add_parser(subparsers: Any) -> None:
         choices=range(5),
         help="what ONNX Runtime may do in 4-bit products: 0 exact (default), 4 int8 activations (its own default)",
     )
+    add_custom_ops(parser.add_argument)
     parser.add_argument("--provider", default="cpu", help="cpu (default) or cuda")
     parser.add_argument(
         "--kernels",

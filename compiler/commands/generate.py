@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qcompile.compiler.commands.options import add_custom_ops
 from qcompile.compiler.generate import Sampling, generate_ids, stream
 from qcompile.compiler.subject import Subject
 from qcompile.compiler.tokens import load_tokenizer
@@ -25,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: beside the model")
     parser.add_argument("--accuracy-level", type=int, default=0, choices=range(5), help="as in qcompile eval")
+    add_custom_ops(parser.add_argument)
     parser.add_argument("--provider", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--kernels", default="auto", choices=KERNELS, help="as in qcompile eval")
 

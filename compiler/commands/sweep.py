@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qcompile.compiler.commands.options import add_custom_ops
 from qcompile.compiler.console import console, progress
 from qcompile.compiler.recipe import load_recipe
 from qcompile.compiler.sweep import sweep
@@ -43,6 +44,7 @@ def add_parser(subparsers: Any) -> None:
     add("--data", nargs="+", type=Path, default=[], metavar="FILE.npz", help="inputs instead, arrays by name")
     add("--context", type=int, default=512, help="tokens in a window (default 512)")
     add("--tokens", type=int, default=2048, help="tokens of the text; 0 for all (default 2048)")
+    add_custom_ops(add)
     add("--provider", default="cpu", help="cpu (default) or cuda; for compiling, set provider in the grid or recipe")
     add("--kernels", default="auto", choices=KERNELS, help="who computes the operators of qcompile (see qcompile eval)")
 
