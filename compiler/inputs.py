@@ -162,8 +162,10 @@ def input_plan(model: ir.Model) -> InputPlan:
 
 
 def _input(value: ir.Value) -> Input:
-    if value.dtype is None or value.shape is None or not isinstance(value.type, ir.TensorType):
-        raise UserError(f"graph input {value.name!r} has no tensor type or no rank: the model must say both")
+    if value.type is not None and not isinstance(value.type, ir.TensorType):
+        raise UserError(f"graph input {value.name!r} is {value.type}, which cannot be fed: export it as plain tensors")
+    if value.dtype is None or value.shape is None:
+        raise UserError(f"graph input {value.name!r} has no type or no rank: the model must say both")
     dims = tuple(_dim(dim if isinstance(dim, int) else dim.value) for dim in value.shape)
     return Input(value.name or "", np.dtype(value.dtype.numpy()), dims)
 

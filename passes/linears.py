@@ -78,17 +78,15 @@ def dimensions(value: ir.Value) -> tuple[int, ...]:
 
 
 def is_float_constant(value: ir.Value | None) -> bool:
-    """Whether the value is an initializer of float type."""
+    """Whether the value is an initializer of float type that holds a number at all."""
     if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
         return False
-    return value.const_value.dtype in _FLOATS
+    return value.const_value.dtype in _FLOATS and 0 not in dimensions(value)
 
 
 def is_weight(value: ir.Value | None) -> bool:
-    """Whether the value is an initializer of float type and rank 2."""
-    if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
-        return False
-    return value.const_value.dtype in _FLOATS and len(value.const_value.shape) == 2
+    """Whether the value is an initializer of float type and rank 2 that holds a number at all."""
+    return value is not None and is_float_constant(value) and len(dimensions(value)) == 2
 
 
 def as_linear(node: ir.Node) -> Linear | str:
@@ -109,6 +107,8 @@ def as_linear(node: ir.Node) -> Linear | str:
     if right.const_value is None:
         return "no constant weight (a product of two activations)"
     rank = len(right.const_value.shape)
+    if 0 in dimensions(right):
+        return "the weight has no elements"
     return f"the weight has rank {rank}, not 2" if rank != 2 else f"the weight is {right.const_value.dtype}"
 
 

@@ -169,12 +169,26 @@ def _register(options: Any, library: Path) -> None:
 
 
 def run(session: Any, outputs: Sequence[str] | None, feeds: Mapping[str, Any]) -> list[Any]:
-    """The named outputs (all of them for None) as numpy arrays; a failure inside ORT is told in one line."""
+    """The named outputs (all of them for None) as numpy arrays; a failure inside ORT is told in one line.
+
+    A sequence of tensors, or of maps, comes as one row of all its numbers: enough to compare two models by.
+    """
     try:
-        return list(session.run(None if outputs is None else list(outputs), dict(feeds)))
+        found = session.run(None if outputs is None else list(outputs), dict(feeds))
+        return [output if isinstance(output, np.ndarray) else _row(output) for output in found]
     except Exception as error:  # ORT's exception classes share no base but Exception
         shapes = ", ".join(f"{name} {getattr(array, 'shape', '?')}" for name, array in list(feeds.items())[:6])
         raise UserError(f"ONNX Runtime failed on inputs {shapes}: {readable(error)}") from error
+
+
+def _row(output: Any) -> npt.NDArray[Any]:
+    """All numbers of an output that is no tensor, one behind the other; maps in the order of their keys."""
+    if isinstance(output, Mapping):
+        output = [output[key] for key in sorted(output)]
+    if isinstance(output, list | tuple):
+        parts = [_row(part) for part in output]
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    return np.ravel(np.asarray(output))
 
 
 def ort_version() -> str:

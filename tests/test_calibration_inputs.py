@@ -274,3 +274,26 @@ def test_unread_inputs_need_no_data(tmp_path: Path) -> None:
             calibration=[str(tmp_path / "data.npy")],
         )
         assert report.coverage == 1
+
+
+@pytest.mark.parametrize("passes", ["pack", "smooth,awq,gptq,pack", "smooth,qdq", "dynamic"])
+def test_outputs_that_are_sequences_are_compared_like_others(tmp_path: Path, passes: str) -> None:
+    random = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("MatMul", ["x", "v"], ["a"], name="first"),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("MatMul", ["b", "w"], ["c"], name="second"),
+        helper.make_node("SplitToSequence", ["c"], ["rows"], axis=0),
+    ]
+    constants = [numpy_helper.from_array(random.standard_normal((64, 64)).astype(np.float32), name) for name in "vw"]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])
+    out = helper.make_tensor_sequence_value_info("rows", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "g", [given], [out], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "m.onnx")
+    np.save(tmp_path / "data.npy", random.standard_normal((32, 64)).astype(np.float32))
+    files = [str(tmp_path / "data.npy")]
+    recipe = Recipe(passes=parse_passes(passes), group_size=32)
+    report = compile_model(tmp_path / "m.onnx", recipe, output=tmp_path / "q.onnx", calibration=files)
+    (output,) = report.outputs
+    assert output.name == "rows"
+    assert 0 < output.relative < 0.2

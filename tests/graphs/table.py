@@ -53,7 +53,8 @@ class Graph:
         self.inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(kind), shape))
         known = tuple((sizes or {}).get(n, 8) if isinstance(n, str) else n for n in shape)
         made = draw or (lambda random, size: random.standard_normal(size))
-        self.makers[name] = lambda random: np.asarray(made(random, known)).astype(kind)
+        stored = np.dtype(str) if kind.kind == "O" else kind  # a .npz has no objects
+        self.makers[name] = lambda random: np.asarray(made(random, known)).astype(stored)
         return name
 
     def constant(self, value: Any, stem: str = "c") -> str:

@@ -1,0 +1,47 @@
+"""Inputs and constants of unusual kinds: strings, scalars, what passes straight through, weights without elements."""
+
+import numpy as np
+
+from graphs.table import Graph, case
+
+ROWS = {"b": 64}
+LISTS = {"pack": 15, "smooth,awq,gptq,pack": 15, "smooth,qdq": 25, "dynamic": 25}
+
+
+@case(LISTS)
+def strings_that_become_rows_of_a_table(make: Graph) -> None:
+    words = np.array(["red", "green", "blue", "none of them"], object)
+    text = make.input("b", dtype=object, sizes=ROWS, draw=lambda random, size: words[random.integers(4, size=size)])
+    make.opsets["ai.onnx.ml"] = 2
+    keys = {"keys_strings": ["red", "green", "blue"], "values_int64s": [0, 1, 2], "default_int64": 3}
+    ids = make.one("LabelEncoder", text, domain="ai.onnx.ml", **keys)
+    h = make.linear(make.one("Gather", make.floats(16, 32, scale=1.0), ids), 32)
+    make.output(make.linear(make.one("Relu", h), 32))
+    make.output(make.one("Identity", text), dtype=object)
+
+
+@case(LISTS)
+def a_scalar_and_an_input_that_is_an_output(make: Graph) -> None:
+    t = make.input(draw=lambda random, size: 1 + random.random(size) / 4)
+    x, passed = make.input("b", 32, sizes=ROWS), make.input("b", dtype=np.int64, sizes=ROWS)
+    make.output(make.linear(make.one("Relu", make.linear(make.one("Mul", x, t), 32)), 32))
+    make.output(make.one("Identity", passed), dtype=np.int64)
+
+
+@case(LISTS)
+def a_product_without_columns(make: Graph) -> None:
+    h = make.linear(make.one("Relu", make.linear(make.input("b", 32, sizes=ROWS), 32)), 32)
+    make.output(make.one("Concat", h, make.one("MatMul", h, make.constant(np.zeros((32, 0), np.float32))), axis=1))
+
+
+@case(LISTS)
+def a_product_over_no_columns(make: Graph) -> None:
+    h = make.linear(make.one("Relu", make.linear(make.input("b", 32, sizes=ROWS), 32)), 32)
+    none = make.one("Slice", h, *(make.constant(np.array([number])) for number in (0, 0, 1)))
+    make.output(make.one("Add", h, make.one("MatMul", none, make.constant(np.zeros((0, 32), np.float32)))))
+
+
+@case(LISTS)
+def rows_behind_an_empty_constant(make: Graph) -> None:
+    x = make.one("Concat", make.input("b", 32, sizes=ROWS), make.constant(np.zeros((0, 32), np.float32)), axis=0)
+    make.output(make.linear(make.one("Relu", make.linear(x, 32)), 32))
