@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -134,11 +135,37 @@ def _run(arguments: list[str]) -> int:
 def _registered(module: Any, args: argparse.Namespace) -> int:
     """Run a command, with its custom operators registered in every session."""
     if not getattr(args, "custom_ops", None):
-        return int(module.run(args))
+        return _judged(module, args)
     from qcompile.runtime.sessions import custom_operators
 
     with custom_operators(args.custom_ops):
-        return int(module.run(args))
+        return _judged(module, args)
+
+
+def _judged(module: Any, args: argparse.Namespace) -> int:
+    """Run a command; what fails without being told as a UserError may be the file's fault."""
+    try:
+        with warnings.catch_warnings():
+            if not args.verbose:  # numpy's remarks on odd weights are no part of an answer in one line
+                warnings.simplefilter("ignore")
+            return int(module.run(args))
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception:
+        _blame(getattr(args, "model", None))
+        raise
+
+
+def _blame(model: Any) -> None:
+    """Raise UserError where ONNX Runtime refuses the model file: a failure here is then the file's, and no bug.
+
+    `load_model` checks what a file says about itself. That attributes, ranks and types fit each operator is known to
+    ONNX Runtime alone, whose word on every file would cost its whole size in memory: it is asked when something failed.
+    """
+    if isinstance(model, (str, os.PathLike)) and os.path.isfile(model):
+        from qcompile.runtime.sessions import session
+
+        session(os.fspath(model), optimize=False, kernels="portable")
 
 
 def _top_level(rest: list[str]) -> int:

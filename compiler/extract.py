@@ -158,6 +158,10 @@ def _add_initializer(piece: Piece, value: ir.Value) -> None:
         piece.proto.graph.initializer.append(_declared(name, int(tensor.dtype), tensor.shape.numpy()))
         piece.weights[name] = np.asarray(read(tensor))
         return
-    inline = TensorProto(name=name, data_type=int(tensor.dtype), raw_data=b"".join(chunks(tensor)))
+    inline = TensorProto(name=name, data_type=int(tensor.dtype))
+    if isinstance(tensor, ir.StringTensor):
+        inline.string_data.extend(tensor.string_data())
+    else:
+        inline.raw_data = b"".join(chunks(tensor))
     inline.dims.extend(int(size) for size in tensor.shape.numpy())
     piece.proto.graph.initializer.append(inline)

@@ -1,5 +1,6 @@
 """Models from and to disk: every check of a bad file on the way in, all or nothing on the way out (`saving`)."""
 
+import contextlib
 import hashlib
 import logging
 import warnings
@@ -13,7 +14,7 @@ import onnx_ir as ir
 from qcompile.compiler.external_data import locate, tensors_of
 from qcompile.compiler.saving import SaveReport, save_model
 from qcompile.compiler.tensor_protos import external_locations
-from qcompile.compiler.well_formed import check_model
+from qcompile.compiler.well_formed import all_nodes, check_model
 from qcompile.passes.errors import UserError
 from qcompile.passes.tensors import chunks
 
@@ -46,8 +47,8 @@ def load_model(path: Path) -> ir.Model:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # keys of external data that ONNX does not know
+        _drop_devices(proto)
+        with _muted():
             model = ir.serde.deserialize_model(proto)
     except Exception as error:
         raise UserError(f"{path}: damaged ONNX graph ({_root_cause(error)}); export the model again") from error
@@ -112,6 +113,26 @@ def _parse(path: Path) -> onnx.ModelProto:
     if not proto.opset_import:
         raise UserError(f"{path} names no opset: it is truncated; copy or export it again")
     return proto
+
+
+def _drop_devices(proto: onnx.ModelProto) -> None:
+    """Forget how nodes are spread over devices, which one machine does not need and onnx_ir does not always write."""
+    del proto.configuration[:]
+    for node in all_nodes(proto):
+        del node.device_configurations[:]
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Nothing said about unknown keys of external data, and bytes in attributes of others' operators."""
+    told = logging.getLogger("onnx_ir.serde")
+    disabled, told.disabled = told.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        told.disabled = disabled
 
 
 def _looks_like(path: Path) -> str:

@@ -12,7 +12,7 @@ Invariant, for the main graph, the body of every If, Loop and Scan, and every mo
 How the operators' attributes and shapes fit together is left to shape inference and to ONNX Runtime.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -86,8 +86,10 @@ def _imports(given: Iterable[onnx.OperatorSetIdProto], where: str) -> Imports:
         domain = _domain(entry.domain)
         if found.setdefault(domain, entry.version) != entry.version:
             raise UserError(f"{where} imports two versions of operator set {domain or _ALIAS!r}; {_AGAIN}")
-        if domain == "" and not 1 <= entry.version < 2**31:
-            raise UserError(f"{where} imports opset {entry.version}, which there is not; {_AGAIN}")
+        if not (domain != "" or entry.version >= 1) or entry.version >= 2**31:
+            raise UserError(
+                f"{where} imports version {entry.version} of {domain or _ALIAS!r}, which there is not; {_AGAIN}"
+            )
     return found
 
 
@@ -171,11 +173,13 @@ def _check_node(node: onnx.NodeProto, scope: _Scope, model: _Model) -> None:
         _check_attribute(attribute, f"node {where}: attribute {attribute.name!r}", scope, model)
     function = model.functions.get((domain, node.op_type, node.overload))
     if function is not None:
-        _check_call(node, function, where)
+        _check_call(node, function, where, model)
     elif domain == "":
         if "" not in scope.imports:
             raise UserError(f"it names no opset, which says what {node.op_type} does; {_AGAIN}")
         _check_schema(node, scope.imports[""], where)
+        for attribute in node.attribute:
+            attribute.s.decode()  # raises where it is not UTF-8
 
 
 def _check_attribute(attribute: onnx.AttributeProto, where: str, scope: _Scope, model: _Model) -> None:
@@ -222,11 +226,8 @@ def _check_schema(node: onnx.NodeProto, opset: int, where: str) -> None:
             f"node {where} has {len(node.output)} outputs, {node.op_type} of opset {opset} gives {schema.min_output} "
             f"to {schema.max_output}; {_AGAIN}"
         )
-    required = (onnx.defs.OpSchema.FormalParameterOption.Single, onnx.defs.OpSchema.FormalParameterOption.Variadic)
-    for number, name in enumerate(node.input):
-        formal = schema.inputs[min(number, len(schema.inputs) - 1)]
-        if not name and formal.option in required:
-            raise UserError(f"node {where} lacks its input {formal.name!r}; {_AGAIN}")
+    if lacking := _lacking(schema, node.input):
+        raise UserError(f"node {where} lacks its input {lacking!r}; {_AGAIN}")
     given = {attribute.name: attribute for attribute in node.attribute}
     for name, wanted in schema.attributes.items():
         if wanted.required and name not in given:
@@ -239,20 +240,68 @@ def _check_schema(node: onnx.NodeProto, opset: int, where: str) -> None:
         raise UserError(f"node {where}: {node.op_type} of opset {opset} has no attribute {min(unknown)!r}; {_AGAIN}")
 
 
-def _check_call(node: onnx.NodeProto, function: onnx.FunctionProto, where: str) -> None:
+def _lacking(schema: onnx.defs.OpSchema, names: Sequence[str]) -> str:
+    """The first required input that is left out by an empty name; "" where none is."""
+    required = (onnx.defs.OpSchema.FormalParameterOption.Single, onnx.defs.OpSchema.FormalParameterOption.Variadic)
+    for number, name in enumerate(names):
+        formal = schema.inputs[min(number, len(schema.inputs) - 1)]
+        if not name and formal.option in required:
+            return str(formal.name)
+    return ""
+
+
+def _check_call(node: onnx.NodeProto, function: onnx.FunctionProto, where: str, model: _Model) -> None:
     if len(node.input) > len(function.input) or len(node.output) > len(function.output):
         raise UserError(
             f"node {where} has {len(node.input)} inputs and {len(node.output)} outputs, its function has "
             f"{len(function.input)} and {len(function.output)}; {_AGAIN}"
         )
+    given = dict(zip(function.input, node.input, strict=False))
+    absent = frozenset(name for name in function.input if not given.get(name))
+    missing = frozenset(function.attribute) - {attribute.name for attribute in node.attribute}
+    if absent or missing:
+        _check_absent(function, absent, missing, where, model, set())
+
+
+def _check_absent(
+    function: onnx.FunctionProto,
+    absent: frozenset[str],
+    missing: frozenset[str],
+    where: str,
+    model: _Model,
+    seen: set[tuple[int, frozenset[str], frozenset[str]]],
+) -> None:
+    """Refuse a call whose function, without these inputs and attributes, has a node that lacks a required one."""
+    if (id(function), absent, missing) in seen:
+        return
+    seen.add((id(function), absent, missing))
+    imports = _imports(function.opset_import, f"function {function.name}")
+    for node in function.node:
+        names = ["" if name in absent else name for name in node.input]
+        left = {a.name for a in node.attribute if a.ref_attr_name not in missing or not a.ref_attr_name}
+        callee = model.functions.get((_domain(node.domain), node.op_type, node.overload))
+        if callee is not None:
+            given = dict(zip(callee.input, names, strict=False))
+            inner = frozenset(name for name in callee.input if not given.get(name))
+            _check_absent(callee, inner, frozenset(callee.attribute) - left, where, model, seen)
+            continue
+        schema = _schema(node.op_type, imports.get("", 0)) if _domain(node.domain) == "" else None
+        if schema is None:
+            continue
+        lost = [name for name, wanted in schema.attributes.items() if wanted.required and name not in left]
+        if lacking := _lacking(schema, names) or next(iter(lost), ""):
+            raise UserError(f"node {where} leaves out what its function needs, {lacking!r} of {node.op_type}; {_AGAIN}")
 
 
 def _check_function(function: onnx.FunctionProto, name: str, outer: Imports, model: _Model) -> None:
     where = f"function {name}"
     imports = _imports(function.opset_import, where)
     for domain, version in imports.items():
-        if domain == "" and outer.get("", version) != version:
-            raise UserError(f"{where} is of opset {version}, the model of {outer['']}; {_AGAIN}")
+        if outer.get(domain, version) != version:
+            raise UserError(
+                f"{where} is of version {version} of operator set {domain or _ALIAS!r}, the model of {outer[domain]}; "
+                f"{_AGAIN}"
+            )
     _distinct(list(function.input), f"{where}: input")
     _distinct(list(function.output), f"{where}: output")
     parameters = [*function.attribute, *(attribute.name for attribute in function.attribute_proto)]
@@ -302,6 +351,15 @@ def _callees_first(calls: dict[tuple[str, str, str], list[tuple[str, str, str]]]
                 yield key
             active.discard(key)
             path.pop()
+
+
+def all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of all graphs and functions."""
+    stack = [proto.graph.node, *(function.node for function in proto.functions)]
+    while stack:
+        for node in stack.pop():
+            yield node
+            stack += [graph.node for graph in _graphs(node)]
 
 
 def _graphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     InlinePass,
@@ -15,6 +14,7 @@ from onnx_ir.passes.common import (
 
 from qcompile.passes.errors import UserError
 from qcompile.passes.prepare.edit import Decide
+from qcompile.passes.prepare.inference import inferred
 
 _WEIGHT = 1024
 
@@ -84,12 +84,12 @@ def infer_shapes(model: ir.Model, decide: Decide) -> None:
     with _without_weights(model):
         proto = ir.serde.serialize_model(model)
     try:
-        inferred = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+        found = ir.serde.deserialize_model(inferred(proto))
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         decide("", "skipped", f"shapes could not be inferred: {reason}")
         return
-    for graph, other in zip(model.graphs(), inferred.graphs(), strict=True):
+    for graph, other in zip(model.graphs(), found.graphs(), strict=True):
         known = {value.name: value for node in other for value in node.outputs}
         for node in graph:
             for value in node.outputs:
@@ -97,17 +97,17 @@ def infer_shapes(model: ir.Model, decide: Decide) -> None:
                     _adopt(value, known[value.name])
 
 
-def _adopt(value: ir.Value, inferred: ir.Value) -> None:
+def _adopt(value: ir.Value, found: ir.Value) -> None:
     if value.type is None:
-        value.type = inferred.type
-    if inferred.shape is None:
+        value.type = found.type
+    if found.shape is None:
         return
-    if value.shape is None or len(value.shape) != len(inferred.shape):
-        value.shape = inferred.shape
+    if value.shape is None or len(value.shape) != len(found.shape):
+        value.shape = found.shape
         return
     dims = [
         new if not isinstance(old, int) and _says_more(new, old) else old
-        for old, new in zip(value.shape, inferred.shape, strict=True)
+        for old, new in zip(value.shape, found.shape, strict=True)
     ]
     value.shape = ir.Shape(dims)
 
