@@ -78,7 +78,7 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
         y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
         if wide_probe.is_wide(reference[1]):
             wide_probe.compare(y, x, *reference, outputs)
-        wanted, exact = (_ratio([y], end, outputs) for end in (".wanted", ".exact"))
+        wanted, exact = (_ratio(y, end, outputs) for end in (".wanted", ".exact"))
         dtype = node.outputs[0].dtype or ir.DataType.FLOAT
         if not exact <= _EXACT.get(dtype, 1e-4):
             raise UserError(
@@ -90,10 +90,7 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
 
 
 def probe_twins(piece: Piece, nodes: Sequence[ir.Node]) -> list[str]:
-    """Add to a piece, beside each node that a pass made integer, the float node it stands for, and compare.
-
-    The float node has all outputs of the integer one, under names of its own, and each is compared.
-    """
+    """Add to a piece, beside each node that a pass made integer, the float node it stands for, and compare."""
     names: list[str] = []
     for node in nodes:
         twin: Twin | None = node.meta.get(TWIN)
@@ -102,12 +99,10 @@ def probe_twins(piece: Piece, nodes: Sequence[ir.Node]) -> list[str]:
         y, made = str(node.outputs[0].name), onnx.NodeProto()
         made.CopyFrom(twin.proto)
         del made.input[:], made.output[:]
-        given = [value.name or "" for value in node.outputs]
-        made.name, made.output[:] = f"{y}.twin", [f"{name}.twin" if name else "" for name in given]
+        made.name, made.output[:] = f"{y}.twin", [f"{y}.twin"]
         made.input.extend(_twin_input(piece, y, twin, value) for value in twin.inputs)
         piece.proto.graph.node.append(made)
-        for name in filter(None, given):
-            names += observers.compare(piece.proto.graph, name, f"{name}.twin", ".twin")
+        names += observers.compare(piece.proto.graph, y, f"{y}.twin", ".twin")
     return names
 
 
@@ -125,7 +120,7 @@ def twin_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
     for node in nodes:
         twin: Twin | None = node.meta.pop(TWIN, None)
         if twin is not None:
-            error = _ratio([value.name for value in node.outputs if value.name], ".twin", outputs)
+            error = _ratio(str(node.outputs[0].name), ".twin", outputs)
             bits = _activation_bits(node, twin)
             found.append(NodeError(node.name or "", error, 0.0, activation_bits=bits, weights=twin.weights))
     return found
@@ -149,10 +144,9 @@ def _int8_error(y: str, outputs: Sequence[Arrays]) -> float | None:
     return float(np.sqrt(added / whole)) if whole > 0 else 0.0
 
 
-def _ratio(values: Sequence[str], end: str, outputs: Sequence[Arrays]) -> float:
-    """‖y - reference‖ / ‖reference‖ over all outputs of a node together."""
-    difference = sum(float(batch[observers.difference(y, end)]) for batch in outputs for y in values)
-    reference = sum(float(batch[observers.reference(y, end)]) for batch in outputs for y in values)
+def _ratio(y: str, end: str, outputs: Sequence[Arrays]) -> float:
+    difference = sum(float(batch[observers.difference(y, end)]) for batch in outputs)
+    reference = sum(float(batch[observers.reference(y, end)]) for batch in outputs)
     return float(np.sqrt(difference / reference)) if reference > 0 else float(difference > 0)
 
 

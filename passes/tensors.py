@@ -46,12 +46,14 @@ def lazy(
     name: str | None = None,
 ) -> ir.LazyTensor:
     """A tensor that is `function` of the source's array, computed anew whenever it is read; `dtype` as the source's."""
-    target = dtype or source.dtype
+    return computed(lambda: function(read(source)), shape=shape, dtype=dtype or source.dtype, name=name)
 
-    def evaluate() -> ir.Tensor[Any]:
-        return ir.Tensor(function(read(source)), target)
 
-    return ir.LazyTensor(evaluate, target, ir.Shape(shape), name=name)
+def computed(
+    function: Callable[[], npt.NDArray[Any]], *, shape: tuple[int, ...], dtype: ir.DataType, name: str | None = None
+) -> ir.LazyTensor:
+    """A tensor that is what `function` gives, asked anew whenever it is read."""
+    return ir.LazyTensor(lambda: ir.Tensor(function(), dtype), dtype, ir.Shape(shape), name=name)
 
 
 def _unshared(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

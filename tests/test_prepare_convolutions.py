@@ -107,7 +107,8 @@ def test_opset_7_of_a_network_with_residuals():
 def test_shared_constants_are_copied():
     """Two convolutions share weight, bias and factor; a third value reads all of them and sees no change."""
     body = """c = Conv(x, w, a) d = Mul(c, k) e = Conv(x, w, a) f = Sub(e, k) p = Add(d, f)
-        q = ReduceSum <keepdims = 0> (w) r = Add(p, q) t = ReduceSum <keepdims = 0> (a) h = Mul(r, t) y = Mul(h, k)"""
+        u = Erf(w) q = ReduceSum <keepdims = 0> (u) r = Add(p, q)
+            v = Erf(a) t = ReduceSum <keepdims = 0> (v) h = Mul(r, t) y = Mul(h, k)"""
     model = parse(body, IN, OUT, w=normal(C, 4, 3, 3), a=normal(C), k=normal(C, 1, 1))
     check(model, X)
     assert operators(model).count("Conv") == 2

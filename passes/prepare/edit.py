@@ -39,6 +39,16 @@ def is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.const_value is not None and not value.is_graph_input()
 
 
+def decided(model: ir.Model) -> set[ir.Value]:
+    """Every value that constants alone decide, initializers among them."""
+    found = {value for graph in model.graphs() for value in graph.initializers.values() if is_constant(value)}
+    for node in model.graph.all_nodes():
+        read = [value for value in node.inputs if value is not None]
+        if (read and found.issuperset(read)) or (node.op_type, node.domain) == ("Constant", ""):
+            found.update(node.outputs)
+    return found
+
+
 def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     """A new initializer of the graph; a number is appended to a name that another initializer has."""
     free, count = name, 1

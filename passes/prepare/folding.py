@@ -1,136 +1,326 @@
-"""Folding what stands between a weight and its user into the weight, lazily."""
+"""Folding what is computed from constants alone into constants, lazily, and never into a model much larger.
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+What other nodes read of such computations becomes initializers, where all of these hold:
+
+1. What comes of one set of large constants takes no more than those of them that then go (64 KiB apart). Twice as much
+   is taken for weights that products alone read, which a quantizer makes small: halves behind a Cast. A constant that
+   others still read as it is does not go: a tied embedding keeps its one copy and its Transpose.
+2. Together they add no more than the model's own size.
+3. A result costs no more than reading it some dozens of times.
+
+Everything else stays as it is, with its reason. A changed shape costs nothing: equal bytes are stored once.
+Large results are computed when they are read, small ones at once.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Decide, add_initializer, is_constant, small_array
-from qcompile.passes.tensors import lazy
+from qcompile.passes.linears import LEFT
+from qcompile.passes.prepare.constant_ops import Array, Made, Operand, made_of
+from qcompile.passes.prepare.edit import Decide, add_initializer, is_constant
+from qcompile.passes.tensors import computed, read
 
-_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 # A second copy of less than this may be made; above, a weight exists once.
 _SMALL = 1 << 16
-_MATMULS = {"MatMul", "Gemm", "Gather"}
+# Results of less than this are computed when they are found, so that a long chain of them costs nothing later.
+_TINY = 1 << 12
+# Numbers touched for a result that do not matter, and how many times its own size may be.
+_WORK, _TIMES = 1 << 31, 32
+# What a model of few constants may grow by.
+_ROOM = 1 << 20
+# Model meta: the bytes that it may still grow by.
+_BUDGET = "qcompile.folding_budget"
+_PRODUCTS = {"MatMul", "Gemm", "Einsum", "Gather", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN"}
 
 
-@dataclass(frozen=True)
-class _Folded:
-    """What a node makes of its constant input: same_bytes says that only the shape changes."""
+@dataclass(eq=False)
+class _Known:
+    """A value that constants alone decide.
 
-    function: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
-    shape: tuple[int, ...]
-    dtype: ir.DataType
-    same_bytes: bool
-
-
-def fold_weights(model: ir.Model, decide: Decide) -> None:
-    """Fold Transpose, Cast, Reshape, Squeeze and Unsqueeze of initializers, in bodies of If, Loop and Scan too.
-
-    A weight that others use as it is keeps its one copy: its Transpose or Cast stays (a tied embedding; `linears` sees
-    through the Transpose), while a changed shape costs nothing on disk, where equal bytes are stored once.
+    key: equal for values that are computed alike. leaves: the initializers over 4 KiB under it. tensor: of a constant.
+    node, made, position, inputs: what computes it otherwise. work: numbers touched to compute it.
     """
-    done: dict[tuple[ir.Value, str], ir.Value] = {}
-    for node in list(model.graph.all_nodes()):
-        source = node.inputs[0] if node.inputs else None
-        if node.domain != "" or source is None or not is_constant(source):
-            continue
-        if node.op_type == "DequantizeLinear":
-            decide(node.name or "", "skipped", "the weight is already quantized")
-            continue
-        folded = _fold(node, source)
-        output = node.outputs[0]
-        if folded is None or output.is_graph_output():
-            continue
-        key = (source, _signature(node))
-        reason = None if key in done else _keep(node, source, folded)
-        if reason is not None:
+
+    value: ir.Value
+    operand: Operand
+    key: Hashable
+    leaves: frozenset[ir.Value]
+    tensor: ir.TensorProtocol | None = None
+    node: ir.Node | None = None
+    made: Made | None = None
+    position: int = 0
+    inputs: Sequence["_Known"] = ()
+    work: int = 0
+
+    @property
+    def root(self) -> "_Known":
+        """The value whose very bytes it holds in another shape."""
+        known = self
+        while known.made is not None and known.made.same_bytes:
+            known = known.inputs[0]
+        return known
+
+    @property
+    def nbytes(self) -> int:
+        """What it would take in the file beyond what is there."""
+        return 0 if self.root.tensor is not None else self.operand.nbytes
+
+    def array(self) -> Array:
+        """Its content; every step is computed once, and forgotten when the last one that needs it is done."""
+        order = list(_order(self))
+        left = Counter(source for known in order for source in known.inputs)
+        done: dict[_Known, Array] = {}
+        for known in order:
+            if known.operand.content is not None:
+                done[known] = known.operand.content
+            elif known.tensor is not None:
+                done[known] = read(known.tensor)
+            else:
+                assert known.made is not None
+                done[known] = known.made.function([done[source] for source in known.inputs])[known.position]
+            left.subtract(known.inputs)
+            for source in known.inputs:
+                if not left[source]:
+                    done.pop(source, None)
+        return done[self]
+
+
+def _order(wanted: _Known) -> Iterator[_Known]:
+    """What has to be computed for a value, each behind its inputs."""
+    seen: set[_Known] = set()
+    waiting = [(wanted, False)]
+    while waiting:
+        known, ready = waiting.pop()
+        if ready:
+            yield known
+        elif known not in seen:
+            seen.add(known)
+            waiting.append((known, True))
+            if known.operand.content is None:
+                waiting += [(source, False) for source in known.inputs]
+
+
+@dataclass(eq=False)
+class _Plan:
+    """known: all values that constants alone decide. keys: the first one of each key. refused: values, or large
+    constants whose results stay computed, and why. replaced: what becomes an initializer. kept: nodes that stay."""
+
+    known: dict[ir.Value, _Known] = field(default_factory=dict)
+    keys: dict[Hashable, _Known] = field(default_factory=dict)
+    refused: dict[ir.Value, str] = field(default_factory=dict)
+    replaced: list[_Known] = field(default_factory=list)
+    kept: dict[ir.Node, str] = field(default_factory=dict)
+
+    def enter(self, known: _Known) -> None:
+        """One more value."""
+        self.known[known.value] = known
+        self.keys.setdefault(known.key, known)
+
+
+def fold_constants(model: ir.Model, decide: Decide) -> None:
+    """Make initializers of what the model's nodes, those in bodies too, compute from constants alone."""
+    nodes, plan = list(model.graph.all_nodes()), _Plan()
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if is_constant(value) and value.const_value is not None:
+                plan.enter(_leaf(value, value.const_value))
+    slow = dict(_find(nodes, plan))
+    _choose(nodes, plan)
+    size = sum(known.operand.nbytes for known in plan.known.values() if known.tensor is not None)
+    budget = model.meta.setdefault(_BUDGET, size + _ROOM)
+    while (grown := _refuse(plan, nodes, budget)) is None:
+        _choose(nodes, plan)
+    model.meta[_BUDGET] = budget - grown
+    _replace(model, plan, decide)
+    for node in reversed(nodes):
+        computed_here = any(output in plan.known and plan.known[output].node is not None for output in node.outputs)
+        if computed_here and node.graph is not None and not any(output.uses() for output in node.outputs):
+            node.graph.remove(node, safe=True)
+    for node, reason in (slow | plan.kept).items():
+        if node.graph is not None and node.meta.get(LEFT) != reason:
+            node.meta[LEFT] = reason
             decide(node.name or "", "kept", reason)
+
+
+def report_quantized(model: ir.Model, decide: Decide) -> None:
+    """One decision for each weight that comes as codes: it stays as it is."""
+    for node in model.graph.all_nodes():
+        if node.op_type == "DequantizeLinear" and node.domain == "" and is_constant(node.inputs[0]):
+            decide(node.name or "", "skipped", "the weight is already quantized")
+
+
+def _leaf(value: ir.Value, tensor: ir.TensorProtocol) -> _Known:
+    text = tensor.dtype == ir.DataType.STRING
+    content = None if text or tensor.nbytes >= _TINY else np.asarray(read(tensor))
+    operand = Operand(tuple(int(size) for size in tensor.shape.numpy()), tensor.dtype, content)
+    leaves = frozenset([value] if content is None and not text else [])
+    return _Known(value, operand, _content(operand) or value, leaves, tensor)
+
+
+def _content(operand: Operand) -> Hashable | None:
+    """A small constant is known by its content."""
+    array = operand.content
+    return None if array is None else (str(operand.dtype), array.shape, array.tobytes())
+
+
+def _find(nodes: Iterable[ir.Node], plan: _Plan) -> Iterator[tuple[ir.Node, str]]:
+    """Enter every value that constants alone decide; the nodes that would, but take too long, and that they do."""
+    for node in nodes:
+        if node.op_type == "Constant" and node.domain == "":  # one that nobody lifted
+            tensor = ir.convenience.get_const_tensor(node.outputs[0])
+            if tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes < _TINY:
+                plan.enter(_leaf(node.outputs[0], tensor))
             continue
-        if key not in done:
-            assert source.const_value is not None
-            assert output.name is not None
-            tensor = lazy(source.const_value, folded.function, shape=folded.shape, dtype=folded.dtype)
-            done[key] = add_initializer(model.graph, output.name, tensor)
-        ir.convenience.replace_all_uses_with(output, done[key])
-        assert node.graph is not None
-        node.graph.remove(node, safe=True)
-        decide(node.name or "", "folded", f"{node.op_type} of the constant {source.name}")
+        inputs = [plan.known.get(value) for value in node.inputs if value is not None]
+        known = [one for one in inputs if one is not None]
+        if not known or len(known) < len(inputs) or any(output.is_graph_output() for output in node.outputs):
+            continue
+        made = made_of(node, [None if value is None else plan.known[value].operand for value in node.inputs])
+        if made is None:
+            continue
+        work = made.work + sum(one.work for one in known)
+        if work > max(_WORK, _TIMES * sum(prod(shape) for shape in made.shapes)):
+            yield node, "what it computes from constants takes too long to be computed whenever it is read"
+        else:
+            _enter_outputs(node, made, known, work, plan)
 
 
-def _signature(node: ir.Node) -> str:
-    """Equal for nodes that do the same to their first input."""
-    operands = [None if (array := small_array(value)) is None else array.tolist() for value in node.inputs[1:]]
-    return f"{node.op_type} {sorted((name, str(a.value)) for name, a in node.attributes.items())} {operands}"
+def _enter_outputs(node: ir.Node, made: Made, inputs: Sequence[_Known], work: int, plan: _Plan) -> None:
+    contents: Sequence[Array | None] = [None] * len(made.shapes)
+    size = sum(prod(shape) for shape in made.shapes) * made.dtype.bitwidth // 8
+    if size < _TINY and all(known.operand.content is not None for known in inputs):
+        contents, work = made.function([known.array() for known in inputs]), 0
+    leaves = frozenset[ir.Value]().union(*(known.leaves for known in inputs))
+    key = (node.op_type, _attributes(node, inputs), tuple(id(plan.keys[known.key]) for known in inputs))
+    for position, (output, shape, content) in enumerate(zip(node.outputs, made.shapes, contents, strict=True)):
+        operand = Operand(shape, made.dtype, None if content is None else np.ascontiguousarray(content))
+        plan.enter(_Known(output, operand, (key, position), leaves, None, node, made, position, inputs, work))
 
 
-def _keep(node: ir.Node, source: ir.Value, folded: _Folded) -> str | None:
-    """Why the node stays, or None."""
-    tensor = source.const_value
-    assert tensor is not None
-    if folded.same_bytes or tensor.nbytes < _SMALL:
-        return None
-    same = all(_signature(use.node) == _signature(node) for use in source.uses())
-    if not same or source.is_graph_output():
-        return f"{source.name} is also used without this {node.op_type}; one copy of it is kept"
-    grows = folded.dtype.bitwidth > tensor.dtype.bitwidth
-    if grows and not any(use.node.op_type in _MATMULS for use in node.outputs[0].uses()):
-        return f"as {folded.dtype.name} {source.name} would take {folded.dtype.bitwidth} bits instead of " + str(
-            tensor.dtype.bitwidth
-        )
-    return None
-
-
-def _fold(node: ir.Node, source: ir.Value) -> _Folded | None:
-    tensor = source.const_value
-    assert tensor is not None
-    shape, dtype = tuple(int(size) for size in tensor.shape.numpy()), tensor.dtype
-    if dtype == ir.DataType.STRING:
-        return None
+def _attributes(node: ir.Node, inputs: Sequence[_Known]) -> str:
+    """Equal for nodes that do the same; the axes of a Transpose may be left out where they are turned round."""
+    told = {name: str(attribute.value) for name, attribute in node.attributes.items()}
     if node.op_type == "Transpose":
-        permutation = node.attributes.get("perm")
-        order = tuple(reversed(range(len(shape)))) if permutation is None else tuple(permutation.as_ints())
-        return _Folded(lambda a: a.transpose(order), tuple(shape[axis] for axis in order), dtype, same_bytes=False)
-    if node.op_type == "Cast":
-        target = ir.DataType(node.attributes["to"].as_int())
-        if dtype not in _FLOATS or target not in _FLOATS:
-            return None
-        return _Folded(lambda a: a.astype(target.numpy()), shape, target, same_bytes=target == dtype)
-    reshaped = _reshaped(node, shape)
-    if reshaped is None:
-        return None
-    return _Folded(lambda a: a.reshape(reshaped), reshaped, dtype, same_bytes=True)
+        rank = len(inputs[0].operand.shape)
+        told["perm"] = str(list(node.attributes.get_ints("perm") or reversed(range(rank))))
+    positions = [value is not None for value in node.inputs]
+    return str((sorted(told.items()), positions))
 
 
-def _reshaped(node: ir.Node, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape that a Reshape, Squeeze or Unsqueeze gives; None when it is not known, or the node is none of them."""
-    has_operand = len(node.inputs) > 1 and node.inputs[1] is not None
-    operand = small_array(node.inputs[1]) if has_operand else None
-    if has_operand and operand is None:
-        return None
-    if node.op_type == "Squeeze":
-        axes = {i for i, size in enumerate(shape) if size == 1} if operand is None else _axes(operand, len(shape))
-        return tuple(size for i, size in enumerate(shape) if i not in axes)
-    if operand is None:
-        return None
-    if node.op_type == "Unsqueeze":
-        rank = len(shape) + operand.size
-        left, axes = iter(shape), _axes(operand, rank)
-        return tuple(1 if i in axes else next(left) for i in range(rank))
-    if node.op_type == "Reshape":
-        copies = not node.attributes.get_int("allowzero", 0)
-        wanted = [shape[i] if size == 0 and copies else int(size) for i, size in enumerate(operand.tolist())]
-        return np.empty(shape, np.bool_).reshape(wanted).shape if np.prod(shape) < 1 else _resolved(shape, wanted)
-    return None
+def _choose(nodes: Sequence[ir.Node], plan: _Plan) -> None:
+    """Decide which values become initializers, and which nodes stay: backwards, from what reads them."""
+    plan.replaced, plan.kept = [], {}
+    needed: set[ir.Value] = set()
+    for node in reversed(nodes):
+        outputs = [plan.known[output] for output in node.outputs if output in plan.known]
+        stays = not outputs or outputs[0].node is None
+        for known in outputs:
+            if stays or known.value not in needed:
+                continue
+            reason = _refusal(known, plan)
+            if reason:
+                plan.kept[node] = reason
+            else:
+                plan.replaced.append(known)
+        if stays or node in plan.kept:
+            needed.update(value for value in node.inputs if value is not None)
 
 
-def _axes(operand: npt.NDArray[Any], rank: int) -> set[int]:
-    return {int(axis) % rank for axis in operand.reshape(-1)}
+def _refusal(known: _Known, plan: _Plan) -> str:
+    """Why a value stays computed; an empty string for one that becomes an initializer."""
+    if known.value in plan.refused:
+        return plan.refused[known.value]
+    if known.nbytes < _SMALL:
+        return ""
+    return next(
+        (plan.refused[leaf].format(known.node and known.node.op_type) for leaf in known.leaves if leaf in plan.refused),
+        "",
+    )
 
 
-def _resolved(shape: tuple[int, ...], wanted: list[int]) -> tuple[int, ...]:
-    known = int(np.prod([size for size in wanted if size != -1], dtype=np.int64))
-    return tuple(int(np.prod(shape, dtype=np.int64)) // known if size == -1 else size for size in wanted)
+def _refuse(plan: _Plan, nodes: Sequence[ir.Node], budget: int) -> int | None:
+    """Refuse what would make the model larger (1 and 2): None where anything was, else the bytes added by the rest."""
+    stay = _staying(plan, nodes)
+    before, grown = len(plan.refused), 0
+    for group in _groups(plan.replaced):
+        leaves = {leaf for known in group for leaf in known.leaves}
+        new = sum({known.key: known.nbytes for known in group}.values())
+        gone = sum(leaf.const_value.nbytes for leaf in leaves - stay if leaf.const_value is not None)
+        limit = max(_SMALL, gone if all(_for_products(known) for known in group) else 0)
+        extra = new - gone
+        if extra <= limit and (extra <= 0 or grown + extra <= budget):
+            grown += max(extra, 0)
+            continue
+        for known in group if not leaves or extra <= limit else ():
+            plan.refused[known.value] = f"as a constant it would make the model larger by {extra} bytes"
+        for leaf in leaves if extra > limit else ():
+            plan.refused[leaf] = _told(leaf, group, stay)
+    return grown if len(plan.refused) == before else None
+
+
+def _staying(plan: _Plan, nodes: Iterable[ir.Node]) -> set[ir.Value]:
+    """Large constants that are read, or stored, as they are whatever is folded."""
+    stay = {known.root.value for known in plan.replaced}
+    for node in nodes:
+        first = plan.known.get(node.outputs[0]) if node.outputs else None
+        if first is None or first.node is None or node in plan.kept:
+            stay.update(value for value in node.inputs if value is not None)
+    return stay | {known.value for known in plan.known.values() if known.value.is_graph_output()}
+
+
+def _groups(replaced: Iterable[_Known]) -> list[list[_Known]]:
+    """Values with a size of their own, those together that come of the same large constants."""
+    group_of: dict[Hashable, list[_Known]] = {}
+    for known in replaced:
+        if not known.nbytes:
+            continue
+        small = known.nbytes < _SMALL or not known.leaves
+        keys: set[Hashable] = {known.key} if small else set(known.leaves)
+        joined = [known]
+        for group in {id(group_of[key]): group_of[key] for key in keys if key in group_of}.values():
+            joined = group + joined if len(group) > len(joined) else joined + group
+            keys.update(leaf for one in group for leaf in one.leaves)
+        group_of.update(dict.fromkeys(keys, joined))
+    return list({id(group): group for group in group_of.values()}.values())
+
+
+def _for_products(known: _Known) -> bool:
+    """Whether products alone read a value."""
+    return all(use.node.op_type in _PRODUCTS for use in known.value.uses())
+
+
+def _told(leaf: ir.Value, group: Sequence[_Known], stay: set[ir.Value]) -> str:
+    """Why results of a large constant stay computed; {} stands for the operator."""
+    name = str(leaf.name).replace("{", "{{").replace("}", "}}")
+    if leaf in stay:
+        return f"{name} is also used without this {{}}; one copy of it is kept"
+    wide, narrow = max(known.operand.dtype.bitwidth for known in group), leaf.dtype.bitwidth if leaf.dtype else 0
+    if wide > narrow:
+        kind = next(known.operand.dtype.name for known in group if known.operand.dtype.bitwidth == wide)
+        return f"as {kind} {name} would take {wide} bits instead of {narrow}"
+    return f"what is computed from {name} takes more than {name} itself"
+
+
+def _replace(model: ir.Model, plan: _Plan, decide: Decide) -> None:
+    """Initializers of the main graph, one for each key, in place of the chosen values."""
+    made: dict[Hashable, ir.Value] = {}
+    for known in reversed(plan.replaced):
+        node = known.node
+        assert node is not None
+        if known.key not in made:
+            made[known.key] = add_initializer(model.graph, str(known.value.name), _tensor(known))
+        ir.convenience.replace_all_uses_with(known.value, made[known.key])
+        sources = [str(source.value.name) for source in known.inputs]
+        decide(node.name or "", "folded", f"{node.op_type} of the constant {', '.join(sources[:2])}")
+
+
+def _tensor(known: _Known) -> ir.TensorProtocol:
+    operand = known.operand
+    if operand.nbytes < _SMALL:
+        return ir.Tensor(np.ascontiguousarray(known.array()), operand.dtype)
+    return computed(known.array, shape=operand.shape, dtype=operand.dtype)

@@ -35,11 +35,17 @@ def split_gemms(model: ir.Model, decide: Decide) -> None:
 
 def _reason(node: ir.Node) -> str | None:
     weight = _origin(node.inputs[1])
-    if weight is None or not is_constant(weight) or weight.const_value is None:
-        return "the second operand of the Gemm is no constant"
+    if not _is_known(weight):
+        weight = node.inputs[0]  # on the left: `turn_products` goes on from there
+    if weight is None or not _is_known(weight) or weight.const_value is None:
+        return "no operand of the Gemm is a constant"
     if weight.const_value.dtype not in _FLOATS:
         return f"the Gemm is of type {weight.const_value.dtype.name}"
     return None
+
+
+def _is_known(value: ir.Value | None) -> bool:
+    return is_constant(value) and value is not None and value.const_value is not None
 
 
 def _origin(value: ir.Value | None) -> ir.Value | None:
@@ -61,7 +67,10 @@ def _split(node: ir.Node, names: Names, transposed: _Done, home: ir.Graph) -> st
         steps.insert(0, "Transpose")
     single = len(right.uses()) == 1
     if node.attributes.get_int("transB", 0):  # Case 2
-        right = _transposed(node, right, transposed, names, home)
+        if _is_known(_origin(right)):
+            right = _transposed(node, right, transposed, names, home)
+        else:
+            right = _insert(node, "Transpose", [right], f"{name}_right_transposed", names, perm=[1, 0])
     if alpha != 1 and single and len(right.uses()) < 2 and is_constant(right):  # Case 3
         right, alpha = _scaled(home, right, alpha, names), 1.0
     result = _insert(node, "MatMul", [left, right], name, names)
@@ -90,6 +99,8 @@ def _insert(
     value.type = node.outputs[0].type
     if op_type in ("MatMul", "Add"):
         value.shape = node.outputs[0].shape
+    elif op_type == "Transpose" and inputs[0] is not None and inputs[0].shape is not None:
+        value.shape = ir.Shape(list(inputs[0].shape)[::-1])
     return value
 
 

@@ -5,14 +5,16 @@ from qcompile.passes.origins import keep_origins, origins
 from qcompile.passes.prepare.constants import fix_defaults, lift_constants, load_small
 from qcompile.passes.prepare.convolutions import fold_convolutions
 from qcompile.passes.prepare.duplicates import merge_duplicates
+from qcompile.passes.prepare.einsum import turn_einsums
 from qcompile.passes.prepare.equal import merge_equal
-from qcompile.passes.prepare.folding import fold_weights
+from qcompile.passes.prepare.folding import fold_constants, report_quantized
 from qcompile.passes.prepare.gemm import split_gemms
 from qcompile.passes.prepare.hard_swish import name_hard_swishes
 from qcompile.passes.prepare.heads import group_heads
 from qcompile.passes.prepare.identities import remove_identities
 from qcompile.passes.prepare.names import unique_names
 from qcompile.passes.prepare.opset import raise_opset
+from qcompile.passes.prepare.products import turn_products
 from qcompile.passes.prepare.simplify import divide, remove_guards, remove_neutral, sign_tables
 from qcompile.passes.prepare.sizes import merge_sizes, transpose_keys
 from qcompile.passes.prepare.tidy import infer_shapes, inline_functions, name_nodes, remove_traces, remove_unused, sort
@@ -30,7 +32,8 @@ class Prepare(Pass):
     Case 4: Identity and Dropout are bypassed.
     Case 5: equal initializers over 1 KiB become one, and a linear that is an embedding turned round becomes its
             Transpose: what an exporter copied is tied again.
-    Case 6: Transpose, Cast, Reshape, Squeeze and Unsqueeze of a weight are folded into it, lazily. A weight that
+    Case 6: what is computed from constants alone (a Transpose, Cast or Slice of a weight, LoRA's sum, the norm of
+            weight normalization) becomes a constant, lazily, where that does not make the model larger. A weight that
             others use as it is (a tied embedding) keeps its one copy, and the Transpose stays.
     Case 7: a Gemm with constant weight becomes MatMul and Add.
     Case 8: what no output needs is removed, and shapes are inferred again.
@@ -45,6 +48,7 @@ class Prepare(Pass):
     Case 16: grouped-query attention reads each head of keys and values once for its group, where Expand copied it.
     Case 17: BatchNormalization, and Add, Sub, Mul and Div by constants of a channel, go into the Conv before them.
     Case 18: x * Clip(x + 3, 0, 6) / 6 and the like become HardSwish; without the first x, HardSigmoid.
+    Case 19: an Einsum that is a product with a constant weight, W x, and weights (1, …, K, N) become MatMul by (K, N).
     Cases 11 to 16 keep the arithmetic, but for NaN scores in Case 13; Cases 10, 17 and 18 round elsewhere, or less.
     Inputs and outputs keep names, order and types; weights keep their types and are never all in memory.
     """
@@ -74,8 +78,14 @@ class Prepare(Pass):
         remove_identities(model, decide)  # Case 4
         remove_unused(model, decide)  # so that a dead user does not look like a shared weight
         merge_duplicates(model, decide)  # Case 5
-        fold_weights(model, decide)  # Case 6
+        report_quantized(model, decide)
+        fold_constants(model, decide)  # Case 6
         split_gemms(model, decide)  # Case 7
+        turned = turn_einsums(model, decide)  # Case 19
+        fold_constants(model, decide)  # Case 6, what the two before wrote
+        if turn_products(model, decide) + turned:  # Case 19
+            fold_constants(model, decide)
+            infer_shapes(model, decide)
         sort(model)
         tie_heads(model, decide)  # Case 5
         divide(model, decide)  # Case 10

@@ -58,7 +58,7 @@ class Graph:
         return name
 
     def constant(self, value: Any, stem: str = "c") -> str:
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), self.name(stem)))
+        self.constants.append(numpy_helper.from_array(np.array(value, order="C"), self.name(stem)))
         return self.constants[-1].name
 
     def floats(self, *shape: int, scale: float | None = None) -> str:

@@ -23,3 +23,70 @@ def simplified_norm_of_opset_14(make: Graph) -> None:
 @case(ALL, coverage=1.0)
 def simplified_norm_of_opset_20(make: Graph) -> None:
     _simplified(make, 20)
+
+
+@case(ALL, packed={"MatMulInt4": 2, "MatMul": 0}, coverage=1.0)
+def leading_ones(make: Graph) -> None:
+    y = make.one("MatMul", make.input("b", 5, 32), make.floats(1, 32, 40, scale=0.2))
+    make.output(make.one("MatMul", y, make.floats(1, 1, 40, 16, scale=0.2)))
+
+
+@case(ALL, packed={"MatMulInt4": 2, "MatMul": 0, "Transpose": 0}, coverage=1.0)
+def on_the_left(make: Graph) -> None:
+    """As a MLP-Mixer mixes tokens: the weight meets the columns of what it multiplies."""
+    x = make.one("Transpose", make.input("b", 4, 32), perm=[0, 2, 1])
+    y = make.one("Transpose", make.one("MatMul", make.floats(48, 32, scale=0.2), x), perm=[0, 2, 1])
+    make.output(make.linear(make.one("Relu", y), 16, 48))
+
+
+@case({"pack": 12, "dynamic": 25}, packed={"MatMulInt4": 4, "Einsum": 2}, coverage=1.0)
+def attention_of_einsums(make: Graph) -> None:
+    """Keras writes heads this way: (b, s, 32) to (b, s, 4, 8) and back."""
+    x = make.input("b", 6, 32)
+    q, k, v = (make.one("Einsum", x, make.floats(32, 4, 8, scale=0.2), equation="abc,cde->abde") for _ in range(3))
+    scores = make.one("Softmax", make.one("Einsum", k, q, equation="aecd,abcd->acbe"), axis=-1)
+    mixed = make.one("Einsum", scores, v, equation="acbe,aecd->abcd")
+    make.output(make.one("Einsum", mixed, make.floats(4, 8, 32, scale=0.2), equation="abcd,cde->abe"))
+
+
+@case(ALL, packed={"MatMulInt4": 3, "Split": 0}, coverage=1.0)
+def packed_into_one(make: Graph) -> None:
+    """q, k and v as parts of one constant, which a Split takes apart when the model runs."""
+    sizes = make.constant(np.array([32, 32, 32], np.int64))
+    parts = make.op("Split", make.floats(96, 32, scale=0.2), sizes, outputs=3, axis=0)
+    x = make.input("b", 32)
+    make.output(*(make.one("MatMul", x, make.one("Transpose", part, perm=[1, 0])) for part in parts))
+
+
+@case(ALL, packed={"MatMulInt4": 2, "MatMul": 0}, coverage=1.0)
+def adapters_added_to_weights(make: Graph) -> None:
+    x = make.input("b", 64)
+    delta = make.one("Mul", make.one("MatMul", make.floats(64, 4), make.floats(4, 64)), make.constant(np.float32(0.5)))
+    y = make.one("MatMul", x, make.one("Add", make.floats(64, 64), delta))
+    make.output(make.linear(make.one("Relu", y), 16, 64))
+
+
+@case(ALL | {"smooth,qdq": 18}, packed={"MatMulInt4": 3, "Gather": 0}, coverage=1.0)
+def layers_stacked_in_one(make: Graph) -> None:
+    stacked, x = make.floats(3, 32, 32, scale=0.2), make.input("b", 32)
+    for layer in range(3):
+        x = make.one("Relu", make.one("MatMul", x, make.one("Gather", stacked, make.constant(np.int64(layer)))))
+    make.output(x)
+
+
+@case({"smooth,qdq": 22}, coverage=1.0)
+def convolution_of_normalized_weight(make: Graph) -> None:
+    """torch's weight_norm: g v / |v|, computed when the model runs."""
+    make.opsets[""] = 18
+    v, g = make.floats(8, 4, 3), make.constant(np.linspace(1, 2, 8, dtype=np.float32).reshape(8, 1, 1))
+    norm = make.one("ReduceL2", v, make.constant(np.array([1, 2], np.int64)))
+    weight = make.one("Mul", make.one("Div", v, norm), g)
+    y = make.one("Relu", make.one("Conv", make.input("b", 4, 20), weight, pads=[1, 1]))
+    make.output(make.one("Conv", y, make.floats(8, 8, 3), pads=[1, 1]))
+
+
+@case(ALL, packed={"MatMulInt4": 1, "Gemm": 0}, coverage=1.0)
+def gemm_on_the_left(make: Graph) -> None:
+    x, bias = make.input("b", 32), make.floats(40, 1, scale=1.0)
+    y = make.one("Gemm", make.floats(32, 40), x, bias, transA=1, transB=1, alpha=0.5)
+    make.output(make.one("Transpose", y))

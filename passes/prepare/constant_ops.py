@@ -1,0 +1,439 @@
+"""What operators make of constants: shape and type of the result without reading any, and how to compute it.
+
+A table, one line an operator: moves of any element type, arithmetic on floats, reductions, products. An operator that
+is not in it, or a form of one that its line does not cover, folds nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+
+FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+_HALVES = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A constant operand: its shape and element type, and the content of a small one."""
+
+    shape: Shape
+    dtype: ir.DataType
+    content: Array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """As a file holds it."""
+        return (prod(self.shape) * self.dtype.bitwidth + 7) // 8
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What a node makes of constant operands.
+
+    shapes: of each output. dtype: of all. function: the outputs, from the operands' arrays. same_bytes: only the shape
+    changes. work: numbers touched, multiplications of a product counted by eight.
+    """
+
+    shapes: tuple[Shape, ...]
+    dtype: ir.DataType
+    function: Callable[[Sequence[Array]], Sequence[Array]]
+    same_bytes: bool = False
+    work: int = 0
+
+
+def made_of(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    """What the node makes of these operands (None where it has none at a position); None: it is not folded."""
+    rule = _RULES.get(node.op_type) if node.domain == "" else None
+    attributes = node.attributes.values()
+    if rule is None or not operands or operands[0] is None or any(attribute.is_ref() for attribute in attributes):
+        return None
+    if any(operand is not None and operand.dtype == ir.DataType.STRING for operand in operands):
+        return None
+    try:
+        return rule(node, operands)
+    except (
+        ValueError,
+        IndexError,
+        TypeError,
+        ZeroDivisionError,
+    ):  # operands that do not fit: for the runtime to refuse
+        return None
+
+
+_Rule = Callable[[ir.Node, Sequence[Operand | None]], Made | None]
+
+
+def _one(operand: Operand, shape: Shape, function: Callable[[Array], Array], **more: Any) -> Made:
+    """A node with one output that depends on the content of its first operand alone."""
+    return Made((shape,), operand.dtype, lambda arrays: [function(arrays[0])], **{"work": prod(shape), **more})
+
+
+def _first(operands: Sequence[Operand | None]) -> Operand:
+    assert operands[0] is not None
+    return operands[0]
+
+
+def _numbers(operands: Sequence[Operand | None], position: int) -> list[int] | None:
+    """The integers of a small operand; None where there is none. ValueError where its content is not known."""
+    operand = operands[position] if position < len(operands) else None
+    if operand is None:
+        return None
+    if operand.content is None:
+        raise ValueError("unknown content")
+    return [int(number) for number in operand.content.reshape(-1)]
+
+
+def _axis(axis: int, rank: int) -> int:
+    if not -rank <= axis < rank:
+        raise ValueError(f"axis {axis} of rank {rank}")
+    return axis % rank
+
+
+def _reshape(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    source, wanted = _first(operands), _numbers(operands, 1)
+    if wanted is None:
+        return None
+    if not node.attributes.get_int("allowzero", 0):
+        wanted = [source.shape[i] if size == 0 else size for i, size in enumerate(wanted)]
+    known = prod(size for size in wanted if size != -1)
+    shape = tuple(prod(source.shape) // known if size == -1 else size for size in wanted)
+    return _shaped(source, shape)
+
+
+def _shaped(source: Operand, shape: Shape) -> Made | None:
+    if prod(shape) != prod(source.shape) or min(shape, default=0) < 0:
+        return None
+    return _one(source, shape, lambda array: array.reshape(shape), same_bytes=True)
+
+
+def _squeeze(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    source, axes = _first(operands), _numbers(operands, 1)
+    if "axes" in node.attributes:  # before opset 13
+        return None
+    rank = len(source.shape)
+    gone = [i for i, n in enumerate(source.shape) if n == 1] if axes is None else [_axis(axis, rank) for axis in axes]
+    return _shaped(source, tuple(size for i, size in enumerate(source.shape) if i not in gone))
+
+
+def _unsqueeze(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    source, axes = _first(operands), _numbers(operands, 1)
+    if axes is None:
+        return None
+    rank = len(source.shape) + len(axes)
+    new, left = {_axis(axis, rank) for axis in axes}, iter(source.shape)
+    return _shaped(source, tuple(1 if i in new else next(left) for i in range(rank)))
+
+
+def _flatten(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    source, axis = _first(operands), node.attributes.get_int("axis", 1) or 0
+    axis = axis % len(source.shape) if axis < 0 else axis
+    return _shaped(source, (prod(source.shape[:axis]), prod(source.shape[axis:])))
+
+
+def _identity(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    return _shaped(_first(operands), _first(operands).shape)
+
+
+def _transpose(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    source = _first(operands)
+    wanted = node.attributes.get_ints("perm")
+    order = tuple(reversed(range(len(source.shape)))) if wanted is None else tuple(wanted)
+    shape = tuple(source.shape[axis] for axis in order)
+    moved = [axis for axis in order if source.shape[axis] != 1]
+    return _one(source, shape, lambda array: array.transpose(order), same_bytes=moved == sorted(moved))
+
+
+def _cast(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    """Between floats alone: what is stored as integers is smaller than any float of it."""
+    source, target = _first(operands), ir.DataType(node.attributes["to"].as_int())
+    if source.dtype not in FLOATS or target not in FLOATS:
+        return None
+    kind, shape = target.numpy(), source.shape
+
+    def converted(arrays: Sequence[Array]) -> Sequence[Array]:
+        with np.errstate(over="ignore"):
+            return [arrays[0].astype(kind)]
+
+    return Made((shape,), target, converted, same_bytes=target == source.dtype, work=prod(shape))
+
+
+def _slice(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    source = _first(operands)
+    starts, ends, axes, steps = (_numbers(operands, position) for position in (1, 2, 3, 4))
+    if starts is None or ends is None:
+        return None
+    axes = list(range(len(starts))) if axes is None else [_axis(axis, len(source.shape)) for axis in axes]
+    cut = [slice(None)] * len(source.shape)
+    for axis, start, end, step in zip(axes, starts, ends, steps or [1] * len(starts), strict=True):
+        size = source.shape[axis]
+        if step < 0:  # Python would take a start before the first element for no element
+            start = min(start, size - 1) if start >= 0 else max(start + size, 0)
+            stop = end + size if end < 0 else end
+            cut[axis] = slice(start, None if stop < 0 else stop, step) if size else slice(0, 0)
+        else:
+            cut[axis] = slice(start, end, step)
+    taken = tuple(cut)
+    shape = tuple(len(range(size)[one]) for size, one in zip(source.shape, taken, strict=True))
+    return _one(source, shape, lambda array: array[taken])
+
+
+def _split(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    source, sizes = _first(operands), _numbers(operands, 1)
+    if "split" in node.attributes:  # before opset 13
+        return None
+    axis = _axis(node.attributes.get_int("axis", 0) or 0, len(source.shape))
+    if sizes is None:
+        part = -(-source.shape[axis] // len(node.outputs))
+        sizes = [part] * (len(node.outputs) - 1)
+        sizes.append(source.shape[axis] - sum(sizes))
+    if len(sizes) != len(node.outputs) or sum(sizes) != source.shape[axis] or min(sizes) < 0:
+        return None
+    shapes = tuple((*source.shape[:axis], size, *source.shape[axis + 1 :]) for size in sizes)
+    ends = np.cumsum(sizes)[:-1].tolist()
+    return Made(shapes, source.dtype, lambda arrays: np.split(arrays[0], ends, axis), work=prod(source.shape))
+
+
+def _gather(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    source, indices = _first(operands), operands[1]
+    if indices is None or indices.content is None:
+        return None
+    axis = _axis(node.attributes.get_int("axis", 0) or 0, len(source.shape))
+    places = indices.content
+    if places.size and not -source.shape[axis] <= places.min() <= places.max() < source.shape[axis]:
+        return None
+    shape = (*source.shape[:axis], *places.shape, *source.shape[axis + 1 :])
+    return _one(source, shape, lambda array: np.take(array, places, axis))
+
+
+def _concat(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    known = [operand for operand in operands if operand is not None]
+    axis = _axis(node.attributes["axis"].as_int(), len(known[0].shape))
+    rests = {(*operand.shape[:axis], *operand.shape[axis + 1 :]) for operand in known}
+    if len(known) != len(operands) or len(rests) != 1:
+        return None
+    size = sum(operand.shape[axis] for operand in known)
+    shape = (*known[0].shape[:axis], size, *known[0].shape[axis + 1 :])
+    return Made((shape,), known[0].dtype, lambda arrays: [np.concatenate(list(arrays), axis)], work=prod(shape))
+
+
+def _expand(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    source, wanted = _first(operands), _numbers(operands, 1)
+    if wanted is None:
+        return None
+    shape = np.broadcast_shapes(source.shape, tuple(wanted))
+    return _one(source, shape, lambda array: np.broadcast_to(array, shape))
+
+
+def _elementwise(function: Callable[..., Array]) -> _Rule:
+    """Floats of one type in, the same type out; shapes broadcast."""
+
+    def rule(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+        known = [operand for operand in operands if operand is not None]
+        dtype = _first(operands).dtype
+        if len(known) != len(operands) or dtype not in FLOATS or any(operand.dtype != dtype for operand in known):
+            return None
+        shape, kind = np.broadcast_shapes(*(operand.shape for operand in known)), dtype.numpy()
+
+        def computed(arrays: Sequence[Array]) -> Sequence[Array]:
+            with np.errstate(all="ignore"):  # the runtime gives Inf and NaN in silence, too
+                return [np.asarray(function(*arrays)).astype(kind, copy=False)]
+
+        return Made((shape,), dtype, computed, work=prod(shape))
+
+    return rule
+
+
+def _where(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    test, a, b = operands
+    if test is None or a is None or b is None or a.dtype != b.dtype:
+        return None
+    shape = np.broadcast_shapes(test.shape, a.shape, b.shape)
+    return Made((shape,), a.dtype, lambda arrays: [np.where(*arrays)], work=prod(shape))
+
+
+def _reduction(function: Callable[..., Array]) -> _Rule:
+    """function(array, axis=…, keepdims=True), computed in float32 for halves."""
+
+    def rule(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+        source, axes = _first(operands), _numbers(operands, 1)
+        if source.dtype not in FLOATS or "axes" in node.attributes:
+            return None
+        if not axes and node.attributes.get_int("noop_with_empty_axes", 0) == 1:
+            return None
+        rank = len(source.shape)
+        over = {_axis(axis, rank) for axis in axes} if axes else set(range(rank))
+        kept = bool(node.attributes.get_int("keepdims", 1))
+        shape = tuple(1 if i in over else n for i, n in enumerate(source.shape) if kept or i not in over)
+        kind, order = source.dtype.numpy(), tuple(sorted(over))
+
+        def reduced(array: Array) -> Array:
+            with np.errstate(all="ignore"):
+                wide = array.astype(np.float32) if source.dtype in _HALVES else array
+                return np.asarray(function(wide, axis=order, keepdims=True)).reshape(shape).astype(kind)
+
+        return _one(source, shape, reduced, work=prod(source.shape))
+
+    return rule
+
+
+def _matmul(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    a, b = operands
+    if a is None or b is None or a.dtype not in FLOATS or a.dtype != b.dtype or not a.shape or not b.shape:
+        return None
+    rows, columns = a.shape[-2:-1], b.shape[-1:] if len(b.shape) > 1 else ()
+    if a.shape[-1] != b.shape[-2 if len(b.shape) > 1 else 0]:
+        return None
+    shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), *rows, *columns)
+    return Made((shape,), a.dtype, _wide(np.matmul, a.dtype), work=prod(shape) * a.shape[-1] // 8)
+
+
+def _gemm(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    a, b = operands[0], operands[1]
+    known = [operand for operand in operands if operand is not None]
+    if a is None or b is None or a.dtype not in FLOATS or any(operand.dtype != a.dtype for operand in known):
+        return None
+    flips = [node.attributes.get_int(name, 0) == 1 for name in ("transA", "transB")]
+    (m, k), (k2, n) = (shape[::-1] if flip else shape for shape, flip in zip((a.shape, b.shape), flips, strict=True))
+    alpha, beta = (np.float32(node.attributes.get_float(name, 1.0)) for name in ("alpha", "beta"))
+    if k != k2 or len(known) < len(operands):
+        return None
+
+    def computed(a: Array, b: Array, c: Array | None = None) -> Array:
+        product = alpha * np.matmul(a.T if flips[0] else a, b.T if flips[1] else b)
+        return np.asarray(product if c is None or not beta else product + beta * c)
+
+    return Made(((m, n),), a.dtype, _wide(computed, a.dtype), work=m * n * k // 8)
+
+
+def _einsum(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    known = [operand for operand in operands if operand is not None]
+    dtype, equation = known[0].dtype, node.attributes["equation"].as_string().replace(" ", "")
+    if dtype not in FLOATS or len(known) < len(operands) or "..." in equation:
+        return None
+    terms, _, result = equation.partition("->")
+    letters: dict[str, int] = {}
+    for term, operand in zip(terms.split(","), known, strict=True):
+        for letter, size in zip(term, operand.shape, strict=True):
+            if letters.setdefault(letter, size) != size:
+                return None
+    if "->" not in equation:
+        result = "".join(sorted(letter for letter in letters if terms.count(letter) == 1))
+    function = _wide(lambda *arrays: np.einsum(f"{terms}->{result}", *arrays, optimize=len(arrays) > 1), dtype)
+    return Made((tuple(letters[letter] for letter in result),), dtype, function, work=prod(letters.values()) // 8)
+
+
+def _wide(function: Callable[..., Array], dtype: ir.DataType) -> Callable[[Sequence[Array]], Sequence[Array]]:
+    """The function, computed in float32 for halves and rounded once."""
+    kind = dtype.numpy()
+
+    def computed(arrays: Sequence[Array]) -> Sequence[Array]:
+        with np.errstate(all="ignore"):
+            wide = [array.astype(np.float32) if dtype in _HALVES else array for array in arrays]
+            return [np.asarray(function(*wide)).astype(kind, copy=False)]
+
+    return computed
+
+
+def _quantize(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    """Codes of a constant, which training with fake quantization leaves to be computed: smaller than what they read."""
+    source, scale = _first(operands), operands[1]
+    zero = operands[2] if len(operands) > 2 else None
+    if scale is None or zero is None or {source.dtype, scale.dtype} != {ir.DataType.FLOAT}:
+        return None
+    if zero.dtype not in (ir.DataType.INT8, ir.DataType.UINT8) or "block_size" in node.attributes:
+        return None
+    place = [1] * len(source.shape)
+    if len(scale.shape) == 1 and len(source.shape) > 0:
+        axis = _axis(node.attributes.get_int("axis", 1) or 0, len(source.shape))
+        if scale.shape[0] not in (1, source.shape[axis]):
+            return None
+        place[axis] = scale.shape[0]
+    elif scale.shape not in ((), (1,)):
+        return None
+    limits, kind = np.iinfo(zero.dtype.numpy()), zero.dtype.numpy()
+
+    def codes(arrays: Sequence[Array]) -> Sequence[Array]:
+        x, s, z = arrays[0], arrays[1].reshape(place), arrays[2].reshape(place).astype(np.float32)
+        with np.errstate(all="ignore"):
+            return [np.clip(np.rint(x / s) + z, limits.min, limits.max).astype(kind)]
+
+    return Made((source.shape,), zero.dtype, codes, work=prod(source.shape))
+
+
+def _two_norm(array: Array, **where: Any) -> Array:
+    return np.asarray(np.sqrt(np.square(array).sum(**where)))
+
+
+def _square_sum(array: Array, **where: Any) -> Array:
+    return np.asarray(np.square(array).sum(**where))
+
+
+def _summed(*arrays: Array) -> Array:
+    total = arrays[0]
+    for array in arrays[1:]:
+        total = total + array
+    return total
+
+
+def _logistic(array: Array) -> Array:
+    return np.asarray(1 / (1 + np.exp(-array)))
+
+
+_MOVES: Mapping[str, _Rule] = {
+    "Identity": _identity,
+    "Reshape": _reshape,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Flatten": _flatten,
+    "Transpose": _transpose,
+    "Cast": _cast,
+    "Slice": _slice,
+    "Split": _split,
+    "Gather": _gather,
+    "Concat": _concat,
+    "Expand": _expand,
+    "Where": _where,
+    "QuantizeLinear": _quantize,
+}
+_ARITHMETIC: Mapping[str, Callable[..., Array]] = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+    "Pow": np.power,
+    "Sum": _summed,
+    "Neg": np.negative,
+    "Abs": np.abs,
+    "Sqrt": np.sqrt,
+    "Exp": np.exp,
+    "Log": np.log,
+    "Tanh": np.tanh,
+    "Sigmoid": _logistic,
+    "Reciprocal": np.reciprocal,
+    "Round": np.rint,
+    "Floor": np.floor,
+}
+_REDUCTIONS: Mapping[str, Callable[..., Array]] = {
+    "ReduceSum": np.sum,
+    "ReduceMean": np.mean,
+    "ReduceMax": np.max,
+    "ReduceMin": np.min,
+    "ReduceL2": _two_norm,
+    "ReduceSumSquare": _square_sum,
+}
+_RULES: Mapping[str, _Rule] = {
+    **_MOVES,
+    **{name: _elementwise(function) for name, function in _ARITHMETIC.items()},
+    **{name: _reduction(function) for name, function in _REDUCTIONS.items()},
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Einsum": _einsum,
+}
