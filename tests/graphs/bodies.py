@@ -78,7 +78,7 @@ def loop_with_a_branch_inside(make: Graph) -> None:
     nodes = [deep, *layers(make, "z", "next", u), helper.make_node("Identity", ["go"], ["on"])]
     given = [
         helper.make_tensor_value_info("i", TensorProto.INT64, []),
-        helper.make_tensor_value_info("go", TensorProto.BOOL, [1]),
+        helper.make_tensor_value_info("go", TensorProto.BOOL, []),
         helper.make_tensor_value_info("state", TensorProto.FLOAT, ["b", 32]),
     ]
     inner = body(make, nodes, given, ["on", "next"], [u])
