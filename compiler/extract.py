@@ -31,12 +31,13 @@ class Piece:
     outputs: list[str]
     weights: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
-    def session(self, provider: str = "cpu", *, accuracy_level: int = 0) -> Any:
-        """An ONNX Runtime session of the piece; accuracy_level as in `runtime.session`."""
+    def session(self, provider: str = "cpu", *, accuracy_level: int = 0, optimize: bool = True) -> Any:
+        """An ONNX Runtime session of the piece; accuracy_level and optimize as in `runtime.session`."""
         return session(
             self.proto.SerializeToString(),
             providers=(provider,),
             accuracy_level=accuracy_level,
+            optimize=optimize,
             weights=self.weights,
             spin=False,
             kernels="portable",

@@ -15,13 +15,21 @@ from qcompile.compiler.report import Report
 from qcompile.compiler.segments import Segment, split
 from qcompile.compiler.sources import Data
 from qcompile.compiler.stream import Arrays, Runner, Stream
-from qcompile.compiler.verify import compare_outputs, node_errors, probe_nodes, probe_twins, twin_errors
+from qcompile.compiler.verify import (
+    compare_outputs,
+    node_errors,
+    probabilities,
+    probe_nodes,
+    probe_twins,
+    twin_errors,
+)
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.formats.functions import is_product
 from qcompile.passes.linears import find_linears
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.pack import Pack
 from qcompile.passes.proxies import proxies
+from qcompile.passes.qdq.qdq import Qdq
 from qcompile.passes.qdq.twin import TWIN
 
 
@@ -40,6 +48,7 @@ class Job:
         self.pack = next((p for p in passes if isinstance(p, Pack)), None)
         self.guess = False
         self.changed = any(p.quantizes for p in self.late)  # behind the walk, so that its outputs are the float ones
+        self.sigmoids = probabilities(model)
 
     def walk(self, plan: InputPlan, data: Data, watched: Mapping[ir.Value, Observer]) -> list[tuple[Arrays, Arrays]]:
         """Take both streams through all segments, rewriting each; `watched` sees what the rewritten graph gives.
@@ -86,24 +95,39 @@ class Job:
             self.report.nodes += check_decoded(self.model, self.recipe.provider)
             packed = {node for node in self.model.graph if is_product(node)}
             compiled = self._run_checks(plan, data, split(self.model, (targets | packed).__contains__))
-        compared = compare_outputs(compiled, [original for _, original in outputs])
+        self.tell(plan, data, compiled, [original for _, original in outputs])
+        self.report.rounding = max((o.relative for o in self.report.outputs), default=0.0)
+        return compiled
+
+    def tell(self, plan: InputPlan, data: Data, compiled: Sequence[Arrays], original: Sequence[Arrays]) -> None:
+        """Report the errors of outputs against the float ones, and a decoder's predictions."""
+        compared = compare_outputs(compiled, original)
         self.report.outputs = sorted(compared, key=lambda output: output.name != plan.logits)
         if data.real:
-            self.report.predictions = predictions(plan, data.checks, compiled, [original for _, original in outputs])
-        self.report.rounding = max((o.relative for o in compared), default=0.0) if targets else 0.0
-        return compiled
+            self.report.predictions = predictions(plan, data.checks, compiled, original)
+
+    @property
+    def optimize(self) -> bool:
+        """Whether ONNX Runtime's CPU provider may rewrite the finished graph in checks.
+
+        Not a graph for TensorRT: it is not made for the CPU's fusions, some of which fail on symmetric int8.
+        """
+        return not any(isinstance(p, Qdq) and p.provider == "tensorrt" for p in self.late)
 
     def walk_again(self, late: Pass, plan: InputPlan, data: Data) -> None:
         """Take the calibration stream through the graph as it is now, segment by segment, for one pass."""
         targets = {node for node in self.model.graph if TWIN in node.meta}
-        runner, stream = Runner(self.model, plan, self.recipe.provider), Stream(data.calibration)
+        runner, stream = self._finished_runner(plan), Stream(data.calibration)
         for segment in split(self.model, targets.__contains__) if stream.batches else ():
             for observers in late.walk_again(Region(self.model, list(segment.nodes))):
                 runner.observe(segment, observers, stream)
             runner.advance(segment, stream)
 
+    def _finished_runner(self, plan: InputPlan) -> Runner:
+        return Runner(self.model, plan, self.recipe.provider, optimize=self.optimize)
+
     def _run_checks(self, plan: InputPlan, data: Data, segments: Sequence[Segment]) -> list[Arrays]:
-        runner, stream = Runner(self.model, plan, self.recipe.provider), Stream(data.checks)
+        runner, stream = self._finished_runner(plan), Stream(data.checks)
         own = {str(value.name) for value in self.model.graph.outputs}
         results: list[Arrays] = [{} for _ in data.checks]
         for segment in segments:

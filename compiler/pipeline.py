@@ -1,5 +1,6 @@
 """The whole job: load, prepare, calibrate and rewrite segment by segment, verify, save."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -11,10 +12,11 @@ from qcompile.compiler.plan import INT8, effective
 from qcompile.compiler.progress import Progress, Silent
 from qcompile.compiler.ranking import RankingCache
 from qcompile.compiler.recipe import Recipe, dump_recipe
+from qcompile.compiler.reloaded import check_saved
 from qcompile.compiler.report import Report
 from qcompile.compiler.sources import Calibration, Given
 from qcompile.compiler.store import check_output_path, save_model
-from qcompile.compiler.verify import check_reloaded, run_file
+from qcompile.compiler.verify import check_outputs, check_reloaded, run_file, silent
 from qcompile.compiler.walk import (
     element_type,
     finish,
@@ -53,7 +55,7 @@ def compile_model(
     calibration = Calibration.of(calibration)
     prepared = prepare_model(source, recipe, progress)
     saved = None if statistics is None else load_statistics(prepared, Path(statistics))
-    graph, plan, report = prepared.model, prepared.plan, prepared.report
+    graph, plan, report, job = prepared.model, prepared.plan, prepared.report, prepared.job
     data = gather_data(prepared, calibration, saved)
     rungs = ladder.climb(source, recipe, data, progress) if data.data_free and saved is None else []
     walked = walk(prepared, data, saved)
@@ -71,8 +73,14 @@ def compile_model(
     with output_files.staging(target) as staged:
         written = save_model(graph, staged, metadata=_metadata(report, recipe))
         progress.step("running the saved file")
-        reloaded = run_file(staged, plan, data.checks, recipe.provider)
-        report.reload_error = check_reloaded(reloaded, verified, element_type(graph), rounding=report.rounding)
+        reloaded = run_file(staged, plan, data.checks, recipe.provider, job.optimize)
+        rounding = math.inf if report.quantizer in INT8 else report.rounding
+        report.reload_error = check_reloaded(reloaded, verified, element_type(graph), rounding=rounding)
+        check_saved(staged, graph)
+        original = [original for _, original in walked.outputs]
+        job.tell(plan, data, reloaded, original)
+        judged = [o for o in report.outputs if o.name not in silent(reloaded, original, job.sigmoids)]
+        check_outputs(judged, report.nodes, recipe.min_cosine)
         report.compiled_bytes = written.model_bytes + written.data_bytes
         report.files = [file.name for file in (*written.paths, report_path(target), page_path(target))]
         report.seconds, report.peak_memory = time.monotonic() - started, peak_memory()

@@ -20,6 +20,7 @@ _LATER = (
     "max_kl",
     "min_sqnr",
     "min_coverage",
+    "min_cosine",
     "target",
     "activations",
     "bits",

@@ -81,6 +81,7 @@ class Recipe:
     passes: in order; `prepare` runs first whether listed or not. bits, group_size, symmetric: of ordinary linears;
     group_size 0 is one scale a column. lm_head, embedding: bits, or None to keep float. samples, context: calibration
     windows and their tokens. min_coverage: share of the MatMul weights that must be quantized, else compiling fails.
+    min_cosine: of every output to the float model's on the check batches, else compiling fails; 0 for none.
     activations: bits that kernels give the activations of packed products, 8 or 16, or None to choose node by node.
     keep_worst, max_kl, min_sqnr: nodes that qdq or dynamic leave in float: so many of the most sensitive, or as few as
     keep a decoder's KL (nats a token) below a bound, or the SQNR of other models' outputs (dB) above one. One of them.
@@ -100,6 +101,7 @@ class Recipe:
     samples: int = 32
     context: int = 512
     min_coverage: float = 0.95
+    min_cosine: float = 0.5
     seed: int = 0
     provider: str = "cpu"
     keep_as: str = "auto"
@@ -127,6 +129,8 @@ class Recipe:
             raise UserError(f"activations 8 needs target qcompile: the operators of {self.target} do not take it")
         if not 0 <= self.min_coverage <= 1:
             raise UserError(f"min_coverage must lie between 0 and 1, got {self.min_coverage}")
+        if not 0 <= self.min_cosine <= 1:
+            raise UserError(f"min_cosine must lie between 0 and 1, got {self.min_cosine}")
         if self.samples < 1 or self.context < 2:
             raise UserError(f"samples must be at least 1 and context at least 2, got {self.samples} and {self.context}")
         if max(self.samples, self.context) > _MOST:
@@ -225,6 +229,7 @@ def _converted(key: str, value: Any, source: str) -> Any:
     expected: dict[str, tuple[type, ...]] = {
         "bits": (int,), "group_size": (int,), "symmetric": (bool,), "target": (str,), "samples": (int,),
         "context": (int,), "keep_as": (str,), "min_coverage": (int, float), "seed": (int,), "provider": (str,),
+        "min_cosine": (int, float),
         "keep_worst": (int,), "max_kl": (int, float), "min_sqnr": (int, float),
     }  # fmt: skip
     if key == "passes":

@@ -43,12 +43,13 @@ class Stream:
 
 @dataclass
 class Runner:
-    """Runs pieces of one model over streams."""
+    """Runs pieces of one model over streams; optimize: whether ONNX Runtime may rewrite them."""
 
     model: ir.Model
     plan: InputPlan
     provider: str = "cpu"
     progress: Progress = field(default=lambda rows: None)
+    optimize: bool = True
 
     def collect(self, segment: Segment, activations: Sequence[ir.Value], stream: Stream) -> dict[ir.Value, Statistics]:
         """Statistics of the segment's activations on what the graph, rewritten up to here, feeds it."""
@@ -148,7 +149,7 @@ class Runner:
         names = [output.name for output in piece.proto.graph.output]
         if not names:
             return
-        session = piece.session(self.provider)
+        session = piece.session(self.provider, optimize=self.optimize)
         inputs = {given.name for given in session.get_inputs()}
         followed, passing = stream.followed(), self._passing(segment)
         for i, batch in enumerate(stream.batches):

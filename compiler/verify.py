@@ -1,6 +1,7 @@
 """Trust, but run it: every packed node against its weights, the whole model before and after the disk."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from qcompile.runtime.sessions import run, session
 
 # A packed node must compute with exactly its dequantized weights, but for the rounding of its element type.
 _EXACT = {ir.DataType.FLOAT: 1e-4, ir.DataType.DOUBLE: 1e-4, ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}
+# Operators behind a Sigmoid that leave its numbers as they are.
+_MOVES = ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Cast")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
             wide_probe.compare(y, x, *reference, outputs)
         wanted, exact = (_ratio(y, end, outputs) for end in (".wanted", ".exact"))
         dtype = node.outputs[0].dtype or ir.DataType.FLOAT
-        if not exact <= _EXACT.get(dtype, 1e-4):
+        measured = math.isfinite(_total(observers.reference(y, ".exact"), outputs))  # else the float product overflows
+        if measured and not exact <= _EXACT.get(dtype, 1e-4):
             raise UserError(
                 f"node {node.name}: the packed operator differs from its own weights by {exact:.1e} in this ONNX "
                 "Runtime; please report it with the model"
@@ -139,15 +143,25 @@ def _int8_error(y: str, outputs: Sequence[Arrays]) -> float | None:
     name = observers.added(y, ".exact")
     if not all(name in batch for batch in outputs):
         return None
-    added = sum(float(batch[name]) for batch in outputs)
-    whole = sum(float(batch[observers.reference(y, ".exact")]) for batch in outputs)
-    return float(np.sqrt(added / whole)) if whole > 0 else 0.0
+    return _root(_total(name, outputs), _total(observers.reference(y, ".exact"), outputs), 0.0)
 
 
 def _ratio(y: str, end: str, outputs: Sequence[Arrays]) -> float:
-    difference = sum(float(batch[observers.difference(y, end)]) for batch in outputs)
-    reference = sum(float(batch[observers.reference(y, end)]) for batch in outputs)
-    return float(np.sqrt(difference / reference)) if reference > 0 else float(difference > 0)
+    """‖y - reference‖ / ‖reference‖ over all batches: 1 where there is an error and no reference, inf where one of both
+    is NaN or infinite.
+    """
+    difference = _total(observers.difference(y, end), outputs)
+    return _root(difference, _total(observers.reference(y, end), outputs), float(difference > 0))
+
+
+def _total(name: str, outputs: Sequence[Arrays]) -> float:
+    return sum(float(batch[name]) for batch in outputs)
+
+
+def _root(part: float, whole: float, without: float) -> float:
+    if not (math.isfinite(part) and math.isfinite(whole)):
+        return math.inf
+    return math.sqrt(part) / math.sqrt(whole) if whole > 0 else without
 
 
 @dataclass(frozen=True)
@@ -159,18 +173,67 @@ class OutputError:
     cosine: float
 
 
+def probabilities(model: ir.Model) -> set[str]:
+    """Names of the outputs that a Sigmoid gives, through operators that only move numbers perhaps."""
+    found = set()
+    for output in model.graph.outputs:
+        producer = output.producer()
+        while producer is not None and producer.op_type in _MOVES and producer.inputs[0] is not None:
+            producer = producer.inputs[0].producer()
+        if producer is not None and producer.op_type in ("Sigmoid", "HardSigmoid"):
+            found.add(str(output.name))
+    return found
+
+
+def silent(compiled: Sequence[Arrays], original: Sequence[Arrays], sigmoids: Collection[str]) -> set[str]:
+    """Names of outputs without a direction that quantization could change.
+
+    Case 1: it is 0 throughout in the float model.
+    Case 2: a Sigmoid's, of which no number changes its side of 1/2 and all float ones lie below: a detector that finds
+            nothing in either form gives small numbers of any direction.
+    """
+    found = set()
+    for name in original[0]:
+        floats, made = ([batch[name] for batch in batches if name in batch] for batches in (original, compiled))
+        nothing = name in sigmoids and not any(np.any(array > 0.5) for array in (*floats, *made))  # Case 2
+        if nothing or not any(np.any(array) for array in floats):  # Case 1
+            found.add(name)
+    return found
+
+
 def compare_outputs(compiled: Sequence[Arrays], original: Sequence[Arrays]) -> list[OutputError]:
-    """Every float output that both have; NaN in one of them only is an error."""
+    """Every float output that both have, in one shape; UserError where a number of the compiled one alone is NaN.
+
+
+    Outputs whose shape depends on their content (boxes that were found) may have another one; they are left out.
+    UserError as well where there is not one number in all outputs: a check of nothing tells nothing.
+    """
+    if not any(array.size for arrays in original for array in arrays.values()):
+        raise UserError(
+            "the check batches give no output a single number (are they without rows?): nothing could be verified; "
+            "give calibration data with rows"
+        )
     names = [name for name in original[0] if name in compiled[0] and original[0][name].dtype.kind == "f"]
-    return [_compared(name, [a[name] for a in compiled], [b[name] for b in original]) for name in names]
+    pairs = {name: ([a[name] for a in compiled], [b[name] for b in original]) for name in names}
+    return [
+        _compared(name, a, b)
+        for name, (a, b) in pairs.items()
+        if all(x.shape == y.shape for x, y in zip(a, b, strict=True)) and any(y.size for y in b)
+    ]
 
 
 def _compared(name: str, a: Sequence[npt.NDArray[Any]], b: Sequence[npt.NDArray[Any]]) -> OutputError:
     x, y = (np.concatenate([part.astype(np.float64).ravel() for part in parts]) for parts in (a, b))
-    if not np.isfinite(x).all() and np.isfinite(y).all():
-        raise UserError(f"output {name} of the compiled model is NaN or infinite where the float model's is not")
+    lost = np.isfinite(y) & ~np.isfinite(x)
+    if lost.any():
+        raise UserError(
+            f"output {name} of the compiled model is NaN or infinite where the float model's is not "
+            f"({int(lost.sum())} of {lost.size} numbers)"
+        )
     keep = np.isfinite(x) & np.isfinite(y)
     x, y = x[keep], y[keep]
+    largest = max(np.abs(x).max(initial=0.0), np.abs(y).max(initial=0.0))
+    x, y = (v / largest if largest else v for v in (x, y))  # squares of 1e200 or 1e-200 are none
     scale, size = float(np.linalg.norm(y)), float(np.linalg.norm(x))
     difference = float(np.linalg.norm(x - y))
     return OutputError(
@@ -180,9 +243,33 @@ def _compared(name: str, a: Sequence[npt.NDArray[Any]], b: Sequence[npt.NDArray[
     )
 
 
-def run_file(path: Path, plan: InputPlan, batches: Sequence[Batch], provider: str) -> list[Arrays]:
-    """Every output of a saved model for each batch."""
-    running = session(path, providers=(provider,), kernels="portable")
+def check_outputs(errors: Sequence[OutputError], nodes: Sequence[NodeError], least: float) -> None:
+    """Raise UserError where an output's cosine to the float one is below `least`, naming the node that is worst.
+
+    1/2 is where the noise has three times the power of the signal: nothing that reads such an output can work, while
+    the coarsest sound compiles (4 bits, rounded to nearest) lie above 0.9. least: 0 judges nothing.
+    """
+    worst = min(errors, key=lambda own: own.cosine, default=None)
+    if worst is None or least == 0 or worst.cosine >= least:
+        return
+    node = max(nodes, key=lambda own: own.error, default=None)
+    most = f"; the node that is worst by itself is {node.node} (relative error {node.error:.2g})" if node else ""
+    raise UserError(
+        f"output {worst.name} is destroyed: its cosine to the float model's is {worst.cosine:.3f}, below --min-cosine "
+        f"{least:g} (relative error {worst.relative:.2g}){most}; keep nodes in float (--exclude, --keep-worst) or "
+        "give other passes; nothing was written"
+    )
+
+
+def run_file(
+    path: Path,
+    plan: InputPlan,
+    batches: Sequence[Batch],
+    provider: str,
+    optimize: bool = True,
+) -> list[Arrays]:
+    """Every output of a saved model for each batch; `optimize` as in `runtime.session`."""
+    running = session(path, providers=(provider,), kernels="portable", optimize=optimize)
     names = [output.name for output in running.get_outputs()]
     results: list[Arrays] = []
     for batch in batches:
@@ -196,8 +283,11 @@ def check_reloaded(
 ) -> float:
     """The largest relative error of the reloaded file against the verified graph; UserError above the limit.
 
-    rounding: what rounded activations changed in the verified graph. Integer kernels round where the verified pieces,
-    whose values are looked at, do not, so that a code may differ; the file may not differ by more than that.
+    rounding: what quantization changed in the verified graph. Where activations stay floats, both graphs compute the
+    same real numbers and differ by rounding errors of floats, which are small beside that. inf where activations are
+    rounded to codes: two graphs whose sums differ in their last bits then round some codes apart, and each lies as far
+    from the float model as the other, in directions of its own; no bound on their difference holds. Such a file is held
+    against the verified graph by `reloaded`, where nothing is rounded, and against the float model by `check_outputs`.
     """
     worst = max((error.relative for error in compare_outputs(reloaded, verified)), default=0.0)
     limit = max(_EXACT.get(dtype, 1e-4), rounding)

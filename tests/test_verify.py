@@ -10,7 +10,17 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.compiler import verify
-from qcompile.compiler.verify import check_reloaded, compare_outputs
+from qcompile.compiler.verify import (
+    NodeError,
+    OutputError,
+    check_outputs,
+    check_reloaded,
+    compare_outputs,
+    node_errors,
+    probabilities,
+    silent,
+    twin_errors,
+)
 from qcompile.models.tiny import tiny_decoder, tiny_mlp
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import emit
@@ -157,6 +167,112 @@ def test_new_nans_are_an_error_and_old_ones_are_not() -> None:
     with pytest.raises(UserError, match="output y of the compiled model is NaN or infinite"):
         compare_outputs(bad, good)
     assert compare_outputs(bad, bad)[0].relative == 0
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-30, 1.0, 1e30, 1e300])
+def test_errors_of_numbers_whose_squares_are_none(size: float) -> None:
+    (error,) = compare_outputs([{"y": size * np.array([1.0, 2.0])}], [{"y": size * np.array([1.0, 1.0])}])
+    assert error.relative == pytest.approx(1 / np.sqrt(2))
+    assert error.cosine == pytest.approx(3 / np.sqrt(10))
+
+
+def test_a_nan_beside_one_of_the_float_model_is_noticed() -> None:
+    """What is NaN in the float model may be anything; a number that was one may not."""
+    padded, worse = np.array([np.nan, 1.0, 2.0]), np.array([np.nan, np.inf, 2.0])
+    assert compare_outputs([{"y": np.array([7, 1.0, 2.0])}], [{"y": padded}])[0].relative == 0
+    with pytest.raises(UserError, match=r"output y .* is not \(1 of 3 numbers\)"):
+        compare_outputs([{"y": worse}], [{"y": padded}])
+
+
+def test_outputs_of_another_shape_are_left_out_and_none_at_all_is_an_error() -> None:
+    boxes, kept = {"boxes": np.zeros((3, 4)), "y": np.ones(2)}, {"boxes": np.zeros((2, 4)), "y": np.ones(2)}
+    assert [error.name for error in compare_outputs([boxes], [kept])] == ["y"]
+    empty = [{"y": np.zeros((0, 3)), "n": np.zeros(0, np.int64)}]
+    with pytest.raises(UserError, match="nothing could be verified; give calibration data with rows"):
+        compare_outputs(empty, empty)
+
+
+def test_a_destroyed_output_is_named_with_the_worst_node() -> None:
+    errors = [OutputError("a", 0.1, 0.99), OutputError("b", 3.0, 0.31)]
+    nodes = [NodeError("n1", 0.1, 0.0), NodeError("n2", 2.5, 0.0)]
+    check_outputs(errors, nodes, 0.3)
+    check_outputs(errors, nodes, 0)
+    check_outputs([], nodes, 1)
+    with pytest.raises(UserError, match=r"output b is destroyed: .* 0\.310, below --min-cosine 0\.5 .*by itself is n2"):
+        check_outputs(errors, nodes, 0.5)
+
+
+def test_outputs_without_a_direction_are_not_judged() -> None:
+    original = [{"zero": np.zeros(3), "map": np.array([0.01, 0.02]), "hit": np.array([0.9, 0.1]), "y": np.ones(2)}]
+    compiled = [{"zero": np.ones(3), "map": np.array([0.2, 0.0]), "hit": np.array([0.1, 0.1]), "y": np.zeros(2)}]
+    assert silent(compiled, original, {"map", "hit"}) == {"zero", "map"}
+    assert silent([{**compiled[0], "map": np.array([0.0, 0.8])}], original, {"map"}) == {"zero"}
+
+
+def test_the_outputs_of_sigmoids_are_found() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[2, 3] x) => (float[2, 3] a, float[3, 2] b, float[2, 3] y) {
+        a = Sigmoid(x) t = HardSigmoid(x) b = Transpose(t) s = Sigmoid(x) y = Mul(s, x) }"""
+    assert probabilities(ir.from_onnx_text(text)) == {"a", "b"}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_ratio_never_hides_a_nan(bad: float) -> None:
+    y, sums = "y", {"y.exact.difference2": 1e-9, "y.exact.reference2": 1.0}
+    assert verify._ratio(y, ".exact", [sums, sums]) == pytest.approx(1e-9**0.5)
+    for name in sums:
+        assert verify._ratio(y, ".exact", [sums, {**sums, name: bad}]) == np.inf
+    assert verify._ratio(y, ".exact", [dict.fromkeys(sums, 0.0)]) == 0
+    assert verify._ratio(y, ".exact", [{**sums, "y.exact.reference2": 0.0}]) == 1
+    assert node_errors([], []) == twin_errors([], []) == []
+
+
+def _spread(bench: Any) -> tuple[Path, str]:
+    """y = x W where one input is 1e6 times the others and has weights of 0: no 8-bit grid serves both."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((32, 8)).astype(np.float32)
+    w[7] = 0
+    x = rng.standard_normal((16, 32)).astype(np.float32)
+    x[:, 7] *= 1e6
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[n, 32] x) => (float[n, 8] y) { y = MatMul(x, w) }'
+    model = ir.from_onnx_text(text.replace("{ y", "<float[32, 8] w> { y"), initializers=[ir.tensor(w, name="w")])
+    model.graph[0].name = "product"
+    np.savez(bench.folder.parent / "x.npz", x=x)
+    return bench.save(model, tokenizer=False), str(bench.folder.parent / "x.npz")
+
+
+def test_a_compile_that_destroys_the_output_fails(bench: Any) -> None:
+    source, data = _spread(bench)
+    (bench.folder / "out").mkdir()
+    before = bench.snapshot()
+    destroyed = r"output y is destroyed: its cosine .* below --min-cosine 0\.5 .*worst by itself is product"
+    with pytest.raises(UserError, match=destroyed):
+        bench.compile(source, "qdq(observer=minmax)", calibration=[data])
+    assert bench.snapshot() == before
+    report = bench.compile(source, "qdq(observer=minmax)", calibration=[data], min_cosine=0)
+    assert report.outputs[0].cosine < 0.5
+    assert bench.compile(source, "pack", calibration=[data]).outputs[0].cosine > 0.9
+
+
+def test_data_without_rows_verifies_nothing(bench: Any, tmp_path: Path) -> None:
+    source, _ = _spread(bench)
+    np.savez(tmp_path / "none.npz", x=np.zeros((0, 32), np.float32))
+    with pytest.raises(UserError, match=r"without rows|no rows|empty"):
+        bench.compile(source, "pack", calibration=[str(tmp_path / "none.npz")])
+
+
+@pytest.mark.parametrize("passes", ["qdq", "dynamic", "pack", "qdq(provider=tensorrt)"])
+def test_the_reported_error_is_that_of_the_file(bench: Any, passes: str) -> None:
+    """As plain ONNX Runtime computes it, with its optimizations (none for TensorRT), on the check batches."""
+    source = bench.save(tiny_mlp(), tokenizer=False)
+    x = np.random.default_rng(3).standard_normal((8, 48)).astype(np.float32)
+    np.savez(bench.folder / "x.npz", x=x)
+    report = bench.compile(source, passes, calibration=[str(bench.folder / "x.npz")])
+    optimize = "tensorrt" not in passes
+    feeds, file = {"x": x}, bench.folder / "out" / "model.onnx"
+    (wanted,) = run(session(source, kernels="portable"), None, feeds)
+    (found,) = run(session(file, kernels="portable", optimize=optimize), None, feeds)
+    assert report.outputs[0].relative == pytest.approx(_relative(found.astype("d"), wanted.astype("d")), rel=1e-3)
 
 
 def test_a_model_without_matmul_weights_has_full_coverage(bench: Any) -> None:

@@ -28,7 +28,7 @@ plain rounding to nearest and needs no data. Parameters go in parentheses: "smoo
 `qcompile passes` lists them."""
 _DEFAULTS = Recipe()
 # Settings of packed weights, that a command without them leaves None.
-WEIGHTS_ONLY = ("bits", "group_size", "symmetric", "target", "activations", "min_coverage")
+WEIGHTS_ONLY = ("bits", "group_size", "symmetric", "target", "activations", "min_coverage", "min_cosine")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -73,6 +73,8 @@ def add_parser(subparsers: Any) -> None:
         "or float altogether (default: auto, the first unless it is clearly worse)")  # fmt: skip
     add = parser.add_argument_group("safety").add_argument
     add("--min-coverage", type=float, metavar="SHARE", help="fail below this share of MatMul weights (default: 0.95)")
+    add("--min-cosine", type=float, metavar="COSINE", help="fail where an output's cosine to the float model's is "
+        "below this on the check batches: it is destroyed (default: 0.5; 0: never)")  # fmt: skip
     add("--dry-run", action="store_true", help="print the plan: nodes, sizes before and after, memory; write nothing")
     parser.set_defaults(run=run)
 
@@ -145,9 +147,10 @@ def _activations(text: str) -> int | str:
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe file's settings, overridden by the options given."""
     plain = (load_recipe(args.recipe) if args.recipe else _DEFAULTS).to_dict()
-    names = ("bits", "group_size", "symmetric", "target", "samples", "context", "min_coverage", "seed", "provider")
+    names = ("bits", "group_size", "symmetric", "target", "samples", "context", "seed", "provider")
     given = {
-        name: getattr(args, name) for name in (*names, "lm_head", "embedding", "activations", "include", "exclude")
+        name: getattr(args, name)
+        for name in (*names, "min_coverage", "min_cosine", "lm_head", "embedding", "activations", "include", "exclude")
     }
     given |= {name: getattr(args, name, None) for name in ("keep_worst", "max_kl", "min_sqnr", "keep_as")}
     plain |= {name: value for name, value in given.items() if value is not None}

@@ -1,6 +1,6 @@
 """Nodes that observers and checks append to a graph: reductions computed inside ONNX Runtime."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ def rows(value: str) -> str:
 def compare_product(
     graph: onnx.GraphProto, y: str, x: str, weight: str, end: str, *, change: str | None = None
 ) -> list[str]:
-    """Append ‖y - x·weight‖² and ‖x·weight‖², float32 scalars, as outputs; returns their names.
+    """Append ‖y - x·weight‖² and ‖x·weight‖², float64 scalars, as outputs; returns their names.
 
     change: a matrix like the rows of x; ‖change·weight‖² is a third output. Both share one product, since ONNX Runtime
     keeps a packed copy of the weight for each.
@@ -48,20 +48,23 @@ def compare_product(
         graph.node.append(helper.make_node("Split", [result], [product, moved], axis=0, num_outputs=2))
         names[moved] = added(y, end)
     graph.node.append(helper.make_node("Sub", [matrix(graph, y), product], [delta]))
-    for source, name in names.items():
-        graph.node.append(helper.make_node("ReduceSumSquare", [source], [name], keepdims=0))
-    add_outputs(graph, names.values())
-    return list(names.values())
+    return _sums(graph, names)
 
 
 def compare(graph: onnx.GraphProto, y: str, wanted: str, end: str) -> list[str]:
-    """Append ‖y - wanted‖² and ‖wanted‖² of values of one shape, float32 scalars, as outputs; returns their names."""
+    """Append ‖y - wanted‖² and ‖wanted‖² of values of one shape, float64 scalars, as outputs; returns their names."""
     delta, exact = f"{y}{end}.delta", _float(graph, wanted)
     graph.node.append(helper.make_node("Sub", [_float(graph, y), exact], [delta]))
     names = {delta: difference(y, end), exact: reference(y, end)}
+    return _sums(graph, names)
+
+
+def _sums(graph: onnx.GraphProto, names: Mapping[str, str]) -> list[str]:
+    """Append ‖source‖², float64 scalars, under the names of the outputs: squares of floats may be none in float32."""
     for source, name in names.items():
-        graph.node.append(helper.make_node("ReduceSumSquare", [source], [name], keepdims=0))
-    add_outputs(graph, names.values())
+        graph.node.append(helper.make_node("Cast", [source], [f"{name}.double"], to=TensorProto.DOUBLE))
+        graph.node.append(helper.make_node("ReduceSumSquare", [f"{name}.double"], [name], keepdims=0))
+    add_outputs(graph, names.values(), TensorProto.DOUBLE)
     return list(names.values())
 
 

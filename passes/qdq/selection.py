@@ -166,10 +166,23 @@ def _add_values(found: Selection, provider: Provider) -> None:
             value = node.inputs[i]
             assert value is not None
             found.values[value] = None
-        value = quantized_output(node) if rule.output != "optional" else _clamped(node) if provider == "cpu" else None
+        value = _output_with_a_grid(node, rule, provider)
         if value is not None:
             found.values[value] = None
             found.whole.add(value)
+
+
+def _output_with_a_grid(node: ir.Node, rule: Rule, provider: Provider) -> ir.Value | None:
+    """The output behind which a Q must stand.
+
+    TensorRT wants Q and DQ before what it computes in int8, and none behind: an output has a grid where an integer node
+    reads it, and where the operator only moves codes. Nodes that compute in float read its float form.
+    """
+    if provider == "tensorrt" and rule.output != "same":
+        return None
+    if rule.output != "optional":
+        return quantized_output(node)
+    return _clamped(node) if provider == "cpu" else None
 
 
 def _clamped(node: ir.Node) -> ir.Value | None:
@@ -208,7 +221,8 @@ def _add_between(model: ir.Model, found: Selection, policy: Policy, provider: Pr
             found.nodes[node] = rule
             value = quantized_output(node)
             found.values[value] = None
-            found.whole.add(value)
+            if provider != "tensorrt" or rule.output == "same":
+                found.whole.add(value)
 
 
 def _wanted(found: Selection, candidates: Mapping[ir.Node, Rule]) -> set[ir.Node]:
