@@ -10,7 +10,6 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.compiler.external_data import attributes_of, tensors_in
-from qcompile.compiler.store import load_model
 from qcompile.passes.errors import UserError
 from qcompile.passes.tensors import chunks
 
@@ -23,10 +22,18 @@ def check_saved(path: Path, model: ir.Model) -> None:
     Nothing is computed, so that nothing is rounded: the two agree, or something is damaged. Both are told apart by
     their serialized nodes, in which a digest stands for each tensor; weights are read in pieces, never held.
     """
-    wanted, found = _skeleton(model), _skeleton(load_model(path))
+    wanted, found = _skeleton(model), _skeleton(_read(path))
     for what, a, b in _parts(wanted, found):
         if a != b:
             raise UserError(f"the saved file differs from the verified graph in {what}; nothing was kept")
+
+
+def _read(path: Path) -> ir.Model:
+    try:
+        return ir.load(path)
+    except Exception as error:  # onnx_ir's and protobuf's classes share no base but Exception
+        cause = str(error).strip().splitlines()
+        raise UserError(f"the saved file cannot be read back ({(cause or ['?'])[0]:.200}); nothing was kept") from error
 
 
 def _parts(wanted: onnx.ModelProto, found: onnx.ModelProto) -> Iterator[tuple[str, object, object]]:

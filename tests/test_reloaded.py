@@ -138,6 +138,19 @@ def test_faults_of_the_model_file(tmp_path: Path, fault: Callable[[onnx.ModelPro
         check_saved(tmp_path / "m.onnx", model)
 
 
+def test_a_file_that_cannot_be_read_back(tmp_path: Path) -> None:
+    model = tiny_mlp()
+    save_model(model, tmp_path / "m.onnx")
+    (tmp_path / "m.onnx").write_bytes((tmp_path / "m.onnx").read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"the saved file cannot be read back \(.*nothing was kept"):
+        check_saved(tmp_path / "m.onnx", model)
+    save_model(model, tmp_path / "m.onnx")
+    (data,) = tmp_path.glob("*.data")
+    data.write_bytes(data.read_bytes()[:-3])
+    with pytest.raises(UserError, match=r"became shorter|differs"):
+        check_saved(tmp_path / "m.onnx", model)
+
+
 def _attribute(proto: onnx.ModelProto) -> None:
     next(n for n in proto.graph.node if n.name == "leaky").attribute[0].f += 1e-7
 
