@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
+from qcompile.passes.qdq.twin import TWIN, Twin
 from qcompile.passes.tensors import chunks, read
 from qcompile.runtime.sessions import session
 
@@ -55,9 +56,15 @@ class Piece:
         return name
 
 
-def extract(model: ir.Model, given: Sequence[ir.Value], wanted: Sequence[ir.Value]) -> Piece:
-    """The nodes that compute `wanted` from `given`, from graph inputs and from initializers."""
-    nodes, used = _needed(model, given, wanted)
+def extract(
+    model: ir.Model, given: Sequence[ir.Value], wanted: Sequence[ir.Value], inside: Sequence[ir.Value] = ()
+) -> Piece:
+    """The nodes that compute `wanted` from `given`, from graph inputs and from initializers.
+
+    Everything that a node of the piece reads lies in it or is an input; nothing else is an input.
+    inside: values that are computed, too, for what will be added to the piece.
+    """
+    nodes, used = _needed(given, [*wanted, *inside])
     proto = onnx.ModelProto(ir_version=min(model.ir_version, 13))
     for domain, version in model.graph.opset_imports.items():
         proto.opset_import.append(helper.make_opsetid(domain, version))
@@ -93,6 +100,14 @@ def captured(node: ir.Node) -> Iterator[ir.Value]:
                 yield from (value for value in captured(inner) if not _inside(value, graph))
 
 
+def reads(node: ir.Node) -> Iterator[ir.Value]:
+    """Values that a node reads, and those that the float node it stands for reads: constants of that one left out."""
+    yield from captured(node)
+    twin: Twin | None = node.meta.get(TWIN)
+    if twin is not None:
+        yield from twin.activations
+
+
 def _inside(value: ir.Value, graph: ir.Graph) -> bool:
     producer = value.producer()
     if producer is not None:
@@ -100,21 +115,28 @@ def _inside(value: ir.Value, graph: ir.Graph) -> bool:
     return value in graph.inputs or any(value is own for own in graph.initializers.values())
 
 
-def _needed(
-    model: ir.Model, given: Sequence[ir.Value], wanted: Sequence[ir.Value]
-) -> tuple[list[ir.Node], list[ir.Value]]:
-    """Nodes in the graph's order, and the values they read that none of them computes."""
-    stop, seen, used = set(given), set[ir.Node](), dict[ir.Value, None]()
-    stack = list(wanted)
+def _needed(given: Sequence[ir.Value], wanted: Sequence[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
+    """Nodes in an order in which each stands behind those that it reads, and the values that none of them computes.
+
+    The time is that of the nodes found, whatever the size of the graph.
+    """
+    stop, used = set(given), dict[ir.Value, None]()
+    done: dict[ir.Node, bool] = {}  # False while the nodes that it reads are visited
+    stack: list[ir.Value | ir.Node] = list(reversed(wanted))
     while stack:
-        value = stack.pop()
-        producer = value.producer()
-        if value in stop or producer is None:
-            used[value] = None
-        elif producer not in seen:
-            seen.add(producer)
+        item = stack.pop()
+        if isinstance(item, ir.Node):
+            done.pop(item)
+            done[item] = True  # behind all that it reads
+            continue
+        producer = item.producer()
+        if item in stop or producer is None:
+            used[item] = None
+        elif producer not in done:
+            done[producer] = False
+            stack.append(producer)
             stack.extend(captured(producer))
-    return [node for node in model.graph if node in seen], list(used)
+    return list(done), list(used)
 
 
 def _info(value: ir.Value) -> onnx.ValueInfoProto:

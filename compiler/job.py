@@ -1,6 +1,6 @@
 """One model on its way through the segments: rewritten, observed, checked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
@@ -14,7 +14,7 @@ from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report import Report
 from qcompile.compiler.segments import Segment, split
 from qcompile.compiler.sources import Data
-from qcompile.compiler.stream import Arrays, Runner, Stream
+from qcompile.compiler.stream import Arrays, Runner, Stream, went_on
 from qcompile.compiler.verify import (
     compare_outputs,
     node_errors,
@@ -25,7 +25,7 @@ from qcompile.compiler.verify import (
 )
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.formats.functions import is_product
-from qcompile.passes.linears import find_linears
+from qcompile.passes.linears import Linear, find_linears, vocabulary_size
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.pack import Pack
 from qcompile.passes.proxies import proxies
@@ -49,13 +49,14 @@ class Job:
         self.guess = False
         self.changed = any(p.quantizes for p in self.late)  # behind the walk, so that its outputs are the float ones
         self.sigmoids = probabilities(model)
+        self.vocabulary: int | None = None
 
     def walk(self, plan: InputPlan, data: Data, watched: Mapping[ir.Value, Observer]) -> list[tuple[Arrays, Arrays]]:
         """Take both streams through all segments, rewriting each; `watched` sees what the rewritten graph gives.
 
         Returns the outputs on the check batches, compiled and float.
         """
-        self.guess = data.guess
+        self.guess, self.vocabulary = data.guess, vocabulary_size(self.model)
         targets = {linear.node for linear in find_linears(self.model.graph)}
         segments = split(self.model, targets.__contains__)
         runner = Runner(self.model, plan, self.recipe.provider, self.progress.advance)
@@ -64,20 +65,22 @@ class Job:
         self.progress.total(rows * len(segments))
         outputs: list[tuple[Arrays, Arrays]] = [({}, {}) for _ in data.checks]
         static = bool(observed(self.late, self.model))
+        shown = seen_in(segments, watched)
         inside = {node for segment in segments for node in segment.nodes}
         loose = [node for node in self.model.graph if node not in inside]
         for number, segment in enumerate(segments, 1):
             self.progress.step(f"segment {number} of {len(segments)}")
             self._rewrite(runner, segment, calibration, checks, outputs, int8=data.real)
-            if watched:
-                watched = observed(self.late, self.model)  # smoothing may have put a Mul before a linear
-            own = _seen_in(segment, segments, watched)
-            region = Region(self.model, [*(loose if number == 1 else ()), *segment.nodes])
+            if not calibration.batches:
+                continue
+            region = Region(self.model, [*(loose if number == 1 else ()), *segment.nodes], vocabulary=self.vocabulary)
             more = [pair for p in (*self.passes, *self.late) if static for pair in p.observed_in(region).items()]
-            if calibration.batches and (own or more):
+            if watched:  # not where ranges come from a file
+                more += [pair for p in self.late for pair in p.observed_anew(region).items()]
+            own = shown[number - 1]
+            if own or more:
                 runner.observe(segment, own, calibration, more=more)
-            if calibration.batches:
-                runner.advance(segment, calibration)
+            runner.advance(segment, calibration)
         if self.pack is not None:
             self.changed = self.pack.skip_rest(self.model)
         return outputs
@@ -137,8 +140,7 @@ class Job:
 
             after = runner.outputs(segment, stream, original=False, prepare=probe)
             self.report.nodes += twin_errors(segment.nodes, after)
-            if segment.carry is not None:
-                stream.quantized = [a[str(segment.carry.name)] for a in after]
+            stream.quantized = went_on(segment, stream.quantized, after)
             for kept, a in zip(results, after, strict=True):
                 kept.update((name, array) for name, array in a.items() if name in own)
         return results
@@ -153,18 +155,19 @@ class Job:
         *,
         int8: bool,
     ) -> None:
-        region = Region(self.model, list(segment.nodes))
+        region = Region(self.model, list(segment.nodes), vocabulary=self.vocabulary)
         if any(rewrite.needs_statistics for rewrite in self.passes):
-            widths = {linear.activation: linear.shape[0] for linear in find_linears(segment.nodes)}
+            linears = find_linears(segment.nodes)
             if self.guess:
-                region.statistics = proxies(widths.items())
+                region.statistics = proxies({linear.activation: linear.shape[0] for linear in linears}.items())
             elif calibration.batches:
-                region.statistics = runner.collect(segment, list(widths), calibration)
+                region.statistics = runner.collect(segment, by_weights(linears), calibration)
         before = runner.outputs(segment, checks, original=True)
         # The passes work on columns side by side in threads of their own; BLAS threads inside those only fight.
         with threadpool_limits(limits=1, user_api="blas"):
             for rewrite in self.passes:
                 rewrite.call(region)
+        segment.nodes[:] = region.live_nodes()
         int8 = int8 and self.recipe.target == "qcompile" and self.recipe.activations != 16
 
         def probe(piece: Piece) -> list[str]:
@@ -172,27 +175,40 @@ class Job:
 
         after = runner.outputs(segment, checks, original=False, prepare=probe)
         self.report.nodes += node_errors(segment.nodes, after)
-        if segment.carry is not None:
-            name = str(segment.carry.name)
-            checks.original, checks.quantized = [b[name] for b in before], [a[name] for a in after]
+        checks.original = went_on(segment, checks.original, before)
+        checks.quantized = went_on(segment, checks.quantized, after)
         own = {str(value.name) for value in self.model.graph.outputs}
         for kept, a, b in zip(outputs, after, before, strict=True):
             kept[0].update((name, array) for name, array in a.items() if name in own)
             kept[1].update((name, array) for name, array in b.items() if name in own)
 
 
-def _seen_in(
-    segment: Segment, segments: Sequence[Segment], watched: Mapping[ir.Value, Observer]
-) -> dict[ir.Value, Observer]:
-    """The observed values that a segment shows: those it computes, and of those that no segment does its inputs."""
-    if not watched:
-        return {}
-    nodes, everywhere = set(segment.nodes), {node for other in segments for node in other.nodes}
-    found = {}
+def by_weights(linears: Iterable[Linear]) -> list[list[ir.Value]]:
+    """The activations of linears, in groups that the same weights multiply: one Gram matrix says all of each group.
+
+    A group of several is what an unrolled loop, or layers that share their weights, give.
+    """
+    weights: dict[ir.Value, dict[tuple[ir.Value, bool], None]] = {}
+    for linear in linears:
+        weights.setdefault(linear.activation, {})[linear.weight, linear.transposed] = None
+    groups: dict[frozenset[tuple[ir.Value, bool]], list[ir.Value]] = {}
+    for value, own in weights.items():
+        groups.setdefault(frozenset(own), []).append(value)
+    return list(groups.values())
+
+
+def seen_in(segments: Sequence[Segment], watched: Mapping[ir.Value, Observer]) -> list[dict[ir.Value, Observer]]:
+    """By segment, the observed values that it shows: those it computes; what none computes, the first one to read it.
+
+    Every value is shown once. The time is linear in the nodes.
+    """
+    home = {node: number for number, segment in enumerate(segments) for node in segment.nodes}
+    shown: list[dict[ir.Value, Observer]] = [{} for _ in segments]
     for value, observer in watched.items():
         producer = value.producer()
-        readers = [use.node for use in value.uses()]
-        first = next((other for other in segments if any(node in other.nodes for node in readers)), segments[0])
-        if producer in nodes or (producer not in everywhere and first is segment):
-            found[value] = observer
-    return found
+        if producer in home:
+            number = home[producer]
+        else:
+            number = min((home[use.node] for use in value.uses() if use.node in home), default=0)
+        shown[number][value] = observer
+    return shown

@@ -1,6 +1,6 @@
-"""Activations that travel from segment to segment: one array a batch, put aside; nothing else is kept."""
+"""Activations that travel from segment to segment: few arrays a batch, put aside; nothing else is kept."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,16 +8,18 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.compiler.extract import Piece, extract
+from qcompile.compiler.extract import Piece, extract, reads
 from qcompile.compiler.feeds import Batch, InputPlan, PastPair
 from qcompile.compiler.segments import Segment
-from qcompile.compiler.spill import Spill
+from qcompile.compiler.spill import BUDGET, Spill
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.gram import Gram
 from qcompile.passes.statistics import Statistics
 from qcompile.runtime.sessions import run
 
 Arrays = dict[str, npt.NDArray[Any]]
+# By the name of a carried value: its array for each batch.
+Carried = Mapping[str, Sequence[npt.NDArray[Any]]]
 Progress = Callable[[int], None]
 
 
@@ -25,15 +27,15 @@ Progress = Callable[[int], None]
 class Stream:
     """Batches on their way through the graph.
 
-    quantized: the carried activation of each batch behind the segments rewritten so far (None before the first).
-    original: the same activation in the float graph, where it is needed (for checks).
+    quantized: the carried activations of each batch behind the segments rewritten so far (none before the first).
+    original: the same activations in the float graph, where they are needed (for checks).
     presents: caches of the batches that a later one follows, as the last run left them; of those that nothing will
     read any more, the shape alone.
     """
 
     batches: Sequence[Batch]
-    quantized: Sequence[npt.NDArray[Any]] | None = None
-    original: Sequence[npt.NDArray[Any]] | None = None
+    quantized: Carried = field(default_factory=dict)
+    original: Carried = field(default_factory=dict)
     presents: dict[int, Arrays] = field(default_factory=dict)
 
     def followed(self) -> dict[int, int]:
@@ -51,11 +53,18 @@ class Runner:
     progress: Progress = field(default=lambda rows: None)
     optimize: bool = True
 
-    def collect(self, segment: Segment, activations: Sequence[ir.Value], stream: Stream) -> dict[ir.Value, Statistics]:
-        """Statistics of the segment's activations on what the graph, rewritten up to here, feeds it."""
-        observers = {value: Gram(str(value.name)) for value in activations}
-        self.observe(segment, observers, stream)
-        return {value: own.statistics for value, own in observers.items() if own.statistics is not None}
+    def collect(
+        self, segment: Segment, activations: Iterable[Sequence[ir.Value]], stream: Stream
+    ) -> dict[ir.Value, Statistics]:
+        """Statistics of the segment's activations on what the graph, rewritten up to here, feeds it.
+
+        activations: in groups that share one Gram matrix, of the rows of all its members.
+        """
+        groups = {tuple(group): Gram(*(str(value.name) for value in group)) for group in activations}
+        more = [(value, own) for group, own in groups.items() for value in group[1:]]
+        self.observe(segment, {group[0]: own for group, own in groups.items()}, stream, more=more)
+        known = ((group, own.statistics) for group, own in groups.items())
+        return {value: found for group, found in known if found is not None for value in group}
 
     def observe(
         self,
@@ -68,29 +77,26 @@ class Runner:
         """Let observers see the activations they are for, batch by batch; `more` may be for the same ones."""
         presents = self._presents(segment) if stream.followed() else []
         pairs = [*observers.items(), *more]
-        piece = extract(self.model, _given(segment), list(dict.fromkeys([*(value for value, _ in pairs), *presents])))
-        graph = piece.proto.graph
-        kept = {str(value.name) for value in presents}
-        outputs = [output for output in graph.output if output.name in kept]
-        del graph.output[:]
-        graph.output.extend(outputs)
-        for _, observer in pairs:
-            observer.append(graph)
+        every = list(dict.fromkeys(observer for _, observer in pairs))
+        piece = extract(self.model, segment.carried, presents, [value for value, _ in pairs])
+        for observer in every:
+            observer.append(piece.proto.graph)
         for results in self._run(piece, segment, stream):
-            for _, observer in pairs:
+            for observer in every:
                 observer.update(results)
 
     def advance(self, segment: Segment, stream: Stream) -> None:
         """Advance the quantized stream through the segment as it is now."""
-        if segment.carry is None:
-            return
-        presents = self._presents(segment) if stream.followed() else []
-        piece = extract(self.model, _given(segment), [segment.carry, *presents])
-        name = str(segment.carry.name)
-        carried = Spill()
-        for outputs in self._run(piece, segment, stream):
-            carried.append(outputs[name])
-        stream.quantized = carried
+        made = [str(value.name) for value in segment.made]
+        if made:
+            presents = self._presents(segment) if stream.followed() else []
+            piece = extract(self.model, segment.carried, list(dict.fromkeys([*segment.made, *presents])))
+            carried = {name: Spill(BUDGET // len(made)) for name in made}
+            for outputs in self._run(piece, segment, stream):
+                for name, spill in carried.items():
+                    spill.append(outputs[name])
+            stream.quantized = {**stream.quantized, **carried}
+        stream.quantized = _kept(segment, stream.quantized)
 
     def outputs(
         self,
@@ -100,16 +106,18 @@ class Runner:
         original: bool,
         prepare: Callable[[Piece], Sequence[str]] | None = None,
     ) -> list[Arrays]:
-        """Everything the segment gives for each batch: its carry, its graph outputs, and what `prepare` adds.
+        """Everything the segment gives for each batch: what it makes for later ones, its graph outputs, and what
+        `prepare` adds, which may read all that its nodes or their float twins read.
 
         original: feed it the float stream.
         """
-        wanted = [segment.carry] if segment.carry is not None else []
-        wanted += [value for value in self._outputs(segment) if value not in wanted]
-        piece = extract(self.model, _given(segment), wanted)
+        wanted = list(dict.fromkeys([*segment.made, *self._outputs(segment)]))
+        inside = _computed(segment) if prepare is not None else ()
+        piece = extract(self.model, segment.carried, wanted, inside)
         if prepare is not None:
             piece.outputs.extend(prepare(piece))
-        source = Stream(stream.batches, stream.original if original else stream.quantized, None, stream.presents)
+        carried = stream.original if original else stream.quantized
+        source = Stream(stream.batches, carried, presents=stream.presents)
         return list(self._run(piece, segment, source))
 
     def _past(self, pair: PastPair, presents: Arrays) -> npt.NDArray[Any]:
@@ -125,9 +133,9 @@ class Runner:
         return np.zeros(shape, pair.past.dtype)
 
     def _outputs(self, segment: Segment) -> list[ir.Value]:
-        """Graph outputs that the segment computes."""
+        """Graph outputs that the segment computes, and those that are left to it."""
         own = set(segment.nodes)
-        return [value for value in self.model.graph.outputs if value.producer() in own]
+        return [value for value in self.model.graph.outputs if value.producer() in own or value in segment.light]
 
     def _presents(self, segment: Segment) -> list[ir.Value]:
         names = {pair.present for pair in self.plan.past}
@@ -148,6 +156,7 @@ class Runner:
         """The outputs of each batch, in arrays of their own."""
         names = [output.name for output in piece.proto.graph.output]
         if not names:
+            yield from ({} for _ in stream.batches)
             return
         session = piece.session(self.provider, optimize=self.optimize)
         inputs = {given.name for given in session.get_inputs()}
@@ -171,9 +180,8 @@ class Runner:
         if batch.follows is not None:
             past = stream.presents[batch.follows]
             feeds |= {p.past.name: self._past(p, past) for p in self.plan.past if p.past.name in inputs}
-        if segment.carried is not None and stream.quantized is not None:
-            feeds[str(segment.carried.name)] = stream.quantized[number]
-        return feeds
+        names = inputs & {str(value.name) for value in segment.carried}
+        return feeds | {name: stream.quantized[name][number] for name in names}
 
 
 def _forget(presents: Arrays, names: set[str]) -> None:
@@ -183,5 +191,19 @@ def _forget(presents: Arrays, names: set[str]) -> None:
         presents[name] = np.broadcast_to(np.zeros((), made.dtype), made.shape)
 
 
-def _given(segment: Segment) -> list[ir.Value]:
-    return [segment.carried] if segment.carried is not None else []
+def went_on(segment: Segment, carried: Carried, given: Sequence[Arrays]) -> Carried:
+    """What goes on behind a segment: of what entered it, and of what it gave for each batch."""
+    made = {str(value.name): [arrays[str(value.name)] for arrays in given] for value in segment.made}
+    return _kept(segment, {**carried, **made})
+
+
+def _kept(segment: Segment, carried: Carried) -> Carried:
+    """Without what no later segment reads."""
+    return {str(value.name): carried[str(value.name)] for value in segment.carry}
+
+
+def _computed(segment: Segment) -> list[ir.Value]:
+    """What the segment's nodes, and the float nodes that they stand for, read and give; no constants."""
+    live = [node for node in segment.nodes if node.graph is not None]
+    own = [value for node in live for value in (*reads(node), *node.outputs)]
+    return [value for value in dict.fromkeys(own) if value.const_value is None and value.name]

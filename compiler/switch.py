@@ -60,7 +60,7 @@ def add_switches(piece: Piece, nodes: Sequence[ir.Node], whole: Mapping[str, ir.
     for value, (output, name) in rounded.items():  # Case 2
         plain = helper.make_node("Identity", [value], [f"{output}.plain"])
         dtype = _dtype(graph, output)
-        ifs[output] = _choice(_VALUE + name, output, _slice(made, output, {value}), [plain], dtype)
+        ifs[output] = _choice(_VALUE + name, {output: dtype}, _slice(made, output, {value}), [plain])
     kept = [ifs.get(node.output[0], node) for node in graph.node]
     del graph.node[:]
     graph.node.extend(_needed(kept, {output.name for output in graph.output}))
@@ -83,16 +83,17 @@ def _node_switch(
     rounded: Mapping[str, tuple[str, str]],
 ) -> onnx.NodeProto:
     """Case 1. The float node reads what is behind the If of a rounded value, as every other float node does."""
+    kinds = {str(v.name): int(v.dtype or ir.DataType.FLOAT) for v in node.outputs if v.name}
     y, float_node = str(node.outputs[0].name), onnx.NodeProto()
     float_node.CopyFrom(twin.proto)
     del float_node.input[:], float_node.output[:]
     for value in twin.inputs:
         name = _constant(piece, twin, value) if value is not None and value.const_value is not None else _name(value)
         float_node.input.append(rounded[name][0] if name in rounded else name)
-    float_node.name, float_node.output[:] = f"{y}.plain", [f"{y}.plain"]
-    given = {_name(value) for value in twin.inputs if value is not None and value.const_value is None}
-    dtype = node.outputs[0].dtype or ir.DataType.FLOAT
-    return _choice(_NODE + str(node.name), y, _slice(made, y, given), [float_node], int(dtype))
+    own = [value.name for value in node.outputs]
+    float_node.name, float_node.output[:] = f"{y}.plain", [f"{name}.plain" if name else "" for name in own]
+    given = {_name(value) for value in twin.activations}
+    return _choice(_NODE + str(node.name), kinds, _slice(made, y, given), [float_node])
 
 
 def _constant(piece: Piece, twin: Twin, value: ir.Value) -> str:
@@ -105,9 +106,14 @@ def _constant(piece: Piece, twin: Twin, value: ir.Value) -> str:
 
 
 def _choice(
-    switch: str, y: str, integer: Sequence[onnx.NodeProto], plain: Sequence[onnx.NodeProto], dtype: int
+    switch: str, kinds: Mapping[str, int], integer: Sequence[onnx.NodeProto], plain: Sequence[onnx.NodeProto]
 ) -> onnx.NodeProto:
-    """The If of a switch that gives y; the nodes of `integer` get names of their own, since others have copies."""
+    """The If of a switch that gives the values of `kinds` (name and element type), all outputs of one node.
+
+    The nodes of `integer` get names of their own, since others have copies; `plain` ends in names + ".plain".
+    """
+    outputs = list(kinds)
+    y = outputs[0]
     renamed = {name: f"{y}.integer.{name}" for node in integer for name in node.output}
     own = []
     for node in integer:
@@ -118,11 +124,13 @@ def _choice(
         copied.output[:] = [renamed[name] for name in node.output]
         own.append(copied)
 
-    def branch(nodes: Sequence[onnx.NodeProto], output: str) -> onnx.GraphProto:
-        return helper.make_graph(nodes, f"{y}.branch", [], [helper.make_tensor_value_info(output, dtype, None)])
+    def branch(nodes: Sequence[onnx.NodeProto], names: Sequence[str]) -> onnx.GraphProto:
+        given = [helper.make_tensor_value_info(name, kinds[own], None) for name, own in zip(names, kinds, strict=True)]
+        return helper.make_graph(nodes, f"{y}.branch", [], given)
 
-    chosen, otherwise = branch(own, renamed[y]), branch(plain, plain[-1].output[0])
-    return helper.make_node("If", [switch], [y], name=f"{y}.switch", then_branch=chosen, else_branch=otherwise)
+    chosen = branch(own, [renamed[name] for name in outputs])
+    otherwise = branch(plain, [f"{name}.plain" for name in outputs])
+    return helper.make_node("If", [switch], outputs, name=f"{y}.switch", then_branch=chosen, else_branch=otherwise)
 
 
 def _slice(made: Mapping[str, onnx.NodeProto], output: str, given: Collection[str]) -> list[onnx.NodeProto]:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -38,15 +37,15 @@ class Switched:
         self.batches, self.outputs = batches, outputs
         segments = split(model, targets.__contains__)
         self._parts = [_Part(model, segment, whole, outputs, provider) for segment in segments]
-        self._carried: list[list[Any]] = [[None] * len(batches)]
+        self._carried: list[list[Arrays]] = [[{} for _ in batches]]
         self._float: list[Arrays] = [{} for _ in batches]
         for part in self._parts:
             given = [part.run(ALL_FLOAT, b, c) for b, c in zip(batches, self._carried[-1], strict=True)]
             # An array of ONNX Runtime's is a view that keeps the whole arena of its session alive.
             given = [{name: np.array(array) for name, array in results.items()} for results in given]
-            self._carried.append([results.pop(part.carry, None) for results in given])
+            self._carried.append([part.went_on(*both) for both in zip(self._carried[-1], given, strict=True)])
             for known, results in zip(self._float, given, strict=True):
-                known.update(results)
+                known.update((name, array) for name, array in results.items() if name in self.outputs)
 
     def run(self, setting: Setting) -> list[Arrays]:
         """The outputs of each batch under a setting."""
@@ -56,8 +55,8 @@ class Switched:
             outputs, carried = dict(self._float[number]), self._carried[first][number]
             for part in self._parts[first:]:
                 results = part.run(setting, batch, carried)
-                carried = results.pop(part.carry, None)
-                outputs.update(results)
+                carried = part.went_on(carried, results)
+                outputs.update((name, array) for name, array in results.items() if name in self.outputs)
             found.append(outputs)
         return found
 
@@ -80,12 +79,12 @@ class _Part:
         provider: str,
     ) -> None:
         own = set(segment.nodes)
-        ends = [value for value in model.graph.outputs if value.producer() in own and value.name in outputs]
-        carry = [segment.carry] if segment.carry is not None else []
-        piece = extract(model, [segment.carried] if segment.carried is not None else [], [*dict.fromkeys(carry + ends)])
+        given = [value for value in model.graph.outputs if value.producer() in own or value in segment.light]
+        ends = [value for value in given if value.name in outputs]
+        twins = [value for node in segment.nodes if TWIN in node.meta for value in node.meta[TWIN].activations]
+        piece = extract(model, segment.carried, [*dict.fromkeys([*segment.made, *ends])], twins)
         add_switches(piece, segment.nodes, whole)
-        self.carried = "" if segment.carried is None else str(segment.carried.name)
-        self.carry = "" if segment.carry is None else str(segment.carry.name)
+        self.carry = {str(value.name) for value in segment.carry}
         self.size = sum(tensor.size for tensor in piece.weights.values()) + len(segment.nodes)
         self._names = [output.name for output in piece.proto.graph.output]
         self._session = piece.session(provider) if self._names else None
@@ -97,14 +96,17 @@ class _Part:
         """Whether anything in the segment is integer."""
         return any(switched_on(name, setting) for name in self._switches)
 
-    def run(self, setting: Setting, batch: Batch, carried: Any) -> Arrays:
-        """What the segment gives: its carry and its outputs."""
+    def went_on(self, carried: Arrays, given: Arrays) -> Arrays:
+        """What goes on behind the segment, of what entered it and of what it gave."""
+        return {name: array for name, array in {**carried, **given}.items() if name in self.carry}
+
+    def run(self, setting: Setting, batch: Batch, carried: Arrays) -> Arrays:
+        """What the segment gives: the values it makes for later ones, and its outputs."""
         if self._session is None:
             return {}
         feeds = {name: array for name, array in batch.feeds.items() if name in self._inputs}
         feeds |= {name: np.asarray(switched_on(name, setting)) for name in self._switches}
-        if self.carried:
-            feeds[self.carried] = carried
+        feeds |= {name: array for name, array in carried.items() if name in self._inputs}
         return dict(zip(self._names, run(self._session, self._names, feeds), strict=True))
 
 

@@ -81,7 +81,7 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
         y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
         if wide_probe.is_wide(reference[1]):
             wide_probe.compare(y, x, *reference, outputs)
-        wanted, exact = (_ratio(y, end, outputs) for end in (".wanted", ".exact"))
+        wanted, exact = (_ratio([y], end, outputs) for end in (".wanted", ".exact"))
         dtype = node.outputs[0].dtype or ir.DataType.FLOAT
         measured = math.isfinite(_total(observers.reference(y, ".exact"), outputs))  # else the float product overflows
         if measured and not exact <= _EXACT.get(dtype, 1e-4):
@@ -94,7 +94,10 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
 
 
 def probe_twins(piece: Piece, nodes: Sequence[ir.Node]) -> list[str]:
-    """Add to a piece, beside each node that a pass made integer, the float node it stands for, and compare."""
+    """Add to a piece, beside each node that a pass made integer, the float node it stands for, and compare.
+
+    The float node has all outputs of the integer one, under names of its own, and each is compared.
+    """
     names: list[str] = []
     for node in nodes:
         twin: Twin | None = node.meta.get(TWIN)
@@ -103,10 +106,12 @@ def probe_twins(piece: Piece, nodes: Sequence[ir.Node]) -> list[str]:
         y, made = str(node.outputs[0].name), onnx.NodeProto()
         made.CopyFrom(twin.proto)
         del made.input[:], made.output[:]
-        made.name, made.output[:] = f"{y}.twin", [f"{y}.twin"]
+        given = [value.name or "" for value in node.outputs]
+        made.name, made.output[:] = f"{y}.twin", [f"{name}.twin" if name else "" for name in given]
         made.input.extend(_twin_input(piece, y, twin, value) for value in twin.inputs)
         piece.proto.graph.node.append(made)
-        names += observers.compare(piece.proto.graph, y, f"{y}.twin", ".twin")
+        for name in filter(None, given):
+            names += observers.compare(piece.proto.graph, name, f"{name}.twin", ".twin")
     return names
 
 
@@ -124,7 +129,7 @@ def twin_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
     for node in nodes:
         twin: Twin | None = node.meta.pop(TWIN, None)
         if twin is not None:
-            error = _ratio(str(node.outputs[0].name), ".twin", outputs)
+            error = _ratio([value.name for value in node.outputs if value.name], ".twin", outputs)
             bits = _activation_bits(node, twin)
             found.append(NodeError(node.name or "", error, 0.0, activation_bits=bits, weights=twin.weights))
     return found
@@ -146,12 +151,12 @@ def _int8_error(y: str, outputs: Sequence[Arrays]) -> float | None:
     return _root(_total(name, outputs), _total(observers.reference(y, ".exact"), outputs), 0.0)
 
 
-def _ratio(y: str, end: str, outputs: Sequence[Arrays]) -> float:
-    """‖y - reference‖ / ‖reference‖ over all batches: 1 where there is an error and no reference, inf where one of both
-    is NaN or infinite.
+def _ratio(values: Sequence[str], end: str, outputs: Sequence[Arrays]) -> float:
+    """‖y - reference‖ / ‖reference‖ over all batches and all outputs of a node together: 1 where there is an error and
+    no reference, inf where one of both is NaN or infinite.
     """
-    difference = _total(observers.difference(y, end), outputs)
-    return _root(difference, _total(observers.reference(y, end), outputs), float(difference > 0))
+    difference = sum(_total(observers.difference(y, end), outputs) for y in values)
+    return _root(difference, sum(_total(observers.reference(y, end), outputs) for y in values), float(difference > 0))
 
 
 def _total(name: str, outputs: Sequence[Arrays]) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 from qcompile.passes.affine import Array
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.errors import UserError
-from qcompile.passes.linears import find_linears, vocabulary_size
+from qcompile.passes.linears import find_linears
 from qcompile.passes.pairs import find_pairs
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import CLIP, Rounding
@@ -61,7 +61,7 @@ class Awq(Pass):
         self._mark(region)
 
     def _mark(self, region: Region) -> None:
-        vocabulary = vocabulary_size(region.model)
+        vocabulary = region.vocabulary
         for linear in find_linears(region.live_nodes()):
             if not isinstance(self.policy.for_linear(linear, vocabulary), str):
                 linear.weight.meta[CLIP] = self.clip

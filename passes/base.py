@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from qcompile.passes.linears import vocabulary_size
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.statistics import Statistics
 
@@ -38,11 +39,17 @@ class Region:
 
     nodes: the region's nodes in topological order; nodes outside it must not change.
     statistics: by activation value; empty when the pipeline runs without calibration.
+    vocabulary: rows of the model's largest embedding table, None without one; looked up where it is not given.
     """
 
     model: ir.Model
     nodes: list[ir.Node]
     statistics: dict[ir.Value, Statistics] = field(default_factory=dict)
+    vocabulary: int | None = -1
+
+    def __post_init__(self) -> None:
+        if self.vocabulary == -1:
+            self.vocabulary = vocabulary_size(self.model)
 
     @classmethod
     def whole(cls, model: ir.Model) -> "Region":
@@ -93,6 +100,13 @@ class Pass(ABC):
         """More observers of a region, as the walk's passes leave it; filled before the next region is rewritten.
 
         Asked for where a pass of the list observes ranges at all.
+        """
+        return {}
+
+    def observed_anew(self, region: Region) -> Mapping[ir.Value, Observer]:
+        """Observers of activations that came into a region after `observed` was asked, by a Mul before a linear, say.
+
+        Asked for once a region, when the walk's passes are done with it.
         """
         return {}
 

@@ -82,10 +82,13 @@ def _insert(pair: Pair, factor: Array, region: Region) -> None:
     """An explicit Mul(value, 1 / factor) before the linears: the only rewrite here that costs run time."""
     first = pair.linears[0].node
     dtype = constant(pair.linears[0].weight).dtype
-    inverse = ir.Value(name=f"{pair.name}_inverse_factor", shape=ir.Shape(factor.shape), type=ir.TensorType(dtype))
+    # Readers in other regions may have got a Mul of their own.
+    others = sum(use.node.name is not None and use.node.name.endswith("_scale_input") for use in pair.value.uses())
+    name = f"{pair.name}_{others}" if others else pair.name
+    inverse = ir.Value(name=f"{name}_inverse_factor", shape=ir.Shape(factor.shape), type=ir.TensorType(dtype))
     _store(inverse, 1 / factor, dtype=dtype)
     region.model.graph.register_initializer(inverse)
-    scaled = ir.Value(name=f"{pair.name}_scaled", shape=pair.value.shape, type=pair.value.type)
+    scaled = ir.Value(name=f"{name}_scaled", shape=pair.value.shape, type=pair.value.type)
     node = ir.Node("", "Mul", [pair.value, inverse], outputs=[scaled], name=f"{first.name}_scale_input")
     region.model.graph.insert_before(first, node)
     region.nodes.insert(region.nodes.index(first), node)

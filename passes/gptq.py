@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+import onnx_ir as ir
 
 from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, expand, quantize, storable
 from qcompile.passes.algebra import damped, inverse_factor
 from qcompile.passes.base import Decision, Pass, Region
-from qcompile.passes.linears import PACKED, Linear, find_linears, vocabulary_size
+from qcompile.passes.linears import PACKED, Linear, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import column_errors, merge_columns, relative_error
 from qcompile.passes.spec import QuantSpec
@@ -102,11 +103,15 @@ class Gptq(Pass):
 
     def call(self, region: Region) -> None:
         """Leave the codes of every quantizable linear with statistics in its weight's meta, for `pack` to write."""
-        vocabulary = vocabulary_size(region.model)
+        vocabulary = region.vocabulary
         together: dict[tuple[int, QuantSpec], list[Linear]] = {}
+        begun: set[tuple[ir.Value, bool]] = set()
         for linear in find_linears(region.live_nodes()):
             spec = self.policy.for_linear(linear, vocabulary)
-            if isinstance(spec, str) or QUANTIZED in linear.weight.meta:
+            if isinstance(spec, str) or codes_key(linear) in linear.weight.meta:
+                continue
+            if (linear.weight, linear.transposed) in begun:
+                self.decide(linear.name, "skipped", "its weight is rounded for another node that reads it")
                 continue
             if (spec, linear.transposed) in linear.weight.meta.get(PACKED, {}):
                 self.decide(linear.name, "skipped", "its weight is packed already, for a node of an earlier segment")
@@ -114,6 +119,7 @@ class Gptq(Pass):
             if linear.activation not in region.statistics:
                 self.decide(linear.name, "skipped", "its input was not observed")
                 continue
+            begun.add((linear.weight, linear.transposed))
             together.setdefault((id(linear.activation), spec), []).append(linear)
         with ThreadPoolExecutor(_THREADS) as pool:
             jobs = [(group, spec, region.statistics[group[0].activation]) for (_, spec), group in together.items()]
@@ -128,11 +134,16 @@ class Gptq(Pass):
         for linear in linears:
             stop = start + linear.shape[1]
             part, w = _columns(joint, start, stop), wanted[:, start:stop]
-            linear.weight.meta[QUANTIZED] = part
+            linear.weight.meta[codes_key(linear)] = part
             error = relative_error(part.dequantize() - w, w, statistics.gram)
             decisions.append(Decision(linear.name, "rounded", "error-compensated", {"relative_error": error}))
             start = stop
         return decisions
+
+
+def codes_key(linear: Linear) -> str:
+    """Weight meta under which the codes are left that this linear reads; others may read the weight turned round."""
+    return f"{QUANTIZED}.transposed" if linear.transposed else QUANTIZED
 
 
 def _columns(q: Quantized, start: int, stop: int) -> Quantized:

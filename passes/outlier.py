@@ -11,7 +11,7 @@ from qcompile.passes.absorb import weight_users
 from qcompile.passes.affine import Array
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.errors import UserError
-from qcompile.passes.linears import Linear, find_linears, vocabulary_size
+from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.output_mse import OutputMse
@@ -68,7 +68,7 @@ class Outlier(Pass):
         """Mark the region's linears."""
         self._observers = {}
         by_value: dict[ir.Value, list[Linear]] = {}
-        vocabulary = vocabulary_size(region.model)
+        vocabulary = region.vocabulary
         for linear in find_linears(region.live_nodes()):
             spec = self.policy.for_linear(linear, vocabulary)
             if isinstance(spec, str):

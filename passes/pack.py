@@ -12,7 +12,7 @@ from qcompile.passes.base import Pass, Region
 from qcompile.passes.bodies import body_nodes
 from qcompile.passes.formats import emit
 from qcompile.passes.formats.decoded import Coded
-from qcompile.passes.gptq import QUANTIZED
+from qcompile.passes.gptq import codes_key
 from qcompile.passes.inner import Chosen, quantize_inner
 from qcompile.passes.linears import PACKED, Embedding, Linear, as_linear, find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
@@ -46,7 +46,7 @@ class Pack(Pass):
 
     def call(self, region: Region) -> None:
         """Rewrite every quantizable node of the region in place; skip the others with a reason."""
-        vocabulary = vocabulary_size(region.model)
+        vocabulary = region.vocabulary
         nodes = list(region.live_nodes())
         chosen = [(linear, self.policy.for_linear(linear, vocabulary)) for linear in find_linears(nodes)]
         rounded = self._round(region, {linear: spec for linear, spec in chosen if not isinstance(spec, str)})
@@ -121,7 +121,7 @@ class Pack(Pass):
 
         def one(key: _Key) -> Quantized:
             linear, spec = jobs[key], key[1]
-            known: Quantized | None = linear.weight.meta.get(QUANTIZED)
+            known: Quantized | None = linear.weight.meta.get(codes_key(linear))
             if known is not None and known.spec == spec:
                 return known
             rounding = round_with_clip if linear.weight.meta.get(CLIP, True) else round_to_nearest
@@ -136,7 +136,7 @@ class Pack(Pass):
         if key not in stored:
             quantized = rounded[linear.weight, spec, linear.transposed]
             stored[key] = (quantized, emit.store(region.model, str(linear.weight.name), quantized))
-            linear.weight.meta.pop(QUANTIZED, None)
+            linear.weight.meta.pop(codes_key(linear), None)
         quantized, tensors = stored[key]
         linear.node.meta[REFERENCE] = (linear.read(), quantized)
         emit.replace_matmul(region.model, linear, tensors)

@@ -18,7 +18,6 @@ import numpy as np
 from qcompile.passes.affine import Array, output_error
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.fold import fold, row_peaks
-from qcompile.passes.linears import vocabulary_size
 from qcompile.passes.pairs import Pair
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding, round_to_nearest
@@ -110,7 +109,7 @@ class Judges:
     ) -> None:
         self.statistics, self.rounding, self.samples, self.seed = region.statistics, rounding, samples, seed
         self.grid = grid
-        self._policy, self._vocabulary = policy, vocabulary_size(region.model)
+        self._policy, self._vocabulary = policy, region.vocabulary
 
     def __call__(self, pair: Pair) -> Judge | str:
         """The judge of a pair, or why there is nothing to judge."""

@@ -8,8 +8,7 @@ import pytest
 
 from qcompile.compiler.feeds import Batch, complete, input_plan, token_batches
 from qcompile.compiler.segments import Segment, split
-from qcompile.compiler.spill import Spill
-from qcompile.compiler.stream import Arrays, Runner, Stream
+from qcompile.compiler.stream import Arrays, Runner, Stream, went_on
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_linears
@@ -25,6 +24,10 @@ def _segments(model: ir.Model) -> list[Segment]:
 
 def _activations(nodes: Any) -> list[ir.Value]:
     return list(dict.fromkeys(linear.activation for linear in find_linears(nodes)))
+
+
+def _groups(segment: Segment) -> list[list[ir.Value]]:
+    return [[value] for value in _activations(segment.nodes)]
 
 
 def _whole(model: ir.Model, batches: list[Batch], extra: list[ir.Value] | None = None) -> list[Arrays]:
@@ -54,11 +57,10 @@ def _walk(model: ir.Model, batches: list[Batch]) -> tuple[dict[ir.Value, Statist
     found: dict[ir.Value, Statistics] = {}
     outputs: list[Arrays] = [{} for _ in batches]
     for segment in _segments(model):
-        found |= runner.collect(segment, _activations(segment.nodes), stream)
+        found |= runner.collect(segment, _groups(segment), stream)
         runner.advance(segment, stream)
         given = runner.outputs(segment, checks, original=True)
-        if segment.carry is not None:
-            checks.original = [arrays[str(segment.carry.name)] for arrays in given]
+        checks.original = went_on(segment, checks.original, given)
         for kept, arrays in zip(outputs, given, strict=True):
             kept.update(arrays)
     return found, outputs
@@ -116,7 +118,7 @@ def test_later_segments_see_what_the_rewritten_ones_give() -> None:
     first, second, *_ = _segments(model)
     _damage(first)
     runner.advance(first, stream)
-    after = runner.collect(second, _activations(second.nodes), stream)
+    after = runner.collect(second, _groups(second), stream)
     names = {str(value.name) for value in after}
     twins = [value for node in original.graph for value in node.outputs if value.name in names]
     changed, plain = _whole(model, batches, list(after)), _whole(original, batches, twins)
@@ -132,10 +134,10 @@ def test_a_decode_step_reads_the_caches_of_the_rewritten_graph() -> None:
     runner, stream = Runner(model, input_plan(model)), Stream(batches)
     found: dict[ir.Value, Statistics] = {}
     for segment in _segments(model):
-        if segment.carried is not None:  # what the changed first segment gives
-            found |= runner.collect(segment, _activations(segment.nodes), stream)
+        if segment.carried:  # what the changed first segment gives
+            found |= runner.collect(segment, _groups(segment), stream)
         else:
-            runner.collect(segment, _activations(segment.nodes), stream)
+            runner.collect(segment, _groups(segment), stream)
             _damage(segment)
         runner.advance(segment, stream)
     expected = _whole(model, batches, list(found))
@@ -156,7 +158,7 @@ def test_progress_counts_the_tokens_of_every_run() -> None:
     batches = token_batches(input_plan(model), WINDOWS)
     runner, stream = Runner(model, input_plan(model), progress=seen.append), Stream(batches)
     first, *_ = _segments(model)
-    runner.collect(first, _activations(first.nodes), stream)
+    runner.collect(first, _groups(first), stream)
     assert seen == [14, 14, 14]
 
 
@@ -178,11 +180,14 @@ def test_what_outlives_a_run_is_not_in_onnxruntimes_arena() -> None:
     batches = token_batches(input_plan(model), WINDOWS, decode_step=True)
     runner, stream = Runner(model, input_plan(model)), Stream(batches)
     first, *_ = _segments(model)
-    statistics = runner.collect(first, _activations(first.nodes), stream)
+    statistics = runner.collect(first, _groups(first), stream)
     runner.advance(first, stream)
     outputs = runner.outputs(first, Stream(batches), original=False)
     kept = [array for own in statistics.values() for array in (own.gram, own.absmax)]
-    kept += [*(stream.quantized or []), *(array for arrays in outputs for array in arrays.values())]
+    kept += [
+        *(array for own in stream.quantized.values() for array in own),
+        *(array for arrays in outputs for array in arrays.values()),
+    ]
     assert len(kept) > 3 * len(batches)
     assert all(array.flags.owndata for array in kept)
 
@@ -217,7 +222,7 @@ def test_activations_from_the_disk_are_the_same_bits(monkeypatch: pytest.MonkeyP
     model = tiny_decoder(kv_cache=True)
     batches = token_batches(input_plan(model), WINDOWS, decode_step=True)
     in_memory, _ = _walk(model, batches)
-    monkeypatch.setattr("qcompile.compiler.stream.Spill", lambda: Spill(budget=0))
+    monkeypatch.setattr("qcompile.compiler.stream.BUDGET", 0)
     on_disk, _ = _walk(model, batches)
     for value, statistics in in_memory.items():
         assert on_disk[value].rows == statistics.rows

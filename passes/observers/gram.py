@@ -16,18 +16,26 @@ _GRAM, _ABSMAX, _ROWS = ".gram", ".absmax", ".rows_seen"
 
 
 class Gram(Observer):
-    """XᵀX (K, K), max |x| (K,) and the number of rows of an activation X (…, K)."""
+    """XᵀX (K, K), max |x| (K,) and the number of rows of an activation X (…, K).
+
+    others: more activations, whose rows are taken together with its own: those that the same weights multiply.
+    """
 
     name: ClassVar[str] = "gram"
 
-    def __init__(self, value: str) -> None:
+    def __init__(self, value: str, *others: str) -> None:
         super().__init__(value, axis=-1)
+        self.others = others
         self.statistics: Statistics | None = None
 
     def append(self, graph: onnx.GraphProto) -> None:
         """`value`.gram (K, K) and `value`.absmax (K,), float32; `value`.rows_seen (1,), int64."""
         value = self.value
         rows, transposed = matrix(graph, value), f"{value}.transposed"
+        if self.others:
+            every = [rows, *(matrix(graph, other) for other in self.others)]
+            rows = f"{value}.all_rows"
+            graph.node.append(helper.make_node("Concat", every, [rows], axis=0))
         axis0 = constant(graph, "qcompile.axis0", [0])
         graph.node.extend(
             [

@@ -1,6 +1,6 @@
 """Static INT8: QuantizeLinear and DequantizeLinear around what integer kernels compute."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -21,7 +21,7 @@ from qcompile.passes.qdq.biases import quantize_bias, settle_bias
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import replace_outlier
 from qcompile.passes.qdq.outliers import OUTLIERS
-from qcompile.passes.qdq.providers import TYPES
+from qcompile.passes.qdq.providers import TYPES, Rule
 from qcompile.passes.qdq.ranges import grid_of, shared
 from qcompile.passes.qdq.selection import Selection, inputs_of, select, weight_position
 from qcompile.passes.qdq.twin import remember
@@ -74,6 +74,7 @@ class Qdq(Pass):
         self.share_sums, self.slower, self.heads = share_sums, slower, lm_head == "static"
         self.observers: dict[ir.Value, Observer] = {}
         self.grids: dict[ir.Value, QParams] = {}
+        self._rules: dict[ir.Node, Rule] = {}
 
     @property
     def chosen_ranges(self) -> dict[ir.Value, tuple[float, float]]:
@@ -84,11 +85,23 @@ class Qdq(Pass):
     def observed(self, model: ir.Model) -> dict[ir.Value, Observer]:
         """An observer for every activation that will be quantized."""
         selection = self._select(model)
-        readers = _readers(selection)
+        self._rules, readers = selection.nodes, _readers(selection)
         for value in selection.values:
             if value not in self.observers:
                 self.observers[value] = self._observer(value, [node for node, _ in readers[value]])
         return {value: self.observers[value] for value in selection.values}
+
+    def observed_anew(self, region: Region) -> Mapping[ir.Value, Observer]:
+        """Observers of what nodes that were chosen read now and did not read then."""
+        readers: Readers = {}
+        for node in region.live_nodes():
+            for i in inputs_of(node, self._rules[node]) if node in self._rules else ():
+                value = node.inputs[i]
+                if value is not None and value not in self.observers:
+                    readers.setdefault(value, []).append((node, i))
+        found = {value: self._observer(value, [node for node, _ in own]) for value, own in readers.items()}
+        self.observers |= found
+        return found
 
     def _observer(self, value: ir.Value, readers: Sequence[ir.Node]) -> Observer:
         name: str = self.observer

@@ -50,6 +50,7 @@ def select(
     What the user excludes is in none of them, with a weight or without.
     """
     found = Selection()
+    vocabulary = vocabulary_size(model)
     chosen, kept = products(model, policy)
     found.kept = {node: ("kept", reason) for node, reason in kept.items()}
     named = [node for node in model.graph if node.name in policy.kept and node.op_type != "Gather"]
@@ -58,7 +59,7 @@ def select(
         rule = _rule(node, provider)
         if isinstance(rule, str):
             found.kept[node] = ("skipped", rule)
-        elif node.name in policy.weights_only or (not heads and is_head(node, vocabulary_size(model))):
+        elif node.name in policy.weights_only or (not heads and is_head(node, vocabulary)):
             found.heads[node] = rule
         else:
             found.nodes[node] = rule

@@ -32,6 +32,11 @@ class Twin:
         constants = [v.const_value for v in self.inputs if v is not None and v.const_value is not None]
         return sum(tensor.size for tensor in constants if len(tensor.shape) > 1)
 
+    @property
+    def activations(self) -> list[ir.Value]:
+        """The inputs that are no constants."""
+        return [value for value in self.inputs if value is not None and value.const_value is None]
+
     def array(self, value: ir.Value) -> Array:
         """A constant input as the node reads it."""
         array = np.asarray(constant(value).numpy())
