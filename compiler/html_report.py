@@ -46,7 +46,7 @@ def _head(report: Report, parts: list[str]) -> Markup:
 def _tiles(report: Report) -> Markup:
     sizes = [megabytes(report.source_bytes), megabytes(report.compiled_bytes)]
     tiles = [
-        ("MatMul weights quantized", percent(report.coverage)),
+        (f"{report.kinds} weights quantized", percent(report.coverage)),
         ("size", Markup(" → ".join(size.replace(" ", "&nbsp;") for size in sizes))),
         ("bits per packed weight", number(report.bits_per_weight)),
         *_errors(report),

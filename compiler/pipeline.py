@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from qcompile.compiler import activations, ladder, output_files
+from qcompile.compiler.coverage import check_coverage
 from qcompile.compiler.html_report import to_html
 from qcompile.compiler.mixed import keep
 from qcompile.compiler.plan import INT8, effective
@@ -25,7 +26,6 @@ from qcompile.compiler.walk import (
     prepare_model,
     walk,
 )
-from qcompile.passes.errors import UserError
 from qcompile.passes.formats.lower import lower
 
 
@@ -67,7 +67,7 @@ def compile_model(
         activations.write(graph, report.nodes)
     verified = finish(walked, progress)
     report.ladder = ladder.finished(rungs, walked, verified)
-    _check_coverage(report, recipe)
+    check_coverage(report, recipe, walked.passes)
     progress.step("saving")
     lower(graph, recipe.target)
     with output_files.staging(target) as staged:
@@ -116,15 +116,6 @@ def report_path(output: Path) -> Path:
 def page_path(output: Path) -> Path:
     """Where the report lies as a page for people."""
     return output.with_name(f"{output.stem}.report.html")
-
-
-def _check_coverage(report: Report, recipe: Recipe) -> None:
-    if report.quantizer and report.coverage < recipe.min_coverage:
-        reasons = sorted({d.reason for kind in report.products for d in report.skipped(kind)})
-        raise UserError(
-            f"only {report.coverage:.1%} of the {report.kinds} weights were quantized, below --min-coverage "
-            f"{recipe.min_coverage}; left in float: {'; '.join(reasons[:4])}; nothing was written"
-        )
 
 
 def _metadata(report: Report, recipe: Recipe) -> dict[str, str]:

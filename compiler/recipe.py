@@ -19,7 +19,7 @@ KEEP_AS = ("auto", "weights", "float")
 # Longer files are something else. Seeds and sizes beyond these are typing errors, or attacks.
 _LARGEST_FILE, _LARGEST_SEED, _MOST = 1 << 20, 2**63 - 1, 10**7
 # How files and options write a setting's None.
-_WORDS = {"lm_head": "keep", "embedding": "keep", "activations": "auto"}
+_WORDS = {"lm_head": "keep", "embedding": "keep", "activations": "auto", "min_coverage": "auto"}
 # Settings of which each alone says what stays in float; None by default.
 _MIXED = ("keep_worst", "max_kl", "min_sqnr")
 _ITEM = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\(([^()]*)\))?\s*$")
@@ -80,7 +80,8 @@ class Recipe:
 
     passes: in order; `prepare` runs first whether listed or not. bits, group_size, symmetric: of ordinary linears;
     group_size 0 is one scale a column. lm_head, embedding: bits, or None to keep float. samples, context: calibration
-    windows and their tokens. min_coverage: share of the MatMul weights that must be quantized, else compiling fails.
+    windows and their tokens. min_coverage: share of the MatMul-like and of the convolutions' weights that must be
+    quantized, each, else compiling fails; None: 95 % of those the list has formats for, and half of all; 0: any.
     min_cosine: of every output to the float model's on the check batches, else compiling fails; 0 for none.
     activations: bits that kernels give the activations of packed products, 8 or 16, or None to choose node by node.
     keep_worst, max_kl, min_sqnr: nodes that qdq or dynamic leave in float: so many of the most sensitive, or as few as
@@ -100,7 +101,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     samples: int = 32
     context: int = 512
-    min_coverage: float = 0.95
+    min_coverage: float | None = None
     min_cosine: float = 0.5
     seed: int = 0
     provider: str = "cpu"
@@ -127,7 +128,7 @@ class Recipe:
             raise UserError(f"activations takes 8, 16 or auto, got {self.activations}")
         if self.activations == 8 and self.target != "qcompile":
             raise UserError(f"activations 8 needs target qcompile: the operators of {self.target} do not take it")
-        if not 0 <= self.min_coverage <= 1:
+        if self.min_coverage is not None and not 0 <= self.min_coverage <= 1:
             raise UserError(f"min_coverage must lie between 0 and 1, got {self.min_coverage}")
         if not 0 <= self.min_cosine <= 1:
             raise UserError(f"min_cosine must lie between 0 and 1, got {self.min_cosine}")
@@ -162,7 +163,7 @@ class Recipe:
         plain["passes"] = [str(step) for step in self.passes]
         plain["include"], plain["exclude"] = list(self.include), list(self.exclude)
         for name, word in _WORDS.items():
-            plain[name] = plain[name] or word
+            plain[name] = word if plain[name] is None else plain[name]
         left = {name for name in _MIXED if plain[name] is None} | ({"keep_as"} if not self.mixed else set())
         return {name: value for name, value in plain.items() if name not in left}
 
@@ -245,7 +246,7 @@ def _converted(key: str, value: Any, source: str) -> Any:
     if key in _WORDS:
         if value in (_WORDS[key], None):
             return None
-        expected[key] = (int,)
+        expected.setdefault(key, (int,))
     if key in _MIXED and value is None:
         return None
     if not isinstance(value, expected[key]) or (isinstance(value, bool) and bool not in expected[key]):

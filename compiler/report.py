@@ -8,12 +8,16 @@ from typing import Any
 
 from rich.console import Console
 
+from qcompile.compiler.census import Family, family_of
 from qcompile.compiler.console import table
 from qcompile.compiler.mixed import Mixed
 from qcompile.compiler.predictions import Predictions
 from qcompile.compiler.rungs import Ladder
 from qcompile.compiler.verify import NodeError, OutputError
 from qcompile.passes.base import Decision
+
+# Families of weights that coverage is about: of MatMul and whatever multiplies like it, and of convolutions.
+PRODUCTS: tuple[Family, ...] = ("MatMul", "Conv")
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,10 @@ class ActivationRange:
 class Report:
     """Everything a compile leaves behind beside the model.
 
-    decisions: by pass, in order. mixed: what stays in float by its sensitivity, where the recipe wants that.
-    ladder: what each step without data gained, where there was no data. predictions: of a decoder, on real tokens.
-    rounding: what integer nodes changed in the outputs at most, relative.
+    decisions: by pass, in order. quantizers: passes that say which weights became codes; the decisions of the first
+    one account for every float constant of 1,024 elements or more (`coverage`). mixed: what stays in float by its
+    sensitivity, where the recipe wants that. ladder: what each step without data gained, where there was no data.
+    predictions: of a decoder, on real tokens. rounding: what integer nodes changed in the outputs at most, relative.
     sizes in bytes, seconds, peak_memory in bytes.
     """
 
@@ -54,6 +59,7 @@ class Report:
     versions: dict[str, str]
     data: str = ""
     decisions: dict[str, list[Decision]] = field(default_factory=dict)
+    quantizers: tuple[str, ...] = ("pack", "qdq", "dynamic")
     nodes: list[NodeError] = field(default_factory=list)
     outputs: list[OutputError] = field(default_factory=list)
     ranges: list[ActivationRange] = field(default_factory=list)
@@ -70,45 +76,69 @@ class Report:
 
     @property
     def quantizer(self) -> str | None:
-        """The pass that made codes of weights."""
-        return next((name for name in ("pack", "qdq", "dynamic") if name in self.decisions), None)
+        """The pass that made codes of weights; the one of several that has the decisions."""
+        return next((name for name in self.quantizers if name in self.decisions), None)
+
+    @property
+    def quantizing(self) -> list[Decision]:
+        """What was decided on weights, by all passes that make codes."""
+        return [d for name in self.quantizers for d in self.decisions.get(name, [])]
 
     def packed(self, kind: str) -> list[Decision]:
         """Decisions that quantized a node of the kind (MatMul, Conv, Gather, …)."""
-        return self._decided("quantized", kind)
+        return [d for d in self.quantizing if d.action == "quantized" and d.detail.get("kind") == kind]
 
     def skipped(self, kind: str) -> list[Decision]:
         """Decisions that left a node of the kind in float, for want of a format."""
-        return self._decided("skipped", kind)
-
-    def _decided(self, action: str, kind: str) -> list[Decision]:
-        decisions = self.decisions.get(self.quantizer or "", [])
-        return [d for d in decisions if d.action == action and d.detail.get("kind") == kind]
+        return [d for d in self.quantizing if d.action == "skipped" and d.detail.get("kind") == kind]
 
     @property
-    def products(self) -> tuple[str, ...]:
-        """The operators whose weights coverage counts: those that the quantizing pass is for."""
-        return ("MatMul", "Gemm", "Conv", "ConvTranspose") if self.quantizer == "qdq" else ("MatMul",)
+    def skipped_products(self) -> list[Decision]:
+        """The same for all products, of MatMul-like weights and of convolutions."""
+        return [d for family in PRODUCTS for d in self._of(family, "skipped")]
+
+    def elements(self, family: Family, action: str) -> int:
+        """Elements of the family's weights of which that was decided ("quantized", "skipped", "kept"), each once."""
+        return _elements(self._of(family, action))
+
+    def _of(self, family: Family, action: str) -> list[Decision]:
+        chosen = (d for d in self.quantizing if d.action == action)
+        return [d for d in chosen if family_of(str(d.detail.get("kind", ""))) == family]
+
+    def share(self, *families: Family) -> float | None:
+        """Share of the families' weights (elements, each weight once) that were quantized; None where there are none.
+
+        Weights that the user chose to keep in float ("kept") do not count; all others in float do ("skipped").
+        """
+        done = sum(self.elements(family, "quantized") for family in families)
+        left = sum(self.elements(family, "skipped") for family in families)
+        return done / (done + left) if done + left else None
 
     @property
     def kinds(self) -> str:
-        """`products` in words."""
-        return "MatMul" if self.products == ("MatMul",) else "MatMul and Conv"
+        """The families of products that the model has weights of, in words."""
+        return " and ".join(family for family in PRODUCTS if self.share(family) is not None) or "MatMul"
 
     @property
     def coverage(self) -> float:
-        """Share of the products' weights (elements, each weight once) that were quantized, 1.0 where there are none.
+        """Share of all products' weights that were quantized, 1.0 where there are none."""
+        share = self.share(*PRODUCTS)
+        return 1.0 if share is None else share
 
-        Weights that the user chose to keep in float ("kept") do not count; those no format covers ("skipped") do.
-        """
-        done = _elements([d for kind in self.products for d in self.packed(kind)])
-        left = _elements([d for kind in self.products for d in self.skipped(kind)])
-        return done / (done + left) if done + left else 1.0
+    @property
+    def told(self) -> str:
+        """The coverage in a line: of each family by itself. 100.0 % is all of it, to the last weight."""
+        shares = [(family, self.share(family)) for family in PRODUCTS]
+        parts = [f"{percent(share)} of the {family} weights" for family, share in shares if share is not None]
+        if not parts:
+            return "there was no weight of a product to quantize"
+        return f"{parts[0]} quantized{''.join(f', {part}' for part in parts[1:])}"
 
     @property
     def bits_per_weight(self) -> float | None:
         """Average stored bits of the products' quantized weights, scales and zero points included."""
-        weights = [d for d in _unique([d for kind in self.products for d in self.packed(kind)]) if d.detail["weights"]]
+        done = [d for family in PRODUCTS for d in self._of(family, "quantized")]
+        weights = [d for d in _unique(done) if d.detail.get("weights") and "bits_per_weight" in d.detail]
         total = sum(d.detail["weights"] for d in weights)
         return sum(d.detail["bits_per_weight"] * d.detail["weights"] for d in weights) / total if total else None
 
@@ -116,11 +146,17 @@ class Report:
         """The whole report."""
         plain = asdict(self)
         plain["coverage"], plain["bits_per_weight"] = self.coverage, self.bits_per_weight
+        plain["shares"] = {family: self.share(family) for family in PRODUCTS}
         return json.dumps(plain, indent=1, default=str) + "\n"
 
 
 def _unique(decisions: Sequence[Decision]) -> list[Decision]:
     return list({d.detail.get("weight", d.node): d for d in decisions}.values())
+
+
+def percent(share: float) -> str:
+    """A share in tenths of a percent, never more than it is: 100.0 % is all."""
+    return f"{int(1000 * share) / 10:.1f}%"
 
 
 def _elements(decisions: Sequence[Decision]) -> int:
@@ -129,7 +165,7 @@ def _elements(decisions: Sequence[Decision]) -> int:
 
 def print_report(report: Report, console: Console) -> None:
     """The coverage table, the errors worth knowing, the sizes."""
-    if report.quantizer:
+    if report.quantizing:
         _print_coverage(report, console)
     _print_passes(report, console)
     for told in (report.mixed, report.ladder):
@@ -143,16 +179,13 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _print_coverage(report: Report, console: Console) -> None:
-    covered = f"{report.coverage:.1%} of the {report.kinds} weights quantized"
-    if not any(report.packed(kind) or report.skipped(kind) for kind in report.products):
-        covered = f"there was no {report.kinds} weight to quantize"
-    console.print(f"coverage  {covered}")
+    console.print(f"coverage  {report.told}")
     made = table("nodes", "operator", "decision", "weights", "MB", numbers=2)
     rows: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
     size: Counter[tuple[str, str]] = Counter()
     seen: set[str] = set()
-    for d in report.decisions[report.quantizer or ""]:
+    for d in report.quantizing:
         key = (str(d.detail.get("kind", "")), d.group)
         rows[key] += 1
         name = str(d.detail.get("weight", d.node))
@@ -161,7 +194,7 @@ def _print_coverage(report: Report, console: Console) -> None:
             size[key] += int(d.detail.get("bytes", 4 * int(d.detail.get("weights", 0))))
             seen.add(name)
     for key in rows:
-        amount = f"{weights[key] / 1e6:.2f} M" if weights[key] else ""
+        amount = f"{weights[key] / 1e6:.2f} M" if weights[key] >= 10_000 else f"{weights[key] or ''}"
         megabytes = f"{size[key] / 1e6:.1f}" if weights[key] else "shared" if key[1].startswith("int") else ""
         made.add_row(str(rows[key]), key[0], key[1], amount, megabytes)
     console.print(made)
@@ -169,7 +202,7 @@ def _print_coverage(report: Report, console: Console) -> None:
 
 def _print_passes(report: Report, console: Console) -> None:
     for name, decisions in report.decisions.items():
-        if name == report.quantizer or not decisions:
+        if name in report.quantizers or not decisions:
             continue
         actions = Counter(d.action for d in decisions)
         told = ", ".join(f"{count} {action}" for action, count in actions.items())

@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.compiler import statistics_file
+from qcompile.compiler.census import FloatConstant, census
+from qcompile.compiler.coverage import account, quantizers
 from qcompile.compiler.inputs import InputPlan, input_plan
 from qcompile.compiler.job import Job, observed
 from qcompile.compiler.mixed import check_metric
@@ -33,7 +35,7 @@ from qcompile.runtime.sessions import ort_version
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model as the walk takes it, with the passes of its recipe."""
+    """A model as the walk takes it, with the passes of its recipe. constants: the large floats of it, for coverage."""
 
     source: Path
     recipe: Recipe
@@ -42,6 +44,7 @@ class Prepared:
     plan: InputPlan
     report: Report
     job: Job
+    constants: Sequence[FloatConstant]
 
     @property
     def observes(self) -> bool:
@@ -105,7 +108,8 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     check_target(graph, recipe)
     plan = input_plan(graph)
     check_metric(recipe, plan)
-    return Prepared(source, recipe, graph, passes, plan, report, Job(graph, recipe, passes, report, progress))
+    job = Job(graph, recipe, passes, report, progress)
+    return Prepared(source, recipe, graph, passes, plan, report, job, census(graph))
 
 
 def load_statistics(prepared: Prepared, path: Path) -> SavedStatistics:
@@ -156,7 +160,19 @@ def finish(walked: Walked, progress: Progress) -> list[Arrays]:
         late.call(Region.whole(walked.model))
         report.ranges += activation_ranges(late, walked.watched)
     report.decisions = {p.name: p.decisions for p in walked.passes}
+    _account(walked)
     return job.verify(walked.plan, walked.data, walked.outputs)
+
+
+def _account(walked: Walked) -> None:
+    """Have the quantizer's decisions name every large constant that is left in float."""
+    report, own = walked.report, quantizers(walked.passes)
+    report.quantizers = tuple(p.name for p in own) or ("float",)
+    policy = getattr(own[0], "policy", None) if own else None
+    policy = policy or make_policy(walked.prepared.recipe, np.float32)
+    for other in report.quantizers[1:]:
+        report.decisions[other] = []
+    report.decisions[report.quantizers[0]] = account(walked.prepared.constants, walked.model, walked.passes, policy)
 
 
 def check_target(model: ir.Model, recipe: Recipe) -> None:

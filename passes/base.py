@@ -71,6 +71,8 @@ class Pass(ABC):
     needs_correlations: statistics guessed channel by channel (`proxies`) are no use to it.
     walks_again: the calibration data goes through the graph once more for it, see `walk_again`.
     quantizes: its decisions say which weights became codes; coverage is counted from them.
+    families: of these it quantizes all weights it can, "MatMul" (and what multiplies like it) or "Conv": coverage of
+    them is asked for where the user names no minimum.
     followed_by, preceded_by: names of passes of which one must come later, or earlier, in the list.
     """
 
@@ -81,6 +83,7 @@ class Pass(ABC):
     needs_correlations: ClassVar[bool] = False
     walks_again: ClassVar[bool] = False
     quantizes: ClassVar[bool] = False
+    families: ClassVar[Sequence[str]] = ("MatMul", "Conv")
     followed_by: ClassVar[Sequence[str]] = ()
     preceded_by: ClassVar[Sequence[str]] = ()
 

@@ -39,6 +39,7 @@ class Pack(Pass):
 
     name: ClassVar[str] = "pack"
     quantizes: ClassVar[bool] = True
+    families: ClassVar[tuple[str, ...]] = ("MatMul",)
 
     def __init__(self, policy: Policy, *, target: Literal["qcompile", "matmulnbits", "qdq"] | None = None) -> None:
         super().__init__()

@@ -63,8 +63,8 @@ def test_coverage_counts_nodes_by_operator_and_decision() -> None:
         ["float: excluded", "MatMul", "1", "1,000", "4.0 KB"],
         ["float: no format", "MatMul", "1", "1,000", "4.0 KB"],
     ]
-    assert "75.0% of the MatMul weights are quantized." in body
-    assert "There was no MatMul weight to quantize." in to_html(_report())
+    assert "75.0% of the MatMul weights quantized." in body
+    assert "There was no weight of a product to quantize." in to_html(_report())
 
 
 def test_what_became_of_a_node() -> None:

@@ -101,7 +101,7 @@ def test_every_skipped_node_has_its_reason(bench: Any) -> None:
         (tiny_conv(), {"conv_0": "no packed format for Conv", "conv_1": "no packed format for Conv"}),
         (tiny_branch(), {}),
     ):
-        report = bench.compile(bench.save(model, tokenizer=False), calibration=[], min_coverage=0.1)
+        report = bench.compile(bench.save(model, tokenizer=False), calibration=[], min_coverage=0)
         skipped = {d.node: d.reason for d in report.decisions["pack"] if d.action == "skipped"}
         assert skipped.keys() == reasons.keys()
         assert all(skipped[node].startswith(reason) for node, reason in reasons.items())

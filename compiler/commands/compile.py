@@ -72,7 +72,11 @@ def add_parser(subparsers: Any) -> None:
     add("--keep-as", choices=KEEP_AS, help="what such nodes become: float activations on int8 weights (MatMuls only), "
         "or float altogether (default: auto, the first unless it is clearly worse)")  # fmt: skip
     add = parser.add_argument_group("safety").add_argument
-    add("--min-coverage", type=float, metavar="SHARE", help="fail below this share of MatMul weights (default: 0.95)")
+    enough = (
+        "fail where less than this share of the MatMul-like weights or of the convolutions' is quantized (default: "
+        "0.95 of those that the list has formats for, and half of all; 0: never)"
+    )
+    add("--min-coverage", type=float, metavar="SHARE", help=enough)
     add("--min-cosine", type=float, metavar="COSINE", help="fail where an output's cosine to the float model's is "
         "below this on the check batches: it is destroyed (default: 0.5; 0: never)")  # fmt: skip
     add("--dry-run", action="store_true", help="print the plan: nodes, sizes before and after, memory; write nothing")

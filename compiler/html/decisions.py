@@ -15,10 +15,10 @@ _KEYS = 8  # columns for details of decisions
 
 def decisions(report: Report) -> Markup:
     """Every pass in order. Those of the pass that quantizes are the list of nodes already."""
-    parts = [_pass(name, made) for name, made in report.decisions.items() if name != report.quantizer and made]
+    parts = [_pass(name, made) for name, made in report.decisions.items() if name not in report.quantizers and made]
     if measured := [node for node in report.nodes if node.int8_error is not None or node.activation_bits == 8]:
         parts.append(_activations(report.nodes, measured))
-    if report.decisions.get(report.quantizer or ""):
+    if report.quantizing:
         parts.append(paragraph(f"The decisions of {report.quantizer} are those in the list of nodes."))
     return section("decisions", "Decisions of each pass", *(parts or [paragraph("No pass made a decision.")]))
 

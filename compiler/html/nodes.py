@@ -41,16 +41,19 @@ class NodeRow:
 
 
 def node_rows(report: Report) -> list[NodeRow]:
-    """All nodes that `pack` or another pass that quantizes decided on.
+    """All nodes that a pass that quantizes decided on.
 
     Case 1: several passes decided on one node: what quantized it counts, else the first.
     Case 2: a node was measured without a decision, as in a report put together by hand: it counts as 8-bit.
     Case 3: a weight was stored for an earlier node: its size counts there.
+    Case 4: a node reads several constants that no format is for: each is a row.
     """
     errors = {error.node: error for error in report.nodes}
     found: dict[object, Decision] = {}
     for decision in _deciding(report):
-        key = decision.node or len(found)  # nodes without a name stay apart
+        key: object = decision.node or len(found)  # nodes without a name stay apart
+        if key in found and decision.action == found[key].action == "skipped":  # Case 4
+            key = (decision.node, decision.detail.get("weight"))
         if key not in found or decision.action == "quantized":  # Case 1
             found[key] = decision
     for error in report.nodes:  # Case 2
@@ -64,7 +67,7 @@ def node_rows(report: Report) -> list[NodeRow]:
 
 def _deciding(report: Report) -> Iterator[Decision]:
     for name, decisions in report.decisions.items():
-        if name == "pack" or any(d.action == "quantized" for d in decisions):
+        if name in report.quantizers or any(d.action == "quantized" for d in decisions):
             yield from decisions
 
 
@@ -89,9 +92,7 @@ def coverage(report: Report, rows: Sequence[NodeRow]) -> Markup:
     groups: dict[tuple[str, str], list[NodeRow]] = {}
     for row in rows:
         groups.setdefault((row.operator, row.decision.group), []).append(row)
-    told = f"{percent(report.coverage)} of the {report.kinds} weights are quantized."
-    if not any(report.packed(kind) or report.skipped(kind) for kind in report.products):
-        told = f"There was no {report.kinds} weight to quantize."
+    told = f"{report.told[0].upper()}{report.told[1:]}."
     made = table("Nodes by decision", ["Decision", "Operator", "Nodes", "Weights", "Stored"],
         [_group(group) for group in groups.values()], numbers=3)  # fmt: skip
     return section("coverage", "Coverage", Markup(f"<p>{told}</p>\n"), _shares(rows), made if rows else "")

@@ -37,6 +37,7 @@ class Dynamic(Pass):
     name: ClassVar[str] = "dynamic"
     after_walk: ClassVar[bool] = True
     quantizes: ClassVar[bool] = True
+    families: ClassVar[tuple[str, ...]] = ("MatMul",)
 
     def __init__(
         self,

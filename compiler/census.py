@@ -1,0 +1,235 @@
+"""Every large float constant of a model and what reads it: the truth that coverage is measured against.
+
+Invariant: a float constant of `least` elements or more that some node reads, in the main graph, in a body of If, Loop
+or Scan or in a function, is in the census once, with the readers that compute with it. What only moves, converts or
+joins constants is no reader: the census looks through it. Scales of weights that are quantized already are none.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+Family = Literal["MatMul", "Conv", "Gather", "other"]
+
+LEAST = 1024
+_MS = "com.microsoft"
+_ALL = tuple(range(64))
+# By domain and operator, the inputs that are weights of products.
+_PRODUCTS: Mapping[tuple[str, str], tuple[int, ...]] = {
+    ("", "MatMul"): (0, 1), ("", "Gemm"): (0, 1), ("", "Einsum"): _ALL,
+    ("", "LSTM"): (1, 2), ("", "GRU"): (1, 2), ("", "RNN"): (1, 2),
+    (_MS, "FusedMatMul"): (0, 1), (_MS, "TransposeMatMul"): (0, 1), (_MS, "FusedMatMulActivation"): (0, 1),
+    (_MS, "FusedGemm"): (0, 1), (_MS, "GemmFastGelu"): (1,), (_MS, "GemmFloat8"): (0, 1),
+    (_MS, "Attention"): (1,), (_MS, "PackedAttention"): (1,), (_MS, "DecoderAttention"): (2, 3),
+    (_MS, "LongformerAttention"): (1, 4), (_MS, "GatedRelativePositionBias"): (3,),
+    (_MS, "MoE"): (2, 4, 6), (_MS, "AttnLSTM"): (1, 2, 5, 8, 9, 11, 12, 13),
+}  # fmt: skip
+_CONVOLUTIONS = {
+    ("", "Conv"), ("", "ConvTranspose"), ("", "DeformConv"), (_MS, "FusedConv"), (_MS, "NhwcConv"),
+    (_MS, "NhwcFusedConv"), (_MS, "ConvTransposeWithDynamicPads"),
+}  # fmt: skip
+_LOOKUPS = {("", "Gather"): (0,), ("", "GatherND"): (0,), (_MS, "EmbedLayerNormalization"): (2, 3, 4)}
+_KNOWN_DOMAINS = {"", _MS, "ai.onnx.ml", "ai.onnx.preview.training"}
+# Of these, what is read beside the first input are scales and zero points.
+_GRIDS = {"QuantizeLinear", "DequantizeLinear"}
+# Their float inputs are scales and biases of weights that are codes.
+_QUANTIZED = {"MatMulNBits", "GatherBlockQuantized", "QMoE", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul",
+    "MatMulIntegerToFloat", "MatMulBnb4", "QAttention", "QGemm", "DynamicQuantizeLSTM", "QEmbedLayerNormalization",
+    "MatMulFpQ4"}  # fmt: skip
+_MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "CastLike", "Identity", "Flatten", "Slice", "Split"}
+_ELEMENTWISE = {"Mul", "Div", "Add", "Sub", "Pow", "Where", "Clip"}
+# What is known of a constant beside its numbers.
+_FACTS = {"Shape", "Size", "ConstantOfShape", "NonZero", "ArgMax", "ArgMin", "IsNaN", "IsInf"}
+_RANKS: Mapping[Family, int] = {"MatMul": 0, "Conv": 1, "Gather": 2, "other": 3}
+_BY_OPERATOR: Mapping[str, Family] = {
+    **{operator: "MatMul" for _, operator in _PRODUCTS}, **{operator: "Conv" for _, operator in _CONVOLUTIONS},
+    **dict.fromkeys((operator for _, operator in _LOOKUPS), "Gather"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A node that computes with a constant. owner: the node whose body it stands in, if it does."""
+
+    node: ir.Node
+    position: int
+    family: Family
+    owner: ir.Node | None
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return str(self.node.name or "")
+
+
+@dataclass(frozen=True)
+class FloatConstant:
+    """A float constant by the name of its value. family: the foremost of its readers'; readers: those of the family."""
+
+    value: ir.Value
+    size: int
+    nbytes: int
+    family: Family
+    readers: tuple[Reader, ...]
+
+    @property
+    def name(self) -> str:
+        """Its value's name."""
+        return str(self.value.name or "")
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """What a constant expression is made of: its sources that count, and its number of elements (0: unknown)."""
+
+    sources: frozenset[ir.Value]
+    size: int
+    whole: bool = True
+
+
+def family_of(operator: str) -> Family:
+    """The family that an operator's weights belong to; an operator's name without its domain."""
+    return _BY_OPERATOR.get(operator, "other")
+
+
+def census(model: ir.Model, least: int = LEAST) -> list[FloatConstant]:
+    """All float constants of `least` elements or more that some node reads, in the order in which they are read."""
+    found: dict[ir.Value, list[Reader]] = {}
+    graphs = [model.graph, *(f.graph for f in model.functions.values() if f.domain != "qcompile")]
+    for graph in graphs:
+        _Reading(graph, least, found).run()
+    return [_made(value, readers) for value, readers in found.items()]
+
+
+def tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node's output; None of anything else."""
+    if value.is_graph_input() and value.producer() is None and not value.is_initializer():
+        return None
+    return value.const_value if value.const_value is not None else ir.convenience.get_const_tensor(value)
+
+
+def _made(value: ir.Value, readers: Sequence[Reader]) -> FloatConstant:
+    tensor, family = tensor_of(value), min((reader.family for reader in readers), key=_RANKS.__getitem__)
+    assert tensor is not None
+    own = tuple(dict.fromkeys(reader for reader in readers if reader.family == family))
+    return FloatConstant(value, tensor.size, tensor.nbytes, family, own)
+
+
+class _Reading:
+    """One walk over the nodes of a graph and its bodies, in order; linear in the edges but for joins of constants."""
+
+    def __init__(self, graph: ir.Graph, least: int, found: dict[ir.Value, list[Reader]]) -> None:
+        self.graph, self.least, self.found = graph, least, found
+        self.carried: dict[ir.Value, _Carried | None] = {}
+
+    def run(self) -> None:
+        for node, owner in _nodes(self.graph, None):
+            if node.op_type == "Constant" and node.domain == "":
+                continue
+            taken = [self._of(value) if value is not None else None for value in node.inputs]
+            if not self._passed_on(node, taken):
+                self._read(node, owner, taken)
+
+    def _of(self, value: ir.Value) -> _Carried | None:
+        if value not in self.carried:
+            tensor = tensor_of(value)
+            counts = tensor is not None and tensor.size >= self.least and tensor.dtype.is_floating_point()
+            sources = frozenset([value] if counts and tensor is not None and tensor.dtype.bitwidth > 8 else ())
+            self.carried[value] = None if tensor is None else _Carried(sources, tensor.size)
+        return self.carried[value]
+
+    def _passed_on(self, node: ir.Node, taken: Sequence[_Carried | None]) -> bool:
+        """Whether the node's outputs are constants themselves, or a part of one that is chosen when the model runs."""
+        given = [own for value, own in zip(node.inputs, taken, strict=True) if value is not None]
+        known = [own for own in given if own is not None]
+        self._into_scan(node, taken)
+        if node.op_type in _QUANTIZED or node.domain == "qcompile" or not known or any(_bodies(node)):
+            return False
+        if len(known) == len(given) and node.outputs:
+            made = _Carried(_joined(node, known), max(own.size for own in known), all(own.whole for own in known))
+        elif _chosen(node, taken) and (first := taken[0]) is not None:
+            made = _Carried(first.sources, 0, whole=False)
+        else:
+            return False
+        self.carried.update(dict.fromkeys(node.outputs, made))
+        return True
+
+    def _into_scan(self, node: ir.Node, taken: Sequence[_Carried | None]) -> None:
+        """A Scan gives its body a slice of each of its last inputs."""
+        if node.op_type == "Scan" and "body" in node.attributes:
+            count, inputs = (
+                node.attributes.get_int("num_scan_inputs", 0) or 0,
+                node.attributes["body"].as_graph().inputs,
+            )
+            for value, own in zip(reversed(inputs), list(reversed(taken))[:count], strict=False):
+                if own is not None:
+                    self.carried[value] = _Carried(own.sources, 0, whole=False)
+
+    def _read(self, node: ir.Node, owner: ir.Node | None, taken: Sequence[_Carried | None]) -> None:
+        if node.op_type in _QUANTIZED or node.domain == "qcompile" or node.op_type.startswith("QLinear"):
+            return
+        for position, own in enumerate(taken):
+            if own is None or (node.op_type in _GRIDS and position):
+                continue
+            for source in own.sources:
+                family = _family(node, position, source)
+                self.found.setdefault(source, []).append(Reader(node, position, family, owner))
+
+
+def _nodes(graph: ir.Graph, owner: ir.Node | None) -> Iterator[tuple[ir.Node, ir.Node | None]]:
+    """Every node with the node whose body it stands in; an owner before what is in its bodies."""
+    for node in graph:
+        yield node, owner
+        for body in _bodies(node):
+            yield from _nodes(body, node)
+
+
+def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def _joined(node: ir.Node, known: Sequence[_Carried]) -> frozenset[ir.Value]:
+    """What of its operands a constant expression is: not the scales of a DequantizeLinear, nor smaller factors."""
+    if node.op_type in _FACTS:
+        return frozenset()
+    if node.op_type in _GRIDS or node.op_type in _MOVES or node.op_type == "Gather":
+        return known[0].sources
+    size = max(own.size for own in known)
+    parts = [own for own in known if node.op_type not in _ELEMENTWISE or own.size in (0, size)]
+    return parts[0].sources if len(parts) == 1 else frozenset(itertools.chain(*(own.sources for own in parts)))
+
+
+def _chosen(node: ir.Node, taken: Sequence[_Carried | None]) -> bool:
+    """Whether a node takes one matrix of many by a computed index, or moves such a one."""
+    first = taken[0] if taken else None
+    if first is None or node.domain != "":
+        return False
+    if not first.whole:
+        return node.op_type in _MOVES
+    value = node.inputs[0]
+    tensor = tensor_of(value) if value is not None else None
+    rank = len(tensor.shape) if tensor is not None else 0
+    return node.op_type == "Gather" and rank > 2 and node.attributes.get_int("axis", 0) == 0
+
+
+def _family(node: ir.Node, position: int, source: ir.Value) -> Family:
+    key = (node.domain, node.op_type)
+    if position in _PRODUCTS.get(key, ()):
+        return "MatMul"
+    if key in _CONVOLUTIONS and position == 1:
+        return "Conv"
+    if position in _LOOKUPS.get(key, ()):
+        return "Gather"
+    tensor = tensor_of(source)
+    if node.domain not in _KNOWN_DOMAINS and tensor is not None and len(tensor.shape) > 1:
+        return "MatMul"  # nobody knows what it does with so many numbers; no format is for it, and that counts
+    return "other"
