@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from qcompile.passes.prepare.edit import small_array
+
 _INTEGERS = {ir.DataType.INT32, ir.DataType.INT64}
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 # What may stand between the ids and the lookup without making other numbers of them.
@@ -126,20 +128,34 @@ def _growth(node: ir.Node, slot: int, axes: list[int]) -> Iterator[tuple[ir.Valu
 
 
 def _reached_output(value: ir.Value, outputs: set[ir.Value]) -> str | None:
-    """The graph output that `value` is, or becomes through Cast, Identity or Transpose."""
+    """The graph output that `value` is, or becomes through Cast, Identity or Transpose, or as the first of a pair."""
     frontier = [value]
     for _ in range(4):
         for current in frontier:
             if current in outputs:
                 return current.name
-        frontier = [u.node.outputs[0] for v in frontier for u in v.uses() if _moved(u.node, []) is not None]
+        uses = [use for value in frontier for use in value.uses()]
+        frontier = [use.node.outputs[0] for use in uses if _moved(use.node, []) is not None or _pairs(*use)]
     return None
+
+
+def _pairs(node: ir.Node, slot: int) -> bool:
+    """Whether a value gets an axis, or is the first of those joined along a new one: keys and values as one cache."""
+    if node.op_type == "Unsqueeze" and node.domain == "":
+        return True
+    before = node.inputs[slot]
+    producer = before.producer() if before is not None else None
+    return node.op_type == "Concat" and slot == 0 and producer is not None and producer.op_type == "Unsqueeze"
 
 
 def _moved(node: ir.Node, axes: list[int]) -> list[int] | None:
     """Where the axes lie after a node that only moves or casts; None for any other node."""
-    if node.op_type in {"Cast", "Identity"}:
+    if node.op_type in {"Cast", "Identity"} or (node.op_type == "Split" and axes):
         return axes
+    if node.op_type == "Squeeze" and axes and len(node.inputs) > 1:
+        gone = small_array(node.inputs[1])
+        places = set() if gone is None else {int(axis) % len(axes) for axis in gone.reshape(-1)}
+        return [axis for i, axis in enumerate(axes) if i not in places] if places else None
     if node.op_type != "Transpose":
         return None
     order = node.attributes.get("perm")

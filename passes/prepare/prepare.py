@@ -3,6 +3,7 @@
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.origins import keep_origins, origins
 from qcompile.passes.prepare.constants import fix_defaults, lift_constants, load_small
+from qcompile.passes.prepare.contrib import take_apart
 from qcompile.passes.prepare.convolutions import fold_convolutions
 from qcompile.passes.prepare.duplicates import merge_duplicates
 from qcompile.passes.prepare.einsum import turn_einsums
@@ -49,6 +50,8 @@ class Prepare(Pass):
     Case 17: BatchNormalization, and Add, Sub, Mul and Div by constants of a channel, go into the Conv before them.
     Case 18: x * Clip(x + 3, 0, 6) / 6 and the like become HardSwish; without the first x, HardSigmoid.
     Case 19: an Einsum that is a product with a constant weight, W x, and weights (1, …, K, N) become MatMul by (K, N).
+    Case 20: FusedMatMul, FusedGemm, FusedConv, Attention and EmbedLayerNormalization of ONNX Runtime's domain become
+            what they were fused from, so that their weights are those of a MatMul, Conv or Gather.
     Cases 11 to 16 keep the arithmetic, but for NaN scores in Case 13; Cases 10, 17 and 18 round elsewhere, or less.
     Inputs and outputs keep names, order and types; weights keep their types and are never all in memory.
     """
@@ -77,6 +80,8 @@ class Prepare(Pass):
         lift_constants(model, decide)  # Case 2
         remove_identities(model, decide)  # Case 4
         remove_unused(model, decide)  # so that a dead user does not look like a shared weight
+        if take_apart(model, decide):  # Case 20
+            infer_shapes(model, decide)
         merge_duplicates(model, decide)  # Case 5
         report_quantized(model, decide)
         fold_constants(model, decide)  # Case 6

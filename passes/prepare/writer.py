@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Names, add_initializer, insert_before, take_over
+from qcompile.passes.prepare.edit import Names, add_initializer, take_over
 
 
 class Writer:
@@ -28,18 +28,43 @@ class Writer:
         attributes: dict[str, Any] | None = None,
         *,
         like: ir.Value | None = None,
+        kind: ir.DataType | None = None,
     ) -> ir.Value:
-        """The output of a new node `<name>_<what>`, or of the name itself; of the type of `like`, or of the node."""
-        name = f"{self.name}_{what}" if what else self.name
-        value = insert_before(
-            self.node, op_type, inputs, attributes, name=name, output=self.names.fresh(f"{name}_output")
-        )
-        value.type = (like or self.node.outputs[0]).type
+        """The output of a new node `<name>_<what>`, or of the name itself; of the type of `like`, or of the node, or
+        of the element type `kind`.
+        """
+        (value,) = self.ops(op_type, inputs, what, attributes)
+        value.type = ir.TensorType(kind) if kind is not None else (like or self.node.outputs[0]).type
         return value
+
+    def ops(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        what: str = "",
+        attributes: dict[str, Any] | None = None,
+        *,
+        domain: str = "",
+        outputs: int = 1,
+    ) -> list[ir.Value]:
+        """The outputs of a new node, all of the type of the old node's first."""
+        name = f"{self.name}_{what}" if what else self.name
+        made = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
+        for i, value in enumerate(made.outputs):
+            value.name = self.names.fresh(f"{name}_output{i or ''}")
+            value.type = self.node.outputs[0].type
+        assert self.node.graph is not None
+        self.node.graph.insert_before(self.node, made)
+        return list(made.outputs)
 
     def constant(self, array: npt.ArrayLike, what: str, dtype: npt.DTypeLike = np.int64) -> ir.Value:
         """A small constant."""
         return add_initializer(self.home, self.names.fresh(f"{self.name}_{what}"), ir.tensor(np.array(array, dtype)))
+
+    def parts(self, value: ir.Value, sizes: Sequence[int], axis: int, what: str) -> list[ir.Value]:
+        """Parts of these sizes along an axis."""
+        told = self.constant(list(sizes), f"{what}_sizes")
+        return self.ops("Split", [value, told], what, {"axis": axis}, outputs=len(sizes))
 
     def transpose(self, value: ir.Value, order: Sequence[int], what: str) -> ir.Value:
         """The axes in another order."""

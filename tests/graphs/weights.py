@@ -90,3 +90,38 @@ def gemm_on_the_left(make: Graph) -> None:
     x, bias = make.input("b", 32), make.floats(40, 1, scale=1.0)
     y = make.one("Gemm", make.floats(32, 40), x, bias, transA=1, transB=1, alpha=0.5)
     make.output(make.one("Transpose", y))
+
+
+def _ids(make: Graph, *shape: int, below: int) -> str:
+    return make.input(*shape, dtype=np.int32, draw=lambda random, size: random.integers(0, below, size))
+
+
+@case({"pack": 10, "qdq": 25, "dynamic": 25}, packed={"MatMulInt4": 2, "Attention": 0}, coverage=1.0)
+def encoder_of_an_optimizer(make: Graph) -> None:
+    """As onnxruntime.transformers.optimizer writes BERT: weights in EmbedLayerNormalization and Attention."""
+    domain = "com.microsoft"
+    ids, kinds, mask = (_ids(make, 2, 6, below=n) for n in (50, 2, 2))
+    tables = [make.floats(rows, 32, scale=0.5) for rows in (50, 8, 2)]
+    norm = make.constant(np.linspace(0.5, 1.5, 32, dtype=np.float32)), make.floats(32, scale=0.1)
+    embedded = [ids, kinds, *tables, *norm, mask]
+    x, lengths = make.op("EmbedLayerNormalization", *embedded, domain=domain, outputs=2, epsilon=1e-5)
+    weights = make.floats(32, 96, scale=0.2), make.floats(96, scale=0.1)
+    a = make.one("Attention", x, *weights, lengths, domain=domain, num_heads=4)
+    make.output(make.one("SkipLayerNormalization", make.linear(a, 32), x, *norm, domain=domain))
+
+
+@case({"pack": 12, "smooth,qdq": 25, "dynamic": 25}, packed={"MatMulInt4": 3, "FusedMatMul": 0}, coverage=1.0)
+def products_fused_by_a_runtime(make: Graph) -> None:
+    domain, x = "com.microsoft", make.input("b", 32)
+    y = make.one("FusedMatMul", x, make.floats(48, 32, scale=0.2), domain=domain, alpha=0.5, transB=1)
+    told = {"domain": domain, "activation": "Relu", "transB": 1}
+    y = make.one("FusedGemm", y, make.floats(32, 48, scale=0.3), make.floats(32), **told)
+    make.output(make.linear(y, 16))
+
+
+@case({"smooth,qdq": 22}, coverage=1.0)
+def convolutions_fused_by_a_runtime(make: Graph) -> None:
+    x, told = make.input("b", 4, 8, 8), {"domain": "com.microsoft", "activation": "Relu", "pads": [1, 1, 1, 1]}
+    y = make.one("FusedConv", x, make.floats(8, 4, 3, 3), make.floats(8, scale=0.1), **told)
+    z = make.one("FusedConv", y, make.floats(8, 8, 3, 3), make.floats(8, scale=0.1), y, **told)
+    make.output(make.one("Conv", z, make.floats(8, 8, 1, 1)))
