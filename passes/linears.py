@@ -17,9 +17,6 @@ LEFT = "qcompile.left"
 # What may stand between the last MatMul of a decoder and its logits.
 _HEAD_TAIL = {"Add", "Cast", "Identity", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze"}
 
-# What moves or converts a constant, and may stand between it and the product it is the weight of.
-_MOVES = {"Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Mul"}
-
 
 @dataclass(frozen=True, eq=False)
 class Linear:
@@ -112,27 +109,11 @@ def as_linear(node: ir.Node) -> Linear | str:
     if left.const_value is not None and right.const_value is None:
         return "the constant is the left operand"
     if right.const_value is None:
-        return _computed(right) or _computed(left) or "no constant weight (a product of two activations)"
+        return "no constant weight (a product of two activations)"
     rank = len(right.const_value.shape)
     if 0 in dimensions(right):
         return "the weight has no elements"
     return f"the weight has rank {rank}, not 2" if rank != 2 else f"the weight is {right.const_value.dtype}"
-
-
-def _computed(value: ir.Value) -> str:
-    """Why an operand that constants alone decide is none itself; an empty string for an activation."""
-    for _ in range(8):
-        node = value.producer()
-        if node is None or not node.inputs or node.inputs[0] is None:
-            break
-        if LEFT in node.meta:
-            return f"its weight is computed from constants: {node.meta[LEFT]}"
-        value = node.inputs[0]
-        if node.op_type == "DequantizeLinear" and value.const_value is not None:
-            return f"its weight is quantized already, to {value.const_value.dtype}"
-        if node.op_type not in _MOVES:
-            break
-    return ""
 
 
 def find_linears(nodes: Iterable[ir.Node]) -> list[Linear]:

@@ -343,6 +343,36 @@ def test_halves_behind_a_cast_are_read_as_they_are():
     np.testing.assert_array_equal(read(linear.weight.const_value), onnx.numpy_helper.to_array(make.constants[0]))
 
 
+def test_weights_that_stay_computed_say_by_what():
+    """Codes with a scale of one's own, as some exporters write them; and an operator that nothing folds."""
+    make = Graph()
+    x, codes = make.input(2, 64), make.constant(np.ones((64, 48), np.int8))
+    scaled = make.one("Mul", make.one("Cast", codes, to=onnx.TensorProto.FLOAT), make.constant(np.float32(0.1)))
+    model, _ = _checked(make, make.one("MatMul", x, scaled), make.one("MatMul", x, make.one("Erf", make.floats(64, 8))))
+    first, second = (node for node in model.graph if node.op_type == "MatMul")
+    assert as_linear(first) == "its weight is computed from constants by Mul n_Mul5"
+    assert as_linear(second).startswith("its weight is computed from constants by Erf")
+
+
+def test_constants_within_bodies():
+    make = Graph()
+    x, w = make.input(2, 64), make.floats(48, 64)
+    turned = onnx.helper.make_node("Transpose", [w], ["turned"])
+    branches = {
+        name: onnx.helper.make_graph(
+            [turned, onnx.helper.make_node("MatMul", [x, "turned"], ["out"])],
+            name,
+            [],
+            [onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, [2, 48])],
+        )
+        for name in ("then_branch", "else_branch")
+    }
+    choice = make.input(dtype=np.bool_, draw=lambda random, shape: np.array(True))
+    model, _ = _checked(make, make.one("If", choice, **branches))
+    assert [node.op_type for node in model.graph.all_nodes()] == ["If", "MatMul", "MatMul"]
+    assert len(model.graph.initializers) == 1
+
+
 @pytest.mark.parametrize(
     ("equation", "shapes", "reason"),
     [

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from qcompile.passes.linears import LEFT
 from qcompile.passes.prepare.constant_ops import Array, Made, Operand, made_of
-from qcompile.passes.prepare.edit import Decide, add_initializer, is_constant
+from qcompile.passes.prepare.edit import Decide, add_initializer, decided, is_constant
 from qcompile.passes.tensors import computed, read
 
 # A second copy of less than this may be made; above, a weight exists once.
@@ -152,6 +152,35 @@ def report_quantized(model: ir.Model, decide: Decide) -> None:
     for node in model.graph.all_nodes():
         if node.op_type == "DequantizeLinear" and node.domain == "" and is_constant(node.inputs[0]):
             decide(node.name or "", "skipped", "the weight is already quantized")
+
+
+def note_computed(model: ir.Model) -> None:
+    """Note at every product whose weight is computed from constants, and stays so, why that is."""
+    fixed = decided(model)
+    for node in model.graph.all_nodes():
+        if node.op_type not in _PRODUCTS or node.domain != "" or fixed.issuperset(node.outputs) or LEFT in node.meta:
+            continue
+        for value in node.inputs:
+            if value is not None and value in fixed and value.producer() is not None:
+                node.meta[LEFT] = _why_computed(value)
+                break
+
+
+def _why_computed(value: ir.Value) -> str:
+    """The reason that a computation of constants has left behind, or which operator no step folds."""
+    waiting: list[ir.Value | None] = [value]
+    for current in waiting:  # grows while it is walked
+        node = current.producer() if current is not None else None
+        if node is None or node.op_type == "Constant" or len(waiting) > 64:
+            continue
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
+            return f"its weight is quantized already, to {node.inputs[0].dtype}"
+        if LEFT in node.meta:
+            return f"its weight is computed from constants: {node.meta[LEFT]}"
+        waiting += node.inputs
+    node = value.producer()
+    assert node is not None
+    return f"its weight is computed from constants by {node.op_type} {node.name}"
 
 
 def _leaf(value: ir.Value, tensor: ir.TensorProtocol) -> _Known:

@@ -8,7 +8,7 @@ from qcompile.passes.prepare.convolutions import fold_convolutions
 from qcompile.passes.prepare.duplicates import merge_duplicates
 from qcompile.passes.prepare.einsum import turn_einsums
 from qcompile.passes.prepare.equal import merge_equal
-from qcompile.passes.prepare.folding import fold_constants, report_quantized
+from qcompile.passes.prepare.folding import fold_constants, note_computed, report_quantized
 from qcompile.passes.prepare.gemm import split_gemms
 from qcompile.passes.prepare.hard_swish import name_hard_swishes
 from qcompile.passes.prepare.heads import group_heads
@@ -107,6 +107,7 @@ class Prepare(Pass):
         remove_unused(model, decide)  # Case 8
         sort(model)
         name_nodes(model, decide)
+        note_computed(model)
         keep_origins(model, known)
         infer_shapes(model, decide)
         region.nodes = list(model.graph)
