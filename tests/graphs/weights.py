@@ -39,7 +39,7 @@ def on_the_left(make: Graph) -> None:
     make.output(make.linear(make.one("Relu", y), 16, 48))
 
 
-@case({"pack": 12, "dynamic": 25}, packed={"MatMulInt4": 4, "Einsum": 2}, coverage=1.0)
+@case(ALL | {"pack": 12, "smooth,awq,gptq,pack": 14}, packed={"MatMulInt4": 4, "Einsum": 2}, coverage=1.0)
 def attention_of_einsums(make: Graph) -> None:
     """Keras writes heads this way: (b, s, 32) to (b, s, 4, 8) and back."""
     x = make.input("b", 6, 32)
