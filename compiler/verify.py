@@ -1,7 +1,7 @@
 """Trust, but run it: every packed node against its weights, the whole model before and after the disk."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,10 +213,10 @@ def compare_outputs(compiled: Sequence[Arrays], original: Sequence[Arrays]) -> l
     Outputs whose shape depends on their content (boxes that were found) may have another one; they are left out.
     UserError as well where there is not one number in all outputs: a check of nothing tells nothing.
     """
-    if not any(array.size for arrays in original for array in arrays.values()):
+    if not any(np.isfinite(array).any() if array.dtype.kind == "f" else array.size for array in _all(original)):
         raise UserError(
-            "the check batches give no output a single number (are they without rows?): nothing could be verified; "
-            "give calibration data with rows"
+            "the float model's outputs hold not a single number on the check batches (are they without rows, or NaN "
+            "throughout?): nothing could be verified; give calibration data with rows that it computes"
         )
     names = [name for name in original[0] if name in compiled[0] and original[0][name].dtype.kind == "f"]
     pairs = {name: ([a[name] for a in compiled], [b[name] for b in original]) for name in names}
@@ -225,6 +225,10 @@ def compare_outputs(compiled: Sequence[Arrays], original: Sequence[Arrays]) -> l
         for name, (a, b) in pairs.items()
         if all(x.shape == y.shape for x, y in zip(a, b, strict=True)) and any(y.size for y in b)
     ]
+
+
+def _all(batches: Sequence[Arrays]) -> Iterator[npt.NDArray[Any]]:
+    return (array for arrays in batches for array in arrays.values())
 
 
 def _compared(name: str, a: Sequence[npt.NDArray[Any]], b: Sequence[npt.NDArray[Any]]) -> OutputError:

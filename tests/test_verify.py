@@ -192,6 +192,8 @@ def test_outputs_of_another_shape_are_left_out_and_none_at_all_is_an_error() -> 
     empty = [{"y": np.zeros((0, 3)), "n": np.zeros(0, np.int64)}]
     with pytest.raises(UserError, match="nothing could be verified; give calibration data with rows"):
         compare_outputs(empty, empty)
+    with pytest.raises(UserError, match="NaN throughout"):
+        compare_outputs([{"y": np.ones(2)}], [{"y": np.full(2, np.nan)}])
 
 
 def test_a_destroyed_output_is_named_with_the_worst_node() -> None:

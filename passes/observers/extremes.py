@@ -9,7 +9,7 @@ from onnx import helper
 from qcompile.passes.affine import Array
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Observer, Outputs, State
-from qcompile.passes.observers.nodes import add_outputs, by_channel, constant, scalar
+from qcompile.passes.observers.nodes import add_outputs, by_channel, constant, lost, scalar
 from qcompile.passes.spec import ActivationSpec
 
 
@@ -32,7 +32,7 @@ class Extremes(Observer):
 
     def append(self, graph: onnx.GraphProto) -> None:
         """`prefix`.low and .high, float32 () or (channels,); `value`.faults, float32 (): 0, NaN where a number is no
-        finite one (a maximum alone would hide a NaN).
+        finite one (a maximum alone would hide a NaN), but for rows of which none is; `nodes.lost`.
         """
         low, high, faults = f"{self.prefix}.low", f"{self.prefix}.high", f"{self.value}.faults"
         if any(low in node.output for node in graph.node):
@@ -46,7 +46,7 @@ class Extremes(Observer):
             zero = scalar(graph, "qcompile.zero", np.float32(0))
             graph.node.append(helper.make_node("Mul", [source, zero], [f"{self.value}.zeros"]))
             graph.node.append(helper.make_node("ReduceSum", [f"{self.value}.zeros"], [faults], keepdims=0))
-            add_outputs(graph, [faults])
+            add_outputs(graph, [faults, lost(self.value)])
 
     def update(self, outputs: Outputs) -> None:
         """Minima and maxima."""
@@ -58,10 +58,10 @@ class Extremes(Observer):
         self.high = high if self.high is None else np.maximum(self.high, high)
 
     def batch(self, outputs: Outputs) -> tuple[Array, Array] | None:
-        """(low, high) of the batch, None for one without rows; UserError where a number is NaN or infinite."""
+        """(low, high) of the batch, None for one without finite rows; UserError where another number is not finite."""
         low, high = (np.array(outputs[f"{self.prefix}.{end}"], np.float32) for end in ("low", "high"))
         self.check_finite(outputs[f"{self.value}.faults"])
-        return None if (low > high).any() else (low, high)
+        return None if (low > high).any() or outputs[lost(self.value)] == 1 else (low, high)
 
     def state(self) -> State:
         """low, high."""

@@ -73,10 +73,35 @@ def add_outputs(graph: onnx.GraphProto, names: Iterable[str], element_type: int 
     graph.output.extend(helper.make_tensor_value_info(name, element_type, None) for name in names)
 
 
+def lost(value: str) -> str:
+    """The name of a float32 scalar that `by_channel` and `matrix` append: 1 where the value has no finite row, else 0."""
+    return f"{value}.lost"
+
+
 def _float(graph: onnx.GraphProto, value: str) -> str:
+    """The value as float32, of its shape; zeros for rows (along the last axis) in which no number is finite.
+
+    Attention gives such rows to padding that a mask of -inf covers throughout: they mean nothing, and nobody reads
+    them. A row of which some numbers are finite stays as it is: there the model overflows.
+    """
     name = f"{value}.float"
-    if not any(name in node.output for node in graph.node):
-        graph.node.append(helper.make_node("Cast", [value], [name], to=TensorProto.FLOAT))
+    if any(name in node.output for node in graph.node):
+        return name
+    first, last = constant(graph, "qcompile.first", [0]), constant(graph, "qcompile.minus1", [-1])
+    zero = scalar(graph, "qcompile.zero", np.float32(0))
+    steps: list[tuple[str, list[str], str, dict[str, int]]] = [
+        ("Cast", [value], "cast", {"to": TensorProto.FLOAT}),
+        ("Unsqueeze", [f"{value}.cast", first], "rows1", {}),  # a scalar is a row of its own
+        ("Mul", [f"{value}.rows1", zero], "nans", {}),
+        ("IsNaN", [f"{value}.nans"], "bad", {}),
+        ("Cast", [f"{value}.bad"], "bad.float", {"to": TensorProto.FLOAT}),
+        ("ReduceMin", [f"{value}.bad.float", last], "dead.float", {"keepdims": 1}),
+        ("ReduceMin", [f"{value}.dead.float"], "lost", {"keepdims": 0}),
+        ("Cast", [f"{value}.dead.float"], "dead", {"to": TensorProto.BOOL}),
+        ("Where", [f"{value}.dead", zero, f"{value}.rows1"], "kept", {}),
+        ("Squeeze", [f"{value}.kept", first], "float", {}),
+    ]
+    graph.node.extend(helper.make_node(op, given, [f"{value}.{end}"], **more) for op, given, end, more in steps)
     return name
 
 
