@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ _MIN_IR_VERSION = 3
 # protobuf's own limit.
 _MAX_PROTO = 2**31 - 1
 # Operators and operand positions that make an initializer a weight, and operators that only move or convert one.
-_WEIGHT_OPERANDS = {("MatMul", 0), ("MatMul", 1), ("Gather", 0)} | {
+_WEIGHT_OPERANDS = {("MatMul", 0), ("MatMul", 1)} | {
     (op, index) for op in ("Gemm", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN") for index in (1, 2)
 }
 _MOVES = {"Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity"}
@@ -61,14 +61,16 @@ def load_model(path: Path) -> ir.Model:
 def check_finite(model: ir.Model) -> None:
     """Raise UserError for a NaN in any tensor, or an Inf in a weight; reads every float tensor once, in chunks.
 
-    An Inf elsewhere is legitimate: attention masks are made of them. So is a NaN that stands alone.
+    An Inf elsewhere is legitimate: attention masks are made of them, and -Inf in a table that is looked up. So is a NaN
+    that stands alone.
     """
-    weights = {id(value.const_value) for value in _weights(model)}
+    weights = {id(value.const_value) for value in _weights(model, _WEIGHT_OPERANDS)}
+    tables = {id(value.const_value) for value in _weights(model, {("Gather", 0)})} - weights
     for name, tensor in tensors_of(model):
         if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16 or tensor.size < 2:
             continue
-        nans, infs = _count_non_finite(tensor)
-        if nans or (infs and id(tensor) in weights):
+        nans, infs, negative = _count_non_finite(tensor)
+        if nans or (infs and id(tensor) in weights) or (infs > negative and id(tensor) in tables):
             raise UserError(
                 f"tensor {name!r} holds {nans} NaN and {infs} Inf among {tensor.size} values; export the model again"
             )
@@ -177,25 +179,27 @@ def _sort(model: ir.Model, path: Path) -> None:
             raise UserError(f"{path}: the graph has a cycle ({error}); export the model again") from error
 
 
-def _weights(model: ir.Model) -> Iterator[ir.Value]:
+def _weights(model: ir.Model, operands: Set[tuple[str, int]]) -> Iterator[ir.Value]:
     """Initializers that a linear operator or a lookup uses, maybe through something that only moves them."""
     for value in model.graph.initializers.values():
         reached = [value]
         for current in reached:  # grows while it is walked
             reached += [use.node.outputs[0] for use in current.uses() if use.node.op_type in _MOVES and use.idx == 0]
-            if any((use.node.op_type, use.idx) in _WEIGHT_OPERANDS for use in current.uses()):
+            if any((use.node.op_type, use.idx) in operands for use in current.uses()):
                 yield value
                 break
 
 
-def _count_non_finite(tensor: ir.TensorProtocol) -> tuple[int, int]:
-    nans = infs = 0
+def _count_non_finite(tensor: ir.TensorProtocol) -> tuple[int, int, int]:
+    """NaNs, infinite numbers, and those of them that are negative."""
+    nans = infs = negative = 0
     for chunk in chunks(tensor):
         values = np.frombuffer(chunk, tensor.dtype.numpy())
         if not np.isfinite(values).all():
             nans += int(np.isnan(values).sum())
             infs += int(np.isinf(values).sum())
-    return nans, infs
+            negative += int((np.isinf(values) & (values < 0)).sum())
+    return nans, infs, negative
 
 
 def _data_files(path: Path) -> set[Path]:

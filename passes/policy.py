@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from qcompile.passes.linears import Embedding, Linear, is_lm_head
+from qcompile.passes.masks import holds_fill
 from qcompile.passes.origins import matches
 from qcompile.passes.spec import QuantSpec
 
@@ -38,7 +39,9 @@ class Policy:
         return self.body
 
     def for_embedding(self, embedding: Embedding) -> QuantSpec | str:
-        """The spec of an embedding table, or the reason why it stays in float."""
+        """The spec of an embedding table, or the reason why it stays in float; one that is a mask does."""
+        if self.embedding is not None and holds_fill(embedding.table):
+            return "its table holds the fill of a mask (-1e4, -inf), which no 8-bit grid serves"
         return self.refusal(embedding.node, embedding.table) or self.embedding or "embedding is kept in float"
 
     def refusal(self, node: ir.Node, *weights: ir.Value | None) -> str:

@@ -74,7 +74,7 @@ def add_outputs(graph: onnx.GraphProto, names: Iterable[str], element_type: int 
 
 
 def lost(value: str) -> str:
-    """The name of a float32 scalar that `by_channel` and `matrix` append: 1 where the value has no finite row, else 0."""
+    """The name of a float32 scalar that `by_channel` and `matrix` append: 1 where no row is finite, else 0."""
     return f"{value}.lost"
 
 

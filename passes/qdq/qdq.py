@@ -256,7 +256,9 @@ def _channels(stored: Stored) -> int:
 
 
 def _elements(node: ir.Node) -> int:
-    """Elements of the constant weight of a product."""
+    """Elements of the constant weight of a product; 0 of what has none."""
+    if weight_position(node) is None:
+        return 0
     value = node.inputs[1] if len(node.inputs) > 1 else None
     shape = value.shape if value is not None else None
     known = shape is not None and all(isinstance(size, int) for size in shape)

@@ -1,12 +1,13 @@
 """Which nodes compute in 8 bits, and which values therefore need a Q and a DQ."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Literal
 
 import onnx_ir as ir
 
 from qcompile.passes.linears import as_linear, constant, is_lm_head, vocabulary_size
+from qcompile.passes.masks import masked
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import is_constant
 from qcompile.passes.qdq.biases import bias_behind
@@ -16,6 +17,7 @@ from qcompile.passes.qdq.providers import Provider, Rule, rule_of
 Operators = Literal["auto", "weights", "all"]
 # Operators with a weight.
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+MASKED = "it may hold the fill of an attention mask (-1e4, -inf), which no 8-bit grid serves"
 # What a QuantizeLinear may stand behind, instead of right behind the product: both vanish into the product.
 _CLAMPS = ("Relu", "Clip")
 
@@ -47,6 +49,8 @@ def select(
     Case 2: operators "all": every other operator that the provider computes in integers, products of two activations
             among them; those that are slower in integers only with `slower`.
     Case 3: operators "auto": such an operator between two integer ones, so that codes need not become floats.
+    Case 4: none of these operators where it reads or gives what may hold the fill of a mask, see `masks`: a grid that
+            spans -1e4 has no room for anything else.
     What the user excludes is in none of them, with a weight or without.
     """
     found = Selection()
@@ -63,6 +67,7 @@ def select(
             found.heads[node] = rule
         else:
             found.nodes[node] = rule
+    masks = masked(model)
     for node in model.graph if operators == "all" else ():  # Case 2
         rule = _rule(node, provider)
         if (
@@ -73,10 +78,13 @@ def select(
             and _usable(node, rule, slower)
             and not _excluded(node, policy, found)
         ):
-            found.nodes[node] = rule
+            if _touches(node, rule, masks):  # Case 4
+                found.kept[node] = ("skipped", MASKED)
+            else:
+                found.nodes[node] = rule
     _add_values(found, provider)
     if operators == "auto":
-        _add_between(model, found, policy, provider, slower)  # Case 3
+        _add_between(model, found, policy, provider, slower, masks)  # Case 3
     return found
 
 
@@ -207,13 +215,22 @@ def _excluded(node: ir.Node, policy: Policy, found: Selection) -> bool:
     return bool(reason)
 
 
-def _add_between(model: ir.Model, found: Selection, policy: Policy, provider: Provider, slower: bool) -> None:
+def _touches(node: ir.Node, rule: Rule, masks: Set[ir.Value]) -> bool:
+    values = [*(node.inputs[i] for i in inputs_of(node, rule)), *node.outputs]
+    return any(value in masks for value in values)
+
+
+def _add_between(
+    model: ir.Model, found: Selection, policy: Policy, provider: Provider, slower: bool, masks: Set[ir.Value]
+) -> None:
     """Case 3: operators whose inputs are quantized anyway, and whose output an integer operator reads."""
     candidates = {}
     for node in model.graph:
         if node not in found.nodes and node not in found.heads and node not in found.kept:
             rule = _rule(node, provider)
-            if isinstance(rule, Rule) and _usable(node, rule, slower) and not _excluded(node, policy, found):
+            if isinstance(rule, str) or not _usable(node, rule, slower) or _excluded(node, policy, found):
+                continue
+            if not _touches(node, rule, masks):
                 candidates[node] = rule
     wanted = _wanted(found, candidates)
     for node, rule in candidates.items():

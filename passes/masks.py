@@ -1,0 +1,106 @@
+"""Additive attention masks: values that hold numbers like -1e4, -3.4e38 or -inf beside ordinary ones."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.prepare.edit import is_constant
+from qcompile.passes.tensors import chunks
+
+# From here on a number is what masks are filled with (-1e4, -65504, -1e9, the lowest float, -inf) rather than a score.
+# An 8-bit grid that spans it has steps of 35 and more: it has no room for scores.
+FILL = 9e3
+_KNOWN = "qcompile.fill"
+
+# What gives the numbers it reads, or sums and products of them, by the positions of the inputs that hold them.
+_CARRIES: dict[str, tuple[int, ...]] = {
+    "Where": (1, 2),
+    **dict.fromkeys(("Add", "Sub", "Mul"), (0, 1)),
+    **dict.fromkeys(("Neg", "Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand"), (0,)),
+    **dict.fromkeys(("Slice", "Gather", "Split", "Tile", "Flatten", "Trilu", "Pad", "ScatterND"), (0,)),
+}
+_PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "Attention", "MultiHeadAttention"}
+# What stands between the sum of scores and a mask and its Softmax.
+_BETWEEN = {"Add", "Sub", "Where", "Mul", "Div", "Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
+
+
+def holds_fill(value: ir.Value) -> bool:
+    """Whether a constant of floats has a number of magnitude FILL and more, or an infinite one."""
+    if value.const_value is None or not value.const_value.dtype.is_floating_point():
+        return False
+    if _KNOWN not in value.meta:
+        value.meta[_KNOWN] = _largest(value.const_value) >= FILL
+    return bool(value.meta[_KNOWN])
+
+
+def _largest(tensor: ir.TensorProtocol) -> float:
+    if tensor.dtype.bitwidth < 16:
+        return 0.0
+    parts = (np.frombuffer(chunk, tensor.dtype.numpy()) for chunk in chunks(tensor))
+    return max((float(np.abs(part.astype(np.float32)).max(initial=0)) for part in parts), default=0.0)
+
+
+def masked(model: ir.Model) -> set[ir.Value]:
+    """The values of the main graph that hold, or may hold, the fill of a mask.
+
+    Case 1: one that is computed from a constant with such a number, by sums, products, choices and moves alone.
+    Case 2: what is added to the scores of an attention before its Softmax and comes out of no product: a mask, whatever
+            it holds, also where it is an input of the model; and the sum.
+    """
+    found = {value for value in _added_to_scores(model) if value is not None}
+    for node in model.graph:
+        if node.op_type in ("Constant", "ConstantOfShape") and _fills(node):
+            found.update(node.outputs)
+        carried = [node.inputs[i] for i in _carried(node) if i < len(node.inputs)]
+        if any(own is not None and (own in found or (is_constant(own) and holds_fill(own))) for own in carried):
+            found.update(node.outputs)
+            found.update(own for own in carried if own is not None and is_constant(own) and holds_fill(own))
+    return found
+
+
+def _carried(node: ir.Node) -> Sequence[int]:
+    """Positions of the inputs whose numbers are in the node's outputs."""
+    if node.domain != "":
+        return ()
+    return range(len(node.inputs)) if node.op_type == "Concat" else _CARRIES.get(node.op_type, ())
+
+
+def _fills(node: ir.Node) -> bool:
+    numbers = [attribute for name, attribute in node.attributes.items() if name in ("value", "value_float")]
+    for attribute in numbers:
+        if attribute.type == ir.AttributeType.TENSOR:
+            tensor = attribute.as_tensor()
+            return tensor.dtype.is_floating_point() and _largest(tensor) >= FILL
+        if attribute.type == ir.AttributeType.FLOAT:
+            return abs(attribute.as_float()) >= FILL
+    return False
+
+
+def _added_to_scores(model: ir.Model) -> set[ir.Value | None]:
+    """Case 2: of each Add that leads to a Softmax, the operand that depends on no product beside one that does."""
+    multiplied = _behind_products(model)
+    found: set[ir.Value | None] = set()
+    for node in model.graph:
+        if node.op_type != "Softmax":
+            continue
+        stack, seen = [node.inputs[0]], set[ir.Node]()
+        while stack:
+            value = stack.pop()
+            producer = value.producer() if value is not None else None
+            if producer is None or producer in seen or producer.op_type not in _BETWEEN:
+                continue
+            seen.add(producer)
+            if producer.op_type in ("Add", "Sub") and any(own in multiplied for own in producer.inputs):
+                found.update(own for own in producer.inputs if own not in multiplied)
+            stack.extend(own for own in producer.inputs if own in multiplied)
+    return found
+
+
+def _behind_products(model: ir.Model) -> set[ir.Value]:
+    """The values that depend on a product."""
+    found: set[ir.Value] = set()
+    for node in model.graph:
+        if node.op_type in _PRODUCTS or any(value in found for value in node.inputs):
+            found.update(node.outputs)
+    return found

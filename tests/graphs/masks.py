@@ -1,0 +1,82 @@
+"""Additive masks: constants of -1e4 and below, inputs, tables of -inf; none is put on a grid or widens one."""
+
+from typing import Any
+
+import numpy as np
+
+from graphs.table import Graph, case
+
+LISTS = {"qdq(operators=all)": 22, "qdq": 22, "pack": 14, "dynamic": 25}
+
+
+def _attention(make: Graph, mask: str, x: str) -> None:
+    """One head of 32 channels over x (b, 12, 32), its scores summed with the mask."""
+    q, k, v = (make.linear(x, 32) for _ in range(3))
+    scores = make.one("MatMul", q, make.one("Transpose", k, perm=[0, 2, 1]))
+    scaled = make.one("Mul", scores, make.constant(np.float32(0.2)))
+    weights = make.one("Softmax", make.one("Add", scaled, mask), axis=-1)
+    make.output(make.linear(make.one("MatMul", weights, v), 32))
+
+
+def _keep(random: np.random.Generator, size: tuple[int, ...]) -> Any:
+    """The first half of the positions at least, some of the others."""
+    made = random.random(size) < 0.6
+    made[..., :6] = True
+    return made
+
+
+def _filled(make: Graph, fill: float) -> None:
+    """A mask of booleans as torch exports it: Where, Unsqueeze."""
+    x, keep = make.input("b", 12, 32), make.input("b", 12, dtype=np.bool_, draw=_keep)
+    chosen = make.one("Where", keep, make.constant(np.float32(0)), make.constant(np.float32(fill)))
+    _attention(make, make.one("Unsqueeze", chosen, make.constant(np.array([1], np.int64))), x)
+
+
+@case(LISTS)
+def mask_of_minus_ten_thousand(make: Graph) -> None:
+    _filled(make, -1e4)
+
+
+@case(LISTS)
+def mask_of_the_lowest_float(make: Graph) -> None:
+    _filled(make, float(np.finfo(np.float32).min))
+
+
+@case(LISTS)
+def mask_of_minus_infinity(make: Graph) -> None:
+    _filled(make, -np.inf)
+
+
+@case(LISTS)
+def mask_by_a_product(make: Graph) -> None:
+    """BERT's: (1 - mask) * -10000."""
+    x, keep = make.input("b", 12, 32), make.input("b", 1, 12, dtype=np.float32, draw=_keep)
+    left = make.one("Sub", make.constant(np.float32(1)), keep)
+    _attention(make, make.one("Mul", left, make.constant(np.float32(-1e4))), x)
+
+
+@case(LISTS)
+def mask_as_an_input(make: Graph) -> None:
+    """The caller gives 0 and -1e4; nothing in the graph says so."""
+    x = make.input("b", 12, 32)
+    mask = make.input("b", 1, 12, draw=lambda random, size: np.where(_keep(random, size), 0, -1e4))
+    _attention(make, make.one("Identity", mask), x)
+
+
+@case({"qdq(operators=all)": 22, "qdq": 22, "pack": 14, "dynamic": 25}, coverage=None)
+def mask_looked_up_in_a_table(make: Graph) -> None:
+    """A causal table of 0 and -inf, its rows looked up by position."""
+    x = make.input("b", 12, 32)
+    rows = make.input(12, dtype=np.int64, draw=lambda random, size: random.integers(0, 12, size))
+    table = np.where(np.tri(12, dtype=bool), 0, -np.inf).astype(np.float32)
+    _attention(make, make.one("Gather", make.constant(table), rows), x)
+
+
+@case({"qdq(operators=all)": 22, "pack": 14}, options={"min_coverage": 0})
+def bias_of_positions_and_a_mask(make: Graph) -> None:
+    """A table of small biases beside a constant mask: the sum of both is a mask, the table is none."""
+    x = make.input("b", 12, 32)
+    rows = make.input(12, dtype=np.int64, draw=lambda random, size: random.integers(0, 12, size))
+    bias = make.one("Gather", make.floats(12, 12, scale=1.0), rows)
+    causal = make.constant(np.where(np.tri(12, dtype=bool), 0, -1e9).astype(np.float32))
+    _attention(make, make.one("Add", bias, causal), x)
