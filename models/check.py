@@ -1,6 +1,6 @@
 """An exported graph against the torch module it came from, on a real prompt."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,15 +78,26 @@ def compare(
     module: Any, path: Path, signature: Signature, first: Arrays, prompt: str, *, open_model: OpenModel, dtype: str
 ) -> Checked:
     """Run both, on the prompt and, with a cache, on one decode step; disagreement is a UserError."""
-    run = open_model(path)
     steps = {"prompt": first}
-    errors: list[tuple[float, float, str]] = []
-    expected = run_torch(module, signature, first)
-    errors += _errors("prompt", run(first), expected)
     if signature.cache_layers:
-        steps["decode"] = next_step(first, expected)
-        expected = run_torch(module, signature, steps["decode"])
-        errors += _errors("decode", run(steps["decode"]), expected)
+        steps["decode"] = next_step(first, run_torch(module, signature, first))
+    return compare_on(module, path, signature, steps, prompt, open_model=open_model, dtype=dtype)
+
+
+def compare_on(
+    module: Any,
+    path: Path,
+    signature: Signature,
+    steps: Mapping[str, Arrays],
+    prompt: str,
+    *,
+    open_model: OpenModel,
+    dtype: str,
+) -> Checked:
+    """Run both on the inputs of every step; disagreement is a UserError."""
+    run, errors = open_model(path), list[tuple[float, float, str]]()
+    for step, feeds in steps.items():
+        errors += _errors(step, run(feeds), run_torch(module, signature, feeds))
     relative, _, worst = max(errors)
     tolerance = _TOLERANCE[dtype]
     if not relative <= tolerance:
@@ -95,7 +106,9 @@ def compare(
             f"{tolerance:.0e} is allowed; nothing was written"
         )
     largest = max(absolute for _, absolute, name in errors if not name.endswith((".key", ".value")))
-    return Checked(prompt, int(first["input_ids"].shape[1]), list(steps), largest, relative, worst, tolerance)
+    ids = next(iter(steps.values())).get("input_ids")
+    tokens = 0 if ids is None else int(ids.shape[1])
+    return Checked(prompt, tokens, list(steps), largest, relative, worst, tolerance)
 
 
 def run_torch(module: Any, signature: Signature, feeds: Arrays) -> Arrays:
@@ -103,8 +116,8 @@ def run_torch(module: Any, signature: Signature, feeds: Arrays) -> Arrays:
     import torch
 
     tensors = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in signature.inputs if name in feeds]
-    plain = len(signature.inputs) - 2 * signature.cache_layers
-    arguments = [*tensors[:plain], tensors[plain:]] if signature.cache_layers else tensors
+    plain = len(signature.inputs) - signature.listed
+    arguments = [*tensors[:plain], tensors[plain:]] if signature.listed else tensors
     with torch.no_grad():
         out = module(*arguments)
     outputs = out if isinstance(out, tuple) else (out,)

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,18 +13,18 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompile.models import cache, check, hf, publish, tidy, trace, zoo
+from qcompile.models import cache, check, hf, kinds, parts, publish, tidy, trace, zoo
 from qcompile.passes.errors import UserError
 
 DTYPES = ("fp32", "fp16")
-MODEL, DATA, RECORD = "model.onnx", "model.onnx.data", publish.RECORD
+MODEL, RECORD = "model.onnx", publish.RECORD
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: the model's path, bytes of model and external data, seconds, and export.json's content."""
+    """What an export wrote: the path of the (first) graph, bytes of graphs and data, seconds, export.json's content."""
 
     path: Path
     size: int
@@ -47,6 +47,8 @@ def export_model(
     source: a Hugging Face folder, a .gguf file, or a zoo name. Decoders: input_ids, attention_mask (batch, sequence) to
     logits; with `kv_cache` also position_ids and past_key_values.{i}.key / .value (batch, kv_heads, past_sequence,
     head_dim) to present.{i}.key / .value. Encoders: to last_hidden_state. Opset 21, dynamic batch and sequence.
+    Other models (docs/export.md): vision and speech as model.onnx, CLIP and its like as text_model.onnx and
+    vision_model.onnx, encoders with decoders as encoder.onnx and decoder.onnx (and decoder_with_past.onnx).
     open_model runs a model file in ONNX Runtime: the graph must agree with torch before anything appears in
     `output_dir`. max_layers keeps only the first layers, for tests and trials. progress is told each step.
     """
@@ -63,9 +65,11 @@ def export_model(
             record = _export(checkpoint, work, open_model, kv_cache, dtype, max_layers, say)
         (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         say(f"writing {target}")
-        size = sum((work / name).stat().st_size for name in (MODEL, DATA) if (work / name).is_file())
+        written = [name for graph in publish.graphs(work) for name in (graph, f"{graph}.data")]
+        size = sum((work / name).stat().st_size for name in written if (work / name).is_file())
+        first = publish.graphs(work)[0]
         publish.publish(work, target)
-    return Exported(target / MODEL, size, time.monotonic() - started, record)
+    return Exported(target / first, size, time.monotonic() - started, record)
 
 
 def _checkpoint(source: str | Path, say: Progress) -> hf.Checkpoint:
@@ -95,34 +99,71 @@ def _export(
 ) -> dict[str, Any]:
     say("loading the model in torch")
     config = hf.load_config(checkpoint)
-    decoder = hf.is_decoder(config)
+    kind = kinds.kind_of(config)
     hf.cut_layers(config, max_layers)
-    model = hf.load_model(checkpoint, config, decoder=decoder, dtype=dtype)
+    model = hf.load_model(checkpoint, config, kind=kind, dtype=dtype)
     hf.copy_companions(checkpoint, config, work)
-    signature = trace.signature_of(model, decoder=decoder, kv_cache=kv_cache)
-    module = trace.wrap(model, signature, decoder=decoder)
-    prompt, ids = check.prompt_ids(work, int(config.vocab_size))
-    first = check.batch(ids, signature) | trace.empty_past(model, signature)
-
-    say("translating the graph to ONNX (a minute; with a KV cache some minutes)")
-    onnx_model = trace.to_onnx(module, signature, trace.examples(first, signature))
-    say("writing the graph")
-    tidy.tidy(onnx_model, signature, prefix="m.")
-    with _disk(work):
-        ir.save(onnx_model, work / MODEL, external_data=DATA)
-    say("checking the graph against torch")
-    checked = check.compare(module, work / MODEL, signature, first, prompt, open_model=open_model, dtype=dtype)
+    run = Exporting(work, open_model, dtype, say)
+    if kind in (kinds.DECODER, kinds.ENCODER):
+        checks = {MODEL: run.text(model, decoder=kind == kinds.DECODER, kv_cache=kv_cache)}
+    else:
+        made = parts.parts_of(model, kind, checkpoint.folder, kv_cache=kv_cache, dtype=dtype)
+        checks = {f"{part.name}.onnx": run.part(part) for part in made}
+    worst = max(checks.values(), key=lambda checked: checked.max_relative_error)
     return {
         "source": checkpoint.source,
         "source_sha256": checkpoint.sha256,
         "model_type": config.model_type,
+        "kind": kind,
         "dtype": dtype,
         "kv_cache": kv_cache,
         "layers": max_layers,
         "opset": trace.OPSET,
-        "check": checked.as_dict(),
+        "check": worst.as_dict(),
+        "graphs": {name: checked.max_relative_error for name, checked in checks.items()},
         "versions": _versions("torch", "transformers", "onnx", "onnx-ir", "onnxscript"),
     }
+
+
+@dataclass(frozen=True)
+class Exporting:
+    """Writes graphs into `work` and checks each against its torch module."""
+
+    work: Path
+    open_model: check.OpenModel
+    dtype: str
+    say: Progress
+
+    def text(self, model: Any, *, decoder: bool, kv_cache: bool) -> check.Checked:
+        """A text model as model.onnx, checked on a prompt."""
+        signature = trace.signature_of(model, decoder=decoder, kv_cache=kv_cache)
+        module = trace.wrap(model, signature, decoder=decoder)
+        prompt, ids = check.prompt_ids(self.work, int(model.config.vocab_size))
+        first = check.batch(ids, signature) | trace.empty_past(model, signature)
+        self._write(MODEL, module, signature, trace.examples(first, signature))
+        self.say("checking the graph against torch")
+        how = {"open_model": self.open_model, "dtype": self.dtype}
+        return check.compare(module, self.work / MODEL, signature, first, prompt, **how)  # type: ignore[arg-type]
+
+    def part(self, part: parts.Part) -> check.Checked:
+        """One graph of several, checked at the sizes it was traced at and at others."""
+        import torch
+
+        name, signature = f"{part.name}.onnx", part.signature
+        examples = [torch.from_numpy(array) for array in part.feeds(parts.TRACED).values()]
+        self._write(name, part.module, signature, examples)
+        self.say(f"checking {name} against torch")
+        steps = {"traced": part.feeds(parts.TRACED), "other sizes": part.feeds(parts.CHECKED)}
+        how = {"open_model": self.open_model, "dtype": self.dtype}
+        return check.compare_on(part.module, self.work / name, signature, steps, "(random)", **how)  # type: ignore[arg-type]
+
+    def _write(self, name: str, module: Any, signature: trace.Signature, examples: Sequence[Any]) -> None:
+        self.say(f"translating {name.removesuffix('.onnx')} to ONNX (a minute; with a KV cache some minutes)")
+        onnx_model = trace.to_onnx(module, signature, examples)
+        self.say(f"writing {name}")
+        tidy.tidy(onnx_model, signature, prefix="m.")
+        with _disk(self.work):
+            ir.save(onnx_model, self.work / name, external_data=f"{name}.data")
 
 
 def _copy_onnx(name: str, work: Path, say: Progress) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcompile.models import cache
+from qcompile.models import cache, experts, kinds
 from qcompile.passes.errors import UserError
 
 # What a model needs beside its weights: ids of special tokens, the tokenizer, the chat template.
@@ -24,6 +24,8 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 # Older vocabularies, which transformers converts. Without one of them it would make up an empty tokenizer.
 _VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -93,31 +95,18 @@ def load_config(checkpoint: Checkpoint) -> Any:
         return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
 
 
-def is_decoder(config: Any) -> bool:
-    """Whether the model predicts the next token; encoder-decoders are refused."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{config.model_type} models (encoder and decoder) cannot be exported yet")
-    if architectures := getattr(config, "architectures", None):
-        return bool(architectures[0].endswith(("ForCausalLM", "LMHeadModel")))
-    causal, masked = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return causal and config.model_type not in masked
-
-
-def load_model(checkpoint: Checkpoint, config: Any, *, decoder: bool, dtype: str) -> Any:
-    """The torch module in evaluation mode, of type "fp32" or "fp16"."""
+def load_model(checkpoint: Checkpoint, config: Any, *, kind: str, dtype: str) -> Any:
+    """The torch module in evaluation mode, of type "fp32" or "fp16"; experts, if it has any, as a static graph."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
-    kind = AutoModelForCausalLM if decoder else AutoModel
+    made = {kinds.DECODER: AutoModelForCausalLM, kinds.ENCODER: AutoModel}.get(kind) or kinds.model_class(config)
     float_type = torch.float16 if dtype == "fp16" else torch.float32
     with _told(checkpoint), quiet():
-        model = kind.from_pretrained(checkpoint.folder, config=config, dtype=float_type, local_files_only=True)
-    return model.eval().to(float_type)
+        model = made.from_pretrained(checkpoint.folder, config=config, dtype=float_type, local_files_only=True)
+        model = model.eval().to(float_type)
+        experts.make_static(model)
+    return model
 
 
 def cut_layers(config: Any, layers: int | None) -> None:

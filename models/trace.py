@@ -1,5 +1,6 @@
 """A torch module into an ONNX graph: wrappers with plain tensors in and out, dynamic batch and sequence."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,20 @@ class Signature:
     """Names and symbolic dimensions of a graph's inputs and outputs.
 
     Dimensions are names, or None for those that the exporter knows. With a cache of L layers the last 2 L
-    inputs are past_key_values.{i}.key / .value and the last 2 L outputs present.{i}.key / .value.
+    inputs are past_key_values.{i}.key / .value and the last 2 L outputs present.{i}.key / .value; the decoder behind
+    an encoder has `a_layer` 4 of them. listed_all: the module takes all its inputs as one list, not the caches alone.
     """
 
     inputs: dict[str, Dims]
     outputs: dict[str, Dims]
     cache_layers: int = 0
+    a_layer: int = 2
+    listed_all: bool = False
+
+    @property
+    def listed(self) -> int:
+        """How many of the inputs, the last ones, the module takes as one list."""
+        return len(self.inputs) if self.listed_all else self.a_layer * self.cache_layers
 
 
 def decoder_signature(layers: int, *, kv_cache: bool) -> Signature:
@@ -109,10 +118,10 @@ def to_onnx(module: Any, signature: Signature, examples: Sequence[Any]) -> ir.Mo
 
     dynamic = torch.export.Dim.DYNAMIC
     shapes = [{i: dynamic for i, dim in enumerate(dims) if isinstance(dim, str)} for dims in signature.inputs.values()]
-    plain = len(shapes) - 2 * signature.cache_layers
+    plain = len(shapes) - signature.listed
     arguments: tuple[Any, ...] = tuple(examples[:plain])
     dims: tuple[Any, ...] = tuple(shapes[:plain])
-    if signature.cache_layers:
+    if signature.listed:
         arguments, dims = (*arguments, list(examples[plain:])), (*dims, shapes[plain:])
     try:
         with hf.quiet(), torch.no_grad():
@@ -127,12 +136,19 @@ def to_onnx(module: Any, signature: Signature, examples: Sequence[Any]) -> ir.Mo
                 verbose=False,
             )
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        detail = lines[0][:300] if lines else type(error).__name__
-        raise UserError(f"torch.onnx.export cannot translate the model: {detail}") from error
+        raise UserError(f"torch.onnx.export cannot translate the model: {_reason(error)}") from error
     exported: ir.Model = program.model
     exported.ir_version = IR_VERSION
     return exported
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at the bottom: torch wraps it in advice on how to report it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])[:300]}" if lines else type(error).__name__
 
 
 def empty_past(model: Any, signature: Signature) -> dict[str, npt.NDArray[Any]]:

