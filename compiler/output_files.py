@@ -1,33 +1,42 @@
-"""The names beside an output file: hidden temporary ones while it is written, and data files named by their content."""
+"""The names beside an output file: hidden temporary ones while it is written, and data files named by their content.
+
+Invariants, whoever is killed when:
+1. Names change only under the lock of the output's stem (`.model.lock` for model.onnx and model-….data): two compiles
+   to one output follow one another, and what lies there is of one of them, model, data and reports.
+2. A model appears after its data, and data goes only when no model in the folder names it; none will, for whoever is
+   about to publish data holds the lock.
+3. What a process writes lies in a hidden folder that it holds a lock in; without a holder, the folder is litter.
+"""
 
 import contextlib
 import errno
+import glob
 import mmap
 import os
 import re
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from qcompile.compiler import locks
 from qcompile.passes.errors import UserError
 
+# Ends of the names of hidden folders, and the file in them whose lock says that their process lives.
+_STAGE, _ALIVE = ".stage.tmp", ".alive"
+_MAX_PROTO = 2**31
+_KINDS = (
+    (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)  # fmt: skip
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def data_path(model: Path, digest: str) -> Path:
     """Where the weights of `model` go: a name that says their content, so that no other content ever replaces them."""
     return model.with_name(f"{model.stem}-{digest[:12]}.data")
-
-
-@contextlib.contextmanager
-def temporary(path: Path, kind: str) -> Iterator[Path]:
-    """A hidden name beside `path` that says what it is for and which process writes it; gone at the end."""
-    name = path.with_name(f".{path.name}.{os.getpid()}.{kind}.tmp")
-    try:
-        yield name
-    finally:
-        name.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -43,25 +52,58 @@ def writing(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def staging(path: Path) -> Iterator[Path]:
     """`path` inside a hidden folder beside it, where the output can be tried before `publish`; gone at the end."""
-    folder = path.with_name(f".{path.name}.{os.getpid()}.stage.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(path)
-        folder.mkdir()
-    try:
+    check_replaceable(path)
+    with contextlib.ExitStack() as stack:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locks.exclusive(_lock(path)):  # or another might find the folder before its lock is held
+                remove_stale(path)
+                folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_STAGE, dir=path.parent))
+                stack.callback(_remove, folder)
+                stack.enter_context(locks.alive(folder / _ALIVE))
         yield folder / path.name
-    finally:
-        _remove(folder)
 
 
-def publish(staged: Sequence[Path], path: Path) -> tuple[Path, ...]:
-    """Move a staged model, and its data if there is any, to `path`; a reader sees the old model or the new one."""
+def publish(staged: Sequence[Path], path: Path, beside: Sequence[Path] = ()) -> tuple[Path, ...]:
+    """Move a staged model, and its data if there is any, to `path`, then the staged files `beside` it (reports).
+
+    A reader sees the old model or the new one. UserError where something else than a file lies in the way.
+    """
     model, *data = staged
     targets = [path.with_name(file.name) for file in data]
-    with writing(path):
+    with writing(path), locks.exclusive(_lock(path)):
+        for target in (path, *targets, *(path.with_name(file.name) for file in beside)):
+            check_replaceable(target)
         replace_pair((data[0], targets[0]) if data else None, (model, path))
+        for file in beside:
+            os.replace(file, path.with_name(file.name))
         remove_unmentioned(path)
     return (path, *targets)
+
+
+def replace_file(staged: Path, path: Path) -> None:
+    """Move a staged file that names no data to `path`."""
+    with writing(path):
+        check_replaceable(path)
+        os.replace(staged, path)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UserError unless the path is a regular file, or nothing: a device or a FIFO is not to be replaced by one.
+
+    A link to a regular file is replaced itself; what it leads to stays as it is.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # nothing there, or nothing to be had there, as writing will tell
+        return
+    if not stat.S_ISREG(mode):
+        kind = next((word for test, word in _KINDS if test(mode)), "no regular file")
+        raise UserError(f"{path} is {kind}, and would be replaced by a file; choose another name with -o")
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.lock")
 
 
 def _remove(path: Path) -> None:
@@ -103,29 +145,44 @@ def _settle_folder(folder: Path) -> None:
 
 
 def remove_stale(path: Path) -> None:
-    """Remove the temporary files of the same output that killed processes left behind."""
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.\w+\.tmp")
-    for file in path.parent.iterdir():
-        match = pattern.fullmatch(file.name)
-        if match and not _alive(int(match[1])):
-            _remove(file)
+    """Remove the hidden folders of the same output that killed processes left behind; under the output's lock."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*{_STAGE}"):
+        if folder.is_dir() and not folder.is_symlink() and locks.is_free(folder / _ALIVE):
+            _remove(folder)
 
 
 def remove_unmentioned(path: Path) -> None:
-    """Remove data files of this output's earlier versions that no model in the folder mentions any more."""
+    """Remove data files of this output's earlier versions that no model in the folder mentions; under its lock."""
     pattern = re.compile(re.escape(path.stem) + r"-[0-9a-f]{12}\.data")
-    candidates = [file for file in path.parent.iterdir() if pattern.fullmatch(file.name)]
+    files = [file for file in path.parent.iterdir() if _is_file(file)]
+    candidates = [file for file in files if pattern.fullmatch(file.name)]
     if len(candidates) < 2 and all(_mentions(path, file.name) for file in candidates):
         return
-    models = list(path.parent.glob("*.onnx")) + ([] if path.suffix == ".onnx" else [path])
+    models = [file for file in files if file not in candidates and _may_be_model(file)]
     for file in candidates:
         if not any(_mentions(model, file.name) for model in models):
             file.unlink(missing_ok=True)
 
 
-def _mentions(model: Path, name: str) -> bool:
-    if not model.is_file():  # gone, or a pipe, which would wait for a writer
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
         return False
+
+
+def _may_be_model(path: Path) -> bool:
+    """Whether a file may hold a model, by its name or by its first byte, the tag of `ir_version`."""
+    if path.suffix == ".onnx":
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(1) == b"\x08" and path.stat().st_size < _MAX_PROTO
+    except OSError:
+        return True
+
+
+def _mentions(model: Path, name: str) -> bool:
     try:
         with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return content.find(name.encode()) >= 0
@@ -133,15 +190,3 @@ def _mentions(model: Path, name: str) -> bool:
         return False
     except (OSError, ValueError):  # empty files cannot be mapped; what cannot be read may mention anything
         return model.stat().st_size > 0
-
-
-def _alive(pid: int) -> bool:
-    if os.name == "nt":  # there, os.kill ends the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True

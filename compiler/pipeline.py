@@ -51,7 +51,8 @@ def compile_model(
     target = default_output(source, recipe) if output is None else Path(output)
     started = time.monotonic()
     progress.step("loading")
-    check_output_path(source, target)
+    for file in (target, report_path(target), page_path(target)):
+        check_output_path(source, file)
     calibration = Calibration.of(calibration)
     prepared = prepare_model(source, recipe, progress)
     saved = None if statistics is None else load_statistics(prepared, Path(statistics))
@@ -87,9 +88,7 @@ def compile_model(
         with output_files.writing(target):
             report_path(staged).write_text(report.to_json(), encoding="utf-8")
             page_path(staged).write_text(to_html(report), encoding="utf-8")
-        output_files.publish(written.paths, target.absolute())
-        report_path(staged).replace(report_path(target))
-        page_path(staged).replace(page_path(target))
+        output_files.publish(written.paths, target.absolute(), (report_path(staged), page_path(staged)))
     return report
 
 

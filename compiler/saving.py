@@ -2,13 +2,13 @@
 
 A saved model is `name.onnx` and `name-<digest>.data`. The data file is named by its content, so replacing a model never
 touches the data its predecessor points to: the new data file appears first, then the model file is replaced in one
-step, then data files that no model mentions any more are removed. Killed at any moment, the path holds a complete
-model, the new one or the old one.
+step, then data files that no model mentions any more are removed, all of that under a lock. Killed at any moment, the
+path holds a complete model, the new one or the old one.
 """
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +40,11 @@ def save_model(
     Weights are evaluated and written one at a time, equal bytes once. `metadata` joins the model's own metadata.
     """
     path = path.absolute()
-    with output_files.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        output_files.remove_stale(path)
+    with output_files.staging(path) as staged, output_files.writing(path):
         if check_space:
             _check_space(model, path.parent)
-        with output_files.temporary(path, "data") as data, output_files.temporary(path, "model") as target:
-            report = _write(model, path, data, target, metadata or {})
-    output_files.remove_unmentioned(path)
-    return report
+        report = _write(model, staged, metadata or {})
+        return replace(report, paths=output_files.publish(report.paths, path))
 
 
 def _check_space(model: ir.Model, folder: Path) -> None:
@@ -61,21 +57,24 @@ def _check_space(model: ir.Model, folder: Path) -> None:
         )
 
 
-def _write(model: ir.Model, path: Path, data: Path, target: Path, metadata: Mapping[str, str]) -> SaveReport:
+def _write(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> SaveReport:
+    """Write the model to a staged path, and its data beside it."""
     offsets: dict[ir.Value, int] = {}
+    data = path.with_name(f"{path.name}.data")
     with open(data, "wb") as file:
         writer = DataWriter(file)
-        for value in (value for graph in model.graphs() for value in graph.initializers.values()):
+        for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes >= _INLINE_BELOW:
                 offsets[value] = writer.append(tensor)
         output_files.settle(file)
     final = output_files.data_path(path, writer.digest()) if offsets else None
     content = _serialize(model, final.name if final else "", offsets, metadata)
-    with open(target, "wb") as file:
+    with open(path, "wb") as file:
         file.write(content)
         output_files.settle(file)
-    output_files.replace_pair((data, final) if final else None, (target, path))
+    if final is not None:
+        data.rename(final)
     return SaveReport(len(content), writer.size, (path, final) if final else (path,))
 
 

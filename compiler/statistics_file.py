@@ -131,8 +131,7 @@ def save(path: Path, header: Header, observers: Mapping[ir.Value, Observer]) -> 
         arrays |= {f"{number}.{key}": array for key, array in state.items()}
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
-    with output_files.writing(path), output_files.temporary(path, "part") as part:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with output_files.writing(path), output_files.staging(path) as part:
         with open(part, "wb") as file:
             file.write(content.getvalue())
             output_files.settle(file)

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from qcompile.compiler import output_files
 from qcompile.compiler.external_data import locate, tensors_of
 from qcompile.compiler.saving import SaveReport, save_model
 from qcompile.compiler.tensor_protos import external_locations
@@ -86,9 +87,10 @@ def model_hash(path: Path) -> str:
 
 
 def check_output_path(source: Path, output: Path) -> None:
-    """Raise UserError if writing `output` would overwrite the source model, its data, or a folder."""
+    """Raise UserError if writing `output` would overwrite the source model, its data, or what is no regular file."""
     if output.is_dir():
         raise UserError(f"{output} is a folder; give the name of the output file, such as {output / 'model.onnx'}")
+    output_files.check_replaceable(output)
     for file in (source, *_data_files(source)):
         if output.exists() and file.exists() and output.samefile(file):
             raise UserError(f"the output {output} is the input file {file}; choose another name with -o")

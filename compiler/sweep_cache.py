@@ -52,8 +52,7 @@ def files_digest(files: Iterable[Path | str]) -> str:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a killed process leaves the old one or the new one, never a part."""
-    with output_files.writing(path), output_files.temporary(path, "part") as part:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with output_files.writing(path), output_files.staging(path) as part:
         with open(part, "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             output_files.settle(file)

@@ -80,9 +80,7 @@ class TextMetric(Metric):
         if self.known.exists() and self.told.exists():
             return
         subject, scores = self.running.subject(self.model), TokenScores()
-        with output_files.writing(self.known), output_files.temporary(self.known, "part") as part:
-            self.known.parent.mkdir(parents=True, exist_ok=True)
-            output_files.remove_stale(self.known)
+        with output_files.writing(self.known), output_files.staging(self.known) as part:
             self._fill(part, subject, scores, progress)
             os.replace(part, self.known)
         self.float_scores = {"perplexity": _perplexity(scores)}

@@ -144,3 +144,43 @@ def test_a_second_compile_replaces_the_first(bench: Any) -> None:
         assert bench.run(source, "--passes", passes, "--seed", str(seed)) == 0
         names = sorted(os.listdir(bench.folder / "out"))
         assert len(names) == 4, "the model, its data, the report twice; nothing of the run before"
+
+
+@pytest.mark.parametrize("name", ["a/file/recipe.yaml", "folder", "pipe", "out/model.onnx", "out/model.report.json"])
+def test_a_recipe_that_cannot_be_saved_is_told_before_the_work(
+    bench: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source = bench.save(tiny_decoder(layers=1))
+    (bench.folder / "a").mkdir()
+    (bench.folder / "a" / "file").write_text("x")
+    (bench.folder / "folder").mkdir()
+    os.mkfifo(bench.folder / "pipe")
+
+    def worked(*_: Any, **__: Any) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("qcompile.compiler.commands.compile.compile_model", worked)
+    message = "cannot write|is a (folder|FIFO)|would overwrite a model or its report"
+    bench.refuses(capsys, source, ["--save-recipe", str(bench.folder / name)], message)
+
+
+def test_a_compile_that_fails_saves_no_recipe(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    source = bench.save(tiny_decoder(layers=1))
+    recipe = bench.folder / "r" / "recipe.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("bits: 8\n")
+    bench.refuses(
+        capsys, source, ["--exclude", "nothing", "--save-recipe", str(recipe)], "--exclude 'nothing' matches no"
+    )
+    assert [path.name for path in recipe.parent.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize("name", ["pipe", "link", "out/model.report.json"])
+def test_the_output_replaces_nothing_but_files(bench: Any, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    source, place = bench.save(tiny_decoder(layers=1)), bench.folder / name
+    place.parent.mkdir(exist_ok=True)
+    os.mkfifo(bench.folder / "pipe" if name == "link" else place)
+    if name == "link":
+        place.symlink_to(bench.folder / "pipe")
+    given = bench.folder / "out" / "model.onnx" if name.startswith("out") else place
+    bench.refuses(capsys, source, ["-o", str(given)], "is a FIFO, and would be replaced by a file")

@@ -2,8 +2,11 @@
 
 import errno
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -14,7 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.compiler import output_files, saving
+from qcompile.compiler import locks, output_files, saving
+from qcompile.compiler.locks import exclusive
+from qcompile.compiler.output_files import publish, staging
 from qcompile.compiler.store import load_model, save_model
 from qcompile.passes.errors import UserError
 from qcompile.passes.tensors import lazy
@@ -281,14 +286,155 @@ def test_parent_that_is_a_file(tmp_path):
         save_model(_big(1), tmp_path / "file" / "model.onnx")
 
 
+_STAGING = """
+import sys, time
+from pathlib import Path
+from qcompile.compiler.output_files import staging
+with staging(Path(sys.argv[1])) as staged:
+    staged.write_bytes(b"x")
+    print(staged.parent.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def _staging(path: Path) -> tuple[subprocess.Popen, str]:
+    """A process that writes an output, and the name of its hidden folder."""
+    process = subprocess.Popen([sys.executable, "-c", _STAGING, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
 def test_what_killed_processes_left_is_removed(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for pid in (dead.pid, os.getppid()):
-        (tmp_path / f".model.onnx.{pid}.data.tmp").write_bytes(b"x")
-    (tmp_path / f".other.onnx.{dead.pid}.data.tmp").write_bytes(b"x")
+    """Found by the lock of the folder, whatever number the process had; what the living write stays."""
+    (dead, litter), (other, others) = _staging(tmp_path / "model.onnx"), _staging(tmp_path / "other.onnx")
+    living, work = _staging(tmp_path / "model.onnx")
+    for process in (dead, other):
+        process.kill()
+        process.wait()
+    (tmp_path / ".model.lock").write_bytes(b"")  # of one killed while it had the lock
     (tmp_path / "model-0123456789ab.data").write_bytes(b"x")
     (tmp_path / "model-mine.data").write_bytes(b"x")
+    try:
+        report = save_model(_big(1), tmp_path / "model.onnx")
+        assert litter not in os.listdir(tmp_path)
+        assert _files(tmp_path) == sorted([work, others, "model-mine.data", *(path.name for path in report.paths)])
+    finally:
+        living.kill()
+        living.wait()
+
+
+def test_data_that_any_model_of_the_folder_names_stays(tmp_path):
+    """A model need not be called .onnx; a FIFO called so is not read."""
+    first = save_model(_big(1), tmp_path / "model")
+    copy = save_model(_big(2), tmp_path / "model.onnx")
+    (tmp_path / "copied").write_bytes(copy.paths[0].read_bytes())
+    os.mkfifo(tmp_path / "pipe.onnx")
+    last = save_model(_big(3), tmp_path / "model.onnx")
+    names = {path.name for report in (first, copy, last) for path in report.paths}
+    assert set(_files(tmp_path)) == {*names, "copied", "pipe.onnx"}
+    assert len(names) == 5
+    for path, value in ((first.paths[0], 1), (tmp_path / "copied", 2), (last.paths[0], 3)):
+        assert _content(path)["w"][1] == np.full((64, 64), value, np.float32).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "link to a fifo"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.report.json"])
+def test_only_regular_files_are_replaced(tmp_path, kind, name):
+    target = tmp_path / name
+    if kind == "fifo":
+        os.mkfifo(target)
+    elif kind == "folder":
+        target.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(target))
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        target.symlink_to(tmp_path / "pipe")
+    before = target.lstat()
+    with pytest.raises(UserError, match=r"is a \w+, and would be replaced by a file"), staging(target):
+        pass
+    if name != "model.onnx":
+        with staging(tmp_path / "model.onnx") as staged:
+            report = staged.with_name(name)
+            for file in (staged, report):
+                file.write_bytes(b"x")
+            with pytest.raises(UserError, match=r"is a \w+, and would be replaced by a file"):
+                publish([staged], tmp_path / "model.onnx", [report])
+        assert not (tmp_path / "model.onnx").exists(), "nothing is published then"
+    after = target.lstat()
+    assert (before.st_mode, before.st_ino) == (after.st_mode, after.st_ino)
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    blob = save_model(_big(1), tmp_path / "blobs" / "blob").paths[0]
+    (tmp_path / "model.onnx").symlink_to(blob)
+    before = blob.read_bytes()
+    save_model(_big(2), tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").is_symlink()
+    assert blob.read_bytes() == before
+
+
+def test_the_lock_is_waited_for_and_then_told(tmp_path):
+    with exclusive(tmp_path / "lock"):
+        with (
+            pytest.raises(UserError, match="another process writes the same output"),
+            exclusive(tmp_path / "lock", 0.1),
+        ):
+            pass
+        waiting = threading.Thread(target=save_model, args=(_big(1), tmp_path / "model.onnx"))
+        with exclusive(tmp_path / ".model.lock"):
+            waiting.start()
+            time.sleep(0.2)
+            assert _files(tmp_path) == [".model.lock", "lock"]
+        waiting.join()
+    assert len(_files(tmp_path)) == 2, "the model and its data, no lock"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "no locks"), None], ids=["file system", "platform"])
+def test_without_locks_nothing_of_others_is_removed(tmp_path, monkeypatch, error):
+    process, work = _staging(tmp_path / "model.onnx")
+    process.kill()
+    process.wait()
+    if error is None:
+        monkeypatch.setattr(locks, "fcntl", None)
+    else:
+        monkeypatch.setattr(locks.fcntl, "flock", lambda *_: (_ for _ in ()).throw(error))
     report = save_model(_big(1), tmp_path / "model.onnx")
-    expected = [f".model.onnx.{os.getppid()}.data.tmp", f".other.onnx.{dead.pid}.data.tmp", "model-mine.data"]
-    assert _files(tmp_path) == sorted([*expected, *(path.name for path in report.paths)])
+    assert _files(tmp_path) == sorted([work, *(path.name for path in report.paths)])
+
+
+def _look(path: Path) -> None:
+    """The model that is there has its data, unless another took its place while it was read."""
+    before = path.stat()
+    try:
+        loaded = load_model(path).graph.initializers["w"].const_value
+        assert loaded is not None
+        assert np.unique(loaded.numpy()).size == 1
+    except (UserError, FileNotFoundError, ValueError):
+        assert path.stat().st_ino != before.st_ino or path.stat().st_mtime_ns != before.st_mtime_ns
+
+
+def test_threads_and_processes_that_write_one_output(tmp_path):
+    """Whoever comes last, the model and its data are of one of them, and nothing else stays."""
+    path = tmp_path / "model.onnx"
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_store_save as t; from pathlib import Path\n"
+        "for i in range(10): t.save_model(t._big(int(sys.argv[3]) + i), Path(sys.argv[2]))"
+    )
+    here = str(Path(__file__).parent)
+    processes = [subprocess.Popen([sys.executable, "-c", script, here, str(path), str(n)]) for n in (100, 200)]
+    threads = [
+        threading.Thread(target=lambda n=n: [save_model(_big(n + i), path) for i in range(10)]) for n in (300, 400)
+    ]
+    for thread in threads:
+        thread.start()
+    while any(process.poll() is None for process in processes) or any(thread.is_alive() for thread in threads):
+        if path.exists():
+            _look(path)
+    for waited in (*processes, *threads):
+        waited.wait() if isinstance(waited, subprocess.Popen) else waited.join()
+    assert [process.returncode for process in processes] == [0, 0]
+    value = load_model(path).graph.initializers["w"].const_value.numpy()
+    assert np.unique(value).size == 1
+    assert len(_files(tmp_path)) == 2

@@ -4,6 +4,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from qcompile.compiler.commands.options import add_custom_ops
 from qcompile.compiler.console import console as stdout
 from qcompile.compiler.dry_run import print_plan
 from qcompile.compiler.images import Pictures
-from qcompile.compiler.pipeline import compile_model, default_output
+from qcompile.compiler.output_files import replace_file, staging, writing
+from qcompile.compiler.pipeline import compile_model, default_output, page_path, report_path
 from qcompile.compiler.recipe import KEEP_AS, TARGETS, Recipe, load_recipe, parse_passes, save_recipe
 from qcompile.compiler.report import print_report
 from qcompile.compiler.sources import Calibration
@@ -171,22 +173,34 @@ def run(args: argparse.Namespace) -> int:
         output = output / args.model.name
     screen = stdout()
     check_output_path(args.model, output)
-    if args.save_recipe is not None and args.save_recipe.resolve() in (args.model.resolve(), output.resolve()):
-        raise UserError(f"--save-recipe {args.save_recipe} would overwrite a model; choose another name")
+    if args.save_recipe is not None:
+        _check_recipe_path(args.save_recipe, args.model, output)
     calibration = calibration_of(args)
     if args.dry_run:
         print_plan(args.model, output, recipe, calibration, screen)
         return 0
-    with Bar(screen) as bar:
-        report = compile_model(
-            args.model, recipe, output=output, calibration=calibration, progress=bar, statistics=args.statistics
-        )
-    if args.save_recipe is not None:
-        save_recipe(recipe, args.save_recipe)
+    with ExitStack() as stack:
+        staged = stack.enter_context(staging(args.save_recipe)) if args.save_recipe is not None else None
+        if staged is not None:  # written before the work, which a full disk or a missing permission must not lose
+            with writing(args.save_recipe):
+                save_recipe(recipe, staged)
+        with Bar(screen) as bar:
+            report = compile_model(
+                args.model, recipe, output=output, calibration=calibration, progress=bar, statistics=args.statistics
+            )
+        if staged is not None:
+            replace_file(staged, args.save_recipe)
     print_report(report, screen)
     for file in report.files:
         screen.print(f"wrote     {output.with_name(file)}", soft_wrap=True)
     return 0
+
+
+def _check_recipe_path(path: Path, model: Path, output: Path) -> None:
+    written = [output, report_path(output), page_path(output)]
+    if path.resolve() in [file.resolve() for file in (model, *written)]:
+        raise UserError(f"--save-recipe {path} would overwrite a model or its report; choose another name")
+    check_output_path(model, path)
 
 
 class Bar:
