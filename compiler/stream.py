@@ -58,13 +58,14 @@ class Runner:
     ) -> dict[ir.Value, Statistics]:
         """Statistics of the segment's activations on what the graph, rewritten up to here, feeds it.
 
-        activations: in groups that share one Gram matrix, of the rows of all its members.
+        activations: in groups that share one Gram matrix, of the rows of all its members. One without a row (of an
+        expert that no token was sent to) has none.
         """
         groups = {tuple(group): Gram(*(str(value.name) for value in group)) for group in activations}
         more = [(value, own) for group, own in groups.items() for value in group[1:]]
         self.observe(segment, {group[0]: own for group, own in groups.items()}, stream, more=more)
         known = ((group, own.statistics) for group, own in groups.items())
-        return {value: found for group, found in known if found is not None for value in group}
+        return {value: found for group, found in known if found is not None and found.rows for value in group}
 
     def observe(
         self,

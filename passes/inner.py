@@ -1,4 +1,5 @@
-"""Weights that no packed product and no integer kernel takes: in bodies of If, Loop and Scan, and of recurrent nodes.
+"""Weights that no packed product and no integer kernel takes: in bodies of If, Loop and Scan, of recurrent nodes, and
+tables of experts.
 
 They become codes that are decoded before their reader (formats/decoded.py), whatever list of passes runs.
 """
@@ -10,18 +11,23 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.affine import Array, choose_qparams, dequantize, quantize
+from qcompile.passes.affine import Array
 from qcompile.passes.formats.decoded import Coded, Decoder
+from qcompile.passes.formats.rows import coded, replace_lookup
 from qcompile.passes.linears import Linear, as_linear, constant, dimensions, is_float_constant, vocabulary_size
 from qcompile.passes.policy import Policy
-from qcompile.passes.prepare.edit import Decide, add_initializer
+from qcompile.passes.prepare.edit import Decide
 from qcompile.passes.qdq.providers import RULES
 from qcompile.passes.qdq.weights import SPEC, WeightStore, float_weight
 from qcompile.passes.spec import QuantSpec
 from qcompile.passes.tensors import read
 
 RECURRENT = ("LSTM", "GRU", "RNN")
+EIGHT = QuantSpec(8, SPEC.granularity, symmetric=True, signed_scale=False)
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
+_MOVES = ("Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Split", "Slice")
+# Elements from which a constant is a weight.
+_LEAST = 1024
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,8 @@ def int8(model: ir.Model, policy: Policy, store: WeightStore) -> Coder:
             return spec
         stored = store.store(linear.weight, linear.read(), 1, transposed=linear.transposed)
         codes = stored.quantized
-        coded = Coded(stored.codes, stored.scale, None, codes.axis, 0, linear.shape, codes.dequantize)
-        return Chosen(coded, f"{store.grid}, weights only", stored.nbytes)
+        whole = Coded(stored.codes, stored.scale, None, codes.axis, 0, linear.shape, codes.dequantize)
+        return Chosen(whole, f"{store.grid}, weights only", stored.nbytes)
 
     return code
 
@@ -66,25 +72,35 @@ def quantize_inner(
     Case 1: a MatMul in a body: as `linears` codes it.
     Case 2: a Conv or ConvTranspose in a body: int8, as `store` holds it.
     Case 3: LSTM, GRU and RNN anywhere: input and recurrent weights int8, one scale for each row of each gate.
-    No statistics reach into a body, and recurrent nodes see activations of their own: all is rounded to nearest.
+    Case 4: a MatMul with a constant of rank 3 and more that `prepare` did not take apart: int8, a scale a row.
+    Case 5: matrices of experts that a Gather with computed indices takes: codes are looked up, and decoded behind.
+    Case 6: MoE of com.microsoft: its tables are decoded before it. (QMoE of ONNX Runtime 1.32 weights experts in
+            another way on the CPU: 10 dB from what its own codes say.)
+    No statistics reach into a body, and recurrent nodes and experts see activations of their own: all is rounded to
+    nearest. float64 stays: DequantizeLinear does not give it.
     """
     decoder = Decoder(model)
     seen: set[ir.Node] = set()
     for node in list(model.graph.all_nodes()):
-        if node.domain != "":
-            continue
-        inner = node.graph is not model.graph
-        if node.op_type == "MatMul" and inner and not isinstance(linear := as_linear(node), str):
+        inner, plain = node.graph is not model.graph, node.domain == ""
+        if plain and node.op_type == "MatMul" and inner and not isinstance(linear := as_linear(node), str):
             _linear(linear, linears, decoder, decide)
-        elif node.op_type in _CONVOLUTIONS and inner and is_float_constant(node.inputs[1]):
+        elif plain and node.op_type in _CONVOLUTIONS and inner and is_float_constant(node.inputs[1]):
             _convolution(node, policy, store, decoder, decide)
-        elif node.op_type in RECURRENT and recurrent:
-            weights = sum(
-                int(np.prod(dimensions(v))) for v in node.inputs[1:3] if v is not None and is_float_constant(v)
-            )
-            decide(node.name or "", "skipped", recurrent, kind=node.op_type, weights=weights)
-        elif node.op_type in RECURRENT:
-            _recurrent(node, policy, decoder, decide)
+        elif plain and node.op_type in RECURRENT and recurrent:
+            tables = [v for v in node.inputs[1:3] if v is not None and is_float_constant(v)]
+            for table in tables:
+                _left(decide, node, table, recurrent)
+        elif plain and node.op_type in RECURRENT:
+            for slot, what in ((1, "input"), (2, "recurrent")):
+                _decoded(node, slot, EIGHT, f"int8 per row, weights only: {what} weights", policy, decoder, decide)
+        elif plain and node.op_type == "MatMul" and (deep := _deep(node)) is not None:
+            _decoded(node, deep, EIGHT, "int8 per row, weights only: several matrices", policy, decoder, decide)
+        elif plain and is_lookup(node):
+            _lookup(model, node, policy, decide)
+        elif (node.domain, node.op_type) == ("com.microsoft", "MoE"):
+            for slot in (2, 4, 6):
+                _decoded(node, slot, policy.body, f"{policy.body}, weights only: experts", policy, decoder, decide)
         else:
             continue
         seen.add(node)
@@ -109,55 +125,90 @@ def _convolution(node: ir.Node, policy: Policy, store: WeightStore, decoder: Dec
         return
     stored = store.store(weight, w, axis)
     codes = stored.quantized
-    coded = Coded(stored.codes, stored.scale, None, codes.axis, 0, w.shape, codes.dequantize)
-    decoder.decode(node, 1, coded, partial(_floats, constant(weight)))
+    whole = Coded(stored.codes, stored.scale, None, codes.axis, 0, w.shape, codes.dequantize)
+    decoder.decode(node, 1, whole, partial(_floats, constant(weight)))
     _told(decide, node, name, w.size, stored.nbytes, f"{store.grid}, weights only: in a body")
 
 
-def _recurrent(node: ir.Node, policy: Policy, decoder: Decoder, decide: Decide) -> None:
-    """Case 3."""
-    for slot, what in ((1, "input"), (2, "recurrent")):
-        weight = node.inputs[slot] if len(node.inputs) > slot else None
-        if not is_float_constant(weight):
-            decide(node.name or "", "skipped", f"its {what} weights are computed", kind=node.op_type, weights=0)
-            continue
-        assert weight is not None
-        shape, name = dimensions(weight), str(weight.name)
-        size = int(np.prod(shape))
-        if refusal := policy.refusal(node, weight):
-            decide(node.name or "", "kept", refusal, kind=node.op_type, weights=size, weight=name)
-            continue
-        coded = rows_coded(decoder.model, weight)
-        nbytes = constant(coded.codes).nbytes + constant(coded.scale).nbytes
-        decoder.decode(node, slot, coded, partial(_floats, constant(weight)))
-        _told(decide, node, name, size, nbytes, f"int8 per row, weights only: the {what} weights")
+def _decoded(
+    node: ir.Node, slot: int, spec: QuantSpec, told: str, policy: Policy, decoder: Decoder, decide: Decide
+) -> None:
+    """Cases 3, 4 and 6: one weight of a node, whole, behind a DequantizeLinear."""
+    weight = node.inputs[slot] if len(node.inputs) > slot else None
+    if weight is None:
+        return
+    if not is_float_constant(weight):
+        decide(node.name or "", "skipped", f"its input {slot} is computed", kind=node.op_type, weights=0)
+    elif refusal := policy.refusal(node, weight):
+        _left(decide, node, weight, refusal, action="kept")
+    elif constant(weight).dtype == ir.DataType.DOUBLE:
+        _left(decide, node, weight, "DequantizeLinear does not give float64")
+    else:
+        codes = coded(decoder.model, weight, spec)
+        parts = (codes.codes, codes.scale, codes.zero_point)
+        nbytes = sum(constant(value).nbytes for value in parts if value is not None)
+        name, size = str(weight.name), int(np.prod(dimensions(weight)))
+        decoder.decode(node, slot, codes, partial(_floats, constant(weight)))
+        _told(decide, node, name, size, nbytes, told)
+
+
+def _lookup(model: ir.Model, node: ir.Node, policy: Policy, decide: Decide) -> None:
+    """Case 5."""
+    table = node.inputs[0]
+    assert table is not None
+    name, size = str(table.name), int(np.prod(dimensions(table)))
+    if refusal := policy.refusal(node, table):
+        _left(decide, node, table, refusal, action="kept")
+    elif constant(table).dtype == ir.DataType.DOUBLE:
+        _left(decide, node, table, "DequantizeLinear does not give float64")
+    else:
+        kind = node.op_type
+        nbytes = replace_lookup(model, node, policy.body)
+        _told(decide, node, name, size, nbytes, f"{policy.body}, weights only: experts by index", kind=kind)
+
+
+def is_lookup(node: ir.Node) -> bool:
+    """Whether a node takes matrices out of a constant table (E, …) by computed indices, for a product."""
+    if (node.op_type, node.domain) != ("Gather", "") or node.attributes.get_int("axis", 0) != 0:
+        return False
+    table, indices = node.inputs[0], node.inputs[1]
+    if table is None or indices is None or indices.const_value is not None or not is_float_constant(table):
+        return False
+    return len(dimensions(table)) > 2 and _feeds_product(node.outputs[0])
+
+
+def _feeds_product(value: ir.Value) -> bool:
+    frontier = [value]
+    for current in frontier:  # grows while it is walked
+        for use in current.uses():
+            if use.node.op_type in ("MatMul", "Gemm", "Einsum"):
+                return True
+            if use.node.op_type in _MOVES and use.idx == 0 and len(frontier) < 32:
+                frontier += use.node.outputs
+    return False
+
+
+def _deep(node: ir.Node) -> int | None:
+    """The operand of a MatMul that is a constant of rank 3 and more, large enough to matter."""
+    for slot in (1, 0):
+        value = node.inputs[slot]
+        if value is not None and is_float_constant(value):
+            shape = dimensions(value)
+            return slot if len(shape) > 2 and np.prod(shape) >= _LEAST else None
+    return None
 
 
 def _floats(tensor: ir.TensorProtocol) -> Array:
     return np.asarray(read(tensor), np.float32)
 
 
-def rows_coded(model: ir.Model, weight: ir.Value) -> Coded:
-    """int8 codes of a weight of any rank, symmetric, one scale for each row of its last axis; made once."""
-    shape, dtype = dimensions(weight), constant(weight).dtype
-    half = np.float16 if dtype == ir.DataType.FLOAT16 else np.float32
-    spec = QuantSpec(8, SPEC.granularity, symmetric=True, signed_scale=False, scale_dtype=half)
-    rows = np.asarray(read(constant(weight)), np.float32).reshape(-1, shape[-1]).T
-    qparams = choose_qparams(rows, spec)
-    codes = quantize(rows, qparams, spec)
-    name = f"{weight.name}.int8.rows"
-    known = model.graph.initializers
-    if name not in known:
-        add_initializer(model.graph, name, ir.tensor(np.ascontiguousarray(codes.T).reshape(shape)))
-        scale = qparams.scale.reshape(*shape[:-1], 1).astype(dtype.numpy())
-        add_initializer(model.graph, f"{name}.scale", ir.tensor(scale))
-
-    def decoded() -> Array:
-        return np.ascontiguousarray(dequantize(codes, qparams, spec).T).reshape(shape)
-
-    return Coded(known[name], known[f"{name}.scale"], None, len(shape) - 1, shape[-1], shape, decoded)
+def _left(decide: Decide, node: ir.Node, weight: ir.Value, reason: str, *, action: str = "skipped") -> None:
+    size = int(np.prod(dimensions(weight)))
+    decide(node.name or "", action, reason, kind=node.op_type, weights=size, weight=str(weight.name))
 
 
-def _told(decide: Decide, node: ir.Node, weight: str, size: int, nbytes: int, reason: str) -> None:
-    detail = {"kind": node.op_type, "weights": size, "weight": weight, "bytes": nbytes}
+def _told(
+    decide: Decide, node: ir.Node, weight: str, size: int, nbytes: int, reason: str, *, kind: str | None = None
+) -> None:
+    detail = {"kind": kind or node.op_type, "weights": size, "weight": weight, "bytes": nbytes}
     decide(node.name or "", "quantized", reason, **detail, bits_per_weight=8 * nbytes / max(size, 1))

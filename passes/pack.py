@@ -55,7 +55,7 @@ class Pack(Pass):
             if isinstance(spec, str):
                 self._keep(linear, spec)
             else:
-                self._pack_linear(region, linear, spec, rounded)
+                self._pack_linear(region, linear, spec, rounded, self.policy.remark(linear, vocabulary))
         for embedding in find_embeddings(nodes):
             table = self.policy.for_embedding(embedding)
             if isinstance(table, str):
@@ -131,7 +131,9 @@ class Pack(Pass):
         with ThreadPoolExecutor(_THREADS) as pool:
             return dict(zip(jobs, pool.map(one, jobs), strict=True))
 
-    def _pack_linear(self, region: Region, linear: Linear, spec: QuantSpec, rounded: dict[_Key, Quantized]) -> None:
+    def _pack_linear(
+        self, region: Region, linear: Linear, spec: QuantSpec, rounded: dict[_Key, Quantized], told: str
+    ) -> None:
         stored = linear.weight.meta.setdefault(PACKED, {})
         key = (spec, linear.transposed)
         if key not in stored:
@@ -141,7 +143,7 @@ class Pack(Pass):
         quantized, tensors = stored[key]
         linear.node.meta[REFERENCE] = (linear.read(), quantized)
         emit.replace_matmul(region.model, linear, tensors)
-        self._quantized(linear, spec, linear.shape[0], tensors)
+        self._quantized(linear, spec, linear.shape[0], tensors, told)
 
     def _pack_embedding(self, model: ir.Model, embedding: Embedding, spec: QuantSpec) -> None:
         # A table (V, K) is the transpose of the (K, V) weight that a tied lm_head multiplies with.
@@ -155,11 +157,13 @@ class Pack(Pass):
         emit.replace_embedding(model, embedding, tensors)
         self._quantized(embedding, spec, embedding.shape[1], tensors)
 
-    def _quantized(self, site: Linear | Embedding, spec: QuantSpec, k: int, tensors: emit.Tensors) -> None:
+    def _quantized(
+        self, site: Linear | Embedding, spec: QuantSpec, k: int, tensors: emit.Tensors, told: str = ""
+    ) -> None:
         self.decide(
             site.name,
             "quantized",
-            str(spec),
+            f"{spec}: {told}" if told else str(spec),
             kind="MatMul" if isinstance(site, Linear) else "Gather",
             weights=int(np.prod(site.shape)),
             weight=_weight_name(site),

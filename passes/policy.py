@@ -1,13 +1,14 @@
 """Which weight is quantized to what."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
 from qcompile.passes.linears import Embedding, Linear, is_lm_head
 from qcompile.passes.masks import holds_fill
-from qcompile.passes.origins import matches
+from qcompile.passes.origins import matches, names_of
+from qcompile.passes.routers import router
 from qcompile.passes.spec import QuantSpec
 
 
@@ -15,7 +16,8 @@ from qcompile.passes.spec import QuantSpec
 class Policy:
     """The user's choice, applied to one weight at a time.
 
-    body: spec of ordinary linears. lm_head, embedding: their own spec, or None to keep them in float.
+    body: spec of ordinary linears; of 4 bits, routers of experts get 8. lm_head, embedding: their own spec, or None to
+    keep them in float.
     include, exclude: shell patterns on names of nodes and weights, those of the source among them, or operators;
     exclude wins. kept: nodes that stay in float, and why.
     weights_only: products whose weight alone becomes int8 where others compute in integers, and why.
@@ -36,7 +38,16 @@ class Policy:
             return refusal
         if is_lm_head(linear, vocabulary):
             return self.lm_head or "lm_head is kept in float"
-        return self.body
+        return replace(self.body, bits=8, symmetric=False) if self.remark(linear, vocabulary) else self.body
+
+    def remark(self, linear: Linear, vocabulary: int | None) -> str:
+        """Why a linear has 8 bits where others have 4, or an empty string: it is a router that `include` does not name.
+
+        Naming is by the very name of the node or its weight; a pattern that fits others, too, is not meant for it.
+        """
+        if self.body.bits != 4 or set(self.include) & set(names_of(linear.node, linear.weight)):
+            return ""
+        return router(linear, vocabulary)
 
     def for_embedding(self, embedding: Embedding) -> QuantSpec | str:
         """The spec of an embedding table, or the reason why it stays in float; one that is a mask does."""

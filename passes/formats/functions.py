@@ -9,12 +9,15 @@ The body is the specification, the oracle of the tests, and what runs where no k
 | MatMulInt8Outlier | x; w int8; scale (N,); x_scale (); x_zero_point (); channels (C,); w_outlier (C, N) | (…, N) |
 | EmbeddingInt4 | indices (…) int; w (K, C) uint8; scale (G, V); zero_point (G, C) uint8 | (…, K) |
 | EmbeddingInt8 | indices (…) int; w (K, V); scale (G, V); zero_point (G, V) | (…, K) |
+| GatherInt4 | indices (…) int; w (E, …, K / 2) uint8; scale (E, …, G); zero_point (E, …, G) uint8 | (…, …, K) |
+| GatherInt8 | indices (…) int; w (E, …, K); scale (E, …, G); zero_point (E, …, G) | (…, …, K) |
 
 The outliers' rows of w are zero, so what rounding makes of these channels of x adds nothing; see docs/formats.md.
 G = ceil(K / block_size); C = ceil(V / 2) bytes of two codes each, the even column's in the low nibble.
 The code of element (k, n) decodes to (w - zero_point) * scale, both of group k // block_size.
 The attribute `activation_bits` of the products, 16 where it is absent, is for kernels: what they may round x to. The
 bodies compute in the type of x and do not read it.
+GatherInt… look up whole matrices, those of experts, along axis 0; blocks lie along the last axis.
 An embedding reads columns of the very tensor that a tied lm_head multiplies with, so both can share one copy; 4-bit
 tables are read as bytes because ONNX Runtime gathers no 4-bit types.
 """
@@ -95,9 +98,29 @@ def EmbeddingInt4(indices: INT64, w, scale, zero_point, block_size: int):
     return op.Reshape(op.Transpose(columns, perm=[1, 0]), shape, allowzero=1)
 
 
+@onnxscript.script(_DOMAIN_OPSET, default_opset=op)
+def GatherInt8(indices: INT64, w, scale, zero_point, block_size: int):
+    codes, zero_points = op.Gather(w, indices, axis=0), op.Gather(zero_point, indices, axis=0)
+    return op.DequantizeLinear(codes, op.Gather(scale, indices, axis=0), zero_points, axis=-1, block_size=block_size)
+
+
+@onnxscript.script(_DOMAIN_OPSET, default_opset=op)
+def GatherInt4(indices: INT64, w, scale, zero_point, block_size: int):
+    pairs = op.Gather(w, indices, axis=0)
+    low = op.BitwiseAnd(pairs, op.Cast(op.Constant(value_int=15), to=2))
+    high = op.BitShift(pairs, op.Cast(op.Constant(value_int=4), to=2), direction="RIGHT")
+    last = op.Constant(value_ints=[-1])
+    both = op.Concat(op.Unsqueeze(low, last), op.Unsqueeze(high, last), axis=-1)
+    columns = op.Mul(op.Shape(pairs, start=-1), op.Constant(value_ints=[2]))
+    codes = op.Reshape(both, op.Concat(op.Shape(pairs, end=-1), columns, axis=0), allowzero=1)
+    zero_points = op.Gather(zero_point, indices, axis=0)
+    return op.DequantizeLinear(codes, op.Gather(scale, indices, axis=0), zero_points, axis=-1, block_size=block_size)
+
+
 @cache
 def _protos() -> dict[str, bytes]:
-    functions = (MatMulInt4, MatMulInt8, MatMulAddInt4, MatMulAddInt8, EmbeddingInt8, EmbeddingInt4, MatMulInt8Outlier)
+    products = (MatMulInt4, MatMulInt8, MatMulAddInt4, MatMulAddInt8, MatMulInt8Outlier)
+    functions = (*products, EmbeddingInt8, EmbeddingInt4, GatherInt8, GatherInt4)
     return {function.name: function.to_function_proto().SerializeToString() for function in functions}
 
 

@@ -8,6 +8,7 @@ from qcompile.passes.prepare.convolutions import fold_convolutions
 from qcompile.passes.prepare.duplicates import merge_duplicates
 from qcompile.passes.prepare.einsum import turn_einsums
 from qcompile.passes.prepare.equal import merge_equal
+from qcompile.passes.prepare.experts import split_experts
 from qcompile.passes.prepare.folding import fold_constants, note_computed, report_quantized
 from qcompile.passes.prepare.gemm import split_gemms
 from qcompile.passes.prepare.hard_swish import name_hard_swishes
@@ -52,7 +53,8 @@ class Prepare(Pass):
     Case 19: an Einsum that is a product with a constant weight, W x, and weights (1, …, K, N) become MatMul by (K, N).
     Case 20: FusedMatMul, FusedGemm, FusedConv, Attention and EmbedLayerNormalization of ONNX Runtime's domain become
             what they were fused from, so that their weights are those of a MatMul, Conv or Gather.
-    Cases 11 to 16 keep the arithmetic, but for NaN scores in Case 13; Cases 10, 17 and 18 round elsewhere, or less.
+    Case 21: a product with one matrix for each expert becomes one product for each.
+    Cases 11 to 16 and 21 keep the arithmetic, but for NaN scores in Case 13; Cases 10, 17, 18 round elsewhere, or less.
     Inputs and outputs keep names, order and types; weights keep their types and are never all in memory.
     """
 
@@ -88,6 +90,7 @@ class Prepare(Pass):
         split_gemms(model, decide)  # Case 7
         turned = turn_einsums(model, decide)  # Case 19
         fold_constants(model, decide)  # Case 6, what the two before wrote
+        split_experts(model, decide)  # Case 21
         if turn_products(model, decide) + turned:  # Case 19
             fold_constants(model, decide)
             infer_shapes(model, decide)

@@ -1,6 +1,7 @@
 """Static INT8: QuantizeLinear and DequantizeLinear around what integer kernels compute."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -23,13 +24,14 @@ from qcompile.passes.qdq.outlier_emit import replace_outlier
 from qcompile.passes.qdq.outliers import OUTLIERS
 from qcompile.passes.qdq.providers import TYPES, Rule
 from qcompile.passes.qdq.ranges import grid_of, shared
-from qcompile.passes.qdq.selection import Selection, inputs_of, select, weight_position
+from qcompile.passes.qdq.selection import Selection, inputs_of, quantized_output, select, weight_position
 from qcompile.passes.qdq.twin import remember
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore, importance
 from qcompile.passes.spec import ActivationSpec
 
 Calibrator = Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse", "output-mse", "cross-entropy"]
 Readers = dict[ir.Value, list[tuple[ir.Node, int]]]
+_STARVED = "no row of the calibration data reached it"
 _NO_RECURRENT = "tensorrt decodes no weights of recurrent layers"
 _TYPES = {"float8": ir.DataType.FLOAT8E4M3FN}
 
@@ -43,6 +45,7 @@ class Qdq(Pass):
     Case 3: biases become int32 where the provider takes them; others keep a form that does not hinder the fusion.
     Case 4: tables of embeddings become int8, too, shared with a tied lm_head.
     Case 5: weights in bodies of If, Loop and Scan, of LSTM, GRU and RNN: int8, decoded before their reader.
+    Case 6: what no row of the calibration data reached (an expert without a token): weights alone.
     lm_head: "weights" leaves its input in float: its error meets the logits as it is (SmolLM2: two fifths of the KL).
     provider: whose fusions and types are aimed at. weights: one scale a channel, or one a tensor.
     activations: "auto" is what the provider wants; 16 bits and float8 run as Q, DQ and float operators on the CPU.
@@ -113,10 +116,7 @@ class Qdq(Pass):
 
     def call(self, region: Region) -> None:
         """Rewrite the whole graph in place."""
-        selection = self._select(region.model)
-        unknown = [value for value in selection.values if not self.observers[value].state()]
-        if unknown:
-            raise UserError(f"qdq: activation {unknown[0].name} was never seen on the calibration data: is it empty?")
+        selection = self._seen(region.model)
         self.grids = grids = self._grids(selection)
         readers = _readers(selection)
         for node in selection.nodes:
@@ -138,6 +138,25 @@ class Qdq(Pass):
 
     def _select(self, model: ir.Model) -> Selection:
         return select(model, self.policy, self.provider, self.operators, slower=self.slower, heads=self.heads)
+
+    def _seen(self, model: ir.Model) -> Selection:
+        """What to quantize, as far as the calibration data reached: of the rest, the weights alone (Case 6).
+
+        An expert that no token was sent to has no range, and may be asked later. UserError where nothing was seen.
+        """
+        selection = self._select(model)
+        while unknown := [value for value in selection.values if not self.observers[value].state()]:
+            touching = _touching(selection, set(unknown))
+            if len(unknown) == len(selection.values) or not touching:
+                raise UserError(
+                    f"qdq: activation {unknown[0].name} was never seen on the calibration data: is it empty?"
+                )
+            alone, kept = dict(self.policy.weights_only), dict(self.policy.kept)
+            for node in touching:
+                (kept if weight_position(node) is None else alone)[str(node.name)] = _STARVED
+            self.policy = replace(self.policy, weights_only=alone, kept=kept)
+            selection = self._select(model)
+        return selection
 
     def _grids(self, selection: Selection) -> dict[ir.Value, QParams]:
         """Case 2."""
@@ -244,6 +263,15 @@ def _readers(selection: Selection) -> Readers:
             assert value is not None
             readers[value].append((node, i))
     return readers
+
+
+def _touching(selection: Selection, values: set[ir.Value]) -> list[ir.Node]:
+    """The nodes that would be quantized and read one of the values, or give one behind a Q of their own."""
+    return [
+        node
+        for node, rule in selection.nodes.items()
+        if quantized_output(node) in values or any(node.inputs[i] in values for i in inputs_of(node, rule))
+    ]
 
 
 def _float_type(value: ir.Value) -> ir.DataType:
