@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 from qdq_graphs import Tiny
-from qdq_runs import Made, Q, quantized, redundant_pairs
+from qdq_runs import Made, Q, quantized, redundant_pairs, session
 
 from qcompile.compiler.plan import build
 from qcompile.compiler.recipe import Recipe, parse_passes
@@ -17,7 +17,7 @@ from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare import Prepare
-from qcompile.passes.qdq.selection import select
+from qcompile.passes.qdq.selection import MASKED, select
 from qcompile.passes.qdq.weights import SPEC
 
 
@@ -131,11 +131,22 @@ def test_what_the_user_does_not_include_is_kept() -> None:
     assert len(made.decisions("kept")) == 3
 
 
-def test_a_transposed_convolution_has_no_kernel() -> None:
+@pytest.mark.parametrize(("group", "axis"), [(1, 1), (4, 1)])
+def test_a_transposed_convolution_has_no_kernel_but_int8_weights(group: int, axis: int) -> None:
+    """One scale for each output channel of a group, which is axis 1 of its weight; channels differ by powers of ten."""
     tiny = Tiny()
-    made = quantized(tiny.output(tiny.one("ConvTranspose", tiny.input(1, 8, 9, 9), tiny.floats(8, 4, 2, 2))))
-    assert _reasons(made, "skipped") == {"ConvTranspose": "ConvTranspose has no integer kernel on cpu"}
-    assert made.error() == 0
+    w = tiny.random.standard_normal((8, 4, 2, 2)) * 10.0 ** np.arange(-2, 2).reshape(1, 4, 1, 1)
+    x, weight = tiny.input(1, 8, 9, 9), tiny.constant(w.astype(np.float32))
+    made = quantized(tiny.output(tiny.one("ConvTranspose", x, weight, group=group, strides=[2, 2])))
+    assert _reasons(made, "quantized") == {"ConvTranspose": "int8 per channel, weights only"}
+    (read,) = made.nodes("DequantizeLinear")
+    assert read.attribute[0].i == axis
+    assert made.array(read.input[1]).shape == (4,)
+    (feeds,) = made.feeds[:1]
+    wanted, found = (session(model).run(None, feeds)[0] for model in (made.before, made.after))
+    parts = (a.reshape(len(a), group, 4, -1) for a in (found - wanted, wanted))
+    noise, power = (np.square(a).sum(axis=(0, 1, 3)) for a in parts)
+    assert (noise < 1e-4 * power).all()
     made = quantized(tiny, provider="tensorrt")
     assert [d.detail["kind"] for d in made.decisions("quantized")] == ["ConvTranspose"]
 
@@ -213,8 +224,9 @@ def test_helper_sees_redundant_pairs() -> None:
 
 
 def test_an_excluded_operator_without_a_weight_stays_in_float() -> None:
-    model = tiny_decoder(layers=1)
-    Prepare().call(Region.whole(model))
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.load_from_string(_attention().model())))
+    for node in model.graph:
+        node.name = node.outputs[0].name
     softmaxes = {node: str(node.name) for node in model.graph if node.op_type == "Softmax"}
     for exclude, operators in product((("Softmax",), tuple(softmaxes.values())), ("all", "auto")):
         policy = Policy(SPEC, SPEC, SPEC, exclude=exclude)
@@ -223,3 +235,14 @@ def test_an_excluded_operator_without_a_weight_stays_in_float() -> None:
     assert softmaxes.keys() <= found.nodes.keys(), "without a pattern they are integer"
     found = select(model, Policy(SPEC, SPEC, SPEC, exclude=("Softmax",)), "cpu", "all", slower=True)
     assert {found.kept[node] for node in softmaxes} == {("kept", "excluded by 'Softmax'")}
+
+
+def test_a_softmax_behind_a_mask_stays_in_float() -> None:
+    """Its input holds the mask's fill, as the choice before it does."""
+    model = tiny_decoder(layers=1)
+    Prepare().call(Region.whole(model))
+    found = select(model, Policy(SPEC, SPEC, SPEC), "cpu", "all", slower=True)
+    masked = [node for node in model.graph if node.op_type in ("Softmax", "Where")]
+    assert masked
+    assert not found.nodes.keys() & set(masked)
+    assert {found.kept[node] for node in masked if node in found.kept} == {("skipped", MASKED)}

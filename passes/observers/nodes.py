@@ -90,16 +90,16 @@ def _float(graph: onnx.GraphProto, value: str) -> str:
     first, last = constant(graph, "qcompile.first", [0]), constant(graph, "qcompile.minus1", [-1])
     zero = scalar(graph, "qcompile.zero", np.float32(0))
     steps: list[tuple[str, list[str], str, dict[str, int]]] = [
-        ("Cast", [value], "cast", {"to": TensorProto.FLOAT}),
-        ("Unsqueeze", [f"{value}.cast", first], "rows1", {}),  # a scalar is a row of its own
-        ("Mul", [f"{value}.rows1", zero], "nans", {}),
-        ("IsNaN", [f"{value}.nans"], "bad", {}),
-        ("Cast", [f"{value}.bad"], "bad.float", {"to": TensorProto.FLOAT}),
-        ("ReduceMin", [f"{value}.bad.float", last], "dead.float", {"keepdims": 1}),
-        ("ReduceMin", [f"{value}.dead.float"], "lost", {"keepdims": 0}),
-        ("Cast", [f"{value}.dead.float"], "dead", {"to": TensorProto.BOOL}),
-        ("Where", [f"{value}.dead", zero, f"{value}.rows1"], "kept", {}),
-        ("Squeeze", [f"{value}.kept", first], "float", {}),
+        ("Cast", [value], "guard.cast", {"to": TensorProto.FLOAT}),
+        ("Unsqueeze", [f"{value}.guard.cast", first], "guard.rows1", {}),  # a scalar is a row of its own
+        ("Mul", [f"{value}.guard.rows1", zero], "guard.nans", {}),
+        ("IsNaN", [f"{value}.guard.nans"], "guard.bad", {}),
+        ("Cast", [f"{value}.guard.bad"], "guard.bad.float", {"to": TensorProto.FLOAT}),
+        ("ReduceMin", [f"{value}.guard.bad.float", last], "guard.dead.float", {"keepdims": 1}),
+        ("ReduceMin", [f"{value}.guard.dead.float"], "lost", {"keepdims": 0}),
+        ("Cast", [f"{value}.guard.dead.float"], "guard.dead", {"to": TensorProto.BOOL}),
+        ("Where", [f"{value}.guard.dead", zero, f"{value}.guard.rows1"], "guard.kept", {}),
+        ("Squeeze", [f"{value}.guard.kept", first], "float", {}),
     ]
     graph.node.extend(helper.make_node(op, given, [f"{value}.{end}"], **more) for op, given, end, more in steps)
     return name

@@ -45,7 +45,8 @@ def select(
     """What to quantize in the main graph.
 
     Case 1: a product with a constant weight, unless the policy keeps it, or the provider computes it in float. Without
-            `heads` that of a decoder's lm_head is quantized, but not its input; so are those the policy names.
+            `heads` that of a decoder's lm_head is quantized, but not its input; so are those the policy names, and
+            that of a ConvTranspose which the provider computes in float.
     Case 2: operators "all": every other operator that the provider computes in integers, products of two activations
             among them; those that are slower in integers only with `slower`.
     Case 3: operators "auto": such an operator between two integer ones, so that codes need not become floats.
@@ -60,8 +61,10 @@ def select(
     named = [node for node in model.graph if node.name in policy.kept and node.op_type != "Gather"]
     found.kept |= {node: ("kept", policy.kept[str(node.name)]) for node in named}
     for node in chosen:  # Case 1
-        rule = _rule(node, provider)
-        if isinstance(rule, str):
+        rule, known = _rule(node, provider), rule_of(node)
+        if isinstance(rule, str) and node.op_type == "ConvTranspose" and isinstance(known, Rule):
+            found.heads[node] = known
+        elif isinstance(rule, str):
             found.kept[node] = ("skipped", rule)
         elif node.name in policy.weights_only or (not heads and is_head(node, vocabulary)):
             found.heads[node] = rule
