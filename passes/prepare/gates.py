@@ -9,6 +9,9 @@ import onnx_ir as ir
 from qcompile.passes.prepare.edit import small_array
 
 LIMITS = ("Clip", "Min", "Max", "Relu")
+# Steps that are seen backwards from a node, of lines and of limits each: so long is no gate that anybody wrote, and
+# chains of thousands of Relu, Add or Mul take the time of their length.
+_STEPS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +55,7 @@ def lines(value: ir.Value | None) -> Iterator[Line]:
     line = Line(value) if value is not None else None
     while line is not None:
         yield line
-        line = before(line)
+        line = before(line) if len(line.nodes) < _STEPS else None
 
 
 def before(line: Line) -> Line | None:
@@ -89,7 +92,7 @@ def _limited(value: ir.Value) -> tuple[ir.Value, float, float, tuple[ir.Node, ..
     """The value behind all limits, what they are together, and their nodes."""
     low, high = -inf, inf
     nodes: list[ir.Node] = []
-    while (node := value.producer()) is not None and (found := _limits(node)) is not None:
+    while len(nodes) < _STEPS and (node := value.producer()) is not None and (found := _limits(node)) is not None:
         value, lower, upper = found
         low, high = min(max(lower, low), high), min(max(upper, low), high)
         nodes.append(node)
