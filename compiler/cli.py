@@ -144,8 +144,10 @@ def _registered(module: Any, args: argparse.Namespace) -> int:
 
 def _judged(module: Any, args: argparse.Namespace) -> int:
     """Run a command; what fails without being told as a UserError may be the file's fault."""
+    from qcompile.compiler.memory import bounded
+
     try:
-        with warnings.catch_warnings():
+        with bounded(), warnings.catch_warnings():
             if not args.verbose:  # numpy's remarks on odd weights are no part of an answer in one line
                 warnings.simplefilter("ignore")
             return int(module.run(args))

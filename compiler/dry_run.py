@@ -8,6 +8,7 @@ from rich.console import Console
 
 from qcompile.compiler.console import table
 from qcompile.compiler.inputs import input_plan
+from qcompile.compiler.memory import check_sizes
 from qcompile.compiler.patterns import check_patterns
 from qcompile.compiler.plan import build, effective, make_policy
 from qcompile.compiler.recipe import Recipe
@@ -30,6 +31,7 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
         if rewrite.whole_model:
             rewrite.call(Region.whole(model))
     check_patterns(recipe, model)
+    check_sizes(model)
     check_target(model, recipe)
     linears, vocabulary = find_linears(model.graph), vocabulary_size(model)
     policy = make_policy(recipe, dtype)

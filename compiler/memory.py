@@ -1,14 +1,77 @@
-"""How much memory is left, where the system tells."""
+"""How much memory is left, where the system tells, and what would not fit into it."""
 
+import contextlib
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
+import onnx_ir as ir
+
+from qcompile.passes.errors import UserError
+
 _CGROUP = Path("/sys/fs/cgroup")
+_LEAST = 2 << 30
 
 
 def available() -> int | None:
     """Bytes that can be had without swapping, within the container's limit; None where nobody tells (not Linux)."""
     found = [size for size in (_system(), _container()) if size is not None]
     return min(found, default=None)
+
+
+def check_sizes(model: ir.Model) -> None:
+    """Raise UserError for a value of known shape that takes more memory than there is: an input, or what a node gives.
+
+    A few bytes can ask for any number of them: ConstantOfShape, Expand, Tile, Range, a Concat of a value with itself.
+    """
+    free = available()
+    if free is None:
+        return
+    for value in (*model.graph.inputs, *(out for node in model.graph.all_nodes() for out in node.outputs)):
+        size = _bytes(value)
+        if size > free:
+            node = value.producer()
+            kind = "input" if node is None else f"node {node.op_type} {node.name!r}:"
+            sizes = [int(dim) for dim in value.shape or () if isinstance(dim, int)]
+            raise UserError(
+                f"{kind} {value.name!r} {sizes} takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free"
+            )
+
+
+def _bytes(value: ir.Value) -> float:
+    """What the value takes, as far as it is known."""
+    if value.shape is None or value.dtype is None or value.dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED):
+        return 0
+    if not all(isinstance(size, int) for size in value.shape):
+        return 0
+    return math.prod(size for size in value.shape if isinstance(size, int)) * value.dtype.bitwidth / 8
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Have allocations fail, in native code too, that ask for more than the memory at hand; where Linux tells both.
+
+    Otherwise the system grants them and ends the process, or another one, when they are used.
+    """
+    free = available()
+    try:
+        import resource
+
+        held = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[5])
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+    except (ImportError, OSError):
+        free = None
+    if free is None:
+        yield
+        return
+    # Threads and what is reserved without being used count, too: never so little that nothing starts.
+    wanted = held + max(free, _LEAST)
+    if before[0] == resource.RLIM_INFINITY or before[0] > wanted:
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _system() -> int | None:

@@ -1,6 +1,8 @@
 """Arrays by input name, from files or from a program: read, checked against the inputs of a graph, converted."""
 
+import contextlib
 import difflib
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.compiler.inputs import Input, InputPlan
+from qcompile.compiler.memory import available
 from qcompile.passes.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -165,6 +168,7 @@ def _load_npy(path: Path) -> Array:
 def _load(path: Path, kind: str) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    _check_room(path)
     try:
         loaded: Any = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
@@ -173,3 +177,15 @@ def _load(path: Path, kind: str) -> Any:
             return {name: np.asarray(loaded[name]) for name in loaded.files}
     except Exception as error:  # numpy raises ValueError, BadZipFile, zlib.error, ... on broken files
         raise UserError(f"{path} is not a readable .{kind}: {error}") from error
+
+
+def _check_room(path: Path) -> None:
+    """Raise UserError where the arrays of a .npz, unpacked, take more than the memory at hand: a MB can hold a GB."""
+    free = available()
+    if free is None or not zipfile.is_zipfile(path):
+        return
+    size = 0
+    with contextlib.suppress(zipfile.BadZipFile, ValueError, OSError), zipfile.ZipFile(path) as packed:
+        size = sum(member.file_size for member in packed.infolist())
+    if size > free:
+        raise UserError(f"{path} holds {size / 1e9:.1f} GB of arrays, {free / 1e9:.1f} GB of memory are free")

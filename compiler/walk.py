@@ -13,6 +13,7 @@ from qcompile.compiler.census import FloatConstant, census
 from qcompile.compiler.coverage import account, quantizers
 from qcompile.compiler.inputs import InputPlan, input_plan
 from qcompile.compiler.job import Job, observed
+from qcompile.compiler.memory import check_sizes
 from qcompile.compiler.mixed import check_metric
 from qcompile.compiler.patterns import check_patterns
 from qcompile.compiler.plan import build, make_policy
@@ -105,6 +106,7 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     for whole in (p for p in passes if p.whole_model):
         whole.call(Region.whole(graph))
     check_patterns(recipe, graph)
+    check_sizes(graph)
     check_target(graph, recipe)
     plan = input_plan(graph)
     check_metric(recipe, plan)

@@ -15,6 +15,7 @@ How the operators' attributes and shapes fit together is left to shape inference
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import onnx
 
@@ -51,11 +52,40 @@ class _Model:
 def check_model(proto: onnx.ModelProto) -> None:
     """Raise UserError for the first thing that breaks the invariant; it says where, but not in which file."""
     try:
+        _check_texts(proto)
         _check(proto)
     except UnicodeDecodeError as error:
         raise UserError(f"a name in it is not UTF-8 ({error.reason}); {_AGAIN}") from error
     except RecursionError as error:
         raise UserError(f"its graphs are nested too deeply; {_AGAIN}") from error
+
+
+@lru_cache(maxsize=256)
+def _fields(descriptor: Any) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Names of a message type's fields: texts, lists of texts, messages, lists of messages."""
+    found: tuple[list[str], list[str], list[str], list[str]] = ([], [], [], [])
+    for entry in descriptor.fields:
+        if entry.type == entry.TYPE_STRING or entry.message_type is not None:
+            found[2 * (entry.message_type is not None) + entry.is_repeated].append(entry.name)
+    return found
+
+
+def _check_texts(message: Any) -> None:
+    """Refuse texts that are not UTF-8, which protobuf gives as bytes; numbers and weights are not touched."""
+    texts, lists, messages, repeated = _fields(message.DESCRIPTOR)
+    for name in texts:
+        if not isinstance(getattr(message, name), str):
+            raise UserError(f"a name in it is not UTF-8: {getattr(message, name)[:80]!r}; {_AGAIN}")
+    for name in lists:
+        for text in getattr(message, name):
+            if not isinstance(text, str):
+                raise UserError(f"a name in it is not UTF-8: {text[:80]!r}; {_AGAIN}")
+    for name in messages:
+        if message.HasField(name):
+            _check_texts(getattr(message, name))
+    for name in repeated:
+        for inner in getattr(message, name):
+            _check_texts(inner)
 
 
 def _check(proto: onnx.ModelProto) -> None:
@@ -66,8 +96,6 @@ def _check(proto: onnx.ModelProto) -> None:
         if key in model.functions or not function.name:
             raise UserError(f"function {function.domain}.{function.name} is defined twice or has no name; {_AGAIN}")
         model.functions[key] = function
-    for entry in proto.metadata_props:
-        _ = entry.key, entry.value  # raises where they are not UTF-8
     _check_graph(proto.graph, "the graph", _Scope(imports), model)
     if not proto.graph.output:
         raise UserError(f"the graph has no outputs, nothing to compile; {_AGAIN}")
@@ -148,8 +176,6 @@ def _check_type(given: onnx.TypeProto, where: str) -> None:
         tensor = given.tensor_type if kind == "tensor_type" else given.sparse_tensor_type
         if tensor.elem_type:
             element_type(tensor.elem_type, where)
-        for dim in tensor.shape.dim:
-            _ = dim.dim_param  # raises where it is not UTF-8
         if len(tensor.shape.dim) > 64:
             raise UserError(f"{where} has {len(tensor.shape.dim)} dimensions; {_AGAIN}")
     elif kind in ("sequence_type", "optional_type"):

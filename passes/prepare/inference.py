@@ -1,5 +1,6 @@
 """onnx's shape inference where it can do no harm: in a process of its own."""
 
+import contextlib
 import os
 import select
 import signal
@@ -9,6 +10,8 @@ import onnx
 
 # Seconds for a whole model; one of 20,000 nodes takes one.
 _LIMIT = 120.0
+# Bytes it may take beyond what this process has; propagating sizes as data takes 2^40 of them for forty Concats.
+_MEMORY = 1 << 30
 
 
 def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -16,14 +19,22 @@ def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     onnx's C++ aborts the process on some graphs (a Slice backwards through an axis of no elements, in onnx 1.23), so
     the work is done by a fork of this process that computes, answers and ends. Where there is no fork, here.
+    Sizes that a graph computes are followed as data, unless that fails.
     """
     if not hasattr(os, "fork"):
         return onnx.shape_inference.infer_shapes(proto, data_prop=True)
     content = proto.SerializeToString()
+    try:
+        return _in_a_fork(content, follow=True)
+    except (RuntimeError, TimeoutError):
+        return _in_a_fork(content, follow=False)
+
+
+def _in_a_fork(content: bytes, *, follow: bool) -> onnx.ModelProto:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        _answer(content, writing)
+        _answer(content, writing, follow=follow)
     os.close(writing)
     try:
         answer = _whole(reading, time.monotonic() + _LIMIT)
@@ -40,12 +51,13 @@ def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     return found
 
 
-def _answer(content: bytes, pipe: int) -> None:
+def _answer(content: bytes, pipe: int, *, follow: bool) -> None:
     """In the fork: "+" and the model, or "-" and why not, into the pipe; nothing of Python's own end runs."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what C++ says when it aborts
+        _limit_memory(_MEMORY + 20 * len(content))
         try:
-            answer = b"+" + onnx.shape_inference.infer_shapes(content, data_prop=True).SerializeToString()
+            answer = b"+" + onnx.shape_inference.infer_shapes(content, data_prop=follow).SerializeToString()
         except BaseException as error:
             answer = b"-" + str(error).encode("utf-8", "replace")
         view = memoryview(answer)
@@ -53,6 +65,18 @@ def _answer(content: bytes, pipe: int) -> None:
             view = view[os.write(pipe, view) :]
     finally:
         os._exit(0)
+
+
+def _limit_memory(more: int) -> None:
+    """Let this process have so many bytes more than it has; where the system does not know such a limit, any number."""
+    with contextlib.suppress(OSError, ValueError, ImportError):
+        import resource
+
+        pages = int(open("/proc/self/statm", "rb").read().split()[5])  # noqa: SIM115
+        wanted = pages * resource.getpagesize() + more
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if soft == resource.RLIM_INFINITY or soft > wanted:
+            resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
 
 
 def _whole(pipe: int, end: float) -> bytes | None:

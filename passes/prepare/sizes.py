@@ -8,6 +8,7 @@ from qcompile.passes.prepare.edit import Decide, Names, insert_before, small_arr
 Size = int | str | tuple[ir.Value, int]
 _SAME = {"Squeeze", "Unsqueeze", "Identity"}
 # What some exporters call every dimension that they do not know.
+_LOOKS = 500  # values behind one shape: an exporter's are a dozen
 _UNNAMED = {"", "?", "None", "-1", "unknown", "dynamic"}
 
 
@@ -29,8 +30,15 @@ def dimension(value: ir.Value, axis: int) -> Size:
     return (_name(size) if value.is_graph_input() else None) or (value, axis)
 
 
-def sizes(value: ir.Value | None) -> tuple[Size, ...] | None:
-    """The content of a shape or of one of its numbers (a scalar has one entry); None if it cannot be told."""
+def sizes(value: ir.Value | None, budget: list[int] | None = None) -> tuple[Size, ...] | None:
+    """The content of a shape or of one of its numbers (a scalar has one entry); None if it cannot be told.
+
+    budget: how many values the whole call may still look at: forty Concats of a value with itself ask for 2^40.
+    """
+    budget = [_LOOKS] if budget is None else budget
+    budget[0] -= 1
+    if budget[0] < 0:
+        return None
     array = small_array(value)
     if array is not None:
         return tuple(array.reshape(-1).tolist()) if array.ndim < 2 and array.dtype.kind == "i" else None
@@ -40,14 +48,14 @@ def sizes(value: ir.Value | None) -> tuple[Size, ...] | None:
     if node.op_type == "Shape":
         return _shape(node)
     if node.op_type == "Concat":
-        parts = [sizes(part) for part in node.inputs]
+        parts = [sizes(part, budget) for part in node.inputs]
         return tuple(size for part in parts if part for size in part) if None not in parts else None
-    content = sizes(node.inputs[0]) if node.op_type in {"Slice", "Gather", "Reshape"} | _SAME else None
+    content = sizes(node.inputs[0], budget) if node.op_type in {"Slice", "Gather", "Reshape"} | _SAME else None
     if content is None or node.op_type in _SAME:
         return content
     if node.op_type == "Reshape":
         return content if len(content) == 1 else None
-    operands = [sizes(operand) for operand in node.inputs[1:]]
+    operands = [sizes(operand, budget) for operand in node.inputs[1:]]
     if any(operand is None or not all(isinstance(number, int) for number in operand) for operand in operands):
         return None
     return _picked(node, content, [[int(n) for n in operand or () if isinstance(n, int)] for operand in operands])
