@@ -15,7 +15,7 @@ from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.segments import Segment, split
 from qcompile.compiler.sources import Calibration
 from qcompile.compiler.store import load_model
-from qcompile.compiler.walk import check_target, file_size, scale_dtype
+from qcompile.compiler.walk import check_target, file_size
 from qcompile.passes.base import Region
 from qcompile.passes.linears import Linear, find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.spec import QuantSpec
@@ -25,8 +25,7 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     """Print the nodes by decision, sizes before and after, and the memory that compiling will need."""
     model, recipe = load_model(path), effective(recipe)
     before = file_size(path, model)
-    dtype = scale_dtype(model)
-    passes = build(recipe, dtype)
+    passes = build(recipe)
     for rewrite in passes:
         if rewrite.whole_model:
             rewrite.call(Region.whole(model))
@@ -34,7 +33,7 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     check_sizes(model)
     check_target(model, recipe)
     linears, vocabulary = find_linears(model.graph), vocabulary_size(model)
-    policy = make_policy(recipe, dtype)
+    policy = make_policy(recipe)
     chosen = {linear: policy.for_linear(linear, vocabulary) for linear in linears}
     looked_up = {embedding: policy.for_embedding(embedding) for embedding in find_embeddings(model.graph)}
     console.print(f"plan      {path} → {output}", soft_wrap=True)
@@ -53,9 +52,9 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     for embedding, spec in looked_up.items():
         if isinstance(spec, QuantSpec):
             weights.setdefault(embedding.table, (spec, embedding.shape[1], embedding.shape[0]))
-    width = 8 * np.dtype(dtype).itemsize
-    packed = sum(spec.bits_per_weight(k, width) * k * n / 8 for spec, k, n in weights.values())
-    removed = sum(k * n * width // 8 for _, k, n in weights.values())
+    bits = {value: 8 * np.dtype(spec.scale_dtype).itemsize for value, (spec, _, _) in weights.items()}
+    packed = sum(spec.bits_per_weight(k, bits[value]) * k * n / 8 for value, (spec, k, n) in weights.items())
+    removed = sum(k * n * bits[value] // 8 for value, (_, k, n) in weights.items())
     console.print(f"passes    {', '.join(p.name for p in passes)}")
     plan = input_plan(model)
     segments = split(model, {linear.node for linear in linears}.__contains__)

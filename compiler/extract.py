@@ -78,8 +78,10 @@ def extract(
             _add_initializer(piece, value)
         else:
             piece.inputs.append(str(value.name))
-            graph.input.append(_info(value))
-    graph.output.extend(_info(value) for value in wanted)
+            graph.input.append(_input(value))
+    graph.output.extend(
+        onnx.ValueInfoProto(name=value.name) for value in wanted
+    )  # types follow from what computes them
     return piece
 
 
@@ -139,10 +141,17 @@ def _needed(given: Sequence[ir.Value], wanted: Sequence[ir.Value]) -> tuple[list
     return list(done), list(used)
 
 
-def _info(value: ir.Value) -> onnx.ValueInfoProto:
-    if value.type is None:
-        return helper.make_tensor_value_info(str(value.name), TensorProto.FLOAT, None)
-    return ir.serde.serialize_value(value)
+def _input(value: ir.Value) -> onnx.ValueInfoProto:
+    """What a piece is fed: a graph input as the model declares it, an inner value by type and rank.
+
+    Raises ValueError for an inner value of unknown type, which `split` carries nowhere.
+    """
+    if value.is_graph_input():
+        return ir.serde.serialize_value(value)
+    if value.dtype is None:
+        raise ValueError(f"the type of {value.name} is not known")
+    sizes = None if value.shape is None or value.is_graph_output() else [None] * len(value.shape)
+    return helper.make_tensor_value_info(str(value.name), int(value.dtype), sizes)
 
 
 def _declared(name: str, data_type: int, shape: Iterable[int]) -> TensorProto:

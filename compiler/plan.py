@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from qcompile.compiler.recipe import Recipe, Step
 from qcompile.passes.awq import Awq
 from qcompile.passes.base import Pass
@@ -38,13 +35,13 @@ PASSES: dict[str, type[Pass]] = {
 INT8 = ("qdq", "dynamic")
 
 
-def build(recipe: Recipe, scale_dtype: npt.DTypeLike = np.float32) -> list[Pass]:
+def build(recipe: Recipe) -> list[Pass]:
     """The passes of a recipe, `prepare` first; UserError for an unknown pass or parameter, or an impossible order."""
     steps = list(recipe.passes)
     if not any(step.name == "prepare" for step in steps):
         steps.insert(0, Step("prepare"))
     check_order(steps)
-    policy = make_policy(recipe, scale_dtype)
+    policy = make_policy(recipe)
     return [_make(step, steps[i + 1 :], recipe, policy) for i, step in enumerate(steps)]
 
 
@@ -80,23 +77,22 @@ def check_order(steps: Sequence[Step]) -> None:
         raise UserError("pass 'prepare' must come first")
 
 
-def make_policy(recipe: Recipe, scale_dtype: npt.DTypeLike) -> Policy:
-    """Specs of every kind of weight.
+def make_policy(recipe: Recipe) -> Policy:
+    """Specs of every kind of weight; `Policy` gives them the scale type of each.
 
     8-bit weights are unsigned with zero points whatever `symmetric` says: MatMulNBits is made from those in more
     versions of ONNX Runtime, and a point more of resolution costs nothing at 8 bits.
     """
     if any(step.name in INT8 for step in recipe.passes):
-        own = replace(SPEC, scale_dtype=scale_dtype)
-        head, table = own if recipe.lm_head else None, own if recipe.embedding else None
-        return Policy(own, head, table, recipe.include, recipe.exclude)
+        head, table = SPEC if recipe.lm_head else None, SPEC if recipe.embedding else None
+        return Policy(SPEC, head, table, recipe.include, recipe.exclude)
     granularity = PerGroup(recipe.group_size) if recipe.group_size else PerChannel(axis=1)
     symmetric = recipe.symmetric and recipe.bits == 4
     # TensorRT demands positive scales, and it is what the plain form is for.
-    body = QuantSpec(recipe.bits, granularity, symmetric, recipe.target != "qdq", scale_dtype)
+    body = QuantSpec(recipe.bits, granularity, symmetric, recipe.target != "qdq")
 
     def vocabulary(bits: int | None) -> QuantSpec | None:
-        return QuantSpec(bits, granularity, symmetric=False, scale_dtype=scale_dtype) if bits else None
+        return QuantSpec(bits, granularity, symmetric=False) if bits else None
 
     return Policy(body, vocabulary(recipe.lm_head), vocabulary(recipe.embedding), recipe.include, recipe.exclude)
 

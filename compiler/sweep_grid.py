@@ -82,7 +82,7 @@ def identity(recipe: Recipe, calibration: str) -> dict[str, Any]:
         qcompile: the first one counts.
     """
     plain = replace(recipe, symmetric=False)
-    if make_policy(recipe, "float32") == make_policy(plain, "float32"):  # Case 1
+    if make_policy(recipe) == make_policy(plain):  # Case 1
         recipe = plain
     settings = recipe.to_dict() | {CALIBRATION: calibration}
     if not recipe.mixed and not any(needs_calibration(step) for step in build(recipe)):  # Case 2

@@ -82,15 +82,22 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
         if wide_probe.is_wide(reference[1]):
             wide_probe.compare(y, x, *reference, outputs)
         wanted, exact = (_ratio([y], end, outputs) for end in (".wanted", ".exact"))
-        dtype = node.outputs[0].dtype or ir.DataType.FLOAT
         measured = math.isfinite(_total(observers.reference(y, ".exact"), outputs))  # else the float product overflows
-        if measured and not exact <= _EXACT.get(dtype, 1e-4):
+        if measured and not exact <= _EXACT[_scale_type(node)]:
             raise UserError(
                 f"node {node.name}: the packed operator differs from its own weights by {exact:.1e} in this ONNX "
                 "Runtime; please report it with the model"
             )
         found.append(NodeError(node.name or "", wanted, exact, _int8_error(y, outputs), weights=reference[0].size))
     return found
+
+
+def _scale_type(node: ir.Node) -> ir.DataType:
+    """The type that a packed node computes in: that of its scales."""
+    scale = node.inputs[2]
+    assert scale is not None
+    assert scale.dtype is not None
+    return scale.dtype
 
 
 def probe_twins(piece: Piece, nodes: Sequence[ir.Node]) -> list[str]:

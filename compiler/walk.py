@@ -24,6 +24,7 @@ from qcompile.compiler.sources import Calibration, Data, gather
 from qcompile.compiler.statistics_file import SavedStatistics
 from qcompile.compiler.store import check_finite, load_model, model_hash
 from qcompile.compiler.stream import Arrays
+from qcompile.compiler.value_types import told_by_runtime
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.lower import check_block_size
@@ -31,6 +32,7 @@ from qcompile.passes.linears import find_linears, vocabulary_size
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.histogram import Histogram
+from qcompile.passes.prepare import Prepare
 from qcompile.runtime.sessions import ort_version
 
 
@@ -99,11 +101,13 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     """Load the model and canonicalize its graph. Raises UserError for a model or a recipe that cannot work."""
     graph = load_model(source)
     check_finite(graph)
-    passes = build(recipe, scale_dtype(graph))
+    passes = build(recipe)
     report = Report(str(source), model_hash(source), recipe.to_dict(), versions())
     report.source_bytes = file_size(source, graph)
     progress.step("preparing")
     for whole in (p for p in passes if p.whole_model):
+        if isinstance(whole, Prepare):
+            whole.ask = told_by_runtime
         whole.call(Region.whole(graph))
     check_patterns(recipe, graph)
     check_sizes(graph)
@@ -171,7 +175,7 @@ def _account(walked: Walked) -> None:
     report, own = walked.report, quantizers(walked.passes)
     report.quantizers = tuple(p.name for p in own) or ("float",)
     policy = getattr(own[0], "policy", None) if own else None
-    policy = policy or make_policy(walked.prepared.recipe, np.float32)
+    policy = policy or make_policy(walked.prepared.recipe)
     for other in report.quantizers[1:]:
         report.decisions[other] = []
     report.decisions[report.quantizers[0]] = account(walked.prepared.constants, walked.model, walked.passes, policy)
@@ -181,7 +185,7 @@ def check_target(model: ir.Model, recipe: Recipe) -> None:
     """Raise UserError where the target does not take the group size of a weight, before any work is done."""
     if recipe.target != "matmulnbits" or not any(step.name == "pack" for step in recipe.passes):
         return
-    policy, vocabulary = make_policy(recipe, np.float32), vocabulary_size(model)
+    policy, vocabulary = make_policy(recipe), vocabulary_size(model)
     for linear in find_linears(model.graph):
         spec = policy.for_linear(linear, vocabulary)
         if not isinstance(spec, str):
@@ -220,11 +224,6 @@ def element_type(model: ir.Model) -> ir.DataType:
         if tensor is not None and tensor.dtype.is_floating_point():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
     return max(sizes, key=lambda dtype: sizes[dtype], default=ir.DataType.FLOAT)
-
-
-def scale_dtype(model: ir.Model) -> type[np.float16] | type[np.float32]:
-    """The numpy type of the scales that the compiled model will hold."""
-    return np.float16 if element_type(model) == ir.DataType.FLOAT16 else np.float32
 
 
 def file_size(path: Path, model: ir.Model) -> int:

@@ -3,13 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.linears import Embedding, Linear, is_lm_head
+from qcompile.passes.linears import Embedding, Linear, constant, is_lm_head
 from qcompile.passes.masks import holds_fill
 from qcompile.passes.origins import matches, names_of
 from qcompile.passes.routers import router
 from qcompile.passes.spec import QuantSpec
+
+# Scales by the type of the weight.
+_SCALES = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,9 @@ class Policy:
         if refusal:
             return refusal
         if is_lm_head(linear, vocabulary):
-            return self.lm_head or "lm_head is kept in float"
-        return replace(self.body, bits=8, symmetric=False) if self.remark(linear, vocabulary) else self.body
+            return typed(self.lm_head, linear.weight) if self.lm_head else "lm_head is kept in float"
+        body = replace(self.body, bits=8, symmetric=False) if self.remark(linear, vocabulary) else self.body
+        return typed(body, linear.weight)
 
     def remark(self, linear: Linear, vocabulary: int | None) -> str:
         """Why a linear has 8 bits where others have 4, or an empty string: it is a router that `include` does not name.
@@ -53,7 +58,10 @@ class Policy:
         """The spec of an embedding table, or the reason why it stays in float; one that is a mask does."""
         if self.embedding is not None and holds_fill(embedding.table):
             return "its table holds the fill of a mask (-1e4, -inf), which no 8-bit grid serves"
-        return self.refusal(embedding.node, embedding.table) or self.embedding or "embedding is kept in float"
+        refusal = self.refusal(embedding.node, embedding.table)
+        if refusal or self.embedding is None:
+            return refusal or "embedding is kept in float"
+        return typed(self.embedding, embedding.table)
 
     def refusal(self, node: ir.Node, *weights: ir.Value | None) -> str:
         """Why a node with these weights is not to be quantized, or an empty string."""
@@ -66,3 +74,17 @@ class Policy:
         """The same by `exclude` alone, which also keeps nodes without a weight in float."""
         found = (pattern for pattern in self.exclude if matches(pattern, node, *weights))
         return next((f"excluded by {pattern!r}" for pattern in found), "")
+
+
+def typed(spec: QuantSpec, weight: ir.Value) -> QuantSpec | str:
+    """The spec with scales of the weight's float type; a reason where the formats have none.
+
+    The operands of a product are of one type, so this is the type of the activation that the weight meets, whatever
+    other weights of the model are.
+    """
+    scale = _SCALES.get(constant(weight).dtype)
+    return (
+        f"no format for {constant(weight).dtype.name.lower()} weights"
+        if scale is None
+        else replace(spec, scale_dtype=scale)
+    )

@@ -88,17 +88,17 @@ def test_candidates_are_judged_by_the_rounding_that_follows() -> None:
 
 
 def test_specs_of_each_kind_of_weight() -> None:
-    policy = make_policy(Recipe(symmetric=True, group_size=64, lm_head=None, embedding=4), "float16")
+    policy = make_policy(Recipe(symmetric=True, group_size=64, lm_head=None, embedding=4))
     assert (policy.body.bits, policy.body.granularity, policy.body.symmetric) == (4, PerGroup(64), True)
     assert policy.lm_head is None
     assert policy.embedding is not None
     assert (policy.embedding.bits, policy.embedding.symmetric) == (4, False)
-    assert make_policy(Recipe(group_size=0), "float32").body.granularity == PerChannel(axis=1)
+    assert make_policy(Recipe(group_size=0)).body.granularity == PerChannel(axis=1)
 
 
 def test_8_bit_weights_have_zero_points_and_qdq_has_positive_scales() -> None:
-    assert not make_policy(Recipe(bits=8, symmetric=True), "float32").body.symmetric
-    assert not make_policy(Recipe(symmetric=True, target="qdq"), "float32").body.signed_scale
+    assert not make_policy(Recipe(bits=8, symmetric=True)).body.symmetric
+    assert not make_policy(Recipe(symmetric=True, target="qdq")).body.signed_scale
 
 
 def test_every_pass_tells_its_parameters(capsys: pytest.CaptureFixture[str]) -> None:

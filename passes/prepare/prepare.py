@@ -5,6 +5,7 @@ from qcompile.passes.origins import keep_origins, origins
 from qcompile.passes.prepare.constants import fix_defaults, lift_constants, load_small
 from qcompile.passes.prepare.contrib import take_apart
 from qcompile.passes.prepare.convolutions import fold_convolutions
+from qcompile.passes.prepare.doubles import narrow_doubles
 from qcompile.passes.prepare.duplicates import merge_duplicates
 from qcompile.passes.prepare.einsum import turn_einsums
 from qcompile.passes.prepare.equal import merge_equal
@@ -14,12 +15,13 @@ from qcompile.passes.prepare.gemm import split_gemms
 from qcompile.passes.prepare.hard_swish import name_hard_swishes
 from qcompile.passes.prepare.heads import group_heads
 from qcompile.passes.prepare.identities import remove_identities
+from qcompile.passes.prepare.infer import Oracle, infer_anew, infer_shapes
 from qcompile.passes.prepare.names import unique_names
 from qcompile.passes.prepare.opset import raise_opset
 from qcompile.passes.prepare.products import turn_products
 from qcompile.passes.prepare.simplify import divide, remove_guards, remove_neutral, sign_tables
 from qcompile.passes.prepare.sizes import merge_sizes, transpose_keys
-from qcompile.passes.prepare.tidy import infer_shapes, inline_functions, name_nodes, remove_traces, remove_unused, sort
+from qcompile.passes.prepare.tidy import inline_functions, name_nodes, remove_traces, remove_unused, sort
 from qcompile.passes.prepare.ties import tie_heads
 
 
@@ -54,6 +56,7 @@ class Prepare(Pass):
     Case 20: FusedMatMul, FusedGemm, FusedConv, Attention and EmbedLayerNormalization of ONNX Runtime's domain become
             what they were fused from, so that their weights are those of a MatMul, Conv or Gather.
     Case 21: a product with one matrix for each expert becomes one product for each.
+    Case 22: a product by a float64 weight, and a lookup in such a table, are computed in float32 between Casts.
     Cases 11 to 16 and 21 keep the arithmetic, but for NaN scores in Case 13; Cases 10, 17, 18 round elsewhere, or less.
     Inputs and outputs keep names, order and types; weights keep their types and are never all in memory.
     """
@@ -64,6 +67,7 @@ class Prepare(Pass):
     def __init__(self, *, opset: int = 21) -> None:
         super().__init__()
         self.opset = opset
+        self.ask: Oracle | None = None
 
     def call(self, region: Region) -> None:
         """Rewrite the whole model in place."""
@@ -77,7 +81,7 @@ class Prepare(Pass):
         unique_names(model, decide)  # Case 9
         fix_defaults(model, decide)  # Case 2
         load_small(model)
-        infer_shapes(model, decide)
+        infer_anew(model, decide, self.ask)
         raise_opset(model, self.opset, decide)  # Case 3
         lift_constants(model, decide)  # Case 2
         remove_identities(model, decide)  # Case 4
@@ -107,10 +111,11 @@ class Prepare(Pass):
         name_hard_swishes(model, decide)  # Case 18, before a convolution takes the + 3
         fold_convolutions(model, decide)  # Case 17
         merge_equal(model, decide)  # Case 12
+        narrow_doubles(model, decide)  # Case 22
         remove_unused(model, decide)  # Case 8
         sort(model)
         name_nodes(model, decide)
         note_computed(model)
         keep_origins(model, known)
-        infer_shapes(model, decide)
+        infer_shapes(model, decide, self.ask)
         region.nodes = list(model.graph)

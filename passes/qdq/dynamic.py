@@ -8,9 +8,9 @@ import onnx_ir as ir
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.formats.emit import drop_unused
 from qcompile.passes.inner import int8, quantize_inner
-from qcompile.passes.linears import Linear, find_linears, vocabulary_size
+from qcompile.passes.linears import Linear, constant, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
-from qcompile.passes.prepare.edit import add_initializer
+from qcompile.passes.prepare.edit import add_initializer, insert_before
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import add_outliers, masked, split_weight, told
 from qcompile.passes.qdq.outliers import OUTLIERS, Outliers
@@ -69,9 +69,8 @@ class Dynamic(Pass):
                 )
                 continue
             linear = linears[node]
-            if linear.activation.dtype not in (None, ir.DataType.FLOAT):
-                kind = str(linear.activation.dtype).lower()
-                reason = f"DynamicQuantizeLinear takes float32, not {kind}"
+            if (dtype := constant(linear.weight).dtype) not in _FLOATS:
+                reason = f"no kernel takes {dtype.name.lower()}"
                 size = int(np.prod(linear.shape))
                 self.decide(linear.name, "skipped", reason, kind="MatMul", weights=size, weight=linear.weight.name)
                 continue
@@ -85,7 +84,7 @@ class Dynamic(Pass):
             marked: Outliers | None = node.meta.pop(OUTLIERS, None)
             x = linear.activation if marked is None else masked(model, linear, marked)
             if x not in codes:
-                codes[x] = _quantize(node, x)
+                codes[x] = _quantize(node, x, constant(linear.weight).dtype)
             if marked is not None:  # Case 3
                 stored, outlying = split_weight(model, linear, marked, self.grid)
                 _replace(model, linear, stored, codes[x])
@@ -115,10 +114,21 @@ class Dynamic(Pass):
         )
 
 
-def _quantize(place: ir.Node, value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """(codes, scale, zero point) of a value, by a DynamicQuantizeLinear before the first node that reads them."""
-    node = ir.node("DynamicQuantizeLinear", [value], num_outputs=3, name=f"{value.name}.dynamic")
-    kinds = (ir.DataType.UINT8, value.dtype or ir.DataType.FLOAT, ir.DataType.UINT8)
+# Types of products that are computed in integers.
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+
+
+def _quantize(place: ir.Node, value: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """(codes, float32 scale, zero point) of a value of the given type, by a DynamicQuantizeLinear, which takes float32,
+    before the first node that reads them.
+    """
+    x = value
+    if dtype != ir.DataType.FLOAT:
+        name = f"{value.name}.dynamic.float"
+        x = insert_before(place, "Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=name, output=name)
+        x.dtype, x.shape = ir.DataType.FLOAT, value.shape
+    node = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{value.name}.dynamic")
+    kinds = (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8)
     for output, end, kind in zip(node.outputs, ("quantized", "scale", "zero_point"), kinds, strict=True):
         output.name, output.dtype = f"{value.name}.{end}", kind
         output.shape = value.shape if end == "quantized" else ir.Shape(())
@@ -128,7 +138,9 @@ def _quantize(place: ir.Node, value: ir.Value) -> tuple[ir.Value, ir.Value, ir.V
 
 
 def _replace(model: ir.Model, linear: Linear, stored: Stored, codes: tuple[ir.Value, ir.Value, ir.Value]) -> None:
-    """Turn the MatMul into the Mul that ends the integer product, in place: its output stays the same value."""
+    """Turn the MatMul into the Mul that ends the integer product, or into a Cast behind that where it is float16, in
+    place: its output stays the same value.
+    """
     node, (x, scale, zero_point) = linear.node, codes
     read, base = node.inputs[1], node.name
     zero = f"{stored.codes.name}.zero_point"
@@ -138,16 +150,34 @@ def _replace(model: ir.Model, linear: Linear, stored: Stored, codes: tuple[ir.Va
         point = add_initializer(model.graph, zero, ir.tensor(np.zeros(shape, stored.quantized.codes.dtype)))
     integer = ir.node("MatMulInteger", [x, stored.codes, zero_point, point], name=f"{base}.integer")
     cast = ir.node("Cast", [integer.outputs[0]], {"to": int(ir.DataType.FLOAT)}, name=f"{base}.cast")
-    scales = ir.node("Mul", [scale, stored.scale], name=f"{base}.scales")
+    scales = ir.node("Mul", [scale, _float32(model, stored.scale)], name=f"{base}.scales")
     for made, kind in ((integer, ir.DataType.INT32), (cast, ir.DataType.FLOAT), (scales, ir.DataType.FLOAT)):
         made.outputs[0].name, made.outputs[0].dtype = str(made.name), kind
     integer.outputs[0].shape = cast.outputs[0].shape = node.outputs[0].shape
     assert node.graph is not None
     node.graph.insert_before(node, [integer, cast, scales])
-    node.replace_input_with(0, cast.outputs[0])
-    node.replace_input_with(1, scales.outputs[0])
-    node.op_type = "Mul"
+    ends, dtype = [cast.outputs[0], scales.outputs[0]], constant(linear.weight).dtype
+    if dtype == ir.DataType.FLOAT:
+        node.op_type = "Mul"
+    else:
+        whole = insert_before(node, "Mul", ends, name=f"{base}.whole", output=f"{base}.whole")
+        whole.dtype, whole.shape = ir.DataType.FLOAT, node.outputs[0].shape
+        node.op_type, ends = "Cast", [whole]
+        node.attributes["to"] = ir.AttrInt64("to", int(dtype))
+    node.resize_inputs(len(ends))
+    for i, value in enumerate(ends):
+        node.replace_input_with(i, value)
     producer = read.producer() if read is not None else None
     if producer is not None and not read.uses() and producer.graph is not None:  # type: ignore[union-attr]
         producer.graph.remove(producer, safe=True)
     drop_unused(model, linear.weight)
+
+
+def _float32(model: ir.Model, scale: ir.Value) -> ir.Value:
+    """A constant scale in float32, made once."""
+    if constant(scale).dtype == ir.DataType.FLOAT:
+        return scale
+    name = f"{scale.name}.float32"
+    known = model.graph.initializers.get(name)
+    array = np.asarray(constant(scale).numpy(), np.float32)
+    return known if known is not None else add_initializer(model.graph, name, ir.tensor(array))

@@ -75,7 +75,9 @@ def masked(model: ir.Model, linear: Linear, own: Outliers) -> ir.Value:
 def add_outliers(model: ir.Model, linear: Linear, own: Outliers, outlying: ir.Value) -> None:
     """Turn the node that ends the product of the rest into its sum with the float product of the outliers."""
     node, base = linear.node, linear.name
-    product = insert_before(node, node.op_type, list(node.inputs), name=f"{base}.product", output=f"{base}.product")
+    product = insert_before(
+        node, node.op_type, list(node.inputs), dict(node.attributes), name=f"{base}.product", output=f"{base}.product"
+    )
     taken = [linear.activation, channels(model, linear, own)]
     gathered = insert_before(node, "Gather", taken, {"axis": -1}, name=f"{base}.taken", output=f"{base}.taken")
     added = insert_before(node, "MatMul", [gathered, outlying], name=f"{base}.added", output=f"{base}.added")
@@ -83,6 +85,8 @@ def add_outliers(model: ir.Model, linear: Linear, own: Outliers, outlying: ir.Va
         value.type = linear.activation.type
     product.shape = added.shape = node.outputs[0].shape
     node.op_type = "Add"
+    node.attributes.clear()
+    node.resize_inputs(2)
     node.replace_input_with(0, product)
     node.replace_input_with(1, added)
 

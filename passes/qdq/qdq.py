@@ -276,7 +276,9 @@ def _touching(selection: Selection, values: set[ir.Value]) -> list[ir.Node]:
 
 def _float_type(value: ir.Value) -> ir.DataType:
     """The element type of an activation and of its scale."""
-    return ir.DataType.FLOAT16 if value.dtype == ir.DataType.FLOAT16 else ir.DataType.FLOAT
+    if value.dtype is None:
+        raise TypeError(f"{value.name} has no type")
+    return value.dtype
 
 
 def _channels(stored: Stored) -> int:

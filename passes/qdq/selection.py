@@ -18,6 +18,8 @@ Operators = Literal["auto", "weights", "all"]
 # Operators with a weight.
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 MASKED = "it may hold the fill of an attention mask (-1e4, -inf), which no 8-bit grid serves"
+# Types whose values have a QuantizeLinear.
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 # What a QuantizeLinear may stand behind, instead of right behind the product: both vanish into the product.
 _CLAMPS = ("Relu", "Clip")
 
@@ -141,9 +143,10 @@ def _rule(node: ir.Node, provider: Provider) -> Rule | str:
     rule = rule_of(node)
     if isinstance(rule, str):
         return rule
-    floats = node.outputs[0].dtype is None or node.outputs[0].dtype.is_floating_point()
-    if not floats:
-        return f"{node.op_type} of no floats"
+    dtype = node.outputs[0].dtype
+    if dtype not in _FLOATS:
+        kind = "a type that is not known" if dtype is None else dtype.name.lower()
+        return f"{node.op_type} of {kind}: no integer kernel takes it"
     computed = rule.cpu if provider == "cpu" else getattr(rule, provider)
     # The CUDA provider has no integer kernels: its Q and DQ only say where the rounding is, as for products.
     if computed == "float" and not (provider == "cuda" and node.op_type in PRODUCTS):
@@ -165,10 +168,7 @@ def _usable(node: ir.Node, rule: Rule, slower: bool) -> bool:
     if (rule.slower and not slower) or node.op_type in ("Gemm", "Conv", "ConvTranspose"):
         return False
     values = [node.inputs[i] for i in inputs_of(node, rule)]
-    return bool(values) and not any(v is None or is_constant(v) or v.dtype not in (None, *_FLOATS) for v in values)
-
-
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    return bool(values) and not any(v is None or is_constant(v) or v.dtype not in _FLOATS for v in values)
 
 
 def _add_values(found: Selection, provider: Provider) -> None:

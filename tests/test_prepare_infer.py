@@ -1,0 +1,104 @@
+"""passes/prepare/infer.py: types and shapes from inputs and constants; the file's own word is taken where nothing
+contradicts it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from qcompile.compiler.value_types import told_by_runtime
+from qcompile.passes.base import Decision, Region
+from qcompile.passes.prepare import Prepare
+from qcompile.passes.prepare.infer import infer_anew
+
+FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+
+
+def _info(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def _model(nodes: Sequence[onnx.NodeProto], told: Sequence[onnx.ValueInfoProto], kind: int = FLOAT) -> ir.Model:
+    """x (b, 64) to y, with w (64, 64) and what the file says of inner values."""
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    weights = [numpy_helper.from_array(np.eye(64, dtype=dtype), "w")]
+    graph = helper.make_graph(
+        nodes, "g", [_info("x", kind, "b", 64)], [onnx.ValueInfoProto(name="y")], weights, value_info=told
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=8))
+
+
+def _inferred(model: ir.Model, *, ask: bool = True) -> tuple[dict[str, ir.Value], list[Decision]]:
+    own = Prepare()
+    infer_anew(model, own.decide, told_by_runtime if ask else None)
+    return {str(value.name): value for node in model.graph for value in node.outputs}, own.decisions
+
+
+MATMULS = [helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("Relu", ["a"], ["y"])]
+UNKNOWN = [
+    helper.make_node("FastGelu", ["x"], ["a"], domain="com.microsoft"),
+    helper.make_node("MatMul", ["a", "w"], ["c"]),
+    helper.make_node("Relu", ["c"], ["y"]),
+]
+
+
+@pytest.mark.parametrize(
+    "told", [("a", FLOAT, 1, 64), ("a", HALF, "b", 64), ("a", FLOAT, "b", 3, 64), ("a", FLOAT, "b", 8)]
+)
+def test_what_contradicts_inputs_and_constants_is_dropped(told: tuple[str, int]) -> None:
+    values, decisions = _inferred(_model(MATMULS, [_info(*told)]))
+    assert (values["a"].dtype, values["a"].shape) == (ir.DataType.FLOAT, ir.Shape(["b", 64]))
+    assert [decision.action for decision in decisions] == ["dropped"]
+    assert "a " in decisions[0].reason
+
+
+def test_one_stale_shape_makes_all_of_them_stale() -> None:
+    nodes = [*MATMULS[:1], helper.make_node("Mystery", ["a"], ["m"], domain="com.microsoft"), *MATMULS[1:]]
+    values, _ = _inferred(_model(nodes, [_info("a", FLOAT, 1, 64), _info("m", FLOAT, 1, 64)]))
+    assert (values["m"].type, values["m"].shape) == (None, None)
+
+
+def test_what_nothing_contradicts_is_kept() -> None:
+    nodes = [helper.make_node("Mystery", ["x"], ["a"], domain="com.microsoft"), *UNKNOWN[1:]]
+    values, decisions = _inferred(_model(nodes, [_info("a", FLOAT, "b", 64)]))
+    assert (values["a"].dtype, values["a"].shape) == (ir.DataType.FLOAT, ir.Shape(["b", 64]))
+    assert not decisions
+
+
+@pytest.mark.parametrize("kind", [FLOAT, HALF, TensorProto.DOUBLE])
+def test_onnxruntime_tells_the_types_of_its_own_operators(kind: int) -> None:
+    nodes = UNKNOWN if kind != TensorProto.DOUBLE else MATMULS
+    values, _ = _inferred(_model(nodes, [], kind))
+    for name in values.keys() - {"y"}:
+        assert (int(values[name].dtype), values[name].shape) == (kind, ir.Shape(["b", 64]))
+
+
+def test_without_it_they_are_unknown_and_never_float() -> None:
+    values, _ = _inferred(_model(UNKNOWN, [], HALF), ask=False)
+    assert values["a"].type is None
+
+
+def test_the_branches_of_an_if_may_have_values_of_one_name() -> None:
+    """Data propagation goes by names: a shape of one branch was taken for that of the other."""
+
+    def branch(width: int) -> onnx.GraphProto:
+        shape = numpy_helper.from_array(np.array([-1, width]), "")
+        nodes = [
+            helper.make_node("Constant", [], ["shape"], value=shape),
+            helper.make_node("Reshape", ["x", "shape"], ["r"]),
+            helper.make_node("Identity", ["r"], ["out"]),
+        ]
+        return helper.make_graph(nodes, "branch", [], [onnx.ValueInfoProto(name="out")])
+
+    node = helper.make_node("If", ["flag"], ["y"], then_branch=branch(32), else_branch=branch(16))
+    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
+    graph = helper.make_graph([node], "g", [_info("x", FLOAT, "b", 64), flag], [_info("y", FLOAT, "n", "k")])
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    Prepare().call(Region.whole(model))
+    bodies = [[node for node in body if node.op_type == "Reshape"] for body in list(model.graphs())[1:]]
+    assert sorted(own[0].outputs[0].shape[1] for own in bodies if own) == [16, 32]
