@@ -36,7 +36,8 @@ def kind_of(config: Any) -> str:
             f"{config.model_type} joins a text model with {' and '.join(n.removesuffix('_config') for n in towers)}: "
             "such models cannot be exported whole; export the text or vision model's own folder"
         )
-    if getattr(config, "is_encoder_decoder", False):
+    generates = bool(getattr(made, "can_generate", bool)())
+    if getattr(config, "is_encoder_decoder", False) and (takes != "pixel_values" or generates):
         if takes not in ("input_ids", "input_features") or not hasattr(made, "get_encoder"):
             raise UserError(f"{config.model_type} models (an encoder of {takes} and a decoder) cannot be exported")
         return SEQ2SEQ
