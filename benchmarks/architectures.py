@@ -31,6 +31,10 @@ from qcompile.runtime.sessions import session
 LISTS = ("pack", "smooth,awq,gptq,pack", "smooth,qdq")
 # Sizes of dimensions by their names, in calibration and in the comparison.
 _SIZES = {"batch": 2, "sequence": 12, "past_sequence": 5, "total_sequence": 17, "encoder_sequence": 11, "samples": 4000}
+# The same in optimum's names.
+_SIZES |= {f"{name}_{more}": size for name, size in _SIZES.items() for more in ("size", "length")}
+_SIZES |= {"past_sequence_length + sequence_length": 17, "past_sequence_length + 1": 17, "decoder_sequence_length": 12}
+_SIZES |= {"num_channels": 3, "height": 64, "width": 64, "image_batch_size": 2, "text_batch_size": 2}
 _BATCHES = 8
 Feeds = dict[str, npt.NDArray[Any]]
 Exporter = Callable[[Path, Path], list[Path]]
@@ -102,8 +106,8 @@ def feeds_of(inputs: tuple[Input, ...], vocabulary: int | None, seed: int) -> Fe
     """Random inputs of a graph: ids, masks of ones, numbers."""
     random, made = np.random.default_rng(seed), {}
     for given in inputs:
-        names = iter(("batch", "sequence", "unknown"))
-        shape = [dim if isinstance(dim, int) else _SIZES.get(str(dim), _SIZES[next(names)]) for dim in given.shape]
+        own = ("batch", *("sequence",) * len(given.shape))
+        shape = [d if isinstance(d, int) else _SIZES.get(str(d), _SIZES[own[i]]) for i, d in enumerate(given.shape)]
         if given.is_float:
             array = random.standard_normal(shape)
         elif "mask" in given.name:

@@ -108,7 +108,7 @@ class Architecture:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
-                    parameter.normal_(0, min(0.2, (parameter.shape[-1]) ** -0.5))
+                    parameter.normal_(0, (parameter[0].numel() / 2) ** -0.5)  # fan-in, as for networks of Relu
         return model
 
 
