@@ -84,7 +84,8 @@ def checked(given: Input, array: Array, source: str) -> Array:
     if given.is_string:
         return np.array([_text(item) for item in array.ravel()], object).reshape(array.shape)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise UserError(f"{where} contains NaN or infinity")
+        hint = "; a mask may hold -1e4 instead" if "mask" in given.name and not np.isnan(array).any() else ""
+        raise UserError(f"{where} contains NaN or infinity{hint}")
     with np.errstate(over="ignore"):
         converted = np.ascontiguousarray(array.astype(given.dtype)).reshape(array.shape)
     lost = converted != array if given.dtype.kind in "iu" else ~np.isfinite(converted.astype(np.float64))

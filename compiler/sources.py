@@ -127,6 +127,16 @@ def _batches_given(
     return batches, "; ".join([f"{len(batches)} batches of {label}", *remarks])
 
 
+def data_batches(plan: InputPlan, model: Path, paths: Sequence[Path]) -> list[Batch]:
+    """The batches of files of arrays or of images, or of folders of them; all of them."""
+    files = Files.of([str(path) for path in paths])
+    if files.images:
+        return picture_batches(plan, files.images, Pictures().beside(model), len(files.images))[0]
+    if not files.arrays:
+        raise UserError(f"{paths[0]}: no array (.npz, .npy) and no image")
+    return npz_batches(plan, files.arrays)
+
+
 def spread(ids: Sequence[int], context: int, count: int) -> list[Ids]:
     """Up to `count` windows of `context` tokens, spread evenly over the text and disjoint."""
     flat = np.asarray(ids, np.int64)

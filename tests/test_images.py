@@ -140,3 +140,11 @@ def test_a_folder_of_images_through_the_command_line(
     assert main([str(path), "--passes", "qdq", "--calibration", str(photos), *options, *out]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "data 5 images, 32×32 RGB, cropped to fit, channels first, (pixel·0.003922 - 0.5) / 0.5 (as told)" in said
+
+
+def test_eval_takes_images_too(bench: Any, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(bench.save(tiny_conv()))
+    assert main(["eval", path, "--against", path, "--data", str(photos)]) == 0
+    assert "1.000000" in capsys.readouterr().out
+    assert main(["eval", path, "--against", path, "--data", str(bench.folder / "none.txt")]) == 2
+    assert "no array (.npz, .npy) and no image" in capsys.readouterr().err

@@ -10,9 +10,10 @@ from typing import Any
 from qcompile.compiler.commands.options import add_custom_ops
 from qcompile.compiler.console import console, megabytes, progress, table
 from qcompile.compiler.evaluate import DecoderScores, OutputScores, compare_outputs, evaluate_many
-from qcompile.compiler.feeds import Batch, npz_batches, token_batches
+from qcompile.compiler.feeds import Batch, token_batches
 from qcompile.compiler.inputs import InputPlan, input_plan
 from qcompile.compiler.sizes import model_sizes
+from qcompile.compiler.sources import data_batches
 from qcompile.compiler.store import load_model
 from qcompile.compiler.subject import text_windows
 from qcompile.compiler.tokens import Tokenizer, find_tokenizer, load_tokenizer
@@ -30,7 +31,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL.onnx")
     parser.add_argument("--against", type=Path, metavar="REF.onnx", help="the model they should be like")
     parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="UTF-8 text files")
-    parser.add_argument("--data", nargs="+", type=Path, default=[], metavar="FILE.npz", help="inputs, arrays by name")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="inputs: .npz (arrays by name), .npy or image files, or folders of them",
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: beside one of the models")
     parser.add_argument("--context", type=int, default=512, help="tokens in a window (default 512)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of each text; 0 for all (default 4096)")
@@ -131,7 +139,7 @@ def _outputs(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     def batches(plan: InputPlan) -> Sequence[Batch]:
         if args.data:
-            return npz_batches(plan, args.data)
+            return data_batches(plan, args.against, args.data)
         tokenizer = _tokenizer(args)
         texts = [text_windows(text, tokenizer, plan, args.context, args.tokens or None) for text in args.text]
         return [batch for windows in texts for batch in token_batches(plan, windows)]
