@@ -147,6 +147,12 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    fixed = re.search(r"inferred a static shape of (\d+) for dimension inputs\['(\w+)'\].*?\.shape\[(\d+)\]", plain)
+    if fixed:
+        return (
+            f"its layers go through the data step by step, so that the graph would hold for one size only (dimension "
+            f"{fixed[3]} of {fixed[2]} came out as {fixed[1]})"
+        )
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:3])[:300]}" if lines else type(error).__name__
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qcompile.compiler.commands import export as command
-from qcompile.models import cache, hf, publish, zoo
+from qcompile.models import cache, hf, publish, trace, zoo
 from qcompile.models.export import export_model
 from qcompile.passes.errors import UserError
 
@@ -69,6 +69,19 @@ def test_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", without_torch)
     assert "install qcompile-onnx[export]" in refusal(tmp_path, tmp_path / "out")
+
+
+def test_reasons_come_from_the_bottom_of_torchs_errors() -> None:
+    told = (
+        "Found the following conflicts between user-specified ranges and inferred ranges from model tracing:\n"
+        "- Received user-specified dim hint Dim.DYNAMIC(min=None, max=None), but tracing inferred a static shape of 7 "
+        "for dimension inputs['input_ids'].shape[1]."
+    )
+    error = RuntimeError("\x1b[96mThis is step 1/3\x1b[0m of exporting the model to ONNX. Next steps: …")
+    error.__cause__ = ValueError(told)
+    assert "would hold for one size only (dimension 1 of input_ids came out as 7)" in trace._reason(error)
+    error.__cause__ = ValueError("\x1b[96mno such operator\x1b[0m\nat all")
+    assert trace._reason(error) == "ValueError: no such operator at all"
 
 
 def test_layers_out_of_range() -> None:
