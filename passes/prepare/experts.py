@@ -16,8 +16,8 @@ from qcompile.passes.tensors import lazy
 _LEAST = 1024
 
 
-def split_experts(model: ir.Model, decide: Decide) -> None:
-    """Y = X W with a constant W of rank 3 and more becomes one MatMul for each matrix of W, and a Concat.
+def split_experts(model: ir.Model, decide: Decide) -> int:
+    """Y = X W with a constant W of rank 3 and more becomes one MatMul for each matrix of W, and a Concat; how many Y.
 
     Runtimes have kernels for integer weights of rank 2 only, and experts see different activations: what is measured
     of one says nothing of another.
@@ -27,7 +27,7 @@ def split_experts(model: ir.Model, decide: Decide) -> None:
     Case 3: W has several batch axes, or its matrices are small: left as it is (`inner` codes it as a whole).
     W may also stand on the left. The parts are called `<name>.<e>`.
     """
-    names, matrices = Names(model), dict[ir.Value, list[ir.Value]]()
+    names, matrices, changed = Names(model), dict[ir.Value, list[ir.Value]](), 0
     for node in list(model.graph.all_nodes()):
         if node.op_type != "MatMul" or node.domain != "" or len(node.inputs) != 2:
             continue
@@ -39,6 +39,8 @@ def split_experts(model: ir.Model, decide: Decide) -> None:
         if axis is not None and x.shape is not None and len(x.shape) > 1:
             count = _split(model, node, slot, axis, names, matrices)
             decide(node.name or "", "split", f"{count} matrices of {weight.name} as {count} products")
+            changed += 1
+    return changed
 
 
 def _experts_axis(weight: ir.Value) -> int | None:

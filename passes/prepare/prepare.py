@@ -94,7 +94,8 @@ class Prepare(Pass):
         split_gemms(model, decide)  # Case 7
         turned = turn_einsums(model, decide)  # Case 19
         fold_constants(model, decide)  # Case 6, what the two before wrote
-        split_experts(model, decide)  # Case 21
+        if split_experts(model, decide):  # Case 21
+            infer_shapes(model, decide)
         if turn_products(model, decide) + turned:  # Case 19
             fold_constants(model, decide)
             infer_shapes(model, decide)
