@@ -100,7 +100,7 @@ def seen(observers: Mapping[str, Observer], spec: ActivationSpec) -> list[Seen]:
     """What each observer saw, and its range for the grid; before values that share a scale are joined."""
     found = []
     for name, observer in observers.items():
-        low, high = (float(end) for end in observer.range(spec))
+        low, high = (float(end) for end in observer.expected(spec))
         known = isinstance(observer, Extremes) and observer.low is not None and observer.high is not None
         ends = (float(observer.low), float(observer.high)) if known else (low, high)  # type: ignore[attr-defined]
         clipped = _clipped(observer, low, high) if isinstance(observer, Histogram) else None

@@ -80,6 +80,7 @@ def _facts(report: Report) -> Markup:
         "passes": " → ".join(map(str, report.recipe.get("passes", []))),
         "recipe": ", ".join(f"{key} {_setting(value)}" for key, value in recipe.items()),
         "data": report.data,
+        "rows": str(report.rows or ""),
         "took": f"{report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB",
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }

@@ -11,7 +11,7 @@ from qcompile.compiler.inputs import InputPlan
 from qcompile.compiler.predictions import predictions
 from qcompile.compiler.progress import Progress
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.report import Report
+from qcompile.compiler.report import Report, RowsSeen
 from qcompile.compiler.segments import Segment, split
 from qcompile.compiler.sources import Data
 from qcompile.compiler.stream import Arrays, Runner, Stream, went_on
@@ -31,6 +31,7 @@ from qcompile.passes.pack import Pack
 from qcompile.passes.proxies import proxies
 from qcompile.passes.qdq.qdq import Qdq
 from qcompile.passes.qdq.twin import TWIN
+from qcompile.passes.statistics import Statistics, held_aside
 
 
 def observed(passes: Sequence[Pass], model: ir.Model) -> dict[ir.Value, Observer]:
@@ -162,6 +163,8 @@ class Job:
                 region.statistics = proxies({linear.activation: linear.shape[0] for linear in linears}.items())
             elif calibration.batches:
                 region.statistics = runner.collect(segment, by_weights(linears), calibration)
+                for known in region.statistics.values():
+                    self.report.rows = _rows(known).joined(self.report.rows)
         before = runner.outputs(segment, checks, original=True)
         # The passes work on columns side by side in threads of their own; BLAS threads inside those only fight.
         with threadpool_limits(limits=1, user_api="blas"):
@@ -181,6 +184,11 @@ class Job:
         for kept, a, b in zip(outputs, after, before, strict=True):
             kept[0].update((name, array) for name, array in a.items() if name in own)
             kept[1].update((name, array) for name, array in b.items() if name in own)
+
+
+def _rows(known: Statistics) -> RowsSeen:
+    held = 0 if known.sample is None else int(held_aside(len(known.sample)).sum())
+    return RowsSeen((known.rows, known.rows), (held, held))
 
 
 def by_weights(linears: Iterable[Linear]) -> list[list[ir.Value]]:

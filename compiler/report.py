@@ -42,6 +42,29 @@ class ActivationRange:
             raise ValueError(f"{len(self.edges)} edges for {len(self.counts)} counts of {self.value}")
 
 
+@dataclass(frozen=True)
+class RowsSeen:
+    """Rows of activations that statistics were taken of, (fewest, most) over the activations.
+
+    seen: in all. held: of those, rows that no choice was fitted to until it was judged on them.
+    """
+
+    seen: tuple[int, int]
+    held: tuple[int, int]
+
+    def __str__(self) -> str:
+        seen, held = (f"{low}" if low == high else f"{low} to {high}" for low, high in (self.seen, self.held))
+        return f"{seen} rows an activation, {held} of them held aside to judge choices on"
+
+    def joined(self, other: "RowsSeen | None") -> "RowsSeen":
+        """Both together."""
+        if other is None:
+            return self
+        pairs = ((self.seen, other.seen), (self.held, other.held))
+        seen, held = ((min(a[0], b[0]), max(a[1], b[1])) for a, b in pairs)
+        return RowsSeen(seen, held)
+
+
 @dataclass
 class Report:
     """Everything a compile leaves behind beside the model.
@@ -50,6 +73,8 @@ class Report:
     one account for every float constant of 1,024 elements or more (`coverage`). mixed: what stays in float by its
     sensitivity, where the recipe wants that. ladder: what each step without data gained, where there was no data.
     predictions: of a decoder, on real tokens. rounding: what integer nodes changed in the outputs at most, relative.
+    rows: of the activations that passes fitted to, the fewest and the most rows that one was seen on, and how many of
+    them were held aside for judging.
     sizes in bytes, seconds, peak_memory in bytes.
     """
 
@@ -67,6 +92,7 @@ class Report:
     ladder: Ladder | None = None
     predictions: Predictions | None = None
     rounding: float = 0.0
+    rows: RowsSeen | None = None
     reload_error: float | None = None
     files: list[str] = field(default_factory=list)
     source_bytes: int = 0
@@ -211,6 +237,8 @@ def _print_passes(report: Report, console: Console) -> None:
 
 def _print_errors(report: Report, console: Console) -> None:
     console.print(f"data      {report.data}")
+    if report.rows is not None:
+        console.print(f"rows      {report.rows}")
     if report.nodes:
         worst = sorted(report.nodes, key=lambda n: -n.error)
         middle = worst[len(worst) // 2]

@@ -20,11 +20,11 @@ from qcompile.passes.observers.base import Observer, State
 from qcompile.passes.observers.histogram import Histogram
 
 # To be raised when an observer's state means something else, or a histogram has other bins.
-VERSION = 1
+VERSION = 2
 _HEADER = "qcompile"
 # Observers that learn the same, whatever range they make of it; and what all but Gram know.
 SAME_STATE = {"mse", "percentile", "entropy"}
-_EXTREMES = {"low", "high"}
+_EXTREMES = {"low", "high", "row_counts", "row_sums"}
 # Elements of an initializer that its fingerprint looks at, and how far two fingerprints of one graph may lie apart:
 # another machine rounds sums otherwise, another smoothing factor changes far more.
 _SAMPLED, _SAME = 65536, 1e-3

@@ -19,7 +19,7 @@ from qcompile.compiler.patterns import check_patterns
 from qcompile.compiler.plan import build, make_policy
 from qcompile.compiler.progress import Progress
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.report import ActivationRange, Report
+from qcompile.compiler.report import ActivationRange, Report, RowsSeen
 from qcompile.compiler.sources import Calibration, Data, gather
 from qcompile.compiler.statistics_file import SavedStatistics
 from qcompile.compiler.store import check_finite, load_model, model_hash
@@ -149,6 +149,10 @@ def walk(prepared: Prepared, data: Data, saved: SavedStatistics | None = None) -
     report.data = data.description
     outputs = prepared.job.walk(prepared.plan, data, observed(prepared.passes, graph) if saved is None else {})
     watched = observed(prepared.passes, graph)
+    for observer in watched.values() if saved is None else ():
+        rows = observer.row_extremes.rows if isinstance(observer, Extremes) else 0
+        if rows:
+            report.rows = RowsSeen((rows, rows), (0, 0)).joined(report.rows)
     if saved is not None:
         saved.check_graph(graph)
         saved.restore(watched)

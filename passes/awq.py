@@ -12,6 +12,7 @@ from qcompile.passes.pairs import find_pairs
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import CLIP, Rounding
 from qcompile.passes.scale_search import Choice, Judge, Judges, fold_choice, normalized, search_all, weight_power
+from qcompile.passes.statistics import Statistics
 
 _SAMPLES = 192
 _FINALISTS = 3
@@ -67,16 +68,15 @@ class Awq(Pass):
                 linear.weight.meta[CLIP] = self.clip
 
     def _search(self, judge: Judge) -> Choice | None:
-        energy = judge.pair.pool_mean(judge.statistics.mean_square)
         power = weight_power(judge.pair)
-        spacing = _LARGEST / self.grid
+        betas = [_LARGEST / self.grid * (i + 1) for i in range(self.grid)]
 
-        def candidates(betas: list[float]) -> dict[str, Array]:
+        def candidates(statistics: Statistics) -> dict[str, Array]:
+            energy = judge.pair.pool_mean(statistics.energy)
             exponents = [(beta, gamma) for beta in betas for gamma in _WEIGHT_EXPONENTS]
             return {f"beta={b:.3g} gamma={g:g}": awq_factor(energy, power, b, g) for b, g in exponents}
 
-        coarse = candidates([spacing * (i + 1) for i in range(self.grid)])
-        return judge.best(coarse, finalists=_FINALISTS)
+        return judge.best(candidates, finalists=_FINALISTS)
 
 
 def awq_factor(energy: Array, power: Array, beta: float, gamma: float) -> Array:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.formats.emit import drop_unused
+from qcompile.passes.held import NOT_CONFIRMED
 from qcompile.passes.linears import constant
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.mean import Mean
@@ -20,6 +21,8 @@ from qcompile.passes.qdq.twin import TWIN, Twin
 Floats = npt.NDArray[np.float64]
 _LIMIT = 2**31 - 1
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
+# The share of a shift from which on it is called all of it.
+_ALL = 0.99
 
 
 class BiasCorrection(Pass):
@@ -27,7 +30,8 @@ class BiasCorrection(Pass):
 
     The shift is that of the quantized graph's outputs, by channel, against the float graph's: what rounding and
     clipping here and in all products before change on average. Products are corrected in the order of the graph, each
-    behind those that it depends on, so that a shift is taken off once.
+    behind those that it depends on, so that a shift is taken off once. What two halves of the data do not agree about
+    is chance and stays; see `confirmed_share`.
     Case 1: int32 codes behind a DequantizeLinear: the nearest number of codes is taken off.
     Case 2: a float bias of the node, or a constant that an Add puts on its output: the shift is taken off.
     Case 3: a convolution without a bias gets one, which costs its kernels nothing.
@@ -78,12 +82,14 @@ class BiasCorrection(Pass):
             self.decide(name, "skipped", "its output in float was not measured")
             return
         shift = quantized.mean - original.mean
+        share = confirmed_share(shift, original.halves, quantized.halves)
         size = float(np.linalg.norm(shift) / max(float(np.linalg.norm(original.mean)), 1e-30))
-        reason = self._correct(region, node, shift)
+        reason = self._correct(region, node, share * shift) if share > 0 else NOT_CONFIRMED
         if reason:
-            self.decide(name, "skipped", reason, shift=size)
+            self.decide(name, "skipped", reason, shift=size, share=share)
         else:
-            self.decide(name, "corrected", f"its mean had moved by {size:.1%}", shift=size)
+            told = "" if share > _ALL else f", of which {share:.0%} is more than chance"
+            self.decide(name, "corrected", f"its mean had moved by {size:.1%}{told}", shift=size, share=share)
 
     def _correct(self, region: Region, node: ir.Node, mean: Floats) -> str:
         """Why nothing was done, or an empty string."""
@@ -103,6 +109,19 @@ class BiasCorrection(Pass):
             return "a product of rank 2 with a float bias would be computed in float"
         self._done.add(_insert(region.model, node, mean))  # Case 4
         return ""
+
+
+def confirmed_share(shift: Floats, original: Floats | None, quantized: Floats | None) -> float:
+    """The share of a shift (channels,) to take off, 0 … 1: what two halves of the data (2, channels) agree about.
+
+    The product of the halves' shifts is the square of what they share, since chance is independent in them; over the
+    square of the whole shift it is the factor of least expected error (James and Stein). 0 where a half is empty.
+    """
+    if original is None or quantized is None:
+        return 0.0
+    first, second = quantized - original
+    power = float(shift @ shift)
+    return min(1.0, max(0.0, float(first @ second) / power)) if power > 0 else 0.0
 
 
 def levels(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:

@@ -10,9 +10,18 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, expand, quantize, storable
 from qcompile.passes.algebra import damped, inverse_factor
 from qcompile.passes.base import Decision, Pass, Region
+from qcompile.passes.held import NOT_CONFIRMED, too_few
 from qcompile.passes.linears import PACKED, Linear, find_linears
 from qcompile.passes.policy import Policy
-from qcompile.passes.rounding import column_errors, merge_columns, relative_error
+from qcompile.passes.rounding import (
+    Fit,
+    column_errors,
+    fitted,
+    merge_columns,
+    relative_error,
+    round_to_nearest,
+    round_with_clip,
+)
 from qcompile.passes.spec import QuantSpec
 from qcompile.passes.statistics import Statistics
 
@@ -22,6 +31,8 @@ _THREADS = 2
 # The damping of endless data, and what is added by K / rows.
 _LEAST_DAMPING, _SHARE = 0.01, 0.5
 QUANTIZED = "qcompile.quantized"
+# Bits from which the ranges of weights are not clipped.
+_FINE = 8
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class ErrorCompensated:
             raise TypeError("error-compensated rounding needs statistics")
         w = np.ascontiguousarray(w, dtype=np.float32)
         damping = default_damping(len(w), statistics.rows) if self.damping is None else self.damping
-        gram = damped(statistics.gram, damping)
+        gram = damped(statistics.evened, damping)
         qparams = choose_qparams(w, spec, importance=np.diagonal(gram))
         best = _Candidate(w, statistics.gram, Quantized(quantize(w, qparams, spec), qparams, spec))
         best.improve(_compensate(w, gram, qparams, spec))
@@ -129,7 +140,13 @@ class Gptq(Pass):
     def _round(self, linears: list[Linear], spec: QuantSpec, statistics: Statistics) -> list[Decision]:
         """Round the weights that share an input side by side: columns do not affect each other."""
         wanted = np.concatenate([linear.read() for linear in linears], axis=1)
-        joint = self.rounding(wanted, spec, statistics)
+        others: list[Fit] = [lambda rows: round_to_nearest(wanted, spec, rows)]
+        if spec.bits < _FINE:  # else `pack` and `qdq` do not clip
+            others.append(lambda rows: round_with_clip(wanted, spec, rows))
+        joint = fitted(wanted, statistics, lambda rows: self.rounding(wanted, spec, rows), others)
+        if joint is None:
+            reason = too_few(statistics) or NOT_CONFIRMED
+            return [Decision(linear.name, "skipped", reason) for linear in linears]
         start, decisions = 0, []
         for linear in linears:
             stop = start + linear.shape[1]

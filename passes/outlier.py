@@ -11,6 +11,7 @@ from qcompile.passes.absorb import weight_users
 from qcompile.passes.affine import Array
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.errors import UserError
+from qcompile.passes.held import NOT_CONFIRMED, too_few
 from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.observers.base import Observer
@@ -18,7 +19,8 @@ from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.observers.rest import Rest
 from qcompile.passes.policy import Policy
 from qcompile.passes.proxies import guessed
-from qcompile.passes.qdq.outliers import OUTLIERS, Outliers, choose, row_power
+from qcompile.passes.qdq.outliers import OUTLIERS, Choice, Outliers, choose, noise_of, price, row_power
+from qcompile.passes.statistics import Statistics
 
 Calibrator = Literal["minmax", "moving-average", "percentile", "entropy", "mse", "output-mse", "cross-entropy"]
 
@@ -31,6 +33,7 @@ class Outlier(Pass):
     Case 1: the channels that are worth it, by the noise that they cause; see `outliers.choose`.
     Case 2: none, where no number of channels is.
     Case 3: a weight that an embedding shares is left alone: both read the same codes.
+    Case 4: none, where channels chosen by some rows are not worth it on rows held aside, or rows are too few for that.
     source: "calibration" has the reach of channels from data; "norms" guesses it from the constants before an
     activation, see `guessed`, and needs no data for it.
     most: the largest share of channels in float. threshold: what each must take off the power of the noise.
@@ -82,7 +85,7 @@ class Outlier(Pass):
             if isinstance(known, str):
                 self._skip(linears, known)
             else:
-                self._mark(value, linears, *known)
+                self._mark(region, value, linears, *known)
 
     def _channels(self, region: Region, value: ir.Value, width: int) -> tuple[Array, Array] | str:
         """(reach, mean square) of every channel, or why they are not known."""
@@ -91,20 +94,42 @@ class Outlier(Pass):
         statistics = region.statistics.get(value)
         return "its input was not observed" if statistics is None else (statistics.absmax, statistics.mean_square)
 
-    def _mark(self, value: ir.Value, linears: list[Linear], reach: Array, power: Array) -> None:
+    def _mark(self, region: Region, value: ir.Value, linears: list[Linear], reach: Array, power: Array) -> None:
         weights, width = [linear.read() for linear in linears], len(reach)
         most = min(int(np.ceil(self.most * width)), width - 1)
-        choice = choose(reach, power, weights, most=most, threshold=self.threshold)
-        if not len(choice.channels):  # Case 2
-            self._skip(linears, "no channel is worth keeping in float")
+        found = self._judged(region.statistics.get(value), reach, power, weights, most)
+        if isinstance(found, str):  # Cases 2 and 4
+            self._skip(linears, found)
             return
-        kept = np.delete(np.arange(width), choice.channels)
+        kept = np.delete(np.arange(width), found.channels)
         rest = Rest(str(value.name), self._observer(f"{value.name}.rest", weights, kept), kept)
         self._observers[value] = rest
-        count, told = len(choice.channels), f"{len(choice.channels)} of {width} channels stay in float"
+        count, told = len(found.channels), f"{len(found.channels)} of {width} channels stay in float"
         for linear in linears:  # Case 1
-            linear.node.meta[OUTLIERS] = Outliers(choice.channels, rest)
-            self.decide(linear.name, "marked", told, channels=count, of=width, relative_noise=choice.noise)
+            linear.node.meta[OUTLIERS] = Outliers(found.channels, rest)
+            self.decide(linear.name, "marked", told, channels=count, of=width, relative_noise=found.noise)
+
+    def _judged(
+        self, statistics: Statistics | None, reach: Array, power: Array, weights: list[Array], most: int
+    ) -> Choice | str:
+        """The channels that are worth it by all rows, if those chosen by some rows are on others; else why not."""
+        choice = choose(reach, power, weights, most=most, threshold=self.threshold)
+        if not len(choice.channels):
+            return "no channel is worth keeping in float"
+        if statistics is None or statistics.sample is None:
+            return choice
+        if reason := too_few(statistics, channels=True):
+            return reason
+        fitted, held = statistics.split() or (statistics, statistics.sample)
+        trial = choose(fitted.absmax, fitted.mean_square, weights, most=most, threshold=self.threshold)
+        seen, energy = np.abs(held).max(axis=0), np.square(held).mean(axis=0)
+        if not len(trial.channels) or noise_of(trial.channels, seen, energy, weights) >= self.threshold_of(trial):
+            return NOT_CONFIRMED
+        return choice
+
+    def threshold_of(self, choice: Choice) -> float:
+        """The share of the noise that may be left for so many channels in float to be worth it."""
+        return float((1 - self.threshold) ** price(len(choice.channels)))
 
     def _observer(self, name: str, weights: list[Array], kept: npt.NDArray[np.int64]) -> Observer:
         if self.observer != OutputMse.name:

@@ -1,16 +1,24 @@
 """How a weight becomes codes. `awq` and `smooth` judge their candidates by the rounding that will follow them."""
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, output_error, quantize
+from qcompile.passes.held import confirmed, too_few
 from qcompile.passes.spec import QuantSpec
 from qcompile.passes.statistics import Statistics
 
 # Weight meta, set by `awq` for `pack`: whether ranges may be clipped.
 CLIP = "qcompile.clip"
+# Of so many rows one may be held aside and not be fitted to at all: the fit is as good.
+_SMALL_SHARE = 16
+
+
+# A weight quantized by the statistics of its input.
+Fit = Callable[[Statistics], Quantized]
 
 
 class Rounding(Protocol):
@@ -27,13 +35,40 @@ def round_to_nearest(w: Array, spec: QuantSpec, statistics: Statistics | None) -
 
 
 def round_with_clip(w: Array, spec: QuantSpec, statistics: Statistics | None) -> Quantized:
-    """Rounding on ranges clipped by E[x²]-weighted search, column by column only where that lowers ‖X(Ŵ - W)‖²."""
+    """Rounding on ranges clipped by E[x²]-weighted search, column by column only where that lowers ‖X(Ŵ - W)‖²; plain
+    rounding where rows held aside do not confirm that.
+    """
     plain = round_to_nearest(w, spec, statistics)
     if statistics is None:
         return plain
-    qparams = choose_qparams(w, spec, importance=statistics.mean_square)
-    clipped = Quantized(quantize(w, qparams, spec), qparams, spec)
-    return better_columns(plain, clipped, w, statistics)
+    return fitted(w, statistics, lambda rows: _clipped(w, spec, plain, rows), [lambda rows: plain]) or plain
+
+
+def _clipped(w: Array, spec: QuantSpec, plain: Quantized, statistics: Statistics) -> Quantized:
+    qparams = choose_qparams(w, spec, importance=statistics.energy)
+    return better_columns(plain, Quantized(quantize(w, qparams, spec), qparams, spec), w, statistics)
+
+
+def fitted(w: Array, statistics: Statistics, make: Fit, others: Sequence[Fit]) -> Quantized | None:
+    """What `make` fits to the statistics of all rows; None where rows held aside show no gain over each of the
+    `others`, all fitted to the same rows.
+
+    Case 1: guessed statistics, or those that `split` gave to somebody who judges: nothing is held aside.
+    Case 2: too few rows: None.
+    Case 3: of many rows, those held aside are a small share, and what was judged is what is given.
+    """
+    if statistics.sample is None:  # Case 1
+        return make(statistics)
+    parts = statistics.split()
+    if parts is None or too_few(statistics):  # Case 2
+        return None
+    rest, held = parts
+    trial = make(rest)
+    made = (trial, *(other(rest) for other in others))
+    losses = [np.square(held @ (own.dequantize() - w)).sum(axis=1) for own in made]
+    if any(confirmed(other, losses[0], statistics) >= 1 for other in losses[1:]):
+        return None
+    return trial if len(held) * _SMALL_SHARE <= statistics.rows else make(statistics)  # Case 3
 
 
 def better_columns(a: Quantized, b: Quantized, w: Array, statistics: Statistics) -> Quantized:

@@ -6,18 +6,24 @@ by width. Columns are rounded independently of each other, so a sample of them t
 
 Where the activation is to be quantized, too, its rounding adds noise: evenly spread over a step of the grid that spans
 all channels of X / s, independent of everything, so rows · step² / 12 · ‖s·W‖² / tr(Wᵀ G W).
+
+Factors are made from some rows and judged on those and on others, held aside: what goes wrong for rows that were not
+seen, such as a channel whose largest value is yet to come and will be clipped, shows there alone. A factor counts for
+as much as the worse of the two says. The one that is kept is then made anew from all rows.
 """
 
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from qcompile.passes.affine import Array, output_error
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.fold import fold, row_peaks
+from qcompile.passes.held import confirmed, too_few
+from qcompile.passes.observers.room import RowExtremes
 from qcompile.passes.pairs import Pair
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding, round_to_nearest
@@ -33,7 +39,9 @@ _THREADS = 2
 
 @dataclass(frozen=True)
 class Choice:
-    """A candidate's label, its factor (K,), and the sampled loss relative to no factor at all."""
+    """A candidate's label, its factor (K,) from all rows, and the sampled loss relative to no factor at all: the worse
+    of that on the rows it was made from and that on rows held aside.
+    """
 
     label: str
     factor: Array
@@ -45,53 +53,113 @@ class Choice:
         return self.relative_loss < 1 - MARGIN
 
 
+# Candidate factors (K,) by label, made from the statistics of an activation.
+Candidates = Callable[[Statistics], Mapping[str, Array]]
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """limit: its end. beyond: how far rows go beyond it that do, and how rare they are: a share of all rows."""
+
+    limit: float
+    beyond: float
+    rare: float
+
+
 @dataclass(frozen=True, eq=False)
 class Judge:
     """The loss of a pair as a function of its factor.
 
+    statistics: of all rows. fitted: of those that candidates are made from. held: the others (h, K); None where the
+    statistics are guesses, so that nothing can be held aside.
     columns: for each spec, sampled weight columns of the linears that use it, float32 (K, n), at unit output power.
     grid: the grid of the activation, None where it stays in float.
     """
 
     pair: Pair
     statistics: Statistics
+    fitted: Statistics
+    held: Array | None
     rounding: Rounding
     columns: list[tuple[QuantSpec, Array]]
     grid: ActivationSpec | None = None
 
-    def loss(self, factor: Array | None, rounding: Rounding | None = None) -> float:
-        """Σ ‖X (Ŵ / s - W)‖² with the factor s (K,), None for all ones, after `rounding` (the judge's own)."""
+    def losses(self, factor: Array | None, rounding: Rounding | None = None) -> tuple[float, Array]:
+        """(Σ ‖X (Ŵ / s - W)‖² with the noise of the activation, the same of each row held aside (h,)) for the factor s
+        (K,), None for all ones, after `rounding` (the judge's own).
+        """
         rounding = rounding or self.rounding
-        statistics = self.statistics
+        statistics, one = self.fitted, np.ones(len(self.fitted.gram), np.float32)
         if factor is not None and rounding is not round_to_nearest:
-            statistics = replace(statistics)
-            statistics.rescale(factor)
-        rows = np.ones((self.statistics.gram.shape[0], 1), np.float32) if factor is None else factor[:, None]
-        total = 0.0
+            statistics = statistics.rescaled(factor)
+        own = one if factor is None else factor
+        fitted, held = 0.0, np.zeros(0 if self.held is None else len(self.held), np.float32)
+        grid = self._grid(own)
+        rows = self.held if self.held is None else self._with_rare(self.held, own, grid)
+        inputs = None if rows is None else self._rounded(rows / own, grid.limit)
         for spec, w in self.columns:
-            rounded = rounding(w * rows, spec, statistics).dequantize()
-            total += output_error(rounded / rows - w, self.statistics.gram) + self._noise(w * rows, rows[:, 0])
-        return total
+            scaled = w * own[:, None]
+            rounded = rounding(scaled, spec, statistics).dequantize()
+            fitted += output_error(rounded / own[:, None] - w, self.fitted.gram) + self._noise(scaled, own)
+            if inputs is not None and rows is not None:
+                errors = np.square(inputs @ rounded - rows @ w).sum(axis=1).reshape(-1, len(held))
+                held += errors[0] if len(errors) == 1 else errors[0] + np.float32(grid.rare) * errors[1]
+        return fitted, held
+
+    def _grid(self, factor: Array) -> "_Grid":
+        """That of X / factor which an observer of all rows would choose, symmetric."""
+        end, sample = float((self.statistics.absmax / factor).max()), self.statistics.sample
+        if self.grid is None or sample is None or not end > 0:
+            return _Grid(end, 0.0, 0.0)
+        known = RowExtremes.of(sample / factor).standing_for(self.statistics.rows)
+        side = int((sample / factor).max() >= end)
+        scale, room = known.scale(side, end), known.room(side, end)
+        return _Grid(end + room, scale, float(known.beyond(np.array(room), scale)))
+
+    def _with_rare(self, rows: Array, factor: Array, grid: "_Grid") -> Array:
+        """Rows (h, K), and with a grid the same as rows that go beyond it by as much as such rows do, (2 h, K): how
+        many channels are cut off then depends on the factor.
+        """
+        if not grid.rare > 0:
+            return rows
+        peaks = np.abs(rows / factor).max(axis=1, keepdims=True)
+        reach = np.divide(grid.limit + grid.beyond, peaks, out=np.zeros_like(peaks), where=peaks > 0)
+        return np.concatenate([rows, rows * reach])
+
+    def _step(self, factor: Array) -> float:
+        assert self.grid is not None
+        return 2 * float((self.fitted.absmax / factor).max()) / (self.grid.qmax - self.grid.qmin)
 
     def _noise(self, w: Array, factor: Array) -> float:
         """‖N w‖² where N (rows, K) is what rounding X / factor to the grid adds."""
         if self.grid is None:
             return 0.0
-        span = 2 * float((self.statistics.absmax / factor).max())
-        step = span / (self.grid.qmax - self.grid.qmin)
-        return self.statistics.rows * step**2 / 12 * float(np.square(w).sum())
+        return self.fitted.rows * self._step(factor) ** 2 / 12 * float(np.square(w).sum())
 
-    def best(self, candidates: Mapping[str, Array], *, finalists: int) -> Choice | None:
+    def _rounded(self, rows: Array, limit: float) -> Array:
+        """Rows of X / factor on their grid; beyond it they clip."""
+        if self.grid is None or not limit > 0:
+            return rows
+        most = (self.grid.qmax - self.grid.qmin) / 2
+        step = np.float32(limit / most)
+        return np.asarray(np.clip(np.rint(rows / step), -most, most) * step, np.float32)
+
+    def best(self, candidates: Candidates, *, finalists: int) -> Choice | None:
         """The candidate of least loss: plain rounding, which is cheap, names the finalists, `rounding` decides."""
-        base = self.loss(None)
-        if not candidates or not base > 0:
+        base, made = self.losses(None), candidates(self.fitted)
+        if not made or not base[0] > 0:
             return None
-        if len(candidates) > finalists:
-            screened = {label: self.loss(factor, round_to_nearest) for label, factor in candidates.items()}
-            candidates = {label: candidates[label] for label in sorted(screened, key=screened.__getitem__)[:finalists]}
-        losses = {label: self.loss(factor) for label, factor in candidates.items()}
+        if len(made) > finalists:
+            plain = self.losses(None, round_to_nearest)
+            screened = {k: self._relative(self.losses(own, round_to_nearest), plain) for k, own in made.items()}
+            made = {label: made[label] for label in sorted(screened, key=screened.__getitem__)[:finalists]}
+        losses = {label: self._relative(self.losses(factor), base) for label, factor in made.items()}
         label = min(losses, key=losses.__getitem__)
-        return Choice(label, candidates[label], losses[label] / base)
+        return Choice(label, candidates(self.statistics)[label], losses[label])
+
+    def _relative(self, losses: tuple[float, Array], base: tuple[float, Array]) -> float:
+        fitted = losses[0] / base[0] if base[0] > 0 else 1.0
+        return fitted if self.held is None else max(fitted, confirmed(base[1], losses[1], self.statistics))
 
 
 class Judges:
@@ -116,6 +184,8 @@ class Judges:
         statistics = self.statistics.get(pair.value)
         if statistics is None:
             return "its input was not observed"
+        if reason := too_few(statistics, channels=self.grid is not None):
+            return reason
         specs = [(linear, self._policy.for_linear(linear, self._vocabulary)) for linear in pair.linears]
         quantized = [(linear, spec) for linear, spec in specs if isinstance(spec, QuantSpec)]
         if not quantized:
@@ -129,7 +199,8 @@ class Judges:
             sample = _at_unit_output(linear.read()[:, chosen], statistics)
             by_spec.setdefault(spec, []).append(sample)
         columns = [(spec, np.concatenate(parts, axis=1)) for spec, parts in by_spec.items()]
-        return Judge(pair, statistics, self.rounding, columns, self.grid)
+        fitted, held = statistics.split() or (statistics, None)
+        return Judge(pair, statistics, fitted, held, self.rounding, columns, self.grid)
 
 
 def _at_unit_output(w: Array, statistics: Statistics) -> Array:

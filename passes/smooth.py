@@ -12,6 +12,7 @@ from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding
 from qcompile.passes.scale_search import Choice, Judge, Judges, fold_choice, normalized, search_all, weight_peaks
 from qcompile.passes.spec import ActivationSpec
+from qcompile.passes.statistics import Statistics
 
 _ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)
 # Where activations are quantized, too, more of an outlier has to go. Above 0.85 the peaks of all channels seen in
@@ -66,11 +67,14 @@ class Smooth(Pass):
             self.decisions.append(fold_choice(pair, choice, region, nothing=nothing))
 
     def _search(self, judge: Judge) -> Choice | None:
-        activation = judge.pair.pool_max(judge.statistics.absmax)
         weight = weight_peaks(judge.pair)
         tried = _ALPHAS if self.activations is None else _INT8_ALPHAS
         alphas = tried if self.alpha == "auto" else (self.alpha,)
-        candidates = {f"alpha={alpha:g}": smoothing_factor(activation, weight, float(alpha)) for alpha in alphas}
+
+        def candidates(statistics: Statistics) -> dict[str, Array]:
+            activation = judge.pair.pool_max(statistics.reach)
+            return {f"alpha={alpha:g}": smoothing_factor(activation, weight, float(alpha)) for alpha in alphas}
+
         return judge.best(candidates, finalists=_FINALISTS)
 
 

@@ -1,10 +1,19 @@
 """Sufficient statistics of an activation: what every pass needs instead of the activations themselves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from qcompile.passes.affine import Array
+
+# Rows that every channel is taken to have had beforehand, at what is usual among the channels; and the share of them
+# that say what is usual.
+_PRIOR, _QUIET = 4, 0.9
+# Runs of rows that a sample is cut into, of which every so many-th is held aside: a quarter of the rows, half of few.
+# Neighbours in a text or a picture are alike, so single rows would not be unseen.
+_RUNS, _EVERY = 8, 4
+_FEW_RUNS, _FEW = 4, 16
 
 
 @dataclass
@@ -13,19 +22,85 @@ class Statistics:
 
     gram: XᵀX, float32 (K, K). With it the loss of any weight change D (K, N) is exact: ‖X D‖² = tr(Dᵀ gram D).
     absmax: largest magnitude of each channel, float32 (K,).
+    sample: some of the rows, in the order of the data, float32 (n, K); all of them where there are few. None where
+    none are known: in guesses, and in what `split` gives to fit with.
+    rest: largest magnitudes of the rows that are not in the sample, float32 (K,); zeros where there are none.
     """
 
     rows: int
     gram: Array
     absmax: Array
+    sample: Array | None = None
+    rest: Array | None = None
 
     @property
     def mean_square(self) -> Array:
         """E[x²] of each channel, float32 (K,)."""
         return np.diagonal(self.gram) / np.float32(max(self.rows, 1))
 
+    @property
+    def energy(self) -> Array:
+        """E[x²] of each channel (K,) as far as so few rows tell: drawn towards what is usual among the channels.
+
+        A channel that was silent on three rows is not one that never speaks. After thousands of rows it is
+        `mean_square`.
+        """
+        return np.asarray((self.rows * self.mean_square + _PRIOR * self._usual) / np.float32(self.rows + _PRIOR))
+
+    @property
+    def evened(self) -> Array:
+        """The Gram matrix (K, K) with the rows that `energy` takes as known, all channels independent in them."""
+        gram = self.gram.copy()
+        np.fill_diagonal(gram, np.diagonal(gram) + _PRIOR * self._usual)
+        return gram
+
+    @property
+    def reach(self) -> Array:
+        """The largest magnitude that is to be expected of each channel, (K,): the largest seen, or what `energy` says
+        of a channel that few rows hardly saw.
+        """
+        return np.maximum(self.absmax, np.sqrt(self.energy))
+
+    @property
+    def _usual(self) -> np.float32:
+        """The square of the channels' mean magnitude, the loudest tenth left out."""
+        magnitudes = np.sort(np.sqrt(np.maximum(self.mean_square, 0)))
+        return np.float32(np.square(magnitudes[: max(1, int(_QUIET * len(magnitudes)))].mean()))
+
+    def split(self) -> "tuple[Statistics, Array] | None":
+        """(statistics of all rows but some, those rows held aside (h, K)); None where fewer than two are known.
+
+        What is fitted to the first is judged on the second.
+        """
+        if self.sample is None or len(self.sample) < 2:
+            return None
+        aside = held_aside(len(self.sample))
+        held, kept = self.sample[aside], self.sample[~aside]
+        gram = self.gram - held.T @ held
+        np.fill_diagonal(gram, np.maximum(np.diagonal(gram), 0))
+        absmax = np.abs(kept).max(axis=0)
+        if self.rest is not None:
+            absmax = np.maximum(absmax, self.rest)
+        return Statistics(self.rows - len(held), gram, absmax), held
+
     def rescale(self, factor: Array) -> None:
         """Follow a rewrite that divides channel k of the activation by factor[k] (K,)."""
         inverse = (1.0 / factor).astype(np.float32)
         self.gram = self.gram * inverse[:, None] * inverse[None, :]
         self.absmax = self.absmax * np.abs(inverse)
+        if self.sample is not None:
+            self.sample = self.sample * inverse
+        if self.rest is not None:
+            self.rest = self.rest * np.abs(inverse)
+
+    def rescaled(self, factor: Array) -> "Statistics":
+        """A copy that followed such a rewrite."""
+        copy = replace(self)
+        copy.rescale(factor)
+        return copy
+
+
+def held_aside(count: int) -> npt.NDArray[np.bool_]:
+    """Which of so many rows in order are held aside (count,): every other or fourth run of them, none of one row."""
+    runs, every = (_RUNS, _EVERY) if count >= _FEW else (min(_FEW_RUNS, count - count % 2), 2)
+    return np.asarray(np.arange(count) * runs // max(count, 1) % every == every - 1)

@@ -13,6 +13,7 @@ from qcompile.models.tiny import tiny_decoder
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.base import Region
 from qcompile.passes.bias_correction import BiasCorrection, levels
+from qcompile.passes.held import NOT_CONFIRMED
 from qcompile.passes.qdq.twin import remember
 from qcompile.runtime.sessions import run, session
 
@@ -148,7 +149,9 @@ def test_ranges_from_a_file_of_statistics(bench, tmp_path) -> None:
 def test_a_decoder_in_segments(bench) -> None:
     """No biases there: with insert every product gets one, and the compile's own checks pass."""
     report = bench.compile(bench.save(tiny_decoder()), "qdq,bias_correction(insert=true)")
-    assert {d.action for d in report.decisions["bias_correction"]} == {"corrected"}
+    actions = [d.action for d in report.decisions["bias_correction"]]
+    assert actions.count("corrected") > len(actions) / 2
+    assert {d.reason for d in report.decisions["bias_correction"] if d.action == "skipped"} <= {NOT_CONFIRMED}
     assert len(report.nodes) == len(report.decisions["bias_correction"])
 
 
@@ -164,7 +167,8 @@ def test_a_shared_bias_is_not_changed_for_others() -> None:
         found = getattr(correction, number)(Region.whole(model))
         for observers in (found,) if isinstance(found, dict) else found:
             for observer in observers.values():
-                observer.restore({"total": np.full(N, value), "count": np.array(1)})
+                halves = {"totals": np.full((2, N), value), "counts": np.ones(2), "batches": np.array(1)}
+                observer.restore(halves)
     assert [float(model.graph.node(f"a{i}").inputs[1].const_value.numpy()[0]) for i in range(2)] == [-0.5, 0.0]
 
 

@@ -220,7 +220,7 @@ def _bins(header: Any, arrays: Any) -> None:
 
 
 BROKEN = {
-    "version": (lambda header, arrays: header.update(version=2), "is of version 2, this qcompile reads version 1"),
+    "version": (lambda header, arrays: header.update(version=1), "is of version 1, this qcompile reads version 2"),
     "not finite": (_nan, "is damaged or no file of statistics .*NaN or infinity"),
     "array gone": (lambda header, arrays: arrays.pop("3.low"), "is damaged or no file of statistics"),
     "header gone": (lambda header, arrays: header.clear(), "is no file of statistics: make one with"),
@@ -306,10 +306,10 @@ def test_the_command_prints_what_stands_out(bench: Any, capsys: Any) -> None:
 def test_the_share_that_a_range_clips() -> None:
     """Half of what a percentile leaves out lies beyond each end."""
     numbers = np.random.default_rng(0).permutation(np.linspace(-1, 3, 4001))
-    observer = observe(Percentile("x", percentile=98), [numbers[None]])
+    observer = observe(Percentile("x", percentile=98), [numbers[:, None]])
     (found,) = calibrate.seen({"x": observer}, ActivationSpec())
     assert (found.observed_low, found.observed_high) == (-1, 3)
     assert found.clipped == pytest.approx(0.02, abs=1e-3)
     assert (found.low, found.high) == pytest.approx((-0.96, 2.96), abs=5e-3)
-    (found,) = calibrate.seen({"x": observe(Percentile("x", percentile=100), [numbers[None]])}, ActivationSpec())
+    (found,) = calibrate.seen({"x": observe(Percentile("x", percentile=100), [numbers[:, None]])}, ActivationSpec())
     assert found.clipped == 0

@@ -43,6 +43,10 @@ class Observer(ABC):
     def range(self, spec: ActivationSpec) -> tuple[Array, Array]:
         """(low, high), the range that the grid of `spec` is to span: float32, () or (channels,). Zero lies in it."""
 
+    def expected(self, spec: ActivationSpec) -> tuple[Array, Array]:
+        """`range`, fit for rows that were not seen: with room where few were."""
+        return self.range(spec)
+
     @abstractmethod
     def state(self) -> State:
         """Everything learnt so far, as arrays; {} before the first batch."""

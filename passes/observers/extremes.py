@@ -10,6 +10,7 @@ from qcompile.passes.affine import Array
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Observer, Outputs, State
 from qcompile.passes.observers.nodes import add_outputs, by_channel, constant, lost, scalar
+from qcompile.passes.observers.room import RowExtremes, append_row_extremes
 from qcompile.passes.spec import ActivationSpec
 
 
@@ -17,13 +18,17 @@ class Extremes(Observer):
     """The exact extremes of every batch so far.
 
     low, high: float32, () or (channels,); None before the first batch. A batch without rows gives +inf and -inf, which
-    changes neither.
+    changes neither. row_extremes: how the extremes of single rows vary, for a range of the whole tensor.
+    bounds: what no number of the value can be beyond, as the operator that gives it says.
     """
+
+    bounds: tuple[float, float] = (-np.inf, np.inf)
 
     def __init__(self, value: str, *, axis: int | None = None) -> None:
         super().__init__(value, axis=axis)
         self.low: Array | None = None
         self.high: Array | None = None
+        self.row_extremes = RowExtremes()
 
     @property
     def prefix(self) -> str:
@@ -42,6 +47,8 @@ class Extremes(Observer):
         graph.node.append(helper.make_node("ReduceMin", [source, *axes], [low], keepdims=0))
         graph.node.append(helper.make_node("ReduceMax", [source, *axes], [high], keepdims=0))
         add_outputs(graph, [low, high])
+        if self.axis is None:
+            append_row_extremes(graph, self.value)
         if not any(faults in node.output for node in graph.node):
             zero = scalar(graph, "qcompile.zero", np.float32(0))
             graph.node.append(helper.make_node("Mul", [source, zero], [f"{self.value}.zeros"]))
@@ -56,6 +63,9 @@ class Extremes(Observer):
         low, high = batch
         self.low = low if self.low is None else np.minimum(self.low, low)
         self.high = high if self.high is None else np.maximum(self.high, high)
+        if self.axis is None:
+            low, high, numbers = (outputs[f"{self.value}.row.{end}"] for end in ("low", "high", "numbers"))
+            self.row_extremes.add(low, high, int(numbers[0]))
 
     def batch(self, outputs: Outputs) -> tuple[Array, Array] | None:
         """(low, high) of the batch, None for one without finite rows; UserError where another number is not finite."""
@@ -63,13 +73,30 @@ class Extremes(Observer):
         self.check_finite(outputs[f"{self.value}.faults"])
         return None if (low > high).any() or outputs[lost(self.value)] == 1 else (low, high)
 
+    def expected(self, spec: ActivationSpec) -> tuple[Array, Array]:
+        """`range`, drawn to the extremes and widened where few rows were seen; see `RowExtremes.widened`."""
+        low, high = self.range(spec)
+        if self.axis is not None or self.low is None or self.high is None:
+            return low, high
+        wide = self.row_extremes.widened((float(low), float(high)), (float(self.low), float(self.high)))
+        ends = np.clip(np.array(wide), min(self.bounds[0], float(low)), max(self.bounds[1], float(high)))
+        return np.float32(ends[0]), np.float32(ends[1])  # type: ignore[return-value]
+
     def state(self) -> State:
-        """low, high."""
-        return {} if self.low is None or self.high is None else {"low": self.low, "high": self.high}
+        """low, high; of a whole tensor row_counts (rows, numbers) and row_sums, too."""
+        if self.low is None or self.high is None:
+            return {}
+        known = self.row_extremes
+        rows = (
+            {} if known.sums is None else {"row_counts": np.array([known.rows, known.numbers]), "row_sums": known.sums}
+        )
+        return {"low": self.low, "high": self.high} | rows
 
     def restore(self, state: State) -> None:
         """From `state`."""
         self.low, self.high = state.get("low"), state.get("high")
+        rows, numbers = map(int, state.get("row_counts", (0, 0)))
+        self.row_extremes = RowExtremes(rows, numbers, state.get("row_sums"))
 
     def with_zero(self, low: Array | None, high: Array | None) -> tuple[Array, Array]:
         """The range widened to zero; (0, 0) before the first batch."""

@@ -1,4 +1,4 @@
-"""The Gram matrix of an activation, and its largest magnitudes: what error-compensating passes need."""
+"""The Gram matrix of an activation, its largest magnitudes and a sample of its rows: what passes that fit need."""
 
 from typing import ClassVar
 
@@ -8,16 +8,21 @@ from onnx import TensorProto, helper
 
 from qcompile.passes.affine import Array
 from qcompile.passes.observers.base import Observer, Outputs, State
+from qcompile.passes.observers.builder import Builder
 from qcompile.passes.observers.nodes import add_outputs, constant, matrix
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.statistics import Statistics
 
-_GRAM, _ABSMAX, _ROWS = ".gram", ".absmax", ".rows_seen"
+_GRAM, _ABSMAX, _ROWS, _SAMPLE, _REST = ".gram", ".absmax", ".rows_seen", ".sample", ".rest_absmax"
+# Rows of a sample at most, of a batch and of all: with K channels that takes less than the Gram matrix if K is more.
+CAPACITY = 1024
 
 
 class Gram(Observer):
-    """XᵀX (K, K), max |x| (K,) and the number of rows of an activation X (…, K).
+    """XᵀX (K, K), max |x| (K,) and the number of rows of an activation X (…, K), and some of its rows.
 
+    The sample has all rows up to `CAPACITY`. Of more it has every 2nd, 4th, … in the order of the data: half of
+    `CAPACITY` at least, whatever batches they came in.
     others: more activations, whose rows are taken together with its own: those that the same weights multiply.
     """
 
@@ -26,10 +31,24 @@ class Gram(Observer):
     def __init__(self, value: str, *others: str) -> None:
         super().__init__(value, axis=-1)
         self.others = others
-        self.statistics: Statistics | None = None
+        self.rows = 0
+        self._gram: Array | None = None
+        self._absmax = self._rest = np.zeros(0, np.float32)
+        self._sample: list[Array] = []  # parts (n, K)
+        self._stride, self._offered = 1, 0
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """Of everything so far; None before the first row."""
+        if self._gram is None:
+            return None
+        self._sample = [np.concatenate(self._sample)]
+        return Statistics(self.rows, self._gram, self._absmax, self._sample[0], self._rest)
 
     def append(self, graph: onnx.GraphProto) -> None:
-        """`value`.gram (K, K) and `value`.absmax (K,), float32; `value`.rows_seen (1,), int64."""
+        """`value`.gram (K, K), .absmax (K,), .sample (n, K), and .rest_absmax (K,) of the rows that are not in the
+        sample, float32; `value`.rows_seen (1,), int64.
+        """
         value = self.value
         rows, transposed = matrix(graph, value), f"{value}.transposed"
         if self.others:
@@ -46,33 +65,71 @@ class Gram(Observer):
                 helper.make_node("Shape", [rows], [value + _ROWS], end=1),
             ]
         )
+        _append_sample(Builder(graph, value), rows, value + _ROWS, f"{value}.abs", axis0)
         add_outputs(graph, [value + _ROWS], TensorProto.INT64)
-        add_outputs(graph, [value + _GRAM, value + _ABSMAX])
+        add_outputs(graph, [value + end for end in (_GRAM, _ABSMAX, _SAMPLE, _REST)])
 
     def update(self, outputs: Outputs) -> None:
         """Sums and maxima. The diagonal of the sums has every NaN, which a maximum may hide."""
-        gram, absmax, rows = (outputs[self.value + end] for end in (_GRAM, _ABSMAX, _ROWS))
-        if not rows[0]:
+        rows = int(outputs[self.value + _ROWS][0])
+        if not rows:
             return
+        gram, absmax, sample, rest = (outputs[self.value + end] for end in (_GRAM, _ABSMAX, _SAMPLE, _REST))
         self.check_finite(absmax, gram.diagonal())
-        own = self.statistics
-        if own is None:
-            self.statistics = Statistics(int(rows[0]), gram, absmax)
-            return
-        own.rows += int(rows[0])
-        own.gram += gram
-        np.maximum(own.absmax, absmax, out=own.absmax)
+        if self._gram is None:
+            self._gram, self._absmax, self._rest = gram, absmax, rest
+        else:
+            self._gram += gram
+            self._absmax, self._rest = np.maximum(self._absmax, absmax), np.maximum(self._rest, rest)
+        self.rows += rows
+        self._take(sample)
 
     def range(self, spec: ActivationSpec) -> tuple[Array, Array]:
         """Of each channel, symmetric: the sign of the largest value is not known."""
-        assert self.statistics is not None
-        return -self.statistics.absmax, self.statistics.absmax
+        assert self._gram is not None
+        return -self._absmax, self._absmax
 
     def state(self) -> State:
-        """gram, absmax, rows."""
+        """gram, absmax, rows, sample, rest, and how far apart the sample's rows are."""
         own = self.statistics
-        return {"gram": own.gram, "absmax": own.absmax, "rows": np.array(own.rows)} if own else {}
+        if own is None or own.sample is None or own.rest is None:
+            return {}
+        known = {"gram": own.gram, "absmax": own.absmax, "rows": np.array(own.rows), "sample": own.sample}
+        return known | {"rest": own.rest, "spread": np.array([self._stride, self._offered])}
 
     def restore(self, state: State) -> None:
         """From `state`."""
-        self.statistics = Statistics(int(state["rows"]), state["gram"], state["absmax"]) if state else None
+        self.__init__(self.value, *self.others)  # type: ignore[misc]
+        if state:
+            self.rows, self._gram, self._absmax = int(state["rows"]), state["gram"], state["absmax"]
+            self._sample, self._rest = [state["sample"]], state["rest"]
+            self._stride, self._offered = map(int, state["spread"])
+
+    def _take(self, rows: Array) -> None:
+        """Add rows (n, K) of a batch to the sample, as many as are due."""
+        due = (self._offered + np.arange(len(rows))) % self._stride == 0
+        self._offered += len(rows)
+        self._drop(rows[~due])
+        self._sample.append(rows[due])
+        while sum(map(len, self._sample)) > CAPACITY:
+            whole = np.concatenate(self._sample)
+            self._drop(whole[1::2])
+            self._sample, self._stride = [np.ascontiguousarray(whole[::2])], 2 * self._stride
+
+    def _drop(self, rows: Array) -> None:
+        if len(rows):
+            self._rest = np.maximum(self._rest, np.abs(rows).max(axis=0))
+
+
+def _append_sample(build: Builder, rows: str, count: str, magnitudes: str, axis0: str) -> None:
+    """Every n-th row, n odd so that a period of the rows is not followed, and the extremes of the others."""
+    first, last, one = build.long(0), build.long(np.iinfo(np.int64).max), build.long(1)
+    half = build.node("Div", [count, build.long(2 * CAPACITY)], "half")
+    step = build.node("Add", [build.node("Mul", [half, build.long(2)], "even"), one], "step")
+    build.node("Slice", [rows, first, last, axis0, step], "sample")
+    named = {"first": first, "last": count, "one": one}
+    ends = [build.node("Squeeze", [given], f"number.{end}") for end, given in named.items()]
+    remainder = build.node("Mod", [build.node("Range", ends, "number"), step], "remainder")
+    left = build.node("Cast", [remainder], "left", to=TensorProto.BOOL)
+    mask = build.node("Unsqueeze", [build.node("Cast", [left], "left.float", to=TensorProto.FLOAT), one], "left.column")
+    build.node("ReduceMax", [build.node("Mul", [magnitudes, mask], "abs.left"), axis0], "rest_absmax", keepdims=0)

@@ -53,8 +53,8 @@ def compare_product(
 
 def compare(graph: onnx.GraphProto, y: str, wanted: str, end: str) -> list[str]:
     """Append ‖y - wanted‖² and ‖wanted‖² of values of one shape, float64 scalars, as outputs; returns their names."""
-    delta, exact = f"{y}{end}.delta", _float(graph, wanted)
-    graph.node.append(helper.make_node("Sub", [_float(graph, y), exact], [delta]))
+    delta, exact = f"{y}{end}.delta", floats(graph, wanted)
+    graph.node.append(helper.make_node("Sub", [floats(graph, y), exact], [delta]))
     names = {delta: difference(y, end), exact: reference(y, end)}
     return _sums(graph, names)
 
@@ -78,7 +78,7 @@ def lost(value: str) -> str:
     return f"{value}.lost"
 
 
-def _float(graph: onnx.GraphProto, value: str) -> str:
+def floats(graph: onnx.GraphProto, value: str) -> str:
     """The value as float32, of its shape; zeros for rows (along the last axis) in which no number is finite.
 
     Attention gives such rows to padding that a mask of -inf covers throughout: they mean nothing, and nobody reads
@@ -115,7 +115,7 @@ def matrix(graph: onnx.GraphProto, value: str) -> str:
         [
             helper.make_node("Shape", [value], [shape], start=-1),
             helper.make_node("Concat", [minus_one, shape], [f"{value}.shape2"], axis=0),
-            helper.make_node("Reshape", [_float(graph, value), f"{value}.shape2"], [name]),
+            helper.make_node("Reshape", [floats(graph, value), f"{value}.shape2"], [name]),
         ]
     )
     return name
@@ -131,10 +131,10 @@ def by_channel(graph: onnx.GraphProto, value: str, axis: int | None) -> str:
         return name
     if axis is None:
         shape = constant(graph, "qcompile.minus1", [-1])
-        graph.node.append(helper.make_node("Reshape", [_float(graph, value), shape], [name]))
+        graph.node.append(helper.make_node("Reshape", [floats(graph, value), shape], [name]))
         return name
     shape, joined = _three_dimensions(graph, value, axis)
-    reshape = helper.make_node("Reshape", [_float(graph, value), shape], [f"{name}.three"], allowzero=1)
+    reshape = helper.make_node("Reshape", [floats(graph, value), shape], [f"{name}.three"], allowzero=1)
     turn = helper.make_node("Transpose", [f"{name}.three"], [f"{name}.turned"], perm=[1, 0, 2])
     graph.node.extend([reshape, turn, helper.make_node("Reshape", [f"{name}.turned", joined], [name], allowzero=1)])
     return name

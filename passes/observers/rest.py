@@ -28,7 +28,7 @@ class Rest(Observer):
 
     def append(self, graph: onnx.GraphProto) -> None:
         """The channels that stay (…, channels), and what the inner observer appends for it."""
-        kept = constant(graph, f"{self.value}.rest.kept", self.kept.tolist())
+        kept = constant(graph, f"{self.value}.rest.channels", self.kept.tolist())
         graph.node.append(helper.make_node("Gather", [self.value, kept], [self.inner.value], axis=-1))
         self.inner.append(graph)
 
@@ -39,6 +39,10 @@ class Rest(Observer):
     def range(self, spec: ActivationSpec) -> tuple[Array, Array]:
         """By the inner observer."""
         return self.inner.range(spec)
+
+    def expected(self, spec: ActivationSpec) -> tuple[Array, Array]:
+        """By the inner observer."""
+        return self.inner.expected(spec)
 
     def state(self) -> State:
         """By the inner observer."""

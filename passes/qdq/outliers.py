@@ -52,10 +52,24 @@ def choose(reach: Array, power: Array, weights: Sequence[Array], *, most: int, t
     noise = (steps**2 * _left(energy, order) + _left(power, order) * spread) / 12
     if not noise[0] > 0:
         return Choice(np.zeros(0, np.int64), 1.0)
-    count = np.arange(len(order))
-    price = np.where(count > 0, count + _FIXED, 0) * -np.log1p(-threshold)
-    k = int(np.argmin(np.log(np.maximum(noise / noise[0], 1e-12)) + price))
+    prices = np.array([price(count) for count in range(len(order))]) * -np.log1p(-threshold)
+    k = int(np.argmin(np.log(np.maximum(noise / noise[0], 1e-12)) + prices))
     return Choice(np.sort(order[:k]).astype(np.int64), float(noise[k] / noise[0]))
+
+
+def price(channels: int) -> int:
+    """What so many channels in float cost, in channels."""
+    return channels + _FIXED if channels else 0
+
+
+def noise_of(channels: npt.NDArray[np.int64], reach: Array, power: Array, weights: Sequence[Array]) -> float:
+    """The noise of `choose` with these channels in float over that without, for other rows than they were chosen by."""
+    others = np.delete(np.arange(len(reach)), channels)
+    spread = np.sum([_spread(w, channels) for w in weights], axis=0)
+    energy, steps = row_power(weights), 2 * reach.astype(np.float64) / _ACTIVATION_STEPS
+    without = steps.max() ** 2 * energy.sum() + float(power.sum()) * spread[0]
+    left = steps[others].max() ** 2 * energy[others].sum() + float(power[others].sum()) * spread[-1]
+    return float(left / without) if without > 0 else 1.0
 
 
 def row_power(weights: Sequence[Array]) -> _Floats:

@@ -14,6 +14,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.inner import int8, quantize_inner
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.observers.base import Observer
+from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.policy import Policy
@@ -23,7 +24,7 @@ from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import replace_outlier
 from qcompile.passes.qdq.outliers import OUTLIERS
 from qcompile.passes.qdq.providers import TYPES, Rule
-from qcompile.passes.qdq.ranges import grid_of, shared
+from qcompile.passes.qdq.ranges import bounds_of, grid_of, shared
 from qcompile.passes.qdq.selection import Selection, inputs_of, quantized_output, select, weight_position
 from qcompile.passes.qdq.twin import remember
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore, importance
@@ -107,6 +108,12 @@ class Qdq(Pass):
         return found
 
     def _observer(self, value: ir.Value, readers: Sequence[ir.Node]) -> Observer:
+        made = self._unbounded(value, readers)
+        if isinstance(made, Extremes):
+            made.bounds = bounds_of(value)
+        return made
+
+    def _unbounded(self, value: ir.Value, readers: Sequence[ir.Node]) -> Observer:
         name: str = self.observer
         if name == "auto":  # Case 2
             name = OutputMse.name if all(node.op_type == "MatMul" for node in readers) and readers else Mse.name

@@ -44,8 +44,29 @@ def shared(nodes: Mapping[ir.Node, Rule], values: Iterable[ir.Value], *, sums: b
     return list(groups.values())
 
 
+# Operators whose outputs lie between two numbers, whatever goes in.
+_BOUNDED = {"Softmax": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+
+
+def bounds_of(value: ir.Value) -> tuple[float, float]:
+    """What no number of a value lies beyond, by the operator that gives it; infinite where that says nothing."""
+    node = value.producer()
+    if node is None or node.domain != "":
+        return -np.inf, np.inf
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    if node.op_type == "Clip":
+        ends = [node.inputs[i] if i < len(node.inputs) else None for i in (1, 2)]
+        low, high = (
+            float(end.const_value.numpy()) if end is not None and end.const_value is not None else other
+            for end, other in zip(ends, (-np.inf, np.inf), strict=True)
+        )
+        return low, high
+    return _BOUNDED.get(node.op_type, (-np.inf, np.inf))
+
+
 def grid_of(observers: Iterable[Observer], spec: ActivationSpec, *, scale_dtype: npt.DTypeLike = np.float32) -> QParams:
     """Scale and zero point, both (), that span the ranges of all the observers; `scale_dtype`: what the file stores."""
-    ranges = [observer.range(spec) for observer in observers]
+    ranges = [observer.expected(spec) for observer in observers]
     low, high = min(float(low) for low, _ in ranges), max(float(high) for _, high in ranges)
     return range_qparams(np.asarray(low, np.float32), np.asarray(high, np.float32), spec, scale_dtype=scale_dtype)

@@ -1,0 +1,261 @@
+"""No decision is judged on rows it was fitted to: what is held aside, what few rows may choose, what comes of it.
+
+`heldout` is benchmarks/heldout.py: seeded networks, compiled with few rows and run on others.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from heldout import BOUND, NETWORKS, PAIRS, REAL, ROWS, Network, Trial
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from observing import UINT8, observe
+
+from qcompile.models.tiny import pictures, tiny_classifier
+from qcompile.passes.affine import output_error
+from qcompile.passes.bias_correction import confirmed_share
+from qcompile.passes.held import FEWEST, confirmed, too_few
+from qcompile.passes.observers.entropy import Entropy
+from qcompile.passes.observers.extremes import MinMax, MovingAverage
+from qcompile.passes.observers.gram import CAPACITY, Gram
+from qcompile.passes.observers.mean import Mean
+from qcompile.passes.observers.room import RowExtremes
+from qcompile.passes.rounding import fitted, round_to_nearest, round_with_clip
+from qcompile.passes.spec import PerGroup, QuantSpec
+from qcompile.passes.statistics import Statistics, held_aside
+
+K = 12
+SPEC = QuantSpec(4, PerGroup(6))
+
+
+def _rows(count: int, seed: int = 0, k: int = K) -> np.ndarray:
+    return np.random.default_rng(seed).standard_t(4, (count, k)).astype(np.float32)
+
+
+def _statistics(x: np.ndarray) -> Statistics:
+    return Statistics(len(x), x.T @ x, np.abs(x).max(axis=0), x, np.zeros(x.shape[1], np.float32))
+
+
+def _weight(n: int = 10, k: int = K, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((k, n)).astype(np.float32)
+
+
+# --- what is held aside -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 200), st.lists(st.integers(1, 90), min_size=1, max_size=5), st.integers(0, 9))
+def test_every_row_is_fitted_to_or_held_aside(count: int, cuts: list[int], seed: int) -> None:
+    """However rows come in batches: both parts together are the whole, and neither knows the other's rows."""
+    x = _rows(count, seed)
+    starts = sorted({min(cut, count) for cut in cuts} | {0, count})
+    batches = [x[a:b] for a, b in pairwise(starts)]
+    statistics = observe(Gram("x"), batches).statistics
+    assert statistics is not None
+    np.testing.assert_array_equal(statistics.sample, x)
+    parts = statistics.split()
+    if count == 1:
+        assert parts is None
+        return
+    assert parts is not None
+    fit, held = parts
+    aside = held_aside(count)
+    np.testing.assert_array_equal(held, x[aside])
+    assert fit.rows == count - len(held) > 0
+    assert count / 4 - 2 <= len(held) <= count / 2 + 1
+    np.testing.assert_array_equal(fit.absmax, np.abs(x[~aside]).max(axis=0))
+    wanted = x[~aside].T @ x[~aside]
+    np.testing.assert_allclose(fit.gram, wanted, atol=1e-4 * np.abs(statistics.gram).max())
+    assert (np.diagonal(fit.gram) >= 0).all()
+
+
+@pytest.mark.parametrize("sizes", [[CAPACITY + 1], [3 * CAPACITY], [700] * 9, [1] * (CAPACITY + 50), [5000, 3, 800]])
+def test_of_many_rows_a_sample_is_kept(sizes: list[int]) -> None:
+    """Of bounded size, in order, evenly spread; the extremes of all others are known beside it."""
+    x = _rows(sum(sizes), k=3)
+    batches = np.split(x, np.cumsum(sizes)[:-1])
+    statistics = observe(Gram("x"), batches).statistics
+    assert statistics is not None
+    sample = statistics.sample
+    assert sample is not None
+    assert statistics.rest is not None
+    assert CAPACITY / 3 <= len(sample) <= CAPACITY
+    places = [int(np.flatnonzero((x == row).all(axis=1))[0]) for row in sample]
+    assert places == sorted(places)
+    assert np.diff(places).max() <= 16 * len(x) / len(sample)
+    others = np.delete(x, places, axis=0)
+    np.testing.assert_array_equal(statistics.rest, np.abs(others).max(axis=0))
+    fit, held = statistics.split()  # type: ignore[misc]
+    kept = np.delete(x, [places[i] for i in np.flatnonzero(held_aside(len(sample)))], axis=0)
+    np.testing.assert_array_equal(fit.absmax, np.abs(kept).max(axis=0))
+    assert len(held) == int(held_aside(len(sample)).sum())
+
+
+def test_rescaling_follows_in_the_sample() -> None:
+    x, factor = _rows(40), np.exp(_rows(1, 3)[0])
+    found, wanted = _statistics(x).rescaled(factor), _statistics(x / factor)
+    np.testing.assert_allclose(found.sample, wanted.sample, rtol=1e-6)
+    np.testing.assert_allclose(found.split()[0].gram, wanted.split()[0].gram, rtol=1e-3, atol=1e-3)  # type: ignore[index]
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gain_must_exceed_its_error_where_rows_are_few() -> None:
+    """One row of eight that gains much is chance among few rows, and counts as it is among many."""
+    before = np.ones(8, np.float32)
+    after = before * np.array([0.1, 1.05, 1.05, 1.05, 1.05, 1.05, 1.05, 1.05], np.float32)
+    few, many = _statistics(_rows(16, k=64)), _statistics(_rows(CAPACITY, k=4))
+    many.rows = 100_000
+    assert confirmed(before, after, few) > 1
+    assert confirmed(before, after, many) < 0.95
+    assert confirmed(before, 0.5 * before, few) == pytest.approx(0.5)
+    assert confirmed(before[:1], 0 * before[:1], few) == 1.0
+
+
+def test_too_few_rows_choose_nothing() -> None:
+    w = _weight()
+    for rows in (1, 2, FEWEST - 1):
+        statistics = _statistics(_rows(rows))
+        assert f"seen on {rows} rows, too few to hold any aside" in too_few(statistics)
+        clipped, plain = round_with_clip(w, SPEC, statistics), round_to_nearest(w, SPEC, None)
+        np.testing.assert_array_equal(clipped.codes, plain.codes)
+    assert not too_few(_statistics(_rows(FEWEST)))
+    assert "to know how far each of 12 channels goes" in too_few(_statistics(_rows(2 * K - 1)), channels=True)
+    assert not too_few(_statistics(_rows(2 * K)), channels=True)
+    assert not too_few(Statistics(1, np.eye(K, dtype=np.float32), np.ones(K, np.float32)), channels=True), "a guess"
+
+
+def test_a_fit_that_rows_held_aside_refute_is_not_kept() -> None:
+    """Exact on the rows it is fitted to, wild on all others; and one that is good everywhere is fitted to all rows."""
+    w, x = _weight(), _rows(6)
+    spec, plain = SPEC, round_to_nearest(w, SPEC, None)
+    seen: list[int] = []
+
+    def overfitted(statistics: Statistics):
+        seen.append(statistics.rows)
+        values, vectors = np.linalg.eigh(statistics.gram)
+        silent = vectors[:, values < 1e-3 * values.max()]
+        return round_to_nearest(w + 3 * silent @ silent.T @ _weight(seed=5), spec, None)
+
+    rows = np.concatenate([x, x + 0, _rows(6, 9)])
+    assert fitted(w, _statistics(rows), overfitted, [lambda s: plain]) is None
+    assert seen == [14]
+    exact = round_to_nearest(w, QuantSpec(8, PerGroup(6)), None)
+    assert fitted(w, _statistics(rows), lambda s: seen.append(s.rows) or exact, [lambda s: plain]) is exact
+    assert seen == [14, 14, 18]
+
+
+def test_clip_on_few_rows_does_no_harm_on_others() -> None:
+    """Channels that are silent on the rows seen, as behind a Relu: their weights must not be clipped away."""
+    rng, k = np.random.default_rng(0), 64
+    spec, worse = QuantSpec(4, PerGroup(32)), []
+    for rows in (8, 16, 32):
+        x = np.maximum(rng.standard_normal((rows + 2000, k)) - 1, 0).astype(np.float32)
+        w, seen, unseen = _weight(24, k, rows), _statistics(x[:rows]), x[rows:].T @ x[rows:]
+        ends = [rounding(w, spec, seen).dequantize() - w for rounding in (round_to_nearest, round_with_clip)]
+        worse.append(10 * np.log10(output_error(ends[1], unseen) / output_error(ends[0], unseen)))
+    assert max(worse) < BOUND
+
+
+# --- ranges -----------------------------------------------------------------------------------------------------------
+
+
+def test_room_for_rows_to_come_shrinks_with_their_number() -> None:
+    """Most for a single row, none behind thousands; an end at zero stays there."""
+    factors = []
+    for rows in (1, 4, 16, 64, 16384):
+        own = observe(MinMax("x"), [np.abs(_rows(rows, k=32))])
+        low, high = own.expected(UINT8)
+        assert low == 0
+        factors.append(float(high / own.range(UINT8)[1]))
+    assert factors[0] > 1.5
+    assert factors[0] >= factors[1] >= factors[2] >= factors[3]
+    assert factors[-1] == 1
+
+
+def test_many_numbers_a_row_want_a_fine_grid() -> None:
+    sums = RowExtremes.of(_rows(4, k=8)).sums
+    few, many = (RowExtremes(4, 4 * width, sums) for width in (8, 100_000))
+    assert few.room(1, 5.0) > 2 * many.room(1, 5.0)
+
+
+def test_bounds_of_an_operator_hold_without_room() -> None:
+    own = observe(MinMax("x"), [np.full((1, 8), 0.9)])
+    assert own.expected(UINT8)[1] > 1
+    own.bounds = (0.0, 1.0)
+    assert own.expected(UINT8)[1] == 1
+
+
+@pytest.mark.parametrize("make", [Entropy, MovingAverage])
+def test_few_rows_are_no_reason_to_cut_off(make) -> None:
+    """Whatever the observer would clip: extremes and room; with many rows what it chose."""
+    batches = [_rows(8, seed, 50) for seed in range(4)]
+    few, plain = observe(make("x"), batches), observe(MinMax("x"), batches)
+    np.testing.assert_allclose(few.expected(UINT8), plain.expected(UINT8), rtol=1e-6)
+    many = observe(make("x"), [_rows(400, seed, 50) for seed in range(4)])
+    np.testing.assert_array_equal(many.expected(UINT8), many.range(UINT8))
+
+
+def test_a_picture_is_a_row_of_a_convolution() -> None:
+    shapes = {(3, 4, 5): 12, (6, 5): 6, (2, 7, 4, 4): 2, (9,): 1, (): 1}
+    for shape, rows in shapes.items():
+        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        own = observe(MinMax("x"), [x, x])
+        assert (own.row_extremes.rows, own.row_extremes.numbers) == (2 * rows, 2 * max(x.size, 1))
+
+
+# --- bias correction --------------------------------------------------------------------------------------------------
+
+
+def test_halves_of_the_data_see_every_number_once() -> None:
+    """Batches of one row go to the halves in turn, others are cut in two."""
+    for sizes in ([1] * 7, [2, 5, 4], [6]):
+        x = _rows(sum(sizes))
+        own = observe(Mean("x"), np.split(x, np.cumsum(sizes)[:-1]))
+        assert own.count == len(x)
+        assert abs(own.counts[0] - own.counts[1]) <= 1 + len(sizes) % 2
+        np.testing.assert_allclose(own.mean, x.astype(np.float64).mean(axis=0), rtol=1e-4, atol=1e-6)
+    assert observe(Mean("x"), [_rows(1)]).halves is None
+
+
+def test_chance_is_not_corrected() -> None:
+    rng = np.random.default_rng(0)
+    truth, noise = rng.standard_normal(2000), rng.standard_normal((2, 2000))
+    zero = np.zeros((2, 2000))
+    for scale, low, high in ((0.0, 0.99, 1.0), (1.0, 0.6, 0.72), (100.0, 0.0, 0.05)):
+        halves = truth + scale * noise
+        assert low <= confirmed_share(halves.mean(axis=0), zero, halves) <= high
+    assert confirmed_share(truth, None, zero) == 0
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_classifier_of_many_channels_and_few_pictures(tmp_path: Path) -> None:
+    """`smooth` put a factor before 1280 channels that 18 pictures were to decide on: 12 dB lost on others."""
+    made = Network(lambda: tiny_classifier(channels=1280, classes=1000), lambda rng, n: {"image": pictures(rng, n)})
+    assert Trial(made, tmp_path).gain("smooth", 18) > -BOUND
+
+
+QUICK = [("mlp-0", "smooth"), ("mlp-2", "outlier"), ("linears-0", "gptq-8"), ("mlp-1", "entropy"), ("mlp-3", "awq"),
+         ("decoder-rms", "smooth"), ("encoder-0", "gptq"), ("conv-0", "bias_correction"),
+         ("encoder-1", "clip")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "pair"), QUICK)
+def test_few_rows_do_no_harm(name: str, pair: str, tmp_path: Path) -> None:
+    trial = Trial(NETWORKS[name], tmp_path)
+    assert min(trial.gain(pair, rows) for rows in (1, 4, 16, 64)) > -BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS | REAL)
+def test_no_choice_makes_unseen_rows_worse(name: str, tmp_path: Path) -> None:
+    """Every pass that chooses by data, every observer; the two smallest real models, too."""
+    trial = Trial((NETWORKS | REAL)[name], tmp_path)
+    bad = {(pair, rows): gain for rows in ROWS for pair in PAIRS if (gain := trial.gain(pair, rows)) <= -BOUND}
+    assert not bad
+    assert len(NETWORKS) >= 20
