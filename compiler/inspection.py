@@ -21,7 +21,7 @@ from qcompile.compiler.sizes import (
     type_shares,
 )
 from qcompile.compiler.store import load_model
-from qcompile.compiler.weights import Weight, find_weights
+from qcompile.compiler.weights import Weight, all_weights, shares
 
 # Smaller constants (shapes, scalars) are shared all the time; that is no tie.
 _SMALL = 1024
@@ -47,6 +47,7 @@ class Summary:
 
     linear_bits: stored bits per weight of the linears, scales and zero points included; None without linears.
     file_bits: bits of all files per parameter. parameters: weights, not counting scales and zero points.
+    shares: how much of the MatMul-like and of the convolutions' weights is quantized, None where there are none.
     ties: names of constants stored once, and names of nodes that share one constant.
     """
 
@@ -62,6 +63,7 @@ class Summary:
     parameters: int
     file_bytes: int
     linear_bits: float | None
+    shares: dict[str, float | None]
     weights: list[WeightGroup]
     ties: list[str]
     metadata: dict[str, Any]
@@ -79,7 +81,7 @@ class Summary:
 def inspect(path: Path, *, every: bool = False) -> Summary:
     """The summary of a model file. every: list each weight by itself instead of alike ones together."""
     model = load_model(path)
-    weights = find_weights(model.graph)
+    weights = all_weights(model)
     constants = list(all_constants(model))
     nodes = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.op_type != "Constant"]
     return Summary(
@@ -95,6 +97,7 @@ def inspect(path: Path, *, every: bool = False) -> Summary:
         parameters=parameter_count(weights, constants),
         file_bytes=file_bytes(path, constants),
         linear_bits=linear_bits(weights),
+        shares=shares(weights),
         weights=_groups(weights, every=every),
         ties=[*_shared_storage(constants), *_shared_values(model.graph)],
         metadata={key: _parsed(value) for key, value in model.metadata_props.items()},
@@ -108,7 +111,7 @@ def _groups(weights: list[Weight], *, every: bool) -> list[WeightGroup]:
         pattern = w.node if every else re.sub(r"[_.]\d+$", "", w.node)
         pattern = pattern if every else re.sub(r"\d+", "*", pattern)
         shape = w.shape
-        if w.kind == "conv" and not every:  # a vision model has dozens, no two alike, none of them quantized
+        if w.kind in ("conv", "constant") and not every:  # a vision model has dozens, no two alike
             pattern, shape = w.operator, ()
         counted[WeightGroup(pattern, 1, w.operator, w.kind, shape, w.form, w.quantized, w.reason)] += 1
     return [replace(group, count=count) for group, count in counted.items()]

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qcompile.compiler.store import load_model
-from qcompile.compiler.weights import Weight, find_weights
+from qcompile.compiler.weights import Weight, all_weights
 
 Storage = tuple[str, int] | int
 
@@ -34,7 +34,7 @@ class Sizes:
 def model_sizes(path: Path) -> Sizes:
     """The sizes of a model file."""
     model = load_model(path)
-    weights, constants = find_weights(model.graph), list(all_constants(model))
+    weights, constants = all_weights(model), list(all_constants(model))
     return Sizes(file_bytes(path, constants), parameter_count(weights, constants), linear_bits(weights))
 
 

@@ -1,23 +1,29 @@
-"""The weights of a graph as they stand: every linear and lookup, quantized in one of the known ways or not, and why."""
+"""The weights of a model as they stand, in all its graphs: quantized in one of the known ways or not, and why."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qcompile.compiler.census import Family, FloatConstant, census
 from qcompile.passes.formats.functions import is_product, operands
 from qcompile.passes.linears import as_linear, find_embeddings
 
-# Quantized matrix products of ONNX itself: slots of (codes, scale, zero point), -1 where there is none.
+# Quantized products of ONNX itself: slots of (codes, scale, zero point), -1 where there is none.
 _INTEGER_PRODUCTS = {"MatMulInteger": (1, -1, 3), "QLinearMatMul": (3, 4, 5), "DynamicQuantizeMatMul": (1, 2, 3)}
+_INTEGER_CONVOLUTIONS = {"ConvInteger": (1, -1, 3), "QLinearConv": (3, 4, 5)}
+_CONVOLUTIONS, _RECURRENT = ("Conv", "ConvTranspose"), ("LSTM", "GRU", "RNN")
+# What `Weight.kind` calls the census's families where it has no closer word.
+_KINDS: Mapping[Family, str] = {"MatMul": "weight", "Conv": "conv", "Gather": "embedding", "other": "constant"}
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
     """One use of a weight by a node.
 
-    kind: "linear", "embedding", "conv", or "product" for a MatMul without weight. shape: (K, N) of a linear, (V, K) of
-    an embedding, the stored one of a convolution. form: what the node computes with, such as "uint4 g64 asym", or
+    kind: "linear", "embedding", "conv", "weight" of another operator that multiplies by it (LSTM, Attention),
+    "constant" for other large floats, or "product" for a MatMul without weight. shape: (K, N) of a linear, (V, K) of
+    an embedding, the stored one of all others. form: what the node computes with, such as "uint4 g64 asym", or
     the element type of a float weight. quantized: whether codes are stored. reason: why it is not quantized.
     tensors: its initializers, the codes or the float weight first.
     """
@@ -40,11 +46,28 @@ class Weight:
         return count
 
 
+def all_weights(model: ir.Model) -> list[Weight]:
+    """Those of `find_weights`, then every other float constant of 1,024 elements or more that some node reads."""
+    found = find_weights(model.graph)
+    known = {id(tensor) for weight in found for tensor in weight.tensors}
+    return found + [_left(constant) for constant in census(model) if id(stored(constant.value)) not in known]
+
+
+def shares(weights: Sequence[Weight]) -> dict[str, float | None]:
+    """Quantized share of the elements of MatMul-like and of convolutions' weights, each stored weight once."""
+    found: dict[str, float | None] = {}
+    for family, kinds in (("MatMul", ("linear", "weight")), ("Conv", ("conv",))):
+        own = {id(w.tensors[0]): w for w in weights if w.kind in kinds and w.tensors}.values()
+        total = sum(weight.size for weight in own)
+        found[family] = sum(weight.size for weight in own if weight.quantized) / total if total else None
+    return found
+
+
 def find_weights(graph: ir.Graph) -> list[Weight]:
-    """Every linear, embedding and convolution of the main graph, in order."""
-    lookups = {embedding.node: embedding for embedding in find_embeddings(graph)}
+    """Every linear, embedding, convolution and recurrent weight of a graph and the bodies in it, in order."""
+    lookups = {embedding.node: embedding for embedding in find_embeddings(graph.all_nodes())}
     found: list[Weight] = []
-    for node in graph:
+    for node in graph.all_nodes():
         if node in lookups:
             table = lookups[node].table
             found.append(_float(node, "embedding", table, lookups[node].shape, "kept in float"))
@@ -62,15 +85,44 @@ def _weights(node: ir.Node) -> Iterator[Weight]:
     elif node.op_type == "GatherBlockQuantized":
         yield _block_gather(node)
     elif node.op_type in _INTEGER_PRODUCTS:
-        yield from _integer_product(node)
+        yield from _integer_product(node, "linear", _INTEGER_PRODUCTS[node.op_type])
+    elif node.op_type in _INTEGER_CONVOLUTIONS:
+        yield from _integer_product(node, "conv", _INTEGER_CONVOLUTIONS[node.op_type])
     elif node.domain == "" and node.op_type in ("MatMul", "Gemm"):
         yield _product(node)
     elif node.domain == "" and node.op_type == "Gather":
         yield from _gathered_codes(node)
-    elif node.domain == "" and node.op_type in ("Conv", "ConvTranspose"):
-        weight = node.inputs[1]
-        if weight is not None and (tensor := stored(weight)) is not None:
-            yield _float(node, "conv", weight, _dims(tensor), "only linears and embeddings are quantized")
+    elif node.domain == "" and node.op_type in _CONVOLUTIONS:
+        yield from _operand(node, 1, "conv", "kept in float: `qdq` is for convolutions")
+    elif node.domain == "" and node.op_type in _RECURRENT:
+        for position in (1, 2):
+            yield from _operand(node, position, "weight", "kept in float")
+
+
+def _operand(node: ir.Node, position: int, kind: str, reason: str) -> Iterator[Weight]:
+    """A weight with its own shape: dequantized codes, or a float."""
+    value = node.inputs[position] if position < len(node.inputs) else None
+    if value is None:
+        return
+    if (decoded := dequantized(value)) is not None:
+        tensors, _ = decoded
+        axes = "per channel" if len(tensors[1].shape) else "per tensor"
+        form, operator = f"{tensors[0].dtype.name.lower()} {axes}", f"DequantizeLinear + {node.op_type}"
+        yield Weight(node.name or "", operator, kind, _dims(tensors[0]), form, True, "", tensors)
+    elif (tensor := stored(value)) is not None and tensor.dtype.is_floating_point():
+        yield _float(node, kind, value, _dims(tensor), reason)
+
+
+def _left(constant: FloatConstant) -> Weight:
+    """What the census found beside the weights known here."""
+    reader = constant.readers[0]
+    operator = f"{reader.node.domain}.{reader.node.op_type}" if reader.node.domain else reader.node.op_type
+    place = f", in the body of {reader.owner.op_type} {reader.owner.name}" if reader.owner is not None else ""
+    tensor = stored(constant.value)
+    assert tensor is not None
+    reason, kind = f"read by {operator}{place}", _KINDS[constant.family]
+    form = tensor.dtype.name.lower()
+    return Weight(reader.name, reader.node.op_type, kind, _dims(tensor), form, False, reason, (tensor,))
 
 
 def _own(node: ir.Node) -> Weight:
@@ -117,13 +169,13 @@ def _block_gather(node: ir.Node) -> Weight:
     return Weight(node.name or "", node.op_type, "embedding", shape, form, True, "", tensors)
 
 
-def _integer_product(node: ir.Node) -> Iterator[Weight]:
-    slots = [slot for slot in _INTEGER_PRODUCTS[node.op_type] if 0 <= slot < len(node.inputs)]
+def _integer_product(node: ir.Node, kind: str, positions: Sequence[int]) -> Iterator[Weight]:
+    slots = [slot for slot in positions if 0 <= slot < len(node.inputs)]
     values = [node.inputs[slot] for slot in slots]
     tensors = tuple(t for v in values if v is not None and (t := stored(v)) is not None)
-    if tensors and len(tensors[0].shape) == 2:
+    if tensors and (len(tensors[0].shape) == 2 or kind == "conv"):
         form = f"{tensors[0].dtype.name.lower()} with integer activations"
-        yield Weight(node.name or "", node.op_type, "linear", _dims(tensors[0]), form, True, "", tensors)
+        yield Weight(node.name or "", node.op_type, kind, _dims(tensors[0]), form, True, "", tensors)
 
 
 def _product(node: ir.Node) -> Weight:

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
 from qcompile.compiler.census import LEAST, census
+from qcompile.compiler.inspection import inspect
 from qcompile.compiler.plan import PASSES
 from qcompile.compiler.report import Report
 from qcompile.models.tiny import tiny_branch, tiny_decoder
@@ -131,6 +132,10 @@ def test_graphs_with_everything_at_once(tmp_path: Path, passes: str) -> None:
     make.output(x)
     report = _compiled(make, tmp_path, passes, min_coverage=0)
     assert _accounted(report) == sum(int(np.prod(c.dims)) for c in make.constants if np.prod(c.dims) >= LEAST)
+    found = inspect(tmp_path / "out" / "m.onnx").shares
+    assert found == pytest.approx({family: report.share(family) for family in ("MatMul", "Conv")}), (
+        "the file says so, too"
+    )
 
 
 class Half(Pack):

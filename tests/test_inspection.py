@@ -142,7 +142,7 @@ def test_convolutions_are_one_line(tmp_path: Path) -> None:
     path = _save(tmp_path / "m.onnx", nodes, [_array(f"w{i}", np.ones((1, 1, i + 1), "f")) for i in range(3)])
     group = _only(inspect(path))
     assert (group.pattern, group.kind, group.count, group.quantized) == ("Conv", "conv", 3, False)
-    assert group.reason == "only linears and embeddings are quantized"
+    assert group.reason == "kept in float: `qdq` is for convolutions"
 
 
 def test_shared_regions_of_external_data_are_ties(tmp_path: Path) -> None:
@@ -192,3 +192,37 @@ def test_inspect_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert loaded["metadata"]["qcompile.recipe"]["passes"] == ["smooth", "pack"]
     assert loaded["file_bits"] == 8 * Path(path).stat().st_size / (K * N)
     assert main(["inspect", str(tmp_path / "absent.onnx")]) == 2
+
+
+def test_weights_of_other_operators_and_bodies_are_listed(tmp_path: Path) -> None:
+    """An LSTM's, one in bodies of If, codes of a convolution, a norm's: each once, with the share of its kind."""
+    body = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "inner"], ["b"], name="inside")], "body", [],
+        [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    nodes = [
+        helper.make_node("LSTM", ["x", "lw", "lr"], ["h"], name="lstm", hidden_size=32),
+        helper.make_node("If", ["c"], ["i"], name="branch", then_branch=body, else_branch=body),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["d"], axis=0),
+        helper.make_node("Conv", ["i", "d"], ["k"], name="conv"),
+        helper.make_node("Mul", ["k", "gamma"], ["m"], name="norm"),
+        helper.make_node("Attention", ["m", "aw"], ["y"], name="attention", domain="com.microsoft", num_heads=1),
+    ]
+    floats = {"lw": (1, 128, 32), "lr": (1, 128, 32), "inner": (32, 64), "gamma": (2048,), "aw": (32, 96)}
+    tensors = [_array(name, np.ones(shape, "f")) for name, shape in floats.items()]
+    tensors += [_array("c", np.array(True)), _array("q", np.ones((64, 16, 1), "i1")), _array("s", np.ones(64, "f"))]
+    summary = inspect(_save(tmp_path / "m.onnx", nodes, tensors), every=True)
+    told = {(w.pattern, w.operator, w.kind, w.shape, w.quantized) for w in summary.weights}
+    assert told == {
+        ("lstm", "LSTM", "weight", (1, 128, 32), False), ("inside", "MatMul", "linear", (32, 64), False),
+        ("conv", "DequantizeLinear + Conv", "conv", (64, 16, 1), True), ("norm", "Mul", "constant", (2048,), False),
+        ("attention", "Attention", "weight", (32, 96), False),
+    }  # fmt: skip
+    assert {w.pattern: w.count for w in summary.weights} == {
+        "lstm": 2,
+        "inside": 2,
+        "conv": 1,
+        "norm": 1,
+        "attention": 1,
+    }
+    assert summary.shares == {"MatMul": 0.0, "Conv": 1.0}

@@ -1,6 +1,7 @@
 """kill -9 at random moments of a compile: the output is the old model or the new one, complete, and no litter stays."""
 
 import hashlib
+import json
 import multiprocessing
 import random
 import signal
@@ -19,7 +20,7 @@ from qcompile.models.tiny import tiny_decoder
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["qcompile.compiler.pipeline", "onnxruntime"])
-KILLS = 50
+KILLS, PAIRS = 50, 12
 PASSES = parse_passes("pack")
 
 
@@ -83,3 +84,27 @@ def test_kill_at_random_moments(bench: Any) -> None:
         ["model.onnx", "model.report.html", "model.report.json", *(path.name for path in out.glob("model-*.data"))]
     )
     assert len(list(out.glob("model-*.data"))) == 1
+
+
+@pytest.mark.slow
+def test_two_compiles_to_one_output(bench: Any) -> None:
+    """One of them wins whole: model, data and reports; a killed one among them takes nothing along."""
+    source, text, random_moments = bench.save(tiny_decoder()), bench.text, random.Random(1)
+    out = bench.folder / "out"
+    output, known = out / "model.onnx", {}
+    for bits in (4, 8, 4):  # the first one waits for the imports
+        seconds = _duration(source, output, text, bits)
+        known[_pair(output)] = bits
+    for number in range(PAIRS):
+        both = [_started(source, output, text, bits) for bits in random_moments.sample((4, 8), 2)]
+        if number % 2:
+            time.sleep(seconds * random_moments.uniform(0.5, 1.2))
+            both[0].kill()
+        for process in both:
+            process.join()
+        assert both[1].exitcode == 0
+        assert both[0].exitcode in ((0, -signal.SIGKILL) if number % 2 else (0,))
+        bits = known[_pair(output)]
+        if number % 2 == 0:
+            assert json.loads((out / "model.report.json").read_text())["recipe"]["bits"] == bits
+            assert len(list(out.iterdir())) == 4, "the model, its data, two reports"

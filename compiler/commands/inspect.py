@@ -9,6 +9,7 @@ from rich.console import Console
 
 from qcompile.compiler.console import console, megabytes, table
 from qcompile.compiler.inspection import Summary, WeightGroup, inspect
+from qcompile.compiler.report import percent
 
 # Inputs and outputs of a model with caches are alike by the dozen.
 _FEW = 8
@@ -78,6 +79,11 @@ def _weights(out: Console, summary: Summary) -> None:
     if linears:
         done = sum(group.count for group in linears if group.quantized)
         out.print(f"{done} of {sum(group.count for group in linears)} linears are quantized")
+    told = [
+        f"{percent(share)} of the {family} weights" for family, share in summary.shares.items() if share is not None
+    ]
+    if told:
+        out.print(f"quantized: {', '.join(told)}")
 
 
 def _shortened(value: Any) -> str:
