@@ -83,11 +83,16 @@ class FloatConstant:
 
 @dataclass(frozen=True)
 class _Carried:
-    """What a constant expression is made of: its sources that count, and its number of elements (0: unknown)."""
+    """What a constant expression is made of: its sources that count, and its number of elements (0: unknown).
+
+    whole: not a part that is chosen when the model runs. scaled: changed by values that are computed then (an adapter,
+    a gate), which matters where a product takes it for its weight.
+    """
 
     sources: frozenset[ir.Value]
     size: int
     whole: bool = True
+    scaled: bool = False
 
 
 def family_of(operator: str) -> Family:
@@ -132,6 +137,7 @@ class _Reading:
             taken = [self._of(value) if value is not None else None for value in node.inputs]
             if not self._passed_on(node, taken):
                 self._read(node, owner, taken)
+                self._scaled(node, taken)
 
     def _of(self, value: ir.Value) -> _Carried | None:
         if value not in self.carried:
@@ -149,13 +155,25 @@ class _Reading:
         if node.op_type in _QUANTIZED or node.domain == "qcompile" or not known or any(_bodies(node)):
             return False
         if len(known) == len(given) and node.outputs:
-            made = _Carried(_joined(node, known), max(own.size for own in known), all(own.whole for own in known))
+            whole, scaled = all(own.whole for own in known), any(own.scaled for own in known)
+            made = _Carried(_joined(node, known), max(own.size for own in known), whole, scaled)
         elif _chosen(node, taken) and (first := taken[0]) is not None:
-            made = _Carried(first.sources, 0, whole=False)
+            made = _Carried(first.sources, 0, whole=False, scaled=first.scaled)
         else:
             return False
         self.carried.update(dict.fromkeys(node.outputs, made))
         return True
+
+    def _scaled(self, node: ir.Node, taken: Sequence[_Carried | None]) -> None:
+        """A constant goes on through Mul, Add and the like with computed values of fewer axes, or of its own shape."""
+        if node.op_type not in _ELEMENTWISE or node.domain != "":
+            return
+        computed = [v for v, own in zip(node.inputs, taken, strict=True) if v is not None and own is None]
+        for own in (own for own in taken if own is not None and own.sources):
+            shapes = [tensor.shape.numpy() for v in own.sources if (tensor := tensor_of(v)) is not None]
+            if all(len(shape) > 1 and all(_fits_in(v, shape) for v in computed) for shape in shapes):
+                made = _Carried(own.sources, 0, whole=False, scaled=True)
+                self.carried.update(dict.fromkeys(node.outputs, made))
 
     def _into_scan(self, node: ir.Node, taken: Sequence[_Carried | None]) -> None:
         """A Scan gives its body a slice of each of its last inputs."""
@@ -176,6 +194,8 @@ class _Reading:
                 continue
             for source in own.sources:
                 family = _family(node, position, source)
+                if own.scaled and (position == 0 or _RANKS[family] > _RANKS["Conv"]):
+                    continue  # the node that scaled it is its reader
                 self.found.setdefault(source, []).append(Reader(node, position, family, owner))
 
 
@@ -206,6 +226,13 @@ def _joined(node: ir.Node, known: Sequence[_Carried]) -> frozenset[ir.Value]:
     size = max(own.size for own in known)
     parts = [own for own in known if node.op_type not in _ELEMENTWISE or own.size in (0, size)]
     return parts[0].sources if len(parts) == 1 else frozenset(itertools.chain(*(own.sources for own in parts)))
+
+
+def _fits_in(value: ir.Value, shape: Sequence[int]) -> bool:
+    """Whether a computed value has fewer axes than a constant's shape, or as many, all of known sizes."""
+    if value.shape is None or len(value.shape) > len(shape):
+        return False
+    return len(value.shape) < len(shape) or tuple(value.shape) == tuple(shape)
 
 
 def _chosen(node: ir.Node, taken: Sequence[_Carried | None]) -> bool:

@@ -14,7 +14,7 @@ from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report import PRODUCTS, Report, percent
 from qcompile.passes.base import Decision, Pass
 from qcompile.passes.errors import UserError
-from qcompile.passes.linears import as_linear
+from qcompile.passes.linears import LEFT, as_linear
 from qcompile.passes.policy import Policy
 
 # Without --min-coverage: what must be quantized of the families that the list has formats for, and of all products.
@@ -24,7 +24,6 @@ _LISTS = {"MatMul": "smooth,awq,gptq,pack", "Conv": "smooth,qdq,bias_correction"
 # Operators whose weights those lists take.
 _TAKEN = {"MatMul", "Gemm", "Conv"}
 _WORDS = {"MatMul": "MatMul", "Conv": "Conv"}
-_LEFT = "qcompile.left"
 
 
 def quantizers(passes: Sequence[Pass]) -> list[Pass]:
@@ -70,7 +69,7 @@ def _verdict(
     known = told.get(reader.name)
     if known is not None:
         return known.action, known.reason
-    if (reason := reader.node.meta.get(_LEFT)) is not None:
+    if (reason := reader.node.meta.get(LEFT)) is not None:
         return "skipped", str(reason)
     return "skipped", _reason(reader, [p.name for p in quantizers(passes)])
 
