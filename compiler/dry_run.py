@@ -1,12 +1,15 @@
 """What a compile would do, without doing it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from rich.console import Console
 
+from qcompile.compiler.census import FloatConstant, census
 from qcompile.compiler.console import table
+from qcompile.compiler.coverage import quantizers
 from qcompile.compiler.inputs import input_plan
 from qcompile.compiler.memory import check_sizes
 from qcompile.compiler.patterns import check_patterns
@@ -16,9 +19,12 @@ from qcompile.compiler.segments import Segment, split
 from qcompile.compiler.sources import Calibration
 from qcompile.compiler.store import load_model
 from qcompile.compiler.walk import check_target, file_size
-from qcompile.passes.base import Region
+from qcompile.passes.base import Pass, Region
 from qcompile.passes.linears import Linear, find_embeddings, find_linears, vocabulary_size
+from qcompile.passes.policy import Policy
 from qcompile.passes.spec import QuantSpec
+
+_NOTHING = "float: no pass of the list quantizes weights"
 
 
 def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibration, console: Console) -> None:
@@ -36,12 +42,18 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     policy = make_policy(recipe)
     chosen = {linear: policy.for_linear(linear, vocabulary) for linear in linears}
     looked_up = {embedding: policy.for_embedding(embedding) for embedding in find_embeddings(model.graph)}
+    packs = any(p.quantizes for p in passes)
     console.print(f"plan      {path} → {output}", soft_wrap=True)
     made = table("nodes", "operator", "decision", "weights", numbers=1)
     rows: dict[tuple[str, str], list[int]] = {}
     for kind, sites in (("MatMul", chosen), ("Gather", looked_up)):
         for site, spec in sites.items():
-            rows.setdefault((kind, str(spec)), []).append(int(np.prod(site.shape)))
+            decision = f"float: {spec}" if isinstance(spec, str) else str(spec)
+            rows.setdefault((kind, decision if packs else _NOTHING), []).append(int(np.prod(site.shape)))
+    own = {*(linear.weight for linear in chosen), *(embedding.table for embedding in looked_up)}
+    for constant in (found for found in census(model) if found.value not in own):
+        decision = _decision(constant, passes, policy)
+        rows.setdefault((constant.readers[0].node.op_type, decision), []).append(constant.size)
     for (kind, decision), sizes in rows.items():
         made.add_row(str(len(sizes)), kind, decision, f"{sum(sizes) / 1e6:.2f} M")
     console.print(made)
@@ -59,11 +71,21 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     plan = input_plan(model)
     segments = split(model, {linear.node for linear in linears}.__contains__)
     console.print(f"walk      {len(segments)} segments; inputs: {', '.join(given.name for given in plan.inputs)}")
-    packs = any(p.quantizes for p in passes)
     after = before - removed + packed if packs else before
     console.print(f"size      {before / 1e6:.1f} MB → about {after / 1e6:.1f} MB")
     rows_seen = recipe.samples * recipe.context if any(p.needs_statistics for p in passes) else 0
     console.print(f"memory    about {_memory(segments, linears, rows_seen) / 1e9:.1f} GB")
+
+
+def _decision(constant: FloatConstant, passes: Sequence[Pass], policy: Policy) -> str:
+    """What will become of a constant that is neither a linear's nor a table of lookups, as far as the plan tells."""
+    own, reader = quantizers(passes), constant.readers[0]
+    refused = policy.refusal(reader.node, constant.value)
+    if not own or constant.family == "other":
+        return _NOTHING if not own else f"float: read by {reader.node.op_type}, which no format is for"
+    if constant.family == "Conv" and not any("Conv" in p.families for p in own):
+        return f"float: {own[0].name} has no format for weights of {reader.node.op_type}"
+    return f"float: {refused}" if refused else "quantized where a format is for it, as the compile tells"
 
 
 def _memory(segments: list[Segment], linears: list[Linear], rows: int) -> float:

@@ -11,7 +11,7 @@ import pytest
 from qcompile.compiler import cli
 from qcompile.compiler.recipe import Recipe, load_recipe, parse_passes
 from qcompile.compiler.store import load_model
-from qcompile.models.tiny import tiny_decoder
+from qcompile.models.tiny import tiny_conv, tiny_decoder
 
 
 def _recipe(bench: Any) -> dict[str, Any]:
@@ -184,3 +184,21 @@ def test_the_output_replaces_nothing_but_files(bench: Any, capsys: pytest.Captur
         place.symlink_to(bench.folder / "pipe")
     given = bench.folder / "out" / "model.onnx" if name.startswith("out") else place
     bench.refuses(capsys, source, ["-o", str(given)], "is a FIFO, and would be replaced by a file")
+
+
+@pytest.mark.parametrize(
+    ("passes", "told"),
+    [
+        ("pack", ["1 Conv float: pack has no format for weights of Conv", "2 MatMul int4 g32 asym"]),
+        ("qdq", ["1 Conv quantized where a format is for it", "2 MatMul int8"]),
+        ("prepare", ["1 Conv float: no pass of the list", "2 MatMul float: no pass of the list"]),
+    ],
+)
+def test_a_dry_run_tells_of_every_large_constant(
+    bench: Any, capsys: pytest.CaptureFixture[str], passes: str, told: list[str]
+) -> None:
+    source = bench.save(tiny_conv(), tokenizer=False)
+    assert bench.run(source, "--passes", passes, "--dry-run") == 0
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for part in told:
+        assert any(line.startswith(part) for line in shown), shown
