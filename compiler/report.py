@@ -191,7 +191,7 @@ def _elements(decisions: Sequence[Decision]) -> int:
 
 def print_report(report: Report, console: Console) -> None:
     """The coverage table, the errors worth knowing, the sizes."""
-    if report.quantizing:
+    if report.quantizer is not None:
         _print_coverage(report, console)
     _print_passes(report, console)
     for told in (report.mixed, report.ladder):
@@ -223,7 +223,8 @@ def _print_coverage(report: Report, console: Console) -> None:
         amount = f"{weights[key] / 1e6:.2f} M" if weights[key] >= 10_000 else f"{weights[key] or ''}"
         megabytes = f"{size[key] / 1e6:.1f}" if weights[key] else "shared" if key[1].startswith("int") else ""
         made.add_row(str(rows[key]), key[0], key[1], amount, megabytes)
-    console.print(made)
+    if rows:
+        console.print(made)
 
 
 def _print_passes(report: Report, console: Console) -> None:

@@ -71,6 +71,10 @@ def _shown(report: Report) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_model_without_float_weights_says_so() -> None:
+    assert "coverage  there was no weight of a product to quantize" in _shown(_report())
+
+
 def test_the_table_of_a_decoder(bench: Any) -> None:
     shown = _shown(bench.compile(bench.save(tiny_decoder()), "smooth,gptq,pack"))
     assert "coverage  100.0% of the MatMul weights quantized" in shown

@@ -125,3 +125,11 @@ def convolutions_fused_by_a_runtime(make: Graph) -> None:
     y = make.one("FusedConv", x, make.floats(8, 4, 3, 3), make.floats(8, scale=0.1), **told)
     z = make.one("FusedConv", y, make.floats(8, 8, 3, 3), make.floats(8, scale=0.1), y, **told)
     make.output(make.one("Conv", z, make.floats(8, 8, 1, 1)))
+
+
+@case({"pack": 200, "smooth,qdq": 200}, options={"min_coverage": 0})
+def weights_that_come_quantized(make: Graph) -> None:
+    """Codes of others stay as they are."""
+    codes = make.constant(make.random.integers(-127, 128, (32, 48)).astype(np.int8))
+    scale = make.constant(np.full(48, 0.01, np.float32))
+    make.output(make.one("MatMul", make.input("b", 32), make.one("DequantizeLinear", codes, scale, axis=1)))
