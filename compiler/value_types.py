@@ -42,4 +42,6 @@ def _info(name: str, kind: str, shape: Sequence[int | str | None]) -> onnx.Value
     number = _NAMES.get(inner) or dict(TensorProto.DataType.items()).get(inner.upper())
     if not kind.startswith("tensor(") or not number:
         return None
-    return helper.make_tensor_value_info(name, number, list(shape))
+    return helper.make_tensor_value_info(
+        name, number, list(shape) or None
+    )  # [] is no shape as well as that of a scalar

@@ -133,3 +133,10 @@ def weights_that_come_quantized(make: Graph) -> None:
     codes = make.constant(make.random.integers(-127, 128, (32, 48)).astype(np.int8))
     scale = make.constant(np.full(48, 0.01, np.float32))
     make.output(make.one("MatMul", make.input("b", 32), make.one("DequantizeLinear", codes, scale, axis=1)))
+
+
+@case(ALL, packed={"MatMulInt4": 2, "Normalizer": 1}, coverage=1.0)
+def operators_of_another_domain(make: Graph) -> None:
+    """Of ai.onnx.ml; neither onnx nor ONNX Runtime tells the shape of what a Normalizer gives."""
+    y = make.one("Normalizer", make.linear(make.input("b", 32), 32), domain="ai.onnx.ml", norm="L2")
+    make.output(make.linear(y, 16))
