@@ -1,12 +1,12 @@
 """What each graph input is for: token ids and caches by their edges, the small integers beside them by their names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.compiler.wiring import caches, logits_output, token_ids
+from qcompile.compiler.wiring import cache_sizes, caches, logits_output, token_ids
 from qcompile.passes.errors import UserError
 
 Dim = int | str | None
@@ -124,7 +124,7 @@ def input_plan(model: ir.Model) -> InputPlan:
     """The roles of the model's inputs."""
     graph = model.graph
     inputs = {value: _input(value) for value in graph.inputs if not value.is_initializer()}
-    past = tuple(PastPair(inputs[value], present, axis) for value, present, axis in caches(graph))
+    past = tuple(PastPair(_cache(value, inputs[value]), present, axis) for value, present, axis in caches(graph))
     ids_value, vocabulary = token_ids(graph)
     roles: dict[str, Input] = {} if ids_value is None else {"ids": inputs[ids_value]}
     taken = {pair.past.name for pair in past} | {given.name for given in roles.values()}
@@ -168,6 +168,13 @@ def _input(value: ir.Value) -> Input:
         raise UserError(f"graph input {value.name!r} has no type or no rank: the model must say both")
     dims = tuple(_dim(dim if isinstance(dim, int) else dim.value) for dim in value.shape)
     return Input(value.name or "", np.dtype(value.dtype.numpy()), dims)
+
+
+def _cache(value: ir.Value, given: Input) -> Input:
+    """A cache with the heads and the width that its reader states, where the graph names them by symbols."""
+    known = cache_sizes(value)
+    shape = tuple(known.get(axis, dim) if not isinstance(dim, int) else dim for axis, dim in enumerate(given.shape))
+    return replace(given, shape=shape)
 
 
 def _dim(dim: Dim) -> Dim:

@@ -12,8 +12,8 @@ _LARGE = 1 << 14
 # Weights of a segment, in bytes, above which it is cut where more than one value goes on; and how many times as large
 # as its largest weight it must be, so that the projections of one layer stay together.
 _GIANT, _WEIGHTS = 1 << 28, 8
-# Segments of a model at most: each has sessions of its own, which take milliseconds however small it is.
-_SEGMENTS = 512
+# Segments of small weights, in bytes, are joined to this many: each has sessions of its own, which take milliseconds.
+_SEGMENTS, _SMALL = 256, 1 << 20
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 
 
@@ -119,13 +119,15 @@ class _Line:
 
     def narrow(self) -> list[int]:
         """The places of Cases 1 and 2, with targets on both sides of each."""
-        most, cuts, start = self.targets[-1], [], 0
-        least = max(1, most // _SEGMENTS)
+        most, cuts, start, size = self.targets[-1], [], 0, 0
+        least = -(-most // _SEGMENTS)
         for i in range(len(self.nodes) - 1):
-            enough = self.targets[i + 1] - self.targets[start] >= least and self.targets[i + 1] < most
+            size += self.size[i]
+            held = self.targets[i + 1] - self.targets[start]
+            enough = held >= (1 if size >= _SMALL else least) and self.targets[i + 1] < most
             if enough and not self.forbidden[i] and (self.width[i] == 1 or self._all_meet(i)):
                 cuts.append(i)
-                start = i + 1
+                start, size = i + 1, 0
         return cuts
 
     def _all_meet(self, i: int) -> bool:

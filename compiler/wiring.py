@@ -97,6 +97,23 @@ def caches(graph: ir.Graph) -> Iterator[tuple[ir.Value, str, int]]:
                 yield value, *found
 
 
+def cache_sizes(value: ir.Value) -> dict[int, int]:
+    """Heads and width, by axis, of a cache that an attention operator reads: they follow from its attributes and its
+    query, whatever the graph calls them.
+    """
+    for use in value.uses():
+        node, heads = use.node, use.node.attributes.get_int("num_heads", 0)
+        if node.domain != "com.microsoft" or node.op_type not in ("GroupQueryAttention", "MultiHeadAttention"):
+            continue
+        cached = node.attributes.get_int("kv_num_heads", heads)
+        query = node.inputs[0]
+        wide = query.shape[-1] if query is not None and query.shape is not None and len(query.shape) == 3 else None
+        packed = node.op_type == "GroupQueryAttention" and node.inputs[1] is None
+        if heads and isinstance(wide, int):
+            return {1: cached, 3: wide // (heads + 2 * cached if packed else heads)}
+    return {}
+
+
 def _grown_output(value: ir.Value, rank: int, outputs: set[ir.Value]) -> tuple[str, int] | None:
     """(graph output, axis) that a Concat or an attention operator makes of a float input, longer along the axis."""
     frontier: list[tuple[ir.Value, list[int]]] = [(value, list(range(rank)))]

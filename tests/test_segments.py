@@ -73,3 +73,40 @@ def test_without_targets_the_whole_graph_is_one_segment() -> None:
     model = tiny_branch()
     (segment,) = split(model, lambda node: False)
     assert segment.nodes == list(model.graph)
+
+
+def test_small_segments_are_joined_and_the_time_is_linear() -> None:
+    b = Builder(opset=21)
+    x = b.input("x", ir.DataType.FLOAT, ["n", 8])
+    for number in range(3000):
+        x = b.Relu(b.MatMul(x, b.weight(f"w{number}", np.eye(8, dtype=np.float32))))
+    model = b.model({"y": x})
+    segments = _split(model)
+    assert 200 <= len(segments) <= 256
+    assert sum(len(segment.nodes) for segment in segments) == 6000
+
+
+def test_a_giant_segment_is_cut_where_the_fewest_values_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two towers side by side: there is no place where one value goes on."""
+    monkeypatch.setattr("qcompile.compiler.segments._GIANT", 1 << 18)
+    b = Builder(opset=21)
+    sides = [b.input(name, ir.DataType.FLOAT, ["n", 64]) for name in "ab"]
+    for number in range(40):
+        sides = [
+            b.Relu(b.MatMul(s, b.weight(f"w{number}{i}", np.eye(64, dtype=np.float32)))) for i, s in enumerate(sides)
+        ]
+    model = b.model({"y": b.Add(*sides)})
+    segments = _split(model)
+    assert len(segments) > 4
+    assert all(len(segment.carry) == 2 for segment in segments[1:-1])
+    assert max(len(_targets(model) & set(segment.nodes)) for segment in segments) <= 16
+
+
+def test_linears_that_share_a_weight_lie_in_one_segment() -> None:
+    b = Builder(opset=21)
+    x, shared = b.input("x", ir.DataType.FLOAT, ["n", 64]), b.weight("w", np.eye(64, dtype=np.float32))
+    for number in range(6):
+        x = b.Relu(b.MatMul(x, shared if number % 2 else b.weight(f"w{number}", np.eye(64, dtype=np.float32))))
+    model = b.model({"y": x})
+    home = [{linear.weight.name for linear in find_linears(segment.nodes)} for segment in _split(model)]
+    assert sum("w" in names for names in home) == 1
