@@ -134,7 +134,7 @@ class Judge:
         """‖N w‖² where N (rows, K) is what rounding X / factor to the grid adds."""
         if self.grid is None:
             return 0.0
-        return self.fitted.rows * self._step(factor) ** 2 / 12 * float(np.square(w).sum())
+        return self.fitted.rows * self._step(factor) ** 2 / 12 * float(np.square(w, dtype=np.float64).sum())
 
     def _rounded(self, rows: Array, limit: float) -> Array:
         """Rows of X / factor on their grid; beyond it they clip."""

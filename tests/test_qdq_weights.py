@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from qdq_graphs import Tiny
 from qdq_runs import Made, Q, quantized
 
 from qcompile.passes.errors import UserError
-from qcompile.passes.qdq.weights import WeightGrid, quantize_weight
+from qcompile.passes.qdq.weights import WeightGrid, importance, quantize_weight
 
 CLOSE = 0.025
 
@@ -63,6 +64,16 @@ def test_float8_codes_are_the_nearest(weight, per_channel) -> None:
     allowed = np.maximum(np.abs(w) * 2**-4, scale * 2**-10) * (1 + 1e-3)
     lost = (scale == 1) & (np.abs(w) < 2**-9)  # a channel of numbers below 1e-12 may have scale 1
     assert (np.abs(codes.dequantize() - w) <= np.where(lost, np.abs(w) + 1e-30, allowed)).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+def test_importance_is_relative_at_any_size(size) -> None:
+    """Squares of 1e30 are none in float32; only the ratios count."""
+    w = np.arange(1, 5, dtype=np.float32)[:, None] * np.float32(size)
+    tiny = Tiny()
+    tiny.output(tiny.one("MatMul", tiny.input(2, 4), tiny.constant(w)))
+    model = ir.from_proto(onnx.load_from_string(tiny.model()))
+    np.testing.assert_allclose(importance(list(model.graph)), np.arange(1, 5) ** 2 / 16, rtol=1e-5)
 
 
 def test_the_scale_of_zeros_and_of_a_number() -> None:

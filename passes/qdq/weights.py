@@ -209,25 +209,29 @@ class WeightStore:
 
 
 def importance(readers: Iterable[ir.Node]) -> Array | None:
-    """What errors in each channel of an activation do to the products that read it: the sum of squared weights.
+    """What errors in each channel of an activation do to the products that read it: the sum of squared weights,
+    relative to the largest.
 
     float32 (K,), or (C, 1, …) for the inputs of convolutions; None where no product of constant weight reads it.
     """
     found = [own for node in readers if (own := _row_power(node)) is not None]
     if not found or any(own.shape != found[0].shape for own in found):
         return None
-    return np.asarray(np.sum(found, axis=0), np.float32)
+    power = np.sum(found, axis=0)
+    return np.asarray(power / max(float(power.max(initial=0.0)), np.finfo(np.float64).tiny), np.float32)
 
 
-def _row_power(node: ir.Node) -> Array | None:
+def _row_power(node: ir.Node) -> npt.NDArray[np.float64] | None:
     if node.op_type == "MatMul" and not isinstance(linear := as_linear(node), str):
-        rows: Array = np.square(linear.read()).sum(axis=1)
-        return rows
+        return np.asarray(_squares(linear.read()).sum(axis=1))
     weight = node.inputs[1] if node.op_type == "Conv" else None
     if weight is None or weight.const_value is None:
         return None
     w = np.asarray(constant(weight).numpy(), np.float32)
     groups, outputs, per_group = node.attributes.get_int("group", 1), w.shape[0], w.shape[1]
-    power = np.square(w).reshape(groups, outputs // groups, per_group, -1).sum(axis=(1, 3))
-    found: Array = power.reshape(-1, *[1] * (w.ndim - 2))
-    return found
+    power = _squares(w).reshape(groups, outputs // groups, per_group, -1).sum(axis=(1, 3))
+    return np.asarray(power.reshape(-1, *[1] * (w.ndim - 2)))
+
+
+def _squares(w: Array) -> npt.NDArray[np.float64]:
+    return np.square(w, dtype=np.float64)  # those of 1e20 are none in float32
