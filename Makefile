@@ -16,13 +16,22 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test test-slow lint types wheel clean
+.PHONY: demo test fuzz test-slow lint types wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Damaged models for FUZZ_SECONDS, from FUZZ_FIRST on, at most FUZZ_CASES; what fails is kept in fuzz-failures/.
+FUZZ_SECONDS ?= 3600
+FUZZ_SEED ?= 0
+FUZZ_FIRST ?= 0
+FUZZ_CASES ?= 1000000000
+fuzz: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m fuzz.run --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --first $(FUZZ_FIRST) \
+	    --cases $(FUZZ_CASES) --keep fuzz-failures
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

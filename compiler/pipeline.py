@@ -18,6 +18,7 @@ from qcompile.compiler.report import Report
 from qcompile.compiler.sources import Calibration, Given
 from qcompile.compiler.store import check_output_path, save_model
 from qcompile.compiler.verify import check_outputs, check_reloaded, run_file, silent
+from qcompile.compiler.visible import visible
 from qcompile.compiler.walk import (
     element_type,
     finish,
@@ -123,5 +124,5 @@ def _metadata(report: Report, recipe: Recipe) -> dict[str, str]:
         "qcompile.recipe": dump_recipe(recipe),
         "qcompile.source": report.source_hash,
         "qcompile.versions": told,
-        "qcompile.data": report.data,
+        "qcompile.data": visible(report.data),  # it names files
     }

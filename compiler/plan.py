@@ -1,6 +1,7 @@
 """From a recipe to pass objects: which passes there are, their parameters, and how they depend on each other."""
 
 import inspect
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -153,6 +154,10 @@ def following_grid(later: Sequence[Step]) -> ActivationSpec | None:
 
 
 def _check_type(name: str, parameter: inspect.Parameter, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"pass {name!r}: parameter {parameter.name} takes no {value}")
+    if parameter.name == "seed" and isinstance(value, int) and not 0 <= value < 2**63:
+        raise UserError(f"pass {name!r}: parameter seed must be 0 to {2**63 - 1}, got {value}")
     annotation = parameter.annotation
     alone = typing.get_origin(annotation) is typing.Literal
     allowed = (annotation,) if alone else typing.get_args(annotation) or (annotation,)

@@ -97,4 +97,5 @@ def linear_bits(weights: list[Weight]) -> float | None:
     linears = [weight for weight in weights if weight.kind == "linear" and weight.tensors]
     tensors = {storage(tensor): tensor.nbytes for weight in linears for tensor in weight.tensors}
     sizes = {storage(weight.tensors[0]): weight.size for weight in linears}
-    return 8 * sum(tensors.values()) / sum(sizes.values()) if sizes else None
+    elements = sum(sizes.values())
+    return 8 * sum(tensors.values()) / elements if elements else None

@@ -29,16 +29,22 @@ _Attribute = onnx.AttributeProto
 # Where an attribute of each type keeps its value, and whether it must be there (an empty list is a value, too).
 _HELD = {_Attribute.TENSOR: "t", _Attribute.GRAPH: "g", _Attribute.SPARSE_TENSOR: "sparse_tensor"}
 _ALIAS = "ai.onnx"
+# Inputs that hold one number. ONNX Runtime reads it without asking whether it is there, and a process may die of that.
+_SINGLE = {"Loop": (0, 1), "If": (0,), "Range": (0, 1, 2), "TopK": (1,), "OneHot": (1,), "CumSum": (1,)}
 
 Imports = dict[str, int]
 
 
 @dataclass(frozen=True)
 class _Scope:
-    """What surrounds a graph: versions of domains, names defined outside, attributes of the function around it."""
+    """What surrounds a graph: versions of domains, names defined outside, attributes of the function around it.
+
+    empty: names of tensors that hold no number.
+    """
 
     imports: Imports
     outer: Sequence[set[str]] = ()
+    empty: frozenset[str] = frozenset()
     parameters: frozenset[str] | None = None
 
 
@@ -137,7 +143,8 @@ def _check_graph(graph: onnx.GraphProto, where: str, scope: _Scope, model: _Mode
         if value.type.WhichOneof("value") == "tensor_type":
             element_type(value.type.tensor_type.elem_type, f"{where}: input {value.name!r}")
     defined = _definitions(graph.node, {*names, *tensors}, where)
-    inner = _Scope(scope.imports, (defined, *scope.outer), scope.parameters)
+    empty = {tensor.name for tensor in graph.initializer if 0 in tensor.dims}
+    inner = _Scope(scope.imports, (defined, *scope.outer), (scope.empty - defined) | empty, scope.parameters)
     for node in graph.node:
         _check_node(node, inner, model)
     for output in graph.output:
@@ -206,6 +213,11 @@ def _check_node(node: onnx.NodeProto, scope: _Scope, model: _Model) -> None:
         _check_schema(node, scope.imports[""], where)
         for attribute in node.attribute:
             attribute.s.decode()  # raises where it is not UTF-8
+        for place in _SINGLE.get(node.op_type, ()):
+            if len(node.input) > place and node.input[place] in scope.empty:
+                raise UserError(
+                    f"node {where}: its input {node.input[place]!r} must hold a number, and is empty; {_AGAIN}"
+                )
 
 
 def _check_attribute(attribute: onnx.AttributeProto, where: str, scope: _Scope, model: _Model) -> None:
@@ -335,7 +347,7 @@ def _check_function(function: onnx.FunctionProto, name: str, outer: Imports, mod
     for attribute in function.attribute_proto:
         _check_attribute(attribute, f"{where}: attribute {attribute.name!r}", _Scope(imports), model)
     defined = _definitions(function.node, set(function.input), where)
-    scope = _Scope(outer | imports, (defined,), frozenset(parameters))
+    scope = _Scope(outer | imports, (defined,), parameters=frozenset(parameters))
     for node in function.node:
         _check_node(node, scope, model)
     for value in function.value_info:

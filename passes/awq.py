@@ -21,6 +21,9 @@ _WEIGHT_EXPONENTS = (0.0, 0.5)
 _LARGEST = 0.8
 
 
+_MOST_POINTS = 1000
+
+
 class Awq(Pass):
     """Scale salient input channels by activation magnitude, searched on a grid by the exact output error.
 
@@ -46,8 +49,9 @@ class Awq(Pass):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if grid < 1:
-            raise UserError(f"awq: grid must be at least 1, got {grid}")
+        if not 1 <= grid <= _MOST_POINTS:
+            limit = "least 1" if grid < 1 else f"most {_MOST_POINTS}"
+            raise UserError(f"awq: grid must be at {limit}, got {grid}")
         self.policy, self.rounding, self.grid, self.seed = policy, rounding, grid, seed
         self.clip, self.insert_mul = clip, insert_mul
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, expand, quantize, storable
 from qcompile.passes.algebra import damped, inverse_factor
 from qcompile.passes.base import Decision, Pass, Region
+from qcompile.passes.errors import UserError
 from qcompile.passes.held import NOT_CONFIRMED, too_few
 from qcompile.passes.linears import PACKED, Linear, find_linears
 from qcompile.passes.policy import Policy
@@ -92,6 +93,9 @@ class _Candidate:
         self.errors = np.minimum(errors, self.errors)
 
 
+_MOST_DAMPING, _MOST_SWEEPS = 1000, 1000
+
+
 class Gptq(Pass):
     """Choose codes by error-compensated rounding on the Gram matrix (act-order, static groups, refit scales)."""
 
@@ -109,6 +113,10 @@ class Gptq(Pass):
         refit: bool = True,
     ) -> None:
         super().__init__()
+        if damping != "auto" and not 0 <= damping <= _MOST_DAMPING:
+            raise UserError(f"gptq: damping must be 'auto' or a number from 0 to {_MOST_DAMPING}, got {damping}")
+        if not 0 <= sweeps <= _MOST_SWEEPS:
+            raise UserError(f"gptq: sweeps must be 0 to {_MOST_SWEEPS}, got {sweeps}")
         self.policy = policy
         self.rounding = ErrorCompensated(None if damping == "auto" else damping, sweeps, refit)
 

@@ -400,6 +400,14 @@ def value_doubled_forty_times(model: onnx.ModelProto) -> None:
     model.graph.output.append(helper.make_tensor_value_info("d40", TensorProto.INT64, None))
 
 
+@damage(r"node If 'n_If\d+': input 'c9' is empty, and must hold a number")
+def condition_of_no_element(model: onnx.ModelProto) -> None:
+    """Found by fuzzing: ONNX Runtime died of an empty trip count of a Loop."""
+    name = model.graph.node[4].input[0]
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(np.zeros(0, bool), name))
+
+
 def _one_line(capsys: Any, command: list[str], message: str, *, code: int = 2) -> None:
     assert cli.main(command) == code
     told = capsys.readouterr().err
@@ -506,3 +514,30 @@ def test_an_archive_larger_than_memory(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(npz, "available", lambda: 600_000)
     with pytest.raises(UserError, match=r"x\.npz holds 0\.0 GB of arrays, 0\.0 GB of memory are free"):
         npz.read_arrays(plan, [tmp_path / "x.npz"])
+
+
+def test_a_linear_without_elements_is_shown(capsys: Any, tmp_path: Path) -> None:
+    """Found by fuzzing: bits per weight of no weights."""
+    make = Graph()
+    make.output(make.one("MatMul", make.input("b", 0), make.constant(np.zeros((0, 8), np.float32))))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(make.model().SerializeToString())
+    assert cli.main(["inspect", str(path)]) == 0
+
+
+def test_an_activation_that_a_loop_makes_a_scalar(capsys: Any, tmp_path: Path) -> None:
+    """Found by fuzzing: its shape is known only when it runs."""
+    make = Graph()
+    x = make.input("b", 16)
+    info = helper.make_tensor_value_info
+    nodes = [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("ReduceMean", ["l"], ["m"], keepdims=0)]
+    inputs = [info("i", TensorProto.INT64, []), info("go", TensorProto.BOOL, [1]), info("l", TensorProto.FLOAT, None)]
+    outputs = [info("on", TensorProto.BOOL, [1]), info("m", TensorProto.FLOAT, None)]
+    body = helper.make_graph(nodes, "body", inputs, outputs)
+    h = make.one("Loop", make.constant(np.array([1])), make.constant(np.array([True])), x, body=body)
+    make.output(make.linear(h, 8, 16))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(make.model().SerializeToString())
+    np.savez(tmp_path / "x.npz", **make.feeds(0))
+    options = ["--passes", "gptq,pack", "--calibration", str(tmp_path / "x.npz"), "-o", str(tmp_path / "o.onnx")]
+    _one_line(capsys, [str(path), *options], "activation Loop.* has no axes when the model runs|ONNX Runtime")

@@ -7,6 +7,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from qcompile.passes.affine import Array
+from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Observer, Outputs, State
 from qcompile.passes.observers.builder import Builder
 from qcompile.passes.observers.nodes import add_outputs, constant, matrix
@@ -75,6 +76,8 @@ class Gram(Observer):
         if not rows:
             return
         gram, absmax, sample, rest = (outputs[self.value + end] for end in (_GRAM, _ABSMAX, _SAMPLE, _REST))
+        if gram.ndim != 2:  # what a Loop makes of a value is known only when it runs
+            raise UserError(f"activation {self.value} has no axes when the model runs: nothing can be multiplied by it")
         self.check_finite(absmax, gram.diagonal())
         if self._gram is None:
             self._gram, self._absmax, self._rest = gram, absmax, rest

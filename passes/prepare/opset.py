@@ -15,7 +15,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.prepare.edit import Decide, Names
 from qcompile.passes.prepare.opset_rules import RULES
 
-MIN_OPSET = 7
+MIN_OPSET, MAX_OPSET = 7, 26  # the newest is what ONNX Runtime 1.24 to 1.32 load
 _MIN_IR_VERSION = 10  # that of opset 21, whose int4 tensors older ones do not know
 _MAX_IR_VERSION = 13  # what ONNX Runtime loads
 

@@ -1,6 +1,7 @@
 """The pass itself: its steps, in order."""
 
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.errors import UserError
 from qcompile.passes.origins import keep_origins, origins
 from qcompile.passes.prepare.constants import fix_defaults, lift_constants, load_small
 from qcompile.passes.prepare.contrib import take_apart
@@ -17,7 +18,7 @@ from qcompile.passes.prepare.heads import group_heads
 from qcompile.passes.prepare.identities import remove_identities
 from qcompile.passes.prepare.infer import Oracle, infer_anew, infer_shapes
 from qcompile.passes.prepare.names import unique_names
-from qcompile.passes.prepare.opset import raise_opset
+from qcompile.passes.prepare.opset import MAX_OPSET, MIN_OPSET, raise_opset
 from qcompile.passes.prepare.products import turn_products
 from qcompile.passes.prepare.simplify import divide, remove_guards, remove_neutral, sign_tables
 from qcompile.passes.prepare.sizes import merge_sizes, transpose_keys
@@ -66,6 +67,8 @@ class Prepare(Pass):
 
     def __init__(self, *, opset: int = 21) -> None:
         super().__init__()
+        if not MIN_OPSET <= opset <= MAX_OPSET:
+            raise UserError(f"prepare: opset must be {MIN_OPSET} to {MAX_OPSET}, got {opset}")
         self.opset = opset
         self.ask: Oracle | None = None
 

@@ -7,6 +7,7 @@ A mutant that takes longer than the limit leaves a trace of all threads in the f
 import argparse
 import contextlib
 import faulthandler
+import importlib
 import os
 import resource
 import shutil
@@ -17,6 +18,7 @@ import numpy as np
 
 from fuzz.mutate import mutated
 from fuzz.seeds import ARRAYS, MODEL, RECIPE, TOKENIZER, Seed, seeds
+from qcompile.compiler import cli
 
 _INSPECTED, _DRY, _MEMORY = 0.35, 0.7, 6 << 30
 
@@ -53,8 +55,6 @@ def verdict(code: int, told: str, written: list[str]) -> str:
 
 def run(number: int, seed: int, folder: Path, log: int) -> str:
     """Make mutant `number`, run it, judge it. Its files stay in `folder`, with the command."""
-    from qcompile.compiler.cli import main
-
     random = np.random.default_rng([seed, number])
     source = seeds()[int(random.integers(len(seeds())))]
     files = mutated(source, random)
@@ -67,7 +67,7 @@ def run(number: int, seed: int, folder: Path, log: int) -> str:
     os.ftruncate(log, 0)
     os.lseek(log, 0, os.SEEK_SET)
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        code = main(command)
+        code = cli.main(command)
     sys.stderr.flush()
     told = os.pread(log, 1 << 20, 0).decode("utf-8", "replace")
     return verdict(code, told, os.listdir(folder / "out"))
@@ -86,6 +86,8 @@ def main() -> None:
     log = os.open(args.folder / "stderr", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 2)  # native code writes there, too
     faulthandler.enable(2)
+    for command in cli.COMMANDS.values():
+        importlib.import_module(command[0])  # before the clock runs
     number = args.first
     while True:
         os.write(args.pipe, b"%d start\n" % number)
