@@ -215,9 +215,7 @@ def _check_node(node: onnx.NodeProto, scope: _Scope, model: _Model) -> None:
             attribute.s.decode()  # raises where it is not UTF-8
         for place in _SINGLE.get(node.op_type, ()):
             if len(node.input) > place and node.input[place] in scope.empty:
-                raise UserError(
-                    f"node {where}: its input {node.input[place]!r} must hold a number, and is empty; {_AGAIN}"
-                )
+                raise UserError(f"node {where}: input {node.input[place]!r} is empty, and must hold a number; {_AGAIN}")
 
 
 def _check_attribute(attribute: onnx.AttributeProto, where: str, scope: _Scope, model: _Model) -> None:
