@@ -57,7 +57,7 @@ def _told(constant: FloatConstant, told: Mapping[str, Decision], policy: Policy,
     verdicts = [(reader, *_verdict(reader, constant, told, policy, passes)) for reader in constant.readers]
     reader, action, reason = next((v for v in verdicts if v[1] != "kept"), verdicts[0])
     detail = {"kind": reader.node.op_type, "weights": constant.size, "weight": constant.name, "bytes": constant.nbytes}
-    return Decision(reader.name, action, reason, detail)
+    return Decision(reader.name, action, reason, detail | {"family": constant.family})
 
 
 def _verdict(

@@ -102,6 +102,18 @@ def check_replaceable(path: Path) -> None:
         raise UserError(f"{path} is {kind}, and would be replaced by a file; choose another name with -o")
 
 
+def check_place(path: Path) -> None:
+    """Raise UserError where a file at `path` cannot be made or replaced: said before the work, not behind it."""
+    check_replaceable(path)
+    folder = path.absolute().parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: {folder} is a file, not a folder; choose another place with -o")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: the folder {folder} is read-only; choose another place with -o")
+
+
 def _lock(path: Path) -> Path:
     return path.with_name(f".{path.stem}.lock")
 

@@ -129,7 +129,7 @@ class Report:
 
     def _of(self, family: Family, action: str) -> list[Decision]:
         chosen = (d for d in self.quantizing if d.action == action)
-        return [d for d in chosen if family_of(str(d.detail.get("kind", ""))) == family]
+        return [d for d in chosen if d.detail.get("family", family_of(str(d.detail.get("kind", "")))) == family]
 
     def share(self, *families: Family) -> float | None:
         """Share of the families' weights (elements, each weight once) that were quantized; None where there are none.

@@ -90,7 +90,7 @@ def check_output_path(source: Path, output: Path) -> None:
     """Raise UserError if writing `output` would overwrite the source model, its data, or what is no regular file."""
     if output.is_dir():
         raise UserError(f"{output} is a folder; give the name of the output file, such as {output / 'model.onnx'}")
-    output_files.check_replaceable(output)
+    output_files.check_place(output)
     for file in (source, *_data_files(source)):
         if output.exists() and file.exists() and output.samefile(file):
             raise UserError(f"the output {output} is the input file {file}; choose another name with -o")

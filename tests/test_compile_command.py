@@ -202,3 +202,18 @@ def test_a_dry_run_tells_of_every_large_constant(
     shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for part in told:
         assert any(line.startswith(part) for line in shown), shown
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    bench: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = bench.save(tiny_decoder(layers=1))
+    (bench.folder / "file").write_text("x")
+
+    def worked(*_: Any, **__: Any) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("qcompile.compiler.commands.compile.compile_model", worked)
+    bench.refuses(capsys, source, ["-o", str(bench.folder / "file" / "a" / "o.onnx")], r"cannot write .*file is a file")
+    monkeypatch.setattr("qcompile.compiler.output_files.os.access", lambda *_: False)
+    bench.refuses(capsys, source, ["-o", str(bench.folder / "new" / "o.onnx")], "cannot write .* is read-only; choose")

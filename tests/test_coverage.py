@@ -261,3 +261,16 @@ def test_the_census_is_linear_in_a_chain_of_constants() -> None:
     make.output(make.one("MatMul", make.input("b", D), value))
     (found,) = census(ir.serde.deserialize_model(make.model()))
     assert [reader.node.op_type for reader in found.readers] == ["MatMul"]
+
+
+def test_a_bias_is_no_weight_of_its_product(tmp_path: Path) -> None:
+    """1,024 biases of an LSTM are told of, and belong to no share."""
+    make = Graph()
+    axes, x = make.constant(np.array([0])), make.input("b", D)
+    weights = make.floats(1, LEAST, D, scale=0.1), make.floats(1, LEAST, LEAST // 4, scale=0.1)
+    bias = make.floats(1, 2 * LEAST, scale=0.1)
+    (y,) = make.op("LSTM", make.one("Unsqueeze", x, axes), *weights, bias, hidden_size=LEAST // 4)
+    make.output(make.linear(make.one("Squeeze", y, make.constant(np.array([0, 1]))), D, LEAST // 4))
+    report = _compiled(make, tmp_path, "prepare", min_coverage=0)
+    assert report.elements("MatMul", "skipped") == LEAST * D + LEAST * LEAST // 4 + D * LEAST // 4
+    assert report.elements("other", "skipped") == 2 * LEAST

@@ -27,8 +27,8 @@ PASSES = parse_passes("pack")
 def _pair(output: Path) -> tuple[str, ...]:
     """Hashes of the model and of the data it names, every byte of which is there."""
     model = load_model(output)  # checks that all external data is there
-    (name,) = {str(value.const_value.location) for value in model.graph.initializers.values() if _external(value)}
-    return tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in (output, output.with_name(name)))
+    (data,) = {Path(value.const_value.path) for value in model.graph.initializers.values() if _external(value)}
+    return tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in (output, data))
 
 
 def _external(value: Any) -> bool:
