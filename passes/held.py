@@ -8,7 +8,7 @@ from qcompile.passes.statistics import Statistics
 # Rows below which nothing is chosen: four to fit to and four to judge on.
 FEWEST = 8
 # Rows that each channel needs, so that the largest value of most is known.
-_EACH = 2
+_EACH = 4
 # Standard errors that a gain must exceed where there are fewer rows than channels.
 _DEVIATIONS = 2.0
 NOT_CONFIRMED = "rows held aside do not confirm a gain"

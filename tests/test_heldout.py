@@ -123,8 +123,8 @@ def test_too_few_rows_choose_nothing() -> None:
         clipped, plain = round_with_clip(w, SPEC, statistics), round_to_nearest(w, SPEC, None)
         np.testing.assert_array_equal(clipped.codes, plain.codes)
     assert not too_few(_statistics(_rows(FEWEST)))
-    assert "to know how far each of 12 channels goes" in too_few(_statistics(_rows(2 * K - 1)), channels=True)
-    assert not too_few(_statistics(_rows(2 * K)), channels=True)
+    assert "to know how far each of 12 channels goes" in too_few(_statistics(_rows(4 * K - 1)), channels=True)
+    assert not too_few(_statistics(_rows(4 * K)), channels=True)
     assert not too_few(Statistics(1, np.eye(K, dtype=np.float32), np.ones(K, np.float32)), channels=True), "a guess"
 
 

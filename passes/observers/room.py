@@ -18,7 +18,7 @@ Sums = npt.NDArray[np.float64]
 # Rows up to which no choice to clip counts, and from which on it is taken as it was made.
 _FEW, _ENOUGH = 64, 128
 # What is taken to be known of the extremes of rows before any: their spread relative to the largest, as so many rows.
-_SPREAD, _PRIOR = 0.3, 2
+_SPREAD, _PRIOR = 0.15, 2
 # The scale of a Gumbel distribution relative to its standard deviation.
 _GUMBEL = math.sqrt(6) / math.pi
 # Steps of a grid on each side of zero; and rows to come of which one may go beyond the room that is given at most: who
