@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from qcompile.compiler.visible import visible
 from qcompile.passes.errors import UserError
+from qcompile.passes.interrupts import uninterrupted
 
 # Imported only when chosen, so that --help answers at once.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -197,7 +198,8 @@ def _default_command(first: str) -> str:
 def _module(name: str) -> Any:
     path = COMMANDS[name][0]
     try:
-        return importlib.import_module(path)
+        with uninterrupted():
+            return importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name == path:
             raise UserError(f"the command {name!r} is not part of this installation") from error

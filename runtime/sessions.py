@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.passes.errors import UserError
+from qcompile.passes.interrupts import uninterrupted
 from qcompile.runtime.library import VARIABLE, check_version, chosen_kernel, library_path, why_no_cuda
 
 # 1.23 and older crash on an absent optional input of an inlined model-local function.
@@ -208,7 +209,8 @@ def readable(error: Exception) -> str:
 
 def _runtime() -> Any:
     try:
-        import onnxruntime
+        with uninterrupted():
+            import onnxruntime
     except ImportError as error:
         raise UserError(f"ONNX Runtime is not installed: {_INSTALL}") from error
     version = getattr(onnxruntime, "__version__", None)

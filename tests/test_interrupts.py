@@ -1,0 +1,68 @@
+"""passes/interrupts.py: Ctrl-C comes behind the block, once; whatever is loaded inside is loaded whole."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from qcompile.passes.interrupts import uninterrupted
+
+
+def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
+    done = []
+
+    def loading() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            done.append("all of it")
+
+    with pytest.raises(KeyboardInterrupt):
+        loading()
+    assert done == ["all of it"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_handler_from_before_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            assert not heard
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.SIGINT]
+
+
+def test_other_threads_may_load_too() -> None:
+    entered: list[bool] = []
+
+    def enter() -> None:
+        with uninterrupted():
+            entered.append(True)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert entered == [True]
+
+
+@pytest.mark.parametrize("milliseconds", [20, 60, 100, 140])
+def test_onnxruntime_is_loaded_or_interrupted_but_never_broken(milliseconds: int) -> None:
+    code = (
+        "import signal\n"
+        "signal.signal(signal.SIGALRM, lambda *given: signal.raise_signal(signal.SIGINT))\n"
+        "from qcompile.runtime import sessions\n"
+        f"signal.setitimer(signal.ITIMER_REAL, {milliseconds / 1000})\n"
+        "try:\n"
+        "    sessions.ort_version()\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 0)\n"
+        "    print('loaded')\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.stdout.strip() in ("loaded", "interrupted"), done.stderr) == (True, "")
