@@ -45,3 +45,11 @@ def a_product_over_no_columns(make: Graph) -> None:
 def rows_behind_an_empty_constant(make: Graph) -> None:
     x = make.one("Concat", make.input("b", 32, sizes=ROWS), make.constant(np.zeros((0, 32), np.float32)), axis=0)
     make.output(make.linear(make.one("Relu", make.linear(x, 32)), 32))
+
+
+@case(LISTS)
+def an_operator_whose_shape_nobody_infers(make: Graph) -> None:
+    """ai.onnx.ml's Normalizer: neither onnx nor ONNX Runtime says more than the type of what it gives."""
+    make.opsets["ai.onnx.ml"] = 3
+    h = make.linear(make.input("b", 32, sizes=ROWS), 32)
+    make.output(make.linear(make.one("Normalizer", h, domain="ai.onnx.ml", norm="L2"), 32))
