@@ -106,7 +106,7 @@ def feeds_of(inputs: tuple[Input, ...], vocabulary: int | None, seed: int) -> Fe
     """Random inputs of a graph: ids, masks of ones, numbers."""
     random, made = np.random.default_rng(seed), {}
     for given in inputs:
-        own = ("batch", *("sequence",) * len(given.shape))
+        own = ("batch", *("samples" if given.name == "input_values" else "sequence",) * len(given.shape))
         shape = [d if isinstance(d, int) else _SIZES.get(str(d), _SIZES[own[i]]) for i, d in enumerate(given.shape)]
         if given.is_float:
             array = random.standard_normal(shape)
