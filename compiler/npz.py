@@ -101,7 +101,7 @@ def conversions(plan: InputPlan, arrays: Mapping[str, Any]) -> list[str]:
     return [
         f"{name!r} converted from {own} to {wanted}"
         for name, own, wanted in pairs
-        if own.kind == "f" and wanted.kind in "fV" and own != wanted
+        if own.kind == "f" and wanted.kind in "fV" and own.name != wanted.name
     ]
 
 
@@ -121,7 +121,7 @@ def _hint(given: Input, array: Array) -> str:
         return " (arrays of Python objects, or rows of different lengths)"
     if given.is_float and array.dtype == np.uint8:
         return ": normalize it as the model was trained, or give the image files themselves"
-    return f": convert it with .astype({given.dtype.name!r})" if given.dtype.kind in "iubf" else ""
+    return f": convert it with .astype({given.dtype.name!r})" if array.dtype.kind in "iubf" else ""
 
 
 def _check_shape(given: Input, array: Array, where: str) -> None:

@@ -50,7 +50,7 @@ def read_batches(plan: InputPlan, source: Any, label: str) -> tuple[list[Batch],
         raise
     except SystemExit as error:
         raise UserError(f"--calibration {label} ended the program by itself: sys.exit({error.code!r})") from error
-    except Exception as error:
+    except BaseException as error:  # native code brings exceptions of its own that are no Exception
         detail = " ".join(str(error).split())[:300]
         raise UserError(f"--calibration {label} failed: {type(error).__name__}: {detail}") from error
     if not batches:

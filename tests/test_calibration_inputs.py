@@ -196,6 +196,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("class R:\n    def get_next(self):\n        raise KeyError('k')", "R", "failed: KeyError"),
         ("f = 3", "f", "failed: TypeError: 'int' object is not iterable"),
         ("f = [[1]]", "f", "gave list, not a dict"),
+        ("class Panic(BaseException): pass\ndef f():\n    raise Panic('no')", "f", "failed: Panic: no"),
+        ("def f():\n    return [{'x': [[1, 2], [3]]}]", "f", "failed: ValueError: setting an array element"),
         ("f = []", "f", "gave no batches"),
     ],
 )
