@@ -91,7 +91,7 @@ FILES: dict[str, tuple[Callable[[Any], list[str]], str]] = {
     "gone": (lambda b: [str(b.folder / "data" / "0.npz")], r"0\.npz: no such file"),
 }
 FUNCTIONS = {
-    "nan": r"holds NaN or infinity in 'x'",
+    "nan": r"array 'x' contains NaN or infinity",
     "missing": r"must be a dict with an array for each of x",
     "unknown": r"must be a dict with an array for each of x",
     "listed": r"must be a dict with an array for each of x",
