@@ -90,6 +90,8 @@ class SavedStatistics:
                     f"{self.path}: no statistics of activation {observer.value}: calibrate with the passes and "
                     "parameters of this list"
                 )
+            if not state:
+                continue  # no row reached it
             made_with = self.observers[observer.value]
             if observer.name != made_with and not {observer.name, made_with} <= SAME_STATE:
                 state = {key: array for key, array in state.items() if key in _EXTREMES}
@@ -118,10 +120,13 @@ def fingerprint(model: ir.Model) -> dict[str, tuple[float, float]]:
 
 
 def save(path: Path, header: Header, observers: Mapping[ir.Value, Observer]) -> int:
-    """Write what the observers learnt, the old file or the new one whatever happens; returns bytes."""
+    """Write what the observers learnt, the old file or the new one whatever happens; returns bytes.
+
+    An activation that no row reached (an expert without a token) has no state; UserError where that is true of all.
+    """
     states = {observer.value: observer.state() for observer in observers.values()}
     empty = [value for value, state in states.items() if not state]
-    if empty:
+    if empty and len(empty) == len(states):
         raise UserError(f"activation {empty[0]} was never seen on the calibration data: is it empty?")
     names = {observer.value: observer.name for observer in observers.values()}
     values = {value: [names[value], *sorted(state)] for value, state in states.items()}

@@ -8,12 +8,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from graphs.experts import experts_without_a_token
 from graphs.table import Feeds, sqnr
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
+from qcompile.compiler.cli import main
 from qcompile.compiler.report import Report
 
 WIDTH = 32
@@ -168,3 +170,15 @@ def test_nested_bodies(passes: str, data: st.DataObject) -> None:
 def _graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
     inner = [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
     return [graph, *(found for body in inner for found in _graphs(body))]
+
+
+def test_ranges_of_an_expert_without_a_token_travel_in_a_file(tmp_path: Path) -> None:
+    graph, source = experts_without_a_token.made(), tmp_path / "m.onnx"
+    onnx.save(graph.model(), source)
+    np.savez(tmp_path / "x.npz", **graph.feeds(0))
+    data = ["--passes", "qdq", "--calibration", str(tmp_path / "x.npz")]
+    statistics, output = tmp_path / "s.npz", tmp_path / "o.onnx"
+    assert main(["calibrate", str(source), *data, "-o", str(statistics)]) == 0
+    assert main([str(source), *data, "--statistics", str(statistics), "-o", str(output)]) == 0
+    unseen = graph.feeds(100)
+    assert sqnr(_run(source, unseen), _run(output, unseen)) > 15

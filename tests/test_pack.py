@@ -159,7 +159,7 @@ def test_symmetric_embeddings_have_no_operator() -> None:
 @pytest.mark.parametrize(
     ("body", "weights", "policy", "action", "reason"),
     [
-        ("y = MatMul(x, w)", {"w": _floats(2, K, N)}, ALL, "skipped", "the weight has rank 3, not 2"),
+        ("y = MatMul(x, w)", {"w": _floats(2, K, 2)}, ALL, "skipped", "the weight has rank 3, not 2"),
         ("y = MatMul(w, z)", {"w": _floats(3, K)}, ALL, "skipped", "the constant is the left operand"),
         ("y = MatMul(x, w)", {"w": _floats(K, N)}, Policy(SPEC, None, None, exclude=["w"]), "kept", "excluded by 'w'"),
         ("y = MatMul(x, w)", {"w": _floats(K, N)}, Policy(SPEC, None, None, ["q*"]), "kept", "not among the included"),
