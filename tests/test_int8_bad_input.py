@@ -86,21 +86,21 @@ FILES: dict[str, tuple[Callable[[Any], list[str]], str]] = {
     "shape": (lambda b: _npz(b, ROWS[:, :40]), r"array 'x' has shape \[64, 40\], the input is \[batch, 48\]"),
     "rank": (lambda b: _npz(b, ROWS[0]), r"array 'x' has shape \[48\], the input is \[batch, 48\]"),
     "ragged": (lambda b: _npz(b, np.array([[1.0], [1.0, 2.0]], object)), r"0\.npz is not a readable \.npz file"),
-    "empty": (lambda b: _npz(b, ROWS[:0]), r"was never seen on the calibration data: is it empty\?"),
-    "two empty ones": (lambda b: _npz(b, ROWS[:0], ROWS[:0]), r"was never seen on the calibration data: is it empty\?"),
+    "empty": (lambda b: _npz(b, ROWS[:0]), r"0\.npz: its arrays hold no rows"),
+    "two empty ones": (lambda b: _npz(b, ROWS[:0], ROWS[:0]), r"0\.npz: its arrays hold no rows"),
     "gone": (lambda b: [str(b.folder / "data" / "0.npz")], r"0\.npz: no such file"),
 }
 FUNCTIONS = {
     "nan": r"array 'x' contains NaN or infinity",
-    "missing": r"must be a dict with an array for each of x",
-    "unknown": r"must be a dict with an array for each of x",
-    "listed": r"must be a dict with an array for each of x",
+    "missing": r"data:missing: no array for input 'x' \(needed: x\)",
+    "unknown": r"data:unknown: array 'z' is no input of the model \(inputs: x\)",
+    "listed": r"data:listed gave list, not a dict from input name to array",
     "nothing": r"gave no batches",
     "integers": r"'x' is int64, the input is float32",
     "shape": r"'x' has shape \[64, 40\], the input is \[batch, 48\]",
     "ragged": r"data:ragged failed: ValueError",
     "late": r"data:late failed: RuntimeError: the disk is gone",
-    "empty": r"was never seen on the calibration data: is it empty\?",
+    "empty": r"data:empty: its arrays hold no rows",
 }
 
 
