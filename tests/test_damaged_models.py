@@ -541,3 +541,15 @@ def test_an_activation_that_a_loop_makes_a_scalar(capsys: Any, tmp_path: Path) -
     np.savez(tmp_path / "x.npz", **make.feeds(0))
     options = ["--passes", "gptq,pack", "--calibration", str(tmp_path / "x.npz"), "-o", str(tmp_path / "o.onnx")]
     _one_line(capsys, [str(path), *options], "activation Loop.* has no axes when the model runs|ONNX Runtime")
+
+
+def test_an_archive_of_a_version_to_come(tmp_path: Path) -> None:
+    """Found by fuzzing: zipfile raises NotImplementedError."""
+    model = tmp_path / "model.onnx"
+    model.write_bytes(_model().SerializeToString())
+    np.savez(tmp_path / "x.npz", x1=np.zeros((4, 16), np.float32))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 173  # "version needed to extract" of the central directory
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.npz is not a readable \.npz file: zip file version 17\.3"):
+        npz.read_arrays(input_plan(load_model(model)), [tmp_path / "x.npz"])
