@@ -12,6 +12,7 @@ from qcompile.compiler.calibration_files import Files
 from qcompile.compiler.feeds import Batch, InputPlan, array_conversions, npz_batches, token_batches
 from qcompile.compiler.images import SUFFIXES as IMAGES
 from qcompile.compiler.images import Pictures
+from qcompile.compiler.inputs import Dim
 from qcompile.compiler.picture_batches import picture_batches
 from qcompile.compiler.readers import Reader, is_reference, read_batches
 from qcompile.compiler.recipe import Recipe
@@ -239,10 +240,11 @@ def _random(plan: InputPlan) -> Data:
         count = _CHECKS * (plan.batch or 1)
         windows = [rng.integers(plan.vocabulary or 2, size=length) for _ in range(count)]
         return Data([], token_batches(plan, windows, decode_step=bool(plan.past)), "random tokens (checks only)", False)
-    feeds = dict(plan.fillers())
+    feeds, sizes = dict(plan.fillers()), _named_sizes(plan)
     for given in plan.inputs:
         shape = [
-            dim if isinstance(dim, int) and dim > 0 else _free(i, len(given.shape)) for i, dim in enumerate(given.shape)
+            dim if isinstance(dim, int) and dim > 0 else sizes.get(dim) or _free(i, len(given.shape))
+            for i, dim in enumerate(given.shape)
         ]
         if given.is_string:
             feeds[given.name] = np.full(shape, "a", object)
@@ -250,6 +252,17 @@ def _random(plan: InputPlan) -> Data:
             draw = rng.normal(size=shape) if given.is_float else rng.integers(0, 2, size=shape)
             feeds[given.name] = np.asarray(draw).astype(given.dtype)
     return Data([], [Batch(feeds, 1)], "random normal inputs (checks only; give .npz files for real ones)", False)
+
+
+def _named_sizes(plan: InputPlan) -> dict[Dim, int]:
+    """One size for each name of a free dimension, whatever inputs have it: the smallest that `_free` gives."""
+    sizes: dict[Dim, int] = {}
+    for given in plan.inputs:
+        for axis, dim in enumerate(given.shape):
+            if isinstance(dim, str):
+                own = _free(axis, len(given.shape))
+                sizes[dim] = min(sizes.get(dim, own), own)
+    return sizes
 
 
 def _free(axis: int, rank: int) -> int:

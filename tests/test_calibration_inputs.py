@@ -299,3 +299,12 @@ def test_outputs_that_are_sequences_are_compared_like_others(tmp_path: Path, pas
     (output,) = report.outputs
     assert output.name == "rows"
     assert 0 < output.relative < 0.2
+
+
+def test_random_checks_give_a_named_dimension_one_size() -> None:
+    """A cache of an encoder (rank 4) and its mask (rank 2) share their length; images alone keep their own."""
+    plan = _plan(
+        cache=("float32", ["b", 4, "s", 16]), mask=("int64", ["b", "s"]), image=("float32", ["b", 3, "h", "w"])
+    )
+    (batch,) = gather(plan, Path("model.onnx"), Recipe(), Calibration(), needed=False).checks
+    assert [array.shape for array in batch.feeds.values()] == [(1, 4, 16, 16), (1, 16), (1, 3, 64, 64)]
