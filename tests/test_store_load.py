@@ -1,6 +1,7 @@
 """Every kind of bad file: one line that says what is wrong, and nothing loaded."""
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,23 @@ def test_non_finite_weight_is_named(tmp_path, dtype, bad):
     message = "'w' holds 1 NaN and 0 Inf" if np.isnan(bad) else "'w' holds 0 NaN and 1 Inf"
     with pytest.raises(UserError, match=message):
         check_finite(load_model(path))
+
+
+def test_counting_says_nothing_by_itself(tmp_path):
+    """ml_dtypes' comparisons warn of NaN; a warning would be a second line on stderr."""
+    import ml_dtypes
+
+    model = _model()
+    model.graph.ClearField("initializer")
+    weight = np.array([[np.nan, np.inf, -np.inf, 1]] * 8, ml_dtypes.bfloat16).repeat(16, axis=1)
+    model.graph.initializer.append(helper.make_tensor("w", TensorProto.BFLOAT16, [8, 64], weight.tobytes(), raw=True))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    loaded = load_model(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserError, match="holds 128 NaN and 256 Inf"):
+            check_finite(loaded)
 
 
 def test_infinite_masks_are_legitimate(tmp_path):
