@@ -1,11 +1,13 @@
 """What was done: coverage, sizes, errors; as JSON and as a table on the terminal."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from qcompile.compiler.census import Family, family_of
@@ -169,11 +171,24 @@ class Report:
         return sum(d.detail["bits_per_weight"] * d.detail["weights"] for d in weights) / total if total else None
 
     def to_json(self) -> str:
-        """The whole report."""
+        """The whole report, in strict JSON: a number that is NaN or infinite is null."""
         plain = asdict(self)
         plain["coverage"], plain["bits_per_weight"] = self.coverage, self.bits_per_weight
         plain["shares"] = {family: self.share(family) for family in PRODUCTS}
-        return json.dumps(plain, indent=1, default=str) + "\n"
+        return json.dumps(_strict(plain), indent=1, allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    """A value as JSON has it: numpy's numbers as Python's, what JSON has no type for in words, null for NaN and inf."""
+    if isinstance(value, dict):
+        return {str(key): _strict(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(own) for own in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return _strict(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, bool | int | str) or value is None else str(value)
 
 
 def _unique(decisions: Sequence[Decision]) -> list[Decision]:

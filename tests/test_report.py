@@ -2,8 +2,10 @@
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -50,6 +52,24 @@ def test_bits_per_weight_is_an_average_over_weights() -> None:
     )
     assert report.bits_per_weight == 6.0
     assert _report(_decision("a", "skipped", 10)).bits_per_weight is None
+
+
+def test_json_has_null_for_what_is_no_number() -> None:
+    """NaN and Infinity are no JSON: a strict reader refuses the whole file."""
+    report = _report(
+        _packed("a", 300, predicted_error=np.float32("inf"), shape=np.array([2, 3]), share=np.float64(0.5))
+    )
+    report.nodes = [NodeError("a", float("inf"), float("nan"))]
+    report.recipe = {"limit": float("-inf"), "path": Path("a")}
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    plain = json.loads(report.to_json(), parse_constant=refuse)
+    assert (plain["nodes"][0]["error"], plain["nodes"][0]["operator_error"]) == (None, None)
+    assert plain["recipe"] == {"limit": None, "path": "a"}
+    detail = plain["decisions"]["pack"][0]["detail"]
+    assert (detail["predicted_error"], detail["shape"], detail["share"]) == (None, [2, 3], 0.5)
 
 
 def test_json_holds_everything() -> None:
