@@ -8,17 +8,24 @@ import onnx_ir as ir
 
 from qcompile.compiler.wiring import cache_sizes, caches, logits_output, token_ids
 from qcompile.passes.errors import UserError
+from qcompile.passes.masks import reaches_product
 
 Dim = int | str | None
 
 
 @dataclass(frozen=True)
 class Input:
-    """A graph input: its name, numpy element type, and shape (int where fixed, else a symbol's name or None)."""
+    """A graph input: its name, numpy element type, and shape (int where fixed, else a symbol's name or None).
+
+    ranked: False where the graph tells no rank; the shape is () then, and data may have any. unbounded: whether it may
+    hold infinities, as an additive mask does: no product would meet them.
+    """
 
     name: str
     dtype: np.dtype[np.generic]
     shape: tuple[Dim, ...]
+    ranked: bool = True
+    unbounded: bool = False
 
     @property
     def is_float(self) -> bool:
@@ -164,10 +171,11 @@ def input_plan(model: ir.Model) -> InputPlan:
 def _input(value: ir.Value) -> Input:
     if value.type is not None and not isinstance(value.type, ir.TensorType):
         raise UserError(f"graph input {value.name!r} is {value.type}, which cannot be fed: export it as plain tensors")
-    if value.dtype is None or value.shape is None:
-        raise UserError(f"graph input {value.name!r} has no type or no rank: the model must say both")
-    dims = tuple(_dim(dim if isinstance(dim, int) else dim.value) for dim in value.shape)
-    return Input(value.name or "", np.dtype(value.dtype.numpy()), dims)
+    if value.dtype is None:
+        raise UserError(f"graph input {value.name!r} has no type: the model must say it")
+    ranked, shape = value.shape is not None, value.shape or ()
+    dims = tuple(_dim(dim if isinstance(dim, int) else dim.value) for dim in shape)
+    return Input(value.name or "", np.dtype(value.dtype.numpy()), dims, ranked, not reaches_product(value))
 
 
 def _cache(value: ir.Value, given: Input) -> Input:
@@ -184,7 +192,7 @@ def _dim(dim: Dim) -> Dim:
 
 def _role_by_name(given: Input, rank: int) -> str | None:
     """mask, positions, types or ids, of an input of fitting rank: that of the ids."""
-    name, own = given.name.lower(), len(given.shape)
+    name, own = given.name.lower(), len(given.shape) if given.ranked else rank
     if "mask" in name and own == rank and not given.is_string:
         return "mask"
     if given.dtype.kind not in "iu":

@@ -83,12 +83,11 @@ def checked(given: Input, array: Array, source: str) -> Array:
     _check_shape(given, array, where)
     if given.is_string:
         return np.array([_text(item) for item in array.ravel()], object).reshape(array.shape)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        hint = "; a mask may hold -1e4 instead" if "mask" in given.name and not np.isnan(array).any() else ""
-        raise UserError(f"{where} contains NaN or infinity{hint}")
+    if given.is_float and (np.isnan(array).any() or not (given.unbounded or np.isfinite(array).all())):
+        raise UserError(f"{where} contains NaN or infinity")
     with np.errstate(over="ignore"):
         converted = np.ascontiguousarray(array.astype(given.dtype)).reshape(array.shape)
-    lost = converted != array if given.dtype.kind in "iu" else ~np.isfinite(converted.astype(np.float64))
+    lost = converted != array if given.dtype.kind in "iu" else ~np.isfinite(converted.astype("d")) & np.isfinite(array)
     if array.dtype != given.dtype and np.any(lost):
         raise UserError(f"{where} is {array.dtype} and holds numbers that {given.dtype}, the input's type, cannot")
     return converted
@@ -125,6 +124,8 @@ def _hint(given: Input, array: Array) -> str:
 
 
 def _check_shape(given: Input, array: Array, where: str) -> None:
+    if not given.ranked:
+        return
     first = given.shape[0] if given.shape else None
     several = isinstance(first, int) and array.ndim > 0 and len(array) > 0 and len(array) % max(first, 1) == 0
     fits = array.ndim == len(given.shape) and all(

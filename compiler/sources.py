@@ -242,6 +242,10 @@ def _random(plan: InputPlan) -> Data:
         return Data([], token_batches(plan, windows, decode_step=bool(plan.past)), "random tokens (checks only)", False)
     feeds, sizes = dict(plan.fillers()), _named_sizes(plan)
     for given in plan.inputs:
+        if not given.ranked and given.name not in feeds:
+            raise UserError(
+                f"graph input {given.name!r} has no rank to draw numbers of: give its arrays (--calibration)"
+            )
         shape = [
             dim if isinstance(dim, int) and dim > 0 else sizes.get(dim) or _free(i, len(given.shape))
             for i, dim in enumerate(given.shape)

@@ -20,7 +20,14 @@ _CARRIES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("Neg", "Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand"), (0,)),
     **dict.fromkeys(("Slice", "Gather", "Split", "Tile", "Flatten", "Trilu", "Pad", "ScatterND"), (0,)),
 }
-_PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "Attention", "MultiHeadAttention"}
+_ATTENTION = {"Attention", "MultiHeadAttention", "GroupQueryAttention"}
+_PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "LSTM", "GRU", "RNN"} | _ATTENTION
+# Bodies that may multiply whatever they are handed.
+_LOOPS = {"Loop", "Scan"}
+# Query, key and value, the first inputs of an attention, are multiplied; masks and biases come behind them.
+_OPERANDS = 3
+# What gives finite numbers of infinite ones, or none: an infinite operand goes no further.
+_BOUND = {"Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid", "Tanh", "Clip", "Min", "Max", "Exp", "Erf"} | _ATTENTION
 # What stands between the sum of scores and a mask and its Softmax.
 _BETWEEN = {"Add", "Sub", "Where", "Mul", "Div", "Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
 
@@ -57,6 +64,27 @@ def masked(model: ir.Model) -> set[ir.Value]:
             found.update(node.outputs)
             found.update(own for own in carried if own is not None and is_constant(own) and holds_fill(own))
     return found
+
+
+def reaches_product(value: ir.Value) -> bool:
+    """Whether an infinity in a value would meet a product: it is the operand of one, or of what leads there.
+
+    A sum before a Softmax leads to none. What a body makes of it is not followed out of the body.
+    """
+    reached, seen = [value], {value}
+    for current in reached:  # grows while it is walked
+        for use in current.uses():
+            node = use.node
+            if node.op_type in _PRODUCTS | _LOOPS and not (node.op_type in _BOUND and use.idx >= _OPERANDS):
+                return True
+            if node.op_type in _BOUND or (node.op_type == "Where" and use.idx == 0):
+                continue
+            onward = [
+                own for own in node.outputs if own not in seen and (own.dtype is None or own.dtype.is_floating_point())
+            ]
+            seen.update(onward)
+            reached += onward
+    return False
 
 
 def _carried(node: ir.Node) -> Sequence[int]:

@@ -215,6 +215,25 @@ def test_every_npz_is_checked_before_any_is_used(tmp_path: Path) -> None:
         npz_batches(input_plan(_floats("x")), [good] * 3 + [bad])
 
 
+@pytest.mark.parametrize("product", [False, True])
+def test_infinities_are_taken_where_no_product_meets_them(tmp_path: Path, product: bool) -> None:
+    """An additive mask is fed as numbers; behind a Softmax none of them is infinite."""
+    node = helper.make_node("MatMul", ["a", "a"], ["b"]) if product else helper.make_node("Softmax", ["a"], ["b"])
+    nodes = [helper.make_node("Neg", ["x"], ["a"]), node, helper.make_node("MatMul", ["b", "b"], ["y"])]
+    plan = input_plan(_graph(nodes, [_value("x", 1, [3, 3])], [_value("y", 1, [3, 3])]))
+    path = _save(tmp_path / "a.npz", x=np.where(np.tri(3), 0, np.inf))
+    if product:
+        with pytest.raises(UserError, match="array 'x' contains NaN or infinity"):
+            npz_batches(plan, [path])
+        return
+    (batch,) = npz_batches(plan, [path])
+    assert np.isinf(batch.feeds["x"]).sum() == 3
+    assert batch.feeds["x"].dtype == np.float32
+    _save(path, x=np.full((3, 3), 1e300))
+    with pytest.raises(UserError, match="holds numbers that float32"):
+        npz_batches(plan, [path])
+
+
 def test_minus_one_is_a_free_dimension(tmp_path: Path) -> None:
     plan = input_plan(_floats("x", [-1, 3]))
     assert plan.inputs[0].shape == (None, 3)
@@ -233,7 +252,7 @@ def test_npz_of_ids_derives_masks_and_caches(tmp_path: Path) -> None:
         ({"z": np.ones((1, 3), "f")}, r"array 'z' is no input of the model \(inputs: x\)"),
         ({}, "no array for input 'x'"),
         ({"x": np.full((1, 3), np.nan, "f")}, "array 'x' contains NaN"),
-        ({"x": np.full((1, 3), np.inf, "f")}, "array 'x' contains NaN or infinity"),
+        ({"x": np.array([[np.inf, np.nan, 0]], "f")}, "array 'x' contains NaN or infinity"),
         ({"x": np.ones((1, 3), np.int64)}, "array 'x' is int64, the input is float32"),
         ({"x": np.ones((1, 4), "f")}, r"array 'x' has shape \[1, 4\], the input is \[batch, 3\]"),
         ({"x": np.ones(3, "f")}, r"array 'x' has shape \[3\]"),

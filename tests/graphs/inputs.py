@@ -53,3 +53,17 @@ def an_operator_whose_shape_nobody_infers(make: Graph) -> None:
     make.opsets["ai.onnx.ml"] = 3
     h = make.linear(make.input("b", 32, sizes=ROWS), 32)
     make.output(make.linear(make.one("Normalizer", h, domain="ai.onnx.ml", norm="L2"), 32))
+
+
+@case(LISTS)
+def an_input_of_a_rank_that_nobody_tells(make: Graph) -> None:
+    """ONNX Runtime takes any rank then; the data tells it."""
+    x = make.input("b", 6, 32, ranked=False)
+    h = make.one("Relu", make.linear(x, 32, bias=True))
+    make.output(make.linear(h, 32))
+
+
+@case(LISTS)
+def ids_of_a_rank_that_nobody_tells(make: Graph) -> None:
+    ids = make.input("b", 6, dtype=np.int64, ranked=False, draw=lambda random, size: random.integers(0, 40, size))
+    make.output(make.linear(make.linear(make.one("Gather", make.floats(40, 32, scale=1.0), ids), 32), 32))

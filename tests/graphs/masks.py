@@ -63,6 +63,14 @@ def mask_as_an_input(make: Graph) -> None:
     _attention(make, make.one("Identity", mask), x)
 
 
+@case(LISTS | {"smooth,awq,gptq,pack": 14})
+def mask_of_infinities_as_an_input(make: Graph) -> None:
+    """The caller gives 0 and -inf, for whole heads."""
+    x = make.input("b", 12, 32)
+    mask = make.input("b", 1, 12, draw=lambda random, size: np.where(_keep(random, size), 0, -np.inf))
+    _attention(make, make.one("Mul", make.one("Identity", mask), make.constant(np.float32(1))), x)
+
+
 @case({"qdq(operators=all)": 22, "qdq": 22, "pack": 14, "dynamic": 25}, coverage=None)
 def mask_looked_up_in_a_table(make: Graph) -> None:
     """A causal table of 0 and -inf, its rows looked up by position."""

@@ -47,10 +47,16 @@ class Graph:
         dtype: Any = None,
         draw: Callable[[np.random.Generator, tuple[int, ...]], npt.NDArray[Any]] | None = None,
         sizes: Mapping[str, int] | None = None,
+        ranked: bool = True,
     ) -> str:
-        """A graph input. Symbolic dimensions are `sizes` or 8 in the data; draw: numbers of a shape (normal)."""
+        """A graph input. Symbolic dimensions are `sizes` or 8 in the data; draw: numbers of a shape (normal).
+
+        ranked: False for one that does not say its shape.
+        """
         kind, name = np.dtype(self.dtype if dtype is None else dtype), self.name("x")
-        self.inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(kind), shape))
+        self.inputs.append(
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(kind), shape if ranked else None)
+        )
         known = tuple((sizes or {}).get(n, 8) if isinstance(n, str) else n for n in shape)
         made = draw or (lambda random, size: random.standard_normal(size))
         stored = np.dtype(str) if kind.kind == "O" else kind  # a .npz has no objects
