@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 Family = Literal["MatMul", "Conv", "Gather", "other"]
@@ -192,8 +193,9 @@ class _Reading:
         for position, own in enumerate(taken):
             if own is None or (node.op_type in _GRIDS and position):
                 continue
+            compact = _compact(node.inputs[position], own)
             for source in own.sources:
-                family = _family(node, position, source)
+                family = "other" if compact else _family(node, position, source)
                 if own.scaled and (position == 0 or _RANKS[family] > _RANKS["Conv"]):
                     continue  # the node that scaled it is its reader
                 self.found.setdefault(source, []).append(Reader(node, position, family, owner))
@@ -233,6 +235,19 @@ def _fits_in(value: ir.Value, shape: Sequence[int]) -> bool:
     if value.shape is None or len(value.shape) > len(shape):
         return False
     return len(value.shape) < len(shape) or tuple(value.shape) == tuple(shape)
+
+
+def _compact(value: ir.Value | None, own: _Carried) -> bool:
+    """Whether an operand is computed from so few numbers that 4-bit codes of it would take more bytes than they do.
+
+    A filter bank that is scattered into zeros: no format makes it smaller.
+    """
+    if value is None or value in own.sources or not own.whole or own.scaled or value.shape is None:
+        return False
+    if not value.shape.is_static():
+        return False
+    stored = sum(tensor.nbytes for source in own.sources if (tensor := tensor_of(source)) is not None)
+    return bool(np.prod(value.shape.numpy(), dtype=np.int64) > 2 * stored)
 
 
 def _chosen(node: ir.Node, taken: Sequence[_Carried | None]) -> bool:

@@ -4,6 +4,7 @@ A table, one line an operator: moves of any element type, arithmetic on floats, 
 is not in it, or a form of one that its line does not cover, folds nothing.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -383,6 +384,18 @@ def _summed(*arrays: Array) -> Array:
     return total
 
 
+def _largest(*arrays: Array) -> Array:
+    return functools.reduce(np.maximum, arrays)
+
+
+def _smallest(*arrays: Array) -> Array:
+    return functools.reduce(np.minimum, arrays)
+
+
+def _positive(array: Array) -> Array:
+    return np.asarray(np.maximum(array, array.dtype.type(0)))
+
+
 def _logistic(array: Array) -> Array:
     return np.asarray(1 / (1 + np.exp(-array)))
 
@@ -403,6 +416,7 @@ _MOVES: Mapping[str, _Rule] = {
     "Where": _where,
     "QuantizeLinear": _quantize,
 }
+# No Sin and Cos: what they make of constants is a table of a transform, not a weight, and means to be exact.
 _ARITHMETIC: Mapping[str, Callable[..., Array]] = {
     "Add": np.add,
     "Sub": np.subtract,
@@ -420,6 +434,11 @@ _ARITHMETIC: Mapping[str, Callable[..., Array]] = {
     "Reciprocal": np.reciprocal,
     "Round": np.rint,
     "Floor": np.floor,
+    "Ceil": np.ceil,
+    "Sign": np.sign,
+    "Relu": _positive,
+    "Max": _largest,
+    "Min": _smallest,
 }
 _REDUCTIONS: Mapping[str, Callable[..., Array]] = {
     "ReduceSum": np.sum,

@@ -7,6 +7,8 @@ What other nodes read of such computations becomes initializers, where all of th
    others still read as it is does not go: a tied embedding keeps its one copy and its Transpose.
 2. Together they add no more than the model's own size.
 3. A result costs no more than reading it some dozens of times.
+4. A weight of a product has not twice as many elements as what it is computed from has bytes: a filter bank scattered
+   into zeros, a window of two axes. Not even 4-bit codes would be smaller, and what is computed is exact.
 
 Everything else stays as it is, with its reason. A changed shape costs nothing: equal bytes are stored once.
 Large results are computed when they are read, small ones at once.
@@ -35,6 +37,12 @@ _WORK, _TIMES = 1 << 31, 32
 _ROOM = 1 << 20
 # Model meta: the bytes that it may still grow by.
 _BUDGET = "qcompile.folding_budget"
+# Weights of fewer elements are folded whatever they are made of.
+_LEAST = 1024
+# Constants that a value is computed from are remembered up to this number, so that long chains cost no more.
+_SOURCES = 16
+_COMPACT = "the {} bytes that it is computed from are fewer than its codes would be"
+_WEIGHTS = {"MatMul": (0, 1), "Gemm": (0, 1), "Einsum": range(64), "Conv": (1,), "ConvTranspose": (1,)}
 _PRODUCTS = {"MatMul", "Gemm", "Einsum", "Gather", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN"}
 
 
@@ -44,6 +52,7 @@ class _Known:
 
     key: equal for values that are computed alike. leaves: the initializers over 4 KiB under it. tensor: of a constant.
     node, made, position, inputs: what computes it otherwise. work: numbers touched to compute it.
+    sources: all initializers under it; None where they are many.
     """
 
     value: ir.Value
@@ -56,6 +65,18 @@ class _Known:
     position: int = 0
     inputs: Sequence["_Known"] = ()
     work: int = 0
+    sources: frozenset["_Known"] | None = None
+
+    @property
+    def compact(self) -> bool:
+        """Whether what it is computed from takes less than 4-bit codes of it would."""
+        size = prod(self.operand.shape)
+        return self.node is not None and size >= _LEAST and self.sources is not None and size > 2 * self.stored
+
+    @property
+    def stored(self) -> int:
+        """Bytes of what it is computed from."""
+        return sum(source.operand.nbytes for source in self.sources or ())
 
     @property
     def root(self) -> "_Known":
@@ -115,6 +136,7 @@ class _Plan:
     refused: dict[ir.Value, str] = field(default_factory=dict)
     replaced: list[_Known] = field(default_factory=list)
     kept: dict[ir.Node, str] = field(default_factory=dict)
+    spared: set[ir.Value] = field(default_factory=set)
 
     def enter(self, known: _Known) -> None:
         """One more value."""
@@ -188,7 +210,9 @@ def _leaf(value: ir.Value, tensor: ir.TensorProtocol) -> _Known:
     content = None if text or tensor.nbytes >= _TINY else np.asarray(read(tensor))
     operand = Operand(tuple(int(size) for size in tensor.shape.numpy()), tensor.dtype, content)
     leaves = frozenset([value] if content is None and not text else [])
-    return _Known(value, operand, _content(operand) or value, leaves, tensor)
+    known = _Known(value, operand, _content(operand) or value, leaves, tensor)
+    known.sources = frozenset([known])
+    return known
 
 
 def _content(operand: Operand) -> Hashable | None:
@@ -225,10 +249,19 @@ def _enter_outputs(node: ir.Node, made: Made, inputs: Sequence[_Known], work: in
     if size < _TINY and all(known.operand.content is not None for known in inputs):
         contents, work = made.function([known.array() for known in inputs]), 0
     leaves = frozenset[ir.Value]().union(*(known.leaves for known in inputs))
+    sources = _sources(inputs)
     key = (node.op_type, _attributes(node, inputs), tuple(id(plan.keys[known.key]) for known in inputs))
     for position, (output, shape, content) in enumerate(zip(node.outputs, made.shapes, contents, strict=True)):
         operand = Operand(shape, made.dtype, None if content is None else np.ascontiguousarray(content))
-        plan.enter(_Known(output, operand, (key, position), leaves, None, node, made, position, inputs, work))
+        plan.enter(_Known(output, operand, (key, position), leaves, None, node, made, position, inputs, work, sources))
+
+
+def _sources(inputs: Sequence[_Known]) -> frozenset[_Known] | None:
+    """The initializers under what a node reads, unless they are many."""
+    if any(known.sources is None for known in inputs):
+        return None
+    joined = frozenset[_Known]().union(*(known.sources or () for known in inputs))
+    return joined if len(joined) <= _SOURCES else None
 
 
 def _attributes(node: ir.Node, inputs: Sequence[_Known]) -> str:
@@ -243,7 +276,7 @@ def _attributes(node: ir.Node, inputs: Sequence[_Known]) -> str:
 
 def _choose(nodes: Sequence[ir.Node], plan: _Plan) -> None:
     """Decide which values become initializers, and which nodes stay: backwards, from what reads them."""
-    plan.replaced, plan.kept = [], {}
+    plan.replaced, plan.kept, plan.spared = [], {}, set()
     needed: set[ir.Value] = set()
     for node in reversed(nodes):
         outputs = [plan.known[output] for output in node.outputs if output in plan.known]
@@ -254,6 +287,7 @@ def _choose(nodes: Sequence[ir.Node], plan: _Plan) -> None:
             reason = _refusal(known, plan)
             if reason:
                 plan.kept[node] = reason
+                plan.spared.update(value for value in node.inputs if value is not None and known.compact)
             else:
                 plan.replaced.append(known)
         if stays or node in plan.kept:
@@ -264,6 +298,8 @@ def _refusal(known: _Known, plan: _Plan) -> str:
     """Why a value stays computed; an empty string for one that becomes an initializer."""
     if known.value in plan.refused:
         return plan.refused[known.value]
+    if known.compact and (known.value in plan.spared or _is_weight(known.value)):
+        return _COMPACT.format(known.stored)
     if known.nbytes < _SMALL:
         return ""
     return next(
@@ -321,6 +357,11 @@ def _groups(replaced: Iterable[_Known]) -> list[list[_Known]]:
 def _for_products(known: _Known) -> bool:
     """Whether products alone read a value."""
     return all(use.node.op_type in _PRODUCTS for use in known.value.uses())
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Whether a product reads the value for its weight."""
+    return any(use.idx in _WEIGHTS.get(use.node.op_type, ()) and use.node.domain == "" for use in value.uses())
 
 
 def _told(leaf: ir.Value, group: Sequence[_Known], stay: set[ir.Value]) -> str:

@@ -140,3 +140,23 @@ def operators_of_another_domain(make: Graph) -> None:
     """Of ai.onnx.ml; neither onnx nor ONNX Runtime tells the shape of what a Normalizer gives."""
     y = make.one("Normalizer", make.linear(make.input("b", 32), 32), domain="ai.onnx.ml", norm="L2")
     make.output(make.linear(y, 16))
+
+
+@case({"pack": 12, "smooth,qdq": 20, "dynamic": 25}, coverage=1.0)
+def weights_made_of_few_numbers(make: Graph) -> None:
+    """Cosines of whole numbers of angles, a bank of 2,048 numbers scattered into 65,536 zeros, an outer product: they
+    stay as they are, since no codes of them would be smaller, and do not count."""
+    x = make.input("b", 32)
+    rows, columns = (
+        make.constant(np.arange(n, dtype=np.int32).reshape(shape)) for n, shape in ((32, (32, 1)), (512, (1, 512)))
+    )
+    turns, size = make.one("Mul", rows, columns), make.constant(np.int32(64))
+    rest = make.one("Sub", turns, make.one("Mul", make.one("Div", turns, size), size))
+    angles = make.one("Mul", make.one("Cast", rest, to=1), make.constant(np.float32(np.pi / 32)))
+    power = make.one("Abs", make.one("MatMul", x, make.one("Cos", angles)))
+    places = make.constant(np.arange(0, 1 << 16, 32, dtype=np.int64))
+    zeros = make.one("ConstantOfShape", make.constant(np.array([1 << 16])))
+    flat = make.one("ScatterElements", zeros, places, make.floats(2048, scale=1.0), axis=0)
+    bank = make.one("Reshape", flat, make.constant(np.array([512, 128])))
+    window = make.one("Mul", make.floats(128, 1, scale=1.0), make.floats(1, 128, scale=1.0))
+    make.output(make.linear(make.one("MatMul", make.one("MatMul", power, bank), window), 64, 128))
