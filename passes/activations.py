@@ -44,7 +44,7 @@ def int8_change(graph: onnx.GraphProto, x: str, k: int, block_size: int) -> str:
     """
     base = f"{x}.int8.g{block_size}"
     delta = change_name(x, block_size)
-    if any(delta in node.output for node in graph.node):
+    if nodes.has(graph, delta):
         return delta
     index = packed_rows(k, block_size)
     where = np.empty(k + 1, np.int64)

@@ -49,6 +49,7 @@ class BiasCorrection(Pass):
         self.insert = insert
         self._means: dict[ir.Value, Mean] = {}
         self._done: set[ir.Node] = set()
+        self._names: Names | None = None  # collected once: for each Add that would take the model's size each time
 
     def observed_in(self, region: Region) -> Mapping[ir.Value, Observer]:
         """The means of the products' outputs, in float still, and behind an Add that `qdq` may make a Gemm of."""
@@ -107,7 +108,8 @@ class BiasCorrection(Pass):
             return "it has no bias, insert=true would add one"
         if flat:  # Case 5
             return "a product of rank 2 with a float bias would be computed in float"
-        self._done.add(_insert(region.model, node, mean))  # Case 4
+        self._names = self._names or Names(region.model)
+        self._done.add(_insert(region.model, node, mean, self._names))  # Case 4
         return ""
 
 
@@ -213,12 +215,12 @@ def _replace(model: ir.Model, node: ir.Node, position: int, mean: Floats) -> Non
     drop_unused(model, bias)
 
 
-def _insert(model: ir.Model, node: ir.Node, mean: Floats) -> ir.Node:
+def _insert(model: ir.Model, node: ir.Node, mean: Floats, names: Names) -> ir.Node:
     """Case 4. Returns the Add, which stands for the product from now on.
 
     (1, 1, N): with a bias (N,) and known shapes ONNX Runtime would make a float Gemm of both.
     """
-    value, names = node.outputs[0], Names(model)
+    value = node.outputs[0]
     dtype = value.dtype or ir.DataType.FLOAT
     bias = add_initializer(model.graph, f"{node.name}.bias", ir.tensor((-mean).astype(dtype.numpy()).reshape(1, 1, -1)))
     add = ir.node("Add", [value, bias], name=f"{node.name}.corrected")

@@ -1,5 +1,7 @@
 """passes/observers: what the inserted reductions give, against numpy on the same activations."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import pytest
@@ -94,3 +96,34 @@ def test_compare_product(dtype) -> None:
     product = x.astype(np.float64) @ w
     assert found[names[0]] == pytest.approx(np.square(y - product).sum(), rel=1e-4)
     assert found[names[1]] == pytest.approx(np.square(product).sum(), rel=1e-5)
+
+
+class _Counted(list):
+    """A list that counts what slices of it give."""
+
+    looked = 0
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        self.looked += len(found) if isinstance(index, slice) else 1
+        return found
+
+
+def test_names_are_found_in_the_time_of_what_was_appended() -> None:
+    graph = SimpleNamespace(node=_Counted(), initializer=_Counted())
+    for i in range(100):
+        observers.by_channel(graph, f"x{i}", None)
+        observers.by_channel(graph, f"x{i}", None)
+        assert observers.has(graph, f"x{i}.flat")
+    assert graph.node.looked == len(graph.node)
+    assert graph.initializer.looked == len(graph.initializer) == 3
+
+
+def test_names_are_those_of_the_graph_that_is_asked() -> None:
+    first, second = _graph(["a"], 2, np.float32).graph, _graph(["b"], 2, np.float32).graph
+    assert observers.has(first, "a")
+    assert not observers.has(second, "a")
+    second.node.append(helper.make_node("Neg", ["b"], ["a"]))
+    assert observers.has(second, "a")
+    del second.node[:]
+    assert not observers.has(second, "a")

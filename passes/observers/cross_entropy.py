@@ -10,7 +10,7 @@ from qcompile.passes.affine import Array
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Outputs, State
 from qcompile.passes.observers.extremes import Extremes
-from qcompile.passes.observers.nodes import add_outputs, matrix
+from qcompile.passes.observers.nodes import add_outputs, has, matrix
 from qcompile.passes.observers.softmax import GRIDS, append_losses, candidates
 from qcompile.passes.spec import ActivationSpec
 
@@ -38,7 +38,7 @@ class CrossEntropy(Extremes):
         """`value`.softmax8.losses (16 for 16 bits), float32 (candidates,), of a batch's sample; .rows, int64 (1,)."""
         super().append(graph)
         prefix = f"{self.value}.softmax{self.bits}"
-        if any(f"{prefix}.losses" in node.output for node in graph.node):
+        if has(graph, f"{prefix}.losses"):
             return
         append_losses(graph, prefix, matrix(graph, self.value), GRIDS[self.bits])
         add_outputs(graph, [f"{prefix}.losses"])

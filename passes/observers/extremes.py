@@ -9,7 +9,7 @@ from onnx import helper
 from qcompile.passes.affine import Array
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Observer, Outputs, State
-from qcompile.passes.observers.nodes import add_outputs, by_channel, constant, lost, scalar
+from qcompile.passes.observers.nodes import add_outputs, by_channel, constant, has, lost, scalar
 from qcompile.passes.observers.room import RowExtremes, append_row_extremes
 from qcompile.passes.spec import ActivationSpec
 
@@ -40,7 +40,7 @@ class Extremes(Observer):
         finite one (a maximum alone would hide a NaN), but for rows of which none is; `nodes.lost`.
         """
         low, high, faults = f"{self.prefix}.low", f"{self.prefix}.high", f"{self.value}.faults"
-        if any(low in node.output for node in graph.node):
+        if has(graph, low):
             return
         source = by_channel(graph, self.value, self.axis)
         axes = [] if self.axis is None else [constant(graph, "qcompile.axis1", [1])]
@@ -49,7 +49,7 @@ class Extremes(Observer):
         add_outputs(graph, [low, high])
         if self.axis is None:
             append_row_extremes(graph, self.value)
-        if not any(faults in node.output for node in graph.node):
+        if not has(graph, faults):
             zero = scalar(graph, "qcompile.zero", np.float32(0))
             graph.node.append(helper.make_node("Mul", [source, zero], [f"{self.value}.zeros"]))
             graph.node.append(helper.make_node("ReduceSum", [f"{self.value}.zeros"], [faults], keepdims=0))

@@ -11,7 +11,7 @@ from qcompile.passes.observers.base import Outputs, State
 from qcompile.passes.observers.counting import CHANNEL, TENSOR, Counts, Octaves, append_counts
 from qcompile.passes.observers.distribution import Distribution, from_bins
 from qcompile.passes.observers.extremes import Extremes
-from qcompile.passes.observers.nodes import add_outputs, by_channel
+from qcompile.passes.observers.nodes import add_outputs, by_channel, has
 
 # Bins of equal width that a report shows.
 _PLOTTED = 64
@@ -38,7 +38,7 @@ class Histogram(Extremes):
         """`prefix`.bins.counts, int32 (channels * 2 * (1 + size),), and `prefix`.bins.top, float32."""
         super().append(graph)
         counts, top = f"{self.prefix}.bins.counts", f"{self.prefix}.bins.top"
-        if any(counts in node.output for node in graph.node):
+        if has(graph, counts):
             return
         source, channels = by_channel(graph, self.value, self.axis), self.axis is not None
         append_counts(graph, self.prefix, source, self.bins, channels=channels, weights=self.weights)

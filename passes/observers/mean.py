@@ -10,7 +10,7 @@ from onnx import TensorProto
 from qcompile.passes.affine import Array
 from qcompile.passes.observers.base import Observer, Outputs, State
 from qcompile.passes.observers.builder import Builder
-from qcompile.passes.observers.nodes import add_outputs, by_channel, constant
+from qcompile.passes.observers.nodes import add_outputs, by_channel, constant, has
 from qcompile.passes.spec import ActivationSpec
 
 
@@ -34,7 +34,7 @@ class Mean(Observer):
         a channel.
         """
         build = Builder(graph, self.value)
-        if any(f"{self.value}.total.0" in node.output for node in graph.node):
+        if has(graph, f"{self.value}.total.0"):
             return
         source = by_channel(graph, self.value, self.axis)
         axis = constant(graph, "qcompile.axis1", [1])

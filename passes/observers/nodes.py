@@ -1,5 +1,6 @@
 """Nodes that observers and checks append to a graph: reductions computed inside ONNX Runtime."""
 
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,6 +8,33 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+
+class _Seen(threading.local):
+    """The values of the graph that this thread asked for last: of its first `nodes` nodes and `constants` initializers.
+
+    A message cannot be the key of a dictionary, nor be referred to weakly.
+    """
+
+    def __init__(self) -> None:
+        self.look_at(onnx.GraphProto())
+
+    def look_at(self, graph: onnx.GraphProto) -> None:
+        self.graph, self.nodes, self.constants, self.names = graph, 0, 0, set[str]()
+
+
+_seen = _Seen()
+
+
+def has(graph: onnx.GraphProto, name: str) -> bool:
+    """Whether a node or an initializer of the graph gives the value; each is looked at once while the graph grows."""
+    if graph is not _seen.graph or len(graph.node) < _seen.nodes or len(graph.initializer) < _seen.constants:
+        _seen.look_at(graph)
+    for node in graph.node[_seen.nodes :]:
+        _seen.names.update(node.output)
+    _seen.names.update(tensor.name for tensor in graph.initializer[_seen.constants :])
+    _seen.nodes, _seen.constants = len(graph.node), len(graph.initializer)
+    return name in _seen.names
 
 
 def difference(value: str, end: str) -> str:
@@ -85,7 +113,7 @@ def floats(graph: onnx.GraphProto, value: str) -> str:
     them. A row of which some numbers are finite stays as it is: there the model overflows.
     """
     name = f"{value}.float"
-    if any(name in node.output for node in graph.node):
+    if has(graph, name):
         return name
     first, last = constant(graph, "qcompile.first", [0]), constant(graph, "qcompile.minus1", [-1])
     zero = scalar(graph, "qcompile.zero", np.float32(0))
@@ -108,7 +136,7 @@ def floats(graph: onnx.GraphProto, value: str) -> str:
 def matrix(graph: onnx.GraphProto, value: str) -> str:
     """The value as a float32 matrix (rows, K)."""
     shape, name = f"{value}.last", rows(value)
-    if any(name in node.output for node in graph.node):
+    if has(graph, name):
         return name
     minus_one = constant(graph, "qcompile.minus1", [-1])
     graph.node.extend(
@@ -127,7 +155,7 @@ def by_channel(graph: onnx.GraphProto, value: str, axis: int | None) -> str:
     Numbers of a channel lie side by side: ONNX Runtime 1.32 reduces them 10 times as fast as a (numbers, channels).
     """
     name = f"{value}.flat" if axis is None else f"{value}.channels{axis}"
-    if any(name in node.output for node in graph.node):
+    if has(graph, name):
         return name
     if axis is None:
         shape = constant(graph, "qcompile.minus1", [-1])
@@ -167,13 +195,13 @@ def _three_dimensions(graph: onnx.GraphProto, value: str, axis: int) -> tuple[st
 
 def constant(graph: onnx.GraphProto, name: str, values: list[int]) -> str:
     """An int64 initializer of that name, made once."""
-    if not any(tensor.name == name for tensor in graph.initializer):
+    if not has(graph, name):
         graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
     return name
 
 
 def scalar(graph: onnx.GraphProto, name: str, value: npt.NDArray[Any] | np.generic) -> str:
     """An initializer () of that name, made once."""
-    if not any(tensor.name == name for tensor in graph.initializer):
+    if not has(graph, name):
         graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
     return name
