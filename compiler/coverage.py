@@ -4,6 +4,7 @@ Invariant: behind `account`, the decisions of the quantizing pass name every flo
 is in the census (1,024 elements or more, in any graph), with its elements and bytes, what reads it and why it is float.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ DEFAULT, DEFAULT_OF_ALL = 0.95, 0.5
 # The list that quantizes the weights of a family.
 _LISTS = {"MatMul": "smooth,awq,gptq,pack", "Conv": "smooth,qdq,bias_correction"}
 # Operators whose weights those lists take.
-_TAKEN = {"MatMul", "Gemm", "Conv"}
+_TAKEN = {"MatMul", "Gemm", "Conv", "ConvTranspose"}
 _WORDS = {"MatMul": "MatMul", "Conv": "Conv"}
 
 
@@ -160,13 +161,16 @@ def _shortfalls(report: Report, least: float | None, families: set[str]) -> Iter
 
 
 def _reasons(report: Report) -> list[str]:
-    """Why products' weights are in float, those of most elements first, with their share of all elements."""
+    """Why products' weights are in float, those of most elements first, with their share of all elements.
+
+    Weights below the census's size may have decisions that tell no size.
+    """
     sizes: dict[str, int] = {}
     for decision in report.skipped_products:
         sizes[decision.reason] = sizes.get(decision.reason, 0) + int(decision.detail.get("weights", 0))
     total = sum(report.elements(family, action) for family in PRODUCTS for action in ("quantized", "skipped"))
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
-    return [f"{reason} ({size / max(total, 1):.1%} of all)" for reason, size in ordered[:4]]
+    return [f"{reason} ({size / total:.1%} of all)" if total else reason for reason, size in ordered[:4]]
 
 
 def _nothing(report: Report, name: str) -> str:
@@ -178,8 +182,9 @@ def _nothing(report: Report, name: str) -> str:
 
 
 def _better(report: Report, name: str) -> str:
-    """The list that is for most of what was left, if it is another one."""
-    left = {family: report.elements(family, "skipped") for family in PRODUCTS}
+    """The list that is for most of what was left, if it is another one; by nodes where no size is told."""
+    nodes = Counter(family_of(str(d.detail["kind"])) for d in report.skipped_products)
+    left = {family: (report.elements(family, "skipped"), nodes[family]) for family in PRODUCTS}
     family = max(left, key=left.__getitem__)
     taken = any(d.detail["kind"] in _TAKEN and family_of(d.detail["kind"]) == family for d in report.skipped_products)
     better = _LISTS[family]

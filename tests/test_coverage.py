@@ -171,6 +171,13 @@ def _cnn() -> Graph:
     return make
 
 
+def _small() -> Graph:
+    """A convolution below the size of the census, whose decision tells no size."""
+    make = Graph()
+    make.output(make.one("ConvTranspose", make.input("b", 3, 8, 8), make.floats(3, 4, 3, 3)))
+    return make
+
+
 def _lstm() -> Graph:
     make = Graph()
     make.output(_recurrent(make, make.input("b", D)))
@@ -198,6 +205,7 @@ def _patches() -> Graph:
         (_cnn, "pack", None, r"MatMul and Conv weights .*Conv weights \(9\d\.\d% of all\); --passes smooth,qdq,"),
         (_cnn, "dynamic", None, r"--passes smooth,qdq,bias_correction is for them; .*nothing was written"),
         (_cnn, "pack", 0.9, r"only 0\.0% of the Conv weights were quantized, below --min-coverage 0\.9; "),
+        (_small, "dynamic", None, r"kernel for ConvTranspose; --passes smooth,qdq,bias_correction is for them"),
         (_nothing, "pack", None, r"pack quantizes nothing of this model: it has no constant weight; nothing was"),
         (_patches, "pack", 0.9, r"only 0\.0% of the Conv weights were quantized"),
         (_cnn, "smooth,qdq,bias_correction", 1.0, None),
