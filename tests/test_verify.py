@@ -184,6 +184,17 @@ def test_a_nan_beside_one_of_the_float_model_is_noticed() -> None:
         compare_outputs([{"y": worse}], [{"y": padded}])
 
 
+def test_a_pole_may_move_to_a_neighbour_and_no_more() -> None:
+    """log(relu(x)) and 1 / relu(x): which of two small numbers is 0 is rounding; more of them than before is not."""
+    pole = np.array([-np.inf, -2.0, 3.0, 4.0])
+    moved = np.array([-9.0, -np.inf, 3.0, 4.0])
+    assert compare_outputs([{"y": moved}], [{"y": pole}])[0].relative == 0
+    with pytest.raises(UserError, match=r"is not \(2 of 4 numbers\)"):
+        compare_outputs([{"y": np.array([-np.inf, -np.inf, -np.inf, 4.0])}], [{"y": pole}])
+    with pytest.raises(UserError, match=r"is not \(1 of 4 numbers\)"):
+        compare_outputs([{"y": np.array([-np.inf, np.nan, 3.0, 4.0])}], [{"y": pole}])
+
+
 def test_outputs_of_another_shape_are_left_out_and_none_at_all_is_an_error() -> None:
     boxes, kept = {"boxes": np.zeros((3, 4)), "y": np.ones(2)}, {"boxes": np.zeros((2, 4)), "y": np.ones(2)}
     assert [error.name for error in compare_outputs([boxes], [kept])] == ["y"]
