@@ -11,6 +11,7 @@ import onnx_ir as ir
 from qcompile.compiler import statistics_file
 from qcompile.compiler.census import FloatConstant, census
 from qcompile.compiler.coverage import account, quantizers
+from qcompile.compiler.feeds import Batch
 from qcompile.compiler.inputs import InputPlan, input_plan
 from qcompile.compiler.job import Job, observed
 from qcompile.compiler.memory import check_sizes
@@ -29,6 +30,7 @@ from qcompile.passes.base import Pass, Region
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.lower import check_block_size
 from qcompile.passes.linears import find_linears, vocabulary_size
+from qcompile.passes.masks import mark_infinite
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.histogram import Histogram
@@ -132,6 +134,7 @@ def gather_data(prepared: Prepared, calibration: Calibration, saved: SavedStatis
     observes, recipe = prepared.observes and saved is None, prepared.recipe
     needed = recipe.mixed or observes or any(p.needs_statistics or p.walks_again for p in prepared.passes)
     data = gather(prepared.plan, prepared.source, recipe, calibration, needed=needed)
+    mark_infinite(prepared.model, _infinite(prepared.plan, (*data.calibration, *data.checks)))
     if data.guess:
         refused = [p.name for p in prepared.passes if p.walks_again or p.needs_correlations]
         refused += ["qdq"] if observes else []
@@ -141,6 +144,12 @@ def gather_data(prepared: Prepared, calibration: Calibration, saved: SavedStatis
                 "--calibration self"
             )
     return data
+
+
+def _infinite(plan: InputPlan, batches: Sequence[Batch]) -> set[str]:
+    """Names of the inputs that are infinite somewhere in the batches; data is only read for those that may be."""
+    names = [given.name for given in plan.inputs if given.is_float and given.unbounded]
+    return {name for batch in batches if names for name in names if np.isinf(batch.feeds.get(name, 0)).any()}
 
 
 def walk(prepared: Prepared, data: Data, saved: SavedStatistics | None = None) -> Walked:

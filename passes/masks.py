@@ -1,6 +1,6 @@
 """Additive attention masks: values that hold numbers like -1e4, -3.4e38 or -inf beside ordinary ones."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,13 +12,14 @@ from qcompile.passes.tensors import chunks
 # An 8-bit grid that spans it has steps of 35 and more: it has no room for scores.
 FILL = 9e3
 _KNOWN = "qcompile.fill"
+_GIVEN = "qcompile.infinities"
 
 # What gives the numbers it reads, or sums and products of them, by the positions of the inputs that hold them.
 _CARRIES: dict[str, tuple[int, ...]] = {
     "Where": (1, 2),
-    **dict.fromkeys(("Add", "Sub", "Mul"), (0, 1)),
+    **dict.fromkeys(("Add", "Sub", "Mul", "Max", "Min"), (0, 1)),
     **dict.fromkeys(("Neg", "Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand"), (0,)),
-    **dict.fromkeys(("Slice", "Gather", "Split", "Tile", "Flatten", "Trilu", "Pad", "ScatterND"), (0,)),
+    **dict.fromkeys(("Slice", "Gather", "Split", "Tile", "Flatten", "Trilu", "Pad", "ScatterND", "Clip"), (0,)),
 }
 _ATTENTION = {"Attention", "MultiHeadAttention", "GroupQueryAttention"}
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "LSTM", "GRU", "RNN"} | _ATTENTION
@@ -29,7 +30,9 @@ _OPERANDS = 3
 # What gives finite numbers of infinite ones, or none: an infinite operand goes no further.
 _BOUND = {"Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid", "Tanh", "Clip", "Min", "Max", "Exp", "Erf"} | _ATTENTION
 # What stands between the sum of scores and a mask and its Softmax.
-_BETWEEN = {"Add", "Sub", "Where", "Mul", "Div", "Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
+_BETWEEN = {"Add", "Sub", "Where", "Mul", "Div", "Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze"} | {
+    *("Max", "Min", "Clip")  # a lowest number for what a mask of the lowest float makes infinite
+}
 
 
 def holds_fill(value: ir.Value) -> bool:
@@ -54,8 +57,10 @@ def masked(model: ir.Model) -> set[ir.Value]:
     Case 1: one that is computed from a constant with such a number, by sums, products, choices and moves alone.
     Case 2: what is added to the scores of an attention before its Softmax and comes out of no product: a mask, whatever
             it holds, also where it is an input of the model; and the sum.
+    Case 3: an input of which the data is infinite somewhere (`mark_infinite`), and what carries it on.
     """
     found = {value for value in _added_to_scores(model) if value is not None}
+    found |= {value for value in model.graph.inputs if _GIVEN in value.meta}
     for node in model.graph:
         if node.op_type in ("Constant", "ConstantOfShape") and _fills(node):
             found.update(node.outputs)
@@ -64,6 +69,13 @@ def masked(model: ir.Model) -> set[ir.Value]:
             found.update(node.outputs)
             found.update(own for own in carried if own is not None and is_constant(own) and holds_fill(own))
     return found
+
+
+def mark_infinite(model: ir.Model, names: Collection[str]) -> None:
+    """Have `masked` know the graph inputs of these names, which are fed infinities."""
+    for value in model.graph.inputs:
+        if value.name in names:
+            value.meta[_GIVEN] = True
 
 
 def reaches_product(value: ir.Value) -> bool:

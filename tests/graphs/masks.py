@@ -18,6 +18,15 @@ def _attention(make: Graph, mask: str, x: str) -> None:
     make.output(make.linear(make.one("MatMul", weights, v), 32))
 
 
+def _bounded(make: Graph, mask: str, x: str) -> None:
+    """The same, its sums not below the lowest number, as XGLM and OPT have it."""
+    q, k, v = (make.linear(x, 32) for _ in range(3))
+    scores = make.one("MatMul", q, make.one("Transpose", k, perm=[0, 2, 1]))
+    scaled = make.one("Add", make.one("Mul", scores, make.constant(np.float32(0.2))), mask)
+    weights = make.one("Softmax", make.one("Max", scaled, make.constant(np.finfo(np.float32).min)), axis=-1)
+    make.output(make.linear(make.one("MatMul", weights, v), 32))
+
+
 def _keep(random: np.random.Generator, size: tuple[int, ...]) -> Any:
     """The first half of the positions at least, some of the others."""
     made = random.random(size) < 0.6
@@ -69,6 +78,27 @@ def mask_of_infinities_as_an_input(make: Graph) -> None:
     x = make.input("b", 12, 32)
     mask = make.input("b", 1, 12, draw=lambda random, size: np.where(_keep(random, size), 0, -np.inf))
     _attention(make, make.one("Mul", make.one("Identity", mask), make.constant(np.float32(1))), x)
+
+
+@case(LISTS)
+def mask_as_an_input_above_the_lowest_number(make: Graph) -> None:
+    x = make.input("b", 12, 32)
+    _bounded(make, make.input("b", 1, 12, draw=lambda random, size: np.where(_keep(random, size), 0, -np.inf)), x)
+
+
+@case(LISTS)
+def mask_of_minus_ten_thousand_above_the_lowest_number(make: Graph) -> None:
+    x = make.input("b", 12, 32)
+    _bounded(make, make.input("b", 1, 12, draw=lambda random, size: np.where(_keep(random, size), 0, -1e4)), x)
+
+
+@case(LISTS)
+def logits_of_which_an_input_forbids_some(make: Graph) -> None:
+    x, forbidden = (
+        make.input("b", 32),
+        make.input(64, draw=lambda random, size: np.where(np.arange(64) % 5, 0, -np.inf)),
+    )
+    make.output(make.one("Exp", make.one("Add", make.linear(x, 64), forbidden)))
 
 
 @case({"qdq(operators=all)": 22, "qdq": 22, "pack": 14, "dynamic": 25}, coverage=None)
