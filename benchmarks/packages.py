@@ -94,7 +94,13 @@ ROWS: dict[str, Row] = {
         pictures("images", 1, 320, 320),
         20,
     ),
-    "silero-vad": Row(_silero("silero_vad"), RECURRENT, sounds("input", 1, 576, state=_STATE, sr=_RATE), 20),
+    "silero-vad": Row(
+        _silero("silero_vad"),
+        RECURRENT,
+        sounds("input", 1, 576, state=_STATE, sr=_RATE),
+        20,
+        options=("--bits", "8"),
+    ),
     "silero-vad-16k": Row(
         _silero("silero_vad_openvino_16k"),
         INT8,
@@ -110,7 +116,11 @@ ROWS: dict[str, Row] = {
         options=("--min-sqnr", "20"),
     ),
     "silero-vad-ifless": Row(
-        _silero("silero_vad_op18_ifless"), RECURRENT, sounds("input", 1, 576, state=_STATE, sr=_RATE), 20
+        _silero("silero_vad_op18_ifless"),
+        RECURRENT,
+        sounds("input", 1, 576, state=_STATE, sr=_RATE),
+        20,
+        options=("--bits", "8"),
     ),
     "ddddocr-det": Row(_captcha("common_det"), INT8, pictures("images", 1, 416, 416, scale=255), 15),
     "ddddocr-common": Row(_captcha("common"), "smooth,qdq", pictures("input1", 1, 64, 160, channels=1), 15),
@@ -230,7 +240,7 @@ ROWS: dict[str, Row] = {
     "dnsmos-v8": Row(_mos("dnsmos_models/model_v8"), INT8, spectra("input_1", 1, 900, 120), 25),
     "plcmos": Row(
         _mos("plcmos_models/plcmos_v2"),
-        "pack",
+        INT8,
         spectra("degraded_audio", 1, 1, 200, 257, rater_embed=np.full((1, 64), 0.1, np.float32)),
         20,
     ),
