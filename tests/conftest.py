@@ -1,6 +1,7 @@
 """What the tests of the pipeline share: a folder with models in it, quick compiles, and folders as they were."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+from hypothesis import settings
 
 from qcompile.compiler import cli
 from qcompile.compiler.pipeline import compile_model
@@ -18,6 +20,11 @@ from qcompile.compiler.store import save_model
 from qcompile.compiler.walk import Calibration
 from qcompile.models.text import calibration_text
 from qcompile.models.tiny import tiny_tokenizer
+
+# Property tests draw the same examples in every run, so that what fails is the change; or others each time.
+settings.register_profile("same", derandomize=True)
+if os.environ.get("QCOMPILE_EXAMPLES") != "random":
+    settings.load_profile("same")
 
 # Enough for statistics of full rank in the tiny models (K up to 160) within a second.
 QUICK = {"samples": 8, "context": 32, "group_size": 32}
