@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from qcompile.compiler import output_files
@@ -21,6 +22,7 @@ from qcompile.passes.tensors import chunks
 
 # Smaller tensors stay in the model file, where they cost less than an entry in the data file.
 _INLINE_BELOW = 1024
+_CODES = {"QuantizeLinear", "DequantizeLinear"}
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,22 @@ def _serialize(model: ir.Model, location: str, offsets: Mapping[ir.Value, int], 
             value.const_value = tensor
         for node, attribute in attributes:
             node.attributes[attribute.name] = attribute
+    _drop_told_twice(proto.graph)
     merged = {entry.key: entry.value for entry in proto.metadata_props} | dict(metadata)
     del proto.metadata_props[:]
     for key, text in merged.items():
         proto.metadata_props.add(key=key, value=text)
     serialized: bytes = proto.SerializeToString(deterministic=True)
     return serialized
+
+
+def _drop_told_twice(graph: onnx.GraphProto) -> None:
+    """Drop the stated types of initializers, which state their own, and of codes and what is decoded from them."""
+    told = {tensor.name for tensor in graph.initializer}
+    told.update(name for node in graph.node if node.op_type in _CODES and node.domain == "" for name in node.output)
+    kept = [value for value in graph.value_info if value.name not in told]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
 
 
 def _placed(value: ir.Value, tensor: ir.TensorProtocol, location: str, offset: int) -> ir.ExternalTensor:

@@ -233,6 +233,31 @@ def _expand(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     return _one(source, shape, lambda array: np.broadcast_to(array, shape))
 
 
+def _tile(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    source, repeats = _first(operands), _numbers(operands, 1)
+    if repeats is None or len(repeats) != len(source.shape) or min(repeats, default=1) < 0:
+        return None
+    shape = tuple(size * times for size, times in zip(source.shape, repeats, strict=True))
+    return _one(source, shape, lambda array: np.tile(array, repeats))
+
+
+def _pad(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    """With a constant; negative sizes, which cut off, are left to the runtime."""
+    source, sizes, axes = _first(operands), _numbers(operands, 1), _numbers(operands, 3)
+    value = operands[2] if len(operands) > 2 else None
+    if sizes is None or node.attributes.get_string("mode", "constant") != "constant" or min(sizes, default=0) < 0:
+        return None
+    if value is not None and (value.content is None or value.content.size != 1 or value.dtype != source.dtype):
+        return None
+    rank, filler = len(source.shape), 0 if value is None or value.content is None else value.content.reshape(())
+    places = range(rank) if axes is None else [_axis(axis, rank) for axis in axes]
+    around = [(0, 0)] * rank
+    for axis, before, behind in zip(places, sizes[: len(places)], sizes[len(places) :], strict=True):
+        around[axis] = (before, behind)
+    shape = tuple(before + size + behind for size, (before, behind) in zip(source.shape, around, strict=True))
+    return _one(source, shape, lambda array: np.pad(array, around, constant_values=filler))
+
+
 def _elementwise(function: Callable[..., Array]) -> _Rule:
     """Floats of one type in, the same type out; shapes broadcast."""
 
@@ -414,6 +439,8 @@ _MOVES: Mapping[str, _Rule] = {
     "Concat": _concat,
     "Expand": _expand,
     "Where": _where,
+    "Tile": _tile,
+    "Pad": _pad,
     "QuantizeLinear": _quantize,
 }
 # No Sin and Cos: what they make of constants is a table of a transform, not a weight, and means to be exact.

@@ -1,5 +1,6 @@
 """Small graph edits that the steps of `prepare` and the passes share."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -32,6 +33,16 @@ class Names:
             name = f"{wanted}_{count}"
         self._used.add(name)
         return name
+
+
+def stem(name: str | None, limit: int = 48) -> str:
+    """A name to make others of: a long one is cut, and told apart by a digest of it.
+
+    Exporters name a node after everything that was fused into it, some hundred letters; five new names for each
+    activation would be larger than a small model's weights.
+    """
+    text = str(name)
+    return text if len(text) <= limit else f"{text[: limit - 9]}~{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def is_constant(value: ir.Value | None) -> bool:

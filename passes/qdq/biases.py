@@ -8,7 +8,7 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array
 from qcompile.passes.formats.emit import drop_unused
 from qcompile.passes.linears import constant
-from qcompile.passes.prepare.edit import add_initializer, insert_before, is_constant
+from qcompile.passes.prepare.edit import add_initializer, insert_before, is_constant, stem
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.qdq.twin import TWIN, Twin
 
@@ -47,7 +47,7 @@ def quantize_bias(model: ir.Model, node: ir.Node, position: int, scale: Array, c
     codes = np.rint(bias / scales)
     if np.abs(codes).max(initial=0) > _LIMIT:
         return False
-    name = f"{value.name}.{node.name}.int32"
+    name = f"{stem(value.name)}.{stem(node.name)}.int32"
     dtype = constant(value).dtype
     stored = add_initializer(model.graph, name, ir.tensor(codes.astype(np.int32)))
     scale_value = add_initializer(model.graph, f"{name}.scale", ir.tensor(scales.astype(dtype.numpy())))

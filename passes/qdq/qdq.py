@@ -18,7 +18,7 @@ from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.policy import Policy
-from qcompile.passes.prepare.edit import Names, add_initializer, take_over
+from qcompile.passes.prepare.edit import Names, add_initializer, stem, take_over
 from qcompile.passes.qdq.biases import quantize_bias, settle_bias
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import replace_outlier
@@ -218,7 +218,7 @@ class Qdq(Pass):
     def _pair(self, model: ir.Model, value: ir.Value, qparams: QParams, names: Names) -> ir.Value:
         """Q and DQ behind a value; returns the DQ's output."""
         dtype = _float_type(value)
-        name = names.fresh(f"{value.name}.quantized")
+        name = names.fresh(f"{stem(value.name)}.quantized")
         scale = add_initializer(model.graph, f"{name}.scale", ir.tensor(qparams.scale.astype(dtype.numpy())))
         grid, kind = [scale], {"output_dtype": int(self.spec.dtype)}
         if not self.spec.is_float or self.provider == "tensorrt":
@@ -227,7 +227,7 @@ class Qdq(Pass):
             grid, kind = [scale, add_initializer(model.graph, f"{name}.zero_point", zero)], {}
         quantize = ir.node("QuantizeLinear", [value, *grid], kind, name=name)
         dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *grid], name=f"{name}.back")
-        quantize.outputs[0].name, dequantize.outputs[0].name = name, names.fresh(f"{value.name}.dequantized")
+        quantize.outputs[0].name, dequantize.outputs[0].name = name, names.fresh(f"{stem(value.name)}.dequantized")
         for node, own in ((quantize, self.spec.dtype), (dequantize, dtype)):
             node.outputs[0].dtype, node.outputs[0].shape = own, value.shape
         producer, graph = value.producer(), model.graph

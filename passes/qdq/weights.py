@@ -13,7 +13,7 @@ from qcompile.passes.affine import LEAST_SCALE, Array, QParams, Quantized, choos
 from qcompile.passes.formats.emit import drop_unused
 from qcompile.passes.gptq import QUANTIZED
 from qcompile.passes.linears import as_linear, constant
-from qcompile.passes.prepare.edit import add_initializer, insert_before
+from qcompile.passes.prepare.edit import add_initializer, insert_before, stem
 from qcompile.passes.qdq.biases import least_scales
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.spec import PerChannel, QuantSpec
@@ -194,7 +194,7 @@ class WeightStore:
         read = node.inputs[position]
         assert read is not None
         stored = self.store(value, w, axis, transposed=read is not value, least=least)
-        name = f"{stored.codes.name}.{node.name}.dequantized"
+        name = f"{stem(stored.codes.name)}.{stem(node.name)}.dequantized"
         attributes = {"axis": stored.quantized.axis} if stored.quantized.scale.ndim else {}
         weight = insert_before(
             node, "DequantizeLinear", [stored.codes, stored.scale], attributes, name=name, output=name

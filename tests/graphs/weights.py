@@ -160,3 +160,12 @@ def weights_made_of_few_numbers(make: Graph) -> None:
     bank = make.one("Reshape", flat, make.constant(np.array([512, 128])))
     window = make.one("Mul", make.floats(128, 1, scale=1.0), make.floats(1, 128, scale=1.0))
     make.output(make.linear(make.one("MatMul", make.one("MatMul", power, bank), window), 64, 128))
+
+
+@case(ALL, packed={"MatMulInt4": 2, "MatMul": 0}, coverage=1.0)
+def padded_and_repeated(make: Graph) -> None:
+    """K padded to what a kernel wants, and halves that are the same."""
+    x = make.input("b", 64)
+    first = make.one("Pad", make.floats(60, 64), make.constant(np.array([0, 0, 4, 0])))
+    second = make.one("Tile", make.floats(32, 48, scale=0.15), make.constant(np.array([2, 1])))
+    make.output(make.one("MatMul", make.one("Relu", make.one("MatMul", x, first)), second))
