@@ -10,6 +10,7 @@ from qcompile.compiler.readers import is_reference
 from qcompile.passes.errors import UserError
 
 _TEXTS = (".txt", ".jsonl")
+_KINDS = (*ARRAYS, *images.SUFFIXES, *_TEXTS)
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,11 @@ class Files:
 
     @classmethod
     def of(cls, words: Sequence[str]) -> "Files":
-        """The words sorted; UserError for a mixture, and for a folder without any such file."""
+        """The words sorted; UserError for a mixture, for a folder without any such file, and for what is no file."""
         references = [word for word in words if is_reference(word)]
         paths = [path for word in words if word not in references for path in _expanded(Path(word))]
+        for path in paths:
+            _check_regular(path)
         arrays = [path for path in paths if path.suffix.lower() in ARRAYS]
         pictures = [path for path in paths if path.suffix.lower() in images.SUFFIXES]
         texts = [path for path in paths if path not in arrays and path not in pictures]
@@ -37,10 +40,18 @@ class Files:
         return cls(texts, arrays, pictures, references[0] if references else "")
 
 
+def _check_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():  # reading a pipe may wait for ever
+        raise UserError(f"{path} is not a regular file: save the data in one")
+    if not path.exists() and path.suffix.lower() not in _KINDS:
+        raise UserError(f"{path}: no such file or folder")
+
+
 def _expanded(path: Path) -> list[Path]:
+    """What lies in a folder. Texts beside arrays or images tell about them (README.txt, labels.txt): no data."""
     if not path.is_dir():
         return [path]
-    found = in_folder(path, (*ARRAYS, *images.SUFFIXES, *_TEXTS))
+    found = in_folder(path, _KINDS)
     if not found:
         raise UserError(f"{path}: no .npz, .npy, image, .txt or .jsonl file in this folder")
-    return found
+    return [file for file in found if file.suffix.lower() not in _TEXTS] or found

@@ -176,10 +176,16 @@ def _pillow() -> Any:
 
 def _opened(path: Path, mode: str) -> Any:
     image, operations = _pillow()
+    if path.exists() and not path.is_file():  # reading a pipe may wait for ever
+        raise UserError(f"{path} is not a regular file: save the image in one")
     try:
         with image.open(path) as opened:
-            upright: Any = operations.exif_transpose(opened).convert(mode)
-            return upright
+            upright: Any = operations.exif_transpose(opened)
+            if upright.mode.startswith(
+                "I"
+            ):  # 16 bits a pixel, of which Pillow's own conversion cuts off what is above 255
+                upright = image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
+            return upright.convert(mode)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such image file") from error
     except Exception as error:  # Pillow raises whatever the decoder of the format does

@@ -53,8 +53,9 @@ def test_a_pipe_for_a_model(capsys: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "name", "message"),
     [
-        ("--calibration", "text.txt", r"text\.txt is not a regular file: save the text in one"),
-        ("--calibration", "x.npz", r"x\.npz: no such file"),
+        ("--calibration", "text.txt", r"text\.txt is not a regular file: save the data in one"),
+        ("--calibration", "x.npz", r"x\.npz is not a regular file"),
+        ("--calibration", "x.png", r"x\.png is not a regular file"),
         ("--tokenizer", "tokenizer.json", r"no tokenizer\.json at"),
         ("--recipe", "r.yaml", r"r\.yaml is not a regular file"),
         ("--statistics", "s.npz", r"s\.npz: no such file"),

@@ -86,6 +86,21 @@ def test_integer_inputs_take_pixels(photos: Path) -> None:
     assert data.description.endswith("pixels 0 to 255")
 
 
+@pytest.mark.parametrize("shape", [[1, 8, 8, 3], [1, 1, 8, 8]])
+def test_sixteen_bits_a_pixel_become_eight(tmp_path: Path, shape: list[Any]) -> None:
+    """Pillow's own conversion makes 255 of everything above."""
+    Image.fromarray(np.full((8, 8), 0x4321, np.uint16)).save(tmp_path / "a.png")
+    data = _data(_plan(shape, TensorProto.UINT8), tmp_path)
+    assert set(data.calibration[0].feeds["x"].ravel().tolist()) == {0x43}
+
+
+def test_words_about_images_are_no_data(photos: Path) -> None:
+    for name in ("README.txt", "labels.txt", "boxes.jsonl"):
+        (photos / name).write_text("red")
+    assert len(_data(_plan(["n", 3, 8, 8]), photos).calibration) == 5
+    assert len(_data(_plan(["n", 3, 8, 8]), photos / "1.png").calibration) == 1
+
+
 def test_of_many_images_as_many_as_asked_for_are_spread_over_them(photos: Path) -> None:
     data = _data(_plan(["n", 3, 8, 8]), photos, samples=3, pictures=Pictures((0.0,), (1.0,)))
     reds = [float(batch.feeds["x"][0, 0, 0, 0] * 255) for batch in data.calibration]
@@ -140,6 +155,16 @@ def test_a_folder_of_images_through_the_command_line(
     assert main([str(path), "--passes", "qdq", "--calibration", str(photos), *options, *out]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "data 5 images, 32×32 RGB, cropped to fit, channels first, (pixel·0.003922 - 0.5) / 0.5 (as told)" in said
+
+
+def test_an_option_that_is_repeated_adds_to_the_data(
+    bench: Any, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """argparse would take the last one alone, without a word."""
+    given = [word for number in range(3) for word in ("--calibration", str(photos / f"{number}.png"))]
+    out = ["-o", str(bench.folder / "q.onnx")]
+    assert main([str(bench.save(tiny_conv())), "--passes", "qdq", "--image-size", "32,32", *given, *out]) == 0
+    assert "3 images" in capsys.readouterr().out
 
 
 def test_eval_takes_images_too(bench: Any, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,6 +151,7 @@ def test_without_need_only_the_checks_are_made(bench: Any) -> None:
         (tiny_encoder, [], r"no tokenizer lies beside the model, and it is no decoder to sample text from"),
         (tiny_decoder, ["{text}"], r"is text, but no tokenizer.json lies beside .*: give --tokenizer"),
         (tiny_decoder, ["{text}", "a.npz"], r"not a mixture"),
+        (tiny_mlp, ["no/folder/"], r"^no/folder: no such file or folder"),
         (tiny_decoder, ["no_such_module:f"], r"no_such_module:f: No module named"),
     ],
 )

@@ -103,7 +103,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> Callable[..., Any]:
         "arrays, or a reader with get_next); or one word: self (tokens that the model generates), norms (no data: the "
         "scales of norms stand in for activations). Default: bundled text, else self"
     )
-    add("--calibration", nargs="+", default=[], metavar="FILE", help=sources)
+    add("--calibration", nargs="+", action="extend", default=[], metavar="FILE", help=sources)
     add("--image-mean", type=_numbers, metavar="R,G,B", help="of images: (pixel/255 - mean) / std; one number, or one "
         "a channel (default: of preprocessor_config.json beside the model, else ImageNet's)")  # fmt: skip
     add("--image-std", type=_numbers, metavar="R,G,B", help="deviations, likewise")

@@ -30,10 +30,13 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("eval", description="Evaluate models on text, or on .npz inputs.", epilog=_EPILOG)
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL.onnx")
     parser.add_argument("--against", type=Path, metavar="REF.onnx", help="the model they should be like")
-    parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="UTF-8 text files")
+    parser.add_argument(
+        "--text", nargs="+", action="extend", type=Path, default=[], metavar="FILE", help="UTF-8 text files"
+    )
     parser.add_argument(
         "--data",
         nargs="+",
+        action="extend",
         type=Path,
         default=[],
         metavar="FILE",

@@ -33,7 +33,14 @@ def add_parser(subparsers: Any) -> None:
     add("--grid", nargs="+", action="extend", required=True, metavar="KEY=VALUES", help="settings and their values")
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for results, plots and the cache")
     add("--recipe", type=Path, metavar="FILE", help="settings that are not in the grid, from a YAML or TOML file")
-    add("--calibration", nargs="+", default=[], metavar="FILE", help="data for all combinations, if not in the grid")
+    add(
+        "--calibration",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="data for all combinations, if not in the grid",
+    )
     add("--tokenizer", type=Path, metavar="DIR", help="folder with tokenizer.json (default: beside the model)")
     add("--limit", type=int, metavar="N", help="run at most N combinations now")
     add("--keep-models", action="store_true", help="keep the models that are compiled now, in DIR/models")
@@ -41,7 +48,15 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument_group("what models are scored on").add_argument
     add("--text", type=Path, metavar="FILE", help="UTF-8 text (default: the bundled text's last tenth, which is then "
         "held out of the default calibration)")  # fmt: skip
-    add("--data", nargs="+", type=Path, default=[], metavar="FILE.npz", help="inputs instead, arrays by name")
+    add(
+        "--data",
+        nargs="+",
+        action="extend",
+        type=Path,
+        default=[],
+        metavar="FILE.npz",
+        help="inputs instead, arrays by name",
+    )
     add("--context", type=int, default=512, help="tokens in a window (default 512)")
     add("--tokens", type=int, default=2048, help="tokens of the text; 0 for all (default 2048)")
     add_custom_ops(add)
