@@ -19,7 +19,7 @@ from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import Names, add_initializer, stem, take_over
-from qcompile.passes.qdq.biases import quantize_bias, settle_bias
+from qcompile.passes.qdq.biases import bias_behind, quantize_bias, settle_bias
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import replace_outlier
 from qcompile.passes.qdq.outliers import OUTLIERS
@@ -33,6 +33,7 @@ from qcompile.passes.spec import ActivationSpec
 Calibrator = Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse", "output-mse", "cross-entropy"]
 Readers = dict[ir.Value, list[tuple[ir.Node, int]]]
 _STARVED = "no row of the calibration data reached it"
+_ROUNDED_BIAS = "the scale of its int32 bias would be too small for float16"
 _NO_RECURRENT = "tensorrt decodes no weights of recurrent layers"
 _TYPES = {"float8": ir.DataType.FLOAT8E4M3FN}
 
@@ -47,6 +48,8 @@ class Qdq(Pass):
     Case 4: tables of embeddings become int8, too, shared with a tied lm_head.
     Case 5: weights in bodies of If, Loop and Scan, of LSTM, GRU and RNN: int8, decoded before their reader.
     Case 6: what no row of the calibration data reached (an expert without a token): weights alone.
+    Case 7: 16-bit activations of a float16 product with a bias: weights alone. ONNX Runtime 1.32 makes an int32 bias of
+            it, whose scale, the product of two small ones, float16 rounds to a few steps or to 0.
     lm_head: "weights" leaves its input in float: its error meets the logits as it is (SmolLM2: two fifths of the KL).
     provider: whose fusions and types are aimed at. weights: one scale a channel, or one a tensor.
     activations: "auto" is what the provider wants; 16 bits and float8 run as Q, DQ and float operators on the CPU.
@@ -151,7 +154,7 @@ class Qdq(Pass):
 
         An expert that no token was sent to has no range, and may be asked later. UserError where nothing was seen.
         """
-        selection = self._select(model)
+        selection = self._without_rounded_biases(model, self._select(model))
         while unknown := [value for value in selection.values if not self.observers[value].state()]:
             touching = _touching(selection, set(unknown))
             if len(unknown) == len(selection.values) or not touching:
@@ -162,6 +165,17 @@ class Qdq(Pass):
             for node in touching:
                 (kept if weight_position(node) is None else alone)[str(node.name)] = _STARVED
             self.policy = replace(self.policy, weights_only=alone, kept=kept)
+            selection = self._select(model)
+        return selection
+
+    def _without_rounded_biases(self, model: ir.Model, selection: Selection) -> Selection:
+        """Case 7."""
+        if self.spec.is_float or self.spec.dtype.bitwidth <= 8:
+            return selection
+        half = [node for node in selection.nodes if node.outputs[0].dtype == ir.DataType.FLOAT16 and _has_bias(node)]
+        if half:
+            alone = {str(node.name): _ROUNDED_BIAS for node in half}
+            self.policy = replace(self.policy, weights_only={**self.policy.weights_only, **alone})
             selection = self._select(model)
         return selection
 
@@ -279,6 +293,15 @@ def _touching(selection: Selection, values: set[ir.Value]) -> list[ir.Node]:
         for node, rule in selection.nodes.items()
         if quantized_output(node) in values or any(node.inputs[i] in values for i in inputs_of(node, rule))
     ]
+
+
+def _has_bias(node: ir.Node) -> bool:
+    """Whether a product has a bias, or has one for ONNX Runtime, which makes a Gemm of MatMul and Add at rank 2."""
+    if weight_position(node) is None:
+        return False
+    shape = node.outputs[0].shape
+    own = len(node.inputs) > 2 and node.inputs[2] is not None
+    return own or ((shape is None or len(shape) == 2) and bias_behind(node) is not None)
 
 
 def _float_type(value: ir.Value) -> ir.DataType:

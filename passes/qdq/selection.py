@@ -6,7 +6,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from qcompile.passes.linears import as_linear, constant, is_lm_head, vocabulary_size
+from qcompile.passes.linears import as_linear, constant, dimensions, is_float_constant, is_lm_head, vocabulary_size
 from qcompile.passes.masks import masked
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import is_constant
@@ -22,6 +22,8 @@ MASKED = "it may hold the fill of an attention mask (-1e4, -inf), which no 8-bit
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 # What a QuantizeLinear may stand behind, instead of right behind the product: both vanish into the product.
 _CLAMPS = ("Relu", "Clip")
+# What moves a looked up matrix.
+_MOVES = ("Gather", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
 
 
 @dataclass
@@ -168,7 +170,21 @@ def _usable(node: ir.Node, rule: Rule, slower: bool) -> bool:
     if (rule.slower and not slower) or node.op_type in ("Gemm", "Conv", "ConvTranspose"):
         return False
     values = [node.inputs[i] for i in inputs_of(node, rule)]
-    return bool(values) and not any(v is None or is_constant(v) or v.dtype not in _FLOATS for v in values)
+    return bool(values) and not any(
+        v is None or is_constant(v) or v.dtype not in _FLOATS or _is_looked_up(v) for v in values
+    )
+
+
+def _is_looked_up(value: ir.Value) -> bool:
+    """Whether a value is a part of a constant, chosen by index: a matrix of an expert, whose weights have codes."""
+    node = value.producer()
+    for _ in range(8):
+        if node is None or node.domain != "" or node.op_type not in _MOVES or node.inputs[0] is None:
+            return False
+        if is_float_constant(node.inputs[0]):
+            return node.op_type == "Gather" and len(dimensions(node.inputs[0])) > 2
+        node = node.inputs[0].producer()
+    return False
 
 
 def _add_values(found: Selection, provider: Provider) -> None:

@@ -82,3 +82,15 @@ def experts_of_half_precision_and_odd_width(make: Graph) -> None:
     up = make.one("Gather", make.floats(E, K, 33, scale=0.2), ids, axis=0)
     y = make.one("MatMul", make.one("Unsqueeze", x, along(make, 1)), up)
     make.output(make.one("Cast", y, to=TensorProto.FLOAT), dtype=np.float32)
+
+
+@case({"qdq": 25, "qdq(operators=all)": 25, "dynamic": 25, "pack": 12}, coverage=1.0)
+def matrices_chosen_by_a_router(make: Graph) -> None:
+    """Two of eight matrices, taken by index: products of two activations by form, but their weights have codes."""
+    x = make.input(1, 32)
+    scores, chosen = make.op("TopK", make.linear(x, 8), make.constant(np.array([2])), outputs=2, axis=-1)
+    index = make.one("Reshape", chosen, make.constant(np.array([-1])))
+    up, down = (make.one("Gather", make.floats(8, *shape, scale=0.15), index) for shape in ((32, 64), (64, 32)))
+    y = make.one("MatMul", make.one("Relu", make.one("MatMul", x, up)), down)
+    shares = make.one("Reshape", make.one("Softmax", scores), make.constant(np.array([2, 1, 1])))
+    make.output(make.one("ReduceSum", make.one("Mul", y, shares), make.constant(np.array([0])), keepdims=0))

@@ -75,3 +75,14 @@ def stale_shapes_behind_operators_that_onnx_does_not_know(make: Graph) -> None:
         make.value_info += [helper.make_tensor_value_info(name, _FLOAT, [1, 64]) for name in (x, y)]
         x = y
     make.output(make.linear(x, 16, 64))
+
+
+@case({"qdq(activations=uint16)": 30, "qdq(activations=int16)": 30, "qdq": 25}, coverage=1.0)
+def small_half_numbers_with_biases(make: Graph) -> None:
+    """Scales whose product float16 cannot hold: the int32 bias that ONNX Runtime would make of it is wrong."""
+    make.dtype = np.float16
+    x = make.input("b", 8, 8, 8, draw=lambda random, shape: random.standard_normal(shape) * 0.02)
+    x = make.one("Relu", make.one("Conv", x, make.floats(16, 8, 3, 3), make.floats(16, scale=0.02)))
+    x = make.one("Flatten", make.one("Conv", x, make.floats(8, 16, 3, 3), make.floats(8, scale=0.02)))
+    x = make.one("Gemm", x, make.floats(128, 64), make.floats(64, scale=0.02))
+    make.output(make.linear(make.one("Relu", x), 32, 64, bias=True))
