@@ -79,6 +79,8 @@ def checked(given: Input, array: Array, source: str) -> Array:
     A wider type of the same kind (float64 for float32, int64 for int32) is converted, where its numbers allow it.
     """
     where = f"{source}: array {given.name!r}"
+    if given.dtype.kind == "V" and array.dtype == np.dtype(f"V{given.dtype.itemsize}"):
+        array = array.view(given.dtype)  # numpy's files forget the name of bfloat16 and its like
     _check_kind(given, array, where)
     _check_shape(given, array, where)
     if given.is_string:
@@ -111,7 +113,7 @@ def _check_kind(given: Input, array: Array, where: str) -> None:
             raise UserError(f"{where} is {array.dtype}, the input takes strings")
         return
     wanted, got = (_KINDS.get(kind, kind) for kind in (given.dtype.kind, array.dtype.kind))
-    if wanted != got:
+    if wanted != got or array.dtype.type is np.void:
         raise UserError(f"{where} is {array.dtype}, the input is {given.dtype}{_hint(given, array)}")
 
 

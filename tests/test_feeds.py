@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -232,6 +233,18 @@ def test_infinities_are_taken_where_no_product_meets_them(tmp_path: Path, produc
     _save(path, x=np.full((3, 3), 1e300))
     with pytest.raises(UserError, match="holds numbers that float32"):
         npz_batches(plan, [path])
+
+
+def test_bfloat16_arrays_come_back_from_numpys_files(tmp_path: Path) -> None:
+    """numpy stores them as two nameless bytes; for another input those are no numbers."""
+    array = np.array([[1.5, -2, 3]], ml_dtypes.bfloat16)
+    path = _save(tmp_path / "a.npz", x=array)
+    brain = _graph([helper.make_node("Relu", ["x"], ["y"])], [_value("x", 16, ["n", 3])], [_value("y", 16, ["n", 3])])
+    (batch,) = npz_batches(input_plan(brain), [path])
+    assert batch.feeds["x"].tolist() == array.tolist()
+    for stored in (array, np.zeros((1, 3), "V4"), np.zeros((1, 3), [("a", "f4")])):
+        with pytest.raises(UserError, match=r"array 'x' is .*, the input is float32"):
+            npz_batches(input_plan(_floats("x")), [_save(path, x=stored)])
 
 
 def test_minus_one_is_a_free_dimension(tmp_path: Path) -> None:
