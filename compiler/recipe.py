@@ -46,7 +46,10 @@ def parse_passes(text: str) -> tuple[Step, ...]:
             raise UserError(
                 f"cannot read {item.strip()!r} in the pass list {text!r}: expected name or name(key=value, …)"
             )
-        steps.append(Step(match[1], dict(_pair(part, text) for part in (match[2] or "").split(",") if part.strip())))
+        pairs = [_pair(part, text) for part in (match[2] or "").split(",") if part.strip()]
+        if len(parameters := dict(pairs)) < len(pairs):
+            raise UserError(f"cannot read {item.strip()!r} in the pass list {text!r}: a parameter is there twice")
+        steps.append(Step(match[1], parameters))
     return tuple(steps)
 
 
@@ -187,6 +190,15 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not read here: write the value out",
                 problem_mark=mark)  # fmt: skip
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A table, of which no key is there twice: one of the two would be dropped without a word."""
+        made = super().construct_mapping(node, deep)
+        if len(made) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            again = next(key for key, _ in node.value if keys.count(key.value) > 1)
+            raise yaml.MarkedYAMLError(problem=f"key {again.value!r} is there twice", problem_mark=again.start_mark)
+        return made
 
 
 def _shown(value: Any) -> str:

@@ -102,6 +102,8 @@ _BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\npasses: *c\n"
         ("created: 2001-99-99\n", r"cannot be read"),
         ("? [bits]\n: 4\n", r"unknown key|cannot be read"),
         ("bits: 4\n\x1b: 1\n", r"cannot be read"),
+        ("bits: 4\nseed: 1\nbits: 8\n", r"cannot be read: key 'bits' is there twice .*line 1"),
+        ("passes: ['qdq(observer=minmax, observer=mse)']\n", r"a parameter is there twice"),
         ("passes: pack\n" + "# " + "x" * (1 << 20), r"over 1048576 bytes"),
     ],
 )
