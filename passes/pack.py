@@ -16,6 +16,7 @@ from qcompile.passes.gptq import codes_key
 from qcompile.passes.inner import Chosen, quantize_inner
 from qcompile.passes.linears import PACKED, Embedding, Linear, as_linear, find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
+from qcompile.passes.prepare.edit import is_constant
 from qcompile.passes.qdq.weights import WeightGrid, WeightStore
 from qcompile.passes.rounding import CLIP, round_to_nearest, round_with_clip
 from qcompile.passes.spec import QuantSpec
@@ -90,8 +91,11 @@ class Pack(Pass):
                 if isinstance(reason, str) and (weights := _largest_constant(node)):
                     self.decide(name, "skipped", reason, kind="MatMul", weights=weights)
             elif node.op_type in {"Conv", "ConvTranspose", "Gemm"} and node not in done:
+                refused = self.policy.refusal(node, *(value for value in node.inputs if is_constant(value)))
                 reason, weights = f"no packed format for {node.op_type} weights", _largest_constant(node)
-                self.decide(name, "skipped", reason, kind=node.op_type, weights=weights)
+                self.decide(
+                    name, "kept" if refused else "skipped", refused or reason, kind=node.op_type, weights=weights
+                )
         return changed
 
     def _coded(self, model: ir.Model, vocabulary: int | None, linear: Linear) -> Chosen | str:

@@ -235,6 +235,14 @@ def test_what_the_user_keeps_does_not_count(tmp_path: Path) -> None:
     assert (report.coverage, report.elements("MatMul", "kept")) == (1.0, 10 * D)
 
 
+def test_a_small_weight_that_the_user_keeps_does_not_count_either(tmp_path: Path) -> None:
+    make = Graph()
+    h = make.one("Conv", make.input("b", 3, 12, 12), make.floats(D, 3, 1, 1))
+    make.output(make.linear(make.one("Flatten", make.one("GlobalAveragePool", h)), 10, D))
+    report = _compiled(make, tmp_path, "pack", exclude=("Conv",), min_coverage=1.0)
+    assert (report.share("MatMul"), report.share("Conv")) == (1.0, None)
+
+
 def test_a_weight_of_a_body_that_the_main_graph_shares_counts_twice() -> None:
     """Packed for one reader, still in the file for the other."""
     found = census(tiny_branch(), least=1)
