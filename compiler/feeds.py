@@ -10,7 +10,7 @@ import numpy as np
 
 from qcompile.compiler.array_files import array_sets
 from qcompile.compiler.inputs import InputPlan, PastPair, input_plan
-from qcompile.compiler.npz import Feeds, conversions, leading, read_arrays, split, stored_arrays
+from qcompile.compiler.npz import Feeds, check_rows, conversions, has_rows, leading, read_arrays, split, stored_arrays
 from qcompile.compiler.spill import Spill
 from qcompile.compiler.tokens import Ids
 from qcompile.passes.errors import UserError
@@ -102,14 +102,16 @@ def npz_batches(plan: InputPlan, paths: Sequence[Path]) -> list[Batch]:
     file of several batches are kept in a Spill.
     """
     batches: list[Batch] = []
-    parts = Spill()
+    parts, rows = Spill(), False
     for group in array_sets(plan, paths):
         feeds = _from_files(plan, group)
+        rows = rows or has_rows(plan, feeds)
         several = split(plan, feeds)
         if len(several) > 1:
             batches += [Batch(kept(parts, part), leading(part)) for part in several]
         else:
             batches.append(Batch(partial(_from_files, plan, group), leading(feeds)))
+    check_rows(rows, str(paths[0]))
     return batches
 
 

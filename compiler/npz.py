@@ -44,11 +44,20 @@ def checked_all(plan: InputPlan, arrays: Mapping[str, Any], source: str) -> Feed
             near = difflib.get_close_matches(name, by_name, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"inputs: {', '.join(by_name)}"
             raise UserError(f"{source}: array {name!r} is no input of the model ({hint})")
-    feeds = {name: checked(by_name[name], np.asarray(array), source) for name, array in arrays.items()}
-    rows = [array for name, array in feeds.items() if array.ndim and name not in plan.past_names]
-    if rows and not any(array.size for array in rows):
+    return {name: checked(by_name[name], np.asarray(array), source) for name, array in arrays.items()}
+
+
+def has_rows(plan: InputPlan, feeds: Mapping[str, Array]) -> bool:
+    """Whether a batch holds a number at all, beside caches and what no node reads."""
+    idle = plan.past_names | set(plan.fillers())
+    arrays = [array for name, array in feeds.items() if array.ndim and name not in idle]
+    return not arrays or any(array.size for array in arrays)
+
+
+def check_rows(rows: bool, source: str) -> None:
+    """UserError where no batch of a source has a row; one without rows among others is no harm."""
+    if not rows:
         raise UserError(f"{source}: its arrays hold no rows: the leading dimension is 0")
-    return feeds
 
 
 def split(plan: InputPlan, feeds: Feeds) -> list[Feeds]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from qcompile.compiler.feeds import Batch, completed, kept
 from qcompile.compiler.inputs import InputPlan
-from qcompile.compiler.npz import checked_all, conversions, leading, split
+from qcompile.compiler.npz import check_rows, checked_all, conversions, has_rows, leading, split
 from qcompile.compiler.spill import Spill
 from qcompile.passes.errors import UserError
 
@@ -36,6 +36,7 @@ def read_batches(plan: InputPlan, source: Any, label: str) -> tuple[list[Batch],
     """
     spill, batches = Spill(), list[Batch]()
     remarks: dict[str, None] = {}
+    rows = False
     try:
         given = found(source) if isinstance(source, str) else source
         for arrays in dicts(given):
@@ -45,6 +46,7 @@ def read_batches(plan: InputPlan, source: Any, label: str) -> tuple[list[Batch],
             own = {str(name): np.array(array) for name, array in arrays.items()}
             remarks |= dict.fromkeys(conversions(plan, own))
             feeds = completed(plan, checked_all(plan, own, f"a batch of {label}"), f"a batch of {label}")
+            rows = rows or has_rows(plan, feeds)
             batches += [Batch(kept(spill, part), leading(part)) for part in split(plan, feeds)]
     except (UserError, KeyboardInterrupt, MemoryError):
         raise
@@ -55,6 +57,7 @@ def read_batches(plan: InputPlan, source: Any, label: str) -> tuple[list[Batch],
         raise UserError(f"--calibration {label} failed: {type(error).__name__}: {detail}") from error
     if not batches:
         raise UserError(f"{label} gave no batches")
+    check_rows(rows, label)
     return batches, list(remarks)
 
 
