@@ -1,6 +1,7 @@
 """The command line: `qcompile MODEL.onnx …` compiles; the other commands are named first."""
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import logging
@@ -109,7 +110,8 @@ def _explain(error: BaseException) -> int:
 
 def _fail(message: str, code: int) -> int:
     """Print one line, names in it made visible; the exit code."""
-    print("qcompile: " + visible(" ".join(message.split())), file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk behind stderr: the code says it
+        print("qcompile: " + visible(" ".join(message.split())), file=sys.stderr)
     return code
 
 

@@ -1,5 +1,6 @@
 """Files beside the model that are no files, or not what they say: one line, exit code 2, and nothing waits for ever."""
 
+import contextlib
 import json
 import os
 import re
@@ -198,3 +199,13 @@ def test_a_name_that_is_no_text(bench: Any, capsys: Any) -> None:
     assert cli.main(command) == 0, capsys.readouterr().err
     assert "x\\udcff.npz" in capsys.readouterr().out
     _refused(capsys, ["inspect", odd], r"x\\udcff\.npz is no ONNX model")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_an_error_that_stderr_does_not_take_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1, encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert cli.main(["inspect", "nothing.onnx"]) == 2
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
