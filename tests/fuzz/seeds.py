@@ -1,14 +1,17 @@
 """What is damaged: small models that between them hold what the code looks at, with data, recipes and tokenizers."""
 
+import importlib
 import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
+import graphs
 import numpy as np
 import onnx
-from graphs.table import Graph
+from graphs.table import CASES, Graph
 from onnx import TensorProto, helper, numpy_helper
 
 MODEL, DATA, ARRAYS, RECIPE, TOKENIZER = "model.onnx", "model.data", "x.npz", "recipe.yaml", "tokenizer.json"
@@ -86,6 +89,8 @@ class Seed:
     lists: tuple[str, ...]
 
 
+# Bytes of a model of the table: larger ones would take the time of many small ones.
+_SMALL = 1 << 17
 _LINEAR = ("pack", "smooth,awq,gptq,pack", "smooth,qdq,bias_correction", "dynamic", "pack,fuse", "outlier,qdq")
 _BUILDERS: list[Callable[[], Seed]] = []
 
@@ -97,8 +102,12 @@ def _seed(build: Callable[[], Seed]) -> Callable[[], Seed]:
 
 @cache
 def seeds() -> tuple[Seed, ...]:
-    """All of them, in the order of this file."""
-    return tuple(build() for build in _BUILDERS)
+    """All of them, in the order of this file, then the small ones of the table of graphs (tests/graphs/)."""
+    for module in sorted(path.stem for path in Path(graphs.__file__).parent.glob("*.py")):
+        importlib.import_module(f"graphs.{module}")
+    table = (_made(row.made(), *row.lists) for row in CASES.values())
+    small = (seed for seed in table if len(seed.files[MODEL]) <= _SMALL)
+    return (*(build() for build in _BUILDERS), *small)
 
 
 def packed_arrays(**arrays: np.ndarray) -> bytes:
