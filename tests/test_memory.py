@@ -62,7 +62,10 @@ def _peak(model: Path, calibration: list[str], count: int) -> int:
 def _files(folder: Path, count: int) -> list[str]:
     path = folder / "x.npz"
     np.savez(path, x=np.random.default_rng(0).standard_normal((ROWS, WIDTH)).astype(np.float32))
-    return [str(path)] * count
+    links = [folder / f"x-{count}-{number}.npz" for number in range(count)]
+    for link in links:
+        link.hardlink_to(path)
+    return [str(link) for link in links]
 
 
 def _function(folder: Path, count: int) -> list[str]:

@@ -47,5 +47,5 @@ def test_bad_files_are_told_in_one_line(tmp_path: Path, name: str, content: byte
 
 
 def test_a_folder_is_no_text(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not a regular file: save the text in one"):
         read_texts([tmp_path])
