@@ -237,14 +237,20 @@ def stored(value: ir.Value) -> ir.TensorProtocol | None:
 
 
 def dequantized(value: ir.Value | None) -> tuple[tuple[ir.TensorProtocol, ...], int] | None:
-    """(codes, scale, zero point if any) and block size of a value that a DequantizeLinear makes of constants."""
+    """(codes, scale, zero point if any) and block size of a value that a DequantizeLinear makes of constants.
+
+    None for an activation, of which scale and zero point alone are constant.
+    """
     producer = value.producer() if value is not None else None
     if producer is not None and producer.op_type in ("Transpose", "Cast", "Reshape"):
         return dequantized(producer.inputs[0])
     if producer is None or producer.op_type != "DequantizeLinear":
         return None
     tensors = tuple(t for v in producer.inputs if v is not None and (t := stored(v)) is not None)
-    return (tensors, producer.attributes.get_int("block_size", 0)) if len(tensors) > 1 else None
+    codes = producer.inputs[0]
+    if codes is None or stored(codes) is None or len(tensors) < 2:
+        return None
+    return tensors, producer.attributes.get_int("block_size", 0)
 
 
 def _behind_transpose(value: ir.Value | None) -> ir.Node | None:

@@ -53,6 +53,19 @@ def test_own_linear_counts_scales_and_zero_points(tmp_path: Path) -> None:
     assert {share.dtype: share.bytes for share in summary.types} == {"uint4": (K * N + 4 * N) // 2, "float": 16 * N}
 
 
+def test_a_quantized_activation_is_no_weight(tmp_path: Path) -> None:
+    """Attention with both operands behind Q and DQ: of the second, scale and zero point alone are constant."""
+    grid = ["s", "z"]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", *grid], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", *grid], ["d"]),
+        helper.make_node("Transpose", ["d"], ["t"]),
+        helper.make_node("MatMul", ["d", "t"], ["y"], name="n"),
+    ]
+    summary = inspect(_save(tmp_path / "m.onnx", nodes, [_array("s", np.float32(1)), _array("z", np.uint8(0))]))
+    assert (_only(summary).kind, _only(summary).quantized) == ("product", False)
+
+
 def test_tied_embedding_is_counted_once(tmp_path: Path) -> None:
     """An lm_head and an embedding that read one table, as initializers shared by both nodes."""
     nodes = [
