@@ -108,12 +108,14 @@ def _shape(given: Input, told: tuple[int, ...] | None) -> tuple[int, ...]:
     """The input's shape: as told, if it fits; else its own, a free leading dimension being 1."""
     own = ", ".join("?" if not isinstance(dim, int) else str(dim) for dim in given.shape)
     if told is not None:
-        fits = len(told) == len(given.shape) and all(
+        fits = (len(told) == len(given.shape) or not given.ranked) and all(
             not isinstance(dim, int) or dim == size for dim, size in zip(given.shape, told, strict=False)
         )
         if not fits:
             raise UserError(f"--shape {given.name}={','.join(map(str, told))}: the input is [{own}]")
         return told
+    if not given.ranked:
+        raise UserError(f"input {given.name!r} tells no shape: give one with --shape {given.name}=1,…")
     if any(not isinstance(dim, int) for dim in given.shape[1:]):
         raise UserError(f"input {given.name!r} has free dimensions [{own}]: tell them with --shape {given.name}=1,…")
     return tuple(dim if isinstance(dim, int) else 1 for dim in given.shape)

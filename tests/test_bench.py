@@ -21,7 +21,7 @@ from qcompile.compiler.commands.bench import Candidate
 from qcompile.compiler.inputs import input_plan
 from qcompile.compiler.store import load_model, save_model
 from qcompile.compiler.workload import Workload, common_vocabulary
-from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder
+from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp
 from qcompile.passes.errors import UserError
 from qcompile.runtime import bench
 from qcompile.runtime.bench import Case, Loaded, Measured, Runner, Subject, measure, paired_ratio, spread
@@ -154,6 +154,17 @@ def test_float_inputs_are_random_in_the_shapes_told(tmp_path: Path) -> None:
         _cases(path)
     with pytest.raises(UserError, match="--shape nothing: no such input"):
         _cases(path, Workload(shapes={"nothing": (1,)}))
+
+
+def test_an_input_without_a_rank_is_told_its_shape(tmp_path: Path) -> None:
+    model = tiny_mlp()
+    given = model.graph.inputs[0]
+    given.shape = None
+    path = _saved(tmp_path, model)
+    cases, _ = _cases(path, Workload(shapes={str(given.name): (3, 5, 16)}))
+    assert cases[0].feeds[str(given.name)].shape == (3, 5, 16)
+    with pytest.raises(UserError, match="tells no shape: give one with --shape"):
+        _cases(path)
 
 
 def test_models_take_turns_in_processes_of_their_own(tmp_path: Path) -> None:
