@@ -178,7 +178,7 @@ def test_room_for_rows_to_come_shrinks_with_their_number() -> None:
 
 def test_many_numbers_a_row_want_a_fine_grid() -> None:
     sums = RowExtremes.of(_rows(4, k=8)).sums
-    few, many = (RowExtremes(4, 4 * width, sums) for width in (8, 100_000))
+    few, many = (RowExtremes(4, 4 * width, 4, sums) for width in (8, 100_000))
     assert few.room(1, 5.0) > 2 * many.room(1, 5.0)
 
 
@@ -199,26 +199,73 @@ def test_few_rows_are_no_reason_to_cut_off(make) -> None:
     np.testing.assert_array_equal(many.expected(UINT8), many.range(UINT8))
 
 
-def test_a_picture_is_a_row_of_a_convolution() -> None:
-    shapes = {(3, 4, 5): 12, (6, 5): 6, (2, 7, 4, 4): 2, (9,): 1, (): 1}
-    for shape, rows in shapes.items():
+def test_positions_are_the_rows_of_a_convolution() -> None:
+    """In groups, the pictures; of other values each row is a group by itself."""
+    shapes = {(3, 4, 5): (12, 12), (6, 5): (6, 6), (2, 7, 4, 3): (24, 2), (2, 7, 4, 3, 2): (48, 2), (9,): (1, 1),
+              (): (1, 1)}  # fmt: skip
+    for shape, (rows, groups) in shapes.items():
         x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        own = observe(MinMax("x"), [x, x])
-        assert (own.row_extremes.rows, own.row_extremes.numbers) == (2 * rows, 2 * max(x.size, 1))
+        own = observe(MinMax("x"), [x, x]).row_extremes
+        assert (own.rows, own.groups, own.numbers) == (2 * rows, 2 * groups, 2 * max(x.size, 1))
+        each = x.reshape(groups, x.shape[1], -1) if rows > groups else x.reshape(rows, -1, 1)
+        ends = np.stack([-each.min(axis=1), each.max(axis=1)]).clip(0).astype(np.float64)
+        means, peaks = ends.mean(axis=2), ends.max(axis=2)
+        wanted = [ends.sum(axis=(1, 2)), (ends**2).sum(axis=(1, 2))]
+        wanted += [part.sum(axis=1) for part in (means, means**2, peaks, peaks**2)]
+        np.testing.assert_allclose(own.sums, 2 * np.stack(wanted, axis=1), rtol=1e-4)
+
+
+def _pictures(count: int, spread: float, side: int = 24) -> np.ndarray:
+    """Noise (count, 8, side, side), each picture with a brightness of its own."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((count, 8, side, side)) * np.exp(spread * rng.standard_normal((count, 1, 1, 1)))
+    return x.astype(np.float32)
+
+
+def test_positions_of_a_picture_are_rows_as_far_as_they_are_independent() -> None:
+    """All of one brightness: nearly each; each of one number throughout: the pictures. Before any can be compared: in
+    between."""
+    alike, flat = _pictures(64, 0.0), np.broadcast_to(_pictures(64, 0.0)[..., :1, :1], (64, 8, 24, 24))
+    most, least = (observe(MinMax("x"), list(x[:, None])).row_extremes for x in (alike, flat))
+    assert most.independent(1) > 0.4 * alike[:, 0].size
+    assert 64 <= least.independent(1) < 80
+    assert observe(MinMax("x"), [alike[:1]]).row_extremes.independent(1) == pytest.approx(24)
+    assert observe(MinMax("x"), [_rows(9)]).row_extremes.independent(1) == 9
+
+
+def test_pictures_that_reach_beyond_a_bound_are_what_tells_of_it() -> None:
+    """A bound that all pictures cross is known by few of them; one that the brightest alone crosses is not."""
+    for count, spread, cut, known in ((8, 0.0, 0.6, True), (64, 0.8, 0.9, False)):
+        own = observe(MinMax("x"), list(_pictures(count, spread)[:, None]))
+        end = float(own.high)  # type: ignore[arg-type]
+        chosen = (cut * float(own.low), cut * end)  # type: ignore[arg-type]
+        found = own.row_extremes.widened(chosen, (float(own.low), end))[1]  # type: ignore[arg-type]
+        assert found < (cut + 0.05) * end if known else found >= end
 
 
 # --- bias correction --------------------------------------------------------------------------------------------------
 
 
 def test_halves_of_the_data_see_every_number_once() -> None:
-    """Batches of one row go to the halves in turn, others are cut in two."""
+    """Batches go to the halves in turn; one alone is cut in two."""
     for sizes in ([1] * 7, [2, 5, 4], [6]):
         x = _rows(sum(sizes))
-        own = observe(Mean("x"), np.split(x, np.cumsum(sizes)[:-1]))
+        batches = np.split(x, np.cumsum(sizes)[:-1])
+        own = observe(Mean("x"), batches)
         assert own.count == len(x)
-        assert abs(own.counts[0] - own.counts[1]) <= 1 + len(sizes) % 2
         np.testing.assert_allclose(own.mean, x.astype(np.float64).mean(axis=0), rtol=1e-4, atol=1e-6)
+        parts = [batches[::2], batches[1::2]] if len(sizes) > 1 else [[x[: len(x) // 2]], [x[len(x) // 2 :]]]
+        wanted = np.stack([np.concatenate(part).mean(axis=0) for part in parts])
+        np.testing.assert_allclose(own.halves, wanted, rtol=1e-4, atol=1e-6)
     assert observe(Mean("x"), [_rows(1)]).halves is None
+
+
+def test_halves_of_one_picture_do_not_confirm_each_other() -> None:
+    """Batches that each have a mean of their own, the same throughout: independent ones agree about nothing."""
+    own = [np.repeat(_rows(1, seed, 400), 16, axis=0) for seed in range(8)]
+    mean = observe(Mean("x"), own)
+    assert confirmed_share(mean.mean, np.zeros((2, 400)), mean.halves) < 0.3
+    assert confirmed_share(mean.mean, np.zeros((2, 400)), observe(Mean("x"), own[:1]).halves) <= 1
 
 
 def test_chance_is_not_corrected() -> None:

@@ -64,8 +64,9 @@ class Extremes(Observer):
         self.low = low if self.low is None else np.minimum(self.low, low)
         self.high = high if self.high is None else np.maximum(self.high, high)
         if self.axis is None:
-            low, high, numbers = (outputs[f"{self.value}.row.{end}"] for end in ("low", "high", "numbers"))
-            self.row_extremes.add(low, high, int(numbers[0]))
+            totals, squares, peaks = (outputs[f"{self.value}.row.{end}"] for end in ("totals", "squares", "peaks"))
+            positions, width = map(int, outputs[f"{self.value}.row.sizes"])
+            self.row_extremes.add(totals, squares, peaks, positions, width)
 
     def batch(self, outputs: Outputs) -> tuple[Array, Array] | None:
         """(low, high) of the batch, None for one without finite rows; UserError where another number is not finite."""
@@ -83,20 +84,19 @@ class Extremes(Observer):
         return np.float32(ends[0]), np.float32(ends[1])  # type: ignore[return-value]
 
     def state(self) -> State:
-        """low, high; of a whole tensor row_counts (rows, numbers) and row_sums, too."""
+        """low, high; of a whole tensor row_counts (rows, numbers, groups) and row_sums, too."""
         if self.low is None or self.high is None:
             return {}
         known = self.row_extremes
-        rows = (
-            {} if known.sums is None else {"row_counts": np.array([known.rows, known.numbers]), "row_sums": known.sums}
-        )
+        counts = np.array([known.rows, known.numbers, known.groups])
+        rows = {} if known.sums is None else {"row_counts": counts, "row_sums": known.sums}
         return {"low": self.low, "high": self.high} | rows
 
     def restore(self, state: State) -> None:
         """From `state`."""
         self.low, self.high = state.get("low"), state.get("high")
-        rows, numbers = map(int, state.get("row_counts", (0, 0)))
-        self.row_extremes = RowExtremes(rows, numbers, state.get("row_sums"))
+        rows, numbers, groups = map(int, state.get("row_counts", (0, 0, 0)))
+        self.row_extremes = RowExtremes(rows, numbers, groups, state.get("row_sums"))
 
     def with_zero(self, low: Array | None, high: Array | None) -> tuple[Array, Array]:
         """The range widened to zero; (0, 0) before the first batch."""

@@ -17,17 +17,19 @@ from qcompile.passes.spec import ActivationSpec
 class Mean(Observer):
     """The mean of every channel, of all numbers and of two halves of them that say whether it is more than chance.
 
-    totals: float64 (2, channels), sums of the numbers of each half; counts: how many a channel has had in each. A batch
-    is cut into its first and its second half of numbers (as they lie: tokens, pictures), which go to the halves in
-    turn, so that batches of one row are divided, too.
+    totals: float64 (2, 2, channels), sums of the numbers by batch (even, odd) and by half of a batch; counts: int64
+    (2, 2), how many a channel has had in each. The halves of a batch are its first and its last numbers as they lie
+    (tokens, pictures): of one picture, or one text, they share what is particular to it, and agree by that alone. So
+    the two halves of the data are its even and its odd batches, and those of a batch only where there is no other.
     """
 
     name: ClassVar[str] = "mean"
 
     def __init__(self, value: str, *, axis: int = -1) -> None:
         super().__init__(value, axis=axis)
-        self.totals: npt.NDArray[np.float64] = np.zeros((2, 0))
-        self.counts, self.batches = [0, 0], 0
+        self.totals: npt.NDArray[np.float64] = np.zeros((2, 2, 0))
+        self.counts: npt.NDArray[np.int64] = np.zeros((2, 2), np.int64)
+        self.batches = 0
 
     def append(self, graph: onnx.GraphProto) -> None:
         """`value`.total.0 and .1 (channels,), float32, of the halves of a batch; `value`.count (1,), int64: numbers of
@@ -51,27 +53,30 @@ class Mean(Observer):
         totals = np.stack([outputs[f"{self.value}.total.{half}"] for half in range(2)]).astype(np.float64)
         count = int(outputs[f"{self.value}.count"][0])
         self.check_finite(totals)
-        counts = [count // 2, count - count // 2]
-        if self.batches % 2:
-            totals, counts = totals[::-1], counts[::-1]
-        self.totals = self.totals + totals if self.count else totals
-        self.counts = [own + new for own, new in zip(self.counts, counts, strict=True)]
+        if not count:
+            return
+        if not self.count:
+            self.totals = np.zeros((2, *totals.shape))
+        self.totals[self.batches % 2] += totals
+        self.counts[self.batches % 2] += [count // 2, count - count // 2]
         self.batches += 1
 
     @property
     def count(self) -> int:
         """How many numbers each channel has had."""
-        return sum(self.counts)
+        return int(self.counts.sum())
 
     @property
     def mean(self) -> npt.NDArray[np.float64]:
         """float64 (channels,); call it behind the first batch that has numbers."""
-        return np.asarray(self.totals.sum(axis=0) / self.count)
+        return np.asarray(self.totals.sum(axis=(0, 1)) / self.count)
 
     @property
     def halves(self) -> npt.NDArray[np.float64] | None:
         """The means of both halves, float64 (2, channels); None where one has no numbers."""
-        return None if 0 in self.counts else self.totals / np.array(self.counts)[:, None]
+        axis = 1 if self.batches > 1 else 0
+        totals, counts = self.totals.sum(axis=axis), self.counts.sum(axis=axis)
+        return None if 0 in counts else totals / counts[:, None]
 
     def range(self, spec: ActivationSpec) -> tuple[Array, Array]:
         """From zero to the mean of each channel."""
@@ -80,11 +85,11 @@ class Mean(Observer):
 
     def state(self) -> State:
         """totals, counts, batches."""
-        known = {"totals": self.totals, "counts": np.array(self.counts), "batches": np.array(self.batches)}
+        known = {"totals": self.totals, "counts": self.counts, "batches": np.array(self.batches)}
         return known if self.count else {}
 
     def restore(self, state: State) -> None:
         """From `state`."""
-        self.totals = np.asarray(state.get("totals", np.zeros((2, 0))))
-        self.counts = [int(own) for own in state.get("counts", (0, 0))]
+        self.totals = np.asarray(state.get("totals", np.zeros((2, 2, 0))), np.float64).copy()
+        self.counts = np.asarray(state.get("counts", np.zeros((2, 2))), np.int64).copy()
         self.batches = int(state.get("batches", 0))
