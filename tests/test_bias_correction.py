@@ -167,7 +167,8 @@ def test_a_shared_bias_is_not_changed_for_others() -> None:
         found = getattr(correction, number)(Region.whole(model))
         for observers in (found,) if isinstance(found, dict) else found:
             for observer in observers.values():
-                halves = {"totals": np.full((2, N), value), "counts": np.ones(2), "batches": np.array(1)}
+                totals, counts = np.full((2, 2, N), value), np.ones((2, 2), np.int64)
+                halves = {"totals": totals, "counts": counts, "batches": np.array(2)}
                 observer.restore(halves)
     assert [float(model.graph.node(f"a{i}").inputs[1].const_value.numpy()[0]) for i in range(2)] == [-0.5, 0.0]
 
