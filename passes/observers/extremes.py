@@ -75,9 +75,11 @@ class Extremes(Observer):
         return None if (low > high).any() or outputs[lost(self.value)] == 1 else (low, high)
 
     def expected(self, spec: ActivationSpec) -> tuple[Array, Array]:
-        """`range`, drawn to the extremes and widened where few rows were seen; see `RowExtremes.widened`."""
+        """`range`, drawn to the extremes and widened where few rows were seen; see `RowExtremes.widened`. What is one
+        number throughout does not vary, and has no room.
+        """
         low, high = self.range(spec)
-        if self.axis is not None or self.low is None or self.high is None:
+        if self.axis is not None or self.low is None or self.high is None or self.low == self.high:
             return low, high
         wide = self.row_extremes.widened((float(low), float(high)), (float(self.low), float(self.high)))
         ends = np.clip(np.array(wide), min(self.bounds[0], float(low)), max(self.bounds[1], float(high)))

@@ -12,7 +12,6 @@ from qcompile.passes.affine import Array
 from qcompile.passes.observers.builder import Builder
 from qcompile.passes.observers.nodes import add_outputs, floats
 
-Numbers = npt.NDArray[np.float64]
 Sums = npt.NDArray[np.float64]
 Ends = npt.NDArray[np.floating]
 
@@ -126,14 +125,17 @@ class RowExtremes:
         scale, known = self.scale(end, extreme), self.independent(end)
         if not scale > 0 or known >= _RARE:
             return 0.0
-        rooms = np.linspace(0, math.log(_RARE / known), 65) * scale
         width = self.numbers / self.rows
-        rounding = width * np.square((extreme + rooms) / _STEPS / 2) / 12
-        return float(rooms[np.argmin(rounding + 2 * scale**2 * self.beyond(rooms, scale, end))])
+        low, high = 0.0, math.log(_RARE / known) * scale
+        for _ in range(40):  # where the derivative of the cost, which rises, goes through zero
+            room = (low + high) / 2
+            rounding = width * (extreme + room) / (6 * (2 * _STEPS) ** 2)
+            low, high = (low, room) if rounding > 2 * scale * self.beyond(room, scale, end) else (room, high)
+        return high
 
-    def beyond(self, room: Numbers, scale: float, end: int) -> Numbers:
+    def beyond(self, room: float, scale: float, end: int) -> float:
         """The share of rows to come that go beyond an extreme with so much room."""
-        return np.asarray(np.exp(-np.asarray(room) / scale) / (self.independent(end) + 1))
+        return math.exp(-room / scale) / (self.independent(end) + 1)
 
     def scale(self, end: int, extreme: float) -> float:
         """The scale of the Gumbel distribution that rows' extremes at an end have, where `extreme` is the largest
