@@ -183,7 +183,7 @@ def test_many_numbers_a_row_want_a_fine_grid() -> None:
 
 
 def test_bounds_of_an_operator_hold_without_room() -> None:
-    own = observe(MinMax("x"), [np.full((1, 8), 0.9)])
+    own = observe(MinMax("x"), [np.linspace(0.1, 0.9, 8)[None]])
     assert own.expected(UINT8)[1] > 1
     own.bounds = (0.0, 1.0)
     assert own.expected(UINT8)[1] == 1

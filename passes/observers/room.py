@@ -158,7 +158,7 @@ def append_row_extremes(graph: onnx.GraphProto, value: str) -> None:
     """Append what `RowExtremes.add` takes in as outputs: `value`.row.totals, .squares and .peaks, float32 (2, groups),
     and `value`.row.sizes, int64 (2,).
     """
-    build = Builder(graph, f"{value}.row")
+    build, value = Builder(graph, f"{value}.row"), _upright(graph, value)
     one, axis = build.long(1), build.long(1)
     shape = build.node("Shape", [value], "shape")
     rank = build.node("Size", [shape], "rank")
@@ -186,5 +186,16 @@ def append_row_extremes(graph: onnx.GraphProto, value: str) -> None:
     for operator, name in (("ReduceSum", "totals"), ("ReduceSumSquare", "squares"), ("ReduceMax", "peaks")):
         build.node(operator, [ends, build.long(2)], name, keepdims=0)
     build.node("Concat", [sizes[2], sizes[1]], "sizes", axis=0)
-    add_outputs(graph, [f"{value}.row.{end}" for end in ("totals", "squares", "peaks")])
-    add_outputs(graph, [f"{value}.row.sizes"], TensorProto.INT64)
+    add_outputs(graph, [f"{build.prefix}.{end}" for end in ("totals", "squares", "peaks")])
+    add_outputs(graph, [f"{build.prefix}.sizes"], TensorProto.INT64)
+
+
+def _upright(graph: onnx.GraphProto, value: str) -> str:
+    """The matrix that was transposed to `value`, once or more, as products from the left read it, or the value: there
+    are as many rows as the data has, however it is cut into batches.
+    """
+    for node in graph.node:
+        if value in node.output and node.op_type == "Transpose":
+            perm = next((list(given.ints) for given in node.attribute if given.name == "perm"), None)
+            return _upright(graph, node.input[0]) if perm == [1, 0] else value
+    return value
