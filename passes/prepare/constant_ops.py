@@ -153,9 +153,9 @@ def _transpose(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None
 
 
 def _cast(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
-    """Between floats alone: what is stored as integers is smaller than any float of it."""
+    """Between floats, and of masks: what is stored as integers is smaller than any float of it."""
     source, target = _first(operands), ir.DataType(node.attributes["to"].as_int())
-    if source.dtype not in FLOATS or target not in FLOATS:
+    if source.dtype not in FLOATS | {ir.DataType.BOOL} or target not in FLOATS:
         return None
     kind, shape = target.numpy(), source.shape
 
@@ -256,6 +256,41 @@ def _pad(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
         around[axis] = (before, behind)
     shape = tuple(before + size + behind for size, (before, behind) in zip(source.shape, around, strict=True))
     return _one(source, shape, lambda array: np.pad(array, around, constant_values=filler))
+
+
+def _clip(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    source, ends = _first(operands), [*operands[1:3], None, None][:2]
+    if source.dtype not in FLOATS or any(end is not None and (end.content is None or end.shape) for end in ends):
+        return None
+    low, high = (None if end is None else end.content for end in ends)
+
+    def clipped(array: Array) -> Array:
+        above = array if low is None else np.maximum(array, low)
+        return np.asarray(above if high is None else np.minimum(above, high))
+
+    return _one(source, source.shape, clipped)
+
+
+def _softmax(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    source = _first(operands)
+    axis, kind = _axis(node.attributes.get_int("axis", -1) or 0, len(source.shape)), source.dtype.numpy()
+    if source.dtype not in FLOATS:
+        return None
+
+    def shares(array: Array) -> Array:
+        wide = array.astype(np.float32) if source.dtype in _HALVES else array
+        powers = np.exp(wide - wide.max(axis=axis, keepdims=True))
+        return np.asarray(powers / powers.sum(axis=axis, keepdims=True)).astype(kind)
+
+    return _one(source, source.shape, shares, work=4 * prod(source.shape))
+
+
+def _triangle(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    source, upper, offset = _first(operands), node.attributes.get_int("upper", 1), _numbers(operands, 1)
+    if len(source.shape) < 2:
+        return None
+    function, k = np.triu if upper else np.tril, offset[0] if offset else 0
+    return _one(source, source.shape, lambda array: np.asarray(function(array, k)))
 
 
 def _elementwise(function: Callable[..., Array]) -> _Rule:
@@ -417,6 +452,10 @@ def _smallest(*arrays: Array) -> Array:
     return functools.reduce(np.minimum, arrays)
 
 
+def _softplus(array: Array) -> Array:
+    return np.asarray(np.logaddexp(array.dtype.type(0), array))
+
+
 def _positive(array: Array) -> Array:
     return np.asarray(np.maximum(array, array.dtype.type(0)))
 
@@ -439,6 +478,9 @@ _MOVES: Mapping[str, _Rule] = {
     "Concat": _concat,
     "Expand": _expand,
     "Where": _where,
+    "Trilu": _triangle,
+    "Clip": _clip,
+    "Softmax": _softmax,
     "Tile": _tile,
     "Pad": _pad,
     "QuantizeLinear": _quantize,
@@ -464,6 +506,7 @@ _ARITHMETIC: Mapping[str, Callable[..., Array]] = {
     "Ceil": np.ceil,
     "Sign": np.sign,
     "Relu": _positive,
+    "Softplus": _softplus,
     "Max": _largest,
     "Min": _smallest,
 }

@@ -169,3 +169,20 @@ def padded_and_repeated(make: Graph) -> None:
     first = make.one("Pad", make.floats(60, 64), make.constant(np.array([0, 0, 4, 0])))
     second = make.one("Tile", make.floats(32, 48, scale=0.15), make.constant(np.array([2, 1])))
     make.output(make.one("MatMul", make.one("Relu", make.one("MatMul", x, first)), second))
+
+
+@case(ALL, packed={"MatMulInt4": 4, "MatMul": 0}, coverage=1.0)
+def masked_bounded_and_mixed(make: Graph) -> None:
+    """What training leaves behind: a mask, a triangle, bounds, positive weights, a mixture of matrices by a Softmax."""
+    x = make.input("b", 64)
+    mask = make.one("Cast", make.constant(make.random.random((64, 64)) > 0.3), to=1)
+    x = make.one("Tanh", make.one("MatMul", x, make.one("Mul", make.floats(64, 64), mask)))
+    x = make.one("Tanh", make.one("MatMul", x, make.one("Trilu", make.floats(64, 64), upper=0)))
+    ends = [make.constant(np.float32(end)) for end in (-0.2, 0.2)]
+    x = make.one("Tanh", make.one("MatMul", x, make.one("Clip", make.floats(64, 64), *ends)))
+    shares = make.one(
+        "Reshape", make.one("Softmax", make.floats(4, scale=1.0), axis=0), make.constant(np.array([4, 1, 1]))
+    )
+    parts = make.one("Mul", shares, make.one("Softplus", make.floats(4, 64, 48, scale=1.0)))
+    mixed = make.one("ReduceSum", parts, make.constant(np.array([0])), keepdims=0)
+    make.output(make.one("MatMul", x, mixed))
