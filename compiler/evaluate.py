@@ -118,7 +118,10 @@ def compare_outputs(
     kernels: str = "auto",
     progress: Progress | None = None,
 ) -> list[OutputScores]:
-    """SQNR and cosine of every output of every candidate, on the batches made for the reference's inputs."""
+    """SQNR and cosine of every output of every candidate, on the batches made for the reference's inputs.
+
+    Outputs of strings, and sequences, have neither; they are left out.
+    """
     paths = [reference, *candidates]
     first, *others = (
         Subject(path, accuracy_level=accuracy_level, provider=provider, kernels=kernels) for path in paths
@@ -133,6 +136,8 @@ def compare_outputs(
         expected = first.run(batch, first.outputs)
         for other in others:
             for name, array in other.run(batch, first.outputs).items():
+                if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufV":
+                    continue
                 if array.shape != expected[name].shape:
                     raise UserError(
                         f"{other.path}: output {name!r} has shape {list(array.shape)}, "

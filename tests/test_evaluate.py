@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from graphs.inputs import strings_that_become_rows_of_a_table
 
 from qcompile.compiler.cli import main
 from qcompile.compiler.evaluate import compare_outputs, evaluate, evaluate_many
@@ -145,6 +147,15 @@ def test_outputs_against_a_reference(tmp_path: Path) -> None:
     assert (score.output, score.values) == ("y", 50)
     with pytest.raises(UserError, match="has no output 'y'"):
         compare_outputs(reference, [_saved(tiny_encoder(), tmp_path / "c.onnx")], lambda plan: [])
+
+
+def test_outputs_without_numbers_are_left_out(tmp_path: Path) -> None:
+    graph = strings_that_become_rows_of_a_table.made()
+    model, data = tmp_path / "m.onnx", tmp_path / "x.npz"
+    onnx.save(graph.model(), model)
+    np.savez(data, **graph.feeds(0))
+    (score,) = compare_outputs(model, [model], lambda plan: npz_batches(plan, [data]))
+    assert score.output.startswith("MatMul")
 
 
 def test_eval_command(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
