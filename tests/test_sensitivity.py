@@ -35,7 +35,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def _mixture(bench: Any, model: Any, passes: str, calibration: list[str] | None = None, **settings: Any) -> Mixture:
     source = bench.save(model)
-    recipe = Recipe(parse_passes(passes), samples=4, context=32, keep_worst=1, **settings)
+    recipe = Recipe(**{"passes": parse_passes(passes), "samples": 4, "context": 32, "keep_worst": 1, **settings})
     walked = walk_model(source, recipe, Calibration(calibration or [str(bench.text)]), Silent(), checks=False)
     late = next(p for p in walked.passes if p.after_walk)
     return Mixture(walked.model, late, walked.plan, walked.data, source, "cpu")
@@ -105,9 +105,10 @@ def test_the_planted_node_comes_first(bench: Any, capsys: pytest.CaptureFixture[
 
 
 def test_smoothing_heals_the_planted_node(bench: Any) -> None:
+    """On 512 rows; on less than four a channel, 256 here, it abstains."""
     effects = []
     for passes in ("qdq(lm_head=static)", "smooth,qdq(lm_head=static)"):
-        ranking = _mixture(bench, bad_decoder(), passes).rank(Silent())
+        ranking = _mixture(bench, bad_decoder(), passes, samples=16).rank(Silent())
         effects.append(next(node.effect for node in ranking.nodes if node.node == BAD))
     assert effects[1] < effects[0] / 10
 
