@@ -220,6 +220,8 @@ def _with_globals(parser: Parser, name: str) -> Parser:
 def _start_logging(verbose: int) -> None:
     levels = [logging.WARNING, logging.INFO, logging.DEBUG]
     logging.basicConfig(level=levels[min(verbose, 2)], format="%(name)s: %(message)s", stream=sys.stderr)
+    if not verbose:  # what a library remarks on a file is no part of an answer in one line
+        logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 still gets its tables

@@ -4,10 +4,19 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from qcompile.passes.interrupts import uninterrupted
+
+
+@pytest.fixture(autouse=True)
+def _interrupted_by_python() -> Iterator[None]:
+    """A background shell hands down that SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
@@ -54,6 +63,7 @@ def test_other_threads_may_load_too() -> None:
 def test_onnxruntime_is_loaded_or_interrupted_but_never_broken(milliseconds: int) -> None:
     code = (
         "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signal.signal(signal.SIGALRM, lambda *given: signal.raise_signal(signal.SIGINT))\n"
         "from qcompile.runtime import sessions\n"
         f"signal.setitimer(signal.ITIMER_REAL, {milliseconds / 1000})\n"
