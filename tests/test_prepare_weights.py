@@ -17,6 +17,7 @@ from preparing import check, operators, prepare, reasons
 
 from qcompile.passes.base import Decision
 from qcompile.passes.linears import LEFT, as_linear, find_embeddings, find_linears
+from qcompile.passes.prepare.constant_ops import Operand
 from qcompile.passes.tensors import read
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -422,3 +423,8 @@ def test_transposes_around_a_product_on_the_left_go():
     y = make.one("Transpose", make.one("MatMul", make.floats(50, 40), x), perm=[1, 0])
     model, _ = _checked(make, make.one("Relu", y))
     assert operators(model) == ["MatMul", "Relu"]
+
+
+def test_a_constant_of_strings_has_a_size():
+    assert Operand((3,), ir.DataType.STRING).nbytes == 24
+    assert Operand((3,), ir.DataType.INT4).nbytes == 2

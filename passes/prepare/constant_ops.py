@@ -32,7 +32,8 @@ class Operand:
     @property
     def nbytes(self) -> int:
         """As a file holds it."""
-        return (prod(self.shape) * self.dtype.bitwidth + 7) // 8
+        bits = 64 if self.dtype == ir.DataType.STRING else self.dtype.bitwidth  # strings: at least so many
+        return (prod(self.shape) * bits + 7) // 8
 
 
 @dataclass(frozen=True, eq=False)
