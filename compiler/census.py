@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.passes.bodies import bodies
+
 Family = Literal["MatMul", "Conv", "Gather", "other"]
 
 LEAST = 1024
@@ -153,7 +155,7 @@ class _Reading:
         given = [own for value, own in zip(node.inputs, taken, strict=True) if value is not None]
         known = [own for own in given if own is not None]
         self._into_scan(node, taken)
-        if node.op_type in _QUANTIZED or node.domain == "qcompile" or not known or any(_bodies(node)):
+        if node.op_type in _QUANTIZED or node.domain == "qcompile" or not known or any(bodies(node)):
             return False
         if len(known) == len(given) and node.outputs:
             whole, scaled = all(own.whole for own in known), any(own.scaled for own in known)
@@ -205,18 +207,8 @@ def _nodes(graph: ir.Graph, owner: ir.Node | None) -> Iterator[tuple[ir.Node, ir
     """Every node with the node whose body it stands in; an owner before what is in its bodies."""
     for node in graph:
         yield node, owner
-        for body in _bodies(node):
+        for body in bodies(node):
             yield from _nodes(body, node)
-
-
-def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
 
 
 def _joined(node: ir.Node, known: Sequence[_Carried]) -> frozenset[ir.Value]:
