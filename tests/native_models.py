@@ -1,6 +1,7 @@
 """What the tests of the native library share: the library, and models of one operator with their float64 results."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qcompile.passes.formats import functions
 from qcompile.passes.formats.emit import pack_nibbles
 from qcompile.runtime.library import library_path
 
+OPERATORS = ("MatMulInt4", "MatMulInt8", "MatMulAddInt4", "MatMulAddInt8")
 CODES = {
     (4, True): TensorProto.INT4,
     (4, False): TensorProto.UINT4,
@@ -140,3 +142,59 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
     """Relative error by Frobenius norms."""
     assert found.shape == wanted.shape
     return float(np.linalg.norm(found.astype(np.float64) - wanted) / (np.linalg.norm(wanted) or 1.0))
+
+
+Damage = Callable[[Case], object]
+
+
+def _shape(name: str, *dims: int) -> Damage:
+    """Replaces an initializer by ones of another shape."""
+    return lambda case: case.arrays.update({name: np.ones(dims, case.arrays[name].dtype)})
+
+
+def _dtype(name: str, dtype: type) -> Damage:
+    return lambda case: case.arrays.update({name: case.arrays[name].astype(dtype)})
+
+
+def _attribute(name: str, value: object) -> Damage:
+    return lambda case: case.attributes.update({name: value})
+
+
+def _x_shape(*dims: int | str) -> Damage:
+    return lambda case: setattr(case, "x_shape", dims)
+
+
+# What is wrong, and what the message says. Those without the node's name are ONNX Runtime's own.
+MALFORMED = [
+    (
+        _attribute("block_size", None),
+        r"MatMulAddInt4\): the integer attribute block_size is missing: compile the model",
+    ),
+    (_attribute("block_size", 0), r"node 'node_0' \(MatMulAddInt4\): block_size is 0, it must be 1 to 2147483648"),
+    (_attribute("block_size", -32), r"block_size is -32"),
+    (_attribute("block_size", 1 << 62), r"block_size is 4611686018427387904"),
+    (_attribute("block_size", 32.0), r"attribute block_size must be an integer"),
+    (_attribute("block_size", 64), r"scale has shape \(3, 13\), w \(70, 13\) with block_size 64 needs \(2, 13\)"),
+    (_attribute("activation_bits", 4), r"activation_bits is 4, it must be 8 or 16"),
+    (_attribute("activation_bits", 8.0), r"attribute activation_bits must be an integer"),
+    (_attribute("activation_bits", "8"), r"attribute activation_bits must be an integer"),
+    (_attribute("version", 2), r"needs operators version 2 of domain qcompile, this library knows 1: upgrade"),
+    (_shape("w", 70), r"w has shape \(70,\), it must have 2 dimensions"),
+    (_shape("w", 2, 35, 13), r"w has shape \(2, 35, 13\), it must have 2 dimensions"),
+    (_shape("w", 0, 13), r"w has shape \(0, 13\), K and N must be 1 to 2147483648"),
+    (_shape("w", 70, 0), r"w has shape \(70, 0\), K and N must be 1 to"),
+    (_shape("w", 71, 13), r"x has shape \(\?, \?, 70\), its last dimension must be the 71 rows of w"),
+    (_shape("scale", 39), r"scale has shape \(39,\), it must have 2 dimensions"),
+    (_shape("scale"), r"scale has shape \(\), it must have 2 dimensions"),
+    (_shape("scale", 13, 3), r"scale has shape \(13, 3\), w \(70, 13\) with block_size 32 needs \(3, 13\)"),
+    (_shape("scale", 2, 13), r"scale has shape \(2, 13\)"),
+    (_shape("zero_point", 3, 12), r"zero_point has shape \(3, 12\)"),
+    (_shape("bias", 1), r"bias has shape \(1,\), w \(70, 13\) needs \(13,\)"),
+    (_shape("bias", 1, 13), r"bias has shape \(1, 13\), it must have 1 dimensions"),
+    (_x_shape("a", 69), r"x has shape \(\?, 69\), its last dimension must be the 70 rows of w"),
+    (_dtype("scale", np.float16), r"Op \(MatMulAddInt4\).* no kernel def matches node inputs"),
+    (_dtype("scale", np.float64), r"Type 'tensor\(double\)' of input parameter \(scale\)"),
+    (_dtype("zero_point", np.int8), r"Op \(MatMulAddInt4\).* no kernel def matches node inputs"),
+    (_dtype("bias", np.float16), r"Op \(MatMulAddInt4\).* no kernel def matches node inputs"),
+    (_dtype("w", np.float32), r"Type 'tensor\(float\)' of input parameter \(w\) of operator \(MatMulAddInt4\)"),
+]

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from cuda_host import c_functions, on_host, without_cuda
 from kernel_builds import build_kernel_check
-from native_models import Case, native_library, open_session, relative
-from test_operators import OPERATORS
+from native_models import OPERATORS, Case, native_library, open_session, relative
 
 from qcompile.runtime.library import cuda_architectures, cuda_devices, why_no_cuda
 

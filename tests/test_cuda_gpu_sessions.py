@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from native_models import Case, bfloat16_model, native_library, relative
+from native_models import OPERATORS, Case, bfloat16_model, native_library, relative
 from onnx import helper
 
 from qcompile.models.tiny import tiny_decoder
@@ -22,7 +22,6 @@ from qcompile.runtime.library import why_no_cuda
 pytestmark = pytest.mark.gpu
 
 PROVIDER, DEVICE = "CUDAExecutionProvider", "cuda"
-OPERATORS = ("MatMulInt4", "MatMulInt8", "MatMulAddInt4", "MatMulAddInt8")
 # Relative errors: what is rounded to the element, weights and x included (fp32 is computed in fp16).
 TOLERANCES = {"float": 1e-3, "half": 1e-3, "bfloat16": 6e-3}
 ROWS = (1, 3, 17, 64, 65, 300)

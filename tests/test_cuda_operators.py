@@ -11,9 +11,8 @@ import numpy as np
 import onnx
 import pytest
 from cuda_host import on_host
-from native_models import Case, bfloat16_model, native_library, open_session, relative
+from native_models import MALFORMED, OPERATORS, Case, bfloat16_model, native_library, open_session, relative
 from onnx import TensorProto, helper
-from test_operators import MALFORMED, OPERATORS
 
 from qcompile.models.tiny import tiny_decoder
 from qcompile.runtime import session

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_prepare_steps import parse, weight
+from preparing import parse
 
 from qcompile.passes.base import Region
 from qcompile.passes.linears import find_linears
@@ -33,9 +33,14 @@ OTHERS = {
 }
 
 
+def _weight(k: int, n: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((k, n)).astype(np.float32)
+
+
 def _linear(body: str):
     text = "a = MatMul(x, w) " + body
-    constants = {"w": weight(96, 8), "w2": weight(8, 8), "c": np.ones(8, "f"), "two": np.array([2]), "e": weight(8, 8)}
+    square = _weight(8, 8)
+    constants = {"w": _weight(96, 8), "w2": square, "c": np.ones(8, "f"), "two": np.array([2]), "e": square}
     constants |= {"grouped": np.array([-1, 4, 2]), "mask": np.ones(8, bool), "n0": np.zeros(8, "f")}
     model = parse(text, inputs="float[M,96] x", outputs="float[M,8] y", **constants)
     return model, find_linears(model.graph)[0]
