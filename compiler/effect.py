@@ -9,12 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.compiler.inputs import InputPlan
-from qcompile.compiler.metrics import Floats, OutputNoise, log_softmax, log_softmax_rows
+from qcompile.compiler.metrics import ROWS, Floats, OutputNoise, kl_divergence, log_softmax, log_softmax_rows
 from qcompile.compiler.stream import Arrays
 from qcompile.passes.errors import UserError
-
-# Rows of logits compared at a time: a few such buffers of 64 x 49152 float32 live at once.
-_ROWS = 64
 
 
 class Effect(ABC):
@@ -54,7 +51,7 @@ class LogitsKl(Effect):
         return f"KL {distance:.3g} nats a token"
 
 
-class OutputError(Effect):
+class OutputSqnr(Effect):
     """‖output - float‖ / ‖float‖ of the output that is worst off; told as signal to noise, -20 log10 of it, in dB."""
 
     metric = "SQNR"
@@ -91,7 +88,7 @@ def effect_of(plan: InputPlan, reference: Sequence[Arrays]) -> Effect:
     names = [name for name, array in reference[0].items() if array.dtype.kind == "f" and array.size]
     if not names:
         raise UserError("the model has no output of float type whose error could be measured")
-    return OutputError(names, reference)
+    return OutputSqnr(names, reference)
 
 
 def _rows(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -102,9 +99,9 @@ def _rows(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _kl(known: Floats, logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """KL of each row, nats; known: log-softmax (L, V)."""
     parts = []
-    for start in range(0, len(known), _ROWS):
-        rows = known[start : start + _ROWS]
-        parts.append((np.exp(rows) * (rows - log_softmax(logits[start : start + _ROWS]))).sum(-1, dtype=np.float64))
+    for start in range(0, len(known), ROWS):
+        rows = slice(start, start + ROWS)
+        parts.append(kl_divergence(known[rows], log_softmax(logits[rows])))
     return np.concatenate(parts)
 
 

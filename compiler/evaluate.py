@@ -1,6 +1,5 @@
 """How good a model is: perplexity on text, and its distance to a reference model."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ import numpy.typing as npt
 
 from qcompile.compiler.feeds import Batch
 from qcompile.compiler.inputs import InputPlan
-from qcompile.compiler.metrics import OutputNoise, TokenScores, log_softmax_rows, mean_and_error
+from qcompile.compiler.metrics import OutputNoise, TokenScores, log_softmax_rows, mean_and_error, perplexity
 from qcompile.compiler.subject import Subject
 from qcompile.compiler.tokens import Ids
 from qcompile.passes.errors import UserError
 
-Progress = Callable[[int, int], None]
+# Told how many of how many steps are done.
+Told = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class DecoderScores:
     @property
     def perplexity(self) -> float:
         """exp(nll)."""
-        return math.exp(self.nll) if self.nll < 700 else math.inf
+        return perplexity(self.nll)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def evaluate_many(
     accuracy_level: int = 0,
     provider: str = "cpu",
     kernels: str = "auto",
-    progress: Progress | None = None,
+    progress: Told | None = None,
 ) -> list[DecoderScores]:
     """Scores of decoders, the reference first if there is one; the reference runs once for each window.
 
@@ -108,7 +108,7 @@ def evaluate_many(
     ]
 
 
-def compare_outputs(
+def score_outputs(
     reference: Path,
     candidates: Sequence[Path],
     batches: Callable[[InputPlan], Sequence[Batch]],
@@ -116,7 +116,7 @@ def compare_outputs(
     accuracy_level: int = 0,
     provider: str = "cpu",
     kernels: str = "auto",
-    progress: Progress | None = None,
+    progress: Told | None = None,
 ) -> list[OutputScores]:
     """SQNR and cosine of every output of every candidate, on the batches made for the reference's inputs.
 

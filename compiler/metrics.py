@@ -1,5 +1,7 @@
 """Distances between a model and its reference: next-token scores from logits, noise of any output."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +14,9 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
 # Rows of logits worked on at a time: 64 x 49152 float32 is 12 MB, and a few such buffers live at once.
-_ROWS = 64
+ROWS = 64
+# Nats of which float64 still has the exponential.
+_MOST = 700.0
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> Floats:
@@ -22,6 +26,17 @@ def log_softmax(logits: npt.NDArray[Any]) -> Floats:
     total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
     shifted -= np.log(total).astype(np.float32)
     return shifted
+
+
+def kl_divergence(known: Floats, scores: Floats) -> Doubles:
+    """KL(known ‖ scores) of each row of log-softmaxes (rows, V), nats."""
+    divergence: Doubles = (np.exp(known) * (known - scores)).sum(axis=-1, dtype=np.float64)
+    return divergence
+
+
+def perplexity(nll: float) -> float:
+    """exp of a mean negative log-likelihood in nats; infinite where float64 has no such number."""
+    return math.exp(nll) if nll < _MOST else math.inf
 
 
 @dataclass
@@ -34,26 +49,26 @@ class TokenScores:
 
     def add(self, logits: npt.NDArray[Any], targets: npt.NDArray[np.int64], reference: Floats | None) -> None:
         """Score logits (L, V) against the tokens that follow, targets (L,), and the reference's log_softmax (L, V)."""
-        for start in range(0, len(targets), _ROWS):
-            rows = slice(start, start + _ROWS)
+        for start in range(0, len(targets), ROWS):
+            rows = slice(start, start + ROWS)
             scores = log_softmax(logits[rows])
             wanted = targets[rows]
             self.nll.append(-scores[np.arange(len(wanted)), wanted].astype(np.float64))
             if reference is not None:
                 known = reference[rows]
-                self.kl.append((np.exp(known) * (known - scores)).sum(axis=-1, dtype=np.float64))
+                self.kl.append(kl_divergence(known, scores))
                 self.agree.append(known.argmax(axis=-1) == scores.argmax(axis=-1))
 
 
 def log_softmax_rows(logits: npt.NDArray[Any]) -> Floats:
     """log_softmax of logits (L, V), a few rows at a time."""
     out = np.empty(logits.shape, np.float32)
-    for start in range(0, len(logits), _ROWS):
-        out[start : start + _ROWS] = log_softmax(logits[start : start + _ROWS])
+    for start in range(0, len(logits), ROWS):
+        out[start : start + ROWS] = log_softmax(logits[start : start + ROWS])
     return out
 
 
-def mean_and_error(values: list[Doubles]) -> tuple[float, float]:
+def mean_and_error(values: Sequence[Doubles]) -> tuple[float, float]:
     """The mean and its standard error, taking the values as independent."""
     flat = np.concatenate(values)
     error = flat.std(ddof=1) / np.sqrt(len(flat)) if len(flat) > 1 else np.nan

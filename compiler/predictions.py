@@ -1,6 +1,5 @@
 """What a decoder predicts on the check batches, before and after: the accuracy that a report can tell by itself."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from qcompile.compiler.feeds import Batch
 from qcompile.compiler.inputs import InputPlan
-from qcompile.compiler.metrics import TokenScores, log_softmax_rows
+from qcompile.compiler.metrics import TokenScores, log_softmax_rows, mean_and_error, perplexity
 from qcompile.compiler.stream import Arrays
 
 
@@ -58,9 +57,6 @@ def predictions(
             after.add(y[row, :-1], targets, reference)
     if not after.nll or not sum(map(len, after.nll)):
         return None
-    agreement, kl = float(np.concatenate(after.agree).mean()), float(np.concatenate(after.kl).mean())
-    return Predictions(sum(map(len, after.nll)), _perplexity(before), _perplexity(after), kl, agreement)
-
-
-def _perplexity(scores: TokenScores) -> float:
-    return math.exp(min(float(np.concatenate(scores.nll).mean()), 700.0))
+    means = [mean_and_error(values)[0] for values in (before.nll, after.nll, after.kl)]
+    agreement = float(np.concatenate(after.agree).mean())
+    return Predictions(sum(map(len, after.nll)), perplexity(means[0]), perplexity(means[1]), means[2], agreement)

@@ -20,7 +20,6 @@ from qcompile.runtime.sessions import run
 Arrays = dict[str, npt.NDArray[Any]]
 # By the name of a carried value: its array for each batch.
 Carried = Mapping[str, Sequence[npt.NDArray[Any]]]
-Progress = Callable[[int], None]
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Runner:
     model: ir.Model
     plan: InputPlan
     provider: str = "cpu"
-    progress: Progress = field(default=lambda rows: None)
+    progress: Callable[[int], None] = field(default=lambda rows: None)
     optimize: bool = True
 
     def collect(

@@ -1,7 +1,6 @@
 """How the models of a sweep are scored against the float model, which runs once for all of them."""
 
 import json
-import math
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -14,9 +13,9 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from qcompile.compiler import output_files
-from qcompile.compiler.evaluate import Progress
+from qcompile.compiler.evaluate import Told
 from qcompile.compiler.feeds import Batch
-from qcompile.compiler.metrics import OutputNoise, TokenScores, log_softmax_rows, mean_and_error
+from qcompile.compiler.metrics import OutputNoise, TokenScores, log_softmax_rows, mean_and_error, perplexity
 from qcompile.compiler.stream import Arrays
 from qcompile.compiler.subject import Subject
 from qcompile.compiler.sweep_cache import write_atomically
@@ -49,11 +48,11 @@ class Metric(ABC):
     float_scores: Scores
 
     @abstractmethod
-    def prepare(self, progress: Progress) -> None:
+    def prepare(self, progress: Told) -> None:
         """Run the float model, unless that was done before."""
 
     @abstractmethod
-    def score(self, path: Path, progress: Progress) -> Scores:
+    def score(self, path: Path, progress: Told) -> Scores:
         """The scores of a compiled model; `prepare` must have run."""
 
     @abstractmethod
@@ -75,7 +74,7 @@ class TextMetric(Metric):
         self.known, self.told = folder / f"reference-{key}.npy", folder / f"reference-{key}.json"
         self.float_scores = json.loads(self.told.read_text(encoding="utf-8")) if self.told.exists() else {}
 
-    def prepare(self, progress: Progress) -> None:
+    def prepare(self, progress: Told) -> None:
         """Run the float model, unless its log-probabilities are there from a sweep that was interrupted."""
         if self.known.exists() and self.told.exists():
             return
@@ -83,10 +82,10 @@ class TextMetric(Metric):
         with output_files.writing(self.known), output_files.staging(self.known) as part:
             self._fill(part, subject, scores, progress)
             os.replace(part, self.known)
-        self.float_scores = {"perplexity": _perplexity(scores)}
+        self.float_scores = {"perplexity": perplexity(mean_and_error(scores.nll)[0])}
         write_atomically(self.told, json.dumps(self.float_scores) + "\n")
 
-    def _fill(self, part: Path, subject: Subject, scores: TokenScores, progress: Progress) -> None:
+    def _fill(self, part: Path, subject: Subject, scores: TokenScores, progress: Told) -> None:
         kept, start = None, 0
         for number, window in enumerate(self.windows, 1):
             logits = subject.logits(window)[: len(window) - 1]
@@ -99,7 +98,7 @@ class TextMetric(Metric):
             start += len(logits)
             progress(number, len(self.windows))
 
-    def score(self, path: Path, progress: Progress) -> Scores:
+    def score(self, path: Path, progress: Told) -> Scores:
         """kl and kl_error in nats per scored token, perplexity, agreement."""
         subject, scores, start = self.running.subject(path), TokenScores(), 0
         known: Any = np.load(self.known, mmap_mode="r")
@@ -110,7 +109,12 @@ class TextMetric(Metric):
             progress(number, len(self.windows))
         kl, error = mean_and_error(scores.kl)
         agreement = float(np.concatenate(scores.agree).mean())
-        return {"kl": kl, "kl_error": error, "perplexity": _perplexity(scores), "agreement": agreement}
+        return {
+            "kl": kl,
+            "kl_error": error,
+            "perplexity": perplexity(mean_and_error(scores.nll)[0]),
+            "agreement": agreement,
+        }
 
     def close(self) -> None:
         """Remove the log-probabilities; the perplexity stays."""
@@ -130,7 +134,7 @@ class OutputMetric(Metric):
         self.model, self.batches, self.running = model, batches, running
         self.float_scores, self.known = {}, list[Arrays]()
 
-    def prepare(self, progress: Progress) -> None:
+    def prepare(self, progress: Told) -> None:
         """Run the float model on all batches."""
         subject = self.running.subject(self.model)
         for number, batch in enumerate(self.batches, 1):
@@ -138,7 +142,7 @@ class OutputMetric(Metric):
             self.known.append({name: array for name, array in outputs.items() if array.dtype.kind in "fV"})
             progress(number, len(self.batches))
 
-    def score(self, path: Path, progress: Progress) -> Scores:
+    def score(self, path: Path, progress: Told) -> Scores:
         """relative_error, sqnr (dB) and cosine."""
         subject = self.running.subject(path)
         noise = {name: OutputNoise() for name in self.known[0]}
@@ -154,11 +158,6 @@ class OutputMetric(Metric):
     def close(self) -> None:
         """Let go of the outputs."""
         self.known = []
-
-
-def _perplexity(scores: TokenScores) -> float:
-    nll, _ = mean_and_error(scores.nll)
-    return math.exp(nll) if nll < 700 else math.inf
 
 
 def _check_space(path: Path, needed: int) -> None:

@@ -19,7 +19,7 @@ from qcompile.passes.errors import UserError
 DTYPES = ("fp32", "fp16")
 MODEL, RECORD = "model.onnx", publish.RECORD
 
-Progress = Callable[[str], None]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def export_model(
     kv_cache: bool = False,
     dtype: str = "fp32",
     max_layers: int | None = None,
-    progress: Progress | None = None,
+    progress: Say | None = None,
 ) -> Exported:
     """Write model.onnx (+ model.onnx.data), tokenizer, config.json and export.json into `output_dir`.
 
@@ -72,7 +72,7 @@ def export_model(
     return Exported(target / first, size, time.monotonic() - started, record)
 
 
-def _checkpoint(source: str | Path, say: Progress) -> hf.Checkpoint:
+def _checkpoint(source: str | Path, say: Say) -> hf.Checkpoint:
     hf.require_export_extra()
     name, path = str(source), Path(source).expanduser()
     if name in zoo.ZOO:
@@ -95,7 +95,7 @@ def _export(
     kv_cache: bool,
     dtype: str,
     max_layers: int | None,
-    say: Progress,
+    say: Say,
 ) -> dict[str, Any]:
     say("loading the model in torch")
     config = hf.load_config(checkpoint)
@@ -132,7 +132,7 @@ class Exporting:
     work: Path
     open_model: check.OpenModel
     dtype: str
-    say: Progress
+    say: Say
 
     def text(self, model: Any, *, decoder: bool, kv_cache: bool) -> check.Checked:
         """A text model as model.onnx, checked on a prompt."""
@@ -166,7 +166,7 @@ class Exporting:
             ir.save(onnx_model, self.work / name, external_data=f"{name}.data")
 
 
-def _copy_onnx(name: str, work: Path, say: Progress) -> dict[str, Any]:
+def _copy_onnx(name: str, work: Path, say: Say) -> dict[str, Any]:
     say(f"fetching {name}")
     path = zoo.fetch(name)
     with _disk(work):

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from qcompile.passes.channel_map import Indices, refusal, selects, step
 from qcompile.passes.linears import Linear, as_linear, constant
+from qcompile.passes.prepare.edit import is_constant
 
 # Operators that end in gamma (and beta), by the positions of these inputs. The bias of the Skip forms is added before
 # the normalization, so it stays.
@@ -53,11 +54,6 @@ class Trace:
         """Why the factor would leak into another consumer, or an empty string."""
         touched = np.unique(self.index)
         return next((f"{name} reads the same channels" for name, i in self.siblings if np.isin(i, touched).any()), "")
-
-
-def is_constant(value: ir.Value | None) -> bool:
-    """Whether the value is an initializer that nobody can override."""
-    return value is not None and value.is_initializer() and not value.is_graph_input() and value.const_value is not None
 
 
 def trace(value: ir.Value) -> Trace | str:

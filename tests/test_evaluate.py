@@ -12,7 +12,7 @@ import pytest
 from graphs.inputs import strings_that_become_rows_of_a_table
 
 from qcompile.compiler.cli import main
-from qcompile.compiler.evaluate import compare_outputs, evaluate, evaluate_many
+from qcompile.compiler.evaluate import evaluate, evaluate_many, score_outputs
 from qcompile.compiler.feeds import npz_batches
 from qcompile.compiler.metrics import OutputNoise, log_softmax
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
@@ -141,12 +141,12 @@ def test_outputs_against_a_reference(tmp_path: Path) -> None:
     data = _inputs(tmp_path / "x.npz")
     x = dict(np.load(data))
     y, z = (ort.InferenceSession(str(path)).run(["y"], x)[0].astype(np.float64) for path in (reference, candidate))
-    (score,) = compare_outputs(reference, [candidate], lambda plan: npz_batches(plan, [data]))
+    (score,) = score_outputs(reference, [candidate], lambda plan: npz_batches(plan, [data]))
     assert score.sqnr == pytest.approx(10 * np.log10((y**2).sum() / ((y - z) ** 2).sum()), abs=1e-3)
     assert score.cosine == pytest.approx((y * z).sum() / np.sqrt((y**2).sum() * (z**2).sum()), abs=1e-6)
     assert (score.output, score.values) == ("y", 50)
     with pytest.raises(UserError, match="has no output 'y'"):
-        compare_outputs(reference, [_saved(tiny_encoder(), tmp_path / "c.onnx")], lambda plan: [])
+        score_outputs(reference, [_saved(tiny_encoder(), tmp_path / "c.onnx")], lambda plan: [])
 
 
 def test_outputs_without_numbers_are_left_out(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_outputs_without_numbers_are_left_out(tmp_path: Path) -> None:
     model, data = tmp_path / "m.onnx", tmp_path / "x.npz"
     onnx.save(graph.model(), model)
     np.savez(data, **graph.feeds(0))
-    (score,) = compare_outputs(model, [model], lambda plan: npz_batches(plan, [data]))
+    (score,) = score_outputs(model, [model], lambda plan: npz_batches(plan, [data]))
     assert score.output.startswith("MatMul")
 
 

@@ -8,7 +8,7 @@ import pytest
 from mixing import BAD, bad_conv, bad_decoder, images
 
 from qcompile.compiler import mixed
-from qcompile.compiler.effect import LogitsKl, OutputError, decibels
+from qcompile.compiler.effect import LogitsKl, OutputSqnr, decibels
 from qcompile.compiler.mixed import smallest
 from qcompile.compiler.recipe import Recipe, dump_recipe, load_recipe, parse_passes
 from qcompile.compiler.report import Report
@@ -229,7 +229,7 @@ def test_effects_against_their_formulas() -> None:
     effect = LogitsKl("y", [{"y": p}])
     assert effect.distance([{"y": q + 3}]) == pytest.approx(float((np.exp(p) * (p - q)).sum(-1).mean()), rel=1e-5)
     assert effect.distance([{"y": p}]) == pytest.approx(0, abs=1e-6)
-    error = OutputError(["a", "b"], [{"a": p, "b": q}])
+    error = OutputSqnr(["a", "b"], [{"a": p, "b": q}])
     assert error.distance([{"a": p, "b": q * 1.1}]) == pytest.approx(0.1, rel=1e-4)
     assert error.distance([{"a": p, "b": q}]) == 0
     assert decibels(0.1) == pytest.approx(20)

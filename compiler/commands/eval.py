@@ -9,7 +9,7 @@ from typing import Any
 
 from qcompile.compiler.commands.options import add_custom_ops
 from qcompile.compiler.console import console, megabytes, progress, table
-from qcompile.compiler.evaluate import DecoderScores, OutputScores, compare_outputs, evaluate_many
+from qcompile.compiler.evaluate import DecoderScores, OutputScores, evaluate_many, score_outputs
 from qcompile.compiler.feeds import Batch, token_batches
 from qcompile.compiler.inputs import InputPlan, input_plan
 from qcompile.compiler.sizes import model_sizes
@@ -149,7 +149,7 @@ def _outputs(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     with progress() as bar:
         task = bar.add_task("comparing outputs")
-        scores = compare_outputs(
+        scores = score_outputs(
             args.against,
             args.models,
             batches,
