@@ -30,9 +30,11 @@ _MIN_IR_VERSION = 3
 # protobuf's own limit.
 _MAX_PROTO = 2**31 - 1
 # Operators and operand positions that make an initializer a weight, and operators that only move or convert one.
-_WEIGHT_OPERANDS = {("MatMul", 0), ("MatMul", 1)} | {
-    (op, index) for op in ("Gemm", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN") for index in (1, 2)
+_WEIGHT_OPERANDS = {(op, index) for op in ("MatMul", "Gemm") for index in (0, 1)} | {
+    (op, index) for op in ("Conv", "ConvTranspose", "LSTM", "GRU", "RNN") for index in (1, 2)
 }
+# What may hold -Inf: tables that are looked up, and biases, which take tokens out of the running so.
+_TABLE_OPERANDS = {("Gather", 0), ("Gemm", 2)}
 _MOVES = {"Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity"}
 
 
@@ -62,11 +64,11 @@ def load_model(path: Path) -> ir.Model:
 def check_finite(model: ir.Model) -> None:
     """Raise UserError for a NaN in any tensor, or an Inf in a weight; reads every float tensor once, in chunks.
 
-    An Inf elsewhere is legitimate: attention masks are made of them, and -Inf in a table that is looked up. So is a NaN
-    that stands alone.
+    An Inf elsewhere is legitimate: attention masks are made of them, and -Inf in a table that is looked up or a bias.
+    So is a NaN that stands alone.
     """
     weights = {id(value.const_value) for value in _weights(model, _WEIGHT_OPERANDS)}
-    tables = {id(value.const_value) for value in _weights(model, {("Gather", 0)})} - weights
+    tables = {id(value.const_value) for value in _weights(model, _TABLE_OPERANDS)} - weights
     for name, tensor in tensors_of(model):
         if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16 or tensor.size < 2:
             continue

@@ -14,7 +14,7 @@ from qcompile.passes.linears import constant
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.mean import Mean
 from qcompile.passes.prepare.edit import Names, add_initializer, is_constant, take_over
-from qcompile.passes.qdq.biases import bias_behind, channel_bias
+from qcompile.passes.qdq.biases import bias_behind, channel_bias, has_endless_bias
 from qcompile.passes.qdq.selection import PRODUCTS, weight_position
 from qcompile.passes.qdq.twin import TWIN, Twin
 
@@ -56,7 +56,7 @@ class BiasCorrection(Pass):
         found: dict[ir.Value, Mean] = {}
         for node in region.live_nodes():
             if node.op_type in PRODUCTS and node.domain == "" and weight_position(node) is not None:
-                behind = bias_behind(node)
+                behind = bias_behind(node) if not has_endless_bias(node) else None
                 for value in (node.outputs[0], *(behind[0].outputs if behind is not None else ())):
                     found[value] = _mean(value, node.op_type)
         self._means |= found

@@ -114,6 +114,23 @@ def test_a_bias_of_each_row_stays_float() -> None:
     assert not [t for t in made.after.graph.initializer if t.data_type == TensorProto.INT32]
 
 
+@pytest.mark.parametrize("fill", [-np.inf, np.inf, -3.4e38, -1e9])
+@pytest.mark.parametrize("build", [_conv, _gemm, _matmul])
+def test_a_bias_without_end_leaves_every_scale_a_number(build, fill) -> None:
+    """-inf made scales of inf, and every number of the output NaN; other channels are as exact as ever."""
+    w, bias = _weights(3, []), np.random.default_rng(1).standard_normal(CHANNELS).astype(np.float32)
+    bias[5] = fill
+    feeds = [{"x1": np.random.default_rng(2).standard_normal(shape(build, w)).astype(np.float32)}]
+    made = quantized(build(w, bias), feeds)
+    _check_scales(made)
+    for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
+        wanted, found = _both(made, level)
+        np.testing.assert_allclose(found[:, 5], wanted[:, 5], rtol=1e-6, atol=np.abs(wanted[:, 6]).max())
+        others = [i for i in range(CHANNELS) if i != 5]
+        wanted, found = wanted[:, others], found[:, others]
+        assert np.linalg.norm(found - wanted) < 0.03 * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize("first", [None, 0.0, 3e8])
 def test_readers_of_one_dead_weight_have_scales_for_their_own_bias(first) -> None:
     """The weight is stored once where one scale serves both biases, else twice."""

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array
 from qcompile.passes.formats.emit import drop_unused
 from qcompile.passes.linears import constant
+from qcompile.passes.masks import FILL
 from qcompile.passes.prepare.edit import add_initializer, insert_before, is_constant, stem
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.qdq.twin import TWIN, Twin
@@ -16,6 +17,8 @@ Floats = npt.NDArray[np.float64]
 _LIMIT = 2**31 - 1
 # Codes of a bias where the scale is chosen for it: half of 32 bits' are left for the sums.
 _ROOM = 2**30
+# Sums of floats from here on, over the numbers of a batch, may be infinite.
+_ENDLESS = 1e30
 
 
 def channel_bias(node: ir.Node, position: int | None, channels: int) -> Floats | None:
@@ -74,6 +77,24 @@ def least_scales(node: ir.Node, rule: Rule, scale: Array, channels: int) -> Arra
     if bias is None or value is None or constant(value).dtype != ir.DataType.FLOAT:
         return None
     return np.asarray(np.abs(bias) / (float(scale) * _ROOM), np.float32)
+
+
+def has_endless_bias(node: ir.Node) -> bool:
+    """Whether a constant adds a number to a product's output that leaves its codes no room for others.
+
+    -inf and the lowest float take tokens out of the running. No code of 32 bits is infinite, and ONNX Runtime makes
+    such codes of a float bias too: only a product whose weight alone is quantized gives what the float one gives. The
+    output of a convolution has a grid of 8 bits, which a bias like the fill of a mask takes for itself.
+    """
+    most = FILL if node.op_type in ("Conv", "ConvTranspose") else _ENDLESS
+    given = [node.inputs[2]] if len(node.inputs) > 2 else []
+    given += [value for use in node.outputs[0].uses() if use.node.op_type == "Add" for value in use.node.inputs]
+    return any(value is not None and is_constant(value) and not _is_below(value, most) for value in given)
+
+
+def _is_below(value: ir.Value, most: float) -> bool:
+    numbers = np.asarray(constant(value).numpy(), np.float64)
+    return bool((np.abs(numbers) < most).all())  # which NaN is not
 
 
 def bias_behind(node: ir.Node) -> tuple[ir.Node, int] | None:

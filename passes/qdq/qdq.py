@@ -19,7 +19,7 @@ from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import Names, add_initializer, stem, take_over
-from qcompile.passes.qdq.biases import bias_behind, quantize_bias, settle_bias
+from qcompile.passes.qdq.biases import bias_behind, has_endless_bias, quantize_bias, settle_bias
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import replace_outlier
 from qcompile.passes.qdq.outliers import OUTLIERS
@@ -34,6 +34,7 @@ Calibrator = Literal["auto", "minmax", "moving-average", "percentile", "entropy"
 Readers = dict[ir.Value, list[tuple[ir.Node, int]]]
 _STARVED = "no row of the calibration data reached it"
 _ROUNDED_BIAS = "the scale of its int32 bias would be too small for float16"
+_ENDLESS_BIAS = "its bias holds a number so large that codes leave no room for others"
 _NO_RECURRENT = "tensorrt decodes no weights of recurrent layers"
 _TYPES = {"float8": ir.DataType.FLOAT8E4M3FN}
 
@@ -50,6 +51,7 @@ class Qdq(Pass):
     Case 6: what no row of the calibration data reached (an expert without a token): weights alone.
     Case 7: 16-bit activations of a float16 product with a bias: weights alone. ONNX Runtime 1.32 makes an int32 bias of
             it, whose scale, the product of two small ones, float16 rounds to a few steps or to 0.
+    Case 8: a product whose bias holds an infinity, or what is next to one: weights alone; see `has_endless_bias`.
     lm_head: "weights" leaves its input in float: its error meets the logits as it is (SmolLM2: two fifths of the KL).
     provider: whose fusions and types are aimed at. weights: one scale a channel, or one a tensor.
     activations: "auto" is what the provider wants; 16 bits and float8 run as Q, DQ and float operators on the CPU.
@@ -154,7 +156,7 @@ class Qdq(Pass):
 
         An expert that no token was sent to has no range, and may be asked later. UserError where nothing was seen.
         """
-        selection = self._without_rounded_biases(model, self._select(model))
+        selection = self._without_lost_biases(model, self._select(model))
         while unknown := [value for value in selection.values if not self.observers[value].state()]:
             touching = _touching(selection, set(unknown))
             if len(unknown) == len(selection.values) or not touching:
@@ -168,16 +170,19 @@ class Qdq(Pass):
             selection = self._select(model)
         return selection
 
-    def _without_rounded_biases(self, model: ir.Model, selection: Selection) -> Selection:
-        """Case 7."""
-        if self.spec.is_float or self.spec.dtype.bitwidth <= 8:
+    def _without_lost_biases(self, model: ir.Model, selection: Selection) -> Selection:
+        """Cases 7 and 8."""
+        wide = not self.spec.is_float and self.spec.dtype.bitwidth > 8
+        alone = {
+            str(node.name): _ENDLESS_BIAS if endless else _ROUNDED_BIAS
+            for node in selection.nodes
+            if (endless := weight_position(node) is not None and has_endless_bias(node))
+            or (wide and node.outputs[0].dtype == ir.DataType.FLOAT16 and _has_bias(node))
+        }
+        if not alone:
             return selection
-        half = [node for node in selection.nodes if node.outputs[0].dtype == ir.DataType.FLOAT16 and _has_bias(node)]
-        if half:
-            alone = {str(node.name): _ROUNDED_BIAS for node in half}
-            self.policy = replace(self.policy, weights_only={**self.policy.weights_only, **alone})
-            selection = self._select(model)
-        return selection
+        self.policy = replace(self.policy, weights_only={**self.policy.weights_only, **alone})
+        return self._select(model)
 
     def _grids(self, selection: Selection) -> dict[ir.Value, QParams]:
         """Case 2."""

@@ -58,7 +58,7 @@ def bounds_of(value: ir.Value) -> tuple[float, float]:
     if node.op_type == "Clip":
         ends = [node.inputs[i] if i < len(node.inputs) else None for i in (1, 2)]
         low, high = (
-            float(end.const_value.numpy()) if end is not None and end.const_value is not None else other
+            float(end.const_value.numpy().item()) if end is not None and end.const_value is not None else other
             for end, other in zip(ends, (-np.inf, np.inf), strict=True)
         )
         return low, high

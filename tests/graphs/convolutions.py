@@ -76,3 +76,11 @@ def convolutions_and_a_move_at_the_end(make: Graph) -> None:
     make.output(make.one("Reshape", last, make.constant(np.array([0, 0, -1], np.int64))))
     make.output(make.one("Transpose", make.one("Conv", made, make.floats(4, 16, 1, 1)), perm=[0, 2, 3, 1]))
     make.output(make.one("Flatten", make.one("Conv", made, make.floats(4, 16, 1, 1))))
+
+
+@case({"qdq": 28, "smooth,qdq,bias_correction": 28})
+def convolution_between_clips_whose_ends_are_rows_of_one(make: Graph) -> None:
+    """ONNX Runtime takes ends of shape (1,) for scalars."""
+    x, ends = make.input("b", 8, 12, 12), [make.constant(np.array([end], np.float32)) for end in (-0.7, 6.0)]
+    made = make.one("Clip", make.one("Conv", x, make.floats(16, 8, 3, 3), make.floats(16)), *ends)
+    make.output(make.one("Conv", made, make.floats(8, 16, 3, 3)))

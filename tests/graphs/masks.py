@@ -118,3 +118,41 @@ def bias_of_positions_and_a_mask(make: Graph) -> None:
     bias = make.one("Gather", make.floats(12, 12, scale=1.0), rows)
     causal = make.constant(np.where(np.tri(12, dtype=bool), 0, -1e9).astype(np.float32))
     _attention(make, make.one("Add", bias, causal), x)
+
+
+BIASED = {
+    "qdq(operators=all)": 30,
+    "smooth,qdq,bias_correction": 30,
+    "smooth,outlier,qdq": 30,
+    "pack": 14,
+    "dynamic": 25,
+}
+
+
+def _without_tokens(make: Graph, fill: float, rank: int, *, gemm: bool = False) -> None:
+    """Probabilities of 48 tokens, of which a bias takes two out of the running."""
+    bias = make.random.standard_normal(48).astype(np.float32)
+    bias[[3, 9]] = fill
+    x, w, b = make.input("b", 32), make.floats(32, 48), make.constant(bias.reshape(*[1] * (rank - 1), 48))
+    scores = make.one("Gemm", x, w, b) if gemm else make.one("Add", make.one("MatMul", x, w), b)
+    make.output(make.one("Softmax", scores))
+
+
+@case(BIASED)
+def bias_of_minus_infinity(make: Graph) -> None:
+    _without_tokens(make, -np.inf, 1)
+
+
+@case(BIASED)
+def bias_of_minus_infinity_in_a_row(make: Graph) -> None:
+    _without_tokens(make, -np.inf, 2)
+
+
+@case(BIASED)
+def bias_of_minus_infinity_in_a_gemm(make: Graph) -> None:
+    _without_tokens(make, -np.inf, 1, gemm=True)
+
+
+@case(BIASED)
+def bias_of_the_lowest_float(make: Graph) -> None:
+    _without_tokens(make, float(np.finfo(np.float32).min), 1)
