@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from qcompile.compiler import statistics_file
+from qcompile.compiler.calibration_files import named
 from qcompile.compiler.progress import Progress, Silent
 from qcompile.compiler.recipe import Recipe, Step, parse_passes
 from qcompile.compiler.sources import Calibration, Given
-from qcompile.compiler.store import check_output_path
+from qcompile.compiler.store import check_result_path
 from qcompile.compiler.walk import walk_model
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Observer
@@ -67,9 +68,10 @@ def calibrate_model(
     source, target = Path(model), Path(output)
     if not any(step.name == Qdq.name for step in recipe.passes):
         raise UserError("calibrate: no pass of the list takes ranges from calibration data: add qdq")
-    check_output_path(source, target)
+    calibration = Calibration.of(calibration)
+    check_result_path([source], target, named(calibration.files))
     progress.step("loading")
-    walked = walk_model(source, recipe, Calibration.of(calibration), progress, checks=False)
+    walked = walk_model(source, recipe, calibration, progress, checks=False)
     chosen = next(p for p in walked.passes if isinstance(p, Qdq))
     if not walked.watched:
         raise UserError("calibrate: the model has no activation that qdq would quantize")

@@ -25,6 +25,8 @@ class Files:
     @classmethod
     def of(cls, words: Sequence[str]) -> "Files":
         """The words sorted; UserError for a mixture, for a folder without any such file, and for what is no file."""
+        if "" in words:
+            raise UserError("--calibration was given an empty name: is a variable unset?")
         references = [word for word in words if is_reference(word)]
         paths = [path for word in words if word not in references for path in _expanded(Path(word))]
         for path in paths:
@@ -38,6 +40,12 @@ class Files:
                 "not a mixture"
             )
         return cls(texts, arrays, pictures, references[0] if references else "")
+
+
+def named(words: Sequence[str]) -> list[Path]:
+    """The files that words name, those in folders among them, as far as there are any: what the work will read."""
+    paths = [Path(word) for word in words if word]
+    return [file for path in paths for file in (in_folder(path, _KINDS) if path.is_dir() else [path])]
 
 
 def _check_regular(path: Path) -> None:

@@ -21,6 +21,8 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # A free size is the image's own, its longer side no more than this, in steps that every common stride divides.
 _LONGEST, _STEP = 640, 32
+# Height and width that may be asked for: a side of 16384 is 3 GB a picture in float32.
+_MOST = 16384
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Pictures:
             raise UserError(f"image std must be positive, got {self.std}")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise UserError(f"image size must be height and width, got {self.size}")
+        if self.size is not None and max(self.size) > _MOST:
+            raise UserError(f"image size must be {_MOST} at most, got {self.size}")
 
     def beside(self, model: Path) -> "Pictures":
         """With what is not given here from preprocessor_config.json beside the model, or one folder up of `onnx`."""
@@ -79,6 +83,15 @@ class Layout:
             )
         channels, height, width = dims if first else (dims[2], dims[0], dims[1])
         return cls(given, first, channels if isinstance(channels, int) else 3, _fixed(height), _fixed(width))
+
+    def check(self, size: tuple[int, int] | None) -> None:
+        """Raise UserError where a size is asked for (height, width) that the input does not take."""
+        own = (self.height, self.width)
+        if size is not None and any(fixed not in (None, asked) for fixed, asked in zip(own, size, strict=True)):
+            raise UserError(
+                f"input {self.given.name!r} {list(self.given.shape)} takes images of {self.height}×{self.width}, "
+                f"not of {size[0]}×{size[1]}: leave out --image-size"
+            )
 
 
 def picture_input(plan: InputPlan) -> Layout:
@@ -198,24 +211,34 @@ def _fit(opened: Any, size: tuple[int, int]) -> Any:
 
 
 def _config(path: Path) -> Pictures | None:
-    """What a preprocessor_config.json of transformers says; None where there is none, or one without such settings."""
+    """What a preprocessor_config.json of transformers says; None where there is none, or one that names no numbers.
+
+    UserError for a damaged one: numbers of other means than the training's would calibrate another network.
+    """
+    if not path.exists():
+        return None
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(told, dict) or not isinstance(told.get("image_mean"), list):
+        normalized = told.get("do_normalize", True)
+        if normalized and told.get("image_mean") is None:
             return None
         scale = told.get("rescale_factor", 1 / 255) if told.get("do_rescale", True) else 1.0
-        mean, std = (tuple(map(float, told[name])) for name in ("image_mean", "image_std"))
-        if not told.get("do_normalize", True):
-            mean, std = (0.0,), (1.0,)
+        if not np.isfinite(float(scale)):
+            raise ValueError(f"its rescale_factor is {scale}")
+        names = ("image_mean", "image_std") if normalized else ()
+        mean, std = [tuple(map(float, np.atleast_1d(told[name]))) for name in names] or ((0.0,), (1.0,))
         return Pictures(mean, std, _told_size(told), float(scale), f"{path.name} beside the model")
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, UserError) as error:
+        raise UserError(
+            f"{path} says nothing that can be used ({' '.join(str(error).split())[:100]}): mend or remove it, "
+            "or give --image-mean and --image-std"
+        ) from error
 
 
 def _told_size(told: dict[str, Any]) -> tuple[int, int] | None:
     for name in ("crop_size", "size"):
         size = told.get(name)
-        if isinstance(size, int):
+        if isinstance(size, int) and not isinstance(size, bool):
             return size, size
         if isinstance(size, dict) and "shortest_edge" in size:
             return int(size["shortest_edge"]), int(size["shortest_edge"])

@@ -81,6 +81,14 @@ def publish(staged: Sequence[Path], path: Path, beside: Sequence[Path] = ()) -> 
     return (path, *targets)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file that names no data, whole or not at all."""
+    with staging(path) as staged:
+        with writing(path):
+            staged.write_text(text, encoding="utf-8")
+        replace_file(staged, path)
+
+
 def replace_file(staged: Path, path: Path) -> None:
     """Move a staged file that names no data to `path`."""
     with writing(path):
@@ -170,7 +178,7 @@ def remove_unmentioned(path: Path) -> None:
     candidates = [file for file in files if pattern.fullmatch(file.name)]
     if len(candidates) < 2 and all(_mentions(path, file.name) for file in candidates):
         return
-    models = [file for file in files if file not in candidates and _may_be_model(file)]
+    models = [file for file in files if file not in candidates and may_be_model(file)]
     for file in candidates:
         if not any(_mentions(model, file.name) for model in models):
             file.unlink(missing_ok=True)
@@ -183,7 +191,14 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _may_be_model(path: Path) -> bool:
+def models_that_mention(path: Path) -> Iterator[Path]:
+    """The files beside `path`, in order, that may be models and in which its name stands."""
+    for file in sorted(path.absolute().parent.iterdir()):
+        if file.name != path.name and _is_file(file) and may_be_model(file) and _mentions(file, path.name):
+            yield file
+
+
+def may_be_model(path: Path) -> bool:
     """Whether a file may hold a model, by its name or by its first byte, the tag of `ir_version`."""
     if path.suffix == ".onnx":
         return True

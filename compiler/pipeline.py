@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from qcompile.compiler import activations, ladder, output_files
+from qcompile.compiler.calibration_files import named
 from qcompile.compiler.coverage import check_coverage
 from qcompile.compiler.html_report import to_html
 from qcompile.compiler.mixed import keep
@@ -52,9 +53,10 @@ def compile_model(
     target = default_output(source, recipe) if output is None else Path(output)
     started = time.monotonic()
     progress.step("loading")
-    for file in (target, report_path(target), page_path(target)):
-        check_output_path(source, file)
     calibration = Calibration.of(calibration)
+    read = [*named(calibration.files), *(() if statistics is None else (Path(statistics),))]
+    for file in (target, report_path(target), page_path(target)):
+        check_output_path(source, file, read)
     prepared = prepare_model(source, recipe, progress)
     saved = None if statistics is None else load_statistics(prepared, Path(statistics))
     graph, plan, report, job = prepared.model, prepared.plan, prepared.report, prepared.job

@@ -30,7 +30,7 @@ def check_saved(path: Path, model: ir.Model) -> None:
 
 def _read(path: Path) -> ir.Model:
     try:
-        return ir.load(path)
+        return ir.load(path, format="protobuf")  # whatever the end of its name
     except Exception as error:  # onnx_ir's and protobuf's classes share no base but Exception
         cause = str(error).strip().splitlines()
         raise UserError(f"the saved file cannot be read back ({(cause or ['?'])[0]:.200}); nothing was kept") from error

@@ -11,7 +11,7 @@ import numpy as np
 from qcompile.compiler.calibration_files import Files
 from qcompile.compiler.feeds import Batch, InputPlan, array_conversions, npz_batches, token_batches
 from qcompile.compiler.images import SUFFIXES as IMAGES
-from qcompile.compiler.images import Pictures
+from qcompile.compiler.images import Pictures, picture_input
 from qcompile.compiler.inputs import Dim
 from qcompile.compiler.picture_batches import picture_batches
 from qcompile.compiler.readers import Reader, is_reference, read_batches
@@ -122,6 +122,7 @@ def _batches_given(
         batches, remarks = npz_batches(plan, files.arrays), array_conversions(plan, files.arrays)
         return batches, "; ".join([f"{len(batches)} batches of {_names(files.arrays)}", *remarks])
     if files.images:
+        picture_input(plan).check(given.pictures.size)
         return picture_batches(plan, files.images, given.pictures.beside(model), recipe.samples)
     label = files.reference or type(given.reader).__name__
     batches, remarks = read_batches(plan, files.reference or given.reader, label)

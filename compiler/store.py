@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,15 @@ from qcompile.compiler.well_formed import all_nodes, check_model
 from qcompile.passes.errors import UserError
 from qcompile.passes.tensors import chunks
 
-__all__ = ["SaveReport", "check_finite", "check_output_path", "load_model", "model_hash", "save_model"]
+__all__ = [
+    "SaveReport",
+    "check_finite",
+    "check_output_path",
+    "check_result_path",
+    "load_model",
+    "model_hash",
+    "save_model",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +96,34 @@ def model_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_output_path(source: Path, output: Path) -> None:
-    """Raise UserError if writing `output` would overwrite the source model, its data, or what is no regular file."""
+def check_output_path(source: Path, output: Path, others: Iterable[Path] = ()) -> None:
+    """Raise UserError if writing `output` would lose the source model, its data, or what is no regular file.
+
+    others: files that the work reads beside the model. What another model in the folder names as its data stays, too.
+    """
     if output.is_dir():
         raise UserError(f"{output} is a folder; give the name of the output file, such as {output / 'model.onnx'}")
+    if output.name != output.name.encode(errors="replace").decode():
+        raise UserError(f"the name of the output {output} is no text; choose another one")
+    if output.suffix.lower() == ".ort":
+        raise UserError(f"{output}: ONNX Runtime takes a file of this name for one in its own format; name it .onnx")
     output_files.check_place(output)
-    for file in (source, *_data_files(source)):
-        if output.exists() and file.exists() and output.samefile(file):
-            raise UserError(f"the output {output} is the input file {file}; choose another name with -o")
+    if not output.exists():
+        return
+    for file in (source, *_data_files(source), *others):
+        if file.exists() and output.samefile(file):
+            raise UserError(f"the output {output} is the input file {file}; choose another name")
+    for model in output_files.models_that_mention(output):
+        if output.name in _locations(model):
+            raise UserError(f"{output} holds weights of {model}, which would lose them; choose another name")
+
+
+def check_result_path(models: Sequence[Path], output: Path, others: Iterable[Path] = ()) -> None:
+    """`check_output_path` for a file that is no model (results, a recipe, statistics), and replaces none either."""
+    others = [*others, *models, *(file for model in models for file in _data_files(model))]
+    check_output_path(models[0], output, others)
+    if output.exists() and output_files.may_be_model(output):
+        raise UserError(f"{output} is an ONNX model, which would be lost; choose another name")
 
 
 def _parse(path: Path) -> onnx.ModelProto:
@@ -209,8 +237,12 @@ def _count_non_finite(tensor: ir.TensorProtocol) -> tuple[int, int, int]:
 
 def _data_files(path: Path) -> set[Path]:
     """The external data files that the model at `path` names and that exist."""
+    return {file for name in _locations(path) if "\0" not in name and (file := path.parent / name).is_file()}
+
+
+def _locations(path: Path) -> set[str]:
+    """The names of data files in a model; none of what is no model: load_model says what is wrong with it."""
     try:
-        locations = set(external_locations(_parse(path)))
-    except (UserError, UnicodeDecodeError):  # load_model says what is wrong with it
+        return set(external_locations(_parse(path)))
+    except (UserError, UnicodeDecodeError):
         return set()
-    return {file for location in locations if "\0" not in location and (file := path.parent / location).is_file()}

@@ -146,6 +146,41 @@ def test_broken_images_settings_and_a_missing_pillow(photos: Path, monkeypatch: 
         _data(plan, photos)
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        *("{", "[]", "\xff", '{"image_mean": [0.5]}', '{"image_mean": [0], "image_std": [0]}'),
+        *('{"image_mean": ["x"], "image_std": [1]}', '{"image_mean": [NaN], "image_std": [1]}'),
+        *('{"rescale_factor": "a", "image_mean": [0]}', '{"image_mean": [0], "image_std": [1], "size": -3}'),
+        '{"image_mean": [0], "image_std": [1], "size": 1000000}',
+    ],
+)
+def test_a_damaged_preprocessor_config_is_refused(photos: Path, told: str) -> None:
+    """Means of ImageNet in the place of the training's would calibrate another network."""
+    (photos / "preprocessor_config.json").write_text(told, encoding="latin-1")
+    with pytest.raises(UserError, match=r"preprocessor_config\.json says nothing that can be used"):
+        _data(_plan(["n", 3, "h", "w"]), photos)
+
+
+@pytest.mark.parametrize(
+    ("told", "wanted"),
+    [({"do_normalize": False}, 20 / 255), ({"image_mean": 0.5, "image_std": 0.25}, (20 / 255 - 0.5) / 0.25)],
+)
+def test_settings_that_preprocessor_configs_have(photos: Path, told: dict[str, Any], wanted: float) -> None:
+    (photos / "preprocessor_config.json").write_text(json.dumps(told))
+    data = _data(_plan(["n", 3, 8, 8]), photos)
+    np.testing.assert_allclose(data.calibration[2].feeds["x"][0, 0], wanted, rtol=1e-5)
+
+
+def test_a_size_that_the_input_does_not_take_is_refused(photos: Path) -> None:
+    for size in ((8, 9), (16, 16)):
+        with pytest.raises(UserError, match="takes images of 8×8, not of"):
+            _data(_plan(["n", 3, 8, 8]), photos, pictures=Pictures(size=size))
+    with pytest.raises(UserError, match="16384 at most"):
+        Pictures(size=(8, 20000))
+    assert _data(_plan(["n", 3, 8, 8]), photos, pictures=Pictures(size=(8, 8))).calibration
+
+
 def test_a_folder_of_images_through_the_command_line(
     bench: Any, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,8 @@ import onnx_ir as ir
 from qcompile.compiler.commands.options import add_custom_ops
 from qcompile.compiler.console import console, progress, table
 from qcompile.compiler.inputs import InputPlan, input_plan
-from qcompile.compiler.store import load_model
+from qcompile.compiler.output_files import write_text
+from qcompile.compiler.store import check_result_path, load_model
 from qcompile.compiler.workload import Workload, common_vocabulary
 from qcompile.passes.errors import UserError
 from qcompile.runtime.bench import Case, Measured, Subject, cpu_name, measure, native_kernel, paired_ratio, spread
@@ -127,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
     labels = [candidate.label for candidate in candidates]
     if len(set(labels)) < len(labels):
         raise UserError("two models have the same name: give them names of their own, as in NAME=FILE.onnx")
+    if args.json is not None:
+        check_result_path([candidate.path for candidate in candidates], args.json)
     native = native_kernel()
     models = [load_model(candidate.path) for candidate in candidates]
     plans = [input_plan(model) for model in models]
@@ -152,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     }
     _print(report)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(report, indent=2) + "\n")
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qcompile.compiler.calibration_files import named
 from qcompile.compiler.commands.options import add_custom_ops
 from qcompile.compiler.console import console as stdout
 from qcompile.compiler.dry_run import print_plan
@@ -20,7 +21,7 @@ from qcompile.compiler.pipeline import compile_model, default_output, page_path,
 from qcompile.compiler.recipe import KEEP_AS, TARGETS, Recipe, load_recipe, parse_passes, save_recipe
 from qcompile.compiler.report import print_report
 from qcompile.compiler.sources import Calibration
-from qcompile.compiler.store import check_output_path
+from qcompile.compiler.store import check_output_path, check_result_path
 from qcompile.passes.errors import UserError
 
 _DESCRIPTION = """\
@@ -172,9 +173,9 @@ def run(args: argparse.Namespace) -> int:
     if output.is_dir() or (args.output or "").endswith(("/", os.sep)):
         output = output / args.model.name
     screen = stdout()
-    check_output_path(args.model, output)
+    check_output_path(args.model, output, [args.recipe] if args.recipe is not None else [])
     if args.save_recipe is not None:
-        _check_recipe_path(args.save_recipe, args.model, output)
+        _check_recipe_path(args, output)
     calibration = calibration_of(args)
     if args.dry_run:
         print_plan(args.model, output, recipe, calibration, screen)
@@ -196,11 +197,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_recipe_path(path: Path, model: Path, output: Path) -> None:
-    written = [output, report_path(output), page_path(output)]
+def _check_recipe_path(args: argparse.Namespace, output: Path) -> None:
+    path, model, written = args.save_recipe, args.model, [output, report_path(output), page_path(output)]
     if path.resolve() in [file.resolve() for file in (model, *written)]:
         raise UserError(f"--save-recipe {path} would overwrite a model or its report; choose another name")
-    check_output_path(model, path)
+    read = [*named(args.calibration), *(file for file in (args.recipe, args.statistics) if file is not None)]
+    check_result_path([model], path, read)
 
 
 class Bar:

@@ -7,14 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qcompile.compiler.calibration_files import named
 from qcompile.compiler.commands.options import add_custom_ops
 from qcompile.compiler.console import console, megabytes, progress, table
 from qcompile.compiler.evaluate import DecoderScores, OutputScores, evaluate_many, score_outputs
 from qcompile.compiler.feeds import Batch, token_batches
 from qcompile.compiler.inputs import InputPlan, input_plan
+from qcompile.compiler.output_files import write_text
 from qcompile.compiler.sizes import model_sizes
 from qcompile.compiler.sources import data_batches
-from qcompile.compiler.store import load_model
+from qcompile.compiler.store import check_result_path, load_model
 from qcompile.compiler.subject import text_windows
 from qcompile.compiler.tokens import Tokenizer, find_tokenizer, load_tokenizer
 from qcompile.passes.errors import UserError
@@ -71,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens < 2 and args.tokens != 0:
         raise UserError(f"--tokens must be at least 2 (or 0 for the whole text), got {args.tokens}")
     first = args.against or args.models[0]
+    if args.json is not None:
+        check_result_path([first, *args.models], args.json, [*args.text, *named([str(path) for path in args.data])])
     plan = input_plan(load_model(first))
     if args.text and plan.logits is not None:
         rows = _on_text(args, plan)
@@ -81,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         rows = _outputs(args)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(rows, indent=2) + "\n")
     return 0
 
 

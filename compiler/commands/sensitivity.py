@@ -9,16 +9,18 @@ from typing import Any
 from rich.console import Console
 
 from qcompile.compiler import mixed
+from qcompile.compiler.calibration_files import named
 from qcompile.compiler.commands import compile as compiling
 from qcompile.compiler.console import console, table
 from qcompile.compiler.effect import decibels
+from qcompile.compiler.output_files import write_text
 from qcompile.compiler.plan import INT8
 from qcompile.compiler.progress import Progress
 from qcompile.compiler.ranking import Ranking, RankingCache
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.sensitivity import Mixture
 from qcompile.compiler.sources import Calibration
-from qcompile.compiler.store import check_output_path, model_hash
+from qcompile.compiler.store import check_result_path, model_hash
 from qcompile.compiler.walk import versions, walk_model
 from qcompile.passes.errors import UserError
 
@@ -57,12 +59,12 @@ def run(args: argparse.Namespace) -> int:
         args.passes = _DEFAULT_PASSES
     recipe = replace(compiling.recipe_of(args), keep_worst=None, max_kl=None, min_sqnr=None)
     if args.output is not None:
-        check_output_path(args.model, args.output)
+        check_result_path([args.model], args.output, named(args.calibration))
     screen = console()
     with compiling.Bar(screen) as bar:
         ranking = ranked(args.model, recipe, compiling.calibration_of(args), bar)
     if args.output is not None:
-        args.output.write_text(json.dumps(ranking.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_text(args.output, json.dumps(ranking.to_dict(), indent=1) + "\n")
     print_ranking(ranking, screen)
     if args.output is not None:
         screen.print(f"wrote     {args.output}", soft_wrap=True)
