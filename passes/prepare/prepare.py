@@ -22,6 +22,7 @@ from qcompile.passes.prepare.opset import MAX_OPSET, MIN_OPSET, raise_opset
 from qcompile.passes.prepare.products import turn_products
 from qcompile.passes.prepare.simplify import divide, remove_guards, remove_neutral, sign_tables
 from qcompile.passes.prepare.sizes import merge_sizes, transpose_keys
+from qcompile.passes.prepare.tables import turn_tables
 from qcompile.passes.prepare.tidy import inline_functions, name_nodes, remove_traces, remove_unused, sort
 from qcompile.passes.prepare.ties import tie_heads
 
@@ -58,7 +59,8 @@ class Prepare(Pass):
             what they were fused from, so that their weights are those of a MatMul, Conv or Gather.
     Case 21: a product with one matrix for each expert becomes one product for each.
     Case 22: a product by a float64 weight, and a lookup in such a table, are computed in float32 between Casts.
-    Cases 11 to 16 and 21 keep the arithmetic, but for NaN scores in Case 13; Cases 10, 17, 18 round elsewhere, or less.
+    Case 23: a table that lookups read through Transposes, or by columns, is stored by the rows that they look up.
+    Cases 11 to 16, 21, 23 keep the arithmetic, but for NaN scores in Case 13; Cases 10, 17, 18 round elsewhere or less.
     Inputs and outputs keep names, order and types; weights keep their types and are never all in memory.
     """
 
@@ -93,6 +95,7 @@ class Prepare(Pass):
             infer_shapes(model, decide)
         merge_duplicates(model, decide)  # Case 5
         report_quantized(model, decide)
+        turn_tables(model, decide)  # Case 23
         fold_constants(model, decide)  # Case 6
         split_gemms(model, decide)  # Case 7
         turned = turn_einsums(model, decide)  # Case 19
