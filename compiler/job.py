@@ -15,6 +15,7 @@ from qcompile.compiler.report import Report, RowsSeen
 from qcompile.compiler.segments import Segment, split
 from qcompile.compiler.sources import Data
 from qcompile.compiler.stream import Arrays, Runner, Stream, went_on
+from qcompile.compiler.trial import refuted, through
 from qcompile.compiler.verify import (
     compare_outputs,
     node_errors,
@@ -23,7 +24,7 @@ from qcompile.compiler.verify import (
     probe_twins,
     twin_errors,
 )
-from qcompile.passes.base import Pass, Region
+from qcompile.passes.base import Pass, Region, WalksAgain
 from qcompile.passes.formats.functions import is_product
 from qcompile.passes.linears import Linear, find_linears, vocabulary_size
 from qcompile.passes.observers.base import Observer
@@ -118,14 +119,17 @@ class Job:
         """
         return not any(isinstance(p, Qdq) and p.provider == "tensorrt" for p in self.late)
 
-    def walk_again(self, late: Pass, plan: InputPlan, data: Data) -> None:
-        """Take the calibration stream through the graph as it is now, segment by segment, for one pass."""
-        targets = {node for node in self.model.graph if TWIN in node.meta}
-        runner, stream = self._finished_runner(plan), Stream(data.calibration)
-        for segment in split(self.model, targets.__contains__) if stream.batches else ():
-            for observers in late.walk_again(Region(self.model, list(segment.nodes))):
-                runner.observe(segment, observers, stream)
-            runner.advance(segment, stream)
+    def walk_again(self, late: WalksAgain, plan: InputPlan, data: Data, original: ir.Model) -> None:
+        """Take the calibration data through the graph as it is now for one pass, where a trial confirms what it does.
+
+        original: the graph as the walk left it.
+        """
+        runner, batches = self._finished_runner(plan), data.calibration
+        reason, tried = refuted(late, runner, original, batches) if batches else ("", ())
+        if reason:
+            late.refuse(reason, tried)
+        else:
+            through(late, runner, batches)
 
     def _finished_runner(self, plan: InputPlan) -> Runner:
         return Runner(self.model, plan, self.recipe.provider, optimize=self.optimize)

@@ -85,16 +85,18 @@ class Runner:
             for observer in every:
                 observer.update(results)
 
-    def advance(self, segment: Segment, stream: Stream) -> None:
-        """Advance the quantized stream through the segment as it is now."""
+    def advance(self, segment: Segment, stream: Stream, outputs: Mapping[str, Spill] | None = None) -> None:
+        """Advance the quantized stream through the segment as it is now. outputs: where graph outputs are put aside."""
         made = [str(value.name) for value in segment.made]
-        if made:
+        ends = [value for value in self._outputs(segment) if value.name in (outputs or {})]
+        if made or ends:
             presents = self._presents(segment) if stream.followed() else []
-            piece = extract(self.model, segment.carried, list(dict.fromkeys([*segment.made, *presents])))
+            piece = extract(self.model, segment.carried, list(dict.fromkeys([*segment.made, *ends, *presents])))
             carried = {name: Spill(BUDGET // len(made)) for name in made}
-            for outputs in self._run(piece, segment, stream):
-                for name, spill in carried.items():
-                    spill.append(outputs[name])
+            aside = [*carried.items(), *((str(v.name), outputs[str(v.name)]) for v in ends if outputs)]
+            for results in self._run(piece, segment, stream):
+                for name, spill in aside:
+                    spill.append(results[name])
             stream.quantized = {**stream.quantized, **carried}
         stream.quantized = _kept(segment, stream.quantized)
 

@@ -1,6 +1,5 @@
 """A model behind a switch for every integer node: its segments in sessions that stay, one run for each mixture."""
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,7 +12,6 @@ from qcompile.compiler.stream import Arrays
 from qcompile.compiler.switch import ALL_FLOAT, Setting, add_switches, is_switch, switched_on
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.linears import find_embeddings
-from qcompile.passes.qdq.qdq import Qdq
 from qcompile.passes.qdq.twin import TWIN, remember
 from qcompile.runtime.sessions import run
 
@@ -112,21 +110,18 @@ class _Part:
 
 def on_clone(late: Pass, model: ir.Model) -> tuple[Pass, ir.Model]:
     """A copy of a pass behind the walk, and a copy of the model that it is about to rewrite; weights are shared."""
-    made, clone = copy.copy(late), model.clone()
-    made.decisions = []
-    if isinstance(made, Qdq):
-        named = {
-            value.name: value for node in clone.graph for value in (*node.inputs, *node.outputs) if value is not None
-        }
-        made.observers = {named[v.name]: own for v, own in made.observers.items() if v.name in named}
-        made.grids = {}
-    return made, clone
+    clone = model.clone()
+    return late.on_copy(_named(clone)), clone
+
+
+def _named(model: ir.Model) -> dict[str | None, ir.Value]:
+    return {value.name: value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None}
 
 
 def rewritten(late: Pass, model: ir.Model, values: Sequence[str]) -> tuple[ir.Model, dict[str, ir.Value]]:
     """A copy of the model behind the pass, every integer node with its Twin; and the values of the names given."""
     made, clone = on_clone(late, model)
-    named = {value.name: value for node in clone.graph for value in (*node.inputs, *node.outputs) if value is not None}
+    named = _named(clone)
     whole = {name: named[name] for name in values}
     looked_up = [embedding.node for embedding in find_embeddings(clone.graph)]
     for node in looked_up:

@@ -26,7 +26,7 @@ from qcompile.compiler.statistics_file import SavedStatistics
 from qcompile.compiler.store import check_finite, load_model, model_hash
 from qcompile.compiler.stream import Arrays
 from qcompile.compiler.value_types import told_by_runtime
-from qcompile.passes.base import Pass, Region
+from qcompile.passes.base import Pass, Region, WalksAgain
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.lower import check_block_size
 from qcompile.passes.linears import find_linears, vocabulary_size
@@ -172,10 +172,12 @@ def walk(prepared: Prepared, data: Data, saved: SavedStatistics | None = None) -
 def finish(walked: Walked, progress: Progress) -> list[Arrays]:
     """Run the passes behind the walk; the outputs of the finished graph on the check batches."""
     job, report = walked.prepared.job, walked.report
+    again = any(p.walks_again for p in walked.passes)
+    original = walked.model.clone() if again else walked.model
     for late in (p for p in walked.passes if p.after_walk):
         progress.step(late.name)
-        if late.walks_again:
-            job.walk_again(late, walked.plan, walked.data)
+        if isinstance(late, WalksAgain):
+            job.walk_again(late, walked.plan, walked.data, original)
         late.call(Region.whole(walked.model))
         report.ranges += activation_ranges(late, walked.watched)
     report.decisions = {p.name: p.decisions for p in walked.passes}

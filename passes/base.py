@@ -1,5 +1,6 @@
 """What a pass is: parameters in the constructor, one `call` on a region, decisions left behind."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class Pass(ABC):
     after_walk: it runs once over the whole packed graph, behind the walk.
     needs_statistics: it cannot work without the Gram matrices of linears' inputs.
     needs_correlations: statistics guessed channel by channel (`proxies`) are no use to it.
-    walks_again: the calibration data goes through the graph once more for it, see `walk_again`.
+    walks_again: the calibration data goes through the graph once more for it, see `WalksAgain`.
     quantizes: its decisions say which weights became codes; coverage is counted from them.
     families: of these it quantizes all weights it can, "MatMul" (and what multiplies like it) or "Conv": coverage of
     them is asked for where the user names no minimum.
@@ -113,13 +114,11 @@ class Pass(ABC):
         """
         return {}
 
-    def walk_again(self, region: Region) -> Iterator[Mapping[ir.Value, Observer]]:
-        """Observers of a segment of the graph as the pass finds it behind the walk, before `call`.
-
-        The pass may change the graph between two sets: each is filled before the next one is asked for, and the
-        calibration data goes on through the segment as it is left.
-        """
-        return iter(())
+    def on_copy(self, values: Mapping[str | None, ir.Value]) -> "Pass":
+        """The pass for a copy of the model, with nothing decided; `values`: those of the copy, by name."""
+        made = copy.copy(self)
+        made.decisions = []
+        return made
 
     @abstractmethod
     def call(self, region: Region) -> None:
@@ -128,6 +127,33 @@ class Pass(ABC):
     def decide(self, node: str, action: str, reason: str, **detail: Any) -> None:
         """Leave one decision behind."""
         self.decisions.append(Decision(node, action, reason, detail))
+
+
+class WalksAgain(Pass):
+    """A pass behind the walk that fits to what the graph as it is makes of the calibration data.
+
+    It does so on a copy of the model first (`on_copy`), from a part of the data (`hold_aside`). Where the outputs on
+    the others do not confirm it, it is refused, else it `walk_again`s with all data.
+    """
+
+    after_walk: ClassVar[bool] = True
+    walks_again: ClassVar[bool] = True
+
+    @abstractmethod
+    def walk_again(self, region: Region) -> Iterator[Mapping[ir.Value, Observer]]:
+        """Observers of a segment of the graph as the pass finds it behind the walk, before `call`.
+
+        The pass may change the graph between two sets: each is filled before the next one is asked for, and the
+        calibration data goes on through the segment as it is left.
+        """
+
+    @abstractmethod
+    def hold_aside(self, every: int) -> None:
+        """Fit to the parts 0 and 2 of the data alone (see `Mean`); one of so many batches is shown to observers."""
+
+    @abstractmethod
+    def refuse(self, reason: str, tried: Sequence[Decision]) -> None:
+        """Change nothing. tried: what the pass decided on the copy; empty where there was no data to judge it."""
 
 
 def needs_calibration(made: Pass | type[Pass]) -> bool:

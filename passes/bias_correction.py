@@ -1,13 +1,14 @@
 """Bias correction: what quantization moves on average goes off the biases (Nagel et al. 2019, the empirical form)."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.base import Pass, Region
+from qcompile.passes.base import Decision, Region, WalksAgain
 from qcompile.passes.formats.emit import drop_unused
 from qcompile.passes.held import NOT_CONFIRMED
 from qcompile.passes.linears import constant
@@ -21,17 +22,21 @@ from qcompile.passes.qdq.twin import TWIN, Twin
 Floats = npt.NDArray[np.float64]
 _LIMIT = 2**31 - 1
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
+# The parts of the data (see Mean) whose shifts must agree: of all of it, and of what the rest is held aside to judge.
+_ALL_PARTS, _FITTED = ((0, 2), (1, 3)), ((0,), (2,))
 # The share of a shift from which on it is called all of it.
 _ALL = 0.99
 
 
-class BiasCorrection(Pass):
+class BiasCorrection(WalksAgain):
     """Take the mean shift of every integer product, measured on the calibration data, off its bias.
 
     The shift is that of the quantized graph's outputs, by channel, against the float graph's: what rounding and
     clipping here and in all products before change on average. Products are corrected in the order of the graph, each
     behind those that it depends on, so that a shift is taken off once. What two halves of the data do not agree about
-    is chance and stays; see `confirmed_share`.
+    is chance and stays; see `confirmed_share`. That every product is nearer to its float means does not make the
+    outputs better: what reads them may have lived by two shifts that cancelled, and few pictures tell it by luck. So
+    corrections are made by half of the data first, and none is kept where the other half's outputs do not confirm them.
     Case 1: int32 codes behind a DequantizeLinear: the nearest number of codes is taken off.
     Case 2: a float bias of the node, or a constant that an Add puts on its output: the shift is taken off.
     Case 3: a convolution without a bias gets one, which costs its kernels nothing.
@@ -40,8 +45,6 @@ class BiasCorrection(Pass):
     """
 
     name: ClassVar[str] = "bias_correction"
-    after_walk: ClassVar[bool] = True
-    walks_again: ClassVar[bool] = True
     preceded_by: ClassVar[tuple[str, ...]] = ("qdq",)
 
     def __init__(self, *, insert: bool = False) -> None:
@@ -49,6 +52,10 @@ class BiasCorrection(Pass):
         self.insert = insert
         self._means: dict[ir.Value, Mean] = {}
         self._done: set[ir.Node] = set()
+        self._halves: Sequence[Sequence[int]] = _ALL_PARTS
+        self._every = 1
+        self._tried: dict[str, Decision] = {}
+        self._refused = "it was not measured: no calibration data"
         self._names: Names | None = None  # collected once: for each Add that would take the model's size each time
 
     def observed_in(self, region: Region) -> Mapping[ir.Value, Observer]:
@@ -65,26 +72,49 @@ class BiasCorrection(Pass):
     def walk_again(self, region: Region) -> Iterator[Mapping[ir.Value, Observer]]:
         """The means of the integer products' outputs, those first on which no other depends."""
         for nodes in levels(region.nodes):
-            measured = {node: _mean(node.outputs[0], node.meta[TWIN].proto.op_type) for node in nodes}
+            types = {node: node.meta[TWIN].proto.op_type for node in nodes}
+            measured = {node: _mean(node.outputs[0], own, self._every) for node, own in types.items()}
             yield {node.outputs[0]: mean for node, mean in measured.items()}
             for node, mean in measured.items():
                 self._measured(region, node, mean)
 
+    def on_copy(self, values: Mapping[str | None, ir.Value]) -> "BiasCorrection":
+        """The pass for a copy of the model; the means in float are shared."""
+        made = super().on_copy(values)
+        assert isinstance(made, BiasCorrection)
+        made._means = {values[v.name]: mean for v, mean in self._means.items() if v.name in values}
+        made._done, made._names = set(), None
+        return made
+
+    def hold_aside(self, every: int) -> None:
+        """Fit to the parts of the data that are not held aside."""
+        self._halves, self._every = _FITTED, every
+
+    def refuse(self, reason: str, tried: Sequence[Decision]) -> None:
+        """Correct nothing."""
+        self._refused = reason
+        self._tried = {own.node: own for own in tried}
+
     def call(self, region: Region) -> None:
-        """Say what was not measured."""
+        """Say what was not corrected where nothing was."""
         for node in region.live_nodes():
-            if _is_integer(node) and node not in self._done:
-                self.decide(node.name or "", "skipped", "it was not measured: no calibration data")
+            if not _is_integer(node) or node in self._done:
+                continue
+            own = self._tried.get(node.name or "") or Decision(node.name or "", "", "")
+            taken_back = replace(own, action="skipped", reason=self._refused)
+            self.decisions.append(own if own.action == "skipped" else taken_back)
 
     def _measured(self, region: Region, node: ir.Node, quantized: Mean) -> None:
         original, name = self._means.get(node.outputs[0]), node.name or ""
         self._done.add(node)
-        if original is None or not original.count or not quantized.count:
+        fitted = sorted(part for half in self._halves for part in half)
+        means = [own.means(fitted) if own is not None else None for own in (original, quantized)]
+        if original is None or means[0] is None or means[1] is None:
             self.decide(name, "skipped", "its output in float was not measured")
             return
-        shift = quantized.mean - original.mean
-        share = confirmed_share(shift, original.halves, quantized.halves)
-        size = float(np.linalg.norm(shift) / max(float(np.linalg.norm(original.mean)), 1e-30))
+        shift = (means[1] - means[0])[0]
+        share = confirmed_share(shift, original.means(*self._halves), quantized.means(*self._halves))
+        size = float(np.linalg.norm(shift) / max(float(np.linalg.norm(means[0])), 1e-30))
         reason = self._correct(region, node, share * shift) if share > 0 else NOT_CONFIRMED
         if reason:
             self.decide(name, "skipped", reason, shift=size, share=share)
@@ -145,8 +175,8 @@ def _is_integer(node: ir.Node) -> bool:
     return twin is not None and twin.weights > 0
 
 
-def _mean(value: ir.Value, operator: str) -> Mean:
-    return Mean(str(value.name), axis=1 if operator in _CONVOLUTIONS else -1)
+def _mean(value: ir.Value, operator: str, every: int = 1) -> Mean:
+    return Mean(str(value.name), axis=1 if operator in _CONVOLUTIONS else -1, every=every)
 
 
 def _own_bias(model: ir.Model, node: ir.Node, mean: Floats) -> str:

@@ -13,6 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from observing import UINT8, observe
 
+from qcompile.compiler.feeds import Batch
+from qcompile.compiler.trial import FEWEST as FEWEST_SAMPLES
+from qcompile.compiler.trial import Held, held, sample_errors, verdict
 from qcompile.models.tiny import pictures, tiny_classifier
 from qcompile.passes.affine import output_error
 from qcompile.passes.bias_correction import confirmed_share
@@ -20,7 +23,7 @@ from qcompile.passes.held import FEWEST, confirmed, too_few
 from qcompile.passes.observers.entropy import Entropy
 from qcompile.passes.observers.extremes import MinMax, MovingAverage
 from qcompile.passes.observers.gram import CAPACITY, Gram
-from qcompile.passes.observers.mean import Mean
+from qcompile.passes.observers.mean import PARTS, Mean
 from qcompile.passes.observers.room import RowExtremes
 from qcompile.passes.rounding import fitted, round_to_nearest, round_with_clip
 from qcompile.passes.spec import PerGroup, QuantSpec
@@ -247,24 +250,87 @@ def test_pictures_that_reach_beyond_a_bound_are_what_tells_of_it() -> None:
 
 
 def test_halves_of_the_data_see_every_number_once() -> None:
-    """Batches go to the halves in turn; one alone is cut in two."""
-    for sizes in ([1] * 7, [2, 5, 4], [6]):
+    """Batches go to the parts in turn; fewer than four are each cut into quarters."""
+    for sizes in ([1] * 7, [2, 5, 4, 9], [6], [8, 5]):
         x = _rows(sum(sizes))
         batches = np.split(x, np.cumsum(sizes)[:-1])
         own = observe(Mean("x"), batches)
         assert own.count == len(x)
         np.testing.assert_allclose(own.mean, x.astype(np.float64).mean(axis=0), rtol=1e-4, atol=1e-6)
-        parts = [batches[::2], batches[1::2]] if len(sizes) > 1 else [[x[: len(x) // 2]], [x[len(x) // 2 :]]]
-        wanted = np.stack([np.concatenate(part).mean(axis=0) for part in parts])
-        np.testing.assert_allclose(own.halves, wanted, rtol=1e-4, atol=1e-6)
-    assert observe(Mean("x"), [_rows(1)]).halves is None
+        parts = [batches[i::PARTS] for i in range(PARTS)]
+        if len(sizes) < PARTS:
+            cut = [np.split(b, [len(b) * i // PARTS for i in range(1, PARTS)]) for b in batches]
+            parts = [[quarters[i] for quarters in cut] for i in range(PARTS)]
+        wanted = np.stack([np.concatenate(parts[i] + parts[i + 2]).mean(axis=0) for i in range(2)])
+        np.testing.assert_allclose(own.means((0, 2), (1, 3)), wanted, rtol=1e-4, atol=1e-6)
+    assert observe(Mean("x"), [_rows(1)]).means((0, 2), (1, 3)) is None
+
+
+def test_every_other_batch_is_the_fitted_half_of_all() -> None:
+    """What a trial sees of the integer graph is what it takes of the float one's means."""
+    batches = [_rows(3, seed) for seed in range(9)]
+    whole, thinned = observe(Mean("x"), batches), observe(Mean("x", every=2), batches[::2])
+    for groups in (((0, 2),), ((0,), (2,))):
+        np.testing.assert_allclose(thinned.means(*groups), whole.means(*groups), rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any))
+def test_nothing_held_aside_was_fitted_to(sizes: list[int]) -> None:
+    """Whatever the batches: no sample that judges lies in the parts that a trial fits to, and most others do."""
+    x = np.arange(sum(sizes), dtype=np.float32)[:, None]
+    batches = np.split(x, np.cumsum(sizes)[:-1])
+    aside = held([Batch({"x": batch}, len(batch)) for batch in batches])
+    judged = [own if mask is None else own[mask] for own, mask in zip(
+        (batch.feeds["x"] for batch in aside.batches), aside.rows, strict=True)]  # fmt: skip
+    seen = np.concatenate([np.zeros((0, 1)), *judged])
+    assert aside.samples == (len(judged) if len(sizes) >= PARTS else len(seen))
+    masked = np.zeros((len(x), 1), np.float32)
+    masked[seen.astype(int).ravel()] = 1
+    own = observe(Mean("x"), np.split(masked, np.cumsum(sizes)[:-1]))
+    fitted = own.means((0, 2))
+    assert fitted is None or fitted == 0
+    if len(sizes) < PARTS:
+        assert len(seen) >= sum(size // PARTS * 2 - 1 for size in sizes)
+    else:
+        assert aside.samples == len(sizes) // 2
+
+
+def test_what_is_a_gain() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.chisquare(8, 16)
+    assert verdict(before, 0.7 * before) == ""
+    assert "do not confirm a gain" in verdict(before, before)
+    assert "do not confirm a gain" in verdict(before, rng.chisquare(8, 16))
+    one = np.where(np.arange(16) == 3, 100.0, 1.0)
+    assert "do not confirm" in verdict(before * one, np.where(one > 1, 0.01, 1.1) * one * before), "one of sixteen"
+    assert "do not confirm" in verdict(before, np.where(one > 1, 20, 0.7) * before), "one is ruined"
+    assert "do not confirm" in verdict(before[: FEWEST_SAMPLES - 1], 0.1 * before[: FEWEST_SAMPLES - 1])
+
+
+def test_errors_of_samples() -> None:
+    """By batch or by row; of two outputs each at unit power; without integers, and what has other rows."""
+    x = [np.arange(12, dtype=np.float32).reshape(4, 3), np.ones((4, 3), np.float32)]
+    y = [own + np.float32([[1], [0], [2], [3]]) for own in x]
+    given, made = (
+        {"y": x, "n": [np.arange(4)] * 2, "r": [np.ones((1, 2, 2), "f")] * 2},
+        {"y": y, "n": [np.zeros(4)] * 2},
+    )
+    made["r"] = [np.zeros((1, 2, 2), "f")] * 2
+    rows = np.array([False, True, False, True])
+    powers = np.square(np.stack(x)).sum(axis=2)
+    batches = [Batch({}, 4)] * 2
+    found = sample_errors(given, made, Held(batches, [rows, rows]))
+    np.testing.assert_allclose(found, np.array([0, 27, 0, 27]) / powers[:, rows].sum())
+    found = sample_errors(given, made, Held(batches, [None, None]))
+    np.testing.assert_allclose(found, 42 / powers.sum() + 0.5)
 
 
 def test_halves_of_one_picture_do_not_confirm_each_other() -> None:
     """Batches that each have a mean of their own, the same throughout: independent ones agree about nothing."""
     own = [np.repeat(_rows(1, seed, 400), 16, axis=0) for seed in range(8)]
     mean = observe(Mean("x"), own)
-    assert confirmed_share(mean.mean, np.zeros((2, 400)), mean.halves) < 0.3
+    assert confirmed_share(mean.mean, np.zeros((2, 400)), mean.means((0, 2), (1, 3))) < 0.3
 
 
 def test_chance_is_not_corrected() -> None:

@@ -91,6 +91,14 @@ class Qdq(Pass):
         ends = (self.spec.qmin, self.spec.qmax)
         return {value: tuple(float((end - q.zero_point) * q.scale) for end in ends) for value, q in self.grids.items()}  # type: ignore[misc]
 
+    def on_copy(self, values: Mapping[str | None, ir.Value]) -> "Qdq":
+        """The pass for a copy of the model: its observers are shared."""
+        made = super().on_copy(values)
+        assert isinstance(made, Qdq)
+        made.observers = {values[v.name]: own for v, own in self.observers.items() if v.name in values}
+        made.grids = {}
+        return made
+
     def observed(self, model: ir.Model) -> dict[ir.Value, Observer]:
         """An observer for every activation that will be quantized."""
         selection = self._select(model)
