@@ -18,9 +18,10 @@ _WINDOWS, _TOKENS, _BATCHES = 2, 256, 4
 def check_windows(plan: InputPlan, data: Data) -> tuple[list[Batch], str]:
     """(batches, what they are): cut short where tokens allow it.
 
-    Case 1: windows of the calibration text that the statistics have not seen: on those that they have, ranges fit too
-            well (docs/qdq.md).
-    Case 2: where there are none, a few of the calibration batches, spread over them.
+    Case 1: windows or batches of the calibration data that the statistics have not seen: on those that they have,
+            ranges fit too well (docs/qdq.md).
+    Case 2: where none could be held aside (one batch alone, or ranges of a file), a few of the calibration batches,
+            spread over them; what they are says so.
     Decode steps are left out: they need the caches of the batch before.
     """
     alone = [batch for batch in data.unseen or data.calibration if batch.follows is None]
@@ -32,8 +33,9 @@ def check_windows(plan: InputPlan, data: Data) -> tuple[list[Batch], str]:
     cut = [_cut(plan, batch) if tokens else batch for batch in picked]
     what = f"{len(cut)} {'windows' if tokens else 'batches'}"
     size = f" of {max(batch.rows for batch in cut)} tokens" if tokens else ""
-    place = "beside" if data.unseen else "out of"
-    return cut, f"{what}{size} {place} the calibration data ({data.description})"
+    if data.unseen:
+        return cut, f"{what}{size} beside the calibration data ({data.description})"
+    return cut, f"{what}{size} out of the calibration data itself, none held aside ({data.description})"
 
 
 def _cut(plan: InputPlan, batch: Batch) -> Batch:

@@ -12,7 +12,7 @@ from qcompile.compiler.tokens import find_tokenizer
 from qcompile.models.cache import cache_dir
 
 # Raised with every change of what is measured, or how.
-_VERSION = 2
+_VERSION = 3
 # Settings that do not change the ranking.
 _LATER = (
     "keep_worst",

@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 SELF, NORMS = "self", "norms"
 # Batches that the finished model is checked on: few and short, since every output of theirs is kept.
 _CHECKS, _CHECK_TOKENS = 2, 48
-# Windows for choices by measured errors, which the statistics have not seen.
-_UNSEEN = 2
+# Windows, or batches of anything else, for choices by measured errors, which the statistics have not seen.
+_UNSEEN, _ASIDE = 2, 4
 # Windows of a model with caches that are followed by a decode step: each step is one more run, for one token.
 _DECODED = 4
 # An encoder sees windows of so many lengths, each half of the one before.
@@ -40,7 +40,7 @@ _LENGTHS = 5
 class Data:
     """Batches for statistics, batches to check the result on, and a sentence that says where both come from.
 
-    real: the checks are what the model may meet, not random numbers. unseen: windows of the same text beside those of
+    real: the checks are what the model may meet, not random numbers. unseen: batches of the same data beside those of
     the statistics, where a recipe chooses by its own errors. data_free: nothing came from the user or the bundle.
     guess: passes have their statistics from the scales of norms (`proxies`), not from a run.
     """
@@ -90,8 +90,13 @@ class Calibration:
 Given = Calibration | Sequence[str] | Reader | Iterable[Mapping[str, Any]]
 
 
-def gather(plan: InputPlan, model: Path, recipe: Recipe, given: Calibration, *, needed: bool) -> Data:
-    """The calibration data of a model; with `needed` False only what the checks take."""
+def gather(
+    plan: InputPlan, model: Path, recipe: Recipe, given: Calibration, *, needed: bool, learnt: bool = False
+) -> Data:
+    """The calibration data of a model; with `needed` False only what the checks take.
+
+    learnt: ranges were learnt before, on all of it perhaps.
+    """
     if given.reader is not None and given.files:
         raise UserError("give calibration files or a reader, not both")
     if len(given.files) == 1 and given.files[0] in (SELF, NORMS) and not Path(given.files[0]).exists():
@@ -99,7 +104,9 @@ def gather(plan: InputPlan, model: Path, recipe: Recipe, given: Calibration, *, 
     files = Files.of(given.files)
     if files.arrays or files.images or files.reference or given.reader is not None:
         batches, described = _batches_given(plan, model, recipe, given, files)
-        return Data(batches if needed else [], batches[:_CHECKS], described)
+        taken, others = apart(plan, batches) if recipe.mixed and not learnt else (batches, [])
+        described += f", {len(others)} more held aside to choose nodes by" if others else ""
+        return Data(taken if needed else [], batches[:_CHECKS], described, unseen=others)
     if plan.floats or plan.unknown or plan.ids is None:
         if needed:
             plan.require_tokens()
@@ -160,6 +167,34 @@ def unseen(ids: Sequence[int], context: int, count: int, wanted: int) -> list[Id
     return [flat[i * context : (i + 1) * context] for i in left[chosen]]
 
 
+def apart(plan: InputPlan, batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """(batches for statistics, batches for choices by measured errors) of arrays, each of which is used for one alone.
+
+    Case 1: a quarter of the batches, one of two or three, `_ASIDE` at most, spread evenly.
+    Case 2: the last quarter of the rows of one batch alone, where the graph leaves their number free and all inputs
+            have as many.
+    Case 3: none of a batch that cannot be cut.
+    """
+    if len(batches) > 1:  # Case 1
+        count = min(_ASIDE, max(len(batches) // 4, 1))
+        chosen = set(((np.arange(count) + 0.5) / count * len(batches)).astype(int).tolist())
+        parts: tuple[list[Batch], list[Batch]] = ([], [])
+        for number, batch in enumerate(batches):
+            parts[number in chosen].append(batch)
+        return parts
+    rows = {array.shape[:1] for array in batches[0].feeds.values()}
+    free = all(given.shape and not isinstance(given.shape[0], int) for given in plan.inputs)
+    count = batches[0].rows
+    if not free or rows != {(count,)} or count < 2:  # Case 3
+        return list(batches), []
+    cut = count - max(count // 4, 1)
+    return [_rows_of(batches[0], 0, cut)], [_rows_of(batches[0], cut, count)]  # Case 2
+
+
+def _rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    return Batch(lambda: {name: array[start:stop] for name, array in batch.feeds.items()}, stop - start)
+
+
 def _from_text(plan: InputPlan, recipe: Recipe, tokenizer: Tokenizer, texts: Sequence[Path], *, needed: bool) -> Data:
     documents = read_texts(texts) if texts else [calibration_text()]
     source = _names(texts) if texts else "the bundled text (speeches and a novel, English)"
@@ -174,6 +209,10 @@ def _from_text(plan: InputPlan, recipe: Recipe, tokenizer: Tokenizer, texts: Seq
             "the calibration text holds %d windows of %d tokens, not %d", len(windows), context, recipe.samples
         )
     others = unseen(ids, context, recipe.samples, _UNSEEN * (plan.batch or 1)) if recipe.mixed else []
+    if recipe.mixed and not others and len(windows) >= 2 * (plan.batch or 1):  # a text that is all windows
+        stacks = min(_UNSEEN, max(len(windows) // (plan.batch or 1) // 4, 1))
+        cut = len(windows) - stacks * (plan.batch or 1)
+        windows, others = windows[:cut], windows[cut:]
     length = f"{len(windows[0])}"
     if plan.logits is None and not plan.past and not plan.sequence and plan.batch in (None, 1):
         windows, others = _as_texts(tokenizer, windows), _as_texts(tokenizer, others)
@@ -230,7 +269,11 @@ def _data_free(plan: InputPlan, model: Path, recipe: Recipe, kind: str, *, neede
         return Data([], checks, "none: scales of norms stand in", data_free=True, guess=True)
     windows = sample_windows(running, plan, recipe.samples, recipe.context, recipe.seed)
     described = f"{len(windows)} windows of {len(windows[0])} tokens sampled from the model itself{why}"
-    return Data(_batches(plan, windows), checks, described, data_free=True)
+    held: list[Batch] = []
+    if recipe.mixed:
+        count = _UNSEEN * (plan.batch or 1)
+        held = token_batches(plan, sample_windows(running, plan, count, recipe.context, recipe.seed + 2))
+    return Data(_batches(plan, windows), checks, described, data_free=True, unseen=held)
 
 
 def _random(plan: InputPlan) -> Data:

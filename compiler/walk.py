@@ -133,7 +133,7 @@ def gather_data(prepared: Prepared, calibration: Calibration, saved: SavedStatis
     """The calibration data that the passes need; ranges may come from `saved`. UserError where it is not enough."""
     observes, recipe = prepared.observes and saved is None, prepared.recipe
     needed = recipe.mixed or observes or any(p.needs_statistics or p.walks_again for p in prepared.passes)
-    data = gather(prepared.plan, prepared.source, recipe, calibration, needed=needed)
+    data = gather(prepared.plan, prepared.source, recipe, calibration, needed=needed, learnt=saved is not None)
     mark_infinite(prepared.model, _infinite(prepared.plan, (*data.calibration, *data.checks)))
     if data.guess:
         refused = [p.name for p in prepared.passes if p.walks_again or p.needs_correlations]

@@ -122,7 +122,8 @@ def test_a_network_without_logits_is_ranked_by_its_outputs(bench: Any, capsys: p
     assert first[1:3] == ["conv_1", "Conv"]
     assert float(first[4]) < 20, "in dB"
     assert "SQNR alone, dB" in shown
-    assert "3 batches out of the calibration data" in shown
+    assert "1 batches beside the calibration data (3 batches of " in shown
+    assert "1 more held aside to choose nodes by" in shown
 
 
 @pytest.mark.parametrize(("windows", "found"), [(4, 0), (5, 1), (6, 2), (20, 2), (0, 0)])

@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from hypothesis import given as given_data
+from hypothesis import settings
+from hypothesis import strategies as st
 
+from qcompile.compiler.check_windows import check_windows
+from qcompile.compiler.feeds import Batch
 from qcompile.compiler.inputs import input_plan
-from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.sources import Calibration, Data, gather, spread
+from qcompile.compiler.recipe import Recipe, parse_passes
+from qcompile.compiler.sources import Calibration, Data, apart, gather, spread
 from qcompile.compiler.tokens import load_tokenizer
 from qcompile.models.text import calibration_text
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
@@ -46,6 +51,65 @@ def test_windows_are_disjoint_and_spread_over_the_whole_text() -> None:
     assert len(spread(range(40), 16, 4)) == 2, "no window twice"
     assert [w.tolist() for w in spread(range(5), 16, 4)] == [[0, 1, 2, 3, 4]]
     assert spread([1], 16, 4) == []
+
+
+def _arrays(sizes: list[int]) -> list[Batch]:
+    """Batches of so many pictures each, every one of a number of its own."""
+    numbers = np.split(np.arange(sum(sizes), dtype=np.float32), np.cumsum(sizes)[:-1])
+    return [Batch({"image": own.reshape(-1, 1, 1, 1)}, len(own)) for own in numbers]
+
+
+@settings(max_examples=60, deadline=None)
+@given_data(st.lists(st.integers(1, 9), min_size=1, max_size=40))
+def test_nodes_are_chosen_by_batches_that_calibration_has_not_seen(sizes: list[int]) -> None:
+    """Every batch, or every row of a single one, is on one side; statistics have most; two rows are enough to cut."""
+    plan = input_plan(tiny_conv())
+    parts = apart(plan, _arrays(sizes))
+    seen, held = ([x for batch in part for x in batch.feeds["image"].ravel()] for part in parts)
+    assert sorted(seen + held) == list(range(sum(sizes)))
+    assert all(batch.rows == len(batch.feeds["image"]) for part in parts for batch in part)
+    if len(sizes) > 1:
+        assert 1 <= len(parts[1]) <= min(4, max(len(sizes) // 4, 1))
+    else:
+        assert len(held) == (max(sizes[0] // 4, 1) if sizes[0] > 1 else 0)
+
+
+def test_one_batch_that_cannot_be_cut_is_told(bench: Any) -> None:
+    """A batch fixed by the graph, or inputs of several lengths: the choice is judged on what calibration saw."""
+    model = tiny_conv()
+    model.graph.inputs[0].shape = ir.Shape([4, 3, 12, 12])
+    fixed = input_plan(model)
+    (given,) = fixed.inputs
+    batch = Batch({given.name: np.zeros([4, *given.shape[1:]], np.float32)}, 4)  # type: ignore[list-item]
+    assert apart(fixed, [batch]) == ([batch], [])
+    assert "out of the calibration data itself, none held aside" in check_windows(fixed, Data([batch], [], "x"))[1]
+
+
+@pytest.mark.parametrize(("samples", "windows", "others"), [(4, 4, 2), (40, 18, 2), (8, 8, 2)])
+def test_windows_for_choices(bench: Any, samples: int, windows: int, others: int) -> None:
+    """Beside those of the statistics; where a text has no more, of them."""
+    model = tiny_decoder()
+    path = bench.save(model)
+    text = bench.folder / "short.txt"
+    tokenizer, words = load_tokenizer(bench.folder / "in"), calibration_text()[:4000].split()
+    while len(tokenizer.encode(" ".join(words))) >= 21 * 16:
+        words.pop()
+    text.write_text(" ".join(words))
+    recipe = Recipe(parse_passes("qdq"), samples=samples, context=16, keep_worst=1)
+    data = gather(input_plan(model), path, recipe, Calibration([str(text)]), needed=True)
+    assert (len(data.calibration), len(data.unseen)) == (windows, others)
+    seen, held = ({tuple(b.feeds["input_ids"].ravel()) for b in part} for part in (data.calibration, data.unseen))
+    assert not seen & held
+
+
+def test_a_model_that_samples_its_own_data_samples_more_for_choices(bench: Any) -> None:
+    model = tiny_decoder()
+    recipe = Recipe(parse_passes("qdq"), samples=2, context=8, keep_worst=1)
+    given = Calibration(["self"])
+    data = gather(input_plan(model), bench.save(model), recipe, given, needed=True)
+    seen, held = ({tuple(b.feeds["input_ids"].ravel()) for b in part} for part in (data.calibration, data.unseen))
+    assert len(held) == 2
+    assert not seen & held
 
 
 def test_the_bundled_text_where_a_tokenizer_lies_beside_the_model(bench: Any) -> None:
