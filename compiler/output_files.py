@@ -3,8 +3,9 @@
 Invariants, whoever is killed when:
 1. Names change only under the lock of the output's stem (`.model.lock` for model.onnx and model-….data): two compiles
    to one output follow one another, and what lies there is of one of them, model, data and reports.
-2. A model appears after its data, and data goes only when no model in the folder names it; none will, for whoever is
-   about to publish data holds the lock.
+2. A model appears after its data, and data goes only when no model in the folder names it, nor the one that was there
+   just before: a reader may have opened that, and be about to open its data. None will name it, for whoever is about
+   to publish data holds the lock.
 3. What a process writes lies in a hidden folder that it holds a lock in; without a holder, the folder is litter.
 """
 
@@ -32,6 +33,7 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )  # fmt: skip
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def data_path(model: Path, digest: str) -> Path:
@@ -58,7 +60,7 @@ def staging(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             with locks.exclusive(_lock(path)):  # or another might find the folder before its lock is held
                 remove_stale(path)
-                folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_STAGE, dir=path.parent))
+                folder = _stage(path, path.parent)
                 stack.callback(_remove, folder)
                 stack.enter_context(locks.alive(folder / _ALIVE))
         yield folder / path.name
@@ -74,10 +76,11 @@ def publish(staged: Sequence[Path], path: Path, beside: Sequence[Path] = ()) -> 
     with writing(path), locks.exclusive(_lock(path)):
         for target in (path, *targets, *(path.with_name(file.name) for file in beside)):
             check_replaceable(target)
+        before = [file.name for file in data_files(path) if _mentions(path, file.name)]
         replace_pair((data[0], targets[0]) if data else None, (model, path))
         for file in beside:
             os.replace(file, path.with_name(file.name))
-        remove_unmentioned(path)
+        remove_unmentioned(path, before)
     return (path, *targets)
 
 
@@ -111,15 +114,27 @@ def check_replaceable(path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raise UserError where a file at `path` cannot be made or replaced: said before the work, not behind it."""
+    """Raise UserError where a file at `path` cannot be made or replaced: said before the work, not behind it.
+
+    Only trying tells: modes say nothing to root, of /proc, or of a name that is too long. The folder that is tried with
+    would be litter as any other, if the process ended just now.
+    """
     check_replaceable(path)
     folder = path.absolute().parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
         raise UserError(f"cannot write {path}: {folder} is a file, not a folder; choose another place with -o")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {path}: the folder {folder} is read-only; choose another place with -o")
+    try:
+        _remove(_stage(path, folder))
+    except OSError as error:
+        reason = "is read-only" if error.errno in _DENIED else f"takes no file of that name ({error.strerror or error})"
+        raise UserError(f"cannot write {path}: the folder {folder} {reason}; choose another place with -o") from error
+
+
+def _stage(path: Path, folder: Path) -> Path:
+    """A hidden folder for what goes to `path`, inside `folder`."""
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_STAGE, dir=folder))
 
 
 def _lock(path: Path) -> Path:
@@ -171,14 +186,21 @@ def remove_stale(path: Path) -> None:
             _remove(folder)
 
 
-def remove_unmentioned(path: Path) -> None:
-    """Remove data files of this output's earlier versions that no model in the folder mentions; under its lock."""
+def data_files(path: Path) -> list[Path]:
+    """The data files of all versions of this output that are there."""
     pattern = re.compile(re.escape(path.stem) + r"-[0-9a-f]{12}\.data")
-    files = [file for file in path.parent.iterdir() if _is_file(file)]
-    candidates = [file for file in files if pattern.fullmatch(file.name)]
-    if len(candidates) < 2 and all(_mentions(path, file.name) for file in candidates):
+    return [file for file in path.parent.iterdir() if pattern.fullmatch(file.name) and _is_file(file)]
+
+
+def remove_unmentioned(path: Path, kept: Sequence[str] = ()) -> None:
+    """Remove data files of this output's earlier versions that no model in the folder mentions, but for `kept`; under
+    its lock.
+    """
+    own = data_files(path)
+    candidates = [file for file in own if file.name not in kept]
+    if all(_mentions(path, file.name) for file in candidates):
         return
-    models = [file for file in files if file not in candidates and may_be_model(file)]
+    models = [file for file in path.parent.iterdir() if file not in own and _is_file(file) and may_be_model(file)]
     for file in candidates:
         if not any(_mentions(model, file.name) for model in models):
             file.unlink(missing_ok=True)

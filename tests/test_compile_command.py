@@ -1,8 +1,10 @@
 """compiler/commands/compile.py and dry_run.py: options, default names, recipes, what is printed and what is not."""
 
+import errno
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +145,7 @@ def test_a_second_compile_replaces_the_first(bench: Any) -> None:
     for seed, passes in enumerate(("pack", "gptq,pack", "pack")):
         assert bench.run(source, "--passes", passes, "--seed", str(seed)) == 0
         names = sorted(os.listdir(bench.folder / "out"))
-        assert len(names) == 4, "the model, its data, the report twice; nothing of the run before"
+        assert len(names) == 4 + (seed > 0), "the model, its data, the report twice; of the run before its data"
 
 
 @pytest.mark.parametrize("name", ["a/file/recipe.yaml", "folder", "pipe", "out/model.onnx", "out/model.report.json"])
@@ -208,6 +210,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(
     bench: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = bench.save(tiny_decoder(layers=1))
+    before = [path.name for path in bench.folder.iterdir()]
     (bench.folder / "file").write_text("x")
 
     def worked(*_: Any, **__: Any) -> None:
@@ -215,5 +218,13 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(
 
     monkeypatch.setattr("qcompile.compiler.commands.compile.compile_model", worked)
     bench.refuses(capsys, source, ["-o", str(bench.folder / "file" / "a" / "o.onnx")], r"cannot write .*file is a file")
-    monkeypatch.setattr("qcompile.compiler.output_files.os.access", lambda *_: False)
+    bench.refuses(capsys, source, ["-o", str(bench.folder / f"{'n' * 240}.onnx")], "takes no file of that name")
+    if sys.platform == "linux":
+        bench.refuses(capsys, source, ["-o", "/proc/o.onnx"], "the folder /proc takes no file of that name .*; choose")
+    assert sorted(path.name for path in bench.folder.iterdir()) == sorted([*before, "file"]), "the trial left nothing"
+
+    def denied(**_: Any) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("qcompile.compiler.output_files.tempfile.mkdtemp", denied)
     bench.refuses(capsys, source, ["-o", str(bench.folder / "new" / "o.onnx")], "cannot write .* is read-only; choose")
