@@ -41,7 +41,8 @@ class Made:
     """What a node makes of constant operands.
 
     shapes: of each output. dtype: of all. function: the outputs, from the operands' arrays. same_bytes: only the shape
-    changes. work: numbers touched, multiplications of a product counted by eight.
+    changes. work: numbers touched, multiplications of a product counted by eight. by_shape: the operands' shapes say it
+    all, and none of their arrays is asked for.
     """
 
     shapes: tuple[Shape, ...]
@@ -49,6 +50,7 @@ class Made:
     function: Callable[[Sequence[Array]], Sequence[Array]]
     same_bytes: bool = False
     work: int = 0
+    by_shape: bool = False
 
 
 def made_of(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
@@ -151,6 +153,14 @@ def _transpose(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None
     shape = tuple(source.shape[axis] for axis in order)
     moved = [axis for axis in order if source.shape[axis] != 1]
     return _one(source, shape, lambda array: array.transpose(order), same_bytes=moved == sorted(moved))
+
+
+def _shape(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    dims = _first(operands).shape
+    bounds = slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", len(dims)))
+    found = np.array(dims if node.op_type == "Shape" else prod(dims), np.int64)
+    found = found[bounds] if node.op_type == "Shape" else found
+    return Made((found.shape,), ir.DataType.INT64, lambda _: [found], by_shape=True)
 
 
 def _cast(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
@@ -473,6 +483,8 @@ _MOVES: Mapping[str, _Rule] = {
     "Flatten": _flatten,
     "Transpose": _transpose,
     "Cast": _cast,
+    "Shape": _shape,
+    "Size": _shape,
     "Slice": _slice,
     "Split": _split,
     "Gather": _gather,

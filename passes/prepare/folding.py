@@ -246,14 +246,17 @@ def _find(nodes: Iterable[ir.Node], plan: _Plan) -> Iterator[tuple[ir.Node, str]
 def _enter_outputs(node: ir.Node, made: Made, inputs: Sequence[_Known], work: int, plan: _Plan) -> None:
     contents: Sequence[Array | None] = [None] * len(made.shapes)
     size = sum(prod(shape) for shape in made.shapes) * made.dtype.bitwidth // 8
-    if size < _TINY and all(known.operand.content is not None for known in inputs):
+    if made.by_shape:  # so no constant is held by it
+        contents, inputs, work = made.function([]), (), 0
+    elif size < _TINY and all(known.operand.content is not None for known in inputs):
         contents, work = made.function([known.array() for known in inputs]), 0
     leaves = frozenset[ir.Value]().union(*(known.leaves for known in inputs))
     sources = _sources(inputs)
-    key = (node.op_type, _attributes(node, inputs), tuple(id(plan.keys[known.key]) for known in inputs))
+    alike = (node.op_type, _attributes(node, inputs), tuple(id(plan.keys[known.key]) for known in inputs))
     for position, (output, shape, content) in enumerate(zip(node.outputs, made.shapes, contents, strict=True)):
-        operand = Operand(shape, made.dtype, None if content is None else np.ascontiguousarray(content))
-        plan.enter(_Known(output, operand, (key, position), leaves, None, node, made, position, inputs, work, sources))
+        operand = Operand(shape, made.dtype, None if content is None else np.asarray(content, order="C"))
+        key = _content(operand) if made.by_shape else (alike, position)
+        plan.enter(_Known(output, operand, key, leaves, None, node, made, position, inputs, work, sources))
 
 
 def _sources(inputs: Sequence[_Known]) -> frozenset[_Known] | None:
@@ -385,12 +388,12 @@ def _replace(model: ir.Model, plan: _Plan, decide: Decide) -> None:
         if known.key not in made:
             made[known.key] = add_initializer(model.graph, str(known.value.name), _tensor(known))
         ir.convenience.replace_all_uses_with(known.value, made[known.key])
-        sources = [str(source.value.name) for source in known.inputs]
+        sources = [str(value.name) for value in node.inputs if value is not None]
         decide(node.name or "", "folded", f"{node.op_type} of the constant {', '.join(sources[:2])}")
 
 
 def _tensor(known: _Known) -> ir.TensorProtocol:
     operand = known.operand
     if operand.nbytes < _SMALL:
-        return ir.Tensor(np.ascontiguousarray(known.array()), operand.dtype)
+        return ir.Tensor(np.asarray(known.array(), order="C"), operand.dtype)
     return computed(known.array, shape=operand.shape, dtype=operand.dtype)

@@ -1,4 +1,4 @@
-"""Nodes that do nothing when a model runs."""
+"""Nodes that do nothing when a model runs, and conversions to a type that is known."""
 
 import onnx_ir as ir
 
@@ -20,6 +20,20 @@ def remove_identities(model: ir.Model, decide: Decide) -> None:
         removed += 1
     if removed:
         decide("", "removed", f"{removed} Identity and Dropout nodes", nodes=removed)
+
+
+def name_casts(model: ir.Model, decide: Decide) -> None:
+    """Make a CastLike to a type that is known a Cast, which does not read what it is to be like."""
+    turned = 0
+    for node in model.graph.all_nodes():
+        kind = node.inputs[1].dtype if node.op_type == "CastLike" and node.inputs[1] is not None else None
+        if node.domain == "" and kind is not None and kind not in (ir.DataType.UNDEFINED, ir.DataType.STRING):
+            node.op_type = "Cast"
+            node.attributes.add(ir.AttrInt64("to", int(kind)))
+            node.resize_inputs(1)
+            turned += 1
+    if turned:
+        decide("", "renamed", f"{turned} CastLike to a known type became Cast", nodes=turned)
 
 
 def _does_nothing(node: ir.Node) -> bool:

@@ -15,7 +15,7 @@ from qcompile.passes.prepare.folding import fold_constants, note_computed, repor
 from qcompile.passes.prepare.gemm import split_gemms
 from qcompile.passes.prepare.hard_swish import name_hard_swishes
 from qcompile.passes.prepare.heads import group_heads
-from qcompile.passes.prepare.identities import remove_identities
+from qcompile.passes.prepare.identities import name_casts, remove_identities
 from qcompile.passes.prepare.infer import Oracle, infer_anew, infer_shapes
 from qcompile.passes.prepare.names import unique_names
 from qcompile.passes.prepare.opset import MAX_OPSET, MIN_OPSET, raise_opset
@@ -40,7 +40,7 @@ class Prepare(Pass):
             Transpose: what an exporter copied is tied again.
     Case 6: what is computed from constants alone (a Transpose, Cast or Slice of a weight, LoRA's sum, the norm of
             weight normalization) becomes a constant, lazily, where that does not make the model larger. A weight that
-            others use as it is (a tied embedding) keeps its one copy, and the Transpose stays.
+            others use as it is (a tied embedding) keeps its one copy, and the Transpose stays. CastLike becomes Cast.
     Case 7: a Gemm with constant weight becomes MatMul and Add.
     Case 8: what no output needs is removed, and shapes are inferred again.
     Case 9: every value has a name of its own, in bodies of If, Loop and Scan too; their weights become initializers of
@@ -90,6 +90,7 @@ class Prepare(Pass):
         raise_opset(model, self.opset, decide)  # Case 3
         lift_constants(model, decide)  # Case 2
         remove_identities(model, decide)  # Case 4
+        name_casts(model, decide)  # Case 6
         remove_unused(model, decide)  # so that a dead user does not look like a shared weight
         if take_apart(model, decide):  # Case 20
             infer_shapes(model, decide)

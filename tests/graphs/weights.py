@@ -49,6 +49,42 @@ def attention_of_einsums(make: Graph) -> None:
     make.output(make.one("Einsum", mixed, make.floats(4, 8, 32, scale=0.2), equation="abcd,cde->abe"))
 
 
+@case(ALL, packed={"MatMulInt4": 2, "CastLike": 0}, coverage=1.0)
+def halves_cast_like_what_they_meet(make: Graph) -> None:
+    """onnxscript and torch write CastLike: its type is that of the activation, or of another constant."""
+    x, other = make.input("b", 32), make.floats(1)
+    for like, shape in ((x, (32, 40)), (other, (40, 16))):
+        half = make.constant(make.random.standard_normal(shape).astype(np.float16) * np.float16(0.2))
+        x = make.one("MatMul", x, make.one("CastLike", half, like))
+    make.output(x)
+
+
+@case(ALL, packed={"MatMulInt4": 2, "Reshape": 0, "Shape": 0, "Size": 0}, coverage=1.0)
+def reshaped_by_the_shape_of_a_constant(make: Graph) -> None:
+    """What parametrizations leave: a flat weight takes the shape of the one that it stands for, whole or in parts."""
+    whole, flat = make.floats(32, 40, scale=0.2), make.floats(1280, scale=0.2)
+    x = make.one("MatMul", make.input("b", 32), make.one("Reshape", flat, make.one("Shape", whole)))
+    rows, minus = make.one("Shape", whole, start=1), make.constant(np.array([-1], np.int64))
+    shape = make.one("Concat", rows, minus, axis=0)
+    make.output(make.one("MatMul", x, make.one("Reshape", make.floats(640, scale=0.2), shape)))
+
+
+@case({"pack": 15}, packed={"Gather": 1})
+def indexed_by_a_computed_scalar(make: Graph) -> None:
+    """What folds to a scalar stays one: the rank of the output hangs on it."""
+    index = make.one("Gather", make.constant(np.array([3, 1], np.int64)), make.constant(np.int64(1)))
+    make.output(make.one("Gather", make.linear(make.input("b", 6, 32), 16), index, axis=1))
+
+
+@case({"smooth,awq,gptq,pack": 15, "smooth,qdq": 25}, packed={"Relu": 3000})
+def behind_a_long_chain(make: Graph) -> None:
+    """The walk back from a linear to what could absorb its factor has an end."""
+    x = make.linear(make.input("b", 32), 32)
+    for _ in range(3000):
+        x = make.one("Relu", x)
+    make.output(make.linear(x, 16))
+
+
 @case(ALL, packed={"MatMulInt4": 3, "Split": 0}, coverage=1.0)
 def packed_into_one(make: Graph) -> None:
     """q, k and v as parts of one constant, which a Split takes apart when the model runs."""
