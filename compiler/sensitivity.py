@@ -9,6 +9,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
+from qcompile.compiler.census import census
 from qcompile.compiler.check_windows import check_windows, float_outputs
 from qcompile.compiler.effect import Effect, effect_of
 from qcompile.compiler.extract import extract
@@ -18,6 +19,7 @@ from qcompile.compiler.ranking import Ranked, Ranking
 from qcompile.compiler.sources import Data
 from qcompile.compiler.switch import ALL_FLOAT, Setting
 from qcompile.compiler.switched import Switched, rewritten
+from qcompile.compiler.visible import visible
 from qcompile.passes.base import Pass
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_embeddings, find_linears
@@ -30,6 +32,7 @@ from qcompile.runtime.sessions import run
 
 # session.qdq_matmulnbits_accuracy_level where an application sets none.
 _ORT_DEFAULT = 4
+_RECURRENT = ("LSTM", "GRU", "RNN")
 
 
 class Steps(Protocol):
@@ -51,7 +54,7 @@ class Mixture:
         self.batches, self.windows = check_windows(plan, data)
         self.sites, full = _sites(late, model), chosen(late, model, {})
         if not self.sites:
-            raise UserError(f"pass {late.name!r} makes no node of this model integer: there is nothing to rank")
+            raise UserError(_nothing(late, model))
         _check_memory(model, sum(batch.rows for batch in self.batches) * (plan.vocabulary or 0))
         self.effect: Effect = effect_of(plan, float_outputs(source, plan, self.batches, provider))
         clone, whole = rewritten(late, model, sorted(full.values))
@@ -99,6 +102,19 @@ def chosen(late: Pass, model: ir.Model, kept: Mapping[str, str]) -> Setting:
 
 def _selected(late: Qdq, model: ir.Model, policy: Policy) -> Selection:
     return select(model, policy, late.provider, late.operators, slower=late.slower)
+
+
+def _nothing(late: Pass, model: ir.Model) -> str:
+    """Why there is no node to choose from: of what stands in a body, or recurs, weights alone become codes."""
+    told = f"pass {late.name!r} makes no node of this model integer: there is nothing to rank"
+    readers = [reader for constant in census(model) if constant.family == "MatMul" for reader in constant.readers]
+    alone = [reader.name for reader in readers if reader.owner is not None or reader.node.op_type in _RECURRENT]
+    if not alone:
+        return told
+    return (
+        f"{told}; in bodies of If, Loop and Scan and in recurrent layers (here {visible(alone[0])}) weights alone are "
+        "quantized: leave some in float with --exclude NAME"
+    )
 
 
 def _sites(late: Pass, model: ir.Model) -> dict[Ranked, list[str]]:

@@ -40,6 +40,13 @@ def layers(make: Graph, x: str, y: str, *weights: str, operator: str = "MatMul",
     return nodes
 
 
+@case({"qdq": "nothing to rank; in bodies of .* --exclude", "dynamic": "nothing to rank"}, options={"keep_worst": 1})
+def nothing_outside_of_bodies_to_keep(make: Graph) -> None:
+    x, choice, (a, b) = make.input("b", 32), flag(make), (make.floats(32, 32), make.floats(32, 32))
+    first, second = (body(make, layers(make, x, "y", w), [], ["y"], [w]) for w in (a, b))
+    make.output(make.one("If", choice, then_branch=first, else_branch=second))
+
+
 @case(BITS, coverage=1.0)
 def branches_with_weights_of_their_own(make: Graph) -> None:
     x, choice = make.input("b", 32), flag(make)
