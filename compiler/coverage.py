@@ -94,10 +94,10 @@ def _reason(reader: Reader, names: Sequence[str]) -> str:
 def _vanished(before: Sequence[FloatConstant], there: set[str], made: Sequence[Decision]) -> Iterator[Decision]:
     """Weights of the prepared model that are gone, and no decision says that they became codes."""
     codes = {str(d.detail.get("weight", d.node)) for d in made if d.action == "quantized"}
+    codes |= {code[:i] for code in codes for i, letter in enumerate(code) if letter == "."}  # W.codes are those of W
     nodes = {d.node for d in made if d.action == "quantized"}
     for constant in before:
-        own = any(code == constant.name or code.startswith(f"{constant.name}.") for code in codes)
-        if constant.family not in PRODUCTS or constant.name in there or own:
+        if constant.family not in PRODUCTS or constant.name in there or constant.name in codes:
             continue
         if not any(reader.name in nodes for reader in constant.readers):
             reader = constant.readers[0]

@@ -19,6 +19,8 @@ _NORMS = {
     "SkipSimplifiedLayerNormalization": (2,),
 }
 _SHAPE_ONLY = ("Shape", "Size")
+# Operators that are walked back through at most: attention takes a dozen, and so all walks together are linear.
+_FAR = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ class Trace:
         return next((f"{name} reads the same channels" for name, i in self.siblings if np.isin(i, touched).any()), "")
 
 
-def trace(value: ir.Value) -> Trace | str:
+def trace(value: ir.Value, most: int = _FAR) -> Trace | str:
     """How `value` (…, K) can be divided by a factor of its channels by changing constants only, or why it cannot.
 
     Case 1: value = x * gamma or x * gamma + beta, the end of a decomposed normalization (any x).
@@ -64,6 +66,7 @@ def trace(value: ir.Value) -> Trace | str:
     Case 3: a * b, where one of the operands is linear in a Linear and used only here (up_proj behind its gate).
     Case 4: a Linear seen through reshapes, transposes, head repetition and probabilities @ values (v_proj).
     Case 5: a Linear, with a constant added, through positively homogeneous operators (Relu).
+    No more than `most` operators are walked through.
     """
     node = value.producer()
     if node is None:
@@ -73,14 +76,16 @@ def trace(value: ir.Value) -> Trace | str:
     reason = refusal(node)
     if reason:
         return reason
+    if most <= 0:
+        return f"more than {_FAR} operators lie between it and a constant that could absorb the factor"
     if node.op_type in ("Mul", "Add"):
-        return _binary(node, value)
+        return _binary(node, value, most)
     if node.op_type == "MatMul":
         linear = as_linear(node)
-        return _linear(linear) if isinstance(linear, Linear) else _through(node, 1, value)
+        return _linear(linear) if isinstance(linear, Linear) else _through(node, 1, value, most)
     if node.op_type == "Cast" and (value.dtype is None or not value.dtype.is_floating_point()):
         return f"Cast {node.name} does not give a float"
-    return _through(node, 2 if node.op_type == "Attention" else 0, value)
+    return _through(node, 2 if node.op_type == "Attention" else 0, value, most)
 
 
 def other_consumers(value: ir.Value, node: ir.Node, position: int) -> list[ir.Node]:
@@ -131,7 +136,7 @@ def _linear(linear: Linear) -> Trace | str:
     return Trace(index, (Absorber(next(iter(linear.weight.uses())).node, 0, index[:, None]),), (linear.node,))
 
 
-def _binary(node: ir.Node, value: ir.Value) -> Trace | str:
+def _binary(node: ir.Node, value: ir.Value, most: int) -> Trace | str:
     """Cases 1 and 3, and the constant added in any case."""
     constants = [position for position, operand in enumerate(node.inputs) if is_constant(operand)]
     if len(constants) == 1:
@@ -140,21 +145,21 @@ def _binary(node: ir.Node, value: ir.Value) -> Trace | str:
         if node.op_type == "Mul" and width > 1:
             index = np.arange(width)
             return Trace(index, (Absorber(node, position, index),), (node,))
-        before = _through(node, 1 - position, value)
+        before = _through(node, 1 - position, value, most)
         if isinstance(before, str) or node.op_type == "Mul":
             return before
         absorbers = (*before.absorbers, Absorber(node, position, before.index))
         return Trace(before.index, absorbers, before.path, before.siblings)
     if node.op_type == "Add":
         return f"{value.name} is a sum of two activations"
-    traces = [_through(node, position, value) for position in (0, 1)]
+    traces = [_through(node, position, value, most) for position in (0, 1)]
     usable = [found for found in traces if isinstance(found, Trace)]
     if usable:
         return min(usable, key=lambda found: len(found.path))
     return " and ".join(dict.fromkeys(str(reason) for reason in traces))
 
 
-def _through(node: ir.Node, position: int, value: ir.Value) -> Trace | str:
+def _through(node: ir.Node, position: int, value: ir.Value, most: int) -> Trace | str:
     """Walk on to input `position`, which nobody but this node may see changed, and carry its index array here."""
     operand = node.inputs[position] if position < len(node.inputs) else None
     if operand is None:
@@ -166,7 +171,7 @@ def _through(node: ir.Node, position: int, value: ir.Value) -> Trace | str:
         if other is node or not (selects(node) and selects(other)):
             return f"{operand.name} is also used by {other.op_type} {other.name}"
         siblings.append(other)
-    before = trace(operand)
+    before = trace(operand, most - 1)
     if isinstance(before, str):
         return before
     index = step(before.index, node, position, value)

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 class _Seen(threading.local):
     """The values of the graph that this thread asked for last: of its first `nodes` nodes and `constants` initializers.
 
+    given: by name, the number of the node that gives a value; None for a constant.
     A message cannot be the key of a dictionary, nor be referred to weakly.
     """
 
@@ -20,7 +21,7 @@ class _Seen(threading.local):
         self.look_at(onnx.GraphProto())
 
     def look_at(self, graph: onnx.GraphProto) -> None:
-        self.graph, self.nodes, self.constants, self.names = graph, 0, 0, set[str]()
+        self.graph, self.nodes, self.constants, self.given = graph, 0, 0, dict[str, int | None]()
 
 
 _seen = _Seen()
@@ -28,13 +29,24 @@ _seen = _Seen()
 
 def has(graph: onnx.GraphProto, name: str) -> bool:
     """Whether a node or an initializer of the graph gives the value; each is looked at once while the graph grows."""
+    return name in _given(graph)
+
+
+def producer(graph: onnx.GraphProto, name: str) -> onnx.NodeProto | None:
+    """The node of the graph that gives the value; None of a constant, or of an input. Takes as long as `has`."""
+    number = _given(graph).get(name)
+    return None if number is None else graph.node[number]
+
+
+def _given(graph: onnx.GraphProto) -> Mapping[str, int | None]:
     if graph is not _seen.graph or len(graph.node) < _seen.nodes or len(graph.initializer) < _seen.constants:
         _seen.look_at(graph)
-    for node in graph.node[_seen.nodes :]:
-        _seen.names.update(node.output)
-    _seen.names.update(tensor.name for tensor in graph.initializer[_seen.constants :])
+    for number in range(_seen.nodes, len(graph.node)):
+        _seen.given.update(dict.fromkeys(graph.node[number].output, number))
+    for number in range(_seen.constants, len(graph.initializer)):
+        _seen.given[graph.initializer[number].name] = None
     _seen.nodes, _seen.constants = len(graph.node), len(graph.initializer)
-    return name in _seen.names
+    return _seen.given
 
 
 def difference(value: str, end: str) -> str:

@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from qcompile.passes.affine import Array
 from qcompile.passes.observers.builder import Builder
-from qcompile.passes.observers.nodes import add_outputs, floats
+from qcompile.passes.observers.nodes import add_outputs, floats, producer
 
 Sums = npt.NDArray[np.float64]
 Ends = npt.NDArray[np.floating]
@@ -194,8 +194,8 @@ def _upright(graph: onnx.GraphProto, value: str) -> str:
     """The matrix that was transposed to `value`, once or more, as products from the left read it, or the value: there
     are as many rows as the data has, however it is cut into batches.
     """
-    for node in graph.node:
-        if value in node.output and node.op_type == "Transpose":
-            perm = next((list(given.ints) for given in node.attribute if given.name == "perm"), None)
-            return _upright(graph, node.input[0]) if perm == [1, 0] else value
-    return value
+    node = producer(graph, value)
+    if node is None or node.op_type != "Transpose":
+        return value
+    perm = next((list(given.ints) for given in node.attribute if given.name == "perm"), None)
+    return _upright(graph, node.input[0]) if perm == [1, 0] else value
