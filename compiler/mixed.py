@@ -13,8 +13,7 @@ from qcompile.compiler.ranking import Ranking, RankingCache
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.sensitivity import Mixture, Steps, finished_distance, stored_bytes
 from qcompile.compiler.sources import Data
-from qcompile.compiler.switched import on_clone
-from qcompile.passes.base import Pass, Region
+from qcompile.passes.base import Pass, Region, on_clone
 from qcompile.passes.errors import UserError
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.dynamic import Dynamic

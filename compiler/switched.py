@@ -10,7 +10,7 @@ from qcompile.compiler.feeds import Batch
 from qcompile.compiler.segments import Segment, split
 from qcompile.compiler.stream import Arrays
 from qcompile.compiler.switch import ALL_FLOAT, Setting, add_switches, is_switch, switched_on
-from qcompile.passes.base import Pass, Region
+from qcompile.passes.base import Pass, Region, on_clone, values_by_name
 from qcompile.passes.linears import find_embeddings
 from qcompile.passes.qdq.twin import TWIN, remember
 from qcompile.runtime.sessions import run
@@ -108,20 +108,10 @@ class _Part:
         return dict(zip(self._names, run(self._session, self._names, feeds), strict=True))
 
 
-def on_clone(late: Pass, model: ir.Model) -> tuple[Pass, ir.Model]:
-    """A copy of a pass behind the walk, and a copy of the model that it is about to rewrite; weights are shared."""
-    clone = model.clone()
-    return late.on_copy(_named(clone)), clone
-
-
-def _named(model: ir.Model) -> dict[str | None, ir.Value]:
-    return {value.name: value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None}
-
-
 def rewritten(late: Pass, model: ir.Model, values: Sequence[str]) -> tuple[ir.Model, dict[str, ir.Value]]:
     """A copy of the model behind the pass, every integer node with its Twin; and the values of the names given."""
     made, clone = on_clone(late, model)
-    named = _named(clone)
+    named = values_by_name(clone)
     whole = {name: named[name] for name in values}
     looked_up = [embedding.node for embedding in find_embeddings(clone.graph)]
     for node in looked_up:

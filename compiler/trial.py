@@ -12,8 +12,7 @@ from qcompile.compiler.npz import Feeds
 from qcompile.compiler.segments import split
 from qcompile.compiler.spill import Spill
 from qcompile.compiler.stream import Runner, Stream
-from qcompile.compiler.switched import on_clone
-from qcompile.passes.base import Decision, Region, WalksAgain
+from qcompile.passes.base import Decision, Region, WalksAgain, on_clone
 from qcompile.passes.linears import find_linears
 from qcompile.passes.observers.mean import PARTS
 from qcompile.passes.qdq.twin import TWIN

@@ -163,3 +163,14 @@ def needs_calibration(made: Pass | type[Pass]) -> bool:
     """
     kind = made if isinstance(made, type) else type(made)
     return made.needs_statistics or made.walks_again or kind.observed is not Pass.observed
+
+
+def values_by_name(model: ir.Model) -> dict[str | None, ir.Value]:
+    """What the nodes of the main graph read and give."""
+    return {value.name: value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None}
+
+
+def on_clone(late: Pass, model: ir.Model) -> tuple[Pass, ir.Model]:
+    """A copy of a pass behind the walk, and a copy of the model that it is about to rewrite; weights are shared."""
+    clone = model.clone()
+    return late.on_copy(values_by_name(clone)), clone

@@ -18,10 +18,9 @@ from qcompile.compiler.sensitivity import Mixture, finished_distance
 from qcompile.compiler.sources import spread, unseen
 from qcompile.compiler.store import model_hash
 from qcompile.compiler.switch import ALL_FLOAT, Setting
-from qcompile.compiler.switched import on_clone
 from qcompile.compiler.walk import Calibration, versions, walk_model
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
-from qcompile.passes.base import Region
+from qcompile.passes.base import Region, on_clone
 
 QUICK = ["--samples", "4", "--context", "32"]
 
