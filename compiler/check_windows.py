@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from qcompile.compiler.feeds import Batch, InputPlan, token_feeds
+from qcompile.compiler.randomness import repeatable
 from qcompile.compiler.sources import Data
 from qcompile.compiler.stream import Arrays
 from qcompile.passes.errors import UserError
-from qcompile.runtime.sessions import run, session
+from qcompile.runtime.sessions import run
 
 # Few and short, since every node is one run: windows of tokens, or batches of anything else.
 _WINDOWS, _TOKENS, _BATCHES = 2, 256, 4
@@ -52,7 +53,7 @@ def _cut(plan: InputPlan, batch: Batch) -> Batch:
 
 def float_outputs(source: Path, plan: InputPlan, batches: Sequence[Batch], provider: str) -> list[Arrays]:
     """What the float model's file gives: its logits, or else every output that is no cache."""
-    running = session(source, providers=(provider,), kernels="portable")
+    running = repeatable(source, providers=(provider,), kernels="portable")
     presents = {pair.present for pair in plan.past}
     names = [plan.logits] if plan.logits else [o.name for o in running.get_outputs() if o.name not in presents]
     return [dict(zip(names, run(running, names, batch.feeds), strict=True)) for batch in batches]

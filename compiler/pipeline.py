@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from qcompile.compiler import activations, ladder, output_files
+from qcompile.compiler import activations, ladder, output_files, randomness
 from qcompile.compiler.calibration_files import named
 from qcompile.compiler.coverage import check_coverage
 from qcompile.compiler.html_report import to_html
@@ -73,6 +73,7 @@ def compile_model(
     report.ladder = ladder.finished(rungs, walked, verified)
     check_coverage(report, recipe, walked.passes)
     progress.step("saving")
+    randomness.release(graph)
     lower(graph, recipe.target)
     with output_files.staging(target) as staged:
         written = save_model(graph, staged, metadata=_metadata(report, recipe))

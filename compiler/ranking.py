@@ -1,5 +1,6 @@
 """The order of a model's integer nodes by their effect, and finished orders on disk."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ from qcompile.compiler.sources import Calibration
 from qcompile.compiler.sweep_cache import Cache, digest, files_digest
 from qcompile.compiler.tokens import find_tokenizer
 from qcompile.models.cache import cache_dir
+from qcompile.passes.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 # Raised with every change of what is measured, or how.
 _VERSION = 3
@@ -67,7 +71,10 @@ class Ranking:
 
 
 class RankingCache:
-    """The place of one ranking. Nothing is kept of data whose content no digest of files tells: a function's, say."""
+    """The place of one ranking. Nothing is kept of data whose content no digest of files tells: a function's, say.
+
+    Where there is no place to write, the ranking is made anew each time: no reason to lose one that is made.
+    """
 
     def __init__(
         self,
@@ -78,9 +85,13 @@ class RankingCache:
         calibration: Calibration,
         statistics: Path | str | None = None,
     ) -> None:
-        self._cache = Cache(cache_dir() / "sensitivity")
+        self._key: str | None = None
         if not calibration.only_files:
-            self._key = None
+            return
+        try:
+            self._cache = Cache(cache_dir() / "sensitivity")
+        except UserError as error:
+            _log.warning("the ranking is not kept: %s", error)
             return
         beside = find_tokenizer(calibration.tokenizer or model)
         read = [*calibration.files, *([beside] if beside else []), *([statistics] if statistics else [])]
@@ -99,4 +110,7 @@ class RankingCache:
     def put(self, ranking: Ranking) -> None:
         """Keep a ranking."""
         if self._key:
-            self._cache.put(self._key, ranking.to_dict())
+            try:
+                self._cache.put(self._key, ranking.to_dict())
+            except UserError:
+                _log.warning("the ranking is not kept: %s cannot be written; set QCOMPILE_CACHE", self._cache.folder)

@@ -15,6 +15,9 @@ from qcompile.compiler.npz import check_rows, checked_all, conversions, has_rows
 from qcompile.compiler.spill import Spill
 from qcompile.passes.errors import UserError
 
+# What gives more batches gives them for ever: a run over so many would take a day.
+_MOST = 100_000
+
 
 class Reader(Protocol):
     """What ONNX Runtime's tools call a CalibrationDataReader."""
@@ -41,7 +44,10 @@ def read_batches(plan: InputPlan, source: Any, label: str) -> tuple[list[Batch],
         given = found(source) if isinstance(source, str) else source
         for arrays in dicts(given):
             if not isinstance(arrays, Mapping):
-                raise UserError(f"{label} gave {type(arrays).__name__}, not a dict from input name to array")
+                alone = ": put it in a list" if isinstance(given, Mapping) else ""
+                raise UserError(f"{label} gave {type(arrays).__name__}, not a dict from input name to array{alone}")
+            if len(batches) >= _MOST:
+                raise UserError(f"{label} gave {_MOST} batches and does not end: return None behind the last one")
             # Copies: a function may fill the same array again.
             own = {str(name): np.array(array) for name, array in arrays.items()}
             remarks |= dict.fromkeys(conversions(plan, own))
@@ -75,8 +81,8 @@ def found(reference: str) -> Any:
 def dicts(given: Any) -> Iterator[Any]:
     """The batches of a source.
 
-    Case 1: an object with get_next, as ONNX Runtime's CalibrationDataReader: until it gives None. One that has been
-    read to its end is rewound first, where it can be.
+    Case 1: an object with get_next, as ONNX Runtime's CalibrationDataReader: until it gives None, or ends as iterators
+    do. One that has been read to its end is rewound first, where it can be.
     Case 2: a class, or a function: called, then as in the other cases.
     Case 3: anything iterable.
     """
@@ -93,4 +99,7 @@ def dicts(given: Any) -> Iterator[Any]:
         batch = given.get_next()
     while batch is not None:
         yield batch
-        batch = given.get_next()
+        try:
+            batch = given.get_next()
+        except StopIteration:  # of an iterator behind it
+            return

@@ -9,10 +9,11 @@ import numpy.typing as npt
 from qcompile.compiler.feeds import Batch, complete, token_batches
 from qcompile.compiler.inputs import InputPlan, input_plan
 from qcompile.compiler.metrics import check_finite_output
+from qcompile.compiler.randomness import repeatable
 from qcompile.compiler.store import load_model
 from qcompile.compiler.tokens import Ids, Tokenizer, read_text, windows
 from qcompile.passes.errors import UserError
-from qcompile.runtime.sessions import run, session
+from qcompile.runtime.sessions import run
 
 
 class Subject:
@@ -21,7 +22,8 @@ class Subject:
     def __init__(self, path: Path, *, accuracy_level: int = 0, provider: str = "cpu", kernels: str = "auto") -> None:
         self.path = path
         self.plan: InputPlan = input_plan(load_model(path))
-        self.session: Any = session(path, providers=(provider,), accuracy_level=accuracy_level, kernels=kernels)
+        settings = {"providers": (provider,), "accuracy_level": accuracy_level, "kernels": kernels}
+        self.session: Any = repeatable(path, **settings)
         self.outputs: list[str] = [output.name for output in self.session.get_outputs()]
 
     def require_decoder(self) -> str:

@@ -21,7 +21,7 @@ class Cache:
         """The figures kept under a key; None where there are none that can be read."""
         try:
             found = json.loads(self._path(key).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 

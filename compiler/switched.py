@@ -1,12 +1,14 @@
 """A model behind a switch for every integer node: its segments in sessions that stay, one run for each mixture."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.compiler.extract import extract
 from qcompile.compiler.feeds import Batch
+from qcompile.compiler.randomness import draws
 from qcompile.compiler.segments import Segment, split
 from qcompile.compiler.stream import Arrays
 from qcompile.compiler.switch import ALL_FLOAT, Setting, add_switches, is_switch, switched_on
@@ -49,6 +51,8 @@ class Switched:
         """The outputs of each batch under a setting."""
         first = next((i for i, part in enumerate(self._parts) if part.changes(setting)), len(self._parts))
         found = []
+        for part in self._parts[first:]:
+            part.begin()
         for number, batch in enumerate(self.batches):
             outputs, carried = dict(self._float[number]), self._carried[first][number]
             for part in self._parts[first:]:
@@ -85,7 +89,9 @@ class _Part:
         self.carry = {str(value.name) for value in segment.carry}
         self.size = sum(tensor.size for tensor in piece.weights.values()) + len(segment.nodes)
         self._names = [output.name for output in piece.proto.graph.output]
-        self._session = piece.session(provider) if self._names else None
+        self._open = partial(piece.session, provider)
+        self._draws = draws(piece.proto)
+        self._session = self._open() if self._names else None
         inputs = [given.name for given in self._session.get_inputs()] if self._session is not None else []
         self._switches = [name for name in inputs if is_switch(name)]
         self._inputs = {name for name in inputs if not is_switch(name)}
@@ -93,6 +99,11 @@ class _Part:
     def changes(self, setting: Setting) -> bool:
         """Whether anything in the segment is integer."""
         return any(switched_on(name, setting) for name in self._switches)
+
+    def begin(self) -> None:
+        """Draw random numbers from the first one on: a session that stays would go on with the next."""
+        if self._draws and self._session is not None:
+            self._session = self._open()
 
     def went_on(self, carried: Arrays, given: Arrays) -> Arrays:
         """What goes on behind the segment, of what entered it and of what it gave."""

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from qcompile.compiler import wide_probe
 from qcompile.compiler.extract import Piece
 from qcompile.compiler.feeds import Batch, InputPlan, complete
+from qcompile.compiler.randomness import repeatable
 from qcompile.compiler.stream import Arrays
 from qcompile.passes import activations
 from qcompile.passes.affine import Array, Quantized
@@ -21,7 +22,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.observers import nodes as observers
 from qcompile.passes.pack import REFERENCE
 from qcompile.passes.qdq.twin import TWIN, Twin
-from qcompile.runtime.sessions import run, session
+from qcompile.runtime.sessions import run
 
 # A packed node must compute with exactly its dequantized weights, but for the rounding of its element type.
 _EXACT = {ir.DataType.FLOAT: 1e-4, ir.DataType.DOUBLE: 1e-4, ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}
@@ -285,8 +286,11 @@ def run_file(
     provider: str,
     optimize: bool = True,
 ) -> list[Arrays]:
-    """Every output of a saved model for each batch; `optimize` as in `runtime.session`."""
-    running = session(path, providers=(provider,), kernels="portable", optimize=optimize)
+    """Every output of a saved model for each batch; `optimize` as in `runtime.session`.
+
+    What it draws at random is what the graph drew that it was saved from, see `randomness`.
+    """
+    running = repeatable(path, providers=(provider,), kernels="portable", optimize=optimize)
     names = [output.name for output in running.get_outputs()]
     results: list[Arrays] = []
     for batch in batches:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.compiler import statistics_file
+from qcompile.compiler import randomness, statistics_file
 from qcompile.compiler.census import FloatConstant, census
 from qcompile.compiler.coverage import account, quantizers
 from qcompile.compiler.feeds import Batch
@@ -111,6 +111,7 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
         if isinstance(whole, Prepare):
             whole.ask = told_by_runtime
         whole.call(Region.whole(graph))
+    randomness.settle(graph)
     check_patterns(recipe, graph)
     check_sizes(graph)
     check_target(graph, recipe)

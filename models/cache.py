@@ -11,11 +11,14 @@ from qcompile.passes.errors import UserError
 
 
 def cache_dir() -> Path:
-    """QCOMPILE_CACHE, else qcompile in XDG_CACHE_HOME, else ~/.cache/qcompile."""
-    if chosen := os.environ.get("QCOMPILE_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qcompile"
+    """QCOMPILE_CACHE, else qcompile in XDG_CACHE_HOME, else ~/.cache/qcompile; UserError where nobody has a home."""
+    try:
+        if chosen := os.environ.get("QCOMPILE_CACHE"):
+            return Path(chosen).expanduser()
+        base = os.environ.get("XDG_CACHE_HOME")
+        return (Path(base) if base else Path.home() / ".cache") / "qcompile"
+    except RuntimeError as error:  # a user of a container, whom no list of users knows
+        raise UserError("the cache has no place, for this user has no home folder: set QCOMPILE_CACHE") from error
 
 
 def entry(name: str, fill: Callable[[Path], None], *, complete: Iterable[str] = ()) -> Path:

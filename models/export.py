@@ -74,7 +74,7 @@ def export_model(
 
 def _checkpoint(source: str | Path, say: Say) -> hf.Checkpoint:
     hf.require_export_extra()
-    name, path = str(source), Path(source).expanduser()
+    name, path = str(source), Path(os.path.expanduser(source))
     if name in zoo.ZOO:
         say(f"fetching {name}")
         path = zoo.fetch(name)

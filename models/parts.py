@@ -122,7 +122,7 @@ def _processed(folder: Path) -> tuple[int, int] | None:
         size = told.get("crop_size") or told.get("size")
         edge = size if isinstance(size, int) else size.get("shortest_edge")
         return (int(edge), int(edge)) if edge else (int(size["height"]), int(size["width"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

@@ -66,7 +66,7 @@ def graphs(folder: Path, *, recorded: bool = False) -> list[str]:
     """Names of the graphs that the export in a folder wrote, and that are there; recorded: or were."""
     try:
         told = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("graphs") or {_MODEL: 0}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         told = {_MODEL: 0}
     names = [name for name in told if Path(name).name == name and name.endswith(".onnx")]
     return [name for name in names if recorded or (folder / name).is_file()]
@@ -75,7 +75,7 @@ def graphs(folder: Path, *, recorded: bool = False) -> list[str]:
 def _refuse(target: Path, source: str | Path) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: give a folder with -o")
-    origin = Path(source).expanduser()
+    origin = Path(os.path.expanduser(source))  # which takes "~" as it is where nobody has that name
     if origin.exists() and target.exists() and target.resolve() in (origin.resolve(), origin.resolve().parent):
         raise UserError(f"{target} holds the source {source}: give another folder with -o")
     if (target / _MODEL).exists() and not (target / RECORD).is_file():

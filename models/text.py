@@ -50,10 +50,13 @@ def _lines(text: str, path: Path) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except ValueError as error:
+            document = _document(json.loads(line))
+            if document is not None:
+                document.encode()  # "\\ud800" is half of a character
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}, line {number}: not Unicode text ({error.reason})") from error
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-        document = _document(entry)
         if document is None:
             raise UserError(f'{path}, line {number}: no text: an object with a field "text" is expected')
         yield document

@@ -208,6 +208,8 @@ def readable(error: Exception) -> str:
 
 
 def _runtime() -> Any:
+    # It sends nothing about the models of strangers, and does not complain where a user has no folder to note an id in.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         with uninterrupted():
             import onnxruntime

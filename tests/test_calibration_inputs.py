@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
+from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes, readers
 from qcompile.compiler.cli import main
 from qcompile.compiler.feeds import Batch
 from qcompile.compiler.inputs import InputPlan, input_plan
@@ -199,6 +199,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("class Panic(BaseException): pass\ndef f():\n    raise Panic('no')", "f", "failed: Panic: no"),
         ("def f():\n    return [{'x': [[1, 2], [3]]}]", "f", "failed: ValueError: setting an array element"),
         ("f = []", "f", "gave no batches"),
+        ("f = {'x': [[1.0] * 48]}", "f", "gave str, not a dict from input name to array: put it in a list"),
     ],
 )
 def test_programs_that_fail_are_one_line_and_exit_two(
@@ -213,13 +214,21 @@ def test_programs_that_fail_are_one_line_and_exit_two(
         raise UserError(told[0])
 
 
-@pytest.mark.parametrize("name", ["R", "r", "maker", "listed"])
+def test_a_reader_without_end_is_refused(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_MOST", 5)
+    program.write_text("import itertools\nf = itertools.repeat({'x': [[1.0] * 48]})\n")
+    with pytest.raises(UserError, match="gave 5 batches and does not end"):
+        gather(input_plan(tiny_mlp()), Path("m.onnx"), Recipe(), Calibration(["user_data:f"]), needed=True)
+
+
+@pytest.mark.parametrize("name", ["R", "r", "maker", "listed", "Raises"])
 def test_readers_of_a_module(bench: Any, program: Path, name: str) -> None:
     program.write_text(
         "import numpy as np\n"
         "class R:\n    n = 0\n    def get_next(self):\n        self.n += 1\n"
         "        return {'x': np.ones((2, 48), np.float32)} if self.n < 3 else None\n"
         "r = R()\nmaker = lambda: R()\nlisted = [{'x': np.ones((2, 48))}] * 2\n"
+        "class Raises:\n    left = iter(listed)\n    def get_next(self):\n        return next(self.left)\n"
     )
     data = gather(input_plan(tiny_mlp()), Path("m.onnx"), Recipe(), Calibration([f"user_data:{name}"]), needed=True)
     assert [batch.rows for batch in data.calibration] == [2, 2]

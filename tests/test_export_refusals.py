@@ -34,6 +34,7 @@ def refusal(source: str | Path, target: Path, **options: Any) -> str:
 def test_sources_that_are_none(tmp_path: Path) -> None:
     target = tmp_path / "out"
     assert "no zoo model (smollm2-135m" in refusal("no-such-thing", target)
+    assert "no zoo model (smollm2-135m" in refusal("~no such user/model", target)
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refusal(tmp_path / "empty", target)
     (tmp_path / "empty" / "config.json").write_text("{}")

@@ -34,6 +34,8 @@ def test_txt_is_one_document_and_jsonl_one_a_line(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": "x", "b": "y"}', 'line 1: no text: an object with a field "text"'),
         ("a.jsonl", b'{"text": 3, "b": "y"}', "line 1: no text"),
         ("a.jsonl", b"[1, 2]", "line 1: no text"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl", b'"\\ud800 x"', "line 1: not Unicode text"),
     ],
 )
 def test_bad_files_are_told_in_one_line(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

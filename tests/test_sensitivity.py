@@ -171,6 +171,22 @@ def test_a_damaged_cache_is_measured_anew(bench: Any, cache: Path) -> None:
         assert RankingCache(source, model_hash(source), recipe, versions(), calibration).get() is None
 
 
+@pytest.mark.parametrize("where", ["a file is in the way", "nobody has a home"])
+def test_a_ranking_that_cannot_be_kept_is_not_lost(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "file" / "cache"))
+    if where == "nobody has a home":
+        monkeypatch.delenv("QCOMPILE_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", classmethod(lambda cls: Path("~no such user").expanduser()))
+    recipe = Recipe(parse_passes("qdq(lm_head=static)"), samples=4, context=32)
+    assert command.ranked(bench.save(bad_decoder()), recipe, Calibration([str(bench.text)]), Silent()).nodes
+    assert "the ranking is not kept" in caplog.text
+    assert "set QCOMPILE_CACHE" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from qcompile.passes.prepare.edit import Decide, small_array
 
-_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 _COMMUTATIVE = {"Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum"}
 
 
@@ -37,7 +37,7 @@ def merge_equal(model: ir.Model, decide: Decide) -> None:
 
 def _key(node: ir.Node) -> Hashable | None:
     """Equal for nodes that give the same; None for a node that must stay."""
-    if node.domain != "" or node.op_type in _RANDOM or node.op_type == "Dropout":
+    if node.domain != "" or node.op_type in RANDOM or node.op_type == "Dropout":
         return None
     attributes = []
     for name, attribute in sorted(node.attributes.items()):
