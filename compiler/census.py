@@ -2,11 +2,12 @@
 
 Invariant: a float constant of `least` elements or more that some node reads, in the main graph, in a body of If, Loop
 or Scan or in a function, is in the census once, with the readers that compute with it. What only moves, converts or
-joins constants is no reader: the census looks through it. Scales of weights that are quantized already are none.
+joins constants is no reader: the census looks through it, and through an If that chooses one of several. Scales of
+weights that are quantized already are none.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,7 +56,10 @@ _BY_OPERATOR: Mapping[str, Family] = {
 
 @dataclass(frozen=True)
 class Reader:
-    """A node that computes with a constant. owner: the node whose body it stands in, if it does."""
+    """A node that computes with a constant. owner: the node whose body it stands in, if it does.
+
+    position: of the input that the constant comes in by; -1 where a body of the node gives it.
+    """
 
     node: ir.Node
     position: int
@@ -134,13 +138,33 @@ class _Reading:
         self.carried: dict[ir.Value, _Carried | None] = {}
 
     def run(self) -> None:
-        for node, owner in _nodes(self.graph, None):
+        self._walk(self.graph, None)
+
+    def _walk(self, graph: ir.Graph, owner: ir.Node | None) -> None:
+        """The nodes of a graph with the node whose body it is: an owner before what is in its bodies."""
+        for node in graph:
             if node.op_type == "Constant" and node.domain == "":
                 continue
             taken = [self._of(value) if value is not None else None for value in node.inputs]
             if not self._passed_on(node, taken):
                 self._read(node, owner, taken)
                 self._scaled(node, taken)
+            for body in bodies(node):
+                self._walk(body, node)
+            self._given(node, owner)
+
+    def _given(self, node: ir.Node, owner: ir.Node | None) -> None:
+        """Constants that bodies give: an If between constants chooses one; otherwise the node is their reader."""
+        given = [[self._of(value) for value in body.outputs] for body in bodies(node)]
+        chosen = list(zip(*given, strict=True)) if node.op_type == "If" and len(set(map(len, given))) == 1 else []
+        for output, ends in zip(node.outputs, chosen, strict=False):
+            known = [own for own in ends if own is not None]
+            if len(known) == len(ends):
+                self.carried[output] = _Carried(frozenset().union(*(own.sources for own in known)), 0, whole=False)
+        constant = [own for ends in chosen if None not in ends for own in ends]
+        for own in itertools.chain(*given):
+            for source in own.sources if own is not None and own not in constant else ():
+                self.found.setdefault(source, []).append(Reader(node, -1, "other", owner))
 
     def _of(self, value: ir.Value) -> _Carried | None:
         if value not in self.carried:
@@ -203,14 +227,6 @@ class _Reading:
                 self.found.setdefault(source, []).append(Reader(node, position, family, owner))
 
 
-def _nodes(graph: ir.Graph, owner: ir.Node | None) -> Iterator[tuple[ir.Node, ir.Node | None]]:
-    """Every node with the node whose body it stands in; an owner before what is in its bodies."""
-    for node in graph:
-        yield node, owner
-        for body in bodies(node):
-            yield from _nodes(body, node)
-
-
 def _joined(node: ir.Node, known: Sequence[_Carried]) -> frozenset[ir.Value]:
     """What of its operands a constant expression is: not the scales of a DequantizeLinear, nor smaller factors."""
     if node.op_type in _FACTS:
@@ -243,12 +259,14 @@ def _compact(value: ir.Value | None, own: _Carried) -> bool:
 
 
 def _chosen(node: ir.Node, taken: Sequence[_Carried | None]) -> bool:
-    """Whether a node takes one matrix of many by a computed index, or moves such a one."""
+    """Whether a node takes a part of a constant by computed bounds, one matrix of many by an index, or moves such."""
     first = taken[0] if taken else None
     if first is None or node.domain != "":
         return False
     if not first.whole:
         return node.op_type in _MOVES
+    if node.op_type == "Slice":
+        return True
     value = node.inputs[0]
     tensor = tensor_of(value) if value is not None else None
     rank = len(tensor.shape) if tensor is not None else 0

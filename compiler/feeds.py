@@ -126,7 +126,7 @@ def completed(plan: InputPlan, arrays: Feeds, source: str) -> Feeds:
     derived = dict(plan.fillers())
     ids = arrays.get(plan.ids.name) if plan.ids else None
     if plan.ids and ids is not None:
-        if plan.vocabulary and ids.size and not 0 <= ids.min() <= ids.max() < plan.vocabulary:
+        if plan.vocabulary and ids.size and not -plan.vocabulary <= ids.min() <= ids.max() < plan.vocabulary:
             raise UserError(f"{source}: array {plan.ids.name!r} has ids outside 0 … {plan.vocabulary - 1}")
         if not plan.past_names & set(arrays):
             rows = ids.astype(np.int64)

@@ -269,6 +269,25 @@ def test_the_census_looks_through_what_only_moves() -> None:
     ], "neither codes nor their scales nor a factor of a column"  # fmt: skip
 
 
+def test_the_census_looks_through_choices() -> None:
+    """Of an If between weights, and of rows that a computed end cuts off, the product behind is the reader."""
+    make = Graph()
+    x, choice = make.input("b", D), make.input(dtype=bool)
+    weights = [make.floats(D, D) for _ in range(3)]
+    told = onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, None)
+    names = ("then_branch", "else_branch")
+    branches = {
+        name: onnx.helper.make_graph([onnx.helper.make_node("Identity", [w], ["w"])], name, [], [told])
+        for name, w in zip(names, weights, strict=False)
+    }
+    end = make.one("Slice", make.one("Shape", x), *(make.constant(np.array([n])) for n in (0, 1)))
+    cut = make.one("Slice", weights[2], make.constant(np.array([0])), end)
+    y = make.one("MatMul", x, make.one("If", choice, **branches))
+    make.output(make.one("MatMul", y, make.one("Transpose", cut, perm=[1, 0])))
+    found = census(ir.serde.deserialize_model(make.model()))
+    assert {c.name: [r.node.op_type for r in c.readers] for c in found} == {key: ["MatMul"] for key in weights}
+
+
 def test_the_census_is_linear_in_a_chain_of_constants() -> None:
     make = Graph()
     value = make.floats(D, D)

@@ -17,7 +17,7 @@ from preparing import check, operators, prepare, reasons
 
 from qcompile.passes.base import Decision
 from qcompile.passes.linears import LEFT, as_linear, find_embeddings, find_linears
-from qcompile.passes.prepare.constant_ops import Operand
+from qcompile.passes.prepare.constant_types import Operand
 from qcompile.passes.tensors import read
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -116,7 +116,33 @@ def _normalized(make: Graph, draw: Draw, shape: tuple[int, ...], one: Callable[[
     return make.one("Div", raw, make.one("Add", make.one("ReduceL2", raw, axes), make.constant(np.float32(0.5))))
 
 
+def _standardized(make: Graph, draw: Draw, shape: tuple[int, ...], one: Callable[[tuple[int, ...]], str]) -> str:
+    """Weight standardization, as torch exports it: a norm in training, of one's own mean and variance."""
+    kind = draw(st.sampled_from(["BatchNormalization", "InstanceNormalization", "LayerNormalization"]))
+    if len(shape) < (3 if kind == "InstanceNormalization" else 2) or kind == "LayerNormalization":
+        axis = _axis(draw, shape)
+        scale = make.constant(make.random.uniform(1, 2, shape[axis:]).astype(np.float32))
+        return make.one("LayerNormalization", one(shape), scale, axis=axis, epsilon=0.1)
+    scale, bias = (make.constant(make.random.uniform(1, 2, shape[1]).astype(np.float32)) for _ in range(2))
+    if kind == "InstanceNormalization":
+        return make.one(kind, one(shape), scale, bias, epsilon=0.1)
+    given, training = [make.constant(np.full(shape[1], 0.5, np.float32)) for _ in range(2)], draw(st.booleans())
+    told = {"training_mode": 1, "outputs": draw(st.sampled_from([1, 3]))} if training else {"outputs": 1}
+    return make.op("BatchNormalization", one(shape), scale, bias, *given, epsilon=0.1, **told)[0]
+
+
+def _permuted(make: Graph, draw: Draw, shape: tuple[int, ...], one: Callable[[tuple[int, ...]], str]) -> str:
+    axis = _axis(draw, shape)
+    size = shape[axis] + draw(st.integers(0, 3))
+    places = make.random.integers(-size, size, shape)
+    return make.one(
+        "GatherElements", one(tuple(n + 1 for n in _with(shape, axis, size - 1))), make.constant(places), axis=axis
+    )
+
+
 WRITERS: list[Writer] = [
+    _standardized,
+    _permuted,
     _transposed,
     _reshaped,
     _squeezed,
@@ -351,7 +377,7 @@ def test_weights_that_stay_computed_say_by_what():
     scaled = make.one("Mul", make.one("Cast", codes, to=onnx.TensorProto.FLOAT), make.constant(np.float32(0.1)))
     model, _ = _checked(make, make.one("MatMul", x, scaled), make.one("MatMul", x, make.one("Erf", make.floats(64, 8))))
     first, second = (node for node in model.graph if node.op_type == "MatMul")
-    assert as_linear(first) == "its weight is computed from constants by Mul n_Mul5"
+    assert as_linear(first) == "its weight is computed from constants by Cast n_Cast3"
     assert as_linear(second).startswith("its weight is computed from constants by Erf")
 
 
@@ -375,13 +401,69 @@ def test_constants_within_bodies():
 
 
 @pytest.mark.parametrize(
+    ("equation", "shapes", "products"),
+    [
+        ("bk,kr,rn->bn", [(2, 40), (40, 8), (8, 50)], 2),
+        ("kr,bk,rn->bn", [(40, 8), (2, 40), (8, 50)], 2),
+        ("bi,oij,bj->bo", [(2, 40), (50, 40, 30), (2, 30)], 1),
+        ("bhts,bshe,hed", [(2, 4, 5, 6), (2, 6, 4, 8), (4, 8, 40)], 1),
+        ("bk, kn, n -> nb", [(2, 40), (40, 50), (50,)], 1),
+    ],
+)
+def test_einsums_of_several_operands_are_taken_two_by_two(equation, shapes, products):
+    make = Graph()
+    weights = {"kr", "rn", "oij", "hed", "kn", "n"}
+    terms = equation.replace(" ", "").split("->")[0].split(",")
+    operands = [
+        make.floats(*shape) if term in weights else make.input(*shape)
+        for term, shape in zip(terms, shapes, strict=True)
+    ]
+    model, _ = _checked(make, make.one("Einsum", *operands, equation=equation))
+    assert operators(model).count("MatMul") == products
+    assert all(len(node.inputs) == 2 for node in model.graph if node.op_type == "Einsum")
+    _all_canonical(model)
+
+
+def test_what_constants_make_keeps_its_rank():
+    """A scalar that others compute with is not a row: Range refuses that, and a lookup gets another rank."""
+    make = Graph()
+    x = make.input("b", 5, 64)
+    length = make.one("Gather", make.one("Shape", x), make.constant(np.int64(1)))
+    half = make.one("Div", make.one("Mul", length, make.constant(np.int64(-3))), make.constant(np.int64(2)))
+    places = make.one("Range", half, make.constant(np.int64(0)), make.constant(np.int64(1)))
+    table = make.one("Gather", make.floats(9, 64), make.one("Sub", make.constant(np.int64(0)), length))
+    wide = make.one("Sqrt", make.one("Abs", make.constant(np.float32(-4))))
+    model, _ = _checked(
+        make, make.one("Mul", x, wide), make.one("Add", x, table), make.one("Cast", places, to=onnx.TensorProto.FLOAT)
+    )
+    assert set(operators(model)) <= {"Mul", "Add", "Range", "Cast", "Gather"}
+
+
+@pytest.mark.parametrize("sizes", [("b", 5, 64), ("b", "t", 64)])
+def test_a_weight_that_sizes_cut(sizes):
+    """Cross attention of torch: one weight for q, k and v, cut where the input's last size says."""
+    make = Graph()
+    x, w = make.input(*sizes), make.floats(192, 64)
+    shape = make.one("Shape", x)
+    ends = [make.constant(np.array([n], np.int64)) for n in (-1, 2**63 - 1, 0)]
+    size = make.one("Squeeze", make.one("Slice", shape, *ends), make.constant(np.array([0], np.int64)))
+    double = make.one("Mul", size, make.constant(np.int64(2)))
+    begin, zero = make.one("Unsqueeze", double, ends[2]), ends[2]
+    part = make.one("Slice", w, begin, make.constant(np.array([192], np.int64)), zero)
+    model, _ = _checked(make, make.one("MatMul", x, make.one("Transpose", part, perm=[1, 0])))
+    assert operators(model) == ["MatMul"]
+    assert find_linears(model.graph)[0].shape == (64, 64)
+
+
+@pytest.mark.parametrize(
     ("equation", "shapes", "reason"),
     [
         ("bk,k->b", [(2, 40), (40,)], "its weight has no index of its own"),
         ("bk,kn->b", [(2, 40), (40, 50)], "sums over 'n', an index of one operand alone"),
         ("bk,kn->bkn", [(2, 40), (40, 50)], "it sums over no index"),
         ("kk,kn->n", [(40, 40), (40, 50)], "an index stands twice in one operand"),
-        ("bk,kn,n->bn", [(2, 40), (40, 50), (50,)], "it has 3 operands"),
+        ("...k,kn,no->...o", [(2, 40), (40, 50), (50, 40)], "it has 3 operands"),
+        ("kk,kn,no->o", [(40, 40), (40, 50), (50, 40)], "it has 3 operands"),
         ("bk,...k->b...", [(2, 40), (50, 40)], "the indices of its weight are not told one by one"),
     ],
 )

@@ -6,51 +6,14 @@ is not in it, or a form of one that its line does not cover, folds nothing.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-Array = npt.NDArray[Any]
-Shape = tuple[int, ...]
-
-FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
-_HALVES = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-
-
-@dataclass(frozen=True, eq=False)
-class Operand:
-    """A constant operand: its shape and element type, and the content of a small one."""
-
-    shape: Shape
-    dtype: ir.DataType
-    content: Array | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """As a file holds it."""
-        bits = 64 if self.dtype == ir.DataType.STRING else self.dtype.bitwidth  # strings: at least so many
-        return (prod(self.shape) * bits + 7) // 8
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """What a node makes of constant operands.
-
-    shapes: of each output. dtype: of all. function: the outputs, from the operands' arrays. same_bytes: only the shape
-    changes. work: numbers touched, multiplications of a product counted by eight. by_shape: the operands' shapes say it
-    all, and none of their arrays is asked for.
-    """
-
-    shapes: tuple[Shape, ...]
-    dtype: ir.DataType
-    function: Callable[[Sequence[Array]], Sequence[Array]]
-    same_bytes: bool = False
-    work: int = 0
-    by_shape: bool = False
+from qcompile.passes.prepare.constant_norms import batch_norm, instance_norm, layer_norm
+from qcompile.passes.prepare.constant_types import FLOATS, HALVES, INTEGERS, Array, Made, Operand, Rule, Shape, axis_of
 
 
 def made_of(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
@@ -72,9 +35,6 @@ def made_of(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
         return None
 
 
-_Rule = Callable[[ir.Node, Sequence[Operand | None]], Made | None]
-
-
 def _one(operand: Operand, shape: Shape, function: Callable[[Array], Array], **more: Any) -> Made:
     """A node with one output that depends on the content of its first operand alone."""
     return Made((shape,), operand.dtype, lambda arrays: [function(arrays[0])], **{"work": prod(shape), **more})
@@ -93,12 +53,6 @@ def _numbers(operands: Sequence[Operand | None], position: int) -> list[int] | N
     if operand.content is None:
         raise ValueError("unknown content")
     return [int(number) for number in operand.content.reshape(-1)]
-
-
-def _axis(axis: int, rank: int) -> int:
-    if not -rank <= axis < rank:
-        raise ValueError(f"axis {axis} of rank {rank}")
-    return axis % rank
 
 
 def _reshape(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
@@ -123,7 +77,7 @@ def _squeeze(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     if "axes" in node.attributes:  # before opset 13
         return None
     rank = len(source.shape)
-    gone = [i for i, n in enumerate(source.shape) if n == 1] if axes is None else [_axis(axis, rank) for axis in axes]
+    gone = [i for i, n in enumerate(source.shape) if n == 1] if axes is None else [axis_of(axis, rank) for axis in axes]
     return _shaped(source, tuple(size for i, size in enumerate(source.shape) if i not in gone))
 
 
@@ -132,7 +86,7 @@ def _unsqueeze(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None
     if axes is None:
         return None
     rank = len(source.shape) + len(axes)
-    new, left = {_axis(axis, rank) for axis in axes}, iter(source.shape)
+    new, left = {axis_of(axis, rank) for axis in axes}, iter(source.shape)
     return _shaped(source, tuple(1 if i in new else next(left) for i in range(rank)))
 
 
@@ -164,9 +118,10 @@ def _shape(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
 
 
 def _cast(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
-    """Between floats, and of masks: what is stored as integers is smaller than any float of it."""
+    """Between floats, and of masks: what is stored as integers is smaller than any float of it. Of small ones all."""
     source, target = _first(operands), ir.DataType(node.attributes["to"].as_int())
-    if source.dtype not in FLOATS | {ir.DataType.BOOL} or target not in FLOATS:
+    numbers = source.content is not None and {source.dtype, target} <= FLOATS | INTEGERS | {ir.DataType.BOOL}
+    if (source.dtype not in FLOATS | {ir.DataType.BOOL} or target not in FLOATS) and not numbers:
         return None
     kind, shape = target.numpy(), source.shape
 
@@ -182,7 +137,7 @@ def _slice(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     starts, ends, axes, steps = (_numbers(operands, position) for position in (1, 2, 3, 4))
     if starts is None or ends is None:
         return None
-    axes = list(range(len(starts))) if axes is None else [_axis(axis, len(source.shape)) for axis in axes]
+    axes = list(range(len(starts))) if axes is None else [axis_of(axis, len(source.shape)) for axis in axes]
     cut = [slice(None)] * len(source.shape)
     for axis, start, end, step in zip(axes, starts, ends, steps or [1] * len(starts), strict=True):
         size = source.shape[axis]
@@ -201,7 +156,7 @@ def _split(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     source, sizes = _first(operands), _numbers(operands, 1)
     if "split" in node.attributes:  # before opset 13
         return None
-    axis = _axis(node.attributes.get_int("axis", 0) or 0, len(source.shape))
+    axis = axis_of(node.attributes.get_int("axis", 0) or 0, len(source.shape))
     if sizes is None:
         part = -(-source.shape[axis] // len(node.outputs))
         sizes = [part] * (len(node.outputs) - 1)
@@ -217,7 +172,7 @@ def _gather(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     source, indices = _first(operands), operands[1]
     if indices is None or indices.content is None:
         return None
-    axis = _axis(node.attributes.get_int("axis", 0) or 0, len(source.shape))
+    axis = axis_of(node.attributes.get_int("axis", 0) or 0, len(source.shape))
     places = indices.content
     if places.size and not -source.shape[axis] <= places.min() <= places.max() < source.shape[axis]:
         return None
@@ -225,9 +180,27 @@ def _gather(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     return _one(source, shape, lambda array: np.take(array, places, axis))
 
 
+def _gather_elements(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    """Also by indices too many to be looked at before: out of range, they are for the runtime to refuse."""
+    source, indices = _first(operands), operands[1]
+    axis = axis_of(node.attributes.get_int("axis", 0) or 0, len(source.shape))
+    if indices is None or len(indices.shape) != len(source.shape):
+        return None
+    fits = [n <= size for i, (n, size) in enumerate(zip(indices.shape, source.shape, strict=True)) if i != axis]
+    if not all(fits):
+        return None
+    shape, within = indices.shape, tuple(slice(n) for n in indices.shape[:axis])
+    behind = tuple(slice(n) for n in indices.shape[axis + 1 :])
+
+    def taken(arrays: Sequence[Array]) -> Sequence[Array]:
+        return [np.take_along_axis(arrays[0][(*within, slice(None), *behind)], arrays[1], axis)]
+
+    return Made((shape,), source.dtype, taken, work=prod(shape))
+
+
 def _concat(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     known = [operand for operand in operands if operand is not None]
-    axis = _axis(node.attributes["axis"].as_int(), len(known[0].shape))
+    axis = axis_of(node.attributes["axis"].as_int(), len(known[0].shape))
     rests = {(*operand.shape[:axis], *operand.shape[axis + 1 :]) for operand in known}
     if len(known) != len(operands) or len(rests) != 1:
         return None
@@ -261,7 +234,7 @@ def _pad(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     if value is not None and (value.content is None or value.content.size != 1 or value.dtype != source.dtype):
         return None
     rank, filler = len(source.shape), 0 if value is None or value.content is None else value.content.reshape(())
-    places = range(rank) if axes is None else [_axis(axis, rank) for axis in axes]
+    places = range(rank) if axes is None else [axis_of(axis, rank) for axis in axes]
     around = [(0, 0)] * rank
     for axis, before, behind in zip(places, sizes[: len(places)], sizes[len(places) :], strict=True):
         around[axis] = (before, behind)
@@ -284,12 +257,12 @@ def _clip(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
 
 def _softmax(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     source = _first(operands)
-    axis, kind = _axis(node.attributes.get_int("axis", -1) or 0, len(source.shape)), source.dtype.numpy()
+    axis, kind = axis_of(node.attributes.get_int("axis", -1) or 0, len(source.shape)), source.dtype.numpy()
     if source.dtype not in FLOATS:
         return None
 
     def shares(array: Array) -> Array:
-        wide = array.astype(np.float32) if source.dtype in _HALVES else array
+        wide = array.astype(np.float32) if source.dtype in HALVES else array
         powers = np.exp(wide - wide.max(axis=axis, keepdims=True))
         return np.asarray(powers / powers.sum(axis=axis, keepdims=True)).astype(kind)
 
@@ -304,14 +277,20 @@ def _triangle(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     return _one(source, source.shape, lambda array: np.asarray(function(array, k)))
 
 
-def _elementwise(function: Callable[..., Array]) -> _Rule:
-    """Floats of one type in, the same type out; shapes broadcast."""
+def _elementwise(function: Callable[..., Array], on_integers: Callable[..., Array] | None = None) -> Rule:
+    """Numbers of one type in, the same type out; shapes broadcast. Integers: small ones, of which sizes are made."""
 
     def rule(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
         known = [operand for operand in operands if operand is not None]
         dtype = _first(operands).dtype
-        if len(known) != len(operands) or dtype not in FLOATS or any(operand.dtype != dtype for operand in known):
+        if len(known) != len(operands) or any(operand.dtype != dtype for operand in known):
             return None
+        if dtype in INTEGERS and on_integers is not None and all(operand.content is not None for operand in known):
+            return rule_of(on_integers, known)
+        return rule_of(function, known) if dtype in FLOATS else None
+
+    def rule_of(function: Callable[..., Array], known: Sequence[Operand]) -> Made:
+        dtype = known[0].dtype
         shape, kind = np.broadcast_shapes(*(operand.shape for operand in known)), dtype.numpy()
 
         def computed(arrays: Sequence[Array]) -> Sequence[Array]:
@@ -331,7 +310,7 @@ def _where(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     return Made((shape,), a.dtype, lambda arrays: [np.where(*arrays)], work=prod(shape))
 
 
-def _reduction(function: Callable[..., Array]) -> _Rule:
+def _reduction(function: Callable[..., Array]) -> Rule:
     """function(array, axis=…, keepdims=True), computed in float32 for halves."""
 
     def rule(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
@@ -341,14 +320,14 @@ def _reduction(function: Callable[..., Array]) -> _Rule:
         if not axes and node.attributes.get_int("noop_with_empty_axes", 0) == 1:
             return None
         rank = len(source.shape)
-        over = {_axis(axis, rank) for axis in axes} if axes else set(range(rank))
+        over = {axis_of(axis, rank) for axis in axes} if axes else set(range(rank))
         kept = bool(node.attributes.get_int("keepdims", 1))
         shape = tuple(1 if i in over else n for i, n in enumerate(source.shape) if kept or i not in over)
         kind, order = source.dtype.numpy(), tuple(sorted(over))
 
         def reduced(array: Array) -> Array:
             with np.errstate(all="ignore"):
-                wide = array.astype(np.float32) if source.dtype in _HALVES else array
+                wide = array.astype(np.float32) if source.dtype in HALVES else array
                 return np.asarray(function(wide, axis=order, keepdims=True)).reshape(shape).astype(kind)
 
         return _one(source, shape, reduced, work=prod(source.shape))
@@ -408,7 +387,7 @@ def _wide(function: Callable[..., Array], dtype: ir.DataType) -> Callable[[Seque
 
     def computed(arrays: Sequence[Array]) -> Sequence[Array]:
         with np.errstate(all="ignore"):
-            wide = [array.astype(np.float32) if dtype in _HALVES else array for array in arrays]
+            wide = [array.astype(np.float32) if dtype in HALVES else array for array in arrays]
             return [np.asarray(function(*wide)).astype(kind, copy=False)]
 
     return computed
@@ -424,7 +403,7 @@ def _quantize(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
         return None
     place = [1] * len(source.shape)
     if len(scale.shape) == 1 and len(source.shape) > 0:
-        axis = _axis(node.attributes.get_int("axis", 1) or 0, len(source.shape))
+        axis = axis_of(node.attributes.get_int("axis", 1) or 0, len(source.shape))
         if scale.shape[0] not in (1, source.shape[axis]):
             return None
         place[axis] = scale.shape[0]
@@ -455,6 +434,13 @@ def _summed(*arrays: Array) -> Array:
     return total
 
 
+def _divided(a: Array, b: Array) -> Array:
+    """Integers, toward zero; ValueError by zero, for the runtime to refuse."""
+    if not b.all():
+        raise ValueError("division by zero")
+    return np.asarray(np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b)))
+
+
 def _largest(*arrays: Array) -> Array:
     return functools.reduce(np.maximum, arrays)
 
@@ -475,7 +461,7 @@ def _logistic(array: Array) -> Array:
     return np.asarray(1 / (1 + np.exp(-array)))
 
 
-_MOVES: Mapping[str, _Rule] = {
+_MOVES: Mapping[str, Rule] = {
     "Identity": _identity,
     "Reshape": _reshape,
     "Squeeze": _squeeze,
@@ -488,6 +474,7 @@ _MOVES: Mapping[str, _Rule] = {
     "Slice": _slice,
     "Split": _split,
     "Gather": _gather,
+    "GatherElements": _gather_elements,
     "Concat": _concat,
     "Expand": _expand,
     "Where": _where,
@@ -523,6 +510,12 @@ _ARITHMETIC: Mapping[str, Callable[..., Array]] = {
     "Max": _largest,
     "Min": _smallest,
 }
+_ON_INTEGERS: Mapping[str, Callable[..., Array]] = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": _divided,
+}
 _REDUCTIONS: Mapping[str, Callable[..., Array]] = {
     "ReduceSum": np.sum,
     "ReduceMean": np.mean,
@@ -531,11 +524,14 @@ _REDUCTIONS: Mapping[str, Callable[..., Array]] = {
     "ReduceL2": _two_norm,
     "ReduceSumSquare": _square_sum,
 }
-_RULES: Mapping[str, _Rule] = {
+_RULES: Mapping[str, Rule] = {
     **_MOVES,
-    **{name: _elementwise(function) for name, function in _ARITHMETIC.items()},
+    **{name: _elementwise(function, _ON_INTEGERS.get(name)) for name, function in _ARITHMETIC.items()},
     **{name: _reduction(function) for name, function in _REDUCTIONS.items()},
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Einsum": _einsum,
+    "BatchNormalization": batch_norm,
+    "InstanceNormalization": instance_norm,
+    "LayerNormalization": layer_norm,
 }

@@ -8,7 +8,7 @@ from string import ascii_letters
 import onnx_ir as ir
 
 from qcompile.passes.linears import LEFT, dimensions
-from qcompile.passes.prepare.constant_ops import FLOATS
+from qcompile.passes.prepare.constant_types import FLOATS
 from qcompile.passes.prepare.edit import Decide, Names, decided, is_constant
 from qcompile.passes.prepare.writer import Writer
 
@@ -60,6 +60,47 @@ class _Product:
         return "" if self.columns else "its weight has no index of its own: a vector, or one for each row"
 
 
+def pair_einsums(model: ir.Model, decide: Decide) -> None:
+    """Take Einsums of several operands, constants among them, apart into Einsums of two.
+
+    From the left, as ONNX Runtime computes them, but an activation first, so that constants meet what they multiply:
+    'bhts,bshe,hed->btd' is 'bhts,bshe->bhte' and 'bhte,hed->btd'. Between two stay the indices that an operand to come
+    or the result has. Equations with '...', or with an index twice in one operand, stay.
+    """
+    names, changed = Names(model), 0
+    for node in list(model.graph.all_nodes()):
+        if (node.op_type, node.domain) != ("Einsum", "") or len(node.inputs) < 3:
+            continue
+        terms, result = _told(node)
+        plain = all("." not in term and len(set(term)) == len(term) for term in (*terms, result))
+        if plain and len(terms) == len(node.inputs) and any(map(_is_factor, node.inputs)):
+            _pair(Writer(node, names, model.graph), list(zip(node.inputs, terms, strict=True)), result)
+            changed += 1
+    if changed:
+        decide("", "parted", f"{changed} Einsums of several operands became Einsums of two", nodes=changed)
+
+
+def _pair(write: Writer, operands: list[tuple[ir.Value | None, str]], result: str) -> None:
+    first = next((i for i, (value, _) in enumerate(operands) if not is_constant(value)), 0)
+    value, own = operands.pop(first)
+    for i, (other, term) in enumerate(operands, 1):
+        later = result + "".join(term for _, term in operands[i:])
+        joined = "".join(index for index in dict.fromkeys(own + term) if index in later)
+        joined, what = (joined, f"pair{i}") if i < len(operands) else (result, "")
+        value = write.op("Einsum", [value, other], what, {"equation": f"{own},{term}->{joined}"})
+        own = joined
+    write.end(value)
+
+
+def _told(node: ir.Node) -> tuple[list[str], str]:
+    """The indices of the operands and of the result, which an equation may leave to be told."""
+    terms, arrow, result = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+    if not arrow:
+        letters = sorted(set(terms) - set(",."))
+        result = "..." * ("..." in terms) + "".join(i for i in letters if terms.count(i) == 1)
+    return terms.split(","), result
+
+
 def turn_einsums(model: ir.Model, decide: Decide) -> int:
     """Write Einsums of one activation and one constant as MatMul with Transpose and Reshape; how many.
 
@@ -101,14 +142,10 @@ def _product(node: ir.Node) -> tuple[ir.Value, ir.Value, _Product] | str:
     x, weight = node.inputs[1 - position], node.inputs[position]
     assert x is not None
     assert weight is not None
-    terms, arrow, result = node.attributes["equation"].as_string().replace(" ", "").partition("->")
-    halves = terms.split(",")
+    halves, result = _told(node)
     if len(halves) != 2:
         return "its equation is not one of two operands"
     own, other = halves[position], halves[1 - position]
-    if not arrow:
-        letters = sorted(set(terms) - set(",."))
-        result = "..." * ("..." in terms) + "".join(i for i in letters if terms.count(i) == 1)
     shape = dimensions(weight)
     if "..." in own and len(own) - 3 == len(shape):
         own = own.replace("...", "")
@@ -117,7 +154,7 @@ def _product(node: ir.Node) -> tuple[ir.Value, ir.Value, _Product] | str:
     if "..." in other:
         if x.shape is None:
             return "the rank of its input is unknown"
-        unused = [letter for letter in ascii_letters if letter not in terms][: len(x.shape) - len(other) + 3]
+        unused = [letter for letter in ascii_letters if letter not in own + other][: len(x.shape) - len(other) + 3]
         other, result = (term.replace("...", "".join(unused)) for term in (other, result))
     return _checked(x, weight, _Product(other, own, result, dict(zip(own, shape, strict=True))))
 

@@ -22,8 +22,10 @@ from math import prod
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.passes.bodies import bodies
 from qcompile.passes.linears import LEFT
-from qcompile.passes.prepare.constant_ops import Array, Made, Operand, made_of
+from qcompile.passes.prepare.constant_ops import made_of
+from qcompile.passes.prepare.constant_types import Array, Made, Operand
 from qcompile.passes.prepare.edit import Decide, add_initializer, decided, is_constant
 from qcompile.passes.tensors import computed, read
 
@@ -43,6 +45,7 @@ _LEAST = 1024
 _SOURCES = 16
 _COMPACT = "the {} bytes that it is computed from are fewer than its codes would be"
 _WEIGHTS = {"MatMul": (0, 1), "Gemm": (0, 1), "Einsum": range(64), "Conv": (1,), "ConvTranspose": (1,)}
+_MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Flatten", "Slice", "Split"}
 _PRODUCTS = {"MatMul", "Gemm", "Einsum", "Gather", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN"}
 
 
@@ -177,20 +180,43 @@ def report_quantized(model: ir.Model, decide: Decide) -> None:
 
 
 def note_computed(model: ir.Model) -> None:
-    """Note at every product whose weight is computed from constants, and stays so, why that is."""
-    fixed = decided(model)
+    """Note at every product whose weight is computed from constants, or chosen from them, and stays so, why that is."""
+    fixed, parts = decided(model), dict[ir.Value, str]()
     for node in model.graph.all_nodes():
+        _note_choice(node, fixed, parts)
         if node.op_type not in _PRODUCTS or node.domain != "" or fixed.issuperset(node.outputs) or LEFT in node.meta:
             continue
         for value in node.inputs:
-            if value is not None and value in fixed and value.producer() is not None:
+            if value in parts:
+                node.meta[LEFT] = parts[value]
+            elif value is not None and value in fixed and value.producer() is not None:
                 node.meta[LEFT] = _why_computed(value)
+            if LEFT in node.meta:
                 break
 
 
+def _note_choice(node: ir.Node, fixed: set[ir.Value], parts: dict[ir.Value, str]) -> None:
+    """Enter what an If between constants gives, a Slice of one by computed ends, and what only moves these."""
+    first = node.inputs[0] if node.inputs else None
+    if node.domain != "" or fixed.issuperset(node.outputs):
+        return
+    if node.op_type == "If":
+        for output, *given in zip(node.outputs, *(body.outputs for body in bodies(node)), strict=False):
+            if all(value in fixed or value in parts for value in given):
+                parts[output] = f"its weight is chosen by If {node.name} when the model runs"
+    elif node.op_type == "Slice" and first in fixed:
+        parts[node.outputs[0]] = f"its weight is a part of a constant that Slice {node.name} takes when the model runs"
+    elif node.op_type in _MOVES and first is not None and first in parts:
+        parts.update(dict.fromkeys(node.outputs, parts[first]))
+
+
 def _why_computed(value: ir.Value) -> str:
-    """The reason that a computation of constants has left behind, or which operator no step folds."""
+    """The reason that a computation of constants has left behind, or which operator no step folds.
+
+    That is the last one found that reads nothing but constants: what is behind it would be folded with it.
+    """
     waiting: list[ir.Value | None] = [value]
+    culprit = value.producer()
     for current in waiting:  # grows while it is walked
         node = current.producer() if current is not None else None
         if node is None or node.op_type == "Constant" or len(waiting) > 64:
@@ -199,10 +225,11 @@ def _why_computed(value: ir.Value) -> str:
             return f"its weight is quantized already, to {node.inputs[0].dtype}"
         if LEFT in node.meta:
             return f"its weight is computed from constants: {node.meta[LEFT]}"
+        if all(read is None or read.producer() is None for read in node.inputs):
+            culprit = node
         waiting += node.inputs
-    node = value.producer()
-    assert node is not None
-    return f"its weight is computed from constants by {node.op_type} {node.name}"
+    assert culprit is not None
+    return f"its weight is computed from constants by {culprit.op_type} {culprit.name}"
 
 
 def _leaf(value: ir.Value, tensor: ir.TensorProtocol) -> _Known:

@@ -22,7 +22,9 @@ def infer_anew(model: ir.Model, decide: Decide, ask: Oracle | None = None) -> No
     Case 3: neither knows more: what the file says of the value, unless it contradicts what follows from inputs and
             constants anywhere (a batch made dynamic by hand, a type left over from another precision). Then all that
             it says of inner values is stale, and is dropped.
+    What onnx gets wrong where a default is left out is stated first.
     """
+    _state_defaults(model)
     try:
         found = _from_scratch(model, ask)
     except Exception as error:  # onnx and protobuf raise what they like
@@ -48,6 +50,13 @@ def infer_shapes(model: ir.Model, decide: Decide, ask: Oracle | None = None) -> 
         return
     for value, new in _inner(model, found):
         _adopt(value, new)
+
+
+def _state_defaults(model: ir.Model) -> None:
+    """An STFT is one-sided unless it says otherwise; onnx 1.23 infers two sides for one that says nothing."""
+    for node in model.graph.all_nodes():
+        if node.op_type == "STFT" and node.domain == "" and "onesided" not in node.attributes:
+            node.attributes["onesided"] = ir.AttrInt64("onesided", 1)
 
 
 def _refused(decide: Decide, error: Exception) -> None:

@@ -8,7 +8,7 @@ from qcompile.passes.prepare.contrib import take_apart
 from qcompile.passes.prepare.convolutions import fold_convolutions
 from qcompile.passes.prepare.doubles import narrow_doubles
 from qcompile.passes.prepare.duplicates import merge_duplicates
-from qcompile.passes.prepare.einsum import turn_einsums
+from qcompile.passes.prepare.einsum import pair_einsums, turn_einsums
 from qcompile.passes.prepare.equal import merge_equal
 from qcompile.passes.prepare.experts import split_experts
 from qcompile.passes.prepare.folding import fold_constants, note_computed, report_quantized
@@ -20,8 +20,9 @@ from qcompile.passes.prepare.infer import Oracle, infer_anew, infer_shapes
 from qcompile.passes.prepare.names import unique_names
 from qcompile.passes.prepare.opset import MAX_OPSET, MIN_OPSET, raise_opset
 from qcompile.passes.prepare.products import turn_products
+from qcompile.passes.prepare.scans import number_steps
 from qcompile.passes.prepare.simplify import divide, remove_guards, remove_neutral, sign_tables
-from qcompile.passes.prepare.sizes import merge_sizes, transpose_keys
+from qcompile.passes.prepare.sizes import merge_sizes, number_sizes, transpose_keys
 from qcompile.passes.prepare.tables import turn_tables
 from qcompile.passes.prepare.tidy import inline_functions, name_nodes, remove_traces, remove_unused, sort
 from qcompile.passes.prepare.ties import tie_heads
@@ -35,16 +36,16 @@ class Prepare(Pass):
     Case 2: an initializer that is a graph input too (a default value) becomes a constant; small external tensors are
             read; Constant nodes of the main graph become initializers.
     Case 3: an opset below `opset` is raised to it, in subgraphs too; impossible for an operator: UserError.
-    Case 4: Identity and Dropout are bypassed.
+    Case 4: Identity and Dropout are bypassed; CastLike becomes Cast.
     Case 5: equal initializers over 1 KiB become one, and a linear that is an embedding turned round becomes its
             Transpose: what an exporter copied is tied again.
-    Case 6: what is computed from constants alone (a Transpose, Cast or Slice of a weight, LoRA's sum, the norm of
-            weight normalization) becomes a constant, lazily, where that does not make the model larger. A weight that
-            others use as it is (a tied embedding) keeps its one copy, and the Transpose stays. CastLike becomes Cast.
+    Case 6: what is computed from constants alone, and sizes that are numbers (a Transpose, Cast or Slice of a weight,
+            LoRA's sum, the norm of weight normalization) becomes a constant, lazily, where that does not make the model
+            larger. A weight that others use as it is (a tied embedding) keeps its one copy, and the Transpose stays.
     Case 7: a Gemm with constant weight becomes MatMul and Add.
     Case 8: what no output needs is removed, and shapes are inferred again.
     Case 9: every value has a name of its own, in bodies of If, Loop and Scan too; their weights become initializers of
-            the main graph, and Cases 5 to 7 hold for what reads them there.
+            the main graph, and Cases 5 to 7 hold for what reads them there. A Scan along a constant looks it up.
     Case 10: x * (1 / d) becomes x / d, so that runtimes see the end of a normalization.
     Case 11: Reshape, Transpose, Reshape that turn the last two axes become one Transpose.
     Case 12: what is computed twice is computed once. Dimensions of graph inputs with one name are one size.
@@ -55,6 +56,7 @@ class Prepare(Pass):
     Case 17: BatchNormalization, and Add, Sub, Mul and Div by constants of a channel, go into the Conv before them.
     Case 18: x * Clip(x + 3, 0, 6) / 6 and the like become HardSwish; without the first x, HardSigmoid.
     Case 19: an Einsum that is a product with a constant weight, W x, and weights (1, …, K, N) become MatMul by (K, N).
+            An Einsum of several operands, weights among them, becomes Einsums of two first.
     Case 20: FusedMatMul, FusedGemm, FusedConv, Attention and EmbedLayerNormalization of ONNX Runtime's domain become
             what they were fused from, so that their weights are those of a MatMul, Conv or Gather.
     Case 21: a product with one matrix for each expert becomes one product for each.
@@ -90,15 +92,18 @@ class Prepare(Pass):
         raise_opset(model, self.opset, decide)  # Case 3
         lift_constants(model, decide)  # Case 2
         remove_identities(model, decide)  # Case 4
-        name_casts(model, decide)  # Case 6
+        name_casts(model, decide)
+        number_steps(model, decide)  # Case 9
         remove_unused(model, decide)  # so that a dead user does not look like a shared weight
         if take_apart(model, decide):  # Case 20
             infer_shapes(model, decide)
         merge_duplicates(model, decide)  # Case 5
         report_quantized(model, decide)
         turn_tables(model, decide)  # Case 23
-        fold_constants(model, decide)  # Case 6
+        number_sizes(model, decide)  # Case 6
+        fold_constants(model, decide)
         split_gemms(model, decide)  # Case 7
+        pair_einsums(model, decide)  # Case 19
         turned = turn_einsums(model, decide)  # Case 19
         fold_constants(model, decide)  # Case 6, what the two before wrote
         if split_experts(model, decide):  # Case 21

@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from qcompile.passes.linears import LEFT, dimensions
-from qcompile.passes.prepare.constant_ops import FLOATS
+from qcompile.passes.prepare.constant_types import FLOATS
 from qcompile.passes.prepare.edit import Decide, Names, decided, is_constant, take_over
 from qcompile.passes.prepare.writer import Writer
 

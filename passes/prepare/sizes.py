@@ -1,12 +1,22 @@
 """What a computed shape holds, piece by piece; and what follows from it."""
 
+import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Decide, Names, insert_before, small_array, take_over
+from qcompile.passes.prepare.edit import (
+    Decide,
+    Names,
+    add_initializer,
+    insert_before,
+    is_constant,
+    small_array,
+    take_over,
+)
 
 # A number, the name of a symbol of the graph's inputs, or one dimension of a value.
 Size = int | str | tuple[ir.Value, int]
 _SAME = {"Squeeze", "Unsqueeze", "Identity"}
+_SHAPING = {"Shape", "Concat", "Slice", "Gather", "Reshape"} | _SAME
 # What some exporters call every dimension that they do not know.
 _LOOKS = 500  # values behind one shape: an exporter's are a dozen
 _UNNAMED = {"", "?", "None", "-1", "unknown", "dynamic"}
@@ -74,8 +84,28 @@ def _picked(node: ir.Node, content: tuple[Size, ...], operands: list[list[int]])
     if node.op_type == "Gather":
         fits = all(-len(content) <= i < len(content) for i in operands[0])
         return tuple(content[i] for i in operands[0]) if fits else None
-    starts, ends, _, steps = (*operands, [0], [1])[:4] if len(operands) < 4 else operands
+    starts, ends, _, steps = [*operands, *[[0], [1]][len(operands) - 2 :]]
     return content[starts[0] : ends[0]] if steps == [1] else None
+
+
+def number_sizes(model: ir.Model, decide: Decide) -> None:
+    """Sizes that are numbers become constants; what is computed of them, an end of a Slice say, is folded with them."""
+    numbers = 0
+    for node in list(model.graph):
+        if node.op_type not in _SHAPING or node.domain != "" or is_constant(node.inputs[0]):
+            continue
+        value = node.outputs[0]
+        if value.dtype != ir.DataType.INT64 or value.shape is None or value.is_graph_output() or not value.uses():
+            continue
+        known = [size for size in sizes(value) or () if isinstance(size, int)]
+        if known and len(known) == len(sizes(value) or ()):
+            array = np.array(known, np.int64).reshape(() if len(value.shape) == 0 else (-1,))
+            ir.convenience.replace_all_uses_with(
+                value, add_initializer(model.graph, f"{value.name}.number", ir.tensor(array))
+            )
+            numbers += 1
+    if numbers:
+        decide("", "folded", f"{numbers} sizes that are numbers", nodes=numbers)
 
 
 def merge_sizes(model: ir.Model, decide: Decide) -> None:
@@ -87,7 +117,7 @@ def merge_sizes(model: ir.Model, decide: Decide) -> None:
     first: dict[tuple[int, tuple[Size, ...]], ir.Value] = {}
     merged = 0
     for node in list(model.graph):
-        if node.op_type not in {"Shape", "Concat", "Slice", "Gather", "Reshape"} | _SAME or node.domain != "":
+        if node.op_type not in _SHAPING or node.domain != "":
             continue
         value = node.outputs[0]
         if value.dtype != ir.DataType.INT64 or value.shape is None or value.is_graph_output():

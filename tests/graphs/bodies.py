@@ -112,6 +112,25 @@ def scan_over_a_sequence(make: Graph) -> None:
     make.output(*make.op("Scan", start, x, outputs=2, body=inner, num_scan_inputs=1))
 
 
+@case({"pack": 12, "smooth,awq,gptq,pack": 12, "qdq": 30, "dynamic": 30}, coverage=1.0)
+def scan_along_stacked_layers(make: Graph) -> None:
+    """A loop over layers: each step takes its matrices and biases of constants, the last layer first."""
+    x, w, v = make.input("b", 32), make.floats(3, 32, 32, scale=0.18), make.floats(3, 32, 32, scale=0.18)
+    nodes = [
+        helper.make_node("MatMul", ["old", "w"], ["p"], name="first_linear"),
+        helper.make_node("Add", ["p", "bias"], ["q"], name="q"),
+        helper.make_node("Tanh", ["q"], ["h"], name="h"),
+        helper.make_node("MatMul", ["h", "v"], ["r"], name="second_linear"),
+        helper.make_node("Add", ["r", "old"], ["new"], name="new"),
+        helper.make_node("Identity", ["h"], ["seen"], name="seen"),
+    ]
+    shapes = {"old": ["b", 32], "w": [32, 32], "bias": [32], "v": [32, 32]}
+    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    inner = body(make, nodes, given, ["new", "seen"], [])
+    told = {"num_scan_inputs": 3, "scan_input_directions": [1, 1, 1]}
+    make.output(*make.op("Scan", x, w, make.floats(3, 32, scale=0.3), v, outputs=2, body=inner, **told))
+
+
 @case({"pack": 25, "qdq": 25, "dynamic": 25}, options={"min_coverage": 0})
 def convolutions_in_a_branch(make: Graph) -> None:
     x, choice = make.input(1, 8, 12, 12), flag(make)

@@ -67,3 +67,9 @@ def an_input_of_a_rank_that_nobody_tells(make: Graph) -> None:
 def ids_of_a_rank_that_nobody_tells(make: Graph) -> None:
     ids = make.input("b", 6, dtype=np.int64, ranked=False, draw=lambda random, size: random.integers(0, 40, size))
     make.output(make.linear(make.linear(make.one("Gather", make.floats(40, 32, scale=1.0), ids), 32), 32))
+
+
+@case(LISTS)
+def ids_that_count_from_the_end(make: Graph) -> None:
+    ids = make.input("b", dtype=np.int64, draw=lambda random, size: random.integers(-50, 50, size))
+    make.output(make.linear(make.one("Gather", make.floats(50, 64, scale=0.5), ids), 32, 64))

@@ -86,3 +86,14 @@ def small_half_numbers_with_biases(make: Graph) -> None:
     x = make.one("Flatten", make.one("Conv", x, make.floats(8, 16, 3, 3), make.floats(8, scale=0.02)))
     x = make.one("Gemm", x, make.floats(128, 64), make.floats(64, scale=0.02))
     make.output(make.linear(make.one("Relu", x), 32, 64, bias=True))
+
+
+@case(_LISTS | {"pack": 12}, coverage=1.0)
+def a_spectrum_whose_size_onnx_infers_wrongly(make: Graph) -> None:
+    """STFT without `onesided` has one side; onnx 1.23 says two."""
+    x = make.input("b", 400)
+    window, step, length = np.hanning(200).astype(np.float32), np.int64(100), np.int64(200)
+    frames = make.one("STFT", x, make.constant(step), make.constant(window), make.constant(length))
+    power = make.one("ReduceSumSquare", frames, axes=[3], keepdims=0)
+    h = make.one("MatMul", make.one("Log", make.one("Add", power, make.constant(np.float32(1)))), make.floats(101, 64))
+    make.output(make.linear(make.one("Relu", h), 32, 64))

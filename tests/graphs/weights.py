@@ -1,6 +1,7 @@
 """Weights in other places than the second operand of a MatMul, and operators between them that others write."""
 
 import numpy as np
+import onnx
 
 from graphs.table import Graph, case
 
@@ -222,3 +223,57 @@ def masked_bounded_and_mixed(make: Graph) -> None:
     parts = make.one("Mul", shares, make.one("Softplus", make.floats(4, 64, 48, scale=1.0)))
     mixed = make.one("ReduceSum", parts, make.constant(np.array([0])), keepdims=0)
     make.output(make.one("MatMul", x, mixed))
+
+
+@case({"smooth,qdq": 25, "qdq": 25}, coverage=1.0)
+def standardized_convolutions(make: Graph) -> None:
+    """timm's StdConv2d: torch writes it as a BatchNormalization in training, of the weight."""
+    ones, zeros = make.constant(np.ones(16, np.float32)), make.constant(np.zeros(16, np.float32))
+    x = make.input("b", 8, 10, 10)
+    for rows in (8, 16):
+        flat = make.one("Reshape", make.floats(16, rows, 3, 3, scale=1.0), make.constant(np.array([1, 16, -1])))
+        norm = make.op("BatchNormalization", flat, ones, zeros, zeros, ones, training_mode=1, momentum=1.0, outputs=3)
+        x = make.one(
+            "Relu", make.one("Conv", x, make.one("Reshape", norm[0], make.constant(np.array([16, rows, 3, 3]))))
+        )
+    make.output(x)
+
+
+@case(ALL, packed={"MatMulInt4": 3, "Einsum": 2}, coverage=1.0)
+def einsums_of_three(make: Graph) -> None:
+    """Attention that ends in one Einsum with its output projection; a bilinear layer."""
+    x = make.input("b", 5, 64)
+    q = make.one("Reshape", make.linear(x, 64, 64), make.constant(np.array([0, 0, 4, 16])))
+    a = make.one("Softmax", make.one("Einsum", q, q, equation="bthe,bshe->bhts"), axis=-1)
+    y = make.one("Einsum", a, q, make.floats(4, 16, 64, scale=0.15), equation="bhts,bshe,hed->btd")
+    make.output(make.one("Einsum", make.one("Tanh", y), make.floats(64, 32), equation="btd,df->btf"))
+
+
+@case(ALL, packed={"MatMulInt4": 2, "CastLike": 0, "GatherElements": 0}, coverage=1.0)
+def cast_like_an_input_and_permuted(make: Graph) -> None:
+    x = make.input("b", 64)
+    half = make.constant((make.random.standard_normal((64, 64)) / 8).astype(np.float16))
+    order = make.constant(np.argsort(make.random.random((64, 48)), axis=0))
+    y = make.one("Relu", make.one("MatMul", x, make.one("CastLike", half, x)))
+    make.output(make.one("MatMul", y, make.one("GatherElements", make.floats(64, 48), order, axis=0)))
+
+
+@case({"pack": "If .* when the model runs", "qdq": "If .* when the model runs"})
+def weights_chosen_by_a_branch(make: Graph) -> None:
+    x, choice = make.input("b", 64), make.input(dtype=bool, draw=lambda random, size: random.random() < 0.5)
+    branches = {}
+    for name in ("then_branch", "else_branch"):
+        node = onnx.helper.make_node("Transpose", [make.floats(64, 64)], [f"{name}_w"], perm=[1, 0])
+        told = onnx.helper.make_tensor_value_info(f"{name}_w", onnx.TensorProto.FLOAT, None)
+        branches[name] = onnx.helper.make_graph([node], name, [], [told])
+    y = make.one("MatMul", make.one("Tanh", make.linear(x, 64, 64)), make.one("If", choice, **branches))
+    make.output(make.linear(y, 256, 64))
+
+
+@case({"pack": "Slice .* when the model runs", "qdq": "Slice .* when the model runs"})
+def weights_cut_by_the_length_of_an_input(make: Graph) -> None:
+    x = make.input("b", "t", 64)
+    length = make.one("Slice", make.one("Shape", x), *(make.constant(np.array([n])) for n in (1, 2)))
+    zero = make.constant(np.array([0]))
+    part = make.one("Slice", make.floats(64, 64), zero, length, make.constant(np.array([1])))
+    make.output(make.one("MatMul", make.one("Relu", make.linear(x, 64, 64)), part))
