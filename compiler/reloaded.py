@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompile.compiler.external_data import attributes_of, tensors_in
 from qcompile.passes.errors import UserError
+from qcompile.passes.map_types import set_maps_aside
 from qcompile.passes.tensors import chunks
 
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
@@ -30,7 +31,11 @@ def check_saved(path: Path, model: ir.Model) -> None:
 
 def _read(path: Path) -> ir.Model:
     try:
-        return ir.load(path, format="protobuf")  # whatever the end of its name
+        proto = onnx.load(path, format="protobuf", load_external_data=False)  # whatever the end of its name
+        set_maps_aside(proto)
+        model = ir.serde.deserialize_model(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
+        return model
     except Exception as error:  # onnx_ir's and protobuf's classes share no base but Exception
         cause = str(error).strip().splitlines()
         raise UserError(f"the saved file cannot be read back ({(cause or ['?'])[0]:.200}); nothing was kept") from error

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from qcompile.compiler import output_files
 from qcompile.compiler.external_data import DataWriter, attributes_of, tensors_in, tensors_of
 from qcompile.passes.errors import UserError
+from qcompile.passes.map_types import tell_maps
 from qcompile.passes.tensors import chunks
 
 # Smaller tensors stay in the model file, where they cost less than an entry in the data file.
@@ -101,6 +102,7 @@ def _serialize(model: ir.Model, location: str, offsets: Mapping[ir.Value, int], 
         for node, attribute in attributes:
             node.attributes[attribute.name] = attribute
     _drop_told_twice(proto.graph)
+    tell_maps(proto, model)
     merged = {entry.key: entry.value for entry in proto.metadata_props} | dict(metadata)
     del proto.metadata_props[:]
     for key, text in merged.items():

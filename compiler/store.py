@@ -17,6 +17,7 @@ from qcompile.compiler.saving import SaveReport, save_model
 from qcompile.compiler.tensor_protos import external_locations
 from qcompile.compiler.well_formed import all_nodes, check_model
 from qcompile.passes.errors import UserError
+from qcompile.passes.map_types import MAPS, holds_map, set_maps_aside
 from qcompile.passes.tensors import chunks
 
 __all__ = [
@@ -57,10 +58,15 @@ def load_model(path: Path) -> ir.Model:
         check_model(proto)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    for value in proto.graph.input:
+        if holds_map(value.type):
+            raise UserError(f"{path}: graph input {value.name!r} is a map, which cannot be fed: export plain tensors")
     try:
         _drop_devices(proto)
+        maps = set_maps_aside(proto)
         with _muted():
             model = ir.serde.deserialize_model(proto)
+        model.meta[MAPS] = maps
     except Exception as error:
         raise UserError(f"{path}: damaged ONNX graph ({_root_cause(error)}); export the model again") from error
     _check_versions(model, path)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import onnx
 import onnx_ir as ir
 
+from qcompile.passes.map_types import set_maps_aside
 from qcompile.passes.prepare.edit import Decide
 from qcompile.passes.prepare.inference import inferred
 
@@ -44,7 +45,7 @@ def infer_shapes(model: ir.Model, decide: Decide, ask: Oracle | None = None) -> 
     """The same where values have none yet; what the model says itself is kept."""
     try:
         proto = _serialized(model)
-        found = ir.serde.deserialize_model(_answered(proto, ask))
+        found = _answered(proto, ask)
     except Exception as error:  # onnx and protobuf raise what they like
         _refused(decide, error)
         return
@@ -75,7 +76,7 @@ def _from_scratch(model: ir.Model, ask: Oracle | None) -> ir.Model:
         del graph.value_info[:]
         for output in graph.output:
             output.type.tensor_type.ClearField("shape")
-    return ir.serde.deserialize_model(_answered(proto, ask))
+    return _answered(proto, ask)
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -87,8 +88,14 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _graphs(body)
 
 
-def _answered(proto: onnx.ModelProto, ask: Oracle | None) -> onnx.ModelProto:
+def _answered(proto: onnx.ModelProto, ask: Oracle | None) -> ir.Model:
     """Cases 1 and 2."""
+    found = _told(proto, ask)
+    set_maps_aside(found)
+    return ir.serde.deserialize_model(found)
+
+
+def _told(proto: onnx.ModelProto, ask: Oracle | None) -> onnx.ModelProto:
     found = inferred(proto)
     known = {info.name for info in (*found.graph.value_info, *found.graph.output) if info.HasField("type")}
     unknown = [name for node in found.graph.node for name in node.output if name and name not in known]

@@ -1,6 +1,7 @@
 """Inputs and constants of unusual kinds: strings, scalars, what passes straight through, weights without elements."""
 
 import numpy as np
+from onnx import TensorProto, helper
 
 from graphs.table import Graph, case
 
@@ -73,3 +74,14 @@ def ids_of_a_rank_that_nobody_tells(make: Graph) -> None:
 def ids_that_count_from_the_end(make: Graph) -> None:
     ids = make.input("b", dtype=np.int64, draw=lambda random, size: random.integers(-50, 50, size))
     make.output(make.linear(make.one("Gather", make.floats(50, 64, scale=0.5), ids), 32, 64))
+
+
+@case(LISTS)
+def a_classifier_that_gives_maps(make: Graph) -> None:
+    """As skl2onnx writes one: a label, and a dictionary of probabilities for each row."""
+    h = make.one("Relu", make.linear(make.input("b", 64), 64, 64, bias=True))
+    probabilities = make.one("Softmax", make.linear(h, 20, 64, bias=True), axis=1)
+    maps = make.one("ZipMap", probabilities, domain="ai.onnx.ml", classlabels_strings=[f"class {i}" for i in range(20)])
+    inner = helper.make_map_type_proto(TensorProto.STRING, helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+    make.outputs.append(helper.make_value_info(maps, helper.make_sequence_type_proto(inner)))
+    make.output(probabilities)
