@@ -19,7 +19,8 @@ _CARRIES: dict[str, tuple[int, ...]] = {
     "Where": (1, 2),
     **dict.fromkeys(("Add", "Sub", "Mul", "Max", "Min"), (0, 1)),
     **dict.fromkeys(("Neg", "Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand"), (0,)),
-    **dict.fromkeys(("Slice", "Gather", "Split", "Tile", "Flatten", "Trilu", "Pad", "ScatterND", "Clip"), (0,)),
+    **dict.fromkeys(("Slice", "Gather", "Split", "Tile", "Flatten", "Trilu", "ScatterND", "Clip"), (0,)),
+    "Pad": (0, 2),
 }
 _ATTENTION = {"Attention", "MultiHeadAttention", "GroupQueryAttention"}
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "LSTM", "GRU", "RNN"} | _ATTENTION

@@ -216,6 +216,17 @@ def test_a_concat_and_its_inputs_share_a_scale() -> None:
     assert made.grid(x) not in grids
 
 
+def test_a_narrow_input_of_a_concat_that_others_read_keeps_its_own_scale() -> None:
+    """x and 100 x beside each other: on the grid of both nothing was left of x for the product by 100."""
+    tiny = Tiny()
+    narrow = _conv(tiny, tiny.input(1, 8, 9, 9))
+    wide = tiny.one("Mul", narrow, tiny.constant(np.float32(100)))
+    joined = tiny.one("Concat", narrow, wide, axis=1)
+    made = quantized(tiny.output(_conv(tiny, joined, 32)), operators="all")
+    assert made.grid(joined) == made.grid(wide) != made.grid(narrow)
+    assert made.error() < 2 * CLOSE
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_inputs_of_a_sum_share_a_scale_if_asked(share) -> None:
     made = quantized(_residual(), share_sums=share)

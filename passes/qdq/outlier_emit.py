@@ -113,7 +113,7 @@ def _grid(model: ir.Model, linear: Linear, own: Outliers, spec: ActivationSpec) 
             "compile with data, not with saved statistics"
         )
     dtype = constant(linear.weight).dtype.numpy()
-    qparams = grid_of([own.rest], spec, scale_dtype=dtype)
+    qparams = grid_of([own.rest.expected(spec)], spec, scale_dtype=dtype)
     scale = _shared(model, f"{x.name}.rest.scale", qparams.scale.astype(dtype))
     return [scale, _shared(model, f"{x.name}.rest.zero_point", qparams.zero_point.astype(spec.dtype.numpy()))]
 

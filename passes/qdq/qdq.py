@@ -195,9 +195,10 @@ class Qdq(Pass):
     def _grids(self, selection: Selection) -> dict[ir.Value, QParams]:
         """Case 2."""
         grids: dict[ir.Value, QParams] = {}
-        for group in shared(selection.nodes, selection.values, sums=self.share_sums):
+        ranges = {value: self.observers[value].expected(self.spec) for value in selection.values}
+        for group in shared(selection.nodes, ranges, sums=self.share_sums):
             dtype = _float_type(group[0]).numpy()
-            qparams = grid_of((self.observers[value] for value in group), self.spec, scale_dtype=dtype)
+            qparams = grid_of((ranges[value] for value in group), self.spec, scale_dtype=dtype)
             grids.update((value, qparams) for value in group)
         return grids
 

@@ -6,21 +6,28 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.affine import QParams, range_qparams
-from qcompile.passes.observers.base import Observer
+from qcompile.passes.affine import Array, QParams, range_qparams
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.qdq.selection import inputs_of, quantized_output
 from qcompile.passes.spec import ActivationSpec
 
+# (low, high) that a grid is to span: float32, ().
+Range = tuple[Array, Array]
+# So many times as wide as an input's range may that of a Concat be, of which others read the input: two bits.
+_WIDER = 4.0
 
-def shared(nodes: Mapping[ir.Node, Rule], values: Iterable[ir.Value], *, sums: bool = False) -> list[list[ir.Value]]:
-    """The values in groups that share a scale.
+
+def shared(
+    nodes: Mapping[ir.Node, Rule], ranges: Mapping[ir.Value, Range], *, sums: bool = False
+) -> list[list[ir.Value]]:
+    """The values, by their own ranges, in groups that share a scale.
 
     Case 1: an operator that only moves codes: its input and its output.
-    Case 2: Concat: all inputs and the output, so that codes are copied.
+    Case 2: Concat: all inputs and the output, so that codes are copied. Not an input that others read as well, far
+            narrower than the output: on the common grid nothing would be left of it for them.
     Case 3: with `sums`, both inputs of an Add: integer adders of some devices want that.
     """
-    leader = {value: value for value in values}
+    leader = {value: value for value in ranges}
 
     def find(value: ir.Value) -> ir.Value:
         while leader[value] is not value:
@@ -34,14 +41,27 @@ def shared(nodes: Mapping[ir.Node, Rule], values: Iterable[ir.Value], *, sums: b
 
     for node, rule in nodes.items():
         inputs = [node.inputs[i] for i in inputs_of(node, rule)]
-        if rule.output == "same" or node.op_type == "Concat":  # Cases 1 and 2
-            join([*inputs, quantized_output(node)])
+        output = quantized_output(node)
+        if rule.output == "same":  # Case 1
+            join([*inputs, output])
+        elif node.op_type == "Concat":  # Case 2
+            join([*(value for value in inputs if not _lost_in(value, output, node, ranges)), output])
         elif sums and node.op_type == "Add":  # Case 3
             join(inputs)
     groups: dict[ir.Value, list[ir.Value]] = {}
     for value in leader:
         groups.setdefault(find(value), []).append(value)
     return list(groups.values())
+
+
+def _lost_in(value: ir.Value | None, output: ir.Value, node: ir.Node, ranges: Mapping[ir.Value, Range]) -> bool:
+    """Whether nodes other than a Concat read an input of it, of which the Concat's grid would leave them little."""
+    if value is None or value not in ranges or output not in ranges:
+        return False
+    if not value.is_graph_output() and all(use.node is node for use in value.uses()):
+        return False
+    own, joint = (float(ranges[known][1]) - float(ranges[known][0]) for known in (value, output))
+    return own * _WIDER < joint
 
 
 # Operators whose outputs lie between two numbers, whatever goes in.
@@ -65,8 +85,8 @@ def bounds_of(value: ir.Value) -> tuple[float, float]:
     return _BOUNDED.get(node.op_type, (-np.inf, np.inf))
 
 
-def grid_of(observers: Iterable[Observer], spec: ActivationSpec, *, scale_dtype: npt.DTypeLike = np.float32) -> QParams:
-    """Scale and zero point, both (), that span the ranges of all the observers; `scale_dtype`: what the file stores."""
-    ranges = [observer.expected(spec) for observer in observers]
+def grid_of(ranges: Iterable[Range], spec: ActivationSpec, *, scale_dtype: npt.DTypeLike = np.float32) -> QParams:
+    """Scale and zero point, both (), that span all the ranges; `scale_dtype`: what the file stores."""
+    ranges = list(ranges)
     low, high = min(float(low) for low, _ in ranges), max(float(high) for _, high in ranges)
     return range_qparams(np.asarray(low, np.float32), np.asarray(high, np.float32), spec, scale_dtype=scale_dtype)

@@ -120,6 +120,15 @@ def bias_of_positions_and_a_mask(make: Graph) -> None:
     _attention(make, make.one("Add", bias, causal), x)
 
 
+@case({"qdq(operators=all)": 22, "qdq": 22})
+def maxima_beside_a_padding_of_minus_infinity(make: Graph) -> None:
+    x, pads = make.input("b", 8, 12, 12), make.constant(np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64))
+    for fill in (-np.inf, np.finfo(np.float32).min, -1e4):
+        made = make.one("Conv", x, make.floats(8, 8, 3, 3))
+        padded = make.one("Pad", made, pads, make.constant(np.float32(fill)))
+        make.output(make.one("Conv", make.one("MaxPool", padded, kernel_shape=[2, 2]), make.floats(8, 8, 3, 3)))
+
+
 BIASED = {
     "qdq(operators=all)": 30,
     "smooth,qdq,bias_correction": 30,
