@@ -30,6 +30,14 @@ def too_few(statistics: Statistics, *, channels: bool = False) -> str:
     return ""
 
 
+def known_channels(statistics: Statistics) -> int:
+    """Of how many channels the largest value counts as known: so many may be made even before a fixed grid; all (K) of
+    guesses.
+    """
+    k = len(statistics.gram)
+    return k if statistics.sample is None else min(k, statistics.rows // _EACH)
+
+
 def confirmed(before: Array, after: Array, statistics: Statistics) -> float:
     """Loss after a choice relative to that before, on rows held aside: squared errors (h,) of each.
 

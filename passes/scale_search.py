@@ -184,7 +184,7 @@ class Judges:
         statistics = self.statistics.get(pair.value)
         if statistics is None:
             return "its input was not observed"
-        if reason := too_few(statistics, channels=self.grid is not None):
+        if reason := too_few(statistics):
             return reason
         specs = [(linear, self._policy.for_linear(linear, self._vocabulary)) for linear in pair.linears]
         quantized = [(linear, spec) for linear, spec in specs if isinstance(spec, QuantSpec)]

@@ -104,7 +104,7 @@ def test_the_planted_node_comes_first(bench: Any, capsys: pytest.CaptureFixture[
 
 
 def test_smoothing_heals_the_planted_node(bench: Any) -> None:
-    """On 512 rows; on less than four a channel, 256 here, it abstains."""
+    """On 512 rows; on less than four a channel, 256 here, it levels single outliers."""
     effects = []
     for passes in ("qdq(lm_head=static)", "smooth,qdq(lm_head=static)"):
         ranking = _mixture(bench, bad_decoder(), passes, samples=16).rank(Silent())

@@ -4,6 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qcompile.models.tiny import tiny_decoder
 from qcompile.models.tiny.build import Builder
@@ -12,13 +14,14 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import relative_error, round_to_nearest
-from qcompile.passes.smooth import Smooth, smoothing_factor
-from qcompile.passes.spec import PerGroup, QuantSpec
+from qcompile.passes.smooth import Smooth, levelled, smoothing_factor
+from qcompile.passes.spec import ActivationSpec, PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
 
 K, N = 64, 96
 SPEC = QuantSpec(4, PerGroup(32))
 POLICY = Policy(SPEC, lm_head=None, embedding=None)
+POLICY8 = Policy(QuantSpec(8, PerGroup(32)), lm_head=None, embedding=None)
 
 
 def outlier_model(*, outliers: bool = True, seed: int = 0) -> tuple[ir.Model, np.ndarray]:
@@ -141,3 +144,55 @@ def test_tiny_decoder_twice_gives_the_same_bytes() -> None:
         np.testing.assert_allclose(outputs(model, feeds), reference, atol=1e-4 * np.abs(reference).max())
         results.append((smooth.decisions, {n: v.const_value.tobytes() for n, v in model.graph.initializers.items()}))
     assert results[0] == results[1]
+
+
+def _with_sample(model: ir.Model, x: np.ndarray) -> Region:
+    """`observed`, with all rows as the sample."""
+    region = observed(model, {"x": x})
+    for value, known in region.statistics.items():
+        rows = x * model.graph.initializers["gamma"].const_value.numpy()
+        region.statistics[value] = Statistics(len(x), known.gram, known.absmax, rows, np.zeros(K, np.float32))
+    return region
+
+
+@pytest.mark.parametrize("rows", [16, 64, 200])
+def test_few_rows_level_the_outliers_that_stand_out_in_each(rows: int) -> None:
+    """Of fewer than four a channel; as many channels as four rows each tell of, and all others stay as they are."""
+    model, x = outlier_model()
+    smooth = Smooth(POLICY8, round_to_nearest, ActivationSpec())
+    smooth.call(_with_sample(model, x[:rows]))
+    (decision,) = smooth.decisions
+    assert decision.action == "folded"
+    count = int(decision.reason.split()[2])
+    assert decision.reason == f"the loudest {count} of {K} channels"
+    assert 3 <= count <= rows // 4
+    gamma = model.graph.initializers["gamma"].const_value.numpy()
+    loud = gamma[[3, 17, 40]]
+    assert (loud < 10).all(), "of thirty"
+    others = np.delete(gamma, [3, 17, 40])
+    assert (np.isclose(others, others.max())).sum() >= K - count
+
+
+def test_few_rows_without_outliers_are_left_alone() -> None:
+    model, x = outlier_model(outliers=False)
+    smooth = Smooth(POLICY8, round_to_nearest, ActivationSpec())
+    smooth.call(_with_sample(model, x[:32]))
+    assert [decision.action for decision in smooth.decisions] == ["skipped"]
+    smooth = Smooth(POLICY8, round_to_nearest, ActivationSpec())
+    smooth.call(_with_sample(outlier_model()[0], x[:7]))
+    assert "too few to hold any aside" in smooth.decisions[0].reason
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 100, width=32), min_size=2, max_size=20), st.data())
+def test_levelled(peaks: list[float], data: st.DataObject) -> None:
+    """Behind it the loudest are four times as loud as the next one; no other changes, none where none stands out."""
+    activation, count = np.array(peaks, np.float32), data.draw(st.integers(1, len(peaks) - 1))
+    factor = levelled(activation, count)
+    end = np.sort(activation)[-count - 1] * np.float32(4)
+    assert (factor >= 1).all()
+    assert (factor[activation <= end] == 1).all()
+    if activation.max() < 2 * end:
+        assert (factor == 1).all()
+    elif end > 0:
+        np.testing.assert_allclose((activation / factor).max(), end, rtol=1e-5)
