@@ -28,7 +28,7 @@ def check_decoded(model: ir.Model, provider: str) -> list[NodeError]:
         (given,) = run(extract(model, [], [value]).session(provider), [str(value.name)], {})
         own, wanted = decoded.dequantize(), decoded.wanted()
         exact = _ratio(np.asarray(given, np.float32), own)
-        if not exact <= _EXACT.get(value.dtype or ir.DataType.FLOAT, 1e-5):
+        if not exact <= _EXACT.get(ir.DataType.from_numpy(given.dtype), 1e-5):
             raise UserError(
                 f"node {decoded.reader}: its decoded weight differs from its codes by {exact:.1e} in this ONNX "
                 "Runtime; please report it with the model"

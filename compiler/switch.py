@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx import TensorProto, helper
 
 from qcompile.compiler.extract import Piece
+from qcompile.passes.prepare.edit import float_type
 from qcompile.passes.qdq.twin import TWIN, Twin
 
 
@@ -83,7 +84,7 @@ def _node_switch(
     rounded: Mapping[str, tuple[str, str]],
 ) -> onnx.NodeProto:
     """Case 1. The float node reads what is behind the If of a rounded value, as every other float node does."""
-    kinds = {str(v.name): int(v.dtype or ir.DataType.FLOAT) for v in node.outputs if v.name}
+    kinds = {str(v.name): int(v.dtype or float_type(node)) for v in node.outputs if v.name}
     y, float_node = str(node.outputs[0].name), onnx.NodeProto()
     float_node.CopyFrom(twin.proto)
     del float_node.input[:], float_node.output[:]

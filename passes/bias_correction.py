@@ -14,7 +14,7 @@ from qcompile.passes.held import NOT_CONFIRMED
 from qcompile.passes.linears import constant
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.mean import Mean
-from qcompile.passes.prepare.edit import Names, add_initializer, is_constant, take_over
+from qcompile.passes.prepare.edit import Names, add_initializer, float_type, is_constant, take_over
 from qcompile.passes.qdq.biases import bias_behind, channel_bias, has_endless_bias
 from qcompile.passes.qdq.selection import PRODUCTS, weight_position
 from qcompile.passes.qdq.twin import TWIN, Twin
@@ -194,7 +194,7 @@ def _own_bias(model: ir.Model, node: ir.Node, mean: Floats) -> str:
     if bias is not None:
         _replace(model, node, 2, mean)  # Case 2
         return ""
-    dtype = node.outputs[0].dtype or ir.DataType.FLOAT
+    dtype = float_type(node)
     node.resize_inputs(3)  # Case 3
     made = ir.tensor((-mean).astype(dtype.numpy()))
     node.replace_input_with(2, add_initializer(model.graph, f"{node.name}.bias", made))
@@ -251,7 +251,7 @@ def _insert(model: ir.Model, node: ir.Node, mean: Floats, names: Names) -> ir.No
     (1, 1, N): with a bias (N,) and known shapes ONNX Runtime would make a float Gemm of both.
     """
     value = node.outputs[0]
-    dtype = value.dtype or ir.DataType.FLOAT
+    dtype = float_type(node)
     bias = add_initializer(model.graph, f"{node.name}.bias", ir.tensor((-mean).astype(dtype.numpy()).reshape(1, 1, -1)))
     add = ir.node("Add", [value, bias], name=f"{node.name}.corrected")
     add.outputs[0].name = names.fresh(f"{value.name}.corrected")

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qcompile.passes.linears import LEFT
 from qcompile.passes.prepare.contrib_attention import take_attention_apart, take_embeddings_apart
-from qcompile.passes.prepare.edit import Decide, Names, decided
+from qcompile.passes.prepare.edit import Decide, Names, decided, float_type
 from qcompile.passes.prepare.writer import Writer
 
 DOMAIN = "com.microsoft"
@@ -78,7 +78,7 @@ def _fused_matmul(node: ir.Node, names: Names, home: ir.Graph, fixed: set[ir.Val
         if flip and rank is not None and rank > 1:
             order = [*range(rank - 2), rank - 1, rank - 2]
             operands[i] = write.transpose(operands[i], order, f"{'input' if i != weight else 'weight'}_transposed")
-    scale = None if alpha == 1 else write.constant(alpha, "alpha", _numpy(operands[weight]))
+    scale = None if alpha == 1 else write.constant(alpha, "alpha", _numpy(operands[weight], write.node))
     if scale is not None and alone:
         operands[weight], scale = (
             write.op("Mul", [operands[weight], scale], "weight_scaled", like=operands[weight]),
@@ -89,8 +89,8 @@ def _fused_matmul(node: ir.Node, names: Names, home: ir.Graph, fixed: set[ir.Val
     return ""
 
 
-def _numpy(value: ir.Value) -> Any:
-    return (value.dtype or ir.DataType.FLOAT).numpy()
+def _numpy(value: ir.Value, node: ir.Node) -> Any:
+    return (value.dtype or float_type(node)).numpy()
 
 
 def _fused_gemm(node: ir.Node, names: Names, home: ir.Graph, fixed: set[ir.Value]) -> str:
@@ -129,7 +129,7 @@ def _activated(write: Writer, value: ir.Value, activation: str, parameters: list
     if not activation:
         return value
     if activation == "Clip":
-        kind = _numpy(write.node.outputs[0])
+        kind = _numpy(write.node.outputs[0], write.node)
         bounds = [write.constant(bound, f"clip_{i}", kind) for i, bound in enumerate(parameters[:2])]
         return write.op("Clip", [value, *bounds], "clip")
     named = dict(zip(_ACTIVATIONS[activation], parameters, strict=False))

@@ -8,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+# Nodes that a type is looked for in.
+_NEAR = 64
+
 
 class Decide(Protocol):
     """Leaves one decision behind; Pass.decide."""
@@ -48,6 +51,34 @@ def stem(name: str | None, limit: int = 48) -> str:
 def is_constant(value: ir.Value | None) -> bool:
     """Whether the value is an initializer whose content nobody can change when the model runs."""
     return value is not None and value.is_initializer() and value.const_value is not None and not value.is_graph_input()
+
+
+def float_type(node: ir.Node) -> ir.DataType:
+    """The float type that a node of one type of floats computes in, where an inner value's may be unknown.
+
+    Case 1: what a Cast makes; nothing is looked for behind it.
+    Case 2: that of an output or an input, as inference or a constant (the scale of a DequantizeLinear, say) tells it.
+    Case 3: that of what gives it its inputs, the nearest that is known, within so many nodes.
+    FLOAT where nothing tells.
+    """
+    waiting = [node]
+    for own in waiting:  # it grows
+        if own.op_type == "Cast":  # Case 1
+            known = [ir.DataType(own.attributes.get_int("to", ir.DataType.FLOAT))]
+        else:  # Case 2
+            known = [told for value in (*own.outputs, *own.inputs) if (told := _known_type(value)) is not None]
+        found = next((told for told in known if told.is_floating_point()), None)
+        if found is not None:
+            return found
+        given = [value.producer() for value in own.inputs if value is not None and own.op_type != "Cast"]
+        waiting += [p for p in given if p is not None and p not in waiting][: max(_NEAR - len(waiting), 0)]  # Case 3
+    return ir.DataType.FLOAT
+
+
+def _known_type(value: ir.Value | None) -> ir.DataType | None:
+    if value is None:
+        return None
+    return value.const_value.dtype if value.const_value is not None else value.dtype
 
 
 def decided(model: ir.Model) -> set[ir.Value]:

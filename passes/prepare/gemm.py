@@ -3,7 +3,15 @@
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Decide, Names, add_initializer, insert_before, is_constant, take_over
+from qcompile.passes.prepare.edit import (
+    Decide,
+    Names,
+    add_initializer,
+    float_type,
+    insert_before,
+    is_constant,
+    take_over,
+)
 from qcompile.passes.tensors import lazy
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -76,13 +84,13 @@ def _split(node: ir.Node, names: Names, transposed: _Done, home: ir.Graph) -> st
     result = _insert(node, "MatMul", [left, right], name, names)
     node.name = f"{name}_replaced"
     if alpha != 1:
-        result = _insert(node, "Mul", [result, _scalar(node, alpha, right, names, home)], f"{name}_alpha", names)
+        result = _insert(node, "Mul", [result, _scalar(node, alpha, names, home)], f"{name}_alpha", names)
         steps.append("Mul")
     if bias is not None and beta != 0:  # Case 4
         if beta != 1 and is_constant(bias):
             bias = _scaled(home, bias, beta, names)
         elif beta != 1:
-            bias = _insert(node, "Mul", [bias, _scalar(node, beta, right, names, home)], f"{name}_beta", names)
+            bias = _insert(node, "Mul", [bias, _scalar(node, beta, names, home)], f"{name}_beta", names)
             steps.append("Mul")
         result = _insert(node, "Add", [result, bias], f"{name}_bias", names)
         steps.append("Add")
@@ -140,7 +148,7 @@ def _scaled(home: ir.Graph, value: ir.Value, factor: float, names: Names) -> ir.
     return add_initializer(home, names.fresh(f"{value.name}_scaled"), product)
 
 
-def _scalar(node: ir.Node, factor: float, like: ir.Value, names: Names, home: ir.Graph) -> ir.Value:
-    dtype = like.dtype or ir.DataType.FLOAT
+def _scalar(node: ir.Node, factor: float, names: Names, home: ir.Graph) -> ir.Value:
+    dtype = float_type(node)
     tensor = ir.tensor(np.array(factor, dtype.numpy()), dtype=dtype)
     return add_initializer(home, names.fresh(f"{node.outputs[0].name}_factor"), tensor)

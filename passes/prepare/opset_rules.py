@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Names, constant_before, insert_before, small_array, take_over
+from qcompile.passes.prepare.edit import Names, constant_before, float_type, insert_before, small_array, take_over
 
 Rule = Callable[[ir.Node, Names], bool | str]
 
@@ -21,8 +21,7 @@ def _attribute_to_input(node: ir.Node, names: Names, *, name: str, index: int, d
     attribute = node.attributes.pop(name, None)
     if attribute is None:
         return False
-    data = node.inputs[0].dtype if node.inputs[0] is not None else None
-    array = np.array(attribute.value, dtype or (data or ir.DataType.FLOAT).numpy())
+    array = np.array(attribute.value, dtype or float_type(node).numpy())
     array = np.atleast_1d(array) if dtype is np.int64 else array
     _set_input(node, index, constant_before(node, array, output=names.fresh(f"{node.outputs[0].name}_{name}")))
     return True
