@@ -17,6 +17,7 @@ from qcompile.passes.base import Decision, Pass
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import LEFT, as_linear
 from qcompile.passes.policy import Policy
+from qcompile.passes.prepare.folding import ALREADY
 
 # Without --min-coverage: what must be quantized of the families that the list has formats for, and of all products.
 DEFAULT, DEFAULT_OF_ALL = 0.95, 0.5
@@ -58,7 +59,8 @@ def _told(constant: FloatConstant, told: Mapping[str, Decision], policy: Policy,
     verdicts = [(reader, *_verdict(reader, constant, told, policy, passes)) for reader in constant.readers]
     reader, action, reason = next((v for v in verdicts if v[1] != "kept"), verdicts[0])
     detail = {"kind": reader.node.op_type, "weights": constant.size, "weight": constant.name, "bytes": constant.nbytes}
-    return Decision(reader.name, action, reason, detail | {"family": constant.family})
+    computed = {"computed": True} if LEFT in reader.node.meta else {}
+    return Decision(reader.name, action, reason, detail | computed | {"family": constant.family})
 
 
 def _verdict(
@@ -80,6 +82,8 @@ def _reason(reader: Reader, names: Sequence[str]) -> str:
     operator = f"{reader.node.domain}.{reader.node.op_type}" if reader.node.domain else reader.node.op_type
     if not names:
         return "no pass of the list quantizes weights"
+    if reader.node.domain == "com.microsoft.nchwc":
+        return f"{operator} is how ONNX Runtime optimized the model for one kind of CPU: compile what it was made from"
     if reader.owner is not None and reader.family != "other":
         return f"read by {operator} in the body of {reader.owner.op_type} node {reader.owner.name}"
     if reader.family == "other":
@@ -175,17 +179,23 @@ def _reasons(report: Report) -> list[str]:
 
 def _nothing(report: Report, name: str) -> str:
     if not report.quantizing:
-        return f"{name} quantizes nothing of this model: it has no constant weight; nothing was written"
+        coded = sum(d.reason == ALREADY for d in report.decisions.get("prepare", []))
+        told = f"its {coded} weights are quantized already" if coded else "it has no constant weight"
+        return f"{name} quantizes nothing of this model: {told}; nothing was written"
     reasons = _reasons(report) or list(dict.fromkeys(d.reason for d in report.quantizing))[:4]
     told = "; ".join(reasons)
     return f"{name} quantizes nothing of this model: {told}{_better(report, name)}; nothing was written"
 
 
 def _better(report: Report, name: str) -> str:
-    """The list that is for most of what was left, if it is another one; by nodes where no size is told."""
-    nodes = Counter(family_of(str(d.detail["kind"])) for d in report.skipped_products)
+    """The list that is for most of what was left, if it is another one; by nodes where no size is told.
+
+    None is for weights that are computed when the model runs.
+    """
+    stored = [d for d in report.skipped_products if not d.detail.get("computed")]
+    nodes = Counter(family_of(str(d.detail["kind"])) for d in stored)
     left = {family: (report.elements(family, "skipped"), nodes[family]) for family in PRODUCTS}
     family = max(left, key=left.__getitem__)
-    taken = any(d.detail["kind"] in _TAKEN and family_of(d.detail["kind"]) == family for d in report.skipped_products)
+    taken = any(d.detail["kind"] in _TAKEN and family_of(d.detail["kind"]) == family for d in stored)
     better = _LISTS[family]
     return f"; --passes {better} is for them" if taken and name not in better.split(",") else ""

@@ -14,7 +14,16 @@ from qcompile.passes.formats import emit
 from qcompile.passes.formats.decoded import Coded
 from qcompile.passes.gptq import codes_key
 from qcompile.passes.inner import Chosen, quantize_inner
-from qcompile.passes.linears import PACKED, Embedding, Linear, as_linear, find_embeddings, find_linears, vocabulary_size
+from qcompile.passes.linears import (
+    LEFT,
+    PACKED,
+    Embedding,
+    Linear,
+    as_linear,
+    find_embeddings,
+    find_linears,
+    vocabulary_size,
+)
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import is_constant
 from qcompile.passes.qdq.weights import WeightGrid, WeightStore
@@ -92,10 +101,9 @@ class Pack(Pass):
                     self.decide(name, "skipped", reason, kind="MatMul", weights=weights)
             elif node.op_type in {"Conv", "ConvTranspose", "Gemm"} and node not in done:
                 refused = self.policy.refusal(node, *(value for value in node.inputs if is_constant(value)))
-                reason, weights = f"no packed format for {node.op_type} weights", _largest_constant(node)
-                self.decide(
-                    name, "kept" if refused else "skipped", refused or reason, kind=node.op_type, weights=weights
-                )
+                reason = str(node.meta.get(LEFT, f"no packed format for {node.op_type} weights"))
+                told = {"kind": node.op_type, "weights": _largest_constant(node), "computed": LEFT in node.meta}
+                self.decide(name, "kept" if refused else "skipped", refused or reason, **told)
         return changed
 
     def _coded(self, model: ir.Model, vocabulary: int | None, linear: Linear) -> Chosen | str:

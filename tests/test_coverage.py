@@ -309,3 +309,14 @@ def test_a_bias_is_no_weight_of_its_product(tmp_path: Path) -> None:
     report = _compiled(make, tmp_path, "prepare", min_coverage=0)
     assert report.elements("MatMul", "skipped") == LEAST * D + LEAST * LEAST // 4 + D * LEAST // 4
     assert report.elements("other", "skipped") == 2 * LEAST
+
+
+def test_weights_that_are_computed_have_no_better_list(tmp_path: Path) -> None:
+    """A convolution whose weight is quantized already: `smooth,qdq,bias_correction` is not for it either."""
+    make = Graph()
+    codes, scale = make.constant(np.ones((8, 8, 3, 3), np.int8)), make.constant(np.float32(0.1))
+    weight = make.one("DequantizeLinear", codes, scale)
+    make.output(make.one("Conv", make.input(1, 8, 6, 6), weight))
+    with pytest.raises(UserError, match="its weight is quantized already") as refused:
+        _compiled(make, tmp_path, "pack")
+    assert "--passes" not in str(refused.value)

@@ -44,6 +44,13 @@ _LEAST = 1024
 # Constants that a value is computed from are remembered up to this number, so that long chains cost no more.
 _SOURCES = 16
 _COMPACT = "the {} bytes that it is computed from are fewer than its codes would be"
+ALREADY = "the weight is already quantized"
+# Operators of ONNX and ONNX Runtime that read a weight as codes, and as which input.
+_CODES = {
+    "DequantizeLinear": 0, "GatherBlockQuantized": 0, "MatMulInteger": 1, "ConvInteger": 1, "MatMulNBits": 1,
+    "DynamicQuantizeMatMul": 1, "MatMulIntegerToFloat": 1, "QAttention": 1, "DynamicQuantizeLSTM": 1, "QMoE": 2,
+    "QLinearMatMul": 3, "QLinearConv": 3, "QGemm": 3,
+}  # fmt: skip
 _WEIGHTS = {"MatMul": (0, 1), "Gemm": (0, 1), "Einsum": range(64), "Conv": (1,), "ConvTranspose": (1,)}
 _MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Flatten", "Slice", "Split"}
 _PRODUCTS = {"MatMul", "Gemm", "Einsum", "Gather", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN"}
@@ -173,10 +180,14 @@ def fold_constants(model: ir.Model, decide: Decide) -> None:
 
 
 def report_quantized(model: ir.Model, decide: Decide) -> None:
-    """One decision for each weight that comes as codes: it stays as it is."""
+    """One decision for each node that reads a weight which comes as codes: it stays as it is."""
     for node in model.graph.all_nodes():
-        if node.op_type == "DequantizeLinear" and node.domain == "" and is_constant(node.inputs[0]):
-            decide(node.name or "", "skipped", "the weight is already quantized")
+        place = _CODES.get(node.op_type)
+        if node.domain in ("", "com.microsoft") and place is not None and len(node.inputs) > place:
+            value = node.inputs[place]
+            tensor = value.const_value if value is not None and is_constant(value) else None
+            if tensor is not None and tensor.size > 1 and tensor.dtype.bitwidth <= 8:  # biases have 32 bits
+                decide(node.name or "", "skipped", ALREADY)
 
 
 def note_computed(model: ir.Model) -> None:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.formats.emit import drop_unused
 from qcompile.passes.inner import int8, quantize_inner
-from qcompile.passes.linears import Linear, constant, find_linears, vocabulary_size
+from qcompile.passes.linears import LEFT, Linear, constant, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import add_initializer, insert_before
 from qcompile.passes.qdq.embeddings import quantize_embeddings
@@ -63,9 +63,10 @@ class Dynamic(Pass):
                 self.decide(
                     node.name or "",
                     "skipped",
-                    f"no fast dynamic kernel for {node.op_type}",
+                    str(node.meta.get(LEFT, f"no fast dynamic kernel for {node.op_type}")),
                     kind=node.op_type,
                     weights=0,
+                    computed=LEFT in node.meta,
                 )
                 continue
             linear = linears[node]

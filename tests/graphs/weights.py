@@ -277,3 +277,17 @@ def weights_cut_by_the_length_of_an_input(make: Graph) -> None:
     zero = make.constant(np.array([0]))
     part = make.one("Slice", make.floats(64, 64), zero, length, make.constant(np.array([1])))
     make.output(make.one("MatMul", make.one("Relu", make.linear(x, 64, 64)), part))
+
+
+@case({"pack": "its 2 weights are quantized already", "qdq": "its 2 weights are quantized already"})
+def everything_quantized_already(make: Graph) -> None:
+    """Two products as onnxruntime's quantize_static and quantize_dynamic write them, the bias of one as int32."""
+    x, scale, zero = make.input("b", 32), make.constant(np.float32(0.02)), make.constant(np.uint8(128))
+    codes = [make.constant(make.random.integers(-127, 128, (32, 32)).astype(np.int8)) for _ in range(2)]
+    back = make.one("DequantizeLinear", make.one("QuantizeLinear", x, scale, zero), scale, zero)
+    y = make.one("MatMul", back, make.one("DequantizeLinear", codes[0], scale))
+    bias = make.constant(make.random.integers(-99, 99, 32).astype(np.int32))
+    y = make.one("Add", y, make.one("DequantizeLinear", bias, make.constant(np.float32(0.0004))))
+    numbers = make.op("DynamicQuantizeLinear", y, outputs=3)
+    z = make.one("MatMulInteger", numbers[0], codes[1], numbers[2])
+    make.output(make.one("Mul", make.one("Cast", z, to=onnx.TensorProto.FLOAT), make.one("Mul", numbers[1], scale)))
