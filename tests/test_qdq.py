@@ -227,6 +227,18 @@ def test_a_narrow_input_of_a_concat_that_others_read_keeps_its_own_scale() -> No
     assert made.error() < 2 * CLOSE
 
 
+def test_nor_does_one_whose_scale_goes_through_a_move() -> None:
+    """Half of a product beside a thousand times the other half: Split gives both the product's own scale."""
+    tiny = Tiny()
+    product = _conv(tiny, tiny.input(1, 8, 9, 9))
+    first, second = tiny.op("Split", [product], 2, axis=1, num_outputs=2)
+    wide = tiny.one("Mul", second, tiny.constant(np.float32(1000)))
+    joined = tiny.one("Concat", first, wide, axis=1)
+    made = quantized(tiny.output(_conv(tiny, joined, 16)), operators="all")
+    assert made.grid(product) != made.grid(wide)
+    assert made.error() < 2 * CLOSE
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_inputs_of_a_sum_share_a_scale_if_asked(share) -> None:
     made = quantized(_residual(), share_sums=share)

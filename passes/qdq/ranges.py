@@ -1,6 +1,7 @@
 """Grids of activations: from what was observed, and one for all values that must share theirs."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,8 @@ def shared(
     """The values, by their own ranges, in groups that share a scale.
 
     Case 1: an operator that only moves codes: its input and its output.
-    Case 2: Concat: all inputs and the output, so that codes are copied. Not an input that others read as well, far
-            narrower than the output: on the common grid nothing would be left of it for them.
+    Case 2: Concat: all inputs and the output, so that codes are copied. Not an input far narrower than the output that
+            others read as well, itself or what shares its scale: on the common grid nothing would be left for them.
     Case 3: with `sums`, both inputs of an Add: integer adders of some devices want that.
     """
     leader = {value: value for value in ranges}
@@ -39,13 +40,15 @@ def shared(
         for value in known[1:]:
             leader[value] = known[0]
 
-    for node, rule in nodes.items():
-        inputs = [node.inputs[i] for i in inputs_of(node, rule)]
+    read = {node: [node.inputs[i] for i in inputs_of(node, rule)] for node, rule in nodes.items()}
+    for node in (node for node, rule in nodes.items() if rule.output == "same"):  # Case 1
+        join([*read[node], quantized_output(node)])
+    moved = Counter(map(find, leader))
+    for node, inputs in read.items():
         output = quantized_output(node)
-        if rule.output == "same":  # Case 1
-            join([*inputs, output])
-        elif node.op_type == "Concat":  # Case 2
-            join([*(value for value in inputs if not _lost_in(value, output, node, ranges)), output])
+        if node.op_type == "Concat":  # Case 2
+            alone = {value for value in inputs if value in leader and moved[find(value)] == 1}
+            join([*(v for v in inputs if not _lost_in(v, output, node, ranges, alone)), output])
         elif sums and node.op_type == "Add":  # Case 3
             join(inputs)
     groups: dict[ir.Value, list[ir.Value]] = {}
@@ -54,11 +57,20 @@ def shared(
     return list(groups.values())
 
 
-def _lost_in(value: ir.Value | None, output: ir.Value, node: ir.Node, ranges: Mapping[ir.Value, Range]) -> bool:
-    """Whether nodes other than a Concat read an input of it, of which the Concat's grid would leave them little."""
+def _lost_in(
+    value: ir.Value | None,
+    output: ir.Value,
+    node: ir.Node,
+    ranges: Mapping[ir.Value, Range],
+    alone: Collection[ir.Value | None],
+) -> bool:
+    """Whether nodes other than a Concat read an input of it, of which the Concat's grid would leave them little.
+
+    alone: inputs that share their scale with no other value.
+    """
     if value is None or value not in ranges or output not in ranges:
         return False
-    if not value.is_graph_output() and all(use.node is node for use in value.uses()):
+    if value in alone and not value.is_graph_output() and all(use.node is node for use in value.uses()):
         return False
     own, joint = (float(ranges[known][1]) - float(ranges[known][0]) for known in (value, output))
     return own * _WIDER < joint
