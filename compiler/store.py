@@ -14,8 +14,9 @@ import onnx_ir as ir
 from qcompile.compiler import output_files
 from qcompile.compiler.external_data import locate, tensors_of
 from qcompile.compiler.saving import SaveReport, save_model
+from qcompile.compiler.sparse_tensors import make_dense
 from qcompile.compiler.tensor_protos import external_locations
-from qcompile.compiler.well_formed import all_nodes, check_model
+from qcompile.compiler.well_formed import all_graphs, all_nodes, check_model
 from qcompile.passes.errors import UserError
 from qcompile.passes.map_types import MAPS, holds_map, set_maps_aside
 from qcompile.passes.tensors import chunks
@@ -56,6 +57,7 @@ def load_model(path: Path) -> ir.Model:
     proto = _parse(path)
     try:
         check_model(proto)
+        make_dense(all_graphs(proto), all_nodes(proto))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     for value in proto.graph.input:

@@ -1,7 +1,8 @@
 """The one check of a model's structure, on the file as it was parsed: later code never meets damage.
 
 Invariant, for the main graph, the body of every If, Loop and Scan, and every model-local function:
-1. Every tensor, in initializers and attributes, has a known type, possible dimensions and data of that size.
+1. Every tensor, in initializers and attributes, has a known type, possible dimensions and data of that size; sparse
+   ones have their places within these, and fit into memory when they are dense.
 2. Every value has one definition in its graph (input, initializer or node output), and every name that is read has one
    there or in a graph around it. Order and cycles: `store.load_model`, which sorts.
 3. Every node has an operator and outputs; where ONNX knows the operator, as many inputs and outputs as that takes, none
@@ -19,6 +20,7 @@ from typing import Any
 
 import onnx
 
+from qcompile.compiler.sparse_tensors import check_sparse
 from qcompile.compiler.tensor_protos import check_tensor, element_type
 from qcompile.passes.errors import UserError
 
@@ -130,13 +132,12 @@ def _imports(given: Iterable[onnx.OperatorSetIdProto], where: str) -> Imports:
 def _check_graph(graph: onnx.GraphProto, where: str, scope: _Scope, model: _Model) -> None:
     names = [value.name for value in graph.input]
     _distinct(names, f"{where}: input")
-    tensors = [tensor.name for tensor in graph.initializer]
+    tensors = [*(t.name for t in graph.initializer), *(t.values.name for t in graph.sparse_initializer)]
     _distinct(tensors, f"{where}: tensor")
-    if graph.sparse_initializer:
-        name = graph.sparse_initializer[0].values.name
-        raise UserError(f"sparse tensor {name!r} is not supported; export the model with dense weights")
     for tensor in graph.initializer:
         check_tensor(tensor, f"tensor {tensor.name!r}")
+    for sparse in graph.sparse_initializer:
+        check_sparse(sparse, f"tensor {sparse.values.name!r}")
     for value in (*graph.input, *graph.output, *graph.value_info):
         _check_type(value.type, f"{where}: value {value.name!r}")
     for value in graph.input:
@@ -230,8 +231,10 @@ def _check_attribute(attribute: onnx.AttributeProto, where: str, scope: _Scope, 
         raise UserError(f"{where} has no known type; {_AGAIN}")
     if kind in _HELD and not attribute.HasField(_HELD[kind]):
         raise UserError(f"{where} is empty; {_AGAIN}")
-    if kind in (_Attribute.SPARSE_TENSOR, _Attribute.SPARSE_TENSORS):
-        raise UserError(f"{where} is a sparse tensor, which is not supported; export the model with dense weights")
+    if kind == _Attribute.SPARSE_TENSORS:
+        raise UserError(f"{where} holds sparse tensors, which is not supported; export the model with dense weights")
+    if kind == _Attribute.SPARSE_TENSOR:
+        check_sparse(attribute.sparse_tensor, where)
     for tensor in [attribute.t] if kind == _Attribute.TENSOR else attribute.tensors:
         check_tensor(tensor, where)
     for graph in [attribute.g] if kind == _Attribute.GRAPH else attribute.graphs:
@@ -396,6 +399,13 @@ def all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
         for node in stack.pop():
             yield node
             stack += [graph.node for graph in _graphs(node)]
+
+
+def all_graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The main graph, and the bodies of all nodes."""
+    yield proto.graph
+    for node in all_nodes(proto):
+        yield from _graphs(node)
 
 
 def _graphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:

@@ -4,6 +4,7 @@ import os
 import warnings
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.parser
@@ -208,14 +209,45 @@ def test_tensors_of_subgraphs_are_checked_too(tmp_path):
         load_model(path)
 
 
-def test_sparse_weights_are_refused(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int64"])
+@pytest.mark.parametrize("flat", [True, False])
+def test_sparse_tensors_are_read_as_dense_ones(tmp_path, dtype, flat):
+    """As initializers, and as values of Constants; places as numbers of elements, or one an axis."""
+    dense = np.zeros((3, 4), ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    dense[[0, 1, 2], [3, 0, 2]] = [1, -2, 3]
+    places = np.array([3, 4, 10]) if flat else np.array([[0, 3], [1, 0], [2, 2]])
+    values = numpy_helper.from_array(dense[dense != 0], "s")
+    sparse = helper.make_sparse_tensor(values, numpy_helper.from_array(places, "i"), [3, 4])
     model = _model()
-    values = helper.make_tensor("s", TensorProto.FLOAT, [1], [1.0])
-    indices = helper.make_tensor("i", TensorProto.INT64, [1], [3])
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [8]))
+    model.graph.sparse_initializer.append(sparse)
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["c"], "c", sparse_value=sparse))
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match="sparse tensor 's'"):
+    read = load_model(path).graph
+    np.testing.assert_array_equal(read.initializers["s"].const_value.numpy(), dense)
+    np.testing.assert_array_equal(read[0].attributes["value"].as_tensor().numpy(), dense)
+
+
+@pytest.mark.parametrize(
+    ("places", "dims", "reason"),
+    [
+        ([3], [3], "an index outside"),
+        ([-1], [3], "an index outside"),
+        ([[0, 1]], [3], r"indices \[1, 2\] for 1 values"),
+        ([0, 1], [3], "for 1 values"),
+        ([0], [-3], "no sparse tensor"),
+        ([0], [1 << 20, 1 << 24], "GB when it is dense"),
+    ],
+)
+def test_bad_sparse_tensors(tmp_path, places, dims, reason):
+    model = _model()
+    values = helper.make_tensor("s", TensorProto.FLOAT, [1], [1.0])
+    sparse = helper.make_sparse_tensor(values, numpy_helper.from_array(np.array(places), "i"), [3])
+    sparse.dims[:] = dims
+    model.graph.sparse_initializer.append(sparse)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=reason):
         load_model(path)
 
 

@@ -291,3 +291,16 @@ def everything_quantized_already(make: Graph) -> None:
     numbers = make.op("DynamicQuantizeLinear", y, outputs=3)
     z = make.one("MatMulInteger", numbers[0], codes[1], numbers[2])
     make.output(make.one("Mul", make.one("Cast", z, to=onnx.TensorProto.FLOAT), make.one("Mul", numbers[1], scale)))
+
+
+@case(ALL, packed={"MatMulInt4": 2, "MatMul": 0}, coverage=1.0)
+def sparse_constants(make: Graph) -> None:
+    """As onnxruntime's sparsify_initializers writes pruned weights; here in Constants."""
+    x = make.input("b", 64)
+    for columns in (64, 48):
+        dense = (make.random.standard_normal((64, columns)) / 4).astype("f") * (make.random.random((64, columns)) < 0.2)
+        places = np.flatnonzero(dense)
+        values, indices = (onnx.numpy_helper.from_array(a, "t") for a in (dense.reshape(-1)[places], places))
+        sparse = onnx.helper.make_sparse_tensor(values, indices, [64, columns])
+        x = make.one("Tanh", make.one("MatMul", x, make.one("Constant", sparse_value=sparse)))
+    make.output(x)
