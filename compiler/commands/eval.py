@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.calibration_files import named
-from qcompile.compiler.commands.options import add_custom_ops
+from qcompile.compiler.commands.options import add_custom_ops, add_data
 from qcompile.compiler.console import console, megabytes, progress, table
 from qcompile.compiler.evaluate import DecoderScores, OutputScores, evaluate_many, score_outputs
 from qcompile.compiler.feeds import Batch, token_batches
@@ -35,15 +35,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--text", nargs="+", action="extend", type=Path, default=[], metavar="FILE", help="UTF-8 text files"
     )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        action="extend",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="inputs: .npz (arrays by name), .npy or image files, or folders of them",
-    )
+    add_data(parser.add_argument, "inputs: .npz (arrays by name), .npy or image files, or folders of them")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: beside one of the models")
     parser.add_argument("--context", type=int, default=512, help="tokens in a window (default 512)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of each text; 0 for all (default 4096)")

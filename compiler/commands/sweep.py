@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qcompile.compiler.commands.options import add_custom_ops
+from qcompile.compiler.commands.options import add_custom_ops, add_data
 from qcompile.compiler.console import console, progress
 from qcompile.compiler.recipe import load_recipe
 from qcompile.compiler.sweep import sweep
@@ -48,15 +48,7 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument_group("what models are scored on").add_argument
     add("--text", type=Path, metavar="FILE", help="UTF-8 text (default: the bundled text's last tenth, which is then "
         "held out of the default calibration)")  # fmt: skip
-    add(
-        "--data",
-        nargs="+",
-        action="extend",
-        type=Path,
-        default=[],
-        metavar="FILE.npz",
-        help="inputs instead, arrays by name",
-    )
+    add_data(add, "inputs instead, arrays by name", "FILE.npz")
     add("--context", type=int, default=512, help="tokens in a window (default 512)")
     add("--tokens", type=int, default=2048, help="tokens of the text; 0 for all (default 2048)")
     add_custom_ops(add)
