@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
+from qcompile.passes.bodies import bodies
 from qcompile.passes.qdq.twin import TWIN, Twin
 from qcompile.passes.tensors import chunks, read
 from qcompile.runtime.sessions import session
@@ -68,10 +69,10 @@ def extract(
     proto = onnx.ModelProto(ir_version=min(model.ir_version, 13))
     for domain, version in model.graph.opset_imports.items():
         proto.opset_import.append(helper.make_opsetid(domain, version))
-    proto.functions.extend(ir.to_proto(function) for function in model.functions.values())
+    proto.functions.extend(ir.serde.serialize_function(function) for function in model.functions.values())
     graph = proto.graph
     graph.name = "piece"
-    graph.node.extend(ir.to_proto(node) for node in nodes)
+    graph.node.extend(ir.serde.serialize_node(node) for node in nodes)
     piece = Piece(proto, [], [str(value.name) for value in wanted])
     for value in used:
         if value.is_initializer():
@@ -87,19 +88,10 @@ def extract(
 
 def captured(node: ir.Node) -> Iterator[ir.Value]:
     """Values that a node reads: its inputs, and what its subgraphs take from outside."""
-    for value in node.inputs:
-        if value is not None:
-            yield value
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs: Iterable[ir.Graph] = (attribute.as_graph(),)
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs = attribute.as_graphs()
-        else:
-            continue
-        for graph in graphs:
-            for inner in graph:
-                yield from (value for value in captured(inner) if not _inside(value, graph))
+    yield from (value for value in node.inputs if value is not None)
+    for graph in bodies(node):
+        for inner in graph:
+            yield from (value for value in captured(inner) if not _inside(value, graph))
 
 
 def reads(node: ir.Node) -> Iterator[ir.Value]:
@@ -114,7 +106,7 @@ def _inside(value: ir.Value, graph: ir.Graph) -> bool:
     producer = value.producer()
     if producer is not None:
         return producer.graph is graph
-    return value in graph.inputs or any(value is own for own in graph.initializers.values())
+    return value in graph.inputs or graph.initializers.get(str(value.name)) is value
 
 
 def _needed(given: Sequence[ir.Value], wanted: Sequence[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:

@@ -43,7 +43,7 @@ def _key(node: ir.Node) -> Hashable | None:
     for name, attribute in sorted(node.attributes.items()):
         if attribute.is_ref() or attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
             return None
-        attributes.append((name, ir.to_proto(attribute).SerializeToString(deterministic=True)))
+        attributes.append((name, ir.serde.serialize_attribute(attribute).SerializeToString(deterministic=True)))
     inputs = [_identity(value) for value in node.inputs]
     if node.op_type in _COMMUTATIVE:
         inputs.sort(key=repr)

@@ -45,7 +45,7 @@ class Twin:
 
 def remember(node: ir.Node, *, weights_only: bool = False) -> None:
     """Leave a node's Twin in its meta."""
-    proto = ir.to_proto(node)
+    proto = ir.serde.serialize_node(node)
     inputs, transposed = list(node.inputs), False
     producer = inputs[1].producer() if len(inputs) > 1 and inputs[1] is not None else None
     turned = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else None
