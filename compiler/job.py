@@ -12,7 +12,7 @@ from qcompile.compiler.predictions import predictions
 from qcompile.compiler.progress import Progress
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report import Report, RowsSeen
-from qcompile.compiler.segments import Segment, split
+from qcompile.compiler.segments import Segment, split, targets
 from qcompile.compiler.sources import Data
 from qcompile.compiler.stream import Arrays, Runner, Stream, went_on
 from qcompile.compiler.trial import refuted, through
@@ -59,8 +59,7 @@ class Job:
         Returns the outputs on the check batches, compiled and float.
         """
         self.guess, self.vocabulary = data.guess, vocabulary_size(self.model)
-        targets = {linear.node for linear in find_linears(self.model.graph)}
-        segments = split(self.model, targets.__contains__)
+        segments = split(self.model, targets(self.model).__contains__)
         runner = Runner(self.model, plan, self.recipe.provider, self.progress.advance)
         calibration, checks = Stream(data.calibration), Stream(data.checks)
         rows = 2 * sum(batch.rows for batch in (*data.calibration, *data.checks))

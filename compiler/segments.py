@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from qcompile.compiler.extract import reads
+from qcompile.passes.linears import find_linears
+from qcompile.passes.qdq.selection import weight_position
 
 # Constants of at least this many bytes make what reads them part of the stream.
 _LARGE = 1 << 14
@@ -13,7 +15,8 @@ _LARGE = 1 << 14
 # as its largest weight it must be, so that the projections of one layer stay together.
 _GIANT, _WEIGHTS = 1 << 28, 8
 # Segments of small weights, in bytes, are joined to this many: each has sessions of its own, which take milliseconds.
-_SEGMENTS, _SMALL = 256, 1 << 20
+# But no more targets are in one than ONNX Runtime makes a session for in linear time, probes and observers with it.
+_SEGMENTS, _SMALL, _MOST = 256, 1 << 20, 32
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 
 
@@ -36,6 +39,15 @@ class Segment:
     def made(self) -> list[ir.Value]:
         """The values that it gives to later segments and that do not only pass through."""
         return [value for value in self.carry if value not in self.carried]
+
+
+def targets(model: ir.Model) -> set[ir.Node]:
+    """What segments are made around: the linears, and convolutions, too, where products are more than `_SEGMENTS`: the
+    time that ONNX Runtime takes for a session of thousands, and their observers, is not linear.
+    """
+    linears = {linear.node for linear in find_linears(model.graph)}
+    weighted = {node for node in model.graph if weight_position(node) is not None}
+    return linears | weighted if len(weighted) > _SEGMENTS else linears
 
 
 def split(model: ir.Model, is_target: Callable[[ir.Node], bool]) -> list[Segment]:
@@ -120,7 +132,7 @@ class _Line:
     def narrow(self) -> list[int]:
         """The places of Cases 1 and 2, with targets on both sides of each."""
         most, cuts, start, size = self.targets[-1], [], 0, 0
-        least = -(-most // _SEGMENTS)
+        least = min(-(-most // _SEGMENTS), _MOST)
         for i in range(len(self.nodes) - 1):
             size += self.size[i]
             held = self.targets[i + 1] - self.targets[start]

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile.compiler.segments import Segment, split
+from qcompile.compiler.segments import Segment, split, targets
 from qcompile.models.tiny import tiny_branch, tiny_decoder, tiny_encoder
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.linears import find_linears
@@ -84,6 +84,19 @@ def test_small_segments_are_joined_and_the_time_is_linear() -> None:
     segments = _split(model)
     assert 200 <= len(segments) <= 256
     assert sum(len(segment.nodes) for segment in segments) == 6000
+
+
+@pytest.mark.parametrize(("count", "least", "most"), [(100, 1, 1), (300, 100, 256), (9000, 281, 290)])
+def test_many_convolutions_are_cut_too(count: int, least: int, most: int) -> None:
+    """No segment has more products than 32: sessions and observers of more take longer than their share."""
+    b = Builder(opset=21)
+    x, w = b.input("x", ir.DataType.FLOAT, ["n", 2, 1, 1]), np.ones((2, 2, 1, 1), np.float32)
+    for number in range(count):
+        x = b.Relu(b.Conv(x, b.weight(f"w{number}", w)))
+    model = b.model({"y": x})
+    segments = split(model, targets(model).__contains__)
+    assert least <= len(segments) <= most
+    assert sum(len(segment.nodes) for segment in segments) == 2 * count
 
 
 def test_a_giant_segment_is_cut_where_the_fewest_values_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
