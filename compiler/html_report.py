@@ -81,6 +81,7 @@ def _facts(report: Report) -> Markup:
         "recipe": ", ".join(f"{key} {_setting(value)}" for key, value in recipe.items()),
         "data": report.data,
         "rows": str(report.rows or ""),
+        "trial": "; ".join(report.trials),
         "took": f"{report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB",
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }

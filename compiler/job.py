@@ -15,7 +15,7 @@ from qcompile.compiler.report import Report, RowsSeen
 from qcompile.compiler.segments import Segment, split, targets
 from qcompile.compiler.sources import Data
 from qcompile.compiler.stream import Arrays, Runner, Stream, went_on
-from qcompile.compiler.trial import refuted, through
+from qcompile.compiler.trial import through, tried
 from qcompile.compiler.verify import (
     compare_outputs,
     node_errors,
@@ -124,11 +124,14 @@ class Job:
         original: the graph as the walk left it.
         """
         runner, batches = self._finished_runner(plan), data.calibration
-        reason, tried = refuted(late, runner, original, batches) if batches else ("", ())
-        if reason:
-            late.refuse(reason, tried)
-        else:
+        if not batches:
+            return
+        verdict, decisions = tried(late, runner, original, batches)
+        self.report.trials.append(f"{late.name}: {verdict.reason}")
+        if verdict.kept:
             through(late, runner, batches)
+        else:
+            late.refuse(verdict.reason, decisions)
 
     def _finished_runner(self, plan: InputPlan) -> Runner:
         return Runner(self.model, plan, self.recipe.provider, optimize=self.optimize)

@@ -76,7 +76,7 @@ class Report:
     sensitivity, where the recipe wants that. ladder: what each step without data gained, where there was no data.
     predictions: of a decoder, on real tokens. rounding: what integer nodes changed in the outputs at most, relative.
     rows: of the activations that passes fitted to, the fewest and the most rows that one was seen on, and how many of
-    them were held aside for judging.
+    them were held aside for judging. trials: what samples held aside said of a pass behind the walk.
     sizes in bytes, seconds, peak_memory in bytes.
     """
 
@@ -95,6 +95,7 @@ class Report:
     predictions: Predictions | None = None
     rounding: float = 0.0
     rows: RowsSeen | None = None
+    trials: list[str] = field(default_factory=list)
     reload_error: float | None = None
     files: list[str] = field(default_factory=list)
     source_bytes: int = 0
@@ -255,6 +256,8 @@ def _print_errors(report: Report, console: Console) -> None:
     console.print(f"data      {report.data}")
     if report.rows is not None:
         console.print(f"rows      {report.rows}")
+    for trial in report.trials:
+        console.print(f"trial     {trial}", soft_wrap=True)
     if report.nodes:
         worst = sorted(report.nodes, key=lambda n: -n.error)
         middle = worst[len(worst) // 2]

@@ -26,6 +26,14 @@ _DEVIATIONS = 2.0
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """Whether a choice is kept, and why."""
+
+    kept: bool
+    reason: str
+
+
+@dataclass(frozen=True)
 class Held:
     """Batches with samples that are held aside. rows: by batch, which of its rows they are; None: all of it is one."""
 
@@ -75,33 +83,31 @@ def through(late: WalksAgain, runner: Runner, batches: Sequence[Batch]) -> None:
         runner.advance(segment, stream)
 
 
-def refuted(
+def tried(
     late: WalksAgain, runner: Runner, original: ir.Model, batches: Sequence[Batch]
-) -> tuple[str, Sequence[Decision]]:
-    """(why what the pass would do to the runner's graph is not to be kept, or an empty string; what it did to a copy).
+) -> tuple[Verdict, Sequence[Decision]]:
+    """(whether what the pass would do to the runner's graph is to be kept, what it did to a copy).
 
     original: the graph before any pass behind the walk, which outputs are compared with.
     """
     aside = held(batches)
     if aside.samples < FEWEST:
-        return (
-            f"of the calibration data {aside.samples} samples (pictures, texts, rows) could be held aside, too few to "
-            f"judge a correction on (at least {FEWEST})"
-        ), ()
+        few = f"of the calibration data {aside.samples} samples (pictures, texts, rows) could be held aside, too few"
+        return Verdict(False, f"{few} to judge a correction on (at least {FEWEST})"), ()
     made, copy = on_clone(late, runner.model)
     assert isinstance(made, WalksAgain)
     every = 2 if len(batches) >= PARTS and all(batch.follows is None for batch in batches) else 1
     made.hold_aside(every)
     through(made, replace(runner, model=copy), batches[::every])
     if not any(own.action == "corrected" for own in made.decisions):
-        return "there was nothing to correct", made.decisions
+        return Verdict(False, "there was nothing to correct"), made.decisions
     linears = {linear.node for linear in find_linears(original.graph)}
     known = graph_outputs(replace(runner, model=original), linears.__contains__, aside.batches)
     errors = [
         sample_errors(known, graph_outputs(replace(runner, model=graph), _is_integer, aside.batches), aside)
         for graph in (runner.model, copy)
     ]
-    return verdict(*errors), made.decisions
+    return judged(*errors), made.decisions
 
 
 def _is_integer(node: ir.Node) -> bool:
@@ -153,8 +159,8 @@ def _samples(array: npt.NDArray[np.generic], rows: Mask | None) -> Floats:
     return picked.astype(np.float64)
 
 
-def verdict(before: Floats, after: Floats) -> str:
-    """Why a choice is not kept, or an empty string; before, after: the squared errors of each sample without and with.
+def judged(before: Floats, after: Floats) -> Verdict:
+    """Whether a choice is kept; before, after: the squared errors of each sample without and with it.
 
     It has to make their sum smaller, and samples as a rule: the mean of the logarithms of what is left of each error,
     and `_DEVIATIONS` standard errors, lie below 0. By the sum alone one sample in ten decides for all, of a classifier
@@ -162,13 +168,12 @@ def verdict(before: Floats, after: Floats) -> str:
     """
     told = f"the outputs on {len(before)} samples held aside"
     if not before.any():
-        return f"{told} have no error to take away"
+        return Verdict(False, f"{told} have no error to take away")
     known = (before > 0) & (after > 0)
     ratios = np.log(after[known] / before[known])
     if len(ratios) < FEWEST:
-        return f"{told} do not confirm a gain"
+        return Verdict(False, f"{told} do not confirm a gain")
     mean, error = float(ratios.mean()), float(ratios.std(ddof=1)) / np.sqrt(len(ratios))
-    if mean + _DEVIATIONS * error < 0 and after.sum() < before.sum():
-        return ""
-    decibels = 10 / np.log(10)
-    return f"{told} do not confirm a gain: {-decibels * mean:+.2f} dB, give or take {decibels * error:.2f}"
+    kept, decibels = mean + _DEVIATIONS * error < 0 and bool(after.sum() < before.sum()), 10 / np.log(10)
+    told += " confirm a gain" if kept else " do not confirm a gain"
+    return Verdict(kept, f"{told}: {-decibels * mean:+.2f} dB, give or take {decibels * error:.2f}")

@@ -1,5 +1,6 @@
 """bias_correction: mean errors leave the outputs, int32 and float biases alike, and what has no bias says so."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,7 @@ def test_the_bias_behind_a_product_takes_the_shift(bench, tmp_path, shape, batch
     plain, corrected, report = _both(bench, _linear("bias", shape), _data(tmp_path, *batch))
     (decision,) = report.decisions["bias_correction"]
     assert decision.action == "corrected"
+    assert re.match(r"bias_correction: the outputs on \d+ samples held aside confirm a gain: \+", *report.trials)
     assert 0 < decision.detail["shift"] < 0.1
     assert plain > 1e-3
     assert corrected < 0.05 * plain
@@ -197,3 +199,28 @@ def test_without_data_nothing_is_corrected() -> None:
 def test_order(bench, capsys, passes) -> None:
     path = bench.save(_linear("bias", ("b", "s", K)), tokenizer=False)
     bench.refuses(capsys, path, ["--passes", passes], "pass 'bias_correction' must stand behind qdq")
+
+
+def test_few_samples_correct_nothing(bench, tmp_path) -> None:
+    """Seven rows, or one text of any length: nothing to judge on. The model is that without the pass."""
+    for shape in ((7, 5, K), (1, 200, K)):
+        data = _data(tmp_path, *shape)
+        plain, corrected, report = _both(bench, _linear("bias", ("b", "s", K)), data)
+        (decision,) = report.decisions["bias_correction"]
+        assert decision.action == "skipped"
+        assert "could be held aside, too few to judge a correction on (at least 4)" in decision.reason
+        assert corrected == plain
+
+
+def test_a_correction_that_the_other_half_refutes_is_taken_back(bench, tmp_path) -> None:
+    """Every other picture is bright: what shifts the one half's means is nothing that the other half knows."""
+    x = np.random.default_rng(1).gamma(1.0, 1.0, (16, 3, IMAGE, IMAGE)).astype(np.float32)
+    x[1::2] *= -0.02
+    files = [str(tmp_path / f"{i}.npz") for i in range(16)]
+    for file, picture in zip(files, x, strict=True):
+        np.savez(file, x=picture[None])
+    plain, corrected, report = _both(bench, _convolution(bias=True), (files, x))
+    assert {d.action for d in report.decisions["bias_correction"]} == {"skipped"}
+    assert all("do not confirm a gain" in d.reason for d in report.decisions["bias_correction"])
+    assert corrected == plain
+    assert report.trials == [f"bias_correction: {report.decisions['bias_correction'][0].reason}"]

@@ -15,7 +15,7 @@ from observing import UINT8, observe
 
 from qcompile.compiler.feeds import Batch
 from qcompile.compiler.trial import FEWEST as FEWEST_SAMPLES
-from qcompile.compiler.trial import Held, held, sample_errors, verdict
+from qcompile.compiler.trial import Held, Verdict, held, judged, sample_errors
 from qcompile.models.tiny import pictures, tiny_classifier
 from qcompile.passes.affine import output_error
 from qcompile.passes.bias_correction import confirmed_share
@@ -299,13 +299,17 @@ def test_nothing_held_aside_was_fitted_to(sizes: list[int]) -> None:
 def test_what_is_a_gain() -> None:
     rng = np.random.default_rng(0)
     before = rng.chisquare(8, 16)
-    assert verdict(before, 0.7 * before) == ""
-    assert "do not confirm a gain" in verdict(before, before)
-    assert "do not confirm a gain" in verdict(before, rng.chisquare(8, 16))
+    assert judged(before, 0.7 * before) == Verdict(
+        True, "the outputs on 16 samples held aside confirm a gain: +1.55 dB, give or take 0.00"
+    )
+    assert "do not confirm a gain" in judged(before, before).reason
+    assert "do not confirm a gain" in judged(before, rng.chisquare(8, 16)).reason
     one = np.where(np.arange(16) == 3, 100.0, 1.0)
-    assert "do not confirm" in verdict(before * one, np.where(one > 1, 0.01, 1.1) * one * before), "one of sixteen"
-    assert "do not confirm" in verdict(before, np.where(one > 1, 20, 0.7) * before), "one is ruined"
-    assert "do not confirm" in verdict(before[: FEWEST_SAMPLES - 1], 0.1 * before[: FEWEST_SAMPLES - 1])
+    assert "do not confirm" in judged(before * one, np.where(one > 1, 0.01, 1.1) * one * before).reason, (
+        "one of sixteen"
+    )
+    assert "do not confirm" in judged(before, np.where(one > 1, 20, 0.7) * before).reason, "one is ruined"
+    assert "do not confirm" in judged(before[: FEWEST_SAMPLES - 1], 0.1 * before[: FEWEST_SAMPLES - 1]).reason
 
 
 def test_errors_of_samples() -> None:
