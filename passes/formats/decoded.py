@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qcompile.passes.affine import Array
 from qcompile.passes.bodies import Owners
-from qcompile.passes.formats.emit import drop_unused
+from qcompile.passes.formats.emit import drop_unused, drop_weight
 from qcompile.passes.linears import constant
 from qcompile.passes.prepare.edit import Names, add_initializer, insert_before
 
@@ -76,17 +76,12 @@ def _decoding(reader: ir.Node, place: ir.Node, coded: Coded, wanted: Callable[[]
     return value
 
 
-def _drop(model: ir.Model, weight: ir.Value) -> None:
+def _drop(model: ir.Model, read: ir.Value) -> None:
     """Remove a float weight, and the Transpose before it, that nothing reads any more."""
-    producer = weight.producer()
-    if producer is None:
-        drop_unused(model, weight)
-    elif producer.op_type == "Transpose" and not weight.uses() and not weight.is_graph_output():
-        origin = producer.inputs[0]
-        assert producer.graph is not None
-        producer.graph.remove(producer, safe=True)
-        if origin is not None:
-            drop_unused(model, origin)
+    producer = read.producer()
+    weight = read if producer is None else producer.inputs[0]
+    if weight is not None and (producer is None or producer.op_type == "Transpose"):
+        drop_weight(model, weight, read)
 
 
 def sink(model: ir.Model) -> None:

@@ -62,11 +62,9 @@ def replace_matmul(model: ir.Model, linear: Linear, tensors: Tensors) -> None:
     """Turn the MatMul node into MatMulInt4 or MatMulInt8, in place: its outputs stay the same values."""
     inputs = [linear.activation, tensors.codes, tensors.scale]
     inputs += [tensors.zero_point] if tensors.zero_point is not None else []
-    transposed = linear.node.inputs[1].producer() if linear.transposed and linear.node.inputs[1] else None
+    read = linear.node.inputs[1]
     _become(model, linear.node, f"MatMulInt{tensors.bits}", inputs, tensors.block_size)
-    if transposed is not None and not transposed.outputs[0].uses() and transposed.graph is not None:
-        transposed.graph.remove(transposed, safe=True)
-    drop_unused(model, linear.weight)
+    drop_weight(model, linear.weight, read)
 
 
 def replace_embedding(model: ir.Model, embedding: Embedding, tensors: Tensors) -> None:
@@ -92,6 +90,15 @@ def drop_unused(model: ir.Model, value: ir.Value) -> None:
     name = str(value.name)
     if not value.uses() and not value.is_graph_output() and name in model.graph.initializers:
         del model.graph.initializers[name]
+
+
+def drop_weight(model: ir.Model, weight: ir.Value, read: ir.Value | None) -> None:
+    """Remove a float weight, and the Transpose that it was read through, where neither is read, or an output."""
+    producer = read.producer() if read is not None else None
+    if read is not None and producer is not None and not read.uses() and not read.is_graph_output():
+        assert producer.graph is not None
+        producer.graph.remove(producer, safe=True)
+    drop_unused(model, weight)
 
 
 def floats(value: ir.Value) -> Array:

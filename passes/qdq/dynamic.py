@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
-from qcompile.passes.formats.emit import drop_unused
+from qcompile.passes.formats.emit import drop_weight
 from qcompile.passes.inner import int8, quantize_inner
 from qcompile.passes.linears import LEFT, Linear, constant, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
@@ -168,10 +168,7 @@ def _replace(model: ir.Model, linear: Linear, stored: Stored, codes: tuple[ir.Va
     node.resize_inputs(len(ends))
     for i, value in enumerate(ends):
         node.replace_input_with(i, value)
-    producer = read.producer() if read is not None else None
-    if producer is not None and not read.uses() and producer.graph is not None:  # type: ignore[union-attr]
-        producer.graph.remove(producer, safe=True)
-    drop_unused(model, linear.weight)
+    drop_weight(model, linear.weight, read)
 
 
 def _float32(model: ir.Model, scale: ir.Value) -> ir.Value:

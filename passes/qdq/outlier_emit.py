@@ -7,7 +7,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.emit import drop_unused
+from qcompile.passes.formats.emit import drop_weight
 from qcompile.passes.formats.functions import DOMAIN, OUTLIER, register
 from qcompile.passes.linears import Linear, as_linear, constant
 from qcompile.passes.prepare.edit import Decide, add_initializer, insert_before
@@ -34,7 +34,7 @@ def replace_outlier(model: ir.Model, node: ir.Node, grid: WeightGrid, spec: Acti
     for i, value in enumerate(inputs):
         node.replace_input_with(i, value)
     node.op_type, node.domain, node.overload = OUTLIER, DOMAIN, ""
-    drop_weight(model, linear, read)
+    drop_weight(model, linear.weight, read)
     told(linear, stored, outlying, f"{grid} static, {spec}", decide)
 
 
@@ -94,14 +94,6 @@ def add_outliers(model: ir.Model, linear: Linear, own: Outliers, outlying: ir.Va
 def channels(model: ir.Model, linear: Linear, own: Outliers) -> ir.Value:
     """The list of channels, int64 (k,); one for all linears that read the activation."""
     return _shared(model, f"{linear.activation.name}.outliers", own.channels)
-
-
-def drop_weight(model: ir.Model, linear: Linear, read: ir.Value | None) -> None:
-    """Remove the float weight, and the Transpose that it was read through, where nothing else needs them."""
-    producer = read.producer() if read is not None else None
-    if read is not None and producer is not None and not read.uses() and producer.graph is not None:
-        producer.graph.remove(producer, safe=True)
-    drop_unused(model, linear.weight)
 
 
 def _grid(model: ir.Model, linear: Linear, own: Outliers, spec: ActivationSpec) -> list[ir.Value]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.affine import LEAST_SCALE, Array, QParams, Quantized, choose_qparams, quantize, storable
-from qcompile.passes.formats.emit import drop_unused
+from qcompile.passes.formats.emit import drop_weight
 from qcompile.passes.gptq import QUANTIZED
 from qcompile.passes.linears import as_linear, constant
 from qcompile.passes.prepare.edit import add_initializer, insert_before, stem
@@ -201,10 +201,7 @@ class WeightStore:
         )
         weight.type, weight.shape = value.type, ir.Shape(w.shape)
         node.replace_input_with(position, weight)
-        producer = read.producer()
-        if producer is not None and not read.uses() and producer.graph is not None:
-            producer.graph.remove(producer, safe=True)
-        drop_unused(self.model, value)
+        drop_weight(self.model, value, read)
         return stored
 
 

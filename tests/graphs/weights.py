@@ -304,3 +304,11 @@ def sparse_constants(make: Graph) -> None:
         sparse = onnx.helper.make_sparse_tensor(values, indices, [64, columns])
         x = make.one("Tanh", make.one("MatMul", x, make.one("Constant", sparse_value=sparse)))
     make.output(x)
+
+
+@case(ALL | {"outlier,qdq": 25, "qdq(operators=weights)": 25}, coverage=1.0)
+def transposed_weights_that_are_outputs(make: Graph) -> None:
+    """The weight as a product reads it is asked for, too."""
+    x, w, v = make.input("b", 64), make.floats(64, 64), make.floats(48, 64)
+    turned, other = make.one("Transpose", w, perm=[1, 0]), make.one("Transpose", v, perm=[1, 0])
+    make.output(make.one("MatMul", make.one("Relu", make.one("MatMul", x, turned)), other), turned, other)
