@@ -20,7 +20,7 @@ from qcompile.passes.observers.base import Observer, State
 from qcompile.passes.observers.histogram import Histogram
 
 # To be raised when an observer's state means something else, or a histogram has other bins.
-VERSION = 3
+VERSION = 4
 _HEADER = "qcompile"
 # Observers that learn the same, whatever range they make of it; and what all but Gram know.
 SAME_STATE = {"mse", "percentile", "entropy"}

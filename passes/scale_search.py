@@ -114,7 +114,7 @@ class Judge:
         known = RowExtremes.of(sample / factor).standing_for(self.statistics.rows)
         side = int((sample / factor).max() >= end)
         scale, room = known.scale(side, end), known.room(side, end)
-        return _Grid(end + room, scale, known.beyond(room, scale, side))
+        return _Grid(end + room, scale, known.beyond(room, scale))
 
     def _with_rare(self, rows: Array, factor: Array, grid: "_Grid") -> Array:
         """Rows (h, K), and with a grid the same as rows that go beyond it by as much as such rows do, (2 h, K): how

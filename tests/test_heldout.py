@@ -24,6 +24,8 @@ from qcompile.passes.observers.entropy import Entropy
 from qcompile.passes.observers.extremes import MinMax, MovingAverage
 from qcompile.passes.observers.gram import CAPACITY, Gram
 from qcompile.passes.observers.mean import PARTS, Mean
+from qcompile.passes.observers.mse import Mse
+from qcompile.passes.observers.percentile import Percentile
 from qcompile.passes.observers.room import RowExtremes
 from qcompile.passes.rounding import fitted, round_to_nearest, round_with_clip
 from qcompile.passes.spec import PerGroup, QuantSpec
@@ -212,10 +214,9 @@ def test_positions_are_the_rows_of_a_convolution() -> None:
         assert (own.rows, own.groups, own.numbers) == (2 * rows, 2 * groups, 2 * max(x.size, 1))
         each = x.reshape(groups, x.shape[1], -1) if rows > groups else x.reshape(rows, -1, 1)
         ends = np.stack([-each.min(axis=1), each.max(axis=1)]).clip(0).astype(np.float64)
-        means, peaks = ends.mean(axis=2), ends.max(axis=2)
-        wanted = [ends.sum(axis=(1, 2)), (ends**2).sum(axis=(1, 2))]
-        wanted += [part.sum(axis=1) for part in (means, means**2, peaks, peaks**2)]
-        np.testing.assert_allclose(own.sums, 2 * np.stack(wanted, axis=1), rtol=1e-4)
+        peaks = ends.max(axis=2)
+        wanted = np.stack([peaks.sum(axis=1), (peaks**2).sum(axis=1)], axis=1)
+        np.testing.assert_allclose(own.sums, 2 * wanted, rtol=1e-4)
 
 
 def _pictures(count: int, spread: float, side: int = 24) -> np.ndarray:
@@ -225,15 +226,19 @@ def _pictures(count: int, spread: float, side: int = 24) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def test_positions_of_a_picture_are_rows_as_far_as_they_are_independent() -> None:
-    """All of one brightness: nearly each; each of one number throughout: the pictures. Before any can be compared: in
-    between."""
-    alike, flat = _pictures(64, 0.0), np.broadcast_to(_pictures(64, 0.0)[..., :1, :1], (64, 8, 24, 24))
-    most, least = (observe(MinMax("x"), list(x[:, None])).row_extremes for x in (alike, flat))
-    assert most.independent(1) > 0.4 * alike[:, 0].size
-    assert 64 <= least.independent(1) < 80
-    assert observe(MinMax("x"), [alike[:1]]).row_extremes.independent(1) == pytest.approx(24)
-    assert observe(MinMax("x"), [_rows(9)]).row_extremes.independent(1) == 9
+def test_pictures_have_room_as_far_as_their_extremes_vary() -> None:
+    """None where each reaches the same bound, as pictures within -1 … 1 do, however much their positions vary; and
+    however many positions they have, few pictures have more room than many.
+    """
+    bounded = np.clip(_pictures(16, 0.0), -1, 1)
+    own = observe(MinMax("x"), list(bounded[:, None]))
+    assert own.expected(UINT8)[1] < 1.02
+    rooms = []
+    for count in (1, 4, 16, 64):
+        varied = observe(MinMax("x"), list(_pictures(count, 0.4, 8)[:, None]))
+        rooms.append(float(varied.expected(UINT8)[1] / varied.range(UINT8)[1]))
+    assert rooms[0] > 1.1
+    assert rooms == sorted(rooms, reverse=True)
 
 
 def test_pictures_that_reach_beyond_a_bound_are_what_tells_of_it() -> None:
@@ -244,6 +249,44 @@ def test_pictures_that_reach_beyond_a_bound_are_what_tells_of_it() -> None:
         chosen = (cut * float(own.low), cut * end)  # type: ignore[arg-type]
         found = own.row_extremes.widened(chosen, (float(own.low), end))[1]  # type: ignore[arg-type]
         assert found < (cut + 0.05) * end if known else found >= end
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 60), st.floats(0, 1), st.floats(0.2, 1), st.integers(0, 9))
+def test_of_a_higher_bound_fewer_pictures_tell(count: int, spread: float, cut: float, seed: int) -> None:
+    """As many pictures tell of a bound as there are at most; of a higher bound fewer. Rooms scale with the numbers."""
+    peaks = np.exp(spread * np.random.default_rng(seed).standard_normal((2, count)))
+    known, end = RowExtremes(), float(peaks[1].max())
+    known.add(peaks, 9, 8)
+    telling = [known.telling(1, share * end, end) for share in (0.5 * cut, cut, 1.0)]
+    assert count >= telling[0] >= telling[1] >= telling[2] >= 0
+    assert known.room(1, end) == pytest.approx(2 * _halved(known).room(1, end / 2), abs=1e-6 * end)
+
+
+def _halved(known: RowExtremes) -> RowExtremes:
+    """The same of numbers half as large."""
+    assert known.sums is not None
+    return RowExtremes(known.rows, known.numbers, known.groups, known.sums * [0.5, 0.25])
+
+
+@pytest.mark.parametrize("make", [Entropy, MovingAverage, Percentile, Mse])
+@pytest.mark.parametrize("spread", [0.0, 0.8])
+def test_what_few_pictures_cut_off_is_worth_it(make, spread: float) -> None:
+    """Whatever the observer would have: in squared error its range is no worse than the extremes with their room, on
+    the pictures seen; as many as are enough and it has its own.
+    """
+    x = _pictures(24, spread)
+    own, plain = (observe(kind("x"), list(x[:, None])) for kind in (make, MinMax))
+    errors = []
+    for low, high in (own.expected(UINT8), plain.expected(UINT8)):
+        step = (float(high) - float(low)) / 255
+        codes = np.clip(np.rint(x / step), np.rint(low / step), np.rint(high / step))
+        errors.append(np.square(codes * step - x).mean())
+    assert errors[0] < 1.02 * errors[1]
+    many = observe(make("x"), list(np.repeat(x, 6, axis=0)[:, None]))
+    high, wide, room = many.range(UINT8)[1], many.expected(UINT8)[1], many.row_extremes.room(1, float(many.high))
+    assert high <= wide * (1 + 1e-6)
+    assert wide <= (high + room) * (1 + 1e-6)
 
 
 # --- bias correction --------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from qcompile.passes.affine import range_qparams
 from qcompile.passes.observers.distribution import Distribution
 from qcompile.passes.observers.entropy import Entropy
 from qcompile.passes.observers.extremes import MinMax
-from qcompile.passes.observers.mse import Mse, squared_error
+from qcompile.passes.observers.grids import squared_error
+from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.percentile import Percentile
 from qcompile.passes.spec import ActivationSpec
 

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import helper
 
@@ -64,9 +65,8 @@ class Extremes(Observer):
         self.low = low if self.low is None else np.minimum(self.low, low)
         self.high = high if self.high is None else np.maximum(self.high, high)
         if self.axis is None:
-            totals, squares, peaks = (outputs[f"{self.value}.row.{end}"] for end in ("totals", "squares", "peaks"))
             positions, width = map(int, outputs[f"{self.value}.row.sizes"])
-            self.row_extremes.add(totals, squares, peaks, positions, width)
+            self.row_extremes.add(outputs[f"{self.value}.row.peaks"], positions, width)
 
     def batch(self, outputs: Outputs) -> tuple[Array, Array] | None:
         """(low, high) of the batch, None for one without finite rows; UserError where another number is not finite."""
@@ -75,15 +75,28 @@ class Extremes(Observer):
         return None if (low > high).any() or outputs[lost(self.value)] == 1 else (low, high)
 
     def expected(self, spec: ActivationSpec) -> tuple[Array, Array]:
-        """`range`, drawn to the extremes and widened where few rows were seen; see `RowExtremes.widened`. What is one
-        number throughout does not vary, and has no room.
+        """`range`, `restrained` and widened where few rows were seen; see `RowExtremes.widened`. What is one number
+        throughout does not vary, and has no room.
         """
         low, high = self.range(spec)
         if self.axis is not None or self.low is None or self.high is None or self.low == self.high:
             return low, high
+        if (share := self.row_extremes.enough) < 1:
+            low, high = self.between(max(share, self.restrained(spec, low, high)), low, high)
         wide = self.row_extremes.widened((float(low), float(high)), (float(self.low), float(self.high)))
         ends = np.clip(np.array(wide), min(self.bounds[0], float(low)), max(self.bounds[1], float(high)))
         return np.float32(ends[0]), np.float32(ends[1])  # type: ignore[return-value]
+
+    def restrained(self, spec: ActivationSpec, low: Array, high: Array) -> float:
+        """How far from the extremes (0) to `range` (1), which is given, what few rows showed lets it go."""
+        return 1.0
+
+    def between(self, share: npt.ArrayLike, low: Array, high: Array) -> tuple[Array, Array]:
+        """The ranges, of the shape of `share`, so far from the extremes to low … high, scalars; after a batch."""
+        share = np.asarray(share)
+        widest = self.with_zero(self.low, self.high)
+        ends = (np.asarray(end + share * (own - end), np.float32) for end, own in zip(widest, (low, high), strict=True))
+        return next(ends), next(ends)
 
     def state(self) -> State:
         """low, high; of a whole tensor row_counts (rows, numbers, groups) and row_sums, too."""
@@ -143,6 +156,10 @@ class MovingAverage(Extremes):
     def range(self, spec: ActivationSpec) -> tuple[Array, Array]:
         """The means and zero, whatever the grid."""
         return self.with_zero(self.mean_low, self.mean_high)
+
+    def restrained(self, spec: ActivationSpec, low: Array, high: Array) -> float:
+        """Not at all: means of extremes are beyond no error that was weighed, and half of all batches beyond them."""
+        return 0.0
 
     def state(self) -> State:
         """low, high, mean_low, mean_high."""

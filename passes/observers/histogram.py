@@ -11,10 +11,14 @@ from qcompile.passes.observers.base import Outputs, State
 from qcompile.passes.observers.counting import CHANNEL, TENSOR, Counts, Octaves, append_counts
 from qcompile.passes.observers.distribution import Distribution, from_bins
 from qcompile.passes.observers.extremes import Extremes
+from qcompile.passes.observers.grids import squared_error
 from qcompile.passes.observers.nodes import add_outputs, by_channel, has
+from qcompile.passes.spec import ActivationSpec
 
 # Bins of equal width that a report shows.
 _PLOTTED = 64
+# Ranges that are tried between the extremes and one that an observer would have.
+_SHARES = 17
 
 
 class Histogram(Extremes):
@@ -71,6 +75,14 @@ class Histogram(Extremes):
         """From `state`."""
         super().restore(state)
         self.counts, self.top = state.get("counts"), state.get("top")
+
+    def restrained(self, spec: ActivationSpec, low: Array, high: Array) -> float:
+        """As far as the squared error of what was seen falls: whatever else a range is chosen by, what it cuts off is
+        to be worth it.
+        """
+        shares = np.linspace(0, 1, _SHARES)
+        errors = squared_error(next(self.distributions()), *self.between(shares, low, high), spec)
+        return float(shares[np.argmin(errors)])
 
     def distributions(self) -> Iterator[Distribution]:
         """What was observed of each channel; one for the whole tensor, none before the first batch."""

@@ -9,7 +9,8 @@ import onnx
 from qcompile.passes.affine import Array, range_qparams
 from qcompile.passes.observers.counting import Counts
 from qcompile.passes.observers.distribution import Distribution, Numbers
-from qcompile.passes.observers.mse import Mse, squared_error
+from qcompile.passes.observers.grids import squared_error
+from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.search import search
 from qcompile.passes.spec import ActivationSpec
 
