@@ -17,7 +17,7 @@ from qcompile.compiler.recipe import Recipe, dump_recipe
 from qcompile.compiler.reloaded import check_saved
 from qcompile.compiler.report import Report
 from qcompile.compiler.sources import Calibration, Given
-from qcompile.compiler.store import check_output_path, save_model
+from qcompile.compiler.store import check_model_file, check_output_path, save_model
 from qcompile.compiler.verify import check_outputs, check_reloaded, run_file, silent
 from qcompile.compiler.visible import visible
 from qcompile.compiler.walk import (
@@ -50,6 +50,7 @@ def compile_model(
     """
     recipe, progress = effective(recipe or Recipe()), progress or Silent()
     source = Path(model)
+    check_model_file(source)
     target = default_output(source, recipe) if output is None else Path(output)
     started = time.monotonic()
     progress.step("loading")

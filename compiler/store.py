@@ -24,6 +24,7 @@ from qcompile.passes.tensors import chunks
 __all__ = [
     "SaveReport",
     "check_finite",
+    "check_model_file",
     "check_output_path",
     "check_result_path",
     "load_model",
@@ -97,6 +98,7 @@ def check_finite(model: ir.Model) -> None:
 
 def model_hash(path: Path) -> str:
     """sha256 of the model file and of the external data files it names, in order of their names."""
+    check_model_file(path)
     digest = hashlib.sha256()
     for file in (path, *sorted(_data_files(path))):
         with open(file, "rb") as stream:
@@ -134,11 +136,16 @@ def check_result_path(models: Sequence[Path], output: Path, others: Iterable[Pat
         raise UserError(f"{output} is an ONNX model, which would be lost; choose another name")
 
 
-def _parse(path: Path) -> onnx.ModelProto:
+def check_model_file(path: Path) -> None:
+    """Raise UserError unless the path is a regular file: reading a pipe may wait for ever."""
     if not path.exists():
         raise UserError(f"{path}: no such file; give the path of an .onnx model")
     if not path.is_file():
         raise UserError(f"{path} is not a file; give the path of an .onnx model")
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    check_model_file(path)
     if path.stat().st_size > _MAX_PROTO:
         raise UserError(f"{path} is over 2 GB, which no ONNX model file can be; save its weights as external data")
     proto = onnx.ModelProto()

@@ -117,6 +117,18 @@ def test_a_model_is_read_back_whatever_the_end_of_its_name(here: Path, output: s
     assert onnx.load(output, format="protobuf").graph.node
 
 
+@pytest.mark.parametrize("command", ["compile", "calibrate", "sensitivity"])
+def test_a_folder_is_no_model(here: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its name, of which the output's is made, is empty."""
+    assert main([command, ".", *QDQ]) == 2
+    assert ". is not a file" in capsys.readouterr().err
+
+
+def test_absurd_numbers_of_threads(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "m.onnx", "--threads", "1,99999999"]) == 2
+    assert "1024 at most" in capsys.readouterr().err
+
+
 def test_an_empty_word_for_data_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It named the current folder: an unset variable of the shell calibrated on whatever lies there."""
     assert main(["m.onnx", "--passes", "qdq", "--calibration", "", "-o", "new.onnx"]) == 2

@@ -297,6 +297,14 @@ def test_infinite_masks_are_legitimate(tmp_path):
     check_finite(load_model(path))
 
 
+def test_a_pipe_is_not_read_for_its_hash(tmp_path):
+    """Nobody writes into it: `sensitivity` waited for ever."""
+    os.mkfifo(tmp_path / "pipe.onnx")
+    for path, message in ((tmp_path / "pipe.onnx", "is not a file"), (tmp_path / "none.onnx", "no such file")):
+        with pytest.raises(UserError, match=message):
+            model_hash(path)
+
+
 def test_output_path(tmp_path):
     path = _external(tmp_path)
     (tmp_path / "same.onnx").symlink_to(path)

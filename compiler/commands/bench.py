@@ -29,6 +29,8 @@ Each model runs in a process of its own; they take turns, round by round. Prefil
 runs single tokens behind a prompt, each taking the caches of the run before. Times are of the runs alone: choosing
 tokens and handing over inputs are left out. Ratios are medians of the ratios of each round."""
 _NOISY = 0.2
+# ONNX Runtime starts as many as it is told, and waits for all of them.
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, and write JSON if asked."""
     threads = _numbers("--threads", args.threads)
+    if max(threads) > _MOST_THREADS:
+        raise UserError(f"--threads takes {_MOST_THREADS} at most, got {max(threads)}")
     if args.rounds < 1 or args.decode < 0 or args.decode_after < 1:
         raise UserError("--rounds and --decode-after must be at least 1, --decode at least 0")
     shapes = dict(_shape(text) for text in args.shape)

@@ -10,6 +10,7 @@ from rich.console import Console
 from qcompile.compiler.calibrate import DEFAULT_PASSES, Calibrated, Seen, calibrate_model, with_observer
 from qcompile.compiler.commands import compile as compiling
 from qcompile.compiler.console import console, megabytes, table
+from qcompile.compiler.store import check_model_file
 
 _DESCRIPTION = """\
 Run the calibration data through a model and save what the observers of its activations learn.
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = compiling.recipe_of(args)
     if args.observer is not None:
         recipe = with_observer(recipe, args.observer)
+    check_model_file(args.model)
     output = args.output or args.model.with_suffix(".statistics")
     screen = console()
     with compiling.Bar(screen) as bar:

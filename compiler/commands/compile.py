@@ -21,7 +21,7 @@ from qcompile.compiler.pipeline import compile_model, default_output, page_path,
 from qcompile.compiler.recipe import KEEP_AS, TARGETS, Recipe, load_recipe, parse_passes, save_recipe
 from qcompile.compiler.report import print_report
 from qcompile.compiler.sources import Calibration
-from qcompile.compiler.store import check_output_path, check_result_path
+from qcompile.compiler.store import check_model_file, check_output_path, check_result_path
 from qcompile.passes.errors import UserError
 
 _DESCRIPTION = """\
@@ -169,6 +169,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 def run(args: argparse.Namespace) -> int:
     """Compile, or with --dry-run say what would happen."""
     recipe = recipe_of(args)
+    check_model_file(args.model)
     output = Path(args.output) if args.output else default_output(args.model, recipe)
     if output.is_dir() or (args.output or "").endswith(("/", os.sep)):
         output = output / args.model.name
