@@ -127,7 +127,7 @@ def _standardized(make: Graph, draw: Draw, shape: tuple[int, ...], one: Callable
     if kind == "InstanceNormalization":
         return make.one(kind, one(shape), scale, bias, epsilon=0.1)
     given, training = [make.constant(np.full(shape[1], 0.5, np.float32)) for _ in range(2)], draw(st.booleans())
-    told = {"training_mode": 1, "outputs": draw(st.sampled_from([1, 3]))} if training else {"outputs": 1}
+    told = {"training_mode": 1, "outputs": 3} if training else {"outputs": 1}
     return make.op("BatchNormalization", one(shape), scale, bias, *given, epsilon=0.1, **told)[0]
 
 
@@ -140,7 +140,17 @@ def _permuted(make: Graph, draw: Draw, shape: tuple[int, ...], one: Callable[[tu
     )
 
 
+def _scattered(make: Graph, draw: Draw, shape: tuple[int, ...], one: Callable[[tuple[int, ...]], str]) -> str:
+    depth = draw(st.integers(1, len(shape)))
+    number = draw(st.integers(1, min(shape[0], 3)))
+    rows = make.random.permutation(shape[0])[:number] - shape[0] * make.random.integers(0, 2, number)
+    rest = [make.random.integers(-size, size, number) for size in shape[1:depth]]
+    places = make.constant(np.stack([rows, *rest], -1))
+    return make.one("ScatterND", one(shape), places, one((number, *shape[depth:])))
+
+
 WRITERS: list[Writer] = [
+    _scattered,
     _standardized,
     _permuted,
     _transposed,

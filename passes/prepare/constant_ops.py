@@ -198,6 +198,27 @@ def _gather_elements(node: ir.Node, operands: Sequence[Operand | None]) -> Made 
     return Made((shape,), source.dtype, taken, work=prod(shape))
 
 
+def _scatter_nd(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
+    """What torch exports `w[:, ::2] = 0` as; places out of range are for the runtime to refuse."""
+    source, places, updates = _first(operands), operands[1], operands[2]
+    if places is None or updates is None or node.attributes.get_string("reduction", "none") != "none":
+        return None
+    depth = places.shape[-1] if places.shape else 0
+    fits = depth <= len(source.shape) and updates.shape == (*places.shape[:-1], *source.shape[depth:])
+    if not depth or not fits or places.content is None or updates.dtype != source.dtype:
+        return None
+    limits = np.array(source.shape[:depth])
+    if ((places.content < -limits) | (places.content >= limits)).any():
+        return None
+
+    def scattered(arrays: Sequence[Array]) -> Sequence[Array]:
+        made = np.array(arrays[0])
+        made[tuple(np.moveaxis(arrays[1], -1, 0))] = arrays[2]
+        return [made]
+
+    return Made((source.shape,), source.dtype, scattered, work=prod(source.shape))
+
+
 def _concat(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     known = [operand for operand in operands if operand is not None]
     axis = axis_of(node.attributes["axis"].as_int(), len(known[0].shape))
@@ -475,6 +496,7 @@ _MOVES: Mapping[str, Rule] = {
     "Split": _split,
     "Gather": _gather,
     "GatherElements": _gather_elements,
+    "ScatterND": _scatter_nd,
     "Concat": _concat,
     "Expand": _expand,
     "Where": _where,
