@@ -50,7 +50,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from qcompile.passes.formats.emit import pack_nibbles
+from qcompile.passes.formats.base import pack_nibbles
 from qcompile.runtime.bench import cpu_name
 from qcompile.runtime.library import library_path
 

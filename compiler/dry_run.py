@@ -19,10 +19,10 @@ from qcompile.compiler.segments import Segment, split
 from qcompile.compiler.sources import Calibration
 from qcompile.compiler.store import load_model
 from qcompile.compiler.walk import check_target, file_size
+from qcompile.passes.affine import Grid
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.linears import Linear, find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
-from qcompile.passes.spec import QuantSpec
 
 _NOTHING = "float: no pass of the list quantizes weights"
 
@@ -57,15 +57,15 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     for (kind, decision), sizes in rows.items():
         made.add_row(str(len(sizes)), kind, decision, f"{sum(sizes) / 1e6:.2f} M")
     console.print(made)
-    weights: dict[ir.Value, tuple[QuantSpec, int, int]] = {}
+    weights: dict[ir.Value, tuple[Grid, int, int]] = {}
     for linear, spec in chosen.items():
-        if isinstance(spec, QuantSpec):
+        if isinstance(spec, Grid):
             weights[linear.weight] = (spec, *linear.shape)
     for embedding, spec in looked_up.items():
-        if isinstance(spec, QuantSpec):
+        if isinstance(spec, Grid):
             weights.setdefault(embedding.table, (spec, embedding.shape[1], embedding.shape[0]))
     bits = {value: 8 * np.dtype(spec.scale_dtype).itemsize for value, (spec, _, _) in weights.items()}
-    packed = sum(spec.bits_per_weight(k, bits[value]) * k * n / 8 for value, (spec, k, n) in weights.items())
+    packed = sum(spec.bits_per_weight(k) * k * n / 8 for spec, k, n in weights.values())
     removed = sum(k * n * bits[value] // 8 for value, (_, k, n) in weights.items())
     console.print(f"passes    {', '.join(p.name for p in passes)}")
     plan = input_plan(model)

@@ -13,7 +13,7 @@ from qcompile.compiler.ranking import Ranking, RankingCache
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.sensitivity import Mixture, Steps, finished_distance, stored_bytes
 from qcompile.compiler.sources import Data
-from qcompile.passes.base import Pass, Region, on_clone
+from qcompile.passes.base import Pass, Reason, Region, on_clone
 from qcompile.passes.errors import UserError
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.dynamic import Dynamic
@@ -221,6 +221,6 @@ def _kept(mixture: Mixture, ranking: Ranking, count: int, *, weights_only: bool)
 
 def _keeping(policy: Policy, kept: Sequence[Kept]) -> Policy:
     """The policy with these nodes kept, and what the report says of each."""
-    reasons = {own: f"kept for its sensitivity: rank {own.rank}, {own.effect} alone" for own in kept}
+    reasons = {own: Reason("kept for its sensitivity", f"rank {own.rank}, {own.effect} alone") for own in kept}
     in_float = {own.node: told for own, told in reasons.items() if not own.weights_only}
     return replace(policy, kept=in_float, weights_only={o.node: t for o, t in reasons.items() if o.weights_only})

@@ -68,7 +68,7 @@ def compile_model(
         rankings = RankingCache(source, report.source_hash, recipe, report.versions, calibration, statistics)
         report.mixed = keep(graph, walked.passes, plan, data, source, recipe, progress, rankings)
     if recipe.target == "qcompile":
-        report.nodes = activations.choose(report.nodes, recipe.activations)
+        report.nodes = activations.choose(report.nodes, recipe.activations, activations.native(graph))
         activations.write(graph, report.nodes)
     verified = finish(walked, progress)
     report.ladder = ladder.finished(rungs, walked, verified)
@@ -108,8 +108,10 @@ def peak_memory() -> int:
 
 def default_output(model: Path, recipe: Recipe) -> Path:
     """Where a compiled model goes that is given no name."""
-    bits = 8 if any(step.name in INT8 for step in recipe.passes) else recipe.bits
-    return model.with_name(f"{model.stem}-int{bits}.onnx")
+    if any(step.name in INT8 for step in recipe.passes):
+        return model.with_name(f"{model.stem}-int8.onnx")
+    own = recipe.weights.name if recipe.weights is not None else f"int{recipe.bits}"
+    return model.with_name(f"{model.stem}-{own}.onnx")
 
 
 def report_path(output: Path) -> Path:

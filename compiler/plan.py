@@ -3,15 +3,17 @@
 import inspect
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from qcompile.compiler.recipe import Recipe, Step
+from qcompile.passes.affine import Grid
 from qcompile.passes.awq import Awq
 from qcompile.passes.base import Pass
 from qcompile.passes.bias_correction import BiasCorrection
 from qcompile.passes.errors import UserError
+from qcompile.passes.formats import named
 from qcompile.passes.fuse import Fuse
 from qcompile.passes.gptq import ErrorCompensated, Gptq
 from qcompile.passes.outlier import Outlier
@@ -23,7 +25,7 @@ from qcompile.passes.qdq.qdq import Qdq, activation_spec
 from qcompile.passes.qdq.weights import SPEC
 from qcompile.passes.rounding import Rounding, round_to_nearest, round_with_clip
 from qcompile.passes.smooth import Smooth
-from qcompile.passes.spec import ActivationSpec, PerChannel, PerGroup, QuantSpec
+from qcompile.passes.spec import ActivationSpec
 
 # Every pass, in the order in which a full list runs them.
 PASSES: dict[str, type[Pass]] = {
@@ -81,26 +83,37 @@ def check_order(steps: Sequence[Step]) -> None:
 def make_policy(recipe: Recipe) -> Policy:
     """Specs of every kind of weight; `Policy` gives them the scale type of each.
 
-    8-bit weights are unsigned with zero points whatever `symmetric` says: MatMulNBits is made from those in more
-    versions of ONNX Runtime, and a point more of resolution costs nothing at 8 bits.
+    8-bit weights are unsigned with zero points whatever `symmetric` says (formats/integers.py).
     """
     if any(step.name in INT8 for step in recipe.passes):
         head, table = SPEC if recipe.lm_head else None, SPEC if recipe.embedding else None
         return Policy(SPEC, head, table, recipe.include, recipe.exclude)
-    granularity = PerGroup(recipe.group_size) if recipe.group_size else PerChannel(axis=1)
-    symmetric = recipe.symmetric and recipe.bits == 4
-    # TensorRT demands positive scales, and it is what the plain form is for.
-    body = QuantSpec(recipe.bits, granularity, symmetric, recipe.target != "qdq")
+    body = grid(recipe.weights or _short(recipe.bits, recipe), recipe.target)
 
-    def vocabulary(bits: int | None) -> QuantSpec | None:
-        return QuantSpec(bits, granularity, symmetric=False) if bits else None
+    def vocabulary(wanted: int | Step | None) -> Grid | None:
+        step = _short(wanted, replace(recipe, symmetric=False)) if isinstance(wanted, int) else wanted
+        return grid(step, recipe.target) if step else None
 
     return Policy(body, vocabulary(recipe.lm_head), vocabulary(recipe.embedding), recipe.include, recipe.exclude)
 
 
-def parameters(kind: type[Pass]) -> dict[str, inspect.Parameter]:
-    """The parameters of a pass that a recipe can set."""
-    found = inspect.signature(kind.__init__, eval_str=True).parameters.values()
+def _short(bits: int, recipe: Recipe) -> Step:
+    """The weight format that the settings `bits`, `group_size` and `symmetric` stand for."""
+    name, given = f"int{bits}", {"group": recipe.group_size, "symmetric": recipe.symmetric}
+    return Step(name, {key: value for key, value in given.items() if key in parameters(named(name).grid)})
+
+
+def grid(step: Step, target: str) -> Grid:
+    """The grid of a weight format with its parameters; UserError for an unknown one."""
+    own = named(step.name)
+    _check_parameters(f"weight format {step.name!r}", step, parameters(own.grid))
+    return own.grid(target, **step.parameters)
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of a pass (its constructor) or of a format (its grid) that a recipe can set."""
+    made = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
+    found = inspect.signature(made, eval_str=True).parameters.values()
     return {parameter.name: parameter for parameter in found if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
@@ -112,11 +125,7 @@ def summary(kind: type[Pass]) -> str:
 def _make(step: Step, later: Sequence[Step], recipe: Recipe, policy: Policy) -> Pass:
     kind = PASSES[step.name]
     known = parameters(kind)
-    for key, value in step.parameters.items():
-        if key not in known:
-            choice = ", ".join(known) or "none"
-            raise UserError(f"pass {step.name!r} has no parameter {key!r}; it has {choice}")
-        _check_type(step.name, known[key], value)
+    _check_parameters(f"pass {step.name!r}", step, known)
     given: dict[str, Any] = dict(step.parameters)
     if "seed" in known:
         given.setdefault("seed", recipe.seed)
@@ -153,11 +162,18 @@ def following_grid(later: Sequence[Step]) -> ActivationSpec | None:
     return None
 
 
-def _check_type(name: str, parameter: inspect.Parameter, value: Any) -> None:
+def _check_parameters(owner: str, step: Step, known: Mapping[str, inspect.Parameter]) -> None:
+    for key, value in step.parameters.items():
+        if key not in known:
+            raise UserError(f"{owner} has no parameter {key!r}; it has {', '.join(known) or 'none'}")
+        _check_type(owner, known[key], value)
+
+
+def _check_type(owner: str, parameter: inspect.Parameter, value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"pass {name!r}: parameter {parameter.name} takes no {value}")
+        raise UserError(f"{owner}: parameter {parameter.name} takes no {value}")
     if parameter.name == "seed" and isinstance(value, int) and not 0 <= value < 2**63:
-        raise UserError(f"pass {name!r}: parameter seed must be 0 to {2**63 - 1}, got {value}")
+        raise UserError(f"{owner}: parameter seed must be 0 to {2**63 - 1}, got {value}")
     annotation = parameter.annotation
     alone = typing.get_origin(annotation) is typing.Literal
     allowed = (annotation,) if alone else typing.get_args(annotation) or (annotation,)
@@ -169,7 +185,7 @@ def _check_type(name: str, parameter: inspect.Parameter, value: Any) -> None:
         if isinstance(kind, type) and type(value) is kind:
             return
     wanted = " or ".join(_told(kind) for kind in allowed if kind is not type(None))
-    raise UserError(f"pass {name!r}: parameter {parameter.name} takes {wanted}, got {value!r}")
+    raise UserError(f"{owner}: parameter {parameter.name} takes {wanted}, got {value!r}")
 
 
 def _told(kind: Any) -> str:

@@ -28,6 +28,7 @@ _LATER = (
     "target",
     "activations",
     "bits",
+    "weights",
     "group_size",
     "symmetric",
 )

@@ -20,6 +20,8 @@ KEEP_AS = ("auto", "weights", "float")
 _LARGEST_FILE, _LARGEST_SEED, _MOST = 1 << 20, 2**63 - 1, 10**7
 # How files and options write a setting's None.
 _WORDS = {"lm_head": "keep", "embedding": "keep", "activations": "auto", "min_coverage": "auto"}
+# Settings that may be a weight format.
+_FORMATS = ("weights", "lm_head", "embedding")
 # Settings of which each alone says what stays in float; None by default.
 _MIXED = ("keep_worst", "max_kl", "min_sqnr")
 _ITEM = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\(([^()]*)\))?\s*$")
@@ -37,26 +39,31 @@ class Step:
         return f"{self.name}({given})" if given else self.name
 
 
+def parse_step(text: str, whole: str = "") -> Step:
+    """One name with its parameters, such as "smooth(alpha=auto)". whole: what it was taken from, for a message."""
+    match = _ITEM.match(text)
+    if match is None:
+        raise UserError(f"cannot read {text.strip()!r} in {whole or repr(text)}: expected name or name(key=value, …)")
+    pairs = [_pair(part, whole or repr(text)) for part in (match[2] or "").split(",") if part.strip()]
+    if len(parameters := dict(pairs)) < len(pairs):
+        raise UserError(f"cannot read {text.strip()!r} in {whole or repr(text)}: a parameter is there twice")
+    return Step(match[1], parameters)
+
+
 def parse_passes(text: str) -> tuple[Step, ...]:
     """The steps of a list such as "smooth(alpha=auto),awq,pack(target=qdq)"."""
-    steps = []
-    for item in re.split(r",(?![^(]*\))", text):
-        match = _ITEM.match(item)
-        if match is None:
-            raise UserError(
-                f"cannot read {item.strip()!r} in the pass list {text!r}: expected name or name(key=value, …)"
-            )
-        pairs = [_pair(part, text) for part in (match[2] or "").split(",") if part.strip()]
-        if len(parameters := dict(pairs)) < len(pairs):
-            raise UserError(f"cannot read {item.strip()!r} in the pass list {text!r}: a parameter is there twice")
-        steps.append(Step(match[1], parameters))
-    return tuple(steps)
+    return tuple(parse_step(item, f"the pass list {text!r}") for item in split_list(text))
+
+
+def split_list(text: str) -> list[str]:
+    """The items of a list with commas between them, of which some may stand in an item's parentheses."""
+    return re.split(r",(?![^(]*\))", text)
 
 
 def _pair(text: str, whole: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip() or not value.strip():
-        raise UserError(f"cannot read {text.strip()!r} in the pass list {whole!r}: expected key=value")
+        raise UserError(f"cannot read {text.strip()!r} in {whole}: expected key=value")
     return key.strip(), _value(value.strip())
 
 
@@ -74,6 +81,7 @@ def _scalar(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+_BITS = 4
 DEFAULT_PASSES = parse_passes("smooth,awq,gptq,pack")
 
 
@@ -81,9 +89,10 @@ DEFAULT_PASSES = parse_passes("smooth,awq,gptq,pack")
 class Recipe:
     """Everything that decides the compiled bytes, beside the model and the calibration data.
 
-    passes: in order; `prepare` runs first whether listed or not. bits, group_size, symmetric: of ordinary linears;
-    group_size 0 is one scale a column. lm_head, embedding: bits, or None to keep float. samples, context: calibration
-    windows and their tokens. min_coverage: share of the MatMul-like and of the convolutions' weights that must be
+    passes: in order; `prepare` runs first whether listed or not. weights: the format of ordinary linears with its
+    parameters; None: integers of so many bits and so large groups, group_size 0 being one scale a column. lm_head,
+    embedding: a format, bits in such groups, or None to keep float. samples, context: calibration windows and their
+    tokens. min_coverage: share of the MatMul-like and of the convolutions' weights that must be
     quantized, each, else compiling fails; None: 95 % of those the list has formats for, and half of all; 0: any.
     min_cosine: of every output to the float model's on the check batches, else compiling fails; 0 for none.
     activations: bits that kernels give the activations of packed products, 8 or 16, or None to choose node by node.
@@ -93,12 +102,13 @@ class Recipe:
     """
 
     passes: tuple[Step, ...] = DEFAULT_PASSES
-    bits: int = 4
+    bits: int = _BITS
     group_size: int = 128
     symmetric: bool = False
+    weights: Step | None = None
     target: str = "qcompile"
-    lm_head: int | None = 8
-    embedding: int | None = 8
+    lm_head: int | Step | None = 8
+    embedding: int | Step | None = 8
     activations: int | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -125,8 +135,9 @@ class Recipe:
         if self.bits not in (4, 8):
             raise UserError(f"weights are quantized to 4 or 8 bits, got {self.bits}")
         for name, bits in (("lm_head", self.lm_head), ("embedding", self.embedding)):
-            if bits not in (4, 8, None):
-                raise UserError(f"{name} takes 4, 8 or keep, got {bits}")
+            if bits not in (4, 8, None) and not isinstance(bits, Step):
+                raise UserError(f"{name} takes 4, 8, a weight format or keep, got {bits}")
+        self._check_formats()
         if self.activations not in (8, 16, None):
             raise UserError(f"activations takes 8, 16 or auto, got {self.activations}")
         if self.activations == 8 and self.target != "qcompile":
@@ -148,6 +159,16 @@ class Recipe:
         """Whether nodes are to be kept in float by their sensitivity."""
         return any(getattr(self, name) is not None for name in _MIXED)
 
+    def _check_formats(self) -> None:
+        integer = [step.name for step in self.passes if step.name in ("qdq", "dynamic")]
+        given = [name for name in _FORMATS if isinstance(getattr(self, name), Step)]
+        if integer and given:
+            raise UserError(
+                f"{given[0]}: {getattr(self, given[0])} is for pack; {integer[0]} makes int8 of all weights"
+            )
+        if self.weights is not None and (self.bits != _BITS or self.symmetric):
+            raise UserError(f"weights: {self.weights} says all of bits and symmetric: leave these out")
+
     def _check_mixed(self) -> None:
         given = [name for name in _MIXED if getattr(self, name) is not None]
         if len(given) > 1:
@@ -165,9 +186,13 @@ class Recipe:
         plain = asdict(self)
         plain["passes"] = [str(step) for step in self.passes]
         plain["include"], plain["exclude"] = list(self.include), list(self.exclude)
+        for name in _FORMATS:
+            value = getattr(self, name)
+            plain[name] = str(value) if isinstance(value, Step) else value
         for name, word in _WORDS.items():
             plain[name] = word if plain[name] is None else plain[name]
-        left = {name for name in _MIXED if plain[name] is None} | ({"keep_as"} if not self.mixed else set())
+        left = {name for name in (*_MIXED, "weights") if plain[name] is None}
+        left |= set() if self.mixed else {"keep_as"}
         return {name: value for name, value in plain.items() if name not in left}
 
     @classmethod
@@ -243,7 +268,7 @@ def _converted(key: str, value: Any, source: str) -> Any:
         "bits": (int,), "group_size": (int,), "symmetric": (bool,), "target": (str,), "samples": (int,),
         "context": (int,), "keep_as": (str,), "min_coverage": (int, float), "seed": (int,), "provider": (str,),
         "min_cosine": (int, float),
-        "keep_worst": (int,), "max_kl": (int, float), "min_sqnr": (int, float),
+        "weights": (str,), "keep_worst": (int,), "max_kl": (int, float), "min_sqnr": (int, float),
     }  # fmt: skip
     if key == "passes":
         items = value if isinstance(value, list) else [value]
@@ -259,7 +284,9 @@ def _converted(key: str, value: Any, source: str) -> Any:
         if value in (_WORDS[key], None):
             return None
         expected.setdefault(key, (int,))
-    if key in _MIXED and value is None:
+    if key in _FORMATS and isinstance(value, str):
+        return parse_step(value)
+    if key in (*_MIXED, "weights") and value is None:
         return None
     if not isinstance(value, expected[key]) or (isinstance(value, bool) and bool not in expected[key]):
         kinds = " or ".join(kind.__name__ for kind in expected[key])

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from qcompile.compiler.plan import build, effective, make_policy
-from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.recipe import Recipe, split_list
 from qcompile.passes.base import needs_calibration
 from qcompile.passes.errors import UserError
 
@@ -39,7 +39,7 @@ def parse_grid(items: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for item in items:
         key, equals, text = item.partition("=")
         key = key.strip()
-        values = [value.strip() for value in text.split(";" if key in LISTS else ",")]
+        values = [value.strip() for value in (text.split(";") if key in LISTS else split_list(text))]
         if not equals or not all(values):
             raise UserError(f"--grid: cannot read {item!r}: expected KEY=VALUE,VALUE (lists of {LISTS[0]} with ';')")
         if key in grid:

@@ -98,4 +98,4 @@ def word(key: str, value: str) -> str:
         return "symmetric" if value == "yes" else "asymmetric"
     if key == "bits":
         return f"int{value}"
-    return value if key == "passes" else f"{key}={value}"
+    return value if key in ("passes", "weights") else f"{key}={value}"

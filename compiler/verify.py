@@ -19,6 +19,7 @@ from qcompile.compiler.stream import Arrays
 from qcompile.passes import activations
 from qcompile.passes.affine import Array, Quantized
 from qcompile.passes.errors import UserError
+from qcompile.passes.formats.functions import is_native
 from qcompile.passes.observers import nodes as observers
 from qcompile.passes.pack import REFERENCE
 from qcompile.passes.qdq.twin import TWIN, Twin
@@ -51,7 +52,7 @@ def probe_nodes(piece: Piece, nodes: Sequence[ir.Node], *, int8: bool = False) -
     """Add to a piece, beside each packed node, products with its float and dequantized weights, and compare.
 
     For a wide weight only what `node_errors` needs for that is added, see `wide_probe`.
-    int8: measure what activations rounded to int8 would add, too.
+    int8: measure what activations rounded to int8 would add, too, where a kernel does that.
     """
     names: list[str] = []
     for node in nodes:
@@ -59,14 +60,14 @@ def probe_nodes(piece: Piece, nodes: Sequence[ir.Node], *, int8: bool = False) -
         if reference is None:
             continue
         y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
-        graph, quantized = piece.proto.graph, reference[1]
+        graph, quantized, rounded = piece.proto.graph, reference[1], int8 and is_native(node)
         if wide_probe.is_wide(quantized):
-            names += wide_probe.watch(graph, y, x, quantized, int8=int8)
+            names += wide_probe.watch(graph, y, x, quantized, int8=rounded)
             continue
         exact = piece.add_weight(y + ".exact", quantized.dequantize())
         wanted = piece.add_weight(y + ".wanted", reference[0])
         k = len(quantized.codes)
-        change = activations.int8_change(graph, x, k, quantized.spec.group_size(k)) if int8 else None
+        change = activations.int8_change(graph, x, k, quantized.spec.group_size(k)) if rounded else None
         names += observers.compare_product(graph, y, x, exact, ".exact", change=change)
         names += observers.compare_product(graph, y, x, wanted, ".wanted")
     return names
@@ -84,7 +85,7 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
             wide_probe.compare(y, x, *reference, outputs)
         wanted, exact = (_ratio([y], end, outputs) for end in (".wanted", ".exact"))
         measured = math.isfinite(_total(observers.reference(y, ".exact"), outputs))  # else the float product overflows
-        if measured and not exact <= _EXACT[_scale_type(node)]:
+        if measured and not exact <= _EXACT[_element_type(reference[1])]:
             raise UserError(
                 f"node {node.name}: the packed operator differs from its own weights by {exact:.1e} in this ONNX "
                 "Runtime; please report it with the model"
@@ -93,12 +94,9 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
     return found
 
 
-def _scale_type(node: ir.Node) -> ir.DataType:
-    """The type that a packed node computes in: that of its scales."""
-    scale = node.inputs[2]
-    assert scale is not None
-    assert scale.dtype is not None
-    return scale.dtype
+def _element_type(quantized: Quantized) -> ir.DataType:
+    """The type that a packed node computes in: that of its decoded weight."""
+    return ir.DataType.from_numpy(np.dtype(quantized.spec.scale_dtype))
 
 
 def probe_twins(piece: Piece, nodes: Sequence[ir.Node]) -> list[str]:

@@ -28,7 +28,7 @@ from qcompile.compiler.stream import Arrays
 from qcompile.compiler.value_types import told_by_runtime
 from qcompile.passes.base import Pass, Region, WalksAgain
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.lower import check_block_size
+from qcompile.passes.formats import named
 from qcompile.passes.linears import find_linears, vocabulary_size
 from qcompile.passes.masks import mark_infinite
 from qcompile.passes.observers.base import Observer
@@ -198,14 +198,14 @@ def _account(walked: Walked) -> None:
 
 
 def check_target(model: ir.Model, recipe: Recipe) -> None:
-    """Raise UserError where the target does not take the group size of a weight, before any work is done."""
-    if recipe.target != "matmulnbits" or not any(step.name == "pack" for step in recipe.passes):
+    """Raise UserError where the target has no operator for a weight as it is to be stored, before any work is done."""
+    if not any(step.name == "pack" for step in recipe.passes):
         return
     policy, vocabulary = make_policy(recipe), vocabulary_size(model)
     for linear in find_linears(model.graph):
         spec = policy.for_linear(linear, vocabulary)
-        if not isinstance(spec, str):
-            check_block_size(spec.group_size(linear.shape[0]))
+        if not isinstance(spec, str) and (told := named(spec.format).refusal(recipe.target, spec, linear.shape[0])):
+            raise UserError(told)
 
 
 def versions() -> dict[str, str]:

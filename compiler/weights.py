@@ -6,12 +6,16 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompile.compiler.census import Family, FloatConstant, census
-from qcompile.passes.formats.functions import is_product, operands
+from qcompile.passes.formats import FORMAT_OF, FORMATS
+from qcompile.passes.formats.base import DOMAIN, EMBEDDING, MICROSOFT, PRODUCT, Format, grouped_by
+from qcompile.passes.formats.functions import OUTLIER
 from qcompile.passes.linears import as_linear, find_embeddings
 
 # Quantized products of ONNX itself: slots of (codes, scale, zero point), -1 where there is none.
 _INTEGER_PRODUCTS = {"MatMulInteger": (1, -1, 3), "QLinearMatMul": (3, 4, 5), "DynamicQuantizeMatMul": (1, 2, 3)}
 _INTEGER_CONVOLUTIONS = {"ConvInteger": (1, -1, 3), "QLinearConv": (3, 4, 5)}
+# Operators that make codes or scales of stored ones, and how many of their inputs these may be.
+_REMADE = {"Cast": 1, "CastLike": 1, "Sub": 2, "Pow": 2}
 _CONVOLUTIONS, _RECURRENT = ("Conv", "ConvTranspose"), ("LSTM", "GRU", "RNN")
 # What `Weight.kind` calls the census's families where it has no closer word.
 _KINDS: Mapping[Family, str] = {"MatMul": "weight", "Conv": "conv", "Gather": "embedding", "other": "constant"}
@@ -78,8 +82,11 @@ def find_weights(graph: ir.Graph) -> list[Weight]:
 
 def _weights(node: ir.Node) -> Iterator[Weight]:
     """The weight that a node uses, if any."""
-    if node.domain == "qcompile" and node.op_type.startswith(("MatMul", "Embedding")):
-        yield _own(node)
+    own = FORMAT_OF.get(node.op_type) if node.domain in (DOMAIN, MICROSOFT) else None
+    if own is not None and node.op_type.startswith((PRODUCT, EMBEDDING)):
+        yield _own(node, own)
+    elif node.op_type == OUTLIER:
+        yield _outlier(node)
     elif node.op_type == "MatMulNBits":
         yield _nbits(node)
     elif node.op_type == "GatherBlockQuantized":
@@ -105,9 +112,9 @@ def _operand(node: ir.Node, position: int, kind: str, reason: str) -> Iterator[W
     if value is None:
         return
     if (decoded := dequantized(value)) is not None:
-        tensors, _ = decoded
+        tensors = decoded.tensors
         axes = "per channel" if len(tensors[1].shape) else "per tensor"
-        form, operator = f"{tensors[0].dtype.name.lower()} {axes}", f"DequantizeLinear + {node.op_type}"
+        form, operator = f"{decoded.codes} {axes}", f"DequantizeLinear + {node.op_type}"
         yield Weight(node.name or "", operator, kind, _dims(tensors[0]), form, True, "", tensors)
     elif (tensor := stored(value)) is not None and tensor.dtype.is_floating_point():
         yield _float(node, kind, value, _dims(tensor), reason)
@@ -125,26 +132,18 @@ def _left(constant: FloatConstant) -> Weight:
     return Weight(reader.name, reader.node.op_type, kind, _dims(tensor), form, False, reason, (tensor,))
 
 
-def _own(node: ir.Node) -> Weight:
-    kind = "linear" if node.op_type.startswith("MatMul") else "embedding"
-    values: list[ir.Value | None]
-    if is_product(node):
-        own = operands(node)
-        values = [own.codes, own.scale, own.zero_point]
-    elif kind == "linear":
-        values = list(node.inputs[1:3])
-    else:
-        values = list(node.inputs[1:])
-    tensors = tuple(t for v in values if v is not None and (t := stored(v)) is not None)
-    scale = _dims(tensors[1]) if len(tensors) > 1 else (1, 1)
-    codes, block = _dims(tensors[0]), node.attributes.get_int("block_size", 0)
-    shape = (codes[0], scale[-1])
-    bits = 4 if node.op_type.endswith("4") else tensors[0].dtype.bitwidth
-    signed = tensors[0].dtype in (ir.DataType.INT4, ir.DataType.INT8)
-    form = _form(f"{'' if signed else 'u'}int{bits}", block, shape[0], symmetric=len(tensors) < 3)
-    return Weight(
-        node.name or "", node.op_type, kind, shape if kind == "linear" else shape[::-1], form, True, "", tensors
-    )
+def _own(node: ir.Node, own: Format) -> Weight:
+    """The weight of an operator of a format: of qcompile's, or one of com.microsoft that only it is lowered to."""
+    weight, linear = own.read(node), node.op_type.startswith(PRODUCT)
+    tensors = tuple(tensor for value in weight.values if (tensor := stored(value)) is not None)
+    shape, kind = (weight.shape, "linear") if linear else (weight.shape[::-1], "embedding")
+    return Weight(node.name or "", node.op_type, kind, shape, weight.form, True, "", tensors)
+
+
+def _outlier(node: ir.Node) -> Weight:
+    tensors = tuple(tensor for v in node.inputs[1:3] if v is not None and (tensor := stored(v)) is not None)
+    shape, form = _dims(tensors[0]), f"{tensors[0].dtype.name.lower()} per-column sym"
+    return Weight(node.name or "", node.op_type, "linear", shape, form, True, "", tensors)
 
 
 def _nbits(node: ir.Node) -> Weight:
@@ -184,11 +183,12 @@ def _product(node: ir.Node) -> Weight:
     decoded = dequantized(weight) if weight is not None else None
     name = node.name or ""
     if decoded is not None:
-        tensors, block = decoded
-        codes = _dims(tensors[0])
+        tensors, codes = decoded.tensors, _dims(decoded.tensors[0])
         flipped = node.attributes.get_int("transB", 0) != (_behind_transpose(weight) is not None)
         shape = codes[::-1] if flipped and len(codes) == 2 else codes
-        form = _form(tensors[0].dtype.name.lower(), block, shape[0], symmetric=len(tensors) < 3)
+        form = _form(decoded.codes, decoded.block, shape[0], symmetric=len(tensors) < 3)
+        if decoded.looked_up:
+            form = f"{decoded.codes} {grouped_by(decoded.block, shape[0])}"
         name = tensors[0].name or name  # inlined nodes are numbered, their weights keep their names
         return Weight(name, f"DequantizeLinear + {node.op_type}", "linear", shape, form, True, "", tensors)
     if node.op_type == "Gemm":
@@ -223,7 +223,8 @@ def _gathered_codes(node: ir.Node) -> Iterator[Weight]:
             yield Weight(node.name or "", "Gather + DequantizeLinear", "embedding", shape, form, True, "", (tensor,))
         elif reader.op_type == "BitShift" and axis == 1 and rows > 1:  # columns of two codes a byte, (K, V / 2)
             shape, operator = (2 * columns, rows), "Gather + BitShift"
-            yield Weight(node.name or "", operator, "embedding", shape, "uint4", True, "", (tensor,))
+            form = _looked_up_behind(reader) or "uint4"
+            yield Weight(node.name or "", operator, "embedding", shape, form, True, "", (tensor,))
 
 
 def stored(value: ir.Value) -> ir.TensorProtocol | None:
@@ -236,21 +237,63 @@ def stored(value: ir.Value) -> ir.TensorProtocol | None:
     return producer.attributes["value"].as_tensor()
 
 
-def dequantized(value: ir.Value | None) -> tuple[tuple[ir.TensorProtocol, ...], int] | None:
-    """(codes, scale, zero point if any) and block size of a value that a DequantizeLinear makes of constants.
+@dataclass(frozen=True)
+class Decoded:
+    """What a DequantizeLinear decodes. tensors: codes, scale, zero point if any, as they are stored. block: its size.
 
-    None for an activation, of which scale and zero point alone are constant.
+    codes: in a word, their type or the format whose table they are looked up in.
+    """
+
+    tensors: tuple[ir.TensorProtocol, ...]
+    block: int
+    codes: str
+    looked_up: bool = False
+
+
+def dequantized(value: ir.Value | None) -> Decoded | None:
+    """What a DequantizeLinear makes of constants, if one does; None for an activation, of which scale and zero point
+    alone are constant.
     """
     producer = value.producer() if value is not None else None
     if producer is not None and producer.op_type in ("Transpose", "Cast", "Reshape"):
         return dequantized(producer.inputs[0])
-    if producer is None or producer.op_type != "DequantizeLinear":
+    codes = producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else None
+    if producer is None or codes is None:
         return None
-    tensors = tuple(t for v in producer.inputs if v is not None and (t := stored(v)) is not None)
-    codes = producer.inputs[0]
-    if codes is None or stored(codes) is None or len(tensors) < 2:
+    tensors = [t for v in producer.inputs[1:] if v is not None and (t := _origin(v)) is not None]
+    block, lookup = producer.attributes.get_int("block_size", 0), codes.producer()
+    if tensors and (own := stored(codes)) is not None:
+        return Decoded((own, *tensors), block, own.dtype.name.lower())
+    table, index = lookup.inputs[:2] if lookup is not None and lookup.op_type == "Gather" else (None, None)
+    if not tensors or table is None or index is None or (levels := stored(table)) is None:
         return None
-    return tensors, producer.attributes.get_int("block_size", 0)
+    return None if (own := _origin(index)) is None else Decoded((own, *tensors), block, _table(levels), looked_up=True)
+
+
+def _origin(value: ir.Value, steps: int = 6) -> ir.TensorProtocol | None:
+    """The constant of rank 2, or else any, that casts and powers of two make a value of: codes or scales."""
+    producer, own = value.producer(), stored(value)
+    if own is not None or producer is None or producer.op_type not in _REMADE or not steps:
+        return own
+    made = (_origin(v, steps - 1) for v in producer.inputs[: _REMADE[producer.op_type]] if v is not None)
+    return max((tensor for tensor in made if tensor is not None), key=lambda own: len(own.shape), default=None)
+
+
+def _table(levels: ir.TensorProtocol) -> str:
+    """The format that looks its codes up in a table."""
+    return next((own.name for own in FORMATS if own.looks_up(levels.numpy())), "table")
+
+
+def _looked_up_behind(node: ir.Node) -> str:
+    """The format of the codes that BitShift takes out of bytes, where a table says it."""
+    nodes = [node]
+    for current in nodes:  # grows while it is walked
+        for use in current.outputs[0].uses():
+            levels = stored(use.node.inputs[0]) if use.node.op_type == "Gather" and use.node.inputs[0] else None
+            if use.idx == 1 and levels is not None:
+                return _table(levels)
+            nodes += [use.node] if use.node.op_type in ("BitwiseAnd", "Cast") and len(nodes) < 8 else []
+    return ""
 
 
 def _behind_transpose(value: ir.Value | None) -> ir.Node | None:

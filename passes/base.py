@@ -12,15 +12,33 @@ from qcompile.passes.linears import vocabulary_size
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.statistics import Statistics
 
+# `Decision.format` of a node whose activations are integers on a grid that calibration fixed.
+STATIC = "static"
+
+
+class Reason(str):
+    """Why, of which a part is said of one node alone. alike: the other part, by which nodes are counted."""
+
+    alike: str
+
+    def __new__(cls, alike: str, own: str = "") -> "Reason":
+        made = super().__new__(cls, f"{alike}: {own}" if own else alike)
+        made.alike = alike
+        return made
+
 
 @dataclass(frozen=True)
 class Decision:
-    """What a pass did with a node, and why: `action` is a past participle ("quantized", "folded", "skipped", ...)."""
+    """What a pass did with a node, and why: `action` is a past participle ("quantized", "folded", "skipped", ...).
+
+    format: the name of the weight format (passes/formats) of a quantized node, or STATIC; "" where it is another one.
+    """
 
     node: str
     action: str
     reason: str
     detail: dict[str, Any] = field(default_factory=dict)
+    format: str = ""
 
     @property
     def told(self) -> str:
@@ -29,8 +47,8 @@ class Decision:
 
     @property
     def group(self) -> str:
-        """The same for a count of nodes: what kept and quantized ones say behind a colon is of one node alone."""
-        reason = self.reason.split(": ")[0] if self.action in ("kept", "quantized") else self.reason
+        """The same for a count of nodes, without what is said of one node alone."""
+        reason = self.reason.alike if isinstance(self.reason, Reason) else self.reason
         return reason if self.action == "quantized" else f"float: {reason}"
 
 
@@ -124,9 +142,9 @@ class Pass(ABC):
     def call(self, region: Region) -> None:
         """Rewrite the region in place and append to `decisions`."""
 
-    def decide(self, node: str, action: str, reason: str, **detail: Any) -> None:
+    def decide(self, node: str, action: str, reason: str, *, format: str = "", **detail: Any) -> None:
         """Leave one decision behind."""
-        self.decisions.append(Decision(node, action, reason, detail))
+        self.decisions.append(Decision(node, action, reason, detail, format))
 
 
 class WalksAgain(Pass):

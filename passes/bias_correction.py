@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.base import Decision, Region, WalksAgain
-from qcompile.passes.formats.emit import drop_unused
+from qcompile.passes.formats.base import drop_unused
 from qcompile.passes.held import NOT_CONFIRMED
 from qcompile.passes.linears import constant
 from qcompile.passes.observers.base import Observer

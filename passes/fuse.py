@@ -8,8 +8,17 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
-from qcompile.passes.formats import emit, functions
-from qcompile.passes.formats.functions import ACTIVATION_BITS, operands
+from qcompile.passes.formats import FORMAT_OF, functions
+from qcompile.passes.formats.base import (
+    ACTIVATION_BITS,
+    BIASED,
+    DOMAIN,
+    PRODUCT,
+    add_codes,
+    drop_unused,
+    element_type,
+    operands,
+)
 from qcompile.passes.linears import constant, dimensions
 from qcompile.passes.prepare.edit import Names, add_initializer, take_over
 
@@ -53,7 +62,7 @@ class Fuse(Pass):
             return
         own = operands(node)
         inputs = [node.inputs[0], own.codes, own.scale, bias, *([own.zero_point] if own.zero_point else [])]
-        made = self._made(model, node.op_type.replace("MatMul", "MatMulAdd"), inputs, [node], _name(node))
+        made = self._made(model, node.op_type.replace(PRODUCT, BIASED, 1), inputs, [node], _name(node))
         self.decide(_name(node), "fused", f"with its bias, {_name(add)}", operator=made.op_type)
         take_over(add.outputs[0], made.outputs[0], Names(model))
         model.graph.remove(add, safe=True)
@@ -82,7 +91,7 @@ class Fuse(Pass):
 
     def _join(self, model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         parts, name = [operands(node) for node in nodes], joined_name([_name(node) for node in nodes])
-        end = f"{name}.int{nodes[0].op_type[-1]}"
+        end = f"{name}.{FORMAT_OF[nodes[0].op_type].name}"
         inputs = [nodes[0].inputs[0], _joined_codes(model, end, [part.codes for part in parts])]
         for what in ("scale", "bias", "zero_point"):
             values = [value for part in parts if (value := getattr(part, what)) is not None]
@@ -106,7 +115,7 @@ class Fuse(Pass):
             take_over(node.outputs[0], output, names)
             model.graph.remove(node, safe=True)
         for value in {value for part in parts for value in part.values()}:
-            emit.drop_unused(model, value)
+            drop_unused(model, value)
 
     def _made(
         self, model: ir.Model, operator: str, inputs: Sequence[ir.Value | None], nodes: Sequence[ir.Node], name: str
@@ -114,9 +123,9 @@ class Fuse(Pass):
         """The node that stands for the products `nodes`, in front of the first of them."""
         functions.register(model, operator, zero_points=operands(nodes[0]).zero_point is not None)
         bits = [node.attributes[ACTIVATION_BITS].as_int() for node in nodes if ACTIVATION_BITS in node.attributes]
-        attributes = {"block_size": nodes[0].attributes["block_size"].as_int()}
+        attributes = {name: own.as_int() for name, own in nodes[0].attributes.items() if name != ACTIVATION_BITS}
         attributes |= {ACTIVATION_BITS: max(bits)} if bits else {}
-        made = ir.node(operator, inputs, attributes, domain=functions.DOMAIN, name=name)
+        made = ir.node(operator, inputs, attributes, domain=DOMAIN, name=name)
         nodes[0].prepend(made)
         return made
 
@@ -150,7 +159,7 @@ def _kind(node: ir.Node) -> str:
 def _only_reader(node: ir.Node) -> ir.Node | str:
     """The Add that alone reads the product, or why there is none."""
     output = node.outputs[0]
-    if node.op_type.startswith("MatMulAdd"):
+    if node.op_type.startswith(BIASED):
         return "it has a bias"
     if output.is_graph_output():
         return "its output is an output of the model"
@@ -170,7 +179,7 @@ def _unfit_bias(bias: ir.Value | None, node: ir.Node) -> str:
     shape, n = dimensions(bias), dimensions(own.codes)[1]
     if shape != (n,):
         return f"the constant added has shape {shape}, not ({n},)"
-    if bias.const_value.dtype != constant(own.scale).dtype:
+    if bias.const_value.dtype != element_type(node):
         return f"the constant added is {bias.const_value.dtype}"
     return ""
 
@@ -179,4 +188,4 @@ def _joined_codes(model: ir.Model, name: str, values: Sequence[ir.Value]) -> ir.
     dtype = constant(values[0]).dtype
     small = np.int8 if dtype in (ir.DataType.INT4, ir.DataType.INT8) else np.uint8
     codes = np.concatenate([constant(value).numpy().astype(small) for value in values], axis=1)
-    return emit.add_codes(model, name, codes, dtype)
+    return add_codes(model, name, codes, dtype)

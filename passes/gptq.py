@@ -1,5 +1,6 @@
 """Error-compensated rounding (GPTQ, Frantar et al. 2022) from the Gram matrix alone."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -7,7 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, expand, quantize, storable
+from qcompile.passes.affine import Array, Grid, QParams, Quantized
 from qcompile.passes.algebra import damped, inverse_factor
 from qcompile.passes.base import Decision, Pass, Region
 from qcompile.passes.errors import UserError
@@ -23,7 +24,7 @@ from qcompile.passes.rounding import (
     round_to_nearest,
     round_with_clip,
 )
-from qcompile.passes.spec import QuantSpec
+from qcompile.passes.row_steps import Descent, Nearest, descent, nearest
 from qcompile.passes.statistics import Statistics
 
 # Rows rounded one by one before the rest follows in one matrix product.
@@ -32,8 +33,8 @@ _THREADS = 2
 # The damping of endless data, and what is added by K / rows.
 _LEAST_DAMPING, _SHARE = 0.01, 0.5
 QUANTIZED = "qcompile.quantized"
-# Bits from which the ranges of weights are not clipped.
-_FINE = 8
+# What rounds rows of a (k, N) weight on its parameters.
+Rows = Callable[[QParams, Grid, int], Nearest]
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,15 @@ class ErrorCompensated:
     sweeps: int = 2
     refit: bool = True
 
-    def __call__(self, w: Array, spec: QuantSpec, statistics: Statistics | None) -> Quantized:
+    def __call__(self, w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
         """Codes of w (K, N) that keep X·w, by the statistics of X."""
         if statistics is None:
             raise TypeError("error-compensated rounding needs statistics")
         w = np.ascontiguousarray(w, dtype=np.float32)
         damping = default_damping(len(w), statistics.rows) if self.damping is None else self.damping
         gram = damped(statistics.evened, damping)
-        qparams = choose_qparams(w, spec, importance=np.diagonal(gram))
-        best = _Candidate(w, statistics.gram, Quantized(quantize(w, qparams, spec), qparams, spec))
+        qparams = spec.fit(w, np.diagonal(gram))
+        best = _Candidate(w, statistics.gram, Quantized(spec.project(w, qparams), qparams, spec))
         best.improve(_compensate(w, gram, qparams, spec))
         for _ in range(self.sweeps):
             if self.refit:
@@ -123,7 +124,7 @@ class Gptq(Pass):
     def call(self, region: Region) -> None:
         """Leave the codes of every quantizable linear with statistics in its weight's meta, for `pack` to write."""
         vocabulary = region.vocabulary
-        together: dict[tuple[int, QuantSpec], list[Linear]] = {}
+        together: dict[tuple[int, Grid], list[Linear]] = {}
         begun: set[tuple[ir.Value, bool]] = set()
         for linear in find_linears(region.live_nodes()):
             spec = self.policy.for_linear(linear, vocabulary)
@@ -145,11 +146,11 @@ class Gptq(Pass):
             for decisions in pool.map(lambda job: self._round(*job), jobs):
                 self.decisions += decisions
 
-    def _round(self, linears: list[Linear], spec: QuantSpec, statistics: Statistics) -> list[Decision]:
+    def _round(self, linears: list[Linear], spec: Grid, statistics: Statistics) -> list[Decision]:
         """Round the weights that share an input side by side: columns do not affect each other."""
         wanted = np.concatenate([linear.read() for linear in linears], axis=1)
         others: list[Fit] = [lambda rows: round_to_nearest(wanted, spec, rows)]
-        if spec.bits < _FINE:  # else `pack` and `qdq` do not clip
+        if not spec.fine:  # else `pack` and `qdq` do not clip
             others.append(lambda rows: round_with_clip(wanted, spec, rows))
         joint = fitted(wanted, statistics, lambda rows: self.rounding(wanted, spec, rows), others)
         if joint is None:
@@ -176,55 +177,46 @@ def _columns(q: Quantized, start: int, stop: int) -> Quantized:
     return Quantized(np.ascontiguousarray(q.codes[:, start:stop]), part, q.spec)
 
 
-def _compensate(w: Array, gram: Array, qparams: QParams, spec: QuantSpec) -> Quantized:
+def _compensate(w: Array, gram: Array, qparams: QParams, spec: Grid, *, rows: Rows = nearest) -> Quantized:
     """The GPTQ sweep over w (K, N) in order of falling energy."""
     k = w.shape[0]
     order = np.argsort(-np.diagonal(gram), kind="stable")
     upper = inverse_factor(gram[order][:, order]).astype(np.float32)
-    scale, zero = (expand(p, spec, k)[order] for p in (qparams.scale, qparams.zero_point))
-    work, codes = w[order], np.empty(w.shape, np.float32)
+    round_row, work, codes = rows(qparams, spec, k), w[order], np.empty(w.shape, np.float32)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
         block, errors = work[start:stop], np.empty((stop - start, w.shape[1]), np.float32)
         for i in range(stop - start):
             row = start + i
-            codes[row] = np.clip(np.rint(block[i] / scale[row]) + zero[row], spec.qmin, spec.qmax)
-            errors[i] = (block[i] - (codes[row] - zero[row]) * scale[row]) / upper[row, row]
+            codes[order[row]], decoded = round_row(order[row], block[i])
+            errors[i] = (block[i] - decoded) / upper[row, row]
             block[i + 1 :] -= upper[row, row + 1 : stop, None] * errors[i]
         work[stop:] -= upper[start:stop, stop:].T @ errors
-    natural = np.empty_like(codes)
-    natural[order] = codes
-    return Quantized(natural.astype(spec.code_dtype), qparams, spec)
+    return Quantized(codes.astype(spec.code_dtype), qparams, spec)
 
 
-def _descend(w: Array, gram: Array, q: Quantized) -> Quantized:
+def _descend(w: Array, gram: Array, q: Quantized, *, steps: Callable[[Quantized], Descent] = descent) -> Quantized:
     """One pass of coordinate descent: each code set to its best value with all other codes fixed."""
-    spec, k = q.spec, w.shape[0]
-    scale, zero = expand(q.qparams.scale, spec, k), expand(q.qparams.zero_point, spec, k)
-    levels = q.codes.astype(np.float32) - zero
-    pull = gram @ (w - levels * scale)
+    k, moving = len(w), steps(q)
+    pull = gram @ (w - q.dequantize())
     diagonal = np.diagonal(gram)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
         local, change = gram[start:stop, start:stop], np.zeros((stop - start, w.shape[1]), np.float32)
         block = pull[start:stop]
         for i in range(stop - start):
-            row = start + i
-            wish = levels[row] + block[i] / (diagonal[row] * scale[row])
-            better = np.clip(np.rint(wish), spec.qmin - zero[row], spec.qmax - zero[row])
-            change[i] = (better - levels[row]) * scale[row]
-            levels[row] = better
+            change[i] = moving.move(start + i, block[i], diagonal[start + i])
             block[i + 1 :] -= local[i + 1 :, i, None] * change[i]
         if stop < k:
             pull[stop:] -= gram[stop:, start:stop] @ change
-    return Quantized((levels + zero).astype(q.codes.dtype), q.qparams, spec)
+    return moving.result()
 
 
 def _refit_scales(w: Array, gram: Array, q: Quantized) -> Quantized:
     """The least-squares group scales for fixed codes: with A the group-wise levels, solve (AᵀGA) s = AᵀGw a column."""
     spec, (k, n) = q.spec, w.shape
     groups, size = spec.groups(k), spec.group_size(k)
-    levels = q.codes.astype(np.float32) - expand(q.qparams.zero_point, spec, k)
+    levels = spec.decode(q.codes, QParams(np.ones_like(q.qparams.scale), q.qparams.zero_point))
     starts = np.arange(0, k, size)
     right = np.add.reduceat(levels * (gram @ w), starts, axis=0)
     normal = np.empty((n, groups, groups), np.float64)
@@ -235,7 +227,7 @@ def _refit_scales(w: Array, gram: Array, q: Quantized) -> Quantized:
     diagonal += 1e-4 * diagonal + 1e-9 * diagonal.max(initial=0.0) + 1e-30
     solved = np.linalg.solve(normal, right.T.astype(np.float64)[..., None])[..., 0].T.astype(np.float32)
     usable = np.isfinite(solved) & (np.abs(solved) > 0)
-    if not spec.signed_scale or not spec.symmetric:
+    if spec.positive:
         usable &= solved > 0
-    scale = storable(np.where(usable, solved, q.qparams.scale), spec)
+    scale = spec.storable(np.where(usable, solved, q.qparams.scale))
     return Quantized(q.codes, QParams(scale, q.qparams.zero_point), spec)

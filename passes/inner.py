@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array
+from qcompile.passes.base import Reason
 from qcompile.passes.formats.decoded import Coded, Decoder
 from qcompile.passes.formats.rows import coded, replace_lookup
 from qcompile.passes.linears import Linear, as_linear, constant, dimensions, is_float_constant, vocabulary_size
@@ -19,24 +20,29 @@ from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import Decide
 from qcompile.passes.qdq.providers import RULES
 from qcompile.passes.qdq.weights import SPEC, WeightStore, float_weight
-from qcompile.passes.spec import QuantSpec
+from qcompile.passes.spec import QuantSpec, integers
 from qcompile.passes.tensors import read
 
 RECURRENT = ("LSTM", "GRU", "RNN")
 EIGHT = QuantSpec(8, SPEC.granularity, symmetric=True, signed_scale=False)
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _MOVES = ("Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Split", "Slice")
+_PER_ROW = "int8 per row, weights only"
 # Elements from which a constant is a weight.
 _LEAST = 1024
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Codes for the weight of a linear, and how the report tells of them. nbytes: of codes, scales, zero points."""
+    """Codes for the weight of a linear, and how the report tells of them.
+
+    nbytes: of codes, scales, zero points. format: the name of their weight format.
+    """
 
     coded: Coded
     told: str
     nbytes: int
+    format: str
 
 
 class Coder(Protocol):
@@ -57,7 +63,7 @@ def int8(model: ir.Model, policy: Policy, store: WeightStore) -> Coder:
         stored = store.store(linear.weight, linear.read(), 1, transposed=linear.transposed)
         codes = stored.quantized
         whole = Coded(stored.codes, stored.scale, None, codes.axis, 0, linear.shape, codes.dequantize)
-        return Chosen(whole, f"{store.grid}, weights only", stored.nbytes)
+        return Chosen(whole, f"{store.grid}, weights only", stored.nbytes, SPEC.format)
 
     return code
 
@@ -93,14 +99,15 @@ def quantize_inner(
                 _left(decide, node, table, recurrent)
         elif plain and node.op_type in RECURRENT:
             for slot, what in ((1, "input"), (2, "recurrent")):
-                _decoded(node, slot, EIGHT, f"int8 per row, weights only: {what} weights", policy, decoder, decide)
+                _decoded(node, slot, EIGHT, Reason(_PER_ROW, f"{what} weights"), policy, decoder, decide)
         elif plain and node.op_type == "MatMul" and (deep := _deep(node)) is not None:
-            _decoded(node, deep, EIGHT, "int8 per row, weights only: several matrices", policy, decoder, decide)
+            _decoded(node, deep, EIGHT, Reason(_PER_ROW, "several matrices"), policy, decoder, decide)
         elif plain and is_lookup(node):
             _lookup(model, node, policy, decide)
         elif (node.domain, node.op_type) == ("com.microsoft", "MoE"):
+            own = integers(policy.body)
             for slot in (2, 4, 6):
-                _decoded(node, slot, policy.body, f"{policy.body}, weights only: experts", policy, decoder, decide)
+                _decoded(node, slot, own, Reason(f"{own}, weights only", "experts"), policy, decoder, decide)
         else:
             continue
         seen.add(node)
@@ -114,7 +121,8 @@ def _linear(linear: Linear, coder: Coder, decoder: Decoder, decide: Decide) -> N
         decide(linear.name, "kept", chosen, kind="MatMul", weights=size, weight=name)
         return
     decoder.decode(linear.node, 1, chosen.coded, linear.read)
-    _told(decide, linear.node, name, size, chosen.nbytes, f"{chosen.told}: in a body, rounded without data")
+    told = Reason(chosen.told, "in a body, rounded without data")
+    _told(decide, linear.node, name, size, chosen.nbytes, told, chosen.format)
 
 
 def _convolution(node: ir.Node, policy: Policy, store: WeightStore, decoder: Decoder, decide: Decide) -> None:
@@ -127,11 +135,11 @@ def _convolution(node: ir.Node, policy: Policy, store: WeightStore, decoder: Dec
     codes = stored.quantized
     whole = Coded(stored.codes, stored.scale, None, codes.axis, 0, w.shape, codes.dequantize)
     decoder.decode(node, 1, whole, partial(_floats, constant(weight)))
-    _told(decide, node, name, w.size, stored.nbytes, f"{store.grid}, weights only: in a body")
+    _told(decide, node, name, w.size, stored.nbytes, Reason(f"{store.grid}, weights only", "in a body"), SPEC.format)
 
 
 def _decoded(
-    node: ir.Node, slot: int, spec: QuantSpec, told: str, policy: Policy, decoder: Decoder, decide: Decide
+    node: ir.Node, slot: int, spec: QuantSpec, told: Reason, policy: Policy, decoder: Decoder, decide: Decide
 ) -> None:
     """Cases 3, 4 and 6: one weight of a node, whole, behind a DequantizeLinear."""
     weight = node.inputs[slot] if len(node.inputs) > slot else None
@@ -149,7 +157,7 @@ def _decoded(
         nbytes = sum(constant(value).nbytes for value in parts if value is not None)
         name, size = str(weight.name), int(np.prod(dimensions(weight)))
         decoder.decode(node, slot, codes, partial(_floats, constant(weight)))
-        _told(decide, node, name, size, nbytes, told)
+        _told(decide, node, name, size, nbytes, told, spec.format)
 
 
 def _lookup(model: ir.Model, node: ir.Node, policy: Policy, decide: Decide) -> None:
@@ -163,8 +171,10 @@ def _lookup(model: ir.Model, node: ir.Node, policy: Policy, decide: Decide) -> N
         _left(decide, node, table, "DequantizeLinear does not give float64")
     else:
         kind = node.op_type
-        nbytes = replace_lookup(model, node, policy.body)
-        _told(decide, node, name, size, nbytes, f"{policy.body}, weights only: experts by index", kind=kind)
+        plain = integers(policy.body)
+        nbytes = replace_lookup(model, node, plain)
+        told = Reason(f"{plain}, weights only", "experts by index")
+        _told(decide, node, name, size, nbytes, told, plain.format, kind=kind)
 
 
 def is_lookup(node: ir.Node) -> bool:
@@ -208,7 +218,16 @@ def _left(decide: Decide, node: ir.Node, weight: ir.Value, reason: str, *, actio
 
 
 def _told(
-    decide: Decide, node: ir.Node, weight: str, size: int, nbytes: int, reason: str, *, kind: str | None = None
+    decide: Decide,
+    node: ir.Node,
+    weight: str,
+    size: int,
+    nbytes: int,
+    reason: Reason,
+    format: str,
+    *,
+    kind: str | None = None,
 ) -> None:
     detail = {"kind": kind or node.op_type, "weights": size, "weight": weight, "bytes": nbytes}
-    decide(node.name or "", "quantized", reason, **detail, bits_per_weight=8 * nbytes / max(size, 1))
+    bits = 8 * nbytes / max(size, 1)
+    decide(node.name or "", "quantized", reason, format=format, **detail, bits_per_weight=bits)

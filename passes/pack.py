@@ -2,15 +2,16 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.affine import Quantized
-from qcompile.passes.base import Pass, Region
+from qcompile.passes.affine import Grid, Quantized
+from qcompile.passes.base import Pass, Reason, Region
 from qcompile.passes.bodies import body_nodes
 from qcompile.passes.formats import emit
+from qcompile.passes.formats.base import Tensors
 from qcompile.passes.formats.decoded import Coded
 from qcompile.passes.gptq import codes_key
 from qcompile.passes.inner import Chosen, quantize_inner
@@ -28,17 +29,17 @@ from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import is_constant
 from qcompile.passes.qdq.weights import WeightGrid, WeightStore
 from qcompile.passes.rounding import CLIP, round_to_nearest, round_with_clip
-from qcompile.passes.spec import QuantSpec
+from qcompile.passes.spec import integers
 
 # Node meta: the float weight a packed node stands for, until the node is verified.
 REFERENCE = "qcompile.reference"
 _THREADS = 2
 # A weight as it is packed: its initializer, its spec, and whether it is read transposed.
-_Key = tuple[ir.Value, QuantSpec, bool]
+_Key = tuple[ir.Value, Grid, bool]
 
 
 class Pack(Pass):
-    """Replace float weights by integer codes and scales: MatMul by MatMulInt4 or MatMulInt8, lookups by Embedding…
+    """Replace float weights by integer codes and scales: MatMul by MatMulInt4, MatMulInt8, …, lookups by Embedding…
 
     Case 1: codes chosen by an earlier pass (`gptq`) are written as they are.
     Case 2: with statistics, ranges are clipped by E[x²]-weighted search where that lowers the exact output error.
@@ -102,7 +103,11 @@ class Pack(Pass):
             elif node.op_type in {"Conv", "ConvTranspose", "Gemm"} and node not in done:
                 refused = self.policy.refusal(node, *(value for value in node.inputs if is_constant(value)))
                 reason = str(node.meta.get(LEFT, f"no packed format for {node.op_type} weights"))
-                told = {"kind": node.op_type, "weights": _largest_constant(node), "computed": LEFT in node.meta}
+                told: dict[str, Any] = {
+                    "kind": node.op_type,
+                    "weights": _largest_constant(node),
+                    "computed": LEFT in node.meta,
+                }
                 self.decide(name, "kept" if refused else "skipped", refused or reason, **told)
         return changed
 
@@ -111,6 +116,7 @@ class Pack(Pass):
         spec = self.policy.for_linear(linear, vocabulary)
         if isinstance(spec, str):
             return spec
+        spec = integers(spec)
         stored = linear.weight.meta.setdefault(PACKED, {})
         key = (spec, linear.transposed)
         if key not in stored:
@@ -118,14 +124,16 @@ class Pack(Pass):
             stored[key] = (quantized, emit.store(model, str(linear.weight.name), quantized))
         quantized, own = stored[key]
         parts = (own.codes, own.scale, own.zero_point)
-        return Chosen(Coded(*parts, 0, own.block_size, linear.shape, quantized.dequantize), str(spec), own.nbytes)
+        return Chosen(
+            Coded(*parts, 0, own.block_size, linear.shape, quantized.dequantize), str(spec), own.nbytes, spec.format
+        )
 
     def _keep(self, site: Linear | Embedding, reason: str) -> None:
         kind = "MatMul" if isinstance(site, Linear) else "Gather"
         size, name = int(np.prod(site.shape)), _weight_name(site)
         self.decide(site.name, "kept", reason, kind=kind, weights=size, weight=name)
 
-    def _round(self, region: Region, specs: dict[Linear, QuantSpec]) -> dict[_Key, Quantized]:
+    def _round(self, region: Region, specs: dict[Linear, Grid]) -> dict[_Key, Quantized]:
         """The codes of every weight not packed yet; what `gptq` has not chosen is rounded here, side by side."""
         jobs: dict[_Key, Linear] = {}
         for linear, spec in specs.items():
@@ -144,7 +152,7 @@ class Pack(Pass):
             return dict(zip(jobs, pool.map(one, jobs), strict=True))
 
     def _pack_linear(
-        self, region: Region, linear: Linear, spec: QuantSpec, rounded: dict[_Key, Quantized], told: str
+        self, region: Region, linear: Linear, spec: Grid, rounded: dict[_Key, Quantized], told: str
     ) -> None:
         stored = linear.weight.meta.setdefault(PACKED, {})
         key = (spec, linear.transposed)
@@ -154,10 +162,10 @@ class Pack(Pass):
             linear.weight.meta.pop(codes_key(linear), None)
         quantized, tensors = stored[key]
         linear.node.meta[REFERENCE] = (linear.read(), quantized)
-        emit.replace_matmul(region.model, linear, tensors)
+        emit.replace_matmul(region.model, linear, spec, tensors)
         self._quantized(linear, spec, linear.shape[0], tensors, told)
 
-    def _pack_embedding(self, model: ir.Model, embedding: Embedding, spec: QuantSpec) -> None:
+    def _pack_embedding(self, model: ir.Model, embedding: Embedding, spec: Grid) -> None:
         # A table (V, K) is the transpose of the (K, V) weight that a tied lm_head multiplies with.
         stored = embedding.table.meta.setdefault(PACKED, {})
         key = (spec, True)
@@ -166,21 +174,20 @@ class Pack(Pass):
             quantized = round_to_nearest(w, spec, None)
             stored[key] = (quantized, emit.store(model, str(embedding.table.name), quantized))
         _, tensors = stored[key]
-        emit.replace_embedding(model, embedding, tensors)
+        emit.replace_embedding(model, embedding, spec, tensors)
         self._quantized(embedding, spec, embedding.shape[1], tensors)
 
-    def _quantized(
-        self, site: Linear | Embedding, spec: QuantSpec, k: int, tensors: emit.Tensors, told: str = ""
-    ) -> None:
+    def _quantized(self, site: Linear | Embedding, spec: Grid, k: int, tensors: Tensors, told: str = "") -> None:
         self.decide(
             site.name,
             "quantized",
-            f"{spec}: {told}" if told else str(spec),
+            Reason(str(spec), told),
+            format=spec.format,
             kind="MatMul" if isinstance(site, Linear) else "Gather",
             weights=int(np.prod(site.shape)),
             weight=_weight_name(site),
             bytes=tensors.nbytes,
-            bits_per_weight=spec.bits_per_weight(k, 8 * np.dtype(spec.scale_dtype).itemsize),
+            bits_per_weight=spec.bits_per_weight(k),
         )
 
 

@@ -1,16 +1,16 @@
 """Which weight is quantized to what."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.passes.affine import Grid
 from qcompile.passes.linears import Embedding, Linear, constant, is_lm_head
 from qcompile.passes.masks import holds_fill
 from qcompile.passes.origins import matches, names_of
 from qcompile.passes.routers import router
-from qcompile.passes.spec import QuantSpec
 
 # Scales by the type of the weight.
 _SCALES = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
@@ -20,29 +20,29 @@ _SCALES = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
 class Policy:
     """The user's choice, applied to one weight at a time.
 
-    body: spec of ordinary linears; of 4 bits, routers of experts get 8. lm_head, embedding: their own spec, or None to
-    keep them in float.
+    body: grid of ordinary linears; of few bits, routers of experts get 8. lm_head, embedding: their own grid, or None
+    to keep them in float.
     include, exclude: shell patterns on names of nodes and weights, those of the source among them, or operators;
     exclude wins. kept: nodes that stay in float, and why.
     weights_only: products whose weight alone becomes int8 where others compute in integers, and why.
     """
 
-    body: QuantSpec
-    lm_head: QuantSpec | None
-    embedding: QuantSpec | None
+    body: Grid
+    lm_head: Grid | None
+    embedding: Grid | None
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     weights_only: Mapping[str, str] = field(default_factory=dict)
 
-    def for_linear(self, linear: Linear, vocabulary: int | None) -> QuantSpec | str:
+    def for_linear(self, linear: Linear, vocabulary: int | None) -> Grid | str:
         """The spec of a linear, or the reason why it stays in float."""
         refusal = self.refusal(linear.node, linear.weight)
         if refusal:
             return refusal
         if is_lm_head(linear, vocabulary):
             return typed(self.lm_head, linear.weight) if self.lm_head else "lm_head is kept in float"
-        body = replace(self.body, bits=8, symmetric=False) if self.remark(linear, vocabulary) else self.body
+        body = self.body.eight() if self.remark(linear, vocabulary) else self.body
         return typed(body, linear.weight)
 
     def remark(self, linear: Linear, vocabulary: int | None) -> str:
@@ -50,11 +50,11 @@ class Policy:
 
         Naming is by the very name of the node or its weight; a pattern that fits others, too, is not meant for it.
         """
-        if self.body.bits != 4 or set(self.include) & set(names_of(linear.node, linear.weight)):
+        if self.body.fine or set(self.include) & set(names_of(linear.node, linear.weight)):
             return ""
         return router(linear, vocabulary)
 
-    def for_embedding(self, embedding: Embedding) -> QuantSpec | str:
+    def for_embedding(self, embedding: Embedding) -> Grid | str:
         """The spec of an embedding table, or the reason why it stays in float; one that is a mask does."""
         if self.embedding is not None and holds_fill(embedding.table):
             return "its table holds the fill of a mask (-1e4, -inf), which no 8-bit grid serves"
@@ -76,15 +76,11 @@ class Policy:
         return next((f"excluded by {pattern!r}" for pattern in found), "")
 
 
-def typed(spec: QuantSpec, weight: ir.Value) -> QuantSpec | str:
+def typed(spec: Grid, weight: ir.Value) -> Grid | str:
     """The spec with scales of the weight's float type; a reason where the formats have none.
 
     The operands of a product are of one type, so this is the type of the activation that the weight meets, whatever
     other weights of the model are.
     """
     scale = _SCALES.get(constant(weight).dtype)
-    return (
-        f"no format for {constant(weight).dtype.name.lower()} weights"
-        if scale is None
-        else replace(spec, scale_dtype=scale)
-    )
+    return f"no format for {constant(weight).dtype.name.lower()} weights" if scale is None else spec.typed(scale)

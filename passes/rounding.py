@@ -6,9 +6,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.passes.affine import Array, QParams, Quantized, choose_qparams, output_error, quantize
+from qcompile.passes.affine import Array, Grid, QParams, Quantized, output_error
 from qcompile.passes.held import confirmed, too_few
-from qcompile.passes.spec import QuantSpec
 from qcompile.passes.statistics import Statistics
 
 # Weight meta, set by `awq` for `pack`: whether ranges may be clipped.
@@ -24,17 +23,17 @@ Fit = Callable[[Statistics], Quantized]
 class Rounding(Protocol):
     """Quantizes a weight w (K, N) on the grid of `spec`, with the statistics of its input where there are any."""
 
-    def __call__(self, w: Array, spec: QuantSpec, statistics: Statistics | None) -> Quantized:
+    def __call__(self, w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
         """The codes and their parameters."""
 
 
-def round_to_nearest(w: Array, spec: QuantSpec, statistics: Statistics | None) -> Quantized:
+def round_to_nearest(w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
     """Plain rounding on the range of each group; uses no statistics."""
-    qparams = choose_qparams(w, spec)
-    return Quantized(quantize(w, qparams, spec), qparams, spec)
+    qparams = spec.fit(w)
+    return Quantized(spec.project(w, qparams), qparams, spec)
 
 
-def round_with_clip(w: Array, spec: QuantSpec, statistics: Statistics | None) -> Quantized:
+def round_with_clip(w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
     """Rounding on ranges clipped by E[x²]-weighted search, column by column only where that lowers ‖X(Ŵ - W)‖²; plain
     rounding where rows held aside do not confirm that.
     """
@@ -44,9 +43,9 @@ def round_with_clip(w: Array, spec: QuantSpec, statistics: Statistics | None) ->
     return fitted(w, statistics, lambda rows: _clipped(w, spec, plain, rows), [lambda rows: plain]) or plain
 
 
-def _clipped(w: Array, spec: QuantSpec, plain: Quantized, statistics: Statistics) -> Quantized:
-    qparams = choose_qparams(w, spec, importance=statistics.energy)
-    return better_columns(plain, Quantized(quantize(w, qparams, spec), qparams, spec), w, statistics)
+def _clipped(w: Array, spec: Grid, plain: Quantized, statistics: Statistics) -> Quantized:
+    qparams = spec.fit(w, statistics.energy)
+    return better_columns(plain, Quantized(spec.project(w, qparams), qparams, spec), w, statistics)
 
 
 def fitted(w: Array, statistics: Statistics, make: Fit, others: Sequence[Fit]) -> Quantized | None:

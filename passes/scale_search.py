@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qcompile.passes.affine import Array, output_error
+from qcompile.passes.affine import Array, Grid, output_error
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.fold import fold, row_peaks
 from qcompile.passes.held import confirmed, too_few
@@ -27,7 +27,7 @@ from qcompile.passes.observers.room import RowExtremes
 from qcompile.passes.pairs import Pair
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding, round_to_nearest
-from qcompile.passes.spec import ActivationSpec, QuantSpec
+from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.statistics import Statistics
 
 # A factor must lower the sampled loss by this fraction to be kept: less is within the noise of the sample.
@@ -81,7 +81,7 @@ class Judge:
     fitted: Statistics
     held: Array | None
     rounding: Rounding
-    columns: list[tuple[QuantSpec, Array]]
+    columns: list[tuple[Grid, Array]]
     grid: ActivationSpec | None = None
 
     def losses(self, factor: Array | None, rounding: Rounding | None = None) -> tuple[float, Array]:
@@ -187,12 +187,12 @@ class Judges:
         if reason := too_few(statistics):
             return reason
         specs = [(linear, self._policy.for_linear(linear, self._vocabulary)) for linear in pair.linears]
-        quantized = [(linear, spec) for linear, spec in specs if isinstance(spec, QuantSpec)]
+        quantized = [(linear, spec) for linear, spec in specs if isinstance(spec, Grid)]
         if not quantized:
             return f"none of its linears is quantized: {specs[0][1]}"
         rng = np.random.default_rng([self.seed, zlib.crc32(pair.name.encode())])
         fraction = min(1.0, self.samples / sum(linear.shape[1] for linear, _ in quantized))
-        by_spec: dict[QuantSpec, list[Array]] = {}
+        by_spec: dict[Grid, list[Array]] = {}
         for linear, spec in quantized:
             n = linear.shape[1]
             chosen = np.sort(rng.choice(n, int(np.ceil(n * fraction)), replace=False))

@@ -1,11 +1,12 @@
 """How a tensor is quantized: element type, granularity, symmetry."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompile.passes.affine import Array, Codes, Grid, IntegerRange, QParams
 from qcompile.passes.errors import UserError
 
 
@@ -14,6 +15,13 @@ class PerChannel:
     """One scale for every index along `axis`."""
 
     axis: int
+
+    def size(self, k: int) -> int:
+        """Rows of a (k, N) weight that share a scale."""
+        return k
+
+    def __str__(self) -> str:
+        return "per-column"
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,21 @@ class PerGroup:
         if self.group_size < 1:
             raise UserError(f"a group size must be at least 1, got {self.group_size}")
 
+    def size(self, k: int) -> int:
+        """Rows of a (k, N) weight that share a scale."""
+        return self.group_size
+
+    def __str__(self) -> str:
+        return f"g{self.group_size}"
+
 
 Granularity = PerChannel | PerGroup
+
+
+def granularity(group: int) -> Granularity:
+    """So many rows share a scale; 0: all of a column."""
+    return PerGroup(group) if group else PerChannel(axis=1)
+
 
 _DTYPES = {
     (4, True): ir.DataType.INT4,
@@ -38,7 +59,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class QuantSpec:
+class QuantSpec(Grid):
     """An integer grid for a (K, N) weight.
 
     `symmetric` grids are signed and have no zero point; asymmetric ones are unsigned with an integer zero point.
@@ -77,23 +98,68 @@ class QuantSpec:
         """The largest code."""
         return self.qmin + (1 << self.bits) - 1
 
+    @property
+    def format(self) -> str:
+        return f"int{self.bits}"
+
+    def typed(self, scale_dtype: npt.DTypeLike) -> "QuantSpec":
+        return replace(self, scale_dtype=scale_dtype)
+
+    def eight(self) -> "QuantSpec":
+        return replace(self, bits=8, symmetric=False)
+
+    @property
+    def plain(self) -> "QuantSpec":
+        return self
+
+    @property
+    def positive(self) -> bool:
+        return not self.signed_scale or not self.symmetric
+
+    @property
+    def affine(self) -> IntegerRange:
+        return self
+
+    def span(self, blocks: Array, shrink: np.float32) -> QParams:
+        """Zero included: asymmetric min..max, symmetric signed amax / 8 at 4 bits."""
+        low = np.minimum(blocks.min(axis=1), 0) * shrink
+        high = np.maximum(blocks.max(axis=1), 0) * shrink
+        if not self.symmetric:
+            scale = self.storable((high - low) / np.float32(self.qmax))
+            return QParams(scale, np.clip(np.rint(-low / scale), self.qmin, self.qmax))
+        if self.signed_scale:
+            scale = np.where(high > -low, high, low) / np.float32(self.qmin)
+        else:
+            scale = np.maximum(high / np.float32(self.qmax), low / np.float32(self.qmin))
+        scale = self.storable(scale)
+        return QParams(scale, np.zeros_like(scale))
+
+    def nearest(self, blocks: Array, qparams: QParams) -> Array:
+        codes = blocks / qparams.scale[:, None]
+        np.rint(codes, out=codes)
+        codes += qparams.zero_point[:, None]
+        return np.clip(codes, self.qmin, self.qmax, out=codes)
+
+    def levels(self, codes: Array | Codes, zero_point: Array) -> Array:
+        return np.asarray(codes, np.float32) - zero_point
+
     def group_size(self, k: int) -> int:
-        """Rows of a (k, N) weight that share a scale: the block size of ONNX's blocked DequantizeLinear."""
-        return self.granularity.group_size if isinstance(self.granularity, PerGroup) else k
+        return self.granularity.size(k)
 
-    def groups(self, k: int) -> int:
-        """Number of groups along a dimension of size k, a partial last one included."""
-        return -(-k // self.group_size(k)) if k else 0
-
-    def bits_per_weight(self, k: int, scale_bits: int = 32) -> float:
-        """Stored bits per weight of a (k, N) weight, scales and zero points included."""
-        overhead = scale_bits + (0 if self.symmetric else self.bits)
+    def bits_per_weight(self, k: int) -> float:
+        overhead = 8 * np.dtype(self.scale_dtype).itemsize + (0 if self.symmetric else self.bits)
         return self.bits + overhead * self.groups(k) / max(k, 1)
 
     def __str__(self) -> str:
-        grid = "sym" if self.symmetric else "asym"
-        size = f"g{self.granularity.group_size}" if isinstance(self.granularity, PerGroup) else "per-column"
-        return f"int{self.bits} {size} {grid}"
+        return f"{self.format} {self.granularity} {'sym' if self.symmetric else 'asym'}"
+
+
+def integers(spec: Grid) -> QuantSpec:
+    """The grid of integers that takes a grid's place where a DequantizeLinear alone stands before the reader."""
+    own = spec.plain
+    if not isinstance(own, QuantSpec):
+        raise TypeError(f"{own} is no grid of integers")
+    return own
 
 
 # Smallest and largest code of the element types that activations are quantized to. Float8 spans its finite numbers.

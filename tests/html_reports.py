@@ -38,10 +38,16 @@ def sample_ranges() -> list[ActivationRange]:
     ]
 
 
+def _format(told: str) -> str:
+    """The typed format of a decision that is told so."""
+    return "static" if "static" in told else next((own for own in ("int4", "int8") if told.startswith(own)), "")
+
+
 def node(name: str, told: str, *, action: str = "quantized", kind: str = "MatMul", weight: str = "") -> Decision:
     """What `pack` says of a node with a weight of 1000 elements."""
     size = {"bytes": 540, "bits_per_weight": 4.3125} if action == "quantized" else {}
-    return Decision(name, action, told, {"kind": kind, "weights": 1000, "weight": weight or name, **size})
+    detail = {"kind": kind, "weights": 1000, "weight": weight or name, **size}
+    return Decision(name, action, told, detail, _format(told) if action == "quantized" else "")
 
 
 def report_of(count: int, *, prefix: str = "/model/layers/self_attn/q_proj/MatMul") -> Report:

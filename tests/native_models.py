@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import functions
-from qcompile.passes.formats.emit import pack_nibbles
+from qcompile.passes.formats.base import pack_nibbles
 from qcompile.runtime.library import library_path
 
 OPERATORS = ("MatMulInt4", "MatMulInt8", "MatMulAddInt4", "MatMulAddInt8")

@@ -76,7 +76,7 @@ def _node(name: str, error: float, int8: float | None, weights: int = 100) -> No
 
 
 def _bits(errors: list[NodeError], wanted: int | None = None) -> dict[str, int]:
-    return {e.node: e.activation_bits for e in activations.choose(errors, wanted)}
+    return {e.node: e.activation_bits for e in activations.choose(errors, wanted, {e.node for e in errors})}
 
 
 def test_what_the_user_says_goes() -> None:

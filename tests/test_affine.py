@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qcompile.passes.affine import QParams, Quantized, choose_qparams, dequantize, expand, quantize, storable
+from qcompile.passes.affine import QParams, Quantized, expand, storable
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 
 GRIDS = {
@@ -21,8 +21,8 @@ def _gaussian(k: int, n: int, seed: int = 0) -> np.ndarray:
 
 
 def _round_trip(w: np.ndarray, spec: QuantSpec, importance: np.ndarray | None = None) -> Quantized:
-    qparams = choose_qparams(w, spec, importance=importance)
-    return Quantized(quantize(w, qparams, spec), qparams, spec)
+    qparams = spec.fit(w, importance)
+    return Quantized(spec.project(w, qparams), qparams, spec)
 
 
 def test_symmetric_grid_puts_the_largest_value_on_minus_eight() -> None:
@@ -83,7 +83,7 @@ def test_zero_and_constant_groups(bits, grid, importance) -> None:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_codes_belong_to_the_scale_that_is_stored(grid, dtype) -> None:
     w, spec = _gaussian(32, 64), QuantSpec(8, PerGroup(32), scale_dtype=dtype, **GRIDS[grid])
-    exact = choose_qparams(w, QuantSpec(8, PerGroup(32), scale_dtype=np.float64, **GRIDS[grid]))
+    exact = QuantSpec(8, PerGroup(32), scale_dtype=np.float64, **GRIDS[grid]).fit(w)
     q = _round_trip(w, spec)
     scale = q.qparams.scale
     stored = np.float16 if dtype is np.float32 else dtype  # kernels keep two bytes of float32 models' scales, too
@@ -91,12 +91,12 @@ def test_codes_belong_to_the_scale_that_is_stored(grid, dtype) -> None:
     levels = q.codes.astype(np.float64) - q.qparams.zero_point
     nearest = np.clip(np.rint(w / scale) + q.qparams.zero_point, spec.qmin, spec.qmax) - q.qparams.zero_point
     np.testing.assert_array_equal(levels, nearest)
-    assert (quantize(w, exact, spec) != q.codes).any(), "rounding the scale afterwards would give other codes"
+    assert (spec.project(w, exact) != q.codes).any(), "rounding the scale afterwards would give other codes"
 
 
 def test_float32_scales_where_float16_is_too_coarse_stay_as_they_are() -> None:
     scale = np.array([[2**-16, 65504, 0.3], [1.5e-5, 7e4, -0.3]], np.float32)
-    kept = storable(scale, QuantSpec(4, PerGroup(32)))
+    kept = storable(scale, np.float32)
     np.testing.assert_array_equal(kept[0, :2], scale[0, :2])
     np.testing.assert_array_equal(kept[1, :2], scale[1, :2])
     np.testing.assert_array_equal(kept[:, 2], scale[:, 2].astype(np.float16))
@@ -113,7 +113,7 @@ def test_scales_too_small_for_half_precision_do_not_become_zero() -> None:
 def test_positive_scales_where_they_are_demanded(importance) -> None:
     w, weights = _gaussian(70, 50), np.exp(_gaussian(70, 1)[:, 0]) if importance else None
     for grid, positive in (("positive", True), ("asym", True), ("sym", False)):
-        scale = choose_qparams(w, QuantSpec(4, PerGroup(32), **GRIDS[grid]), importance=weights).scale
+        scale = QuantSpec(4, PerGroup(32), **GRIDS[grid]).fit(w, weights).scale
         assert (scale > 0).all() == positive
 
 
@@ -142,7 +142,7 @@ def test_round_trip_is_within_half_a_step(shape, size, bits, grid) -> None:
     # and the rounding of the scale to float16, by 2^-9 of the range at most.
     cut = (1.0 if spec.symmetric else 0.5) + (spec.qmax - spec.qmin) * 2**-9
     assert (np.abs(w - clipped) <= np.abs(step) * (1 + 2e-5) * cut).all()
-    again = quantize(q.dequantize(), q.qparams, spec)
+    again = spec.project(q.dequantize(), q.qparams)
     np.testing.assert_array_equal(again, q.codes)
 
 
@@ -184,5 +184,5 @@ def test_signed_scales_beat_positive_ones() -> None:
 def test_dequantize_is_code_minus_zero_times_scale() -> None:
     qparams = QParams(np.array([[0.5], [2.0]], np.float32), np.array([[3.0], [15.0]], np.float32))
     codes = np.array([[0], [15], [0], [15]], np.uint8)
-    values = dequantize(codes, qparams, QuantSpec(4, PerGroup(2)))
+    values = QuantSpec(4, PerGroup(2)).decode(codes, qparams)
     np.testing.assert_array_equal(values, [[-1.5], [6.0], [-30.0], [0.0]])

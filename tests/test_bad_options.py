@@ -25,7 +25,7 @@ OPTIONS = {
     "group_size_word": (["--group-size", "many"], r"argument --group-size: invalid int value: 'many'"),
     "group_of_target": (["--group-size", "24", "--target", "matmulnbits"], r"matmulnbits takes group sizes 16, 32, 64"),
     "bits": (["--bits", "3"], r"4 or 8 bits, got 3"),
-    "lm_head": (["--lm-head", "5"], r"expected 4, 8 or keep, got '5'"),
+    "lm_head": (["--lm-head", "5"], r"expected 4, 8, a weight format or keep, got '5'"),
     "provider": (["--provider", "tpu"], r"no provider tpu; it has .*CPUExecutionProvider"),
     "missing_recipe": (["--recipe", "no.yaml"], r"recipe no\.yaml cannot be read"),
     "both_symmetries": (["--symmetric", "--asymmetric"], r"not allowed with argument"),

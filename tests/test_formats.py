@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
-from qcompile.passes.formats import emit, functions
-from qcompile.passes.formats.functions import DOMAIN
+from qcompile.passes.formats import functions
+from qcompile.passes.formats.base import DOMAIN, pack_nibbles
 from qcompile.runtime.sessions import run, session
 
 # Relative to the largest output. Level 0 keeps float32 activations; ONNX Runtime's own choice rounds them to int8.
@@ -23,7 +23,7 @@ def _operator(name: str, arrays: dict[str, tuple[np.ndarray, ir.DataType]], firs
     values = []
     for key, (array, dtype) in arrays.items():
         if dtype.bitwidth == 4:
-            tensor = ir.PackedTensor(emit.pack_nibbles(array), dtype, shape=ir.Shape(array.shape))
+            tensor = ir.PackedTensor(pack_nibbles(array), dtype, shape=ir.Shape(array.shape))
         else:
             tensor = ir.Tensor(array, dtype)
         values.append(ir.val(key, const_value=tensor))
@@ -155,8 +155,8 @@ def test_every_nibble_decodes_in_both_halves_of_a_byte(symmetric) -> None:
 
 
 def test_nibbles_are_low_first_and_padded_with_zero() -> None:
-    np.testing.assert_array_equal(emit.pack_nibbles(np.array([1, 15, 7], np.uint8)), [0xF1, 0x07])
-    np.testing.assert_array_equal(emit.pack_nibbles(np.array([[-1, -8], [7, 0]], np.int8)), [0x8F, 0x07])
+    np.testing.assert_array_equal(pack_nibbles(np.array([1, 15, 7], np.uint8)), [0xF1, 0x07])
+    np.testing.assert_array_equal(pack_nibbles(np.array([[-1, -8], [7, 0]], np.int8)), [0x8F, 0x07])
     codes = np.random.default_rng(0).integers(0, 16, (5, 6))
     flat = [a | b << 4 for a, b in list(pairwise(codes.reshape(-1).tolist()))[::2]]
-    assert emit.pack_nibbles(codes).tolist() == flat
+    assert pack_nibbles(codes).tolist() == flat

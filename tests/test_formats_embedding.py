@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
-from qcompile.passes.formats import emit, functions
-from qcompile.passes.formats.functions import DOMAIN
+from qcompile.passes.formats import functions
+from qcompile.passes.formats.base import DOMAIN, pack_nibbles
 from qcompile.runtime.sessions import run, session
 
 
@@ -95,4 +95,4 @@ def test_onnx_reference_evaluator_agrees(bits) -> None:
 def test_the_byte_form_is_the_nibble_form() -> None:
     """With an even vocabulary both are the same bytes, so that a tied pair is stored once."""
     codes = np.random.default_rng(0).integers(0, 16, (6, 10)).astype(np.uint8)
-    np.testing.assert_array_equal(_bytes(codes).reshape(-1), emit.pack_nibbles(codes))
+    np.testing.assert_array_equal(_bytes(codes).reshape(-1), pack_nibbles(codes))

@@ -13,7 +13,8 @@ import pytest
 from qcompile.compiler.inspection import inspect
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.base import Region
-from qcompile.passes.formats.functions import ACTIVATION_BITS, is_product
+from qcompile.passes.formats.base import ACTIVATION_BITS
+from qcompile.passes.formats.functions import is_product
 from qcompile.passes.formats.lower import lower
 from qcompile.passes.fuse import Fuse, joined_name
 from qcompile.passes.pack import Pack

@@ -5,9 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from qcompile.passes.affine import QParams, Quantized, choose_qparams, quantize
+from qcompile.passes.affine import QParams, Quantized
 from qcompile.passes.gptq import ErrorCompensated, _compensate, _descend, _refit_scales, default_damping
 from qcompile.passes.rounding import column_errors, round_to_nearest, round_with_clip
+from qcompile.passes.row_steps import Descent, Nearest
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
 
@@ -64,8 +65,23 @@ def test_the_sweep_is_the_textbook_s(k, size, grid) -> None:
     """150 rows are more than one lazy block of 128; act-order leaves the codes in natural order."""
     w, statistics = _problem(k, 6, seed=k)
     spec, gram = QuantSpec(4, PerGroup(size), **GRIDS[grid]), _raised(statistics.gram, 0.01)
-    qparams = choose_qparams(w, spec)
+    qparams = spec.fit(w)
     np.testing.assert_array_equal(_compensate(w, gram, qparams, spec).codes, _textbook(w, gram, qparams, spec))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("k", "size"), [(7, 4), (150, 64)])
+def test_the_fast_form_for_integers_is_the_general_one(k, size, grid, bits) -> None:
+    """Row by row through the grid's own fit and project. Descent adds in another order: at a tie it may differ."""
+    w, statistics = _problem(k, 40, seed=k)
+    spec, gram = QuantSpec(bits, PerGroup(size), **GRIDS[grid]), _raised(statistics.gram, 0.01)
+    qparams = spec.fit(w, np.diagonal(gram))
+    fast = _compensate(w, gram, qparams, spec)
+    np.testing.assert_array_equal(fast.codes, _compensate(w, gram, qparams, spec, rows=Nearest).codes)
+    moved, general = _descend(w, gram, fast), _descend(w, gram, fast, steps=Descent)
+    assert (moved.codes != general.codes).mean() < 1e-3
+    np.testing.assert_allclose(_errors(moved, w, gram).sum(), _errors(general, w, gram).sum(), rtol=1e-3)
 
 
 def test_uncorrelated_channels_need_no_compensation() -> None:
@@ -169,8 +185,8 @@ def test_more_damping_means_less_compensation() -> None:
     w, statistics = _problem(48, 12)
     spec = QuantSpec(4, PerGroup(16))
     gram = _raised(statistics.gram, 1e6)
-    qparams = choose_qparams(w, spec)
-    np.testing.assert_array_equal(_compensate(w, gram, qparams, spec).codes, quantize(w, qparams, spec))
+    qparams = spec.fit(w)
+    np.testing.assert_array_equal(_compensate(w, gram, qparams, spec).codes, spec.project(w, qparams))
 
 
 def test_statistics_are_demanded() -> None:

@@ -15,7 +15,7 @@ from qcompile.compiler.html_report import to_html
 from qcompile.compiler.report import ActivationRange, Report
 from qcompile.compiler.verify import NodeError, OutputError
 from qcompile.models.tiny import tiny_decoder
-from qcompile.passes.base import Decision
+from qcompile.passes.base import Decision, Reason
 
 NAN = float("nan")
 
@@ -38,8 +38,9 @@ def test_a_compiled_decoder_is_all_on_the_page(bench: Any) -> None:
 
 
 def test_nodes_kept_for_their_sensitivity_are_counted_together() -> None:
-    kept = [node(f"k{i}", f"kept for its sensitivity: rank {i}, KL 0.{i} alone", action="kept") for i in (1, 2)]
-    light = [node(f"q{i}", f"int8 per channel, weights only: kept for its sensitivity: rank {i}") for i in (3, 4)]
+    alone = "kept for its sensitivity"
+    kept = [node(f"k{i}", Reason(alone, f"rank {i}, KL 0.{i} alone"), action="kept") for i in (1, 2)]
+    light = [node(f"q{i}", Reason("int8 per channel, weights only", f"{alone}: rank {i}")) for i in (3, 4)]
     source = to_html(_report(*kept, *light))
     body = source[source.index('<section id="coverage"') : source.index('<section id="errors"')]
     assert body.count("<tr>") == 3, "the head and two rows"

@@ -19,7 +19,7 @@ from native_models import Case, native_library, open_session, relative
 from onnx import TensorProto, helper
 
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.functions import VERSION
+from qcompile.passes.formats.base import VERSION
 from qcompile.runtime import library as module
 from qcompile.runtime import library_path, session, sessions
 from qcompile.runtime.library import operators_version

@@ -100,7 +100,7 @@ def test_toml_and_yaml_say_the_same(tmp_path: Path) -> None:
         ({"exclude": 3}, r"exclude must be a list of patterns, got 3"),
         ({"include": ["a", 3]}, r"include must be a list of patterns"),
         ({"bits": 3}, r"4 or 8 bits, got 3"),
-        ({"lm_head": 5}, r"lm_head takes 4, 8 or keep, got 5"),
+        ({"lm_head": 5}, r"lm_head takes 4, 8, a weight format or keep, got 5"),
         ({"group_size": 7}, r"group size 7 is not possible"),
         ({"group_size": -1}, r"group size -1 is not possible"),
         ({"target": "gguf"}, r"unknown target 'gguf'; choose one of qcompile, matmulnbits, qdq"),

@@ -4,7 +4,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile.passes.affine import choose_qparams, quantize
 from qcompile.passes.errors import UserError
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 
@@ -56,8 +55,8 @@ def test_bits_per_weight_counts_what_is_stored(bits, symmetric) -> None:
     k, n = 576, 8
     spec = QuantSpec(bits, PerGroup(128), symmetric)
     w = np.random.default_rng(0).standard_normal((k, n)).astype(np.float32)
-    qparams = choose_qparams(w, spec)
-    stored_bits = bits * quantize(w, qparams, spec).size + 32 * qparams.scale.size
+    qparams = spec.fit(w)
+    stored_bits = bits * spec.project(w, qparams).size + 32 * qparams.scale.size
     stored_bits += 0 if symmetric else bits * qparams.zero_point.size
     assert spec.bits_per_weight(k) == pytest.approx(stored_bits / w.size, rel=1e-12)
 

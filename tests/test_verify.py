@@ -24,7 +24,7 @@ from qcompile.compiler.verify import (
 )
 from qcompile.models.tiny import tiny_decoder, tiny_mlp
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats import emit
+from qcompile.passes.formats import integers
 from qcompile.runtime.sessions import run, session
 
 IDS = np.random.default_rng(5).integers(0, 256, (2, 20))
@@ -94,8 +94,8 @@ def test_a_packed_file_needs_its_data(compiled: dict[str, Path]) -> None:
 
 
 def _flip(monkeypatch: pytest.MonkeyPatch, *, when: Any = lambda name: True) -> None:
-    """Have emit write one wrong code in each weight of a fitting name: what a broken packer would do."""
-    original = emit.add_codes
+    """Have the format write one wrong code in each weight of a fitting name: what a broken packer would do."""
+    original = integers.add_codes
 
     def broken(model: ir.Model, name: str, codes: Any, dtype: ir.DataType) -> ir.Value:
         if when(name):
@@ -103,7 +103,7 @@ def _flip(monkeypatch: pytest.MonkeyPatch, *, when: Any = lambda name: True) -> 
             codes[3, 2] ^= 1 << (dtype.bitwidth - 1)
         return original(model, name, codes, dtype)
 
-    monkeypatch.setattr(emit, "add_codes", broken)
+    monkeypatch.setattr(integers, "add_codes", broken)
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight.int4", "lm_head.weight.int8"])

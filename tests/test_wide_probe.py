@@ -12,7 +12,7 @@ from qcompile.models.tiny import tiny_decoder
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.affine import Quantized
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats import emit
+from qcompile.passes.formats import integers
 
 # Blocks that divide none of the widths 32, 48, 64, 160, 256 evenly, and leave none of them narrow.
 COLUMNS = 27
@@ -56,7 +56,7 @@ def test_only_rows_leave_the_run(bench: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_one_wrong_code_in_the_last_columns_is_found(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = emit.add_codes
+    original = integers.add_codes
 
     def broken(model: ir.Model, name: str, codes: Any, dtype: ir.DataType) -> ir.Value:
         codes = codes.copy()
@@ -64,6 +64,6 @@ def test_one_wrong_code_in_the_last_columns_is_found(bench: Any, monkeypatch: py
         return original(model, name, codes, dtype)
 
     source = bench.save(tiny_decoder(layers=1))
-    monkeypatch.setattr(emit, "add_codes", broken)
+    monkeypatch.setattr(integers, "add_codes", broken)
     with pytest.raises(UserError, match="the packed operator differs from its own weights"):
         _nodes(bench, source, monkeypatch, COLUMNS)

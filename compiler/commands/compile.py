@@ -23,6 +23,7 @@ from qcompile.compiler.report import print_report
 from qcompile.compiler.sources import Calibration
 from qcompile.compiler.store import check_model_file, check_output_path, check_result_path
 from qcompile.passes.errors import UserError
+from qcompile.passes.formats import FORMATS
 
 _DESCRIPTION = """\
 Quantize the weights of an ONNX model. The result is one ONNX file (and its data file) that any ONNX Runtime
@@ -31,7 +32,7 @@ plain rounding to nearest and needs no data. Parameters go in parentheses: "smoo
 `qcompile passes` lists them."""
 _DEFAULTS = Recipe()
 # Settings of packed weights, that a command without them leaves None.
-WEIGHTS_ONLY = ("bits", "group_size", "symmetric", "target", "activations", "min_coverage", "min_cosine")
+WEIGHTS_ONLY = ("weights", "bits", "group_size", "symmetric", "target", "activations", "min_coverage", "min_cosine")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,8 +48,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("-o", "--output", help=told)
     add = parser.add_argument_group("what to do").add_argument
     add("--passes", help="ordered list of passes (default: smooth,awq,gptq,pack)")
+    told = f"how ordinary weights are stored: {', '.join(own.name for own in FORMATS)}; parameters go in parentheses, "
+    add("--weights", metavar="FORMAT", help=f"{told}such as \"int4(group=64)\" (default: what --bits, --group-size and "
+        "--symmetric say)")  # fmt: skip
     add("--bits", type=int, help="bits of ordinary weights: 4 or 8 (default: 4)")
-    add("--group-size", type=int, metavar="N", help="weights that share a scale; 0: one scale a column (default: 128)")
+    add("--group-size", type=int, metavar="N", help="weights that share a scale; 0: one scale a column (default: 128); "
+        "--weights has its own")  # fmt: skip
     symmetry = parser.add_mutually_exclusive_group()
     symmetry.add_argument("--symmetric", action="store_true", default=None, help="signed codes without zero points")
     symmetry.add_argument(
@@ -88,8 +93,9 @@ def add_parser(subparsers: Any) -> None:
 
 def add_choice(add: Callable[..., Any]) -> None:
     """Add the options that say which weights are quantized."""
-    add("--lm-head", type=_bits, metavar="{4,8,keep}", help="bits of the output projection (default: 8)")
-    add("--embedding", type=_bits, metavar="{4,8,keep}", help="bits of the token embedding (default: 8)")
+    told = "bits or weight format of the {} (default: 8)"
+    add("--lm-head", type=_bits, metavar="{4,8,FORMAT,keep}", help=told.format("output projection"))
+    add("--embedding", type=_bits, metavar="{4,8,FORMAT,keep}", help=told.format("token embedding"))
     add("--include", action="append", metavar="PATTERN",
         help="quantize only nodes or weights of this name, or nodes of "
         "this operator; may repeat")  # fmt: skip
@@ -140,9 +146,11 @@ def _image_size(text: str) -> tuple[int, int]:
 
 
 def _bits(text: str) -> int | str:
-    if text in ("4", "8", "keep"):
-        return text if text == "keep" else int(text)
-    raise argparse.ArgumentTypeError(f"expected 4, 8 or keep, got {text!r}")
+    if text in ("4", "8"):
+        return int(text)
+    if text[:1].isalpha():
+        return text
+    raise argparse.ArgumentTypeError(f"expected 4, 8, a weight format or keep, got {text!r}")
 
 
 def _activations(text: str) -> int | str:
@@ -154,7 +162,7 @@ def _activations(text: str) -> int | str:
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe file's settings, overridden by the options given."""
     plain = (load_recipe(args.recipe) if args.recipe else _DEFAULTS).to_dict()
-    names = ("bits", "group_size", "symmetric", "target", "samples", "context", "seed", "provider")
+    names = ("weights", "bits", "group_size", "symmetric", "target", "samples", "context", "seed", "provider")
     given = {
         name: getattr(args, name)
         for name in (*names, "min_coverage", "min_cosine", "lm_head", "embedding", "activations", "include", "exclude")

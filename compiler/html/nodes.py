@@ -7,7 +7,8 @@ from qcompile.compiler.console import megabytes
 from qcompile.compiler.html.markup import Markup, number, percent, search, section, table, text
 from qcompile.compiler.report import Report
 from qcompile.compiler.verify import NodeError
-from qcompile.passes.base import Decision
+from qcompile.passes.base import STATIC, Decision
+from qcompile.passes.formats import named
 
 # What became of a node: the class of its colour (style.py) and what the legend says.
 KINDS = {
@@ -74,9 +75,9 @@ def _deciding(report: Report) -> Iterator[Decision]:
 def _kind(decision: Decision) -> str:
     if decision.action != "quantized":
         return "kept" if decision.action == "kept" else "skipped"
-    if "static" in decision.reason:
+    if decision.format == STATIC:
         return "static"
-    return "int4" if decision.reason.startswith("int4") else "int8"
+    return "int4" if decision.format and named(decision.format).bits <= 4 else "int8"
 
 
 def _size(decision: Decision, seen: set[str]) -> int | None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qcompile.passes.affine import Array
 from qcompile.passes.bodies import Owners
-from qcompile.passes.formats.emit import drop_unused, drop_weight
+from qcompile.passes.formats.base import drop_unused, drop_weight
 from qcompile.passes.linears import constant
 from qcompile.passes.prepare.edit import Names, add_initializer, insert_before
 

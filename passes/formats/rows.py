@@ -6,9 +6,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array, Quantized
-from qcompile.passes.formats import functions
+from qcompile.passes.formats import functions, operator
+from qcompile.passes.formats.base import DOMAIN, LOOKUP, add_codes, become, drop_unused, pack_nibbles
 from qcompile.passes.formats.decoded import Coded
-from qcompile.passes.formats.emit import add_codes, drop_unused, pack_nibbles
 from qcompile.passes.linears import constant, dimensions
 from qcompile.passes.prepare.edit import add_initializer
 from qcompile.passes.rounding import round_to_nearest
@@ -22,13 +22,15 @@ class Rows:
 
     shape: tuple[int, ...]
     quantized: Quantized
+    spec: QuantSpec
 
     @classmethod
     def of(cls, weight: ir.Value, spec: QuantSpec) -> "Rows":
         """The weight of an initializer, rounded to nearest."""
         shape = dimensions(weight)
         rows = np.asarray(read(constant(weight)), np.float32).reshape(-1, shape[-1]).T
-        return cls(shape, round_to_nearest(np.ascontiguousarray(rows), own_spec(weight, spec), None))
+        own = own_spec(weight, spec)
+        return cls(shape, round_to_nearest(np.ascontiguousarray(rows), own, None), own)
 
     def shaped(self, matrix: Array) -> Array:
         """A matrix (K or G, rows) in the order of the weight: (…, K or G)."""
@@ -48,8 +50,8 @@ def own_spec(weight: ir.Value, spec: QuantSpec) -> QuantSpec:
 def coded(model: ir.Model, weight: ir.Value, spec: QuantSpec) -> Coded:
     """The weight as a DequantizeLinear with blocks along the last axis reads it; initializers that are made once."""
     rows, known = Rows.of(weight, spec), model.graph.initializers
-    quantized, own = rows.quantized, rows.quantized.spec
-    name, dtype = f"{weight.name}.int{own.bits}.rows", constant(weight).dtype.numpy()
+    quantized, own = rows.quantized, rows.spec
+    name, dtype = f"{weight.name}.{own.format}.rows", constant(weight).dtype.numpy()
     if name not in known:
         add_codes(model, name, rows.shaped(quantized.codes), own.dtype)  # type: ignore[arg-type]
         scale = rows.shaped(quantized.qparams.scale).astype(dtype)
@@ -72,8 +74,8 @@ def replace_lookup(model: ir.Model, node: ir.Node, spec: QuantSpec) -> int:
     if dimensions(table)[-1] % 2:
         spec = replace(spec, bits=8)
     rows, known = Rows.of(table, replace(spec, symmetric=spec.symmetric and spec.bits == 8)), model.graph.initializers
-    quantized, own = rows.quantized, rows.quantized.spec
-    name = f"{table.name}.int{own.bits}.lookup"
+    quantized, own = rows.quantized, rows.spec
+    name = f"{table.name}.{own.format}.lookup"
     if name not in known:
         codes = rows.shaped(quantized.codes)  # type: ignore[arg-type]
         if own.bits == 4:
@@ -83,13 +85,9 @@ def replace_lookup(model: ir.Model, node: ir.Node, spec: QuantSpec) -> int:
         add_initializer(model.graph, f"{name}.scale", ir.tensor(scale))
         zeros = rows.shaped(quantized.qparams.zero_point).astype(own.code_dtype)
         add_initializer(model.graph, f"{name}.zero_point", ir.tensor(zeros))
-    functions.register(model, f"GatherInt{own.bits}")
+    functions.register(model, operator(LOOKUP, own))
     inputs = [node.inputs[1], known[name], known[f"{name}.scale"], known[f"{name}.zero_point"]]
-    node.resize_inputs(len(inputs))
-    for i, value in enumerate(inputs):
-        node.replace_input_with(i, value)
-    node.op_type, node.domain, node.overload = f"GatherInt{own.bits}", functions.DOMAIN, ""
-    node.attributes.clear()
-    node.attributes["block_size"] = ir.AttrInt64("block_size", own.group_size(rows.shape[-1]))
+    attributes = {"block_size": own.group_size(rows.shape[-1])}
+    become(node, operator(LOOKUP, own), inputs, attributes, domain=DOMAIN)
     drop_unused(model, table)
     return sum(constant(value).nbytes for value in inputs[1:] if value is not None)

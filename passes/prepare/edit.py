@@ -110,9 +110,10 @@ def insert_before(
     *,
     name: str,
     output: str,
+    domain: str = "",
 ) -> ir.Value:
     """The output, called `output`, of a new node that stands right before `place` in its graph."""
-    node = ir.node(op_type, inputs, attributes, name=name)
+    node = ir.node(op_type, inputs, attributes, name=name, domain=domain)
     node.outputs[0].name = output
     assert place.graph is not None
     place.graph.insert_before(place, node)

@@ -6,7 +6,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array
-from qcompile.passes.formats.emit import drop_unused
+from qcompile.passes.formats.base import drop_unused
 from qcompile.passes.linears import constant
 from qcompile.passes.masks import FILL
 from qcompile.passes.prepare.edit import add_initializer, insert_before, is_constant, stem

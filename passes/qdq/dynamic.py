@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
-from qcompile.passes.formats.emit import drop_weight
+from qcompile.passes.formats.base import drop_weight
 from qcompile.passes.inner import int8, quantize_inner
 from qcompile.passes.linears import LEFT, Linear, constant, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy

@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.formats import emit, functions
+from qcompile.passes.formats import functions, operator
+from qcompile.passes.formats.base import DOMAIN, EMBEDDING, become, drop_unused
+from qcompile.passes.formats.emit import floats
 from qcompile.passes.linears import Embedding, find_embeddings
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.edit import Decide, add_initializer
-from qcompile.passes.qdq.weights import Stored, WeightStore
+from qcompile.passes.qdq.weights import SPEC, Stored, WeightStore
 
 
 def quantize_embeddings(model: ir.Model, policy: Policy, store: WeightStore, decide: Decide) -> None:
@@ -25,7 +27,7 @@ def quantize_embeddings(model: ir.Model, policy: Policy, store: WeightStore, dec
         if isinstance(spec, str):
             decide(name, "kept", spec, kind="Gather", weights=size, weight=embedding.table.name)
             continue
-        w = np.ascontiguousarray(emit.floats(embedding.table).T)
+        w = np.ascontiguousarray(floats(embedding.table).T)
         stored = store.store(embedding.table, w, 1, transposed=True)
         _replace(model, embedding, stored)
         decide(
@@ -51,12 +53,7 @@ def _replace(model: ir.Model, embedding: Embedding, stored: Stored) -> None:
         add_initializer(model.graph, f"{name}.scale", ir.tensor(scale.astype(dtype.numpy()).reshape(1, -1))),
         add_initializer(model.graph, f"{name}.zero_point", ir.tensor(np.zeros((1, codes.shape[1]), codes.dtype))),
     ]
-    functions.register(model, "EmbeddingInt8")
-    node = embedding.node
-    node.resize_inputs(4)
-    for i, value in enumerate([embedding.indices, *inputs]):
-        node.replace_input_with(i, value)
-    node.op_type, node.domain, node.overload = "EmbeddingInt8", functions.DOMAIN, ""
-    node.attributes.clear()
-    node.attributes["block_size"] = ir.AttrInt64("block_size", codes.shape[0])
-    emit.drop_unused(model, embedding.table)
+    name = operator(EMBEDDING, SPEC)
+    functions.register(model, name)
+    become(embedding.node, name, [embedding.indices, *inputs], {"block_size": codes.shape[0]}, domain=DOMAIN)
+    drop_unused(model, embedding.table)

@@ -6,9 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompile.passes.base import STATIC
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.emit import drop_weight
-from qcompile.passes.formats.functions import DOMAIN, OUTLIER, register
+from qcompile.passes.formats.base import DOMAIN, drop_weight
+from qcompile.passes.formats.functions import OUTLIER, register
 from qcompile.passes.linears import Linear, as_linear, constant
 from qcompile.passes.prepare.edit import Decide, add_initializer, insert_before
 from qcompile.passes.qdq.outliers import OUTLIERS, Outliers
@@ -35,14 +36,15 @@ def replace_outlier(model: ir.Model, node: ir.Node, grid: WeightGrid, spec: Acti
         node.replace_input_with(i, value)
     node.op_type, node.domain, node.overload = OUTLIER, DOMAIN, ""
     drop_weight(model, linear.weight, read)
-    told(linear, stored, outlying, f"{grid} static, {spec}", decide)
+    told(linear, stored, outlying, f"{grid} static, {spec}", decide, STATIC)
 
 
-def told(linear: Linear, stored: Stored, outlying: ir.Value, form: str, decide: Decide) -> None:
+def told(linear: Linear, stored: Stored, outlying: ir.Value, form: str, decide: Decide, format: str = "") -> None:
     """Decide that the linear is quantized, its float rows counted among the bytes."""
     size, nbytes = max(stored.quantized.codes.size, 1), stored.nbytes + constant(outlying).nbytes
     detail = {"kind": "MatMul", "weights": size, "weight": stored.codes.name, "bytes": nbytes}
-    decide(linear.name, "quantized", f"{form}, outliers in float", **detail, bits_per_weight=8 * nbytes / size)
+    bits = 8 * nbytes / size
+    decide(linear.name, "quantized", f"{form}, outliers in float", format=format, **detail, bits_per_weight=bits)
 
 
 def split_weight(model: ir.Model, linear: Linear, own: Outliers, grid: WeightGrid) -> tuple[Stored, ir.Value]:

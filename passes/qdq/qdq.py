@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array, QParams
-from qcompile.passes.base import Pass, Region
+from qcompile.passes.base import STATIC, Pass, Reason, Region
 from qcompile.passes.errors import UserError
 from qcompile.passes.inner import int8, quantize_inner
 from qcompile.passes.observers import OBSERVERS
@@ -214,7 +214,9 @@ class Qdq(Pass):
                 replace_outlier(model, node, self.grid, self.spec, self.decide)
                 continue
             if weight_position(node) is None or x is None:
-                self.decide(node.name or "", "quantized", f"static {self.spec}", kind=node.op_type, weights=0)
+                self.decide(
+                    node.name or "", "quantized", f"static {self.spec}", format=STATIC, kind=node.op_type, weights=0
+                )
                 continue
             size = _elements(node)
             # For TensorRT as well, whose biases stay float: ONNX Runtime's CPU provider makes codes of them.
@@ -222,11 +224,11 @@ class Qdq(Pass):
             scales[node] = np.asarray(grids[x].scale * stored.quantized.scale, np.float32)
             if rule.bias is not None and TYPES[self.provider].bias and not self.spec.is_float:
                 quantize_bias(model, node, rule.bias, scales[node], _channels(stored))
-            self._told(node, "quantized", f"{self.grid} static, {self.spec}", stored, size)
+            self._told(node, "quantized", f"{self.grid} static, {self.spec}", stored, size, format=STATIC)
         for node, rule in selection.heads.items():
             size = _elements(node)
             why = self.policy.weights_only.get(str(node.name))
-            reason = f"{self.grid}, weights only" + (f": {why}" if why else "")
+            reason = Reason(f"{self.grid}, weights only", why or "")
             self._told(node, "quantized", reason, self.store.dequantized(node, rule), size)
         return scales
 
@@ -265,14 +267,23 @@ class Qdq(Pass):
             graph.insert_before(graph[0], [quantize, dequantize])
         return dequantize.outputs[0]
 
-    def _told(self, node: ir.Node, action: str, reason: str, stored: Stored | None = None, size: int = 0) -> None:
+    def _told(
+        self,
+        node: ir.Node,
+        action: str,
+        reason: str,
+        stored: Stored | None = None,
+        size: int = 0,
+        *,
+        format: str = "",
+    ) -> None:
         if stored is None:
             self.decide(node.name or "", action, reason, kind=node.op_type, weights=_elements(node), weight=node.name)
             return
         name, size = str(stored.codes.name), max(size, 1)
         bits = 8 * stored.nbytes / size
         detail = {"kind": node.op_type, "weights": size, "weight": name, "bytes": stored.nbytes}
-        self.decide(node.name or "", action, reason, **detail, bits_per_weight=bits)
+        self.decide(node.name or "", action, reason, format=format, **detail, bits_per_weight=bits)
 
 
 def activation_spec(provider: str, activations: str, symmetric: bool | str) -> ActivationSpec:

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.affine import LEAST_SCALE, Array, QParams, Quantized, choose_qparams, quantize, storable
-from qcompile.passes.formats.emit import drop_weight
+from qcompile.passes.affine import LEAST_SCALE, Array, QParams, Quantized
+from qcompile.passes.formats.base import drop_weight
 from qcompile.passes.gptq import QUANTIZED
 from qcompile.passes.linears import as_linear, constant
 from qcompile.passes.prepare.edit import add_initializer, insert_before, stem
@@ -71,17 +71,17 @@ def quantize_weight(
     moved = np.moveaxis(w, axis, -1)
     matrix = moved.reshape(-1, moved.shape[-1] if grid.per_channel else 1)
     if grid.float8:
-        scale = storable(np.abs(matrix).max(axis=0, keepdims=True) / _FLOAT8_MOST, spec)
+        scale = spec.storable(np.abs(matrix).max(axis=0, keepdims=True) / _FLOAT8_MOST)
         inside = np.clip(matrix / scale, -_FLOAT8_MOST, _FLOAT8_MOST)  # beyond are NaN, and scales are rounded
         codes: npt.NDArray[Any] = inside.astype(ml_dtypes.float8_e4m3fn)
     else:
-        qparams = choose_qparams(matrix, spec)
+        qparams = spec.fit(matrix)
         if grid.reduce_range:
             qparams = QParams(qparams.scale * _REDUCED, qparams.zero_point)
         if least is not None:
             floor = least if grid.per_channel else least.max(keepdims=True)
             qparams = QParams(np.maximum(qparams.scale, floor), qparams.zero_point)
-        scale, codes = qparams.scale, quantize(matrix, qparams, spec)
+        scale, codes = qparams.scale, spec.project(matrix, qparams)
     codes = np.ascontiguousarray(np.moveaxis(codes.reshape(moved.shape), -1, axis))
     return freed(Codes(codes, scale.reshape(-1) if grid.per_channel else scale.reshape(()), axis), least)
 
@@ -179,7 +179,7 @@ class WeightStore:
     def _compensated(self, value: ir.Value, transposed: bool) -> Codes | None:
         """The codes that `gptq` chose for a weight, where they are of this grid."""
         known: Quantized | None = value.meta.pop(QUANTIZED, None)
-        if known is None or transposed or self.grid != WeightGrid() or known.spec.bits != SPEC.bits:
+        if known is None or transposed or self.grid != WeightGrid() or known.spec.format != SPEC.format:
             return None
         return Codes(known.codes, known.qparams.scale[0], 1)
 

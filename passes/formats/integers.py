@@ -1,0 +1,200 @@
+"""int4 and int8: integers with a scale, and mostly a zero point, for each group of rows.
+
+The code of element (k, n) decodes to (w - zero_point) * scale, both of group k // block_size.
+"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,valid-type,misc,untyped-decorator"
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxscript
+from onnxscript import INT64
+from onnxscript import opset21 as op
+
+from qcompile.passes.affine import Grid, Quantized
+from qcompile.passes.errors import UserError
+from qcompile.passes.formats import nbits
+from qcompile.passes.formats.base import (
+    BIASED,
+    EMBEDDING,
+    LOOKUP,
+    OPSET,
+    PRODUCT,
+    Cache,
+    Format,
+    Stored,
+    Tensors,
+    add_codes,
+    alias,
+    as_bytes,
+    grouped_by,
+    operands,
+    role,
+)
+from qcompile.passes.linears import constant, dimensions
+from qcompile.passes.prepare.edit import add_initializer
+from qcompile.passes.spec import QuantSpec, granularity
+
+
+@onnxscript.script(OPSET, default_opset=op)
+def MatMulInt4(x, w, scale, zero_point, block_size: int, activation_bits: int = 16):
+    return op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size))
+
+
+@onnxscript.script(OPSET, default_opset=op)
+def MatMulInt8(x, w, scale, zero_point, block_size: int, activation_bits: int = 16):
+    return op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size))
+
+
+@onnxscript.script(OPSET, default_opset=op)
+def MatMulAddInt4(x, w, scale, bias, zero_point, block_size: int, activation_bits: int = 16):
+    return op.Add(op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size)), bias)
+
+
+@onnxscript.script(OPSET, default_opset=op)
+def MatMulAddInt8(x, w, scale, bias, zero_point, block_size: int, activation_bits: int = 16):
+    return op.Add(op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size)), bias)
+
+
+@onnxscript.script(OPSET, default_opset=op)
+def EmbeddingInt8(indices: INT64, w, scale, zero_point, block_size: int):
+    flat = op.Reshape(indices, op.Constant(value_ints=[-1]))
+    codes = op.Gather(w, flat, axis=1)
+    scales = op.Gather(scale, flat, axis=1)
+    zero_points = op.Gather(zero_point, flat, axis=1)
+    columns = op.DequantizeLinear(codes, scales, zero_points, axis=0, block_size=block_size)
+    shape = op.Concat(op.Shape(indices), op.Shape(w, start=0, end=1), axis=0)
+    return op.Reshape(op.Transpose(columns, perm=[1, 0]), shape, allowzero=1)
+
+
+@onnxscript.script(OPSET, default_opset=op)
+def EmbeddingInt4(indices: INT64, w, scale, zero_point, block_size: int):
+    flat = op.Cast(op.Reshape(indices, op.Constant(value_ints=[-1])), to=7)
+    two = op.Constant(value_int=2)
+    # Negative indices count from V, not from the end of the bytes. The scales, gathered by `flat`, check the bounds.
+    column = op.Where(op.Less(flat, op.Constant(value_int=0)), op.Add(flat, op.Shape(scale, start=1, end=2)), flat)
+    # Element 2j of a row is the low nibble of byte j, element 2j + 1 the high one.
+    odd = op.Mod(column, two)
+    byte = op.Div(op.Sub(column, odd), two)
+    shift = op.Cast(op.Mul(odd, op.Constant(value_int=4)), to=2)
+    mask = op.Cast(op.Constant(value_int=15), to=2)
+    codes = op.BitwiseAnd(op.BitShift(op.Gather(w, byte, axis=1), shift, direction="RIGHT"), mask)
+    zero_points = op.BitwiseAnd(op.BitShift(op.Gather(zero_point, byte, axis=1), shift, direction="RIGHT"), mask)
+    scales = op.Gather(scale, flat, axis=1)
+    columns = op.DequantizeLinear(codes, scales, zero_points, axis=0, block_size=block_size)
+    shape = op.Concat(op.Shape(indices), op.Shape(w, start=0, end=1), axis=0)
+    return op.Reshape(op.Transpose(columns, perm=[1, 0]), shape, allowzero=1)
+
+
+@onnxscript.script(OPSET, default_opset=op)
+def GatherInt8(indices: INT64, w, scale, zero_point, block_size: int):
+    codes, zero_points = op.Gather(w, indices, axis=0), op.Gather(zero_point, indices, axis=0)
+    return op.DequantizeLinear(codes, op.Gather(scale, indices, axis=0), zero_points, axis=-1, block_size=block_size)
+
+
+@onnxscript.script(OPSET, default_opset=op)
+def GatherInt4(indices: INT64, w, scale, zero_point, block_size: int):
+    pairs = op.Gather(w, indices, axis=0)
+    low = op.BitwiseAnd(pairs, op.Cast(op.Constant(value_int=15), to=2))
+    high = op.BitShift(pairs, op.Cast(op.Constant(value_int=4), to=2), direction="RIGHT")
+    last = op.Constant(value_ints=[-1])
+    both = op.Concat(op.Unsqueeze(low, last), op.Unsqueeze(high, last), axis=-1)
+    columns = op.Mul(op.Shape(pairs, start=-1), op.Constant(value_ints=[2]))
+    codes = op.Reshape(both, op.Concat(op.Shape(pairs, end=-1), columns, axis=0), allowzero=1)
+    zero_points = op.Gather(zero_point, indices, axis=0)
+    return op.DequantizeLinear(codes, op.Gather(scale, indices, axis=0), zero_points, axis=-1, block_size=block_size)
+
+
+_BODIES = {
+    body.name: body
+    for body in (
+        MatMulInt4, MatMulInt8, MatMulAddInt4, MatMulAddInt8, EmbeddingInt8, EmbeddingInt4, GatherInt8, GatherInt4,
+    )
+}  # fmt: skip
+
+
+class Integers(Format):
+    """Affine grids of 4 and 8 bits: what their native kernels, com.microsoft's operators and plain ONNX compute."""
+
+    native = True
+    kinds = (PRODUCT, BIASED, EMBEDDING, LOOKUP)
+
+    def body(self, kind: str, word: str) -> onnx.FunctionProto:
+        return _BODIES[kind + word].to_function_proto()
+
+    def store(self, model: ir.Model, name: str, quantized: Quantized) -> Tensors:
+        spec, qparams = _affine(quantized.spec), quantized.qparams
+        codes = add_codes(model, f"{name}.{self.name}", quantized.codes, spec.dtype)
+        scale = ir.tensor(qparams.scale.astype(spec.scale_dtype))
+        scales = add_initializer(model.graph, f"{name}.{self.name}.scale", scale)
+        zero_point = None
+        if not spec.symmetric:
+            zeros = qparams.zero_point.astype(np.uint8)
+            zero_point = add_codes(model, f"{name}.{self.name}.zero_point", zeros, spec.dtype)
+        return Tensors(codes, scales, zero_point, spec.group_size(quantized.codes.shape[0]))
+
+    def lookup(self, model: ir.Model, tensors: Tensors) -> list[ir.Value]:
+        if tensors.zero_point is None:
+            raise ValueError("an embedding operator always has zero points")
+        view = as_bytes if self.bits == 4 else alias
+        codes, zero_point = view(model, tensors.codes), view(model, tensors.zero_point)
+        return [codes, alias(model, tensors.scale), zero_point]
+
+    def refusal(self, target: str, spec: Grid, k: int) -> str:
+        return nbits.refusal(spec.group_size(k)) if target == "matmulnbits" else ""
+
+    def lower(self, model: ir.Model, node: ir.Node, cache: Cache) -> None:
+        if node.op_type.startswith("MatMul"):
+            nbits.lower_product(model, node, self.bits, cache)
+        elif role(node.op_type) == EMBEDDING:
+            nbits.lower_embedding(model, node, self.bits, cache)
+
+    def read(self, node: ir.Node) -> Stored:
+        if role(node.op_type) == EMBEDDING:
+            values: Sequence[ir.Value | None] = node.inputs[1:]
+        else:
+            own = operands(node)
+            values = [own.codes, own.scale, own.zero_point]
+        given = [value for value in values if value is not None]
+        k, n = dimensions(given[0])[0], dimensions(given[1])[-1]
+        signed = constant(given[0]).dtype in (ir.DataType.INT4, ir.DataType.INT8)
+        size = grouped_by(node.attributes.get_int("block_size", 0), k)
+        form = f"{'' if signed else 'u'}{self.name} {size} {'asym' if len(given) > 2 else 'sym'}"
+        return Stored((k, n), form, given)
+
+
+class Int4(Integers):
+    """4 bits: with zero points, or signed and symmetric."""
+
+    name, words, bits = "int4", ("Int4",), 4
+
+    def grid(self, target: str, *, group: int = 128, symmetric: bool = False) -> QuantSpec:
+        """group: rows that share a scale, 0 for all. TensorRT, which `qdq` is for, demands positive scales."""
+        return QuantSpec(self.bits, granularity(checked(group)), symmetric, target != "qdq")
+
+
+class Int8(Integers):
+    """8 bits with zero points: MatMulNBits is made from those in more versions of ONNX Runtime, and a point more of
+    resolution costs nothing at 8 bits.
+    """
+
+    name, words, bits = "int8", ("Int8",), 8
+
+    def grid(self, target: str, *, group: int = 128) -> QuantSpec:
+        """group: rows that share a scale, 0 for all."""
+        return QuantSpec(self.bits, granularity(checked(group)), symmetric=False, signed_scale=target != "qdq")
+
+
+def checked(group: int) -> int:
+    """A group size that a recipe gives; UserError for one that makes no sense."""
+    if group != 0 and not 8 <= group <= 4096:
+        raise UserError(f"group size {group} is not possible; give 8 to 4096, or 0 for one scale a column")
+    return group
+
+
+def _affine(spec: Grid) -> QuantSpec:
+    if not isinstance(spec, QuantSpec):
+        raise TypeError(f"{spec} is no grid of integers")
+    return spec
