@@ -28,6 +28,7 @@ from qcompile.passes.formats import FORMATS, Format, format_of, named
 from qcompile.passes.formats.base import ACTIVATION_BITS, unpacked
 from qcompile.passes.formats.lower import lower
 from qcompile.passes.gptq import ErrorCompensated
+from qcompile.passes.linears import constant
 from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import column_errors, round_to_nearest, round_with_clip
@@ -40,6 +41,7 @@ NAMES = [own.name for own in FORMATS]
 # Relative error of plain rounding on normal weights in groups of 32 rows, by bits.
 BUDGET = {4: 0.13, 8: 0.009}
 EXACT = 1e-5
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def _sized(own: Format, group: int, target: str = "qcompile") -> Grid:
@@ -90,6 +92,13 @@ def test_the_table_and_its_operators_are_told_apart() -> None:
         assert own.grid("qcompile").bits == own.bits
     with pytest.raises(UserError, match=rf"unknown weight format 'int3'; the formats are {', '.join(NAMES)}"):
         named("int3")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("int")])
+def test_no_other_module_names_a_format(name) -> None:
+    files = [path for layer in ("compiler", "passes") for path in (ROOT / layer).rglob("*.py")]
+    naming = {p.relative_to(ROOT).as_posix() for p in files if re.search(rf"\b{name}\b", p.read_text(), re.IGNORECASE)}
+    assert naming == {f"passes/formats/{name}.py", "passes/formats/__init__.py"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -336,3 +345,28 @@ def test_short_forms_are_the_integer_formats() -> None:
         )
     )
     assert (short.body, short.lm_head, short.embedding) == (long.body, long.lm_head, long.embedding)
+
+
+def test_nf4_on_matmulnbits_is_what_matmulbnb4_decodes_to_the_bit() -> None:
+    """The identity through the node is its weight; the portable table, rounded to int8, is within half a step of it."""
+    own, w = named("nf4"), _weight(128, 6)
+    for half in (False, True):
+        for group in (16, 64, 128):
+            spec = _sized(own, group, "matmulnbits").typed(np.float16 if half else np.float32)
+            model, quantized = _product(spec, w, "matmulnbits")
+            (node,) = (node for node in model.graph if node.op_type == "MatMulBnb4")
+            assert constant(node.inputs[1]).nbytes == w.size / 2
+            found = _run(model, np.eye(128, dtype=spec.scale_dtype))
+            np.testing.assert_array_equal(found, quantized.dequantize().astype(spec.scale_dtype))
+    exact, rounded = (_sized(own, 64, target) for target in ("matmulnbits", "qcompile"))
+    tables = np.array(exact.table), np.array(rounded.table) / 127
+    assert np.abs(tables[0] - tables[1]).max() <= 0.5 / 127
+    a, b = (np.linalg.norm(round_to_nearest(w, spec, None).dequantize() - w) for spec in (exact, rounded))
+    assert 0 < abs(a - b) < 0.01 * a
+
+
+def test_nf4_refuses_groups_that_matmulbnb4_would_read_across_columns() -> None:
+    own = named("nf4")
+    for group, k in ((64, 96), (48, 96), (8, 64), (512, 1024), (0, 96)):
+        assert "rows that divide K" in own.refusal("matmulnbits", _sized(own, group, "matmulnbits"), k)
+        assert not own.refusal("qdq", _sized(own, group), k)
