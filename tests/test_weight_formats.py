@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -370,3 +371,29 @@ def test_nf4_refuses_groups_that_matmulbnb4_would_read_across_columns() -> None:
     for group, k in ((64, 96), (48, 96), (8, 64), (512, 1024), (0, 96)):
         assert "rows that divide K" in own.refusal("matmulnbits", _sized(own, group, "matmulnbits"), k)
         assert not own.refusal("qdq", _sized(own, group), k)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_mxfp4_decodes_as_the_specification_s_types_do(dtype) -> None:
+    """E2M1 and E8M0 of ml_dtypes on the very bits that are stored."""
+    own = named("mxfp4")
+    spec = own.grid("qcompile").typed(dtype)
+    w = (_weight(96, 40) * np.float32(2.0) ** np.linspace(-10, 8, 40, dtype=np.float32)).astype(dtype)
+    quantized = round_to_nearest(w.astype(np.float32), spec, None)
+    tensors = own.store(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), "w", quantized)
+    values = unpacked(tensors.codes, 40).astype(np.uint8).view(ml_dtypes.float4_e2m1fn)
+    scales = constant(tensors.scale).numpy().view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    wanted = values.astype(np.float32) * np.repeat(scales, 32, axis=0)
+    np.testing.assert_array_equal(quantized.dequantize(), wanted)
+    largest = np.abs(w.astype(np.float64)).reshape(3, 32, 40).max(axis=1)
+    shared = 2.0 ** (np.floor(np.log2(largest, where=largest > 0, out=np.zeros_like(largest))) - 2)
+    np.testing.assert_array_equal(np.where(largest > 0, shared, 2), scales)
+
+
+def test_mxfp4_scales_stay_within_what_a_file_can_hold() -> None:
+    spec = named("mxfp4").grid("qcompile")
+    scale = np.array([0, 1e-45, 2.0**-119, 1, 1e38], np.float32)
+    np.testing.assert_array_equal(spec.storable(scale), [1, 2.0**-119, 2.0**-119, 1, 2.0**120])
+    np.testing.assert_array_equal(
+        spec.typed(np.float16).storable(scale), np.array([1, 2.0**-24, 2.0**-24, 1, 4096], np.float32)
+    )

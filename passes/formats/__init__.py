@@ -9,9 +9,10 @@ from qcompile.passes.affine import Grid
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.base import DOMAIN, Format
 from qcompile.passes.formats.integers import Int4, Int8
+from qcompile.passes.formats.mxfp4 import MXFP4
 from qcompile.passes.formats.nf4 import NF4
 
-FORMATS: tuple[Format, ...] = (Int4(), Int8(), NF4())
+FORMATS: tuple[Format, ...] = (Int4(), Int8(), NF4(), MXFP4())
 _BY_NAME = {own.name: own for own in FORMATS}
 # The format of every operator of its own and of those of com.microsoft that are made of its products alone.
 FORMAT_OF = {name: own for own in FORMATS for name in (*own.operators, *own.foreign)}
