@@ -7,6 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
 import pytest
 from heldout import BOUND, NETWORKS, PAIRS, REAL, ROWS, Network, Trial
 from hypothesis import given, settings
@@ -27,6 +30,9 @@ from qcompile.passes.observers.mean import PARTS, Mean
 from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.percentile import Percentile
 from qcompile.passes.observers.room import RowExtremes
+from qcompile.passes.policy import Policy
+from qcompile.passes.qdq.qdq import Qdq
+from qcompile.passes.qdq.weights import SPEC as SPEC8
 from qcompile.passes.rounding import fitted, round_to_nearest, round_with_clip
 from qcompile.passes.spec import PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics, held_aside
@@ -217,6 +223,24 @@ def test_positions_are_the_rows_of_a_convolution() -> None:
         peaks = ends.max(axis=2)
         wanted = np.stack([peaks.sum(axis=1), (peaks**2).sum(axis=1)], axis=1)
         np.testing.assert_allclose(own.sums, 2 * wanted, rtol=1e-4)
+
+
+def test_one_dimensional_convolutions_read_pictures() -> None:
+    """(N, C, L) is N pictures where a convolution has it, and N C tokens elsewhere."""
+    x = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
+    own = MinMax("x")
+    own.channels_first = True
+    found = observe(own, [x]).row_extremes
+    assert (found.rows, found.groups, found.numbers) == (15, 3, 60)
+    np.testing.assert_allclose(found.sums[1, 0], x.max(axis=(1, 2)).sum(), rtol=1e-6)
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 21]> g (float[n,4,5] x, float[n,5,6] t) '
+        "=> (float[n,2,5] y, float[n,5,2] z) { y = Conv(x, k) z = MatMul(t, w) }"
+    )
+    arrays = {"k": np.ones((2, 4, 1), np.float32), "w": np.ones((6, 2), np.float32)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    observers = Qdq(Policy(SPEC8, None, None)).observed(ir.from_proto(model))
+    assert {value.name: observer.channels_first for value, observer in observers.items()} == {"x": True, "t": False}
 
 
 def _pictures(count: int, spread: float, side: int = 24) -> np.ndarray:

@@ -20,10 +20,12 @@ class Extremes(Observer):
 
     low, high: float32, () or (channels,); None before the first batch. A batch without rows gives +inf and -inf, which
     changes neither. row_extremes: how the extremes of single rows vary, for a range of the whole tensor.
-    bounds: what no number of the value can be beyond, as the operator that gives it says.
+    bounds: what no number of the value can be beyond, as the operator that gives it says. channels_first: a value of
+    rank 3 is (N, C, L), as one-dimensional convolutions have it, and not tokens of C numbers each.
     """
 
     bounds: tuple[float, float] = (-np.inf, np.inf)
+    channels_first: bool = False
 
     def __init__(self, value: str, *, axis: int | None = None) -> None:
         super().__init__(value, axis=axis)
@@ -49,7 +51,7 @@ class Extremes(Observer):
         graph.node.append(helper.make_node("ReduceMax", [source, *axes], [high], keepdims=0))
         add_outputs(graph, [low, high])
         if self.axis is None:
-            append_row_extremes(graph, self.value)
+            append_row_extremes(graph, self.value, pictures=3 if self.channels_first else 4)
         if not has(graph, faults):
             zero = scalar(graph, "qcompile.zero", np.float32(0))
             graph.node.append(helper.make_node("Mul", [source, zero], [f"{self.value}.zeros"]))

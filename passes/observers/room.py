@@ -33,8 +33,9 @@ _STEPS, _RARE = 127, 1024
 class RowExtremes:
     """How the extremes of groups of numbers vary that were drawn independently of each other.
 
-    A group is what has a place of its own: a token, a line of a matrix; of a value of rank 4 and more, as convolutions
-    have, a whole picture: its positions share what is particular to it, and are no sample by themselves.
+    A group is what has a place of its own: a token, a line of a matrix; of what a convolution reads or gives, and
+    of any value of rank 4 and more, a whole picture: its positions share what is particular to it, and are no sample by
+    themselves.
     rows: the positions of all groups (a token is one). numbers: in all groups. sums: float64 (2, 2), of the magnitudes
     of the groups' lowest numbers (below zero) and highest ones (above), and of their squares.
     """
@@ -143,15 +144,15 @@ class RowExtremes:
         return _GUMBEL * math.sqrt(variance)
 
 
-def append_row_extremes(graph: onnx.GraphProto, value: str) -> None:
+def append_row_extremes(graph: onnx.GraphProto, value: str, *, pictures: int = 4) -> None:
     """Append what `RowExtremes.add` takes in as outputs: `value`.row.peaks, float32 (2, groups), and `value`.row.sizes,
-    int64 (2,).
+    int64 (2,). pictures: the rank from which on the value is pictures and not tokens.
     """
     build, value = Builder(graph, f"{value}.row"), _upright(graph, value)
     one = build.long(1)
     shape = build.node("Shape", [value], "shape")
     rank = build.node("Size", [shape], "rank")
-    few = build.node("Less", [rank, build.node("Squeeze", [build.long(4)], "four")], "few")
+    few = build.node("Less", [rank, build.node("Squeeze", [build.long(pictures)], "pictures")], "few")
     dimensions: list[tuple[str, dict[str, int], dict[str, int]]] = [
         ("groups", {"end": -1}, {"end": 1}),
         ("width", {"start": -1}, {"start": 1, "end": 2}),

@@ -36,6 +36,7 @@ _STARVED = "no row of the calibration data reached it"
 _ROUNDED_BIAS = "the scale of its int32 bias would be too small for float16"
 _ENDLESS_BIAS = "its bias holds a number so large that codes leave no room for others"
 _NO_RECURRENT = "tensorrt decodes no weights of recurrent layers"
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
 _TYPES = {"float8": ir.DataType.FLOAT8E4M3FN}
 
 
@@ -124,6 +125,7 @@ class Qdq(Pass):
         made = self._unbounded(value, readers)
         if isinstance(made, Extremes):
             made.bounds = bounds_of(value)
+            made.channels_first = any(node.op_type in _CONVOLUTIONS for node in (*readers, value.producer()) if node)
         return made
 
     def _unbounded(self, value: ir.Value, readers: Sequence[ir.Node]) -> Observer:
