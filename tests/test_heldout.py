@@ -240,7 +240,8 @@ def test_one_dimensional_convolutions_read_pictures() -> None:
     arrays = {"k": np.ones((2, 4, 1), np.float32), "w": np.ones((6, 2), np.float32)}
     model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
     observers = Qdq(Policy(SPEC8, None, None)).observed(ir.from_proto(model))
-    assert {value.name: observer.channels_first for value, observer in observers.items()} == {"x": True, "t": False}
+    found = {value.name: observer.channels_first for value, observer in observers.items()}
+    assert found == {"x": True, "y": True, "t": False}
 
 
 def _pictures(count: int, spread: float, side: int = 24) -> np.ndarray:
