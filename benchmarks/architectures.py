@@ -21,8 +21,8 @@ from architectures_zoo import ARCHITECTURES
 
 from qcompile.compiler import Recipe, compile_model, parse_passes
 from qcompile.compiler.commands.export import open_model
-from qcompile.compiler.inputs import Input, input_plan
-from qcompile.compiler.store import load_model
+from qcompile.compiler.data.inputs import Input, input_plan
+from qcompile.compiler.files.load import load_model
 from qcompile.models import hf, kinds, parts, trace
 from qcompile.models.export import export_model
 from qcompile.passes.errors import UserError

@@ -23,8 +23,8 @@ import onnxruntime as ort
 
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
 from qcompile.compiler.commands.export import open_model
-from qcompile.compiler.store import save_model
-from qcompile.compiler.tokens import load_tokenizer
+from qcompile.compiler.data.tokens import load_tokenizer
+from qcompile.compiler.files.load import save_model
 from qcompile.models import cache, tiny, zoo
 from qcompile.models.export import export_model
 from qcompile.models.tiny.build import Builder

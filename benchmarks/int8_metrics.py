@@ -75,11 +75,11 @@ def decoder_rows(reference: Path, models: Sequence[Path], tokens: int) -> list[R
 
     One model is loaded at a time; the float model's log probabilities lie on disk: 1.6 GB for SmolLM2.
     """
-    from qcompile.compiler.inputs import input_plan
-    from qcompile.compiler.metrics import log_softmax_rows
-    from qcompile.compiler.store import load_model
-    from qcompile.compiler.subject import text_windows
-    from qcompile.compiler.tokens import load_tokenizer
+    from qcompile.compiler.data.inputs import input_plan
+    from qcompile.compiler.data.tokens import load_tokenizer
+    from qcompile.compiler.files.load import load_model
+    from qcompile.compiler.measure.loaded import text_windows
+    from qcompile.compiler.measure.metrics import log_softmax_rows
 
     plan, tokenizer = input_plan(load_model(reference)), load_tokenizer(reference.parent)
     texts = {name: text_windows(text, tokenizer, plan, 512, tokens) for name, text in zip(NAMES, TEXTS, strict=True)}
@@ -113,7 +113,7 @@ def window_logits(model: Path, texts: Mapping[str, Sequence[np.ndarray]]) -> Ite
 
 def text_scores(model: Path, texts: Mapping[str, Sequence[np.ndarray]], known: Path) -> dict[str, Any]:
     """qcompile's TokenScores of each text, against the log probabilities in the folder `known`."""
-    from qcompile.compiler.metrics import TokenScores
+    from qcompile.compiler.measure.metrics import TokenScores
 
     scores = {name: TokenScores() for name in texts}
     for name, index, logits in window_logits(model, texts):
@@ -123,7 +123,7 @@ def text_scores(model: Path, texts: Mapping[str, Sequence[np.ndarray]], known: P
 
 def decoder_row(scores: Mapping[str, Any], floats: Mapping[str, Any]) -> Row:
     """The figures of a model, and `KL error`: its standard error over tokens."""
-    from qcompile.compiler.metrics import mean_and_error
+    from qcompile.compiler.measure.metrics import mean_and_error
 
     row: Row = {}
     for name, score in scores.items():

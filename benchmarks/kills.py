@@ -22,9 +22,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qcompile.compiler.files.load import load_model, save_model
 from qcompile.compiler.pipeline import compile_model
 from qcompile.compiler.recipe import Recipe, parse_passes
-from qcompile.compiler.store import load_model, save_model
 from qcompile.models.tiny import tiny_mlp
 
 SERVER = multiprocessing.get_context("forkserver")

@@ -18,11 +18,11 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
-from qcompile.compiler.extract import extract
-from qcompile.compiler.inputs import input_plan
+from qcompile.compiler.data.calibration import gather
+from qcompile.compiler.data.inputs import input_plan
+from qcompile.compiler.files.load import load_model
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.sources import gather
-from qcompile.compiler.store import load_model
+from qcompile.compiler.walk.extract import extract
 from qcompile.passes.linears import find_linears
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.observers.base import Observer

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompile.compiler.store import save_model
+from qcompile.compiler.files.load import save_model
 from qcompile.models.tiny import tiny_decoder
 
 LISTS: Mapping[str, tuple[str, ...]] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 _HOMES = {
     "compile_model": "qcompile.compiler.pipeline",
-    "Calibration": "qcompile.compiler.sources",
+    "Calibration": "qcompile.compiler.data.calibration",
     "Recipe": "qcompile.compiler.recipe",
     "parse_passes": "qcompile.compiler.recipe",
     "custom_operators": "qcompile.runtime.sessions",

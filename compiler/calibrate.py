@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from qcompile.compiler import statistics_file
-from qcompile.compiler.calibration_files import named
-from qcompile.compiler.progress import Progress, Silent
+from qcompile.compiler.console.progress import Progress, Silent
+from qcompile.compiler.data.calibration import Calibration, Given
+from qcompile.compiler.data.calibration_files import named
+from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.recipe import Recipe, Step, parse_passes
-from qcompile.compiler.sources import Calibration, Given
-from qcompile.compiler.store import check_result_path
-from qcompile.compiler.walk import walk_model
+from qcompile.compiler.stages import walk_model
+from qcompile.compiler.walk import saved_statistics
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
@@ -75,16 +75,16 @@ def calibrate_model(
     chosen = next(p for p in walked.passes if isinstance(p, Qdq))
     if not walked.watched:
         raise UserError("calibrate: the model has no activation that qdq would quantize")
-    header = statistics_file.Header(
+    header = saved_statistics.Header(
         walked.report.source_hash,
-        statistics_file.shaping(recipe.passes),
+        saved_statistics.shaping(recipe.passes),
         chosen.observer,
         walked.report.data,
         walked.report.versions,
-        statistics_file.fingerprint(walked.model),
+        saved_statistics.fingerprint(walked.model),
     )
     progress.step("saving")
-    size = statistics_file.save(target, header, walked.watched)
+    size = saved_statistics.save(target, header, walked.watched)
     observers = {own.value: own for own in walked.watched.values()}
     return Calibrated(size, walked.report.data, seen(observers, chosen.spec))
 

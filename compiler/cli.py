@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from qcompile.compiler.visible import visible
+from qcompile.compiler.console.visible import visible
 from qcompile.passes.errors import UserError
 from qcompile.passes.interrupts import uninterrupted
 
@@ -147,7 +147,7 @@ def _registered(module: Any, args: argparse.Namespace) -> int:
 
 def _judged(module: Any, args: argparse.Namespace) -> int:
     """Run a command; what fails without being told as a UserError may be the file's fault."""
-    from qcompile.compiler.memory import bounded
+    from qcompile.compiler.facts.memory import bounded
 
     try:
         with bounded(), warnings.catch_warnings():

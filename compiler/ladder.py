@@ -4,14 +4,14 @@ from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
-from qcompile.compiler.effect import effect_of
+from qcompile.compiler.console.progress import Progress, Silent
+from qcompile.compiler.data.calibration import Data
+from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.measure.distance import effect_of
 from qcompile.compiler.plan import build
-from qcompile.compiler.progress import Progress, Silent
 from qcompile.compiler.recipe import Recipe, Step
-from qcompile.compiler.rungs import NORMS, NOTHING, SELF, Ladder, Rung
-from qcompile.compiler.sources import Data
-from qcompile.compiler.stream import Arrays
-from qcompile.compiler.walk import Walked, finish, prepare_model, walk
+from qcompile.compiler.results.ladder import NORMS, NOTHING, SELF, Ladder, Rung
+from qcompile.compiler.stages import Walked, finish, prepare_model, walk
 
 
 def climb(source: Path, recipe: Recipe, data: Data, progress: Progress) -> list[Rung]:

@@ -5,29 +5,26 @@ import sys
 import time
 from pathlib import Path
 
-from qcompile.compiler import activations, ladder, output_files, randomness
-from qcompile.compiler.calibration_files import named
-from qcompile.compiler.coverage import check_coverage
-from qcompile.compiler.html_report import to_html
-from qcompile.compiler.mixed import keep
+from qcompile.compiler import ladder
+from qcompile.compiler.console.progress import Progress, Silent
+from qcompile.compiler.console.visible import visible
+from qcompile.compiler.data.calibration import Calibration, Given
+from qcompile.compiler.data.calibration_files import named
+from qcompile.compiler.facts.model import element_type
+from qcompile.compiler.files import publish
+from qcompile.compiler.files.load import check_model_file, check_output_path, save_model
+from qcompile.compiler.measure import randomness
+from qcompile.compiler.mixed.keep import keep
+from qcompile.compiler.mixed.ranking import RankingCache
 from qcompile.compiler.plan import INT8, effective
-from qcompile.compiler.progress import Progress, Silent
-from qcompile.compiler.ranking import RankingCache
 from qcompile.compiler.recipe import Recipe, dump_recipe
-from qcompile.compiler.reloaded import check_saved
-from qcompile.compiler.report import Report
-from qcompile.compiler.sources import Calibration, Given
-from qcompile.compiler.store import check_model_file, check_output_path, save_model
-from qcompile.compiler.verify import check_outputs, check_reloaded, run_file, silent
-from qcompile.compiler.visible import visible
-from qcompile.compiler.walk import (
-    element_type,
-    finish,
-    gather_data,
-    load_statistics,
-    prepare_model,
-    walk,
-)
+from qcompile.compiler.report.coverage import check_coverage
+from qcompile.compiler.report.page import to_html
+from qcompile.compiler.results.report import Report
+from qcompile.compiler.stages import finish, gather_data, load_statistics, prepare_model, walk
+from qcompile.compiler.walk import activation_bits
+from qcompile.compiler.walk.verify import check_outputs, check_reloaded, run_file, silent
+from qcompile.compiler.walk.verify_saved import check_saved
 from qcompile.passes.formats.lower import lower
 
 
@@ -68,15 +65,15 @@ def compile_model(
         rankings = RankingCache(source, report.source_hash, recipe, report.versions, calibration, statistics)
         report.mixed = keep(graph, walked.passes, plan, data, source, recipe, progress, rankings)
     if recipe.target == "qcompile":
-        report.nodes = activations.choose(report.nodes, recipe.activations, activations.native(graph))
-        activations.write(graph, report.nodes)
+        report.nodes = activation_bits.choose(report.nodes, recipe.activations, activation_bits.native(graph))
+        activation_bits.write(graph, report.nodes)
     verified = finish(walked, progress)
     report.ladder = ladder.finished(rungs, walked, verified)
     check_coverage(report, recipe, walked.passes)
     progress.step("saving")
     randomness.release(graph)
     lower(graph, recipe.target)
-    with output_files.staging(target) as staged:
+    with publish.staging(target) as staged:
         written = save_model(graph, staged, metadata=_metadata(report, recipe))
         progress.step("running the saved file")
         reloaded = run_file(staged, plan, data.checks, recipe.provider, job.optimize)
@@ -90,10 +87,10 @@ def compile_model(
         report.compiled_bytes = written.model_bytes + written.data_bytes
         report.files = [file.name for file in (*written.paths, report_path(target), page_path(target))]
         report.seconds, report.peak_memory = time.monotonic() - started, peak_memory()
-        with output_files.writing(target):
+        with publish.writing(target):
             report_path(staged).write_text(report.to_json(), encoding="utf-8")
             page_path(staged).write_text(to_html(report), encoding="utf-8")
-        output_files.publish(written.paths, target.absolute(), (report_path(staged), page_path(staged)))
+        publish.publish(written.paths, target.absolute(), (report_path(staged), page_path(staged)))
     return report
 
 

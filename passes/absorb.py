@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.channel_map import Indices, refusal, selects, step
+from qcompile.passes.graph import is_constant
 from qcompile.passes.linears import Linear, as_linear, constant
-from qcompile.passes.prepare.edit import is_constant
 
 # Operators that end in gamma (and beta), by the positions of these inputs. The bias of the Skip forms is added before
 # the normalization, so it stays.

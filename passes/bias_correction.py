@@ -10,11 +10,11 @@ import onnx_ir as ir
 
 from qcompile.passes.base import Decision, Region, WalksAgain
 from qcompile.passes.formats.base import drop_unused
+from qcompile.passes.graph import Names, add_initializer, float_type, is_constant, take_over
 from qcompile.passes.held import NOT_CONFIRMED
 from qcompile.passes.linears import constant
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.mean import Mean
-from qcompile.passes.prepare.edit import Names, add_initializer, float_type, is_constant, take_over
 from qcompile.passes.qdq.biases import bias_behind, channel_bias, has_endless_bias
 from qcompile.passes.qdq.selection import PRODUCTS, weight_position
 from qcompile.passes.qdq.twin import TWIN, Twin

@@ -19,8 +19,8 @@ from qcompile.passes.formats.base import (
     element_type,
     operands,
 )
+from qcompile.passes.graph import Names, add_initializer, take_over
 from qcompile.passes.linears import constant, dimensions
-from qcompile.passes.prepare.edit import Names, add_initializer, take_over
 
 
 class Fuse(Pass):

@@ -15,9 +15,9 @@ from qcompile.passes.affine import Array
 from qcompile.passes.base import Reason
 from qcompile.passes.formats.decoded import Coded, Decoder
 from qcompile.passes.formats.rows import coded, replace_lookup
+from qcompile.passes.graph import Decide
 from qcompile.passes.linears import Linear, as_linear, constant, dimensions, is_float_constant, vocabulary_size
 from qcompile.passes.policy import Policy
-from qcompile.passes.prepare.edit import Decide
 from qcompile.passes.qdq.providers import RULES
 from qcompile.passes.qdq.weights import SPEC, WeightStore, float_weight
 from qcompile.passes.spec import QuantSpec, integers

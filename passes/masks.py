@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import is_constant
+from qcompile.passes.graph import is_constant
 from qcompile.passes.tensors import chunks
 
 # From here on a number is what masks are filled with (-1e4, -65504, -1e9, the lowest float, -inf) rather than a score.

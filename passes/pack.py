@@ -14,6 +14,7 @@ from qcompile.passes.formats import emit
 from qcompile.passes.formats.base import Tensors
 from qcompile.passes.formats.decoded import Coded
 from qcompile.passes.gptq import codes_key
+from qcompile.passes.graph import is_constant
 from qcompile.passes.inner import Chosen, quantize_inner
 from qcompile.passes.linears import (
     LEFT,
@@ -26,7 +27,6 @@ from qcompile.passes.linears import (
     vocabulary_size,
 )
 from qcompile.passes.policy import Policy
-from qcompile.passes.prepare.edit import is_constant
 from qcompile.passes.qdq.weights import WeightGrid, WeightStore
 from qcompile.passes.rounding import CLIP, round_to_nearest, round_with_clip
 from qcompile.passes.spec import integers

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import settings
 
 from qcompile.compiler import cli
+from qcompile.compiler.files.load import save_model
 from qcompile.compiler.pipeline import compile_model
 from qcompile.compiler.recipe import Recipe, parse_passes
-from qcompile.compiler.report import Report
-from qcompile.compiler.store import save_model
-from qcompile.compiler.walk import Calibration
+from qcompile.compiler.results.report import Report
+from qcompile.compiler.stages import Calibration
 from qcompile.models.text import calibration_text
 from qcompile.models.tiny import tiny_tokenizer
 

@@ -4,8 +4,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from qcompile.compiler.report import ActivationRange, Report
-from qcompile.compiler.verify import NodeError, OutputError
+from qcompile.compiler.results.errors import ActivationRange, NodeError, OutputError
+from qcompile.compiler.results.report import Report
 from qcompile.passes.base import Decision
 
 # Texts that break a page that forgets to escape one of them, cut one, or write one as UTF-8.

@@ -8,10 +8,10 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from qcompile.compiler import activations
+from qcompile.compiler.files.load import load_model
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.store import load_model
-from qcompile.compiler.verify import NodeError
+from qcompile.compiler.results.errors import NodeError
+from qcompile.compiler.walk import activation_bits
 from qcompile.models.tiny import tiny_decoder, tiny_mlp
 from qcompile.passes.activations import int8_change, packed_rows
 from qcompile.passes.errors import UserError
@@ -76,7 +76,7 @@ def _node(name: str, error: float, int8: float | None, weights: int = 100) -> No
 
 
 def _bits(errors: list[NodeError], wanted: int | None = None) -> dict[str, int]:
-    return {e.node: e.activation_bits for e in activations.choose(errors, wanted, {e.node for e in errors})}
+    return {e.node: e.activation_bits for e in activation_bits.choose(errors, wanted, {e.node for e in errors})}
 
 
 def test_what_the_user_says_goes() -> None:
@@ -93,12 +93,12 @@ def test_the_budget_goes_where_most_multiply_adds_are() -> None:
     """Of 100 times 0.01, 0.5 % is 0.005: five of 0.03² = 0.0009 fit, the widest ones."""
     rest = [_node(f"r{i}", 0.1, None) for i in range(90)]
     some = [_node(f"s{i}", 0.1, 0.03, weights=1000 + i) for i in range(10)]
-    own = activations.OWN_BUDGET
-    activations.OWN_BUDGET = 1.0
+    own = activation_bits.OWN_BUDGET
+    activation_bits.OWN_BUDGET = 1.0
     try:
         bits = _bits([*rest, *some])
     finally:
-        activations.OWN_BUDGET = own
+        activation_bits.OWN_BUDGET = own
     assert [name for name, n in bits.items() if n == 8] == ["s5", "s6", "s7", "s8", "s9"]
 
 

@@ -15,8 +15,8 @@ import pytest
 from fuzz.seeds import TOKENIZER, seeds
 
 from qcompile.compiler import cli
+from qcompile.compiler.data.tokens import Tokenizer
 from qcompile.compiler.recipe import Recipe, dump_recipe, load_recipe
-from qcompile.compiler.tokens import Tokenizer
 from qcompile.models.tiny import tiny_decoder, tiny_mlp
 from qcompile.passes.errors import UserError
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qcompile.compiler import saving
+from qcompile.compiler.files import save
 from qcompile.models.tiny import tiny_decoder
 
 OPTIONS = {
@@ -57,7 +57,7 @@ def test_onnxruntime_that_cannot_be_used(
 
 def test_a_disk_that_fills_up(occupied: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = occupied.save(tiny_decoder())
-    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     occupied.refuses(capsys, path, [], r"needs 0 MB, 0 MB are free|No space left")
 
 

@@ -18,9 +18,9 @@ import pytest
 from qcompile.compiler.cli import main
 from qcompile.compiler.commands import bench as command
 from qcompile.compiler.commands.bench import Candidate
-from qcompile.compiler.inputs import input_plan
-from qcompile.compiler.store import load_model, save_model
-from qcompile.compiler.workload import Workload, common_vocabulary
+from qcompile.compiler.data.inputs import input_plan
+from qcompile.compiler.files.load import load_model, save_model
+from qcompile.compiler.measure.workload import Workload, common_vocabulary
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp
 from qcompile.passes.errors import UserError
 from qcompile.runtime import bench

@@ -8,8 +8,8 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.compiler.calibrate import calibrate_model
+from qcompile.compiler.files.load import load_model
 from qcompile.compiler.recipe import Recipe, parse_passes
-from qcompile.compiler.store import load_model
 from qcompile.models.tiny import tiny_decoder
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.base import Region

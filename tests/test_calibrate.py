@@ -13,10 +13,11 @@ import onnx_ir as ir
 import pytest
 from observing import observe
 
-from qcompile.compiler import calibrate, cli, statistics_file
+from qcompile.compiler import calibrate, cli
 from qcompile.compiler.calibrate import calibrate_model
 from qcompile.compiler.recipe import Recipe, parse_passes
-from qcompile.compiler.walk import Calibration
+from qcompile.compiler.stages import Calibration
+from qcompile.compiler.walk import saved_statistics
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_mlp
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.errors import UserError
@@ -247,11 +248,11 @@ def test_a_truncated_file_is_refused(bench: Any, capsys: Any, learnt: Any, share
 def test_a_damaged_byte_is_refused_or_harmless(learnt: Any) -> None:
     """Every array of the file has a checksum; what lies between them may change."""
     _, path = learnt
-    content, whole = path.read_bytes(), statistics_file.load(path)
+    content, whole = path.read_bytes(), saved_statistics.load(path)
     for place in range(40, len(content), len(content) // 50):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x20]) + content[place + 1 :])
         try:
-            found = statistics_file.load(path)
+            found = saved_statistics.load(path)
         except UserError:
             continue
         np.testing.assert_equal(dict(found.states), dict(whole.states))
@@ -273,7 +274,7 @@ def test_a_failed_run_leaves_the_old_file(bench: Any, learnt: Any, monkeypatch: 
     def full(*paths: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(statistics_file.os, "replace", full)
+    monkeypatch.setattr(saved_statistics.os, "replace", full)
     with pytest.raises(UserError, match="No space left on device; free some space"):
         _learn(bench, source, "qdq")
     assert path.read_bytes() == before
@@ -298,7 +299,7 @@ def test_the_command_prints_what_stands_out(bench: Any, capsys: Any) -> None:
     assert "widest ranges of 4 activations" in told
     assert "most clipped of" in told
     assert (bench.folder / "in" / "model.statistics").is_file()
-    assert statistics_file.load(bench.folder / "in" / "model.statistics").header.observer == "percentile"
+    assert saved_statistics.load(bench.folder / "in" / "model.statistics").header.observer == "percentile"
     assert cli.main(["calibrate", str(source), "--observer", "magic"]) == 2
     assert "got 'magic'" in capsys.readouterr().err
 

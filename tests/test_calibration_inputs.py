@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes, readers
+from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
 from qcompile.compiler.cli import main
-from qcompile.compiler.feeds import Batch
-from qcompile.compiler.inputs import InputPlan, input_plan
-from qcompile.compiler.sources import gather
+from qcompile.compiler.data import readers
+from qcompile.compiler.data.calibration import gather
+from qcompile.compiler.data.feeds import Batch
+from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.models.tiny import tiny_decoder, tiny_mlp
 from qcompile.passes.errors import UserError
 

@@ -11,7 +11,8 @@ import pytest
 
 from qcompile.compiler import cli
 from qcompile.compiler.cli import COMMANDS, main
-from qcompile.compiler.console import console, megabytes, table
+from qcompile.compiler.console.numbers import megabytes
+from qcompile.compiler.console.terminal import console, table
 from qcompile.passes.errors import UserError
 
 Fake = Callable[[Callable[[Any], int]], None]

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from qcompile.compiler import cli
+from qcompile.compiler.files.load import load_model
 from qcompile.compiler.recipe import Recipe, load_recipe, parse_passes
-from qcompile.compiler.store import load_model
 from qcompile.models.tiny import tiny_conv, tiny_decoder
 
 

@@ -1,4 +1,4 @@
-"""compiler/census.py, coverage.py: every large float constant is quantized or has its reason; too little fails."""
+"""compiler/facts/census.py, coverage.py: every large float constant is quantized or has its reason; too little fails."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
-from qcompile.compiler.census import LEAST, census
-from qcompile.compiler.inspection import inspect
+from qcompile.compiler.facts.census import LEAST, census
 from qcompile.compiler.plan import PASSES
-from qcompile.compiler.report import Report
+from qcompile.compiler.report.inspection import inspect
+from qcompile.compiler.results.report import Report
 from qcompile.models.tiny import tiny_branch, tiny_decoder
 from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError

@@ -7,10 +7,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from qcompile.compiler import statistics_file
 from qcompile.compiler.calibrate import calibrate_model
 from qcompile.compiler.recipe import Recipe, parse_passes
-from qcompile.compiler.walk import Calibration
+from qcompile.compiler.stages import Calibration
+from qcompile.compiler.walk import saved_statistics
 from qcompile.models.tiny import tiny_decoder
 
 pytestmark = pytest.mark.gpu
@@ -31,7 +31,7 @@ def _states(bench: Any, source: Path, passes: str, provider: str) -> dict[str, A
     path: Path = bench.folder / f"{provider}.statistics"
     recipe = Recipe(passes=parse_passes(passes), samples=8, context=32, provider=provider)
     calibrate_model(source, recipe, output=path, calibration=Calibration([str(bench.text)]))
-    return dict(statistics_file.load(path).states)
+    return dict(saved_statistics.load(path).states)
 
 
 def _compare(own: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""compiler/well_formed.py, tensor_protos.py, memory.py: damaged models, by kind, are one line from every command."""
+"""compiler/files/well_formed.py, tensor_protos.py, memory.py: damaged models, by kind, are one line from every command."""
 
 import re
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompile.compiler import cli, npz
-from qcompile.compiler.inputs import input_plan
-from qcompile.compiler.store import load_model
-from qcompile.compiler.tensor_protos import check_tensor
+from qcompile.compiler import cli
+from qcompile.compiler.data import npz
+from qcompile.compiler.data.inputs import input_plan
+from qcompile.compiler.files.load import load_model
+from qcompile.compiler.files.tensor_protos import check_tensor
 from qcompile.passes.errors import UserError
 
 Damage = Callable[[onnx.ModelProto], None]

@@ -1,11 +1,11 @@
-"""passes/prepare/edit.py: initializers that passes add."""
+"""passes/graph.py: initializers that passes add."""
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from qcompile.models.tiny.build import Builder
-from qcompile.passes.prepare.edit import add_initializer, float_type
+from qcompile.passes.graph import add_initializer, float_type
 
 
 def _graph() -> ir.Graph:

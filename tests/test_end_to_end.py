@@ -8,15 +8,15 @@ import pytest
 
 from qcompile.compiler import cli
 from qcompile.compiler.commands.export import open_model
-from qcompile.compiler.evaluate import DecoderScores, evaluate_many
-from qcompile.compiler.inputs import input_plan
+from qcompile.compiler.data.inputs import input_plan
+from qcompile.compiler.data.tokens import load_tokenizer
+from qcompile.compiler.files.load import load_model
+from qcompile.compiler.measure.evaluate import DecoderScores, evaluate_many
+from qcompile.compiler.measure.loaded import text_windows
 from qcompile.compiler.pipeline import compile_model
 from qcompile.compiler.recipe import Recipe, parse_passes
-from qcompile.compiler.report import Report
-from qcompile.compiler.store import load_model
-from qcompile.compiler.subject import text_windows
-from qcompile.compiler.tokens import load_tokenizer
-from qcompile.compiler.walk import Calibration
+from qcompile.compiler.results.report import Report
+from qcompile.compiler.stages import Calibration
 from qcompile.models import cache, zoo
 from qcompile.models.export import export_model
 

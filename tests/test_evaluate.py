@@ -1,4 +1,4 @@
-"""compiler/evaluate.py, metrics.py, subject.py and `qcompile eval`, against float64 arithmetic written out here."""
+"""compiler/measure/evaluate.py, metrics.py, subject.py and `qcompile eval`, against float64 arithmetic written out here."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,9 @@ import pytest
 from graphs.inputs import strings_that_become_rows_of_a_table
 
 from qcompile.compiler.cli import main
-from qcompile.compiler.evaluate import evaluate, evaluate_many, score_outputs
-from qcompile.compiler.feeds import npz_batches
-from qcompile.compiler.metrics import OutputNoise, log_softmax
+from qcompile.compiler.data.feeds import npz_batches
+from qcompile.compiler.measure.evaluate import evaluate, evaluate_many, score_outputs
+from qcompile.compiler.measure.metrics import OutputNoise, log_softmax
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
 from qcompile.passes.errors import UserError
 

@@ -1,4 +1,4 @@
-"""compiler/extract.py: a piece of a graph computes what the whole graph computes there."""
+"""compiler/walk/extract.py: a piece of a graph computes what the whole graph computes there."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile.compiler.extract import Piece, captured, extract
+from qcompile.compiler.walk.extract import Piece, captured, extract
 from qcompile.models.tiny import tiny_branch, tiny_decoder
 from qcompile.runtime.sessions import run, session
 

@@ -1,4 +1,4 @@
-"""compiler/inputs.py, feeds.py, sampling.py: roles by wiring, batches that a graph accepts, sampled text."""
+"""compiler/data/inputs.py, feeds.py, sampling.py: roles by wiring, batches that a graph accepts, sampled text."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompile.compiler.feeds import complete, input_plan, npz_batches, token_batches
-from qcompile.compiler.sampling import sample_windows
+from qcompile.compiler.data.feeds import complete, input_plan, npz_batches, token_batches
+from qcompile.compiler.data.sampling import sample_windows
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import run, session

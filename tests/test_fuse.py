@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from qcompile.compiler.inspection import inspect
+from qcompile.compiler.report.inspection import inspect
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.base import Region
 from qcompile.passes.formats.base import ACTIVATION_BITS

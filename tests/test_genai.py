@@ -11,9 +11,9 @@ from graphs.genai import _decoder
 from graphs.table import Graph
 
 from qcompile.compiler import Recipe, compile_model
-from qcompile.compiler.inputs import input_plan
-from qcompile.compiler.segments import split
-from qcompile.compiler.value_types import told_by_runtime
+from qcompile.compiler.data.inputs import input_plan
+from qcompile.compiler.facts.value_types import told_by_runtime
+from qcompile.compiler.walk.segments import split
 from qcompile.passes.base import Region
 from qcompile.passes.linears import find_linears
 from qcompile.passes.prepare import Prepare

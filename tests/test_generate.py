@@ -1,4 +1,4 @@
-"""compiler/generate.py and `qcompile generate`: with and without cache, choices, text in pieces."""
+"""compiler/measure/generate.py and `qcompile generate`: with and without cache, choices, text in pieces."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.compiler.cli import main
-from qcompile.compiler.generate import Sampling, generate_ids, stream
-from qcompile.compiler.subject import Subject
-from qcompile.compiler.tokens import load_tokenizer
+from qcompile.compiler.data.tokens import load_tokenizer
+from qcompile.compiler.measure.generate import Sampling, generate_ids, stream
+from qcompile.compiler.measure.loaded import Subject
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
 from qcompile.passes.errors import UserError
 

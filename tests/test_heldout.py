@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from observing import UINT8, observe
 
-from qcompile.compiler.feeds import Batch
-from qcompile.compiler.trial import FEWEST as FEWEST_SAMPLES
-from qcompile.compiler.trial import Held, Verdict, held, judged, sample_errors
+from qcompile.compiler.data.feeds import Batch
+from qcompile.compiler.walk.trial import FEWEST as FEWEST_SAMPLES
+from qcompile.compiler.walk.trial import Held, Verdict, held, judged, sample_errors
 from qcompile.models.tiny import pictures, tiny_classifier
 from qcompile.passes.affine import output_error
 from qcompile.passes.bias_correction import confirmed_share

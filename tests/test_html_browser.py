@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pytest
 from html_reports import HOSTILE, Page, report_of, sample_ranges
 
-from qcompile.compiler.html.style import POLICY
-from qcompile.compiler.html_report import to_html
+from qcompile.compiler.report.page import to_html
+from qcompile.compiler.report.style import POLICY
 
 pytestmark = pytest.mark.slow
 

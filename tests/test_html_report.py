@@ -1,4 +1,4 @@
-"""compiler/html_report.py: everything is on the page, nothing is loaded, and no name breaks it."""
+"""compiler/report/page.py: everything is on the page, nothing is loaded, and no name breaks it."""
 
 import re
 from dataclasses import replace
@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from html_reports import HOSTILE, Page, node, report_of, sample_ranges
 
-from qcompile.compiler.html.chart import chart
-from qcompile.compiler.html.markup import Markup, cut, percent, text
-from qcompile.compiler.html.nodes import node_rows
-from qcompile.compiler.html.ranges import DRAWN, clipped_share
-from qcompile.compiler.html_report import to_html
-from qcompile.compiler.report import ActivationRange, Report
-from qcompile.compiler.verify import NodeError, OutputError
+from qcompile.compiler.report.chart import chart
+from qcompile.compiler.report.markup import Markup, cut, percent, text
+from qcompile.compiler.report.nodes import node_rows
+from qcompile.compiler.report.page import to_html
+from qcompile.compiler.report.ranges import DRAWN, clipped_share
+from qcompile.compiler.results.errors import ActivationRange, NodeError, OutputError
+from qcompile.compiler.results.report import Report
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.base import Decision, Reason
 

@@ -1,4 +1,4 @@
-"""compiler/images.py: image files in the size, the layout and the numbers that a model's input wants."""
+"""compiler/data/images.py: image files in the size, the layout and the numbers that a model's input wants."""
 
 import builtins
 import json
@@ -12,10 +12,10 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from qcompile.compiler.cli import main
-from qcompile.compiler.images import Pictures
-from qcompile.compiler.inputs import InputPlan, input_plan
+from qcompile.compiler.data.calibration import Calibration, Data, gather
+from qcompile.compiler.data.images import Pictures
+from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.sources import Calibration, Data, gather
 from qcompile.models.tiny import tiny_conv
 from qcompile.passes.errors import UserError
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
 from qcompile.compiler.cli import main
-from qcompile.compiler.report import Report
+from qcompile.compiler.results.report import Report
 
 WIDTH = 32
 # dB of one product, by list: 4 bits in groups of 32, 8 bits a channel, ranges that 96 rows showed, with room.

@@ -1,4 +1,4 @@
-"""compiler/inspection.py, sizes.py, weights.py and `qcompile inspect`, on small graphs written out here."""
+"""compiler/report/inspection.py, sizes.py, weights.py and `qcompile inspect`, on small graphs written out here."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.compiler.cli import main
-from qcompile.compiler.inspection import Summary, WeightGroup, inspect
+from qcompile.compiler.report.inspection import Summary, WeightGroup, inspect
 
 K, N, V = 64, 8, 40
 

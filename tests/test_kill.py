@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from qcompile.compiler.files.load import load_model
 from qcompile.compiler.pipeline import compile_model
 from qcompile.compiler.recipe import Recipe, parse_passes
-from qcompile.compiler.store import load_model
-from qcompile.compiler.walk import Calibration
+from qcompile.compiler.stages import Calibration
 from qcompile.models.tiny import tiny_decoder
 
 SERVER = multiprocessing.get_context("forkserver")

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile.compiler.html_report import to_html
-from qcompile.compiler.report import Report
-from qcompile.compiler.rungs import NORMS, NOTHING, SELF, Ladder, Rung
+from qcompile.compiler.report.page import to_html
+from qcompile.compiler.results.ladder import NORMS, NOTHING, SELF, Ladder, Rung
+from qcompile.compiler.results.report import Report
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.linears import find_linears
 from qcompile.passes.proxies import guessed, proxies

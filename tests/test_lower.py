@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from qcompile.compiler.store import load_model, save_model
+from qcompile.compiler.files.load import load_model, save_model
 from qcompile.models.tiny import tiny_decoder, tiny_mlp
 from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError

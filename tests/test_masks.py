@@ -11,7 +11,7 @@ from graphs.table import Graph
 from observing import UINT8, observe
 
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
-from qcompile.compiler.store import load_model
+from qcompile.compiler.files.load import load_model
 from qcompile.passes.errors import UserError
 from qcompile.passes.masks import holds_fill, masked
 from qcompile.passes.observers import OBSERVERS

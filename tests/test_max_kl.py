@@ -1,4 +1,4 @@
-"""compiler/mixed.py: --keep-worst keeps exactly N, --max-kl and --min-sqnr no more than their bound needs."""
+"""compiler/mixed/keep.py: --keep-worst keeps exactly N, --max-kl and --min-sqnr no more than their bound needs."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from mixing import BAD, bad_conv, bad_decoder, images
 
-from qcompile.compiler import mixed
-from qcompile.compiler.effect import LogitsKl, OutputSqnr, decibels
-from qcompile.compiler.mixed import smallest
+from qcompile.compiler.console.numbers import decibels
+from qcompile.compiler.measure.distance import LogitsKl, OutputSqnr
+from qcompile.compiler.mixed import keep as mixed
+from qcompile.compiler.mixed.keep import smallest
 from qcompile.compiler.recipe import Recipe, dump_recipe, load_recipe, parse_passes
-from qcompile.compiler.report import Report
+from qcompile.compiler.results.report import Report
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import run, session

@@ -21,7 +21,7 @@ COMPILE = """
 import sys
 from pathlib import Path
 from qcompile.compiler.pipeline import compile_model
-from qcompile.compiler.walk import Calibration
+from qcompile.compiler.stages import Calibration
 from qcompile.compiler.recipe import Recipe, parse_passes
 
 model, *files = sys.argv[1:]

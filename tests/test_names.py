@@ -7,7 +7,7 @@ import onnx
 from graphs.table import Graph
 
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
-from qcompile.passes.prepare.edit import stem
+from qcompile.passes.graph import stem
 
 LONG = "model/fused;" * 30
 

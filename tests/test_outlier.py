@@ -11,8 +11,8 @@ import onnxruntime as ort
 import pytest
 from qdq_graphs import STEP, Tiny, optimized
 
-from qcompile.compiler.store import load_model
-from qcompile.compiler.weights import find_weights
+from qcompile.compiler.files.load import load_model
+from qcompile.compiler.report.stored_weights import find_weights
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.errors import UserError

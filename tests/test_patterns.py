@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
-from qcompile.compiler.patterns import check_patterns
-from qcompile.compiler.store import load_model
+from qcompile.compiler.files.load import load_model
+from qcompile.compiler.walk.patterns import check_patterns
 from qcompile.models.tiny import tiny_conv, tiny_decoder
 from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError

@@ -12,8 +12,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from qcompile.compiler.report import Report
-from qcompile.compiler.store import load_model
+from qcompile.compiler.files.load import load_model
+from qcompile.compiler.results.report import Report
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp
 from qcompile.passes.linears import find_linears
 

@@ -1,14 +1,14 @@
-"""compiler/predictions.py: perplexity and KL of the check batches, against numpy in float64."""
+"""compiler/measure/predictions.py: perplexity and KL of the check batches, against numpy in float64."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qcompile.compiler.feeds import Batch
-from qcompile.compiler.html_report import to_html
-from qcompile.compiler.inputs import input_plan
-from qcompile.compiler.predictions import predictions
+from qcompile.compiler.data.feeds import Batch
+from qcompile.compiler.data.inputs import input_plan
+from qcompile.compiler.measure.predictions import predictions
+from qcompile.compiler.report.page import to_html
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 
 

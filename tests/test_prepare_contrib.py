@@ -10,7 +10,7 @@ from graphs.table import Graph
 from onnx import TensorProto, helper
 from preparing import check, operators, reasons
 
-from qcompile.compiler.wiring import caches
+from qcompile.compiler.data.graph_inputs import caches
 from qcompile.passes.base import Decision
 from qcompile.passes.linears import LEFT, find_embeddings, find_linears
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompile.compiler.value_types import told_by_runtime
+from qcompile.compiler.facts.value_types import told_by_runtime
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.prepare import Prepare
 from qcompile.passes.prepare.infer import infer_anew

@@ -377,7 +377,7 @@ def test_idempotent():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rapidocr-det", "rapidocr-rec", "rapidocr-cls"])
 def test_rapidocr(name, tmp_path):
-    from qcompile.compiler.store import load_model, save_model
+    from qcompile.compiler.files.load import load_model, save_model
     from qcompile.models.zoo import fetch
 
     path: Path = fetch(name)
@@ -393,7 +393,7 @@ def test_rapidocr(name, tmp_path):
 def test_more_than_two_gigabytes(tmp_path):
     import resource
 
-    from qcompile.compiler.store import load_model
+    from qcompile.compiler.files.load import load_model
 
     rows, columns, count = 16384, 8192, 5  # 512 MiB each
     names = [f"w{i}" for i in range(count)]

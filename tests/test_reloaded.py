@@ -1,4 +1,4 @@
-"""compiler/reloaded.py: a saved file is the graph in memory, node by node and byte by byte, or it is refused."""
+"""compiler/walk/verify_saved.py: a saved file is the graph in memory, node by node and byte by byte, or it is refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompile.compiler import verify
-from qcompile.compiler.reloaded import check_saved
-from qcompile.compiler.store import load_model, save_model
+from qcompile.compiler.files.load import load_model, save_model
+from qcompile.compiler.walk import verify
+from qcompile.compiler.walk.verify_saved import check_saved
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_mlp
 from qcompile.passes.errors import UserError
 

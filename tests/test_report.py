@@ -1,4 +1,4 @@
-"""compiler/report.py: what is counted, and what JSON and the terminal show of it."""
+"""compiler/report/terminal.py: what is counted, and what JSON and the terminal show of it."""
 
 import io
 import json
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qcompile.compiler.report import Report, print_report
-from qcompile.compiler.verify import NodeError, OutputError
+from qcompile.compiler.report.terminal import print_report
+from qcompile.compiler.results.errors import NodeError, OutputError
+from qcompile.compiler.results.report import Report
 from qcompile.models.tiny import tiny_branch, tiny_conv, tiny_decoder
 from qcompile.passes.base import Decision
 

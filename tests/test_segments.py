@@ -1,10 +1,10 @@
-"""compiler/segments.py: cuts where one value carries everything forward."""
+"""compiler/walk/segments.py: cuts where one value carries everything forward."""
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile.compiler.segments import Segment, split, targets
+from qcompile.compiler.walk.segments import Segment, split, targets
 from qcompile.models.tiny import tiny_branch, tiny_decoder, tiny_encoder
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.linears import find_linears

@@ -1,4 +1,4 @@
-"""compiler/sensitivity.py and its command: switches tell the truth, a bad node comes first, results are kept."""
+"""compiler/mixed/sensitivity.py and its command: switches tell the truth, a bad node comes first, results are kept."""
 
 import json
 from dataclasses import replace
@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from mixing import BAD, bad_conv, bad_decoder, images
 
-from qcompile.compiler import cli, sensitivity
+from qcompile.compiler import cli
 from qcompile.compiler.commands import sensitivity as command
-from qcompile.compiler.progress import Silent
-from qcompile.compiler.ranking import RankingCache
+from qcompile.compiler.console.progress import Silent
+from qcompile.compiler.data.calibration import spread, unseen
+from qcompile.compiler.facts.model import versions
+from qcompile.compiler.files.load import model_hash
+from qcompile.compiler.mixed import sensitivity
+from qcompile.compiler.mixed.if_nodes import ALL_FLOAT, Setting
+from qcompile.compiler.mixed.ranking import RankingCache
+from qcompile.compiler.mixed.sensitivity import Mixture, finished_distance
 from qcompile.compiler.recipe import Recipe, parse_passes
-from qcompile.compiler.sensitivity import Mixture, finished_distance
-from qcompile.compiler.sources import spread, unseen
-from qcompile.compiler.store import model_hash
-from qcompile.compiler.switch import ALL_FLOAT, Setting
-from qcompile.compiler.walk import Calibration, versions, walk_model
+from qcompile.compiler.stages import Calibration, walk_model
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.base import Region, on_clone
 

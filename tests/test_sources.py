@@ -1,4 +1,4 @@
-"""compiler/sources.py: the user's data, else the bundled text, else the model's own samples, else none."""
+"""compiler/data/calibration.py: the user's data, else the bundled text, else the model's own samples, else none."""
 
 import json
 import sys
@@ -13,12 +13,12 @@ from hypothesis import given as given_data
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from qcompile.compiler.check_windows import check_windows
-from qcompile.compiler.feeds import Batch
-from qcompile.compiler.inputs import input_plan
+from qcompile.compiler.data.calibration import Calibration, Data, apart, gather, spread
+from qcompile.compiler.data.feeds import Batch
+from qcompile.compiler.data.inputs import input_plan
+from qcompile.compiler.data.tokens import load_tokenizer
+from qcompile.compiler.mixed.windows import check_windows
 from qcompile.compiler.recipe import Recipe, parse_passes
-from qcompile.compiler.sources import Calibration, Data, apart, gather, spread
-from qcompile.compiler.tokens import load_tokenizer
 from qcompile.models.text import calibration_text
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
 from qcompile.passes.errors import UserError

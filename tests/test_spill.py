@@ -1,4 +1,4 @@
-"""compiler/spill.py: arrays come back bit for bit, files leave nothing behind, full disks are told in one line."""
+"""compiler/files/disk_arrays.py: arrays come back bit for bit, files leave nothing behind, full disks are told in one line."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qcompile.compiler.spill import VARIABLE, Spill
+from qcompile.compiler.files.disk_arrays import VARIABLE, Spill
 from qcompile.passes.errors import UserError
 
 
@@ -81,7 +81,7 @@ def test_the_file_has_no_name_and_goes_with_the_spill(folder: Path) -> None:
 _FULL = """
 import resource
 import numpy as np
-from qcompile.compiler.spill import Spill
+from qcompile.compiler.files.disk_arrays import Spill
 from qcompile.passes.errors import UserError
 spill = Spill(budget=0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

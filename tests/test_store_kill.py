@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qcompile.compiler.store import load_model
+from qcompile.compiler.files.load import load_model
 
 # Saves models over one another for ever; generation g has eight weights full of g.
 _WRITER = """
 import sys, numpy as np, onnx_ir as ir
 from pathlib import Path
-from qcompile.compiler.store import save_model
+from qcompile.compiler.files.load import save_model
 
 def model(generation):
     values = []

@@ -11,7 +11,7 @@ import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompile.compiler.store import check_finite, check_output_path, load_model, model_hash, save_model
+from qcompile.compiler.files.load import check_finite, check_output_path, load_model, model_hash, save_model
 from qcompile.passes.errors import UserError
 
 

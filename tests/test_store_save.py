@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.compiler import locks, output_files, saving
-from qcompile.compiler.locks import exclusive
-from qcompile.compiler.output_files import publish, staging
-from qcompile.compiler.store import load_model, save_model
+from qcompile.compiler.files import locks, save
+from qcompile.compiler.files import publish as output_files
+from qcompile.compiler.files.load import load_model, save_model
+from qcompile.compiler.files.locks import exclusive
+from qcompile.compiler.files.publish import publish, staging
 from qcompile.passes.errors import UserError
 from qcompile.passes.tensors import lazy
 
@@ -213,7 +214,7 @@ def _snapshot(folder: Path) -> dict[str, bytes]:
 def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch, room):
     save_model(_big(1), tmp_path / "model.onnx")
     before = _snapshot(tmp_path)
-    monkeypatch.setattr(saving, "open", _Disk(room).open, raising=False)
+    monkeypatch.setattr(save, "open", _Disk(room).open, raising=False)
     with pytest.raises(UserError, match=r"cannot write .*No space left.*free some space"):
         save_model(_big(2), tmp_path / "model.onnx")
     assert _snapshot(tmp_path) == before
@@ -273,7 +274,7 @@ def test_interrupted_right_after_the_second_rename(tmp_path, monkeypatch):
 
 
 def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match="needs 0 MB, 0 MB are free"):
         save_model(_big(1), tmp_path / "model.onnx")
     assert _files(tmp_path) == []
@@ -289,7 +290,7 @@ def test_parent_that_is_a_file(tmp_path):
 _STAGING = """
 import sys, time
 from pathlib import Path
-from qcompile.compiler.output_files import staging
+from qcompile.compiler.files.publish import staging
 with staging(Path(sys.argv[1])) as staged:
     staged.write_bytes(b"x")
     print(staged.parent.name, flush=True)

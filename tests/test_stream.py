@@ -1,4 +1,4 @@
-"""compiler/stream.py: segment by segment gives what the whole model gives, and statistics are those of numpy."""
+"""compiler/walk/runner.py: segment by segment gives what the whole model gives, and statistics are those of numpy."""
 
 from typing import Any
 
@@ -6,9 +6,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile.compiler.feeds import Batch, complete, input_plan, token_batches
-from qcompile.compiler.segments import Segment, split
-from qcompile.compiler.stream import Arrays, Runner, Stream, went_on
+from qcompile.compiler.data.feeds import Batch, complete, input_plan, token_batches
+from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.walk.runner import Runner, Stream, went_on
+from qcompile.compiler.walk.segments import Segment, split
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_linears

@@ -1,4 +1,4 @@
-"""compiler/sweep.py: figures, what is kept and not run again, rows with reasons, other models than decoders."""
+"""compiler/sweep/run.py: figures, what is kept and not run again, rows with reasons, other models than decoders."""
 
 import csv
 import json
@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompile.compiler import sweep as module
-from qcompile.compiler.evaluate import evaluate
-from qcompile.compiler.inputs import input_plan
+from qcompile.compiler.data.inputs import input_plan
+from qcompile.compiler.data.tokens import load_tokenizer
+from qcompile.compiler.files.cache import Cache
+from qcompile.compiler.files.load import load_model
+from qcompile.compiler.measure.evaluate import evaluate
+from qcompile.compiler.measure.loaded import text_windows
 from qcompile.compiler.recipe import Recipe, parse_passes
-from qcompile.compiler.store import load_model
-from qcompile.compiler.subject import text_windows
-from qcompile.compiler.sweep import sweep
-from qcompile.compiler.sweep_cache import Cache
-from qcompile.compiler.sweep_data import Evaluation
-from qcompile.compiler.sweep_rows import DONE, FAILED, OPEN, REFUSED, SAME, Row, Sweep
-from qcompile.compiler.tokens import load_tokenizer
+from qcompile.compiler.sweep import run as module
+from qcompile.compiler.sweep.rows import DONE, FAILED, OPEN, REFUSED, SAME, Row, Sweep
+from qcompile.compiler.sweep.run import sweep
+from qcompile.compiler.sweep.scoring import Evaluation
 from qcompile.models.text import calibration_text
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_mlp
 from qcompile.passes.errors import UserError

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from qcompile.compiler import sweep as module
 from qcompile.compiler.cli import main
+from qcompile.compiler.sweep import run as module
 from qcompile.models.tiny import tiny_decoder
 
 

@@ -1,11 +1,11 @@
-"""compiler/sweep_grid.py: values, combinations, what is refused at once and what is a row with its reason."""
+"""compiler/sweep/grid.py: values, combinations, what is refused at once and what is a row with its reason."""
 
 from dataclasses import replace
 
 import pytest
 
 from qcompile.compiler.recipe import Recipe, parse_passes
-from qcompile.compiler.sweep_grid import combinations, identity, parse_grid
+from qcompile.compiler.sweep.grid import combinations, identity, parse_grid
 from qcompile.passes.errors import UserError
 
 PACK = Recipe(passes=parse_passes("pack"))

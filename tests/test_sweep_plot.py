@@ -1,4 +1,4 @@
-"""compiler/sweep_plot.py: what is drawn, where labels go, and life without matplotlib."""
+"""compiler/sweep/plot.py: what is drawn, where labels go, and life without matplotlib."""
 
 import sys
 import xml.etree.ElementTree as ET
@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from qcompile.compiler.sweep_labels import spread
-from qcompile.compiler.sweep_output import INSTALL, write_plots, write_tables
-from qcompile.compiler.sweep_plot import draw, series
-from qcompile.compiler.sweep_rows import DONE, OPEN, Row, Sweep
+from qcompile.compiler.sweep.labels import spread
+from qcompile.compiler.sweep.plot import draw, series
+from qcompile.compiler.sweep.rows import DONE, OPEN, Row, Sweep
+from qcompile.compiler.sweep.tables import INSTALL, write_plots, write_tables
 
 PASSES = ("pack", "smooth,awq,pack")
 

@@ -1,4 +1,4 @@
-"""compiler/tokens.py: loading tokenizers, end-of-text ids, vocabulary checks, windows."""
+"""compiler/data/tokens.py: loading tokenizers, end-of-text ids, vocabulary checks, windows."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qcompile.compiler.tokens import Tokenizer, find_tokenizer, load_tokenizer, read_text, windows
+from qcompile.compiler.data.tokens import Tokenizer, find_tokenizer, load_tokenizer, read_text, windows
 from qcompile.passes.errors import UserError
 
 

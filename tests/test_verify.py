@@ -1,4 +1,4 @@
-"""compiler/verify.py: what is kept was run; and the file runs where nothing of qcompile is installed."""
+"""compiler/walk/verify.py: what is kept was run; and the file runs where nothing of qcompile is installed."""
 
 import subprocess
 import sys
@@ -10,10 +10,9 @@ import onnx_ir as ir
 import pytest
 from adapted import scale_at_run_time
 
-from qcompile.compiler import verify
-from qcompile.compiler.verify import (
-    NodeError,
-    OutputError,
+from qcompile.compiler.results.errors import NodeError, OutputError
+from qcompile.compiler.walk import verify
+from qcompile.compiler.walk.verify import (
     check_outputs,
     check_reloaded,
     compare_outputs,

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
-from qcompile.compiler.extract import captured, extract, reads
-from qcompile.compiler.feeds import Batch, input_plan
-from qcompile.compiler.job import by_weights, seen_in
-from qcompile.compiler.segments import Segment, split
-from qcompile.compiler.stream import Runner, Stream, went_on
+from qcompile.compiler.data.feeds import Batch, input_plan
+from qcompile.compiler.walk.extract import captured, extract, reads
+from qcompile.compiler.walk.runner import Runner, Stream, went_on
+from qcompile.compiler.walk.segments import Segment, split
+from qcompile.compiler.walk.walk import by_weights, seen_in
 from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_linears

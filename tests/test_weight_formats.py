@@ -17,10 +17,10 @@ from native_models import native_library
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.compiler import cli
-from qcompile.compiler.inspection import inspect
+from qcompile.compiler.files.load import load_model, save_model
 from qcompile.compiler.plan import build, grid, make_policy, parameters
 from qcompile.compiler.recipe import Recipe, Step, parse_step
-from qcompile.compiler.store import load_model, save_model
+from qcompile.compiler.report.inspection import inspect
 from qcompile.models.tiny import tiny_branch, tiny_decoder
 from qcompile.passes.affine import Grid, Quantized
 from qcompile.passes.base import Region

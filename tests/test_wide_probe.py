@@ -1,4 +1,4 @@
-"""compiler/wide_probe.py: comparing in blocks of columns gives what comparing in the graph gives."""
+"""compiler/walk/verify_wide.py: comparing in blocks of columns gives what comparing in the graph gives."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile.compiler import wide_probe
-from qcompile.compiler.verify import NodeError
+from qcompile.compiler.results.errors import NodeError
+from qcompile.compiler.walk import verify_wide
 from qcompile.models.tiny import tiny_decoder
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.affine import Quantized
@@ -19,7 +19,7 @@ COLUMNS = 27
 
 
 def _nodes(bench: Any, source: Any, monkeypatch: pytest.MonkeyPatch, columns: int, **settings: Any) -> list[NodeError]:
-    monkeypatch.setattr(wide_probe, "COLUMNS", columns)
+    monkeypatch.setattr(verify_wide, "COLUMNS", columns)
     found: list[NodeError] = bench.compile(source, **settings).nodes
     return found
 

@@ -12,11 +12,11 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile.compiler.commands.options import add_custom_ops
-from qcompile.compiler.console import console, progress, table
-from qcompile.compiler.inputs import InputPlan, input_plan
-from qcompile.compiler.output_files import write_text
-from qcompile.compiler.store import check_result_path, load_model
-from qcompile.compiler.workload import Workload, common_vocabulary
+from qcompile.compiler.console.terminal import console, progress, table
+from qcompile.compiler.data.inputs import InputPlan, input_plan
+from qcompile.compiler.files.load import check_result_path, load_model
+from qcompile.compiler.files.publish import write_text
+from qcompile.compiler.measure.workload import Workload, common_vocabulary
 from qcompile.passes.errors import UserError
 from qcompile.runtime.bench import Case, Measured, Subject, cpu_name, measure, native_kernel, paired_ratio, spread
 from qcompile.runtime.sessions import KERNELS, ort_version

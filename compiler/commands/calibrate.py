@@ -9,8 +9,9 @@ from rich.console import Console
 
 from qcompile.compiler.calibrate import DEFAULT_PASSES, Calibrated, Seen, calibrate_model, with_observer
 from qcompile.compiler.commands import compile as compiling
-from qcompile.compiler.console import console, megabytes, table
-from qcompile.compiler.store import check_model_file
+from qcompile.compiler.console.numbers import megabytes
+from qcompile.compiler.console.terminal import console, table
+from qcompile.compiler.files.load import check_model_file
 
 _DESCRIPTION = """\
 Run the calibration data through a model and save what the observers of its activations learn.

@@ -11,17 +11,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qcompile.compiler.calibration_files import named
+from qcompile.compiler.commands.dry_run import print_plan
 from qcompile.compiler.commands.options import add_custom_ops
-from qcompile.compiler.console import console as stdout
-from qcompile.compiler.dry_run import print_plan
-from qcompile.compiler.images import Pictures
-from qcompile.compiler.output_files import replace_file, staging, writing
+from qcompile.compiler.console.terminal import console as stdout
+from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.data.calibration_files import named
+from qcompile.compiler.data.images import Pictures
+from qcompile.compiler.files.load import check_model_file, check_output_path, check_result_path
+from qcompile.compiler.files.publish import replace_file, staging, writing
 from qcompile.compiler.pipeline import compile_model, default_output, page_path, report_path
 from qcompile.compiler.recipe import KEEP_AS, TARGETS, Recipe, load_recipe, parse_passes, save_recipe
-from qcompile.compiler.report import print_report
-from qcompile.compiler.sources import Calibration
-from qcompile.compiler.store import check_model_file, check_output_path, check_result_path
+from qcompile.compiler.report.terminal import print_report
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import FORMATS
 

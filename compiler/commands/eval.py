@@ -7,18 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qcompile.compiler.calibration_files import named
 from qcompile.compiler.commands.options import add_custom_ops, add_data
-from qcompile.compiler.console import console, megabytes, progress, table
-from qcompile.compiler.evaluate import DecoderScores, OutputScores, evaluate_many, score_outputs
-from qcompile.compiler.feeds import Batch, token_batches
-from qcompile.compiler.inputs import InputPlan, input_plan
-from qcompile.compiler.output_files import write_text
-from qcompile.compiler.sizes import model_sizes
-from qcompile.compiler.sources import data_batches
-from qcompile.compiler.store import check_result_path, load_model
-from qcompile.compiler.subject import text_windows
-from qcompile.compiler.tokens import Tokenizer, find_tokenizer, load_tokenizer
+from qcompile.compiler.console.numbers import megabytes
+from qcompile.compiler.console.terminal import console, progress, table
+from qcompile.compiler.data.calibration import data_batches
+from qcompile.compiler.data.calibration_files import named
+from qcompile.compiler.data.feeds import Batch, token_batches
+from qcompile.compiler.data.inputs import InputPlan, input_plan
+from qcompile.compiler.data.tokens import Tokenizer, find_tokenizer, load_tokenizer
+from qcompile.compiler.files.load import check_result_path, load_model
+from qcompile.compiler.files.publish import write_text
+from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores, evaluate_many, score_outputs
+from qcompile.compiler.measure.loaded import text_windows
+from qcompile.compiler.report.sizes import model_sizes
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import KERNELS, operator_kernels
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.commands.options import add_custom_ops
-from qcompile.compiler.generate import Sampling, generate_ids, stream
-from qcompile.compiler.subject import Subject
-from qcompile.compiler.tokens import load_tokenizer
+from qcompile.compiler.data.tokens import load_tokenizer
+from qcompile.compiler.measure.generate import Sampling, generate_ids, stream
+from qcompile.compiler.measure.loaded import Subject
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import KERNELS
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from qcompile.compiler.console import console, megabytes, table
-from qcompile.compiler.inspection import Summary, WeightGroup, inspect
-from qcompile.compiler.report import percent
+from qcompile.compiler.console.numbers import megabytes, percent
+from qcompile.compiler.console.terminal import console, table
+from qcompile.compiler.report.inspection import Summary, WeightGroup, inspect
 
 # Inputs and outputs of a model with caches are alike by the dozen.
 _FEW = 8

@@ -8,20 +8,21 @@ from typing import Any
 
 from rich.console import Console
 
-from qcompile.compiler import mixed
-from qcompile.compiler.calibration_files import named
 from qcompile.compiler.commands import compile as compiling
-from qcompile.compiler.console import console, table
-from qcompile.compiler.effect import decibels
-from qcompile.compiler.output_files import write_text
+from qcompile.compiler.console.numbers import decibels
+from qcompile.compiler.console.progress import Progress
+from qcompile.compiler.console.terminal import console, table
+from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.data.calibration_files import named
+from qcompile.compiler.facts.model import versions
+from qcompile.compiler.files.load import check_result_path, model_hash
+from qcompile.compiler.files.publish import write_text
+from qcompile.compiler.mixed import keep
+from qcompile.compiler.mixed.ranking import Ranking, RankingCache
+from qcompile.compiler.mixed.sensitivity import Mixture
 from qcompile.compiler.plan import INT8
-from qcompile.compiler.progress import Progress
-from qcompile.compiler.ranking import Ranking, RankingCache
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.sensitivity import Mixture
-from qcompile.compiler.sources import Calibration
-from qcompile.compiler.store import check_result_path, model_hash
-from qcompile.compiler.walk import versions, walk_model
+from qcompile.compiler.stages import walk_model
 from qcompile.passes.errors import UserError
 
 _DESCRIPTION = """\
@@ -83,7 +84,7 @@ def ranked(model: Path, recipe: Recipe, calibration: Calibration, progress: Prog
     # With a node to keep, data is gathered for dynamic, too.
     walked = walk_model(model, replace(recipe, keep_worst=1), calibration, progress, checks=False)
     progress.step("sensitivity: float outputs and switches")
-    late = mixed.integer_pass(walked.passes)
+    late = keep.integer_pass(walked.passes)
     ranking = Mixture(walked.model, late, walked.plan, walked.data, model, recipe.provider).rank(progress)
     cache.put(ranking)
     return ranking

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.commands.options import add_custom_ops, add_data
-from qcompile.compiler.console import console, progress
+from qcompile.compiler.console.terminal import console, progress
 from qcompile.compiler.recipe import load_recipe
-from qcompile.compiler.sweep import sweep
-from qcompile.compiler.sweep_data import Evaluation
-from qcompile.compiler.sweep_grid import parse_grid
-from qcompile.compiler.sweep_output import caption, reasons, terminal_table
-from qcompile.compiler.sweep_rows import DONE, OPEN, Row, Sweep, name
+from qcompile.compiler.sweep.grid import parse_grid
+from qcompile.compiler.sweep.rows import DONE, OPEN, Row, Sweep, name
+from qcompile.compiler.sweep.run import sweep
+from qcompile.compiler.sweep.scoring import Evaluation
+from qcompile.compiler.sweep.tables import caption, reasons, terminal_table
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import KERNELS
 

@@ -12,8 +12,8 @@ import onnx_ir as ir
 import onnxscript
 
 from qcompile.passes.affine import Codes, Grid, Quantized
+from qcompile.passes.graph import add_initializer
 from qcompile.passes.linears import constant, dimensions
-from qcompile.passes.prepare.edit import add_initializer
 
 DOMAIN = "qcompile"
 VERSION = 1

@@ -12,8 +12,8 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array
 from qcompile.passes.bodies import Owners
 from qcompile.passes.formats.base import drop_unused, drop_weight
+from qcompile.passes.graph import Names, add_initializer, insert_before
 from qcompile.passes.linears import constant
-from qcompile.passes.prepare.edit import Names, add_initializer, insert_before
 
 # Node meta of a DequantizeLinear: the Decoded that it gives, until it is verified.
 DECODED = "qcompile.decoded"

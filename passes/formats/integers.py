@@ -33,8 +33,8 @@ from qcompile.passes.formats.base import (
     operands,
     role,
 )
+from qcompile.passes.graph import add_initializer
 from qcompile.passes.linears import constant, dimensions
-from qcompile.passes.prepare.edit import add_initializer
 from qcompile.passes.spec import QuantSpec, granularity
 
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.base import MICROSOFT, Cache, become, drop_unused, operands, pack_nibbles, unpacked
+from qcompile.passes.graph import add_initializer
 from qcompile.passes.linears import constant, dimensions
-from qcompile.passes.prepare.edit import add_initializer
 
 
 def refusal(block_size: int) -> str:

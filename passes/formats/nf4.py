@@ -23,8 +23,8 @@ from qcompile.passes.formats.base import (
 )
 from qcompile.passes.formats.integers import checked
 from qcompile.passes.formats.tables import TableGrid, Tables
+from qcompile.passes.graph import add_initializer, insert_before
 from qcompile.passes.linears import constant, dimensions
-from qcompile.passes.prepare.edit import add_initializer, insert_before
 from qcompile.passes.spec import granularity
 
 # Table of bitsandbytes, as ONNX Runtime's MatMulBnb4 has it.

@@ -9,8 +9,8 @@ from qcompile.passes.affine import Array, Quantized
 from qcompile.passes.formats import functions, operator
 from qcompile.passes.formats.base import DOMAIN, LOOKUP, add_codes, become, drop_unused, pack_nibbles
 from qcompile.passes.formats.decoded import Coded
+from qcompile.passes.graph import add_initializer
 from qcompile.passes.linears import constant, dimensions
-from qcompile.passes.prepare.edit import add_initializer
 from qcompile.passes.rounding import round_to_nearest
 from qcompile.passes.spec import QuantSpec
 from qcompile.passes.tensors import read

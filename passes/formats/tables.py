@@ -29,8 +29,8 @@ from qcompile.passes.formats.base import (
     as_bytes,
     grouped_by,
 )
+from qcompile.passes.graph import add_initializer
 from qcompile.passes.linears import dimensions
-from qcompile.passes.prepare.edit import add_initializer
 from qcompile.passes.spec import Granularity, QuantSpec
 
 # Codes of the columns that an embedding looks up: element 2j of a row is the low nibble of byte j, element 2j + 1 the

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import small_array
+from qcompile.passes.graph import small_array
 from qcompile.passes.prepare.sizes import named_sizes
 
 

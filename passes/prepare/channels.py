@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import is_constant
+from qcompile.passes.graph import is_constant
 from qcompile.passes.tensors import read
 
 _ARITHMETIC = ("Add", "Sub", "Mul", "Div")

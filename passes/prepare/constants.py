@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Decide, add_initializer
+from qcompile.passes.graph import Decide, add_initializer
 from qcompile.passes.tensors import read
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}

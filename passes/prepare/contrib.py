@@ -10,9 +10,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qcompile.passes.graph import Decide, Names, decided, float_type
 from qcompile.passes.linears import LEFT
 from qcompile.passes.prepare.contrib_attention import take_attention_apart, take_embeddings_apart
-from qcompile.passes.prepare.edit import Decide, Names, decided, float_type
 from qcompile.passes.prepare.writer import Writer
 
 DOMAIN = "com.microsoft"

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Names
+from qcompile.passes.graph import Names
 from qcompile.passes.prepare.sizes import named_sizes
 from qcompile.passes.prepare.writer import Writer
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.passes.graph import Decide, Names, add_initializer, is_constant, take_over
 from qcompile.passes.prepare.channels import Affine, Array, affine, candidates, wide
-from qcompile.passes.prepare.edit import Decide, Names, add_initializer, is_constant, take_over
 from qcompile.passes.tensors import lazy, read
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}

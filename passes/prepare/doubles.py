@@ -2,8 +2,8 @@
 
 import onnx_ir as ir
 
+from qcompile.passes.graph import Decide, Names, add_initializer, insert_before
 from qcompile.passes.linears import Linear, constant, dimensions, find_embeddings, find_linears
-from qcompile.passes.prepare.edit import Decide, Names, add_initializer, insert_before
 from qcompile.passes.tensors import lazy
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Decide, is_constant
+from qcompile.passes.graph import Decide, is_constant
 from qcompile.passes.tensors import chunks
 
 _MIN_BYTES = 1024

@@ -7,9 +7,9 @@ from string import ascii_letters
 
 import onnx_ir as ir
 
+from qcompile.passes.graph import Decide, Names, decided, is_constant
 from qcompile.passes.linears import LEFT, dimensions
 from qcompile.passes.prepare.constant_types import FLOATS
-from qcompile.passes.prepare.edit import Decide, Names, decided, is_constant
 from qcompile.passes.prepare.writer import Writer
 
 

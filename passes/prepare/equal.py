@@ -4,7 +4,7 @@ from collections.abc import Hashable
 
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Decide, small_array
+from qcompile.passes.graph import Decide, small_array
 
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 _COMMUTATIVE = {"Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum"}

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompile.passes.graph import Decide, Names, add_initializer, insert_before, take_over
 from qcompile.passes.linears import constant, dimensions, is_float_constant
-from qcompile.passes.prepare.edit import Decide, Names, add_initializer, insert_before, take_over
 from qcompile.passes.tensors import lazy
 
 # Elements of an expert's matrix from which a node of its own is worth it.

@@ -23,10 +23,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.bodies import bodies
+from qcompile.passes.graph import Decide, add_initializer, decided, is_constant
 from qcompile.passes.linears import LEFT
 from qcompile.passes.prepare.constant_ops import made_of
 from qcompile.passes.prepare.constant_types import Array, Made, Operand
-from qcompile.passes.prepare.edit import Decide, add_initializer, decided, is_constant
 from qcompile.passes.tensors import computed, read
 
 # A second copy of less than this may be made; above, a weight exists once.

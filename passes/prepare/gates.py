@@ -6,7 +6,7 @@ from math import inf
 
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import small_array
+from qcompile.passes.graph import small_array
 
 LIMITS = ("Clip", "Min", "Max", "Relu")
 # Steps that are seen backwards from a node, of lines and of limits each: so long is no gate that anybody wrote, and

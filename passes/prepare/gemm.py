@@ -3,15 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import (
-    Decide,
-    Names,
-    add_initializer,
-    float_type,
-    insert_before,
-    is_constant,
-    take_over,
-)
+from qcompile.passes.graph import Decide, Names, add_initializer, float_type, insert_before, is_constant, take_over
 from qcompile.passes.tensors import lazy
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}

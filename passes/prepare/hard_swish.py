@@ -5,7 +5,7 @@ from math import isclose
 
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Decide, Names, insert_before, take_over
+from qcompile.passes.graph import Decide, Names, insert_before, take_over
 from qcompile.passes.prepare.gates import LIMITS, Gate, Line, before, gates, lines
 
 _OPSET = 14  # the first with HardSwish

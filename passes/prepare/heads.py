@@ -3,8 +3,8 @@
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.passes.graph import Decide, Names, add_initializer, insert_before, take_over
 from qcompile.passes.prepare.attention import Attention, find_attention, repeated
-from qcompile.passes.prepare.edit import Decide, Names, add_initializer, insert_before, take_over
 from qcompile.passes.prepare.sizes import named_sizes, sizes
 
 

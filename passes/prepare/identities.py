@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Decide, small_array
+from qcompile.passes.graph import Decide, small_array
 
 
 def remove_identities(model: ir.Model, decide: Decide) -> None:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import onnx
 import onnx_ir as ir
 
+from qcompile.passes.graph import Decide
 from qcompile.passes.map_types import set_maps_aside
-from qcompile.passes.prepare.edit import Decide
 from qcompile.passes.prepare.inference import inferred
 
 # Tells the types of values, by name, that a model without its weights computes; nothing of those it cannot tell.

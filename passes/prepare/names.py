@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Decide
+from qcompile.passes.graph import Decide
 
 
 def unique_names(model: ir.Model, decide: Decide) -> None:

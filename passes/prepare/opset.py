@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.passes.errors import UserError
-from qcompile.passes.prepare.edit import Decide, Names
+from qcompile.passes.graph import Decide, Names
 from qcompile.passes.prepare.opset_rules import RULES
 
 MIN_OPSET, MAX_OPSET = 7, 26  # the newest is what ONNX Runtime 1.24 to 1.32 load

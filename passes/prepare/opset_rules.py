@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Names, constant_before, float_type, insert_before, small_array, take_over
+from qcompile.passes.graph import Names, constant_before, float_type, insert_before, small_array, take_over
 
 Rule = Callable[[ir.Node, Names], bool | str]
 

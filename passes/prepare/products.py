@@ -2,9 +2,9 @@
 
 import onnx_ir as ir
 
+from qcompile.passes.graph import Decide, Names, decided, is_constant, take_over
 from qcompile.passes.linears import LEFT, dimensions
 from qcompile.passes.prepare.constant_types import FLOATS
-from qcompile.passes.prepare.edit import Decide, Names, decided, is_constant, take_over
 from qcompile.passes.prepare.writer import Writer
 
 # A weight with a smaller side is not worth two Transposes of what it meets on the right.

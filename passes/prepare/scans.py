@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Decide, Names, add_initializer, is_constant
+from qcompile.passes.graph import Decide, Names, add_initializer, is_constant
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 

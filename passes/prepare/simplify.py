@@ -5,7 +5,7 @@ from collections import defaultdict
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Decide, Names, add_initializer, insert_before, small_array
+from qcompile.passes.graph import Decide, Names, add_initializer, insert_before, small_array
 
 # Operand positions at which a constant of this value changes nothing.
 _NEUTRAL = {

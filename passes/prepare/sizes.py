@@ -3,15 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import (
-    Decide,
-    Names,
-    add_initializer,
-    insert_before,
-    is_constant,
-    small_array,
-    take_over,
-)
+from qcompile.passes.graph import Decide, Names, add_initializer, insert_before, is_constant, small_array, take_over
 
 # A number, the name of a symbol of the graph's inputs, or one dimension of a value.
 Size = int | str | tuple[ir.Value, int]

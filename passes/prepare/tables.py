@@ -2,8 +2,8 @@
 
 import onnx_ir as ir
 
+from qcompile.passes.graph import Decide, Names, insert_before
 from qcompile.passes.linears import dimensions, is_weight
-from qcompile.passes.prepare.edit import Decide, Names, insert_before
 from qcompile.passes.prepare.writer import Writer
 from qcompile.passes.tensors import lazy
 

@@ -11,7 +11,7 @@ from onnx_ir.passes.common import (
 )
 
 from qcompile.passes.errors import UserError
-from qcompile.passes.prepare.edit import Decide
+from qcompile.passes.graph import Decide
 
 
 def sort(model: ir.Model) -> None:

@@ -3,8 +3,8 @@
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.passes.graph import Decide, Names, insert_before, is_constant
 from qcompile.passes.linears import find_embeddings, find_linears
-from qcompile.passes.prepare.edit import Decide, Names, insert_before, is_constant
 from qcompile.passes.tensors import read
 
 _MIN_BYTES = 1024

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.prepare.edit import Names, add_initializer, take_over
+from qcompile.passes.graph import Names, add_initializer, take_over
 
 
 class Writer:

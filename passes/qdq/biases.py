@@ -7,9 +7,9 @@ import onnx_ir as ir
 
 from qcompile.passes.affine import Array
 from qcompile.passes.formats.base import drop_unused
+from qcompile.passes.graph import add_initializer, insert_before, is_constant, stem
 from qcompile.passes.linears import constant
 from qcompile.passes.masks import FILL
-from qcompile.passes.prepare.edit import add_initializer, insert_before, is_constant, stem
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.qdq.twin import TWIN, Twin
 

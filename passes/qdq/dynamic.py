@@ -7,10 +7,10 @@ import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.formats.base import drop_weight
+from qcompile.passes.graph import add_initializer, insert_before
 from qcompile.passes.inner import int8, quantize_inner
 from qcompile.passes.linears import LEFT, Linear, constant, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
-from qcompile.passes.prepare.edit import add_initializer, insert_before
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import add_outliers, masked, split_weight, told
 from qcompile.passes.qdq.outliers import OUTLIERS, Outliers

@@ -8,9 +8,9 @@ import onnx_ir as ir
 from qcompile.passes.formats import functions, operator
 from qcompile.passes.formats.base import DOMAIN, EMBEDDING, become, drop_unused
 from qcompile.passes.formats.emit import floats
+from qcompile.passes.graph import Decide, add_initializer
 from qcompile.passes.linears import Embedding, find_embeddings
 from qcompile.passes.policy import Policy
-from qcompile.passes.prepare.edit import Decide, add_initializer
 from qcompile.passes.qdq.weights import SPEC, Stored, WeightStore
 
 

@@ -10,8 +10,8 @@ from qcompile.passes.base import STATIC
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.base import DOMAIN, drop_weight
 from qcompile.passes.formats.functions import OUTLIER, register
+from qcompile.passes.graph import Decide, add_initializer, insert_before
 from qcompile.passes.linears import Linear, as_linear, constant
-from qcompile.passes.prepare.edit import Decide, add_initializer, insert_before
 from qcompile.passes.qdq.outliers import OUTLIERS, Outliers
 from qcompile.passes.qdq.ranges import grid_of
 from qcompile.passes.qdq.weights import Stored, WeightGrid, quantize_weight

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array, QParams
 from qcompile.passes.base import STATIC, Pass, Reason, Region
 from qcompile.passes.errors import UserError
+from qcompile.passes.graph import Names, add_initializer, stem, take_over
 from qcompile.passes.inner import int8, quantize_inner
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.observers.base import Observer
@@ -18,7 +19,6 @@ from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.policy import Policy
-from qcompile.passes.prepare.edit import Names, add_initializer, stem, take_over
 from qcompile.passes.qdq.biases import bias_behind, has_endless_bias, quantize_bias, settle_bias
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import replace_outlier

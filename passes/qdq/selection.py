@@ -6,10 +6,10 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from qcompile.passes.graph import is_constant
 from qcompile.passes.linears import as_linear, constant, dimensions, is_float_constant, is_lm_head, vocabulary_size
 from qcompile.passes.masks import masked
 from qcompile.passes.policy import Policy
-from qcompile.passes.prepare.edit import is_constant
 from qcompile.passes.qdq.biases import bias_behind
 from qcompile.passes.qdq.outliers import OUTLIERS
 from qcompile.passes.qdq.providers import Provider, Rule, rule_of

@@ -12,8 +12,8 @@ import onnx_ir as ir
 from qcompile.passes.affine import LEAST_SCALE, Array, QParams, Quantized
 from qcompile.passes.formats.base import drop_weight
 from qcompile.passes.gptq import QUANTIZED
+from qcompile.passes.graph import add_initializer, insert_before, stem
 from qcompile.passes.linears import as_linear, constant
-from qcompile.passes.prepare.edit import add_initializer, insert_before, stem
 from qcompile.passes.qdq.biases import least_scales
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.spec import PerChannel, QuantSpec

@@ -1,0 +1,1 @@
+"""Fed with what? Inputs of a graph, and calibration data in all its forms."""

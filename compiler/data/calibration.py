@@ -1,0 +1,329 @@
+"""Where calibration data comes from, in this order: the user, the bundled text, the model itself."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompile.compiler.data.calibration_files import Files
+from qcompile.compiler.data.feeds import Batch, InputPlan, array_conversions, npz_batches, token_batches
+from qcompile.compiler.data.images import SUFFIXES as IMAGES
+from qcompile.compiler.data.images import Pictures, picture_input
+from qcompile.compiler.data.inputs import Dim
+from qcompile.compiler.data.picture_batches import picture_batches
+from qcompile.compiler.data.readers import Reader, is_reference, read_batches
+from qcompile.compiler.data.sampling import sample_windows
+from qcompile.compiler.data.tokens import Ids, Tokenizer, find_tokenizer, load_tokenizer
+from qcompile.compiler.recipe import Recipe
+from qcompile.models.text import calibration_text, read_texts
+from qcompile.passes.errors import UserError
+from qcompile.runtime.sessions import session
+
+_log = logging.getLogger(__name__)
+
+# Words for --calibration without files.
+SELF, NORMS = "self", "norms"
+# Batches that the finished model is checked on: few and short, since every output of theirs is kept.
+_CHECKS, _CHECK_TOKENS = 2, 48
+# Windows, or batches of anything else, for choices by measured errors, which the statistics have not seen.
+_UNSEEN, _ASIDE = 2, 4
+# Windows of a model with caches that are followed by a decode step: each step is one more run, for one token.
+_DECODED = 4
+# An encoder sees windows of so many lengths, each half of the one before.
+_LENGTHS = 5
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches for statistics, batches to check the result on, and a sentence that says where both come from.
+
+    real: the checks are what the model may meet, not random numbers. unseen: batches of the same data beside those of
+    the statistics, where a recipe chooses by its own errors. data_free: nothing came from the user or the bundle.
+    guess: passes have their statistics from the scales of norms (`proxies`), not from a run.
+    """
+
+    calibration: list[Batch]
+    checks: list[Batch]
+    description: str
+    real: bool = True
+    unseen: Sequence[Batch] = ()
+    data_free: bool = False
+    guess: bool = False
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the user gives, for `gather`.
+
+    files: texts, .npz or .npy files, images, folders of them, or module:name; or one word that is no file. tokenizer:
+    its folder. reader: instead of files, an object with `get_next` as ONNX Runtime's CalibrationDataReader has it, or
+    an iterable of dicts from input name to array. pictures: what is done to images.
+    """
+
+    files: Sequence[str] = ()
+    tokenizer: Path | None = None
+    reader: Reader | Iterable[Mapping[str, Any]] | None = None
+    pictures: Pictures = field(default_factory=Pictures)
+
+    @property
+    def only_files(self) -> bool:
+        """Whether the content of the files tells all: no program, no folders, no images, which have settings."""
+        plain = (Path(file).suffix.lower() not in IMAGES and not Path(file).is_dir() for file in self.files)
+        return self.reader is None and all(plain) and not any(map(is_reference, self.files))
+
+    @classmethod
+    def of(cls, given: "Given") -> "Calibration":
+        """The same, or files alone, or a reader alone."""
+        if isinstance(given, Calibration):
+            return given
+        if isinstance(given, str | Path):
+            return cls([str(given)])
+        if isinstance(given, Sequence) and all(isinstance(file, str | Path) for file in given):
+            return cls([str(file) for file in given])
+        return cls(reader=given)  # type: ignore[arg-type]
+
+
+# What functions take for calibration data: files, or a reader, alone or with settings.
+Given = Calibration | Sequence[str] | Reader | Iterable[Mapping[str, Any]]
+
+
+def gather(
+    plan: InputPlan, model: Path, recipe: Recipe, given: Calibration, *, needed: bool, learnt: bool = False
+) -> Data:
+    """The calibration data of a model; with `needed` False only what the checks take.
+
+    learnt: ranges were learnt before, on all of it perhaps.
+    """
+    if given.reader is not None and given.files:
+        raise UserError("give calibration files or a reader, not both")
+    if len(given.files) == 1 and given.files[0] in (SELF, NORMS) and not Path(given.files[0]).exists():
+        return _data_free(plan, model, recipe, given.files[0], needed=needed)
+    files = Files.of(given.files)
+    if files.arrays or files.images or files.reference or given.reader is not None:
+        batches, described = _batches_given(plan, model, recipe, given, files)
+        taken, others = apart(plan, batches) if recipe.mixed and not learnt else (batches, [])
+        described += f", {len(others)} more held aside to choose nodes by" if others else ""
+        return Data(taken if needed else [], batches[:_CHECKS], described, unseen=others)
+    if plan.floats or plan.unknown or plan.ids is None:
+        if needed:
+            plan.require_tokens()
+        return _random(plan)
+    found = load_tokenizer(given.tokenizer) if given.tokenizer is not None else _beside(model)
+    if found is None and files.texts:
+        raise UserError(
+            f"--calibration {files.texts[0]} is text, but no tokenizer.json lies beside {model}: give --tokenizer"
+        )
+    if found is not None:
+        return _from_text(plan, recipe, found, files.texts, needed=needed)
+    return _data_free(plan, model, recipe, SELF, needed=needed, why=" (no tokenizer beside it)")
+
+
+def _batches_given(
+    plan: InputPlan, model: Path, recipe: Recipe, given: Calibration, files: Files
+) -> tuple[list[Batch], str]:
+    """(batches, what they are) of arrays, images, or a program."""
+    if files.arrays:
+        batches, remarks = npz_batches(plan, files.arrays), array_conversions(plan, files.arrays)
+        return batches, "; ".join([f"{len(batches)} batches of {_names(files.arrays)}", *remarks])
+    if files.images:
+        picture_input(plan).check(given.pictures.size)
+        return picture_batches(plan, files.images, given.pictures.beside(model), recipe.samples)
+    label = files.reference or type(given.reader).__name__
+    batches, remarks = read_batches(plan, files.reference or given.reader, label)
+    return batches, "; ".join([f"{len(batches)} batches of {label}", *remarks])
+
+
+def data_batches(plan: InputPlan, model: Path, paths: Sequence[Path]) -> list[Batch]:
+    """The batches of files of arrays or of images, or of folders of them; all of them."""
+    files = Files.of([str(path) for path in paths])
+    if files.images:
+        return picture_batches(plan, files.images, Pictures().beside(model), len(files.images))[0]
+    if not files.arrays:
+        raise UserError(f"{paths[0]}: no array (.npz, .npy) and no image")
+    return npz_batches(plan, files.arrays)
+
+
+def spread(ids: Sequence[int], context: int, count: int) -> list[Ids]:
+    """Up to `count` windows of `context` tokens, spread evenly over the text and disjoint."""
+    flat = np.asarray(ids, np.int64)
+    whole = len(flat) // context
+    if whole <= 1:
+        return [flat[:context]] if len(flat) > 1 else []
+    chosen = np.unique(np.linspace(0, whole - 1, min(count, whole)).round().astype(int))
+    return [flat[i * context : (i + 1) * context] for i in chosen]
+
+
+def unseen(ids: Sequence[int], context: int, count: int, wanted: int) -> list[Ids]:
+    """Up to `wanted` windows of `context` tokens, spread evenly over those that `spread` of `count` leaves out."""
+    flat = np.asarray(ids, np.int64)
+    whole = len(flat) // context
+    if whole <= count:
+        return []
+    left = np.setdiff1d(np.arange(whole), np.linspace(0, whole - 1, count).round().astype(int))
+    chosen = np.unique(((np.arange(wanted) + 0.5) / wanted * len(left)).astype(int))
+    return [flat[i * context : (i + 1) * context] for i in left[chosen]]
+
+
+def apart(plan: InputPlan, batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """(batches for statistics, batches for choices by measured errors) of arrays, each of which is used for one alone.
+
+    Case 1: a quarter of the batches, one of two or three, `_ASIDE` at most, spread evenly.
+    Case 2: the last quarter of the rows of one batch alone, where the graph leaves their number free and all inputs
+            have as many.
+    Case 3: none of a batch that cannot be cut.
+    """
+    if len(batches) > 1:  # Case 1
+        count = min(_ASIDE, max(len(batches) // 4, 1))
+        chosen = set(((np.arange(count) + 0.5) / count * len(batches)).astype(int).tolist())
+        parts: tuple[list[Batch], list[Batch]] = ([], [])
+        for number, batch in enumerate(batches):
+            parts[number in chosen].append(batch)
+        return parts
+    rows = {array.shape[:1] for array in batches[0].feeds.values()}
+    free = all(given.shape and not isinstance(given.shape[0], int) for given in plan.inputs)
+    count = batches[0].rows
+    if not free or rows != {(count,)} or count < 2:  # Case 3
+        return list(batches), []
+    cut = count - max(count // 4, 1)
+    return [_rows_of(batches[0], 0, cut)], [_rows_of(batches[0], cut, count)]  # Case 2
+
+
+def _rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    return Batch(lambda: {name: array[start:stop] for name, array in batch.feeds.items()}, stop - start)
+
+
+def _from_text(plan: InputPlan, recipe: Recipe, tokenizer: Tokenizer, texts: Sequence[Path], *, needed: bool) -> Data:
+    documents = read_texts(texts) if texts else [calibration_text()]
+    source = _names(texts) if texts else "the bundled text (speeches and a novel, English)"
+    ids = [token for document in documents for token in tokenizer.encode(document)]
+    tokenizer.check_vocabulary(plan.vocabulary, ids)
+    context = plan.sequence or recipe.context
+    windows = spread(ids, context, recipe.samples)
+    if not windows:
+        raise UserError(f"the calibration text has {len(ids)} tokens: give at least two")
+    if needed and len(windows) < recipe.samples:
+        _log.warning(
+            "the calibration text holds %d windows of %d tokens, not %d", len(windows), context, recipe.samples
+        )
+    others = unseen(ids, context, recipe.samples, _UNSEEN * (plan.batch or 1)) if recipe.mixed else []
+    if recipe.mixed and not others and len(windows) >= 2 * (plan.batch or 1):  # a text that is all windows
+        stacks = min(_UNSEEN, max(len(windows) // (plan.batch or 1) // 4, 1))
+        cut = len(windows) - stacks * (plan.batch or 1)
+        windows, others = windows[:cut], windows[cut:]
+    length = f"{len(windows[0])}"
+    if plan.logits is None and not plan.past and not plan.sequence and plan.batch in (None, 1):
+        windows, others = _as_texts(tokenizer, windows), _as_texts(tokenizer, others)
+        length = f"{min(map(len, windows))} to {max(map(len, windows))}"
+    calibration = _batches(plan, windows) if needed else []
+    described = f"{len(windows)} windows of {length} tokens from {source}" if needed else source
+    held = token_batches(plan, others) if len(others) >= (plan.batch or 1) else []
+    return Data(calibration, _checks(plan, windows), described, unseen=held)
+
+
+def _as_texts(tokenizer: Tokenizer, windows: Sequence[Ids]) -> list[Ids]:
+    """Windows as an encoder meets texts: of many lengths, within special tokens, whose activations stand out."""
+    before, behind = tokenizer.around()
+    texts = []
+    for i, window in enumerate(windows):
+        room = max((len(window) >> (i % _LENGTHS)) - len(before) - len(behind), 1)
+        texts.append(np.array([*before, *window[:room], *behind], np.int64))
+    return texts
+
+
+def _checks(plan: InputPlan, windows: Sequence[Ids]) -> list[Batch]:
+    """The first windows, cut short where the graph allows it."""
+    chosen = windows[: _CHECKS * (plan.batch or 1)]
+    short = [window if plan.sequence else window[:_CHECK_TOKENS] for window in chosen]
+    return token_batches(plan, short, decode_step=bool(plan.past))
+
+
+def _batches(plan: InputPlan, windows: Sequence[Ids]) -> list[Batch]:
+    """Prefill of every window; with caches, a decode step behind the first few."""
+    if not plan.past or plan.sequence or plan.batch not in (None, 1):
+        return token_batches(plan, windows, decode_step=bool(plan.past))
+    decoded, rest = windows[:_DECODED], windows[_DECODED:]
+    return token_batches(plan, decoded, decode_step=True) + (token_batches(plan, rest) if rest else [])
+
+
+def _data_free(plan: InputPlan, model: Path, recipe: Recipe, kind: str, *, needed: bool, why: str = "") -> Data:
+    """Case 1: nothing is needed: random checks. Case 2: "norms". Case 3: tokens sampled from the model.
+
+    Checks are sampled, too, but by another seed, so that statistics have not seen them.
+    """
+    if not needed:
+        return _random(plan)
+    if plan.logits is None:
+        if kind == NORMS:
+            return replace(_random(plan), description="none: scales of norms stand in", data_free=True, guess=True)
+        raise UserError(
+            "no tokenizer lies beside the model, and it is no decoder to sample text from: give --tokenizer, or "
+            "--calibration norms for passes that need no more"
+        )
+    running = session(model, providers=(recipe.provider,), kernels="portable")
+    count = _CHECKS * (plan.batch or 1)
+    checks = _checks(plan, sample_windows(running, plan, count, _CHECK_TOKENS, recipe.seed + 1))
+    if kind == NORMS:
+        return Data([], checks, "none: scales of norms stand in", data_free=True, guess=True)
+    windows = sample_windows(running, plan, recipe.samples, recipe.context, recipe.seed)
+    described = f"{len(windows)} windows of {len(windows[0])} tokens sampled from the model itself{why}"
+    held: list[Batch] = []
+    if recipe.mixed:
+        count = _UNSEEN * (plan.batch or 1)
+        held = token_batches(plan, sample_windows(running, plan, count, recipe.context, recipe.seed + 2))
+    return Data(_batches(plan, windows), checks, described, data_free=True, unseen=held)
+
+
+def _random(plan: InputPlan) -> Data:
+    """Checks on random inputs, for a compile that needs no data."""
+    rng = np.random.default_rng(0)
+    if plan.ids is not None and not plan.floats and not plan.unknown:
+        length = plan.sequence or _CHECK_TOKENS
+        count = _CHECKS * (plan.batch or 1)
+        windows = [rng.integers(plan.vocabulary or 2, size=length) for _ in range(count)]
+        return Data([], token_batches(plan, windows, decode_step=bool(plan.past)), "random tokens (checks only)", False)
+    feeds, sizes = dict(plan.fillers()), _named_sizes(plan)
+    for given in plan.inputs:
+        if not given.ranked and given.name not in feeds:
+            raise UserError(
+                f"graph input {given.name!r} has no rank to draw numbers of: give its arrays (--calibration)"
+            )
+        shape = [
+            dim if isinstance(dim, int) and dim > 0 else sizes.get(dim) or _free(i, len(given.shape))
+            for i, dim in enumerate(given.shape)
+        ]
+        if given.is_string:
+            feeds[given.name] = np.full(shape, "a", object)
+        elif given.name not in feeds:
+            draw = rng.normal(size=shape) if given.is_float else rng.integers(0, 2, size=shape)
+            feeds[given.name] = np.asarray(draw).astype(given.dtype)
+    return Data([], [Batch(feeds, 1)], "random normal inputs (checks only; give .npz files for real ones)", False)
+
+
+def _named_sizes(plan: InputPlan) -> dict[Dim, int]:
+    """One size for each name of a free dimension, whatever inputs have it: the smallest that `_free` gives."""
+    sizes: dict[Dim, int] = {}
+    for given in plan.inputs:
+        for axis, dim in enumerate(given.shape):
+            if isinstance(dim, str):
+                own = _free(axis, len(given.shape))
+                sizes[dim] = min(sizes.get(dim, own), own)
+    return sizes
+
+
+def _free(axis: int, rank: int) -> int:
+    """A size for a free dimension: one batch, images large enough for every stride, short sequences."""
+    if axis == 0:
+        return 1
+    return 64 if rank == 4 else 16
+
+
+def _beside(model: Path) -> Tokenizer | None:
+    path = find_tokenizer(model)
+    return load_tokenizer(path) if path is not None else None
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths[:3]) + (", …" if len(paths) > 3 else "")

@@ -1,0 +1,185 @@
+"""Batches of feeds for a graph: from windows of token ids, or from files of arrays."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompile.compiler.data.array_files import array_sets
+from qcompile.compiler.data.inputs import InputPlan, PastPair, input_plan
+from qcompile.compiler.data.npz import (
+    Feeds,
+    check_rows,
+    conversions,
+    has_rows,
+    leading,
+    read_arrays,
+    split,
+    stored_arrays,
+)
+from qcompile.compiler.data.tokens import Ids
+from qcompile.compiler.files.disk_arrays import Spill
+from qcompile.passes.errors import UserError
+
+__all__ = [
+    "Batch",
+    "Feeds",
+    "InputPlan",
+    "PastPair",
+    "array_conversions",
+    "complete",
+    "completed",
+    "input_plan",
+    "kept",
+    "npz_batches",
+    "token_batches",
+    "token_feeds",
+]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one run is fed.
+
+    given: its arrays by input name, or a function that reads them.
+    rows: tokens in the batch (for arrays, their leading dimension).
+    follows: the number of the batch whose present outputs are this one's past; `complete` puts them in.
+    """
+
+    given: Feeds | Callable[[], Feeds]
+    rows: int
+    follows: int | None = None
+
+    @property
+    def feeds(self) -> Feeds:
+        """The arrays by input name, read anew where they are not in memory."""
+        return self.given() if callable(self.given) else self.given
+
+
+def token_batches(plan: InputPlan, windows: Sequence[Ids], *, decode_step: bool = False) -> list[Batch]:
+    """One batch for each window (with a fixed batch dimension: for each full stack of windows).
+
+    decode_step: a model with caches gets the window without its last token, from an empty past, then a second batch
+    with the last token, that follows. A cache graph of fixed length takes its windows in pieces of that length.
+    """
+    plan.require_tokens()
+    batches: list[Batch] = []
+    for stack in _stacks(plan, windows):
+        done, previous = 0, None
+        for piece in _pieces(plan, stack, decode_step=decode_step):
+            feeds = token_feeds(plan, piece, past=done, empty=previous is None)
+            batches.append(Batch(feeds, piece.size, previous))
+            done, previous = done + piece.shape[1], len(batches) - 1
+    return batches
+
+
+def token_feeds(plan: InputPlan, ids: Ids, *, past: int = 0, empty: bool = True) -> Feeds:
+    """Feeds for ids (batch, current) behind `past` tokens; with `empty`, the caches too, at zero length."""
+    given = plan.require_tokens()
+    batch, current = ids.shape
+    feeds: Feeds = {**plan.fillers(), given.name: ids.astype(given.dtype)}
+    if plan.mask:
+        feeds[plan.mask.name] = np.ones((batch, past + current), plan.mask.dtype)
+    if plan.positions:
+        row = np.arange(past, past + current)
+        shape = (batch, current) if len(plan.positions.shape) == 2 else (current,)
+        feeds[plan.positions.name] = np.broadcast_to(row, shape).astype(plan.positions.dtype)
+    if plan.types:
+        feeds[plan.types.name] = np.zeros((batch, current), plan.types.dtype)
+    if len(given.shape) == 1:  # one row without a batch axis: what has the ids' rank loses it, too
+        for role in (given, plan.mask, plan.types):
+            if role is not None:
+                feeds[role.name] = feeds[role.name].reshape(-1)
+    if empty:
+        feeds |= {pair.past.name: pair.empty(batch) for pair in plan.past}
+    return feeds
+
+
+def complete(plan: InputPlan, feeds: Feeds, outputs: Mapping[str, Any]) -> Feeds:
+    """The feeds of a following batch with the present outputs, by name, of the batch before it."""
+    return feeds | {pair.past.name: outputs[pair.present] for pair in plan.past}
+
+
+def npz_batches(plan: InputPlan, paths: Sequence[Path]) -> list[Batch]:
+    """One batch for each .npz file or set of .npy files; more where the graph fixes a smaller leading dimension.
+
+    Files may differ in their free dimensions. Caches may be left out (they start empty), and with the ids given also
+    masks, positions and types. Every file is checked here, and read again whenever its batch is run; the parts of a
+    file of several batches are kept in a Spill.
+    """
+    batches: list[Batch] = []
+    parts, rows = Spill(), False
+    for group in array_sets(plan, paths):
+        feeds = _from_files(plan, group)
+        rows = rows or has_rows(plan, feeds)
+        several = split(plan, feeds)
+        if len(several) > 1:
+            batches += [Batch(kept(parts, part), leading(part)) for part in several]
+        else:
+            batches.append(Batch(partial(_from_files, plan, group), leading(feeds)))
+    check_rows(rows, str(paths[0]))
+    return batches
+
+
+def array_conversions(plan: InputPlan, paths: Sequence[Path]) -> list[str]:
+    """What is converted in files of arrays, each told once."""
+    told = (conversions(plan, stored_arrays(plan, group)) for group in array_sets(plan, paths))
+    return list(dict.fromkeys(remark for remarks in told for remark in remarks))
+
+
+def completed(plan: InputPlan, arrays: Feeds, source: str) -> Feeds:
+    """Arrays that were checked, with what can be derived from the ids, empty caches, and what no node reads added."""
+    derived = dict(plan.fillers())
+    ids = arrays.get(plan.ids.name) if plan.ids else None
+    if plan.ids and ids is not None:
+        if plan.vocabulary and ids.size and not -plan.vocabulary <= ids.min() <= ids.max() < plan.vocabulary:
+            raise UserError(f"{source}: array {plan.ids.name!r} has ids outside 0 … {plan.vocabulary - 1}")
+        if not plan.past_names & set(arrays):
+            rows = ids.astype(np.int64)
+            tokens_only = replace(plan, floats=(), unknown=())
+            derived |= token_feeds(tokens_only, rows if rows.ndim == 2 else rows[None])
+    feeds = derived | arrays
+    missing = [given.name for given in plan.inputs if given.name not in feeds]
+    if missing:
+        needed = ", ".join(given.name for given in plan.required)
+        raise UserError(f"{source}: no array for input {missing[0]!r} (needed: {needed})")
+    return feeds
+
+
+def kept(spill: Spill, feeds: Feeds) -> Callable[[], Feeds]:
+    """The feeds put aside; what is returned gives them back."""
+    numbers = {name: spill.append(array) for name, array in feeds.items()}
+    return lambda: {name: spill[number] for name, number in numbers.items()}
+
+
+def _stacks(plan: InputPlan, windows: Sequence[Ids]) -> list[Ids]:
+    """Windows as ids (batch, length); what does not fill a fixed batch is left out."""
+    size = plan.batch or 1
+    for window in windows:
+        if plan.sequence and not plan.past and len(window) != plan.sequence:
+            raise UserError(
+                f"the model takes exactly {plan.sequence} tokens, got a window of {len(window)}: "
+                f"use --context {plan.sequence} and a longer text"
+            )
+    groups = [windows[start : start + size] for start in range(0, len(windows), size)]
+    full = [group for group in groups if len(group) == size and len({len(w) for w in group}) == 1]
+    if not full:
+        raise UserError(f"the model takes exactly {size} windows of one length at a time, got {len(windows)}")
+    return [np.stack(group) for group in full]
+
+
+def _pieces(plan: InputPlan, ids: Ids, *, decode_step: bool) -> list[Ids]:
+    if not plan.past:
+        return [ids]
+    length = ids.shape[1]
+    if plan.sequence:
+        return [ids[:, i : i + plan.sequence] for i in range(0, length - plan.sequence + 1, plan.sequence)]
+    return [ids[:, :-1], ids[:, -1:]] if decode_step and length > 1 else [ids]
+
+
+def _from_files(plan: InputPlan, paths: Sequence[Path]) -> Feeds:
+    """The feeds of files that together fill the inputs; UserError where they do not fit."""
+    return completed(plan, read_arrays(plan, paths), " and ".join(map(str, paths[:2])))

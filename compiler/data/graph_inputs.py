@@ -1,0 +1,190 @@
+"""Following edges between the graph's inputs, its tables and its outputs: token ids, caches, logits."""
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from qcompile.passes.graph import small_array
+
+_INTEGERS = {ir.DataType.INT32, ir.DataType.INT64}
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+# What may stand between the ids and the lookup without making other numbers of them.
+_TRANSPARENT = {
+    "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Clip", "Max", "Min", "Where", "Expand",
+}  # fmt: skip
+# What may stand between a table's constant and its lookup.
+_DECODING = {"Cast", "Transpose", "DequantizeLinear", "Identity", "Constant"}
+# (domain, op_type): input slot of each past, output slot of its present, axis that grows.
+_CACHE_SLOTS: dict[tuple[str, str], list[tuple[int, int, int]]] = {
+    ("com.microsoft", "GroupQueryAttention"): [(3, 1, 2), (4, 2, 2)],
+    ("com.microsoft", "MultiHeadAttention"): [(6, 1, 2), (7, 2, 2)],
+    ("com.microsoft", "Attention"): [(4, 1, 3)],
+    ("", "Attention"): [(4, 1, 2), (5, 2, 2)],
+}
+
+
+def token_ids(graph: ir.Graph) -> tuple[ir.Value | None, int | None]:
+    """The integer input that indexes the largest constant table, and that table's number of rows."""
+    best: tuple[int, ir.Value, int] | None = None
+    for node in graph:
+        lookup = _lookup(node)
+        if lookup is None:
+            continue
+        indices, rows, size = lookup
+        source = _source(indices)
+        if source is not None and (best is None or size > best[0]):
+            best = (size, source, rows)
+    return (best[1], best[2]) if best else (None, None)
+
+
+def _lookup(node: ir.Node) -> tuple[ir.Value, int, int] | None:
+    """(indices, rows, size) of a lookup in a constant table: a Gather, or an embedding operator."""
+    if node.domain == "qcompile" and node.op_type.startswith("Embedding"):
+        table, indices, axis = node.inputs[2], node.inputs[0], 1  # scales (G, V): codes may be two a byte
+    elif node.op_type == "GatherBlockQuantized" or (node.op_type == "Gather" and node.domain == ""):
+        table, indices = node.inputs[0], node.inputs[1]
+        name = "gather_axis" if node.op_type == "GatherBlockQuantized" else "axis"
+        axis = node.attributes.get_int(name, 0)
+    else:
+        return None
+    shape = _constant_shape(table)
+    if shape is None or len(shape) != 2 or indices is None:
+        return None
+    return indices, shape[axis], shape[0] * shape[1]
+
+
+def _constant_shape(value: ir.Value | None) -> list[int] | None:
+    """The shape of a value that comes from constants alone, through at most a Cast, Transpose or DequantizeLinear."""
+    swap = False
+    for _ in range(4):
+        if value is None or value.is_graph_input():
+            return None
+        if value.const_value is not None:
+            shape = list(value.const_value.shape.numpy())
+            return shape[::-1] if swap else shape
+        producer = value.producer()
+        if producer is None or producer.op_type not in _DECODING:
+            return None
+        if producer.op_type == "Constant":
+            tensor = producer.attributes.get("value")
+            return list(tensor.as_tensor().shape.numpy()) if tensor is not None else None
+        swap ^= producer.op_type == "Transpose"
+        value = producer.inputs[0]
+    return None
+
+
+def _source(value: ir.Value | None) -> ir.Value | None:
+    """The integer graph input that `value` carries, through operators that leave the numbers as they are."""
+    for _ in range(12):
+        if value is None:
+            return None
+        if value.is_graph_input() and not value.is_initializer():
+            return value if value.dtype in _INTEGERS else None
+        producer = value.producer()
+        if producer is None or producer.op_type not in _TRANSPARENT:
+            return None
+        value = producer.inputs[1 if producer.op_type == "Where" else 0]
+    return None
+
+
+def caches(graph: ir.Graph) -> Iterator[tuple[ir.Value, str, int]]:
+    """(past input, name of the present output, axis that grows) of every cache."""
+    outputs = set(graph.outputs)
+    for value in graph.inputs:
+        if value.dtype in _FLOATS and value.shape is not None and not value.is_initializer():
+            found = _grown_output(value, len(value.shape), outputs)
+            if found is not None:
+                yield value, *found
+
+
+def cache_sizes(value: ir.Value) -> dict[int, int]:
+    """Heads and width, by axis, of a cache that an attention operator reads: they follow from its attributes and its
+    query, whatever the graph calls them.
+    """
+    for use in value.uses():
+        node, heads = use.node, use.node.attributes.get_int("num_heads", 0)
+        if node.domain != "com.microsoft" or node.op_type not in ("GroupQueryAttention", "MultiHeadAttention"):
+            continue
+        cached = node.attributes.get_int("kv_num_heads", heads)
+        query = node.inputs[0]
+        wide = query.shape[-1] if query is not None and query.shape is not None and len(query.shape) == 3 else None
+        packed = node.op_type == "GroupQueryAttention" and node.inputs[1] is None
+        if heads and isinstance(wide, int):
+            return {1: cached, 3: wide // (heads + 2 * cached if packed else heads)}
+    return {}
+
+
+def _grown_output(value: ir.Value, rank: int, outputs: set[ir.Value]) -> tuple[str, int] | None:
+    """(graph output, axis) that a Concat or an attention operator makes of a float input, longer along the axis."""
+    frontier: list[tuple[ir.Value, list[int]]] = [(value, list(range(rank)))]
+    for _ in range(8):  # a few Cast, Identity or Transpose at most
+        following: list[tuple[ir.Value, list[int]]] = []
+        for current, axes in frontier:
+            for use in current.uses():
+                node = use.node
+                step = _moved(node, axes)
+                if step is not None:
+                    following.append((node.outputs[0], step))
+                    continue
+                for grown, axis in _growth(node, use.idx, axes):
+                    present = _reached_output(grown, outputs)
+                    if present is not None:
+                        return present, axis
+        frontier = following
+    return None
+
+
+def _growth(node: ir.Node, slot: int, axes: list[int]) -> Iterator[tuple[ir.Value, int]]:
+    """(grown value, axis of the graph input) where the node lengthens its input number `slot`."""
+    if node.op_type == "Concat" and node.domain == "" and slot == 0:
+        axis = node.attributes.get_int("axis", 0)
+        yield node.outputs[0], axes[axis]
+    for past, present, axis in _CACHE_SLOTS.get((node.domain, node.op_type), ()):
+        if past == slot and present < len(node.outputs):
+            yield node.outputs[present], axes[axis]
+
+
+def _reached_output(value: ir.Value, outputs: set[ir.Value]) -> str | None:
+    """The graph output that `value` is, or becomes through Cast, Identity or Transpose, or as the first of a pair."""
+    frontier = [value]
+    for _ in range(4):
+        for current in frontier:
+            if current in outputs:
+                return current.name
+        uses = [use for value in frontier for use in value.uses()]
+        frontier = [use.node.outputs[0] for use in uses if _moved(use.node, []) is not None or _pairs(*use)]
+    return None
+
+
+def _pairs(node: ir.Node, slot: int) -> bool:
+    """Whether a value gets an axis, or is the first of those joined along a new one: keys and values as one cache."""
+    if node.op_type == "Unsqueeze" and node.domain == "":
+        return True
+    before = node.inputs[slot]
+    producer = before.producer() if before is not None else None
+    return node.op_type == "Concat" and slot == 0 and producer is not None and producer.op_type == "Unsqueeze"
+
+
+def _moved(node: ir.Node, axes: list[int]) -> list[int] | None:
+    """Where the axes lie after a node that only moves or casts; None for any other node."""
+    if node.op_type in {"Cast", "Identity"} or (node.op_type == "Split" and axes):
+        return axes
+    if node.op_type == "Squeeze" and axes and len(node.inputs) > 1:
+        gone = small_array(node.inputs[1])
+        places = set() if gone is None else {int(axis) % len(axes) for axis in gone.reshape(-1)}
+        return [axis for i, axis in enumerate(axes) if i not in places] if places else None
+    if node.op_type != "Transpose":
+        return None
+    order = node.attributes.get("perm")
+    return [axes[i] for i in order.as_ints()] if order is not None and axes else axes[::-1]
+
+
+def logits_output(graph: ir.Graph, presents: set[str], vocabulary: int | None) -> str | None:
+    """The output (batch, sequence, vocabulary)."""
+    candidates = [v for v in graph.outputs if v.name not in presents and v.shape is not None and len(v.shape) == 3]
+    for value in candidates:
+        last = value.shape[-1] if value.shape is not None else None
+        # A head may be padded, or a little narrower than the table.
+        if vocabulary and isinstance(last, int) and abs(last - vocabulary) <= vocabulary // 20:
+            return value.name
+    return next((v.name for v in candidates if v.name == "logits"), None)

@@ -1,0 +1,1 @@
+"""What is on disk? Models and their data: read, checked, written, published."""

@@ -1,1 +1,0 @@
-"""The parts of the HTML report: markup, nodes, the chart of errors, ranges of activations, decisions."""

@@ -1,0 +1,1 @@
+"""How far from float? Distances, perplexities, speed."""

@@ -1,0 +1,167 @@
+"""How good a model is: perplexity on text, and its distance to a reference model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.compiler.data.feeds import Batch
+from qcompile.compiler.data.inputs import InputPlan
+from qcompile.compiler.data.tokens import Ids
+from qcompile.compiler.measure.loaded import Subject
+from qcompile.compiler.measure.metrics import OutputNoise, TokenScores, log_softmax_rows, mean_and_error, perplexity
+from qcompile.passes.errors import UserError
+
+# Told how many of how many steps are done.
+Told = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class DecoderScores:
+    """A decoder on windows of text. The first token of each window is given, not scored; no BOS is added.
+
+    nll: mean negative log-likelihood, nats per scored token. kl: mean KL(reference ‖ model), nats per scored token;
+    kl_error: its standard error over tokens, taken as independent. agreement: share of equal most likely tokens.
+    The last three are None without a reference.
+    """
+
+    model: str
+    windows: int
+    context: int
+    scored: int
+    accuracy_level: int
+    nll: float
+    kl: float | None
+    kl_error: float | None
+    agreement: float | None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return perplexity(self.nll)
+
+
+@dataclass(frozen=True)
+class OutputScores:
+    """One output of a model against the reference's, over all batches: SQNR in dB, cosine, number of values."""
+
+    model: str
+    output: str
+    sqnr: float
+    cosine: float
+    values: int
+
+
+def evaluate(
+    model: Path,
+    windows: Sequence[Ids],
+    *,
+    reference: Path | None = None,
+    accuracy_level: int = 0,
+    provider: str = "cpu",
+    kernels: str = "auto",
+) -> DecoderScores:
+    """The scores of one decoder on windows of token ids; see `evaluate_many`."""
+    scores = evaluate_many(
+        reference, [model], windows, accuracy_level=accuracy_level, provider=provider, kernels=kernels
+    )
+    return scores[-1]
+
+
+def evaluate_many(
+    reference: Path | None,
+    candidates: Sequence[Path],
+    windows: Sequence[Ids],
+    *,
+    accuracy_level: int = 0,
+    provider: str = "cpu",
+    kernels: str = "auto",
+    progress: Told | None = None,
+) -> list[DecoderScores]:
+    """Scores of decoders, the reference first if there is one; the reference runs once for each window.
+
+    All models are loaded at once; of the logits, one window of the reference and one of a candidate.
+    """
+    paths = [*([reference] if reference else []), *candidates]
+    subjects = [Subject(path, accuracy_level=accuracy_level, provider=provider, kernels=kernels) for path in paths]
+    scores = [TokenScores() for _ in subjects]
+    done = 0
+    for window in windows:
+        known: npt.NDArray[np.float32] | None = None
+        for index, (subject, score) in enumerate(zip(subjects, scores, strict=True)):
+            logits = subject.logits(window)[: len(window) - 1]
+            if known is not None and logits.shape != known.shape:
+                raise UserError(
+                    f"{subject.path} has logits {list(logits.shape)}, {paths[0]} {list(known.shape)}: "
+                    "only models of one vocabulary can be compared"
+                )
+            score.add(logits, window[1 : len(logits) + 1], known)
+            if reference and index == 0:
+                known = log_softmax_rows(logits)
+            done += 1
+            if progress:
+                progress(done, len(windows) * len(subjects))
+    return [
+        _decoder_scores(str(path), score, windows, accuracy_level) for path, score in zip(paths, scores, strict=True)
+    ]
+
+
+def score_outputs(
+    reference: Path,
+    candidates: Sequence[Path],
+    batches: Callable[[InputPlan], Sequence[Batch]],
+    *,
+    accuracy_level: int = 0,
+    provider: str = "cpu",
+    kernels: str = "auto",
+    progress: Told | None = None,
+) -> list[OutputScores]:
+    """SQNR and cosine of every output of every candidate, on the batches made for the reference's inputs.
+
+    Outputs of strings, and sequences, have neither; they are left out.
+    """
+    paths = [reference, *candidates]
+    first, *others = (
+        Subject(path, accuracy_level=accuracy_level, provider=provider, kernels=kernels) for path in paths
+    )
+    for other in others:
+        missing = [name for name in first.outputs if name not in other.outputs]
+        if missing:
+            raise UserError(f"{other.path} has no output {missing[0]!r}, which {reference} has")
+    noise = {(str(other.path), name): OutputNoise() for other in others for name in first.outputs}
+    given = batches(first.plan)
+    for number, batch in enumerate(given):
+        expected = first.run(batch, first.outputs)
+        for other in others:
+            for name, array in other.run(batch, first.outputs).items():
+                if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufV":
+                    continue
+                if array.shape != expected[name].shape:
+                    raise UserError(
+                        f"{other.path}: output {name!r} has shape {list(array.shape)}, "
+                        f"that of {reference} {list(expected[name].shape)}"
+                    )
+                noise[str(other.path), name].add(expected[name], array)
+        if progress:
+            progress(number + 1, len(given))
+    return [OutputScores(path, name, n.sqnr, n.cosine, n.size) for (path, name), n in noise.items() if n.size]
+
+
+def _decoder_scores(path: str, score: TokenScores, windows: Sequence[Ids], accuracy_level: int) -> DecoderScores:
+    if not score.nll:
+        raise UserError("there is no text to evaluate on")
+    nll, _ = mean_and_error(score.nll)
+    kl, kl_error = mean_and_error(score.kl) if score.kl else (None, None)
+    return DecoderScores(
+        model=path,
+        windows=len(windows),
+        context=max(len(window) for window in windows),
+        scored=sum(len(part) for part in score.nll),
+        accuracy_level=accuracy_level,
+        nll=nll,
+        kl=kl,
+        kl_error=kl_error,
+        agreement=float(np.concatenate(score.agree).mean()) if score.agree else None,
+    )

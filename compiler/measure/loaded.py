@@ -1,0 +1,73 @@
+"""A model ready to be run and judged: its file, the roles of its inputs, its session."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.compiler.data.feeds import Batch, complete, token_batches
+from qcompile.compiler.data.inputs import InputPlan, input_plan
+from qcompile.compiler.data.tokens import Ids, Tokenizer, read_text, windows
+from qcompile.compiler.files.load import load_model
+from qcompile.compiler.measure.metrics import check_finite_output
+from qcompile.compiler.measure.randomness import repeatable
+from qcompile.passes.errors import UserError
+from qcompile.runtime.sessions import run
+
+
+class Subject:
+    """A model under evaluation: its file, the roles of its inputs, an ONNX Runtime session."""
+
+    def __init__(self, path: Path, *, accuracy_level: int = 0, provider: str = "cpu", kernels: str = "auto") -> None:
+        self.path = path
+        self.plan: InputPlan = input_plan(load_model(path))
+        settings = {"providers": (provider,), "accuracy_level": accuracy_level, "kernels": kernels}
+        self.session: Any = repeatable(path, **settings)
+        self.outputs: list[str] = [output.name for output in self.session.get_outputs()]
+
+    def require_decoder(self) -> str:
+        """The name of the logits of a model that is a decoder."""
+        try:
+            return self.plan.require_decoder()
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+
+    def logits(self, window: Ids) -> npt.NDArray[Any]:
+        """The logits (L, V) of a window (L,)."""
+        name = self.require_decoder()
+        if self.plan.vocabulary and window.max() >= self.plan.vocabulary:
+            raise UserError(
+                f"{self.path}: token id {window.max()} in the text, {self.plan.vocabulary} in the vocabulary"
+            )
+        presents = [pair.present for pair in self.plan.past]
+        parts: list[npt.NDArray[Any]] = []
+        previous: dict[str, Any] = {}
+        for batch in token_batches(self.plan, [window] * (self.plan.batch or 1)):
+            feeds = batch.feeds if batch.follows is None else complete(self.plan, batch.feeds, previous)
+            # Caches are fetched only where a graph of fixed length needs them again.
+            names = [name, *presents] if self.plan.sequence else [name]
+            previous = dict(zip(names, run(self.session, names, feeds), strict=True))
+            parts.append(previous[name][0])
+        logits = np.concatenate(parts)
+        check_finite_output(logits, name, str(self.path))
+        if len(logits) < min(2, len(window)):
+            raise UserError(
+                f"{self.path}: output {name!r} scores {len(logits)} of {len(window)} tokens; all are needed"
+            )
+        return logits
+
+    def run(self, batch: Batch, names: list[str]) -> dict[str, npt.NDArray[Any]]:
+        """The named outputs of a batch that follows none."""
+        outputs = dict(zip(names, run(self.session, names, batch.feeds), strict=True))
+        for name, array in outputs.items():
+            check_finite_output(array, name, str(self.path))
+        return outputs
+
+
+def text_windows(path: Path, tokenizer: Tokenizer, plan: InputPlan, context: int, tokens: int | None) -> list[Ids]:
+    """Windows over the first `tokens` tokens of a text file, checked against the model's vocabulary."""
+    special = plan.logits is None  # an encoder wants its [CLS]; a decoder's text gets no BOS
+    ids = tokenizer.encode(read_text(path), special=special)[:tokens]
+    tokenizer.check_vocabulary(plan.vocabulary, ids)
+    return windows(ids, plan.sequence if plan.sequence and not plan.past else context)

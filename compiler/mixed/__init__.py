@@ -1,0 +1,1 @@
+"""Which nodes in what? Sensitivity, and the nodes that stay in float."""

@@ -1,0 +1,181 @@
+"""Mixed precision: the few nodes that stay in float, so that the rest may be integer within a bound."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qcompile.compiler.data.calibration import Data
+from qcompile.compiler.data.feeds import InputPlan
+from qcompile.compiler.mixed.ranking import Ranking, RankingCache
+from qcompile.compiler.mixed.sensitivity import Mixture, Steps, finished_distance, stored_bytes
+from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.results.mixed import Kept, Mixed
+from qcompile.passes.base import Pass, Reason, Region, on_clone
+from qcompile.passes.errors import UserError
+from qcompile.passes.policy import Policy
+from qcompile.passes.qdq.dynamic import Dynamic
+from qcompile.passes.qdq.qdq import Qdq
+
+# The share of what keeping nodes in float gains that keeping them with int8 weights has to gain.
+_ENOUGH = 0.75
+
+
+def keep(
+    model: ir.Model,
+    passes: Sequence[Pass],
+    plan: InputPlan,
+    data: Data,
+    source: Path,
+    recipe: Recipe,
+    progress: Steps,
+    cache: RankingCache,
+) -> Mixed:
+    """Tell the pass behind the walk which nodes to keep in float, as the recipe wants it.
+
+    Case 1: keep_worst: so many of the most sensitive nodes.
+    Case 2: max_kl, min_sqnr: the fewest, in the order of the ranking, with which the bound holds. The distance falls
+            with every node kept, but for noise: the bound holds with these and does not with one less.
+    Case 3: keep_as "weights": MatMuls that are kept have int8 weights all the same, for which ONNX Runtime's CPU
+            provider has a kernel (MatMulNBits); it would decode the weight of a Conv in every run. "auto": so, unless
+            floats gain clearly more, or they alone meet the bound.
+    The graph is not changed. Raises UserError where the recipe asks for what the model has not, or no choice is enough.
+    """
+    late = integer_pass(passes)
+    progress.step("sensitivity: float outputs and switches")
+    mixture = Mixture(model, late, plan, data, source, recipe.provider)
+    ranking = cache.get()
+    if ranking is None:
+        ranking = mixture.rank(progress)
+        cache.put(ranking)
+    progress.step("choosing nodes to keep in float")
+    choose = _fewest if recipe.keep_worst is None else _worst
+    made = choose(mixture, ranking, recipe)
+    late.policy = _keeping(late.policy, made.kept)
+    ends = (ranking.all_integer, made.distance, mixture.nbytes, made.size)
+    return Mixed(ranking.metric, mixture.windows, len(ranking.nodes), made.kept, *ends)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A finished graph: the nodes kept, its distance from the float model, the bytes of its weights."""
+
+    kept: tuple[Kept, ...]
+    distance: float
+    size: int
+
+
+def check_metric(recipe: Recipe, plan: InputPlan) -> None:
+    """Raise UserError where the bound is not one for this kind of model."""
+    if recipe.max_kl is not None and plan.logits is None:
+        raise UserError("max_kl is for decoders, and this model has no logits: give min_sqnr in dB")
+    if recipe.min_sqnr is not None and plan.logits is not None:
+        raise UserError("min_sqnr is for models without logits, and this one is a decoder: give max_kl in nats a token")
+
+
+def integer_pass(passes: Sequence[Pass]) -> Qdq | Dynamic:
+    """The pass of a list that makes nodes integer; UserError where there is none."""
+    found = next((p for p in passes if isinstance(p, (Qdq, Dynamic))), None)
+    if found is None:
+        raise UserError("no pass of the list makes nodes integer: add qdq or dynamic to --passes")
+    return found
+
+
+def _worst(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> _Tried:
+    """Case 1."""
+    count = recipe.keep_worst or 0
+    if _nothing_left(mixture, ranking, count):
+        raise UserError(f"keep_worst {count} leaves nothing to quantize: the model has {len(ranking.nodes)} nodes")
+    return _tried(mixture, ranking, count, recipe)
+
+
+def _fewest(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> _Tried:
+    """Case 2."""
+    bound, told = _bound(recipe)
+    most, nodes = len(ranking.nodes), [ranked.node for ranked in ranking.nodes]
+    if ranking.all_float > bound:
+        raise UserError(
+            f"{told} cannot be met: with all {most} nodes in float it is {mixture.effect.told(ranking.all_float)} "
+            f"({mixture.windows}); the passes before change that much"
+        )
+    count = smallest(lambda k: mixture.distance(mixture.without(nodes[:k])) <= bound, most)
+    made = _tried(mixture, ranking, count, recipe, bound)
+    while made.distance > bound and count < most:  # one more, where values that shared a scale went apart
+        count += 1
+        made = _tried(mixture, ranking, count, recipe, bound)
+    if _nothing_left(mixture, ranking, count):
+        raise UserError(
+            f"{told} is met only with all {most} nodes in float: nothing would be quantized; with none of them it is "
+            f"{mixture.effect.told(ranking.all_integer)} ({mixture.windows})"
+        )
+    return made
+
+
+def _nothing_left(mixture: Mixture, ranking: Ranking, count: int) -> bool:
+    """Whether no node is integer with so many kept: operators between integer ones go with them."""
+    return not mixture.without([ranked.node for ranked in ranking.nodes[:count]]).nodes
+
+
+def smallest(holds: Callable[[int], bool], most: int) -> int:
+    """The smallest number of 0 … most that holds, where every number above one that holds does; `most` is not asked.
+
+    Asks for 0, 1, 2, 4, … first: few are enough as a rule.
+    """
+    low, high = -1, 0
+    while high < most and not holds(high):
+        low, high = high, max(1, 2 * high)
+    high = min(high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _bound(recipe: Recipe) -> tuple[float, str]:
+    """The largest distance allowed, and the setting in words."""
+    if recipe.max_kl is not None:
+        return recipe.max_kl, f"max_kl {recipe.max_kl:g}"
+    assert recipe.min_sqnr is not None
+    return 10 ** (-recipe.min_sqnr / 20), f"min_sqnr {recipe.min_sqnr:g}"
+
+
+def _tried(mixture: Mixture, ranking: Ranking, count: int, recipe: Recipe, bound: float = 0.0) -> _Tried:
+    """The graph that the pass makes with so many nodes kept; Case 3."""
+    late = mixture.late
+    has_kernel = not isinstance(late, Qdq) or late.provider == "cpu"
+    light = _kept(mixture, ranking, count, weights_only=has_kernel and recipe.keep_as != "float")
+    made = _finished(mixture, light, recipe)
+    if recipe.keep_as != "auto" or made.distance <= bound or not any(own.weights_only for own in light):
+        return made
+    in_float = _finished(mixture, _kept(mixture, ranking, count, weights_only=False), recipe)
+    gains = [ranking.all_integer - tried.distance for tried in (made, in_float)]
+    return in_float if in_float.distance <= bound or gains[0] < _ENOUGH * gains[1] else made
+
+
+def _finished(mixture: Mixture, kept: tuple[Kept, ...], recipe: Recipe) -> _Tried:
+    made, clone = on_clone(mixture.late, mixture.model)
+    assert isinstance(made, (Qdq, Dynamic))
+    made.policy = _keeping(made.policy, kept)
+    made.call(Region.whole(clone))
+    return _Tried(kept, finished_distance(mixture, clone, recipe.provider), stored_bytes(clone))
+
+
+def _kept(mixture: Mixture, ranking: Ranking, count: int, *, weights_only: bool) -> tuple[Kept, ...]:
+    """The worst nodes; weights_only: those with a kernel for that."""
+    return tuple(
+        Kept(
+            own.node,
+            rank,
+            mixture.effect.told(own.effect),
+            weights_only and own.operator == "MatMul" and own.weights > 0,
+        )
+        for rank, own in enumerate(ranking.nodes[:count], 1)
+    )
+
+
+def _keeping(policy: Policy, kept: Sequence[Kept]) -> Policy:
+    """The policy with these nodes kept, and what the report says of each."""
+    reasons = {own: Reason("kept for its sensitivity", f"rank {own.rank}, {own.effect} alone") for own in kept}
+    in_float = {own.node: told for own, told in reasons.items() if not own.weights_only}
+    return replace(policy, kept=in_float, weights_only={o.node: t for o, t in reasons.items() if o.weights_only})

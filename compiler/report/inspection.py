@@ -1,0 +1,153 @@
+"""What is in a model file: types, sizes, shared weights, what is quantized and what is not."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompile.compiler.files.load import load_model
+from qcompile.compiler.report.sizes import (
+    Storage,
+    TypeShare,
+    all_constants,
+    file_bytes,
+    linear_bits,
+    parameter_count,
+    storage,
+    type_shares,
+)
+from qcompile.compiler.report.stored_weights import Weight, all_weights, shares
+
+# Smaller constants (shapes, scalars) are shared all the time; that is no tie.
+_SMALL = 1024
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Alike weights: nodes whose names differ only in numbers."""
+
+    pattern: str
+    count: int
+    operator: str
+    kind: str
+    shape: tuple[int, ...]
+    form: str
+    quantized: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is in a model file.
+
+    linear_bits: stored bits per weight of the linears, scales and zero points included; None without linears.
+    file_bits: bits of all files per parameter. parameters: weights, not counting scales and zero points.
+    shares: how much of the MatMul-like and of the convolutions' weights is quantized, None where there are none.
+    ties: names of constants stored once, and names of nodes that share one constant.
+    """
+
+    path: str
+    ir_version: int
+    opsets: dict[str, int]
+    producer: str
+    inputs: list[str]
+    outputs: list[str]
+    operators: dict[str, int]
+    functions: list[str]
+    types: list[TypeShare]
+    parameters: int
+    file_bytes: int
+    linear_bits: float | None
+    shares: dict[str, float | None]
+    weights: list[WeightGroup]
+    ties: list[str]
+    metadata: dict[str, Any]
+
+    @property
+    def file_bits(self) -> float | None:
+        """Bits of all files per parameter."""
+        return 8 * self.file_bytes / self.parameters if self.parameters else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"file_bits": self.file_bits}
+
+
+def inspect(path: Path, *, every: bool = False) -> Summary:
+    """The summary of a model file. every: list each weight by itself instead of alike ones together."""
+    model = load_model(path)
+    weights = all_weights(model)
+    constants = list(all_constants(model))
+    nodes = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.op_type != "Constant"]
+    return Summary(
+        path=str(path),
+        ir_version=model.ir_version,
+        opsets={domain or "ai.onnx": version for domain, version in model.opset_imports.items()},
+        producer=" ".join(filter(None, (model.producer_name, model.producer_version))),
+        inputs=[_described(value) for value in model.graph.inputs if not value.is_initializer()],
+        outputs=[_described(value) for value in model.graph.outputs],
+        operators=dict(Counter(_operator(node) for node in nodes).most_common()),
+        functions=[f"{function.domain}.{function.name}" for function in model.functions.values()],
+        types=type_shares(constants),
+        parameters=parameter_count(weights, constants),
+        file_bytes=file_bytes(path, constants),
+        linear_bits=linear_bits(weights),
+        shares=shares(weights),
+        weights=_groups(weights, every=every),
+        ties=[*_shared_storage(constants), *_shared_values(model.graph)],
+        metadata={key: _parsed(value) for key, value in model.metadata_props.items()},
+    )
+
+
+def _groups(weights: list[Weight], *, every: bool) -> list[WeightGroup]:
+    counted: Counter[WeightGroup] = Counter()
+    for w in weights:
+        # linear, linear_1, linear_2 are alike, as are layers.0.up and layers.1.up.
+        pattern = w.node if every else re.sub(r"[_.]\d+$", "", w.node)
+        pattern = pattern if every else re.sub(r"\d+", "*", pattern)
+        shape = w.shape
+        if w.kind in ("conv", "constant") and not every:  # a vision model has dozens, no two alike
+            pattern, shape = w.operator, ()
+        counted[WeightGroup(pattern, 1, w.operator, w.kind, shape, w.form, w.quantized, w.reason)] += 1
+    return [replace(group, count=count) for group, count in counted.items()]
+
+
+def _shared_storage(constants: list[tuple[str, ir.TensorProtocol]]) -> Iterator[str]:
+    by_place: dict[Storage, list[str]] = {}
+    for name, tensor in constants:
+        if tensor.nbytes >= _SMALL:
+            by_place.setdefault(storage(tensor), []).append(name)
+    for names in by_place.values():
+        if len(names) > 1:
+            yield f"stored once: {', '.join(names)}"
+
+
+def _shared_values(graph: ir.Graph) -> Iterator[str]:
+    for value in graph.initializers.values():
+        users = list(dict.fromkeys(use.node.name or use.node.op_type for use in value.uses()))
+        if len(users) > 1 and value.const_value is not None and value.const_value.nbytes >= _SMALL:
+            shown = ", ".join(users[:4]) + (f" and {len(users) - 4} more" if len(users) > 4 else "")
+            yield f"{value.name} is shared by {shown}"
+
+
+def _operator(node: ir.Node) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
+def _described(value: ir.Value) -> str:
+    dims = (
+        "?" if value.shape is None else ", ".join(str(d if isinstance(d, int) else d.value or "?") for d in value.shape)
+    )
+    return f"{value.name}: {value.dtype.name.lower() if value.dtype is not None else '?'} [{dims}]"
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text

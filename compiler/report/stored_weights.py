@@ -1,0 +1,316 @@
+"""The weights of a model as they stand, in all its graphs: quantized in one of the known ways or not, and why."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qcompile.compiler.facts.census import Family, FloatConstant, census
+from qcompile.passes.formats import FORMAT_OF, FORMATS
+from qcompile.passes.formats.base import DOMAIN, EMBEDDING, MICROSOFT, PRODUCT, Format, grouped_by
+from qcompile.passes.formats.functions import OUTLIER
+from qcompile.passes.linears import as_linear, find_embeddings
+
+# Quantized products of ONNX itself: slots of (codes, scale, zero point), -1 where there is none.
+_INTEGER_PRODUCTS = {"MatMulInteger": (1, -1, 3), "QLinearMatMul": (3, 4, 5), "DynamicQuantizeMatMul": (1, 2, 3)}
+_INTEGER_CONVOLUTIONS = {"ConvInteger": (1, -1, 3), "QLinearConv": (3, 4, 5)}
+# Operators that make codes or scales of stored ones, and how many of their inputs these may be.
+_REMADE = {"Cast": 1, "CastLike": 1, "Sub": 2, "Pow": 2}
+_CONVOLUTIONS, _RECURRENT = ("Conv", "ConvTranspose"), ("LSTM", "GRU", "RNN")
+# What `Weight.kind` calls the census's families where it has no closer word.
+_KINDS: Mapping[Family, str] = {"MatMul": "weight", "Conv": "conv", "Gather": "embedding", "other": "constant"}
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One use of a weight by a node.
+
+    kind: "linear", "embedding", "conv", "weight" of another operator that multiplies by it (LSTM, Attention),
+    "constant" for other large floats, or "product" for a MatMul without weight. shape: (K, N) of a linear, (V, K) of
+    an embedding, the stored one of all others. form: what the node computes with, such as "uint4 g64 asym", or
+    the element type of a float weight. quantized: whether codes are stored. reason: why it is not quantized.
+    tensors: its initializers, the codes or the float weight first.
+    """
+
+    node: str
+    operator: str
+    kind: str
+    shape: tuple[int, ...]
+    form: str
+    quantized: bool
+    reason: str
+    tensors: tuple[ir.TensorProtocol, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of weights; 0 for a product."""
+        count = 1 if self.shape else 0
+        for dim in self.shape:
+            count *= dim
+        return count
+
+
+def all_weights(model: ir.Model) -> list[Weight]:
+    """Those of `find_weights`, then every other float constant of 1,024 elements or more that some node reads."""
+    found = find_weights(model.graph)
+    known = {id(tensor) for weight in found for tensor in weight.tensors}
+    return found + [_left(constant) for constant in census(model) if id(stored(constant.value)) not in known]
+
+
+def shares(weights: Sequence[Weight]) -> dict[str, float | None]:
+    """Quantized share of the elements of MatMul-like and of convolutions' weights, each stored weight once."""
+    found: dict[str, float | None] = {}
+    for family, kinds in (("MatMul", ("linear", "weight")), ("Conv", ("conv",))):
+        own = {id(w.tensors[0]): w for w in weights if w.kind in kinds and w.tensors}.values()
+        total = sum(weight.size for weight in own)
+        found[family] = sum(weight.size for weight in own if weight.quantized) / total if total else None
+    return found
+
+
+def find_weights(graph: ir.Graph) -> list[Weight]:
+    """Every linear, embedding, convolution and recurrent weight of a graph and the bodies in it, in order."""
+    lookups = {embedding.node: embedding for embedding in find_embeddings(graph.all_nodes())}
+    found: list[Weight] = []
+    for node in graph.all_nodes():
+        if node in lookups:
+            table = lookups[node].table
+            found.append(_float(node, "embedding", table, lookups[node].shape, "kept in float"))
+        else:
+            found.extend(_weights(node))
+    return found
+
+
+def _weights(node: ir.Node) -> Iterator[Weight]:
+    """The weight that a node uses, if any."""
+    own = FORMAT_OF.get(node.op_type) if node.domain in (DOMAIN, MICROSOFT) else None
+    if own is not None and node.op_type.startswith((PRODUCT, EMBEDDING)):
+        yield _own(node, own)
+    elif node.op_type == OUTLIER:
+        yield _outlier(node)
+    elif node.op_type == "MatMulNBits":
+        yield _nbits(node)
+    elif node.op_type == "GatherBlockQuantized":
+        yield _block_gather(node)
+    elif node.op_type in _INTEGER_PRODUCTS:
+        yield from _integer_product(node, "linear", _INTEGER_PRODUCTS[node.op_type])
+    elif node.op_type in _INTEGER_CONVOLUTIONS:
+        yield from _integer_product(node, "conv", _INTEGER_CONVOLUTIONS[node.op_type])
+    elif node.domain == "" and node.op_type in ("MatMul", "Gemm"):
+        yield _product(node)
+    elif node.domain == "" and node.op_type == "Gather":
+        yield from _gathered_codes(node)
+    elif node.domain == "" and node.op_type in _CONVOLUTIONS:
+        yield from _operand(node, 1, "conv", "kept in float: `qdq` is for convolutions")
+    elif node.domain == "" and node.op_type in _RECURRENT:
+        for position in (1, 2):
+            yield from _operand(node, position, "weight", "kept in float")
+
+
+def _operand(node: ir.Node, position: int, kind: str, reason: str) -> Iterator[Weight]:
+    """A weight with its own shape: dequantized codes, or a float."""
+    value = node.inputs[position] if position < len(node.inputs) else None
+    if value is None:
+        return
+    if (decoded := dequantized(value)) is not None:
+        tensors = decoded.tensors
+        axes = "per channel" if len(tensors[1].shape) else "per tensor"
+        form, operator = f"{decoded.codes} {axes}", f"DequantizeLinear + {node.op_type}"
+        yield Weight(node.name or "", operator, kind, _dims(tensors[0]), form, True, "", tensors)
+    elif (tensor := stored(value)) is not None and tensor.dtype.is_floating_point():
+        yield _float(node, kind, value, _dims(tensor), reason)
+
+
+def _left(constant: FloatConstant) -> Weight:
+    """What the census found beside the weights known here."""
+    reader = constant.readers[0]
+    operator = f"{reader.node.domain}.{reader.node.op_type}" if reader.node.domain else reader.node.op_type
+    place = f", in the body of {reader.owner.op_type} {reader.owner.name}" if reader.owner is not None else ""
+    tensor = stored(constant.value)
+    assert tensor is not None
+    reason, kind = f"read by {operator}{place}", _KINDS[constant.family]
+    form = tensor.dtype.name.lower()
+    return Weight(reader.name, reader.node.op_type, kind, _dims(tensor), form, False, reason, (tensor,))
+
+
+def _own(node: ir.Node, own: Format) -> Weight:
+    """The weight of an operator of a format: of qcompile's, or one of com.microsoft that only it is lowered to."""
+    weight, linear = own.read(node), node.op_type.startswith(PRODUCT)
+    tensors = tuple(tensor for value in weight.values if (tensor := stored(value)) is not None)
+    shape, kind = (weight.shape, "linear") if linear else (weight.shape[::-1], "embedding")
+    return Weight(node.name or "", node.op_type, kind, shape, weight.form, True, "", tensors)
+
+
+def _outlier(node: ir.Node) -> Weight:
+    tensors = tuple(tensor for v in node.inputs[1:3] if v is not None and (tensor := stored(v)) is not None)
+    shape, form = _dims(tensors[0]), f"{tensors[0].dtype.name.lower()} per-column sym"
+    return Weight(node.name or "", node.op_type, "linear", shape, form, True, "", tensors)
+
+
+def _nbits(node: ir.Node) -> Weight:
+    shape = (node.attributes.get_int("K", 0), node.attributes.get_int("N", 0))
+    operands = [node.inputs[i] if i < len(node.inputs) else None for i in (1, 2, 3)]
+    tensors = tuple(t for v in operands if v is not None and (t := stored(v)) is not None)
+    form = _form(
+        f"int{node.attributes.get_int('bits', 4)}",
+        node.attributes.get_int("block_size", 0),
+        shape[0],
+        symmetric=len(node.inputs) < 4 or node.inputs[3] is None,
+    )
+    return Weight(node.name or "", node.op_type, "linear", shape, form, True, "", tensors)
+
+
+def _block_gather(node: ir.Node) -> Weight:
+    tensors = tuple(t for v in node.inputs if v is not None and (t := stored(v)) is not None)
+    bits, codes = node.attributes.get_int("bits", 4), _dims(tensors[0])
+    per_byte = 8 // bits if tensors[0].dtype.bitwidth == 8 else 1
+    shape = (codes[0], codes[-1] * per_byte)
+    form = _form(f"int{bits}", node.attributes.get_int("block_size", 128), shape[1], symmetric=len(tensors) < 3)
+    return Weight(node.name or "", node.op_type, "embedding", shape, form, True, "", tensors)
+
+
+def _integer_product(node: ir.Node, kind: str, positions: Sequence[int]) -> Iterator[Weight]:
+    slots = [slot for slot in positions if 0 <= slot < len(node.inputs)]
+    values = [node.inputs[slot] for slot in slots]
+    tensors = tuple(t for v in values if v is not None and (t := stored(v)) is not None)
+    if tensors and (len(tensors[0].shape) == 2 or kind == "conv"):
+        form = f"{tensors[0].dtype.name.lower()} with integer activations"
+        yield Weight(node.name or "", node.op_type, kind, _dims(tensors[0]), form, True, "", tensors)
+
+
+def _product(node: ir.Node) -> Weight:
+    """A MatMul or Gemm: of dequantized codes, of a float weight, or of two activations."""
+    weight = node.inputs[1]
+    decoded = dequantized(weight) if weight is not None else None
+    name = node.name or ""
+    if decoded is not None:
+        tensors, codes = decoded.tensors, _dims(decoded.tensors[0])
+        flipped = node.attributes.get_int("transB", 0) != (_behind_transpose(weight) is not None)
+        shape = codes[::-1] if flipped and len(codes) == 2 else codes
+        form = _form(decoded.codes, decoded.block, shape[0], symmetric=len(tensors) < 3)
+        if decoded.looked_up:
+            form = f"{decoded.codes} {grouped_by(decoded.block, shape[0])}"
+        name = tensors[0].name or name  # inlined nodes are numbered, their weights keep their names
+        return Weight(name, f"DequantizeLinear + {node.op_type}", "linear", shape, form, True, "", tensors)
+    if node.op_type == "Gemm":
+        tensor = stored(weight) if weight is not None else None
+        if tensor is None or weight is None or len(tensor.shape) != 2:
+            return Weight(name, node.op_type, "product", (), "", False, "no constant 2-D weight", ())
+        shape = _dims(tensor)[::-1] if node.attributes.get_int("transB", 0) else _dims(tensor)
+        return _float(node, "linear", weight, shape, "a Gemm: the pass `prepare` makes a MatMul of it")
+    linear = as_linear(node)
+    if not isinstance(linear, str):
+        return _float(node, "linear", linear.weight, linear.shape, "kept in float")
+    tensor = stored(weight) if weight is not None else None
+    if tensor is not None and weight is not None:
+        held = "in a Constant node: the pass `prepare` lifts it" if weight.const_value is None else linear
+        return _float(node, "linear", weight, _dims(tensor), held)
+    return Weight(name, node.op_type, "product", (), "", False, linear, ())
+
+
+def _gathered_codes(node: ir.Node) -> Iterator[Weight]:
+    """A lookup of codes that are dequantized behind it: Gather of an integer table, then DequantizeLinear."""
+    table = node.inputs[0]
+    tensor = stored(table) if table is not None else None
+    if tensor is None or len(tensor.shape) != 2 or tensor.dtype.bitwidth > 8 or tensor.dtype.is_floating_point():
+        return
+    axis, readers = node.attributes.get_int("axis", 0), [use.node for use in node.outputs[0].uses()]
+    rows, columns = _dims(tensor)
+    for reader in readers:
+        if reader.op_type == "DequantizeLinear" and reader.inputs[0] is node.outputs[0]:
+            shape = (columns, rows) if axis == 1 else (rows, columns)
+            block = reader.attributes.get_int("block_size", 0)
+            form = _form(tensor.dtype.name.lower(), block, shape[1], symmetric=len(reader.inputs) < 3)
+            yield Weight(node.name or "", "Gather + DequantizeLinear", "embedding", shape, form, True, "", (tensor,))
+        elif reader.op_type == "BitShift" and axis == 1 and rows > 1:  # columns of two codes a byte, (K, V / 2)
+            shape, operator = (2 * columns, rows), "Gather + BitShift"
+            form = _looked_up_behind(reader) or "uint4"
+            yield Weight(node.name or "", operator, "embedding", shape, form, True, "", (tensor,))
+
+
+def stored(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node."""
+    if value.const_value is not None:
+        return value.const_value
+    producer = value.producer()
+    if producer is None or producer.op_type != "Constant" or "value" not in producer.attributes:
+        return None
+    return producer.attributes["value"].as_tensor()
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a DequantizeLinear decodes. tensors: codes, scale, zero point if any, as they are stored. block: its size.
+
+    codes: in a word, their type or the format whose table they are looked up in.
+    """
+
+    tensors: tuple[ir.TensorProtocol, ...]
+    block: int
+    codes: str
+    looked_up: bool = False
+
+
+def dequantized(value: ir.Value | None) -> Decoded | None:
+    """What a DequantizeLinear makes of constants, if one does; None for an activation, of which scale and zero point
+    alone are constant.
+    """
+    producer = value.producer() if value is not None else None
+    if producer is not None and producer.op_type in ("Transpose", "Cast", "Reshape"):
+        return dequantized(producer.inputs[0])
+    codes = producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else None
+    if producer is None or codes is None:
+        return None
+    tensors = [t for v in producer.inputs[1:] if v is not None and (t := _origin(v)) is not None]
+    block, lookup = producer.attributes.get_int("block_size", 0), codes.producer()
+    if tensors and (own := stored(codes)) is not None:
+        return Decoded((own, *tensors), block, own.dtype.name.lower())
+    table, index = lookup.inputs[:2] if lookup is not None and lookup.op_type == "Gather" else (None, None)
+    if not tensors or table is None or index is None or (levels := stored(table)) is None:
+        return None
+    return None if (own := _origin(index)) is None else Decoded((own, *tensors), block, _table(levels), looked_up=True)
+
+
+def _origin(value: ir.Value, steps: int = 6) -> ir.TensorProtocol | None:
+    """The constant of rank 2, or else any, that casts and powers of two make a value of: codes or scales."""
+    producer, own = value.producer(), stored(value)
+    if own is not None or producer is None or producer.op_type not in _REMADE or not steps:
+        return own
+    made = (_origin(v, steps - 1) for v in producer.inputs[: _REMADE[producer.op_type]] if v is not None)
+    return max((tensor for tensor in made if tensor is not None), key=lambda own: len(own.shape), default=None)
+
+
+def _table(levels: ir.TensorProtocol) -> str:
+    """The format that looks its codes up in a table."""
+    return next((own.name for own in FORMATS if own.looks_up(levels.numpy())), "table")
+
+
+def _looked_up_behind(node: ir.Node) -> str:
+    """The format of the codes that BitShift takes out of bytes, where a table says it."""
+    nodes = [node]
+    for current in nodes:  # grows while it is walked
+        for use in current.outputs[0].uses():
+            levels = stored(use.node.inputs[0]) if use.node.op_type == "Gather" and use.node.inputs[0] else None
+            if use.idx == 1 and levels is not None:
+                return _table(levels)
+            nodes += [use.node] if use.node.op_type in ("BitwiseAnd", "Cast") and len(nodes) < 8 else []
+    return ""
+
+
+def _behind_transpose(value: ir.Value | None) -> ir.Node | None:
+    producer = value.producer() if value is not None else None
+    return producer if producer is not None and producer.op_type == "Transpose" else None
+
+
+def _float(node: ir.Node, kind: str, weight: ir.Value, shape: tuple[int, ...], reason: str) -> Weight:
+    tensor = stored(weight)
+    assert tensor is not None
+    return Weight(node.name or "", node.op_type, kind, shape, tensor.dtype.name.lower(), False, reason, (tensor,))
+
+
+def _form(codes: str, block: int, k: int, *, symmetric: bool) -> str:
+    size = f"g{block}" if 0 < block < k else "per-column"
+    return f"{codes} {size} {'sym' if symmetric else 'asym'}"
+
+
+def _dims(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    return tuple(int(dim) for dim in tensor.shape.numpy())

@@ -1,0 +1,105 @@
+"""What was done: coverage, sizes, errors; as JSON and as a table on the terminal."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from qcompile.compiler.console.terminal import table
+from qcompile.compiler.results.errors import NodeError
+from qcompile.compiler.results.report import Report
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The coverage table, the errors worth knowing, the sizes."""
+    if report.quantizer is not None:
+        _print_coverage(report, console)
+    _print_passes(report, console)
+    for told in (report.mixed, report.ladder):
+        for line in told.lines() if told is not None else ():
+            console.print(line, soft_wrap=True)
+    _print_errors(report, console)
+    saved = f"{_mb(report.source_bytes)} → {_mb(report.compiled_bytes)}"
+    bits = f", {report.bits_per_weight:.2f} bits per packed MatMul weight" if report.bits_per_weight else ""
+    console.print(f"size      {saved}{bits}")
+    console.print(f"took      {report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB")
+
+
+def _print_coverage(report: Report, console: Console) -> None:
+    console.print(f"coverage  {report.told}")
+    made = table("nodes", "operator", "decision", "weights", "MB", numbers=2)
+    rows: Counter[tuple[str, str]] = Counter()
+    weights: Counter[tuple[str, str]] = Counter()
+    size: Counter[tuple[str, str]] = Counter()
+    seen: set[str] = set()
+    for d in report.quantizing:
+        key = (str(d.detail.get("kind", "")), d.group)
+        rows[key] += 1
+        name = str(d.detail.get("weight", d.node))
+        if name not in seen:
+            weights[key] += int(d.detail.get("weights", 0))
+            size[key] += int(d.detail.get("bytes", 4 * int(d.detail.get("weights", 0))))
+            seen.add(name)
+    for key in rows:
+        amount = f"{weights[key] / 1e6:.2f} M" if weights[key] >= 10_000 else f"{weights[key] or ''}"
+        megabytes = f"{size[key] / 1e6:.1f}" if weights[key] else "shared" if key[1].startswith("int") else ""
+        made.add_row(str(rows[key]), key[0], key[1], amount, megabytes)
+    if rows:
+        console.print(made)
+
+
+def _print_passes(report: Report, console: Console) -> None:
+    for name, decisions in report.decisions.items():
+        if name in report.quantizers or not decisions:
+            continue
+        actions = Counter(d.action for d in decisions)
+        told = ", ".join(f"{count} {action}" for action, count in actions.items())
+        console.print(f"{name:<9} {told}")
+
+
+def _print_errors(report: Report, console: Console) -> None:
+    console.print(f"data      {report.data}")
+    if report.rows is not None:
+        console.print(f"rows      {report.rows}")
+    for trial in report.trials:
+        console.print(f"trial     {trial}", soft_wrap=True)
+    if report.nodes:
+        worst = sorted(report.nodes, key=lambda n: -n.error)
+        middle = worst[len(worst) // 2]
+        console.print(
+            f"nodes     relative error: median {middle.error:.3f}, worst {worst[0].error:.3f} ({worst[0].node})"
+        )
+    _print_activations(report, console)
+    for output in report.outputs[:4]:
+        console.print(f"output    {output.name}: relative error {output.relative:.3g}, cosine {output.cosine:.5f}")
+    if report.predictions is not None:
+        console.print(f"accuracy  {report.predictions.told()}", soft_wrap=True)
+    if report.reload_error is not None:
+        console.print(f"reloaded  the saved file reproduces the verified outputs to {report.reload_error:.1e}")
+
+
+def _print_activations(report: Report, console: Console) -> None:
+    """How many packed products take int8 activations in a kernel, and what that adds to their error."""
+    measured = [node for node in report.nodes if node.int8_error is not None]
+    int8 = [node for node in report.nodes if node.activation_bits == 8]
+    if not measured and not int8:
+        return
+    console.print(
+        f"activations  {len(int8)} nodes int8, {len(report.nodes) - len(int8)} nodes 16 bit{_added(report, int8)}"
+    )
+
+
+def _added(report: Report, int8: Sequence[NodeError]) -> str:
+    """The squared error of int8 activations over that of all weights, and the largest error of one node."""
+    errors, whole = [node.int8_error for node in int8], sum(node.error**2 for node in report.nodes)
+    known = [error for error in errors if error is not None]
+    if not known or len(known) < len(errors):
+        return ""
+    share = (
+        f"{sum(error**2 for error in known) / whole:.2%} of the squared weight error" if whole else "all of the error"
+    )
+    return f" (int8 adds {share}; at most {max(known):.4f} in a node)"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,1 @@
+"""What was found: records alone, which everything may import."""

@@ -1,0 +1,96 @@
+"""What quantization changed: of single nodes, of outputs, of predictions; and what was seen of activations."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NodeError:
+    """A packed node on the check batches.
+
+    error: ‖y - X W‖ / ‖X W‖ with W the float weight. operator_error: the same with the dequantized weight Ŵ in the
+    place of W: what the operator itself adds. int8_error: ‖(Q8(X) - X) Ŵ‖ / ‖X Ŵ‖, what int8 activations would add in a
+    kernel; None where it was not measured. activation_bits: 16, or 8 where the node says so. weights: K times N.
+    """
+
+    node: str
+    error: float
+    operator_error: float
+    int8_error: float | None = None
+    activation_bits: int = 16
+    weights: int = 0
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """An output of the compiled model against the float one: relative error ‖a - b‖ / ‖b‖ and cosine, on the checks."""
+
+    name: str
+    relative: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Next-token predictions on the check batches: few tokens, so no more than a first look; `qcompile eval` has more.
+
+    tokens: scored ones. before, after: perplexity of the float and of the compiled model. kl: KL(float ‖ compiled),
+    nats a token. agreement: share of equal most likely tokens.
+    """
+
+    tokens: int
+    before: float
+    after: float
+    kl: float
+    agreement: float
+
+    def told(self) -> str:
+        """In a line."""
+        return (
+            f"KL {self.kl:.3g} nats a token, perplexity {self.before:.4g} → {self.after:.4g}, same most likely token "
+            f"{self.agreement:.0%}, on {self.tokens} check tokens"
+        )
+
+
+@dataclass(frozen=True)
+class ActivationRange:
+    """What was observed of an activation value on the calibration data, and the range [low, high] chosen for its codes.
+
+    counts: how many numbers fell between edges[i] and edges[i + 1], len(edges) = len(counts) + 1; both empty where
+    the observer keeps no histogram. Raises ValueError where the two do not fit.
+    """
+
+    value: str
+    low: float
+    high: float
+    observed_low: float
+    observed_high: float
+    observer: str
+    counts: tuple[int, ...] = ()
+    edges: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.counts and len(self.edges) != len(self.counts) + 1:
+            raise ValueError(f"{len(self.edges)} edges for {len(self.counts)} counts of {self.value}")
+
+
+@dataclass(frozen=True)
+class RowsSeen:
+    """Rows of activations that statistics were taken of, (fewest, most) over the activations.
+
+    seen: in all. held: of those, rows that no choice was fitted to until it was judged on them.
+    """
+
+    seen: tuple[int, int]
+    held: tuple[int, int]
+
+    def __str__(self) -> str:
+        seen, held = (f"{low}" if low == high else f"{low} to {high}" for low, high in (self.seen, self.held))
+        return f"{seen} rows an activation, {held} of them held aside to judge choices on"
+
+    def joined(self, other: "RowsSeen | None") -> "RowsSeen":
+        """Both together."""
+        if other is None:
+            return self
+        pairs = ((self.seen, other.seen), (self.held, other.held))
+        seen, held = ((min(a[0], b[0]), max(a[1], b[1])) for a, b in pairs)
+        return RowsSeen(seen, held)

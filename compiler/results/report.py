@@ -1,0 +1,152 @@
+"""Everything a compile leaves behind beside the model, as one record and as JSON."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qcompile.compiler.console.numbers import percent
+from qcompile.compiler.facts.census import Family, family_of
+from qcompile.compiler.results.errors import ActivationRange, NodeError, OutputError, Predictions, RowsSeen
+from qcompile.compiler.results.ladder import Ladder
+from qcompile.compiler.results.mixed import Mixed
+from qcompile.passes.base import Decision
+
+# Families of weights that coverage is about: of MatMul and whatever multiplies like it, and of convolutions.
+PRODUCTS: tuple[Family, ...] = ("MatMul", "Conv")
+
+
+@dataclass
+class Report:
+    """Everything a compile leaves behind beside the model.
+
+    decisions: by pass, in order. quantizers: passes that say which weights became codes; the decisions of the first
+    one account for every float constant of 1,024 elements or more (`coverage`). mixed: what stays in float by its
+    sensitivity, where the recipe wants that. ladder: what each step without data gained, where there was no data.
+    predictions: of a decoder, on real tokens. rounding: what integer nodes changed in the outputs at most, relative.
+    rows: of the activations that passes fitted to, the fewest and the most rows that one was seen on, and how many of
+    them were held aside for judging. trials: what samples held aside said of a pass behind the walk.
+    sizes in bytes, seconds, peak_memory in bytes.
+    """
+
+    source: str
+    source_hash: str
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    data: str = ""
+    decisions: dict[str, list[Decision]] = field(default_factory=dict)
+    quantizers: tuple[str, ...] = ("pack", "qdq", "dynamic")
+    nodes: list[NodeError] = field(default_factory=list)
+    outputs: list[OutputError] = field(default_factory=list)
+    ranges: list[ActivationRange] = field(default_factory=list)
+    mixed: Mixed | None = None
+    ladder: Ladder | None = None
+    predictions: Predictions | None = None
+    rounding: float = 0.0
+    rows: RowsSeen | None = None
+    trials: list[str] = field(default_factory=list)
+    reload_error: float | None = None
+    files: list[str] = field(default_factory=list)
+    source_bytes: int = 0
+    compiled_bytes: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+    @property
+    def quantizer(self) -> str | None:
+        """The pass that made codes of weights; the one of several that has the decisions."""
+        return next((name for name in self.quantizers if name in self.decisions), None)
+
+    @property
+    def quantizing(self) -> list[Decision]:
+        """What was decided on weights, by all passes that make codes."""
+        return [d for name in self.quantizers for d in self.decisions.get(name, [])]
+
+    def packed(self, kind: str) -> list[Decision]:
+        """Decisions that quantized a node of the kind (MatMul, Conv, Gather, …)."""
+        return [d for d in self.quantizing if d.action == "quantized" and d.detail.get("kind") == kind]
+
+    def skipped(self, kind: str) -> list[Decision]:
+        """Decisions that left a node of the kind in float, for want of a format."""
+        return [d for d in self.quantizing if d.action == "skipped" and d.detail.get("kind") == kind]
+
+    @property
+    def skipped_products(self) -> list[Decision]:
+        """The same for all products, of MatMul-like weights and of convolutions."""
+        return [d for family in PRODUCTS for d in self._of(family, "skipped")]
+
+    def elements(self, family: Family, action: str) -> int:
+        """Elements of the family's weights of which that was decided ("quantized", "skipped", "kept"), each once."""
+        return _elements(self._of(family, action))
+
+    def _of(self, family: Family, action: str) -> list[Decision]:
+        chosen = (d for d in self.quantizing if d.action == action)
+        return [d for d in chosen if d.detail.get("family", family_of(str(d.detail.get("kind", "")))) == family]
+
+    def share(self, *families: Family) -> float | None:
+        """Share of the families' weights (elements, each weight once) that were quantized; None where there are none.
+
+        Weights that the user chose to keep in float ("kept") do not count; all others in float do ("skipped").
+        """
+        done = sum(self.elements(family, "quantized") for family in families)
+        left = sum(self.elements(family, "skipped") for family in families)
+        return done / (done + left) if done + left else None
+
+    @property
+    def kinds(self) -> str:
+        """The families of products that the model has weights of, in words."""
+        return " and ".join(family for family in PRODUCTS if self.share(family) is not None) or "MatMul"
+
+    @property
+    def coverage(self) -> float:
+        """Share of all products' weights that were quantized, 1.0 where there are none."""
+        share = self.share(*PRODUCTS)
+        return 1.0 if share is None else share
+
+    @property
+    def told(self) -> str:
+        """The coverage in a line: of each family by itself. 100.0 % is all of it, to the last weight."""
+        shares = [(family, self.share(family)) for family in PRODUCTS]
+        parts = [f"{percent(share)} of the {family} weights" for family, share in shares if share is not None]
+        if not parts:
+            return "there was no weight of a product to quantize"
+        return f"{parts[0]} quantized{''.join(f', {part}' for part in parts[1:])}"
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Average stored bits of the products' quantized weights, scales and zero points included."""
+        done = [d for family in PRODUCTS for d in self._of(family, "quantized")]
+        weights = [d for d in _unique(done) if d.detail.get("weights") and "bits_per_weight" in d.detail]
+        total = sum(d.detail["weights"] for d in weights)
+        return sum(d.detail["bits_per_weight"] * d.detail["weights"] for d in weights) / total if total else None
+
+    def to_json(self) -> str:
+        """The whole report, in strict JSON: a number that is NaN or infinite is null."""
+        plain = asdict(self)
+        plain["coverage"], plain["bits_per_weight"] = self.coverage, self.bits_per_weight
+        plain["shares"] = {family: self.share(family) for family in PRODUCTS}
+        return json.dumps(_strict(plain), indent=1, allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    """A value as JSON has it: numpy's numbers as Python's, what JSON has no type for in words, null for NaN and inf."""
+    if isinstance(value, dict):
+        return {str(key): _strict(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(own) for own in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return _strict(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, bool | int | str) or value is None else str(value)
+
+
+def _unique(decisions: Sequence[Decision]) -> list[Decision]:
+    return list({d.detail.get("weight", d.node): d for d in decisions}.values())
+
+
+def _elements(decisions: Sequence[Decision]) -> int:
+    return sum(int(d.detail.get("weights", 0)) for d in _unique(decisions))

@@ -1,0 +1,222 @@
+"""From a file to a model behind the walk, and on to the finished graph: what every command that compiles does."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.compiler.console.progress import Progress
+from qcompile.compiler.data.calibration import Calibration, Data, gather
+from qcompile.compiler.data.feeds import Batch
+from qcompile.compiler.data.inputs import InputPlan, input_plan
+from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.facts.census import FloatConstant, census
+from qcompile.compiler.facts.memory import check_sizes
+from qcompile.compiler.facts.model import file_size, versions
+from qcompile.compiler.facts.value_types import told_by_runtime
+from qcompile.compiler.files.load import check_finite, load_model, model_hash
+from qcompile.compiler.measure import randomness
+from qcompile.compiler.mixed.keep import check_metric
+from qcompile.compiler.plan import build, make_policy
+from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.report.coverage import account, quantizers
+from qcompile.compiler.results.errors import ActivationRange, RowsSeen
+from qcompile.compiler.results.report import Report
+from qcompile.compiler.walk import saved_statistics
+from qcompile.compiler.walk.patterns import check_patterns
+from qcompile.compiler.walk.saved_statistics import SavedStatistics
+from qcompile.compiler.walk.walk import Job, observed
+from qcompile.passes.base import Pass, Region, WalksAgain
+from qcompile.passes.errors import UserError
+from qcompile.passes.formats import named
+from qcompile.passes.linears import find_linears, vocabulary_size
+from qcompile.passes.masks import mark_infinite
+from qcompile.passes.observers.base import Observer
+from qcompile.passes.observers.extremes import Extremes
+from qcompile.passes.observers.histogram import Histogram
+from qcompile.passes.prepare import Prepare
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model as the walk takes it, with the passes of its recipe. constants: the large floats of it, for coverage."""
+
+    source: Path
+    recipe: Recipe
+    model: ir.Model
+    passes: Sequence[Pass]
+    plan: InputPlan
+    report: Report
+    job: Job
+    constants: Sequence[FloatConstant]
+
+    @property
+    def observes(self) -> bool:
+        """Whether some pass wants ranges of activations."""
+        return bool(observed(self.passes, self.model))
+
+
+@dataclass(frozen=True)
+class Walked:
+    """A model behind the walk: rewritten, its activations observed.
+
+    watched: observers by activation. outputs: compiled and float ones of the check batches.
+    """
+
+    prepared: Prepared
+    data: Data
+    watched: Mapping[ir.Value, Observer]
+    outputs: list[tuple[Arrays, Arrays]]
+
+    @property
+    def model(self) -> ir.Model:
+        """The graph."""
+        return self.prepared.model
+
+    @property
+    def passes(self) -> Sequence[Pass]:
+        """Those of the recipe, `prepare` first."""
+        return self.prepared.passes
+
+    @property
+    def plan(self) -> InputPlan:
+        """What the graph's inputs are for."""
+        return self.prepared.plan
+
+    @property
+    def report(self) -> Report:
+        """As far as it is known."""
+        return self.prepared.report
+
+
+def walk_model(
+    source: Path, recipe: Recipe, calibration: Calibration, progress: Progress, *, checks: bool = True
+) -> Walked:
+    """Load and prepare the model, and take the calibration data through it; `checks`: the check batches, too."""
+    prepared = prepare_model(source, recipe, progress)
+    data = gather_data(prepared, calibration)
+    return walk(prepared, data if checks else replace(data, checks=[]))
+
+
+def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
+    """Load the model and canonicalize its graph. Raises UserError for a model or a recipe that cannot work."""
+    graph = load_model(source)
+    check_finite(graph)
+    passes = build(recipe)
+    report = Report(str(source), model_hash(source), recipe.to_dict(), versions())
+    report.source_bytes = file_size(source, graph)
+    progress.step("preparing")
+    for whole in (p for p in passes if p.whole_model):
+        if isinstance(whole, Prepare):
+            whole.ask = told_by_runtime
+        whole.call(Region.whole(graph))
+    randomness.settle(graph)
+    check_patterns(recipe, graph)
+    check_sizes(graph)
+    check_target(graph, recipe)
+    plan = input_plan(graph)
+    check_metric(recipe, plan)
+    job = Job(graph, recipe, passes, report, progress)
+    return Prepared(source, recipe, graph, passes, plan, report, job, census(graph))
+
+
+def load_statistics(prepared: Prepared, path: Path) -> SavedStatistics:
+    """The ranges of a file, after the checks that need no data."""
+    saved = saved_statistics.load(path)
+    if not prepared.observes:
+        raise UserError("--statistics are ranges of activations, and no pass of this list takes them: add qdq")
+    saved.check(prepared.report.source_hash, prepared.recipe.passes)
+    return saved
+
+
+def gather_data(prepared: Prepared, calibration: Calibration, saved: SavedStatistics | None = None) -> Data:
+    """The calibration data that the passes need; ranges may come from `saved`. UserError where it is not enough."""
+    observes, recipe = prepared.observes and saved is None, prepared.recipe
+    needed = recipe.mixed or observes or any(p.needs_statistics or p.walks_again for p in prepared.passes)
+    data = gather(prepared.plan, prepared.source, recipe, calibration, needed=needed, learnt=saved is not None)
+    mark_infinite(prepared.model, _infinite(prepared.plan, (*data.calibration, *data.checks)))
+    if data.guess:
+        refused = [p.name for p in prepared.passes if p.walks_again or p.needs_correlations]
+        refused += ["qdq"] if observes else []
+        if refused:
+            raise UserError(
+                f"--calibration norms runs nothing, and {refused[0]} needs activations: leave it out or give "
+                "--calibration self"
+            )
+    return data
+
+
+def _infinite(plan: InputPlan, batches: Sequence[Batch]) -> set[str]:
+    """Names of the inputs that are infinite somewhere in the batches; data is only read for those that may be."""
+    names = [given.name for given in plan.inputs if given.is_float and given.unbounded]
+    return {name for batch in batches if names for name in names if np.isinf(batch.feeds.get(name, 0)).any()}
+
+
+def walk(prepared: Prepared, data: Data, saved: SavedStatistics | None = None) -> Walked:
+    """Take the data through the graph, segment by segment. Observers are filled from `saved` where there is one."""
+    report, graph = prepared.report, prepared.model
+    report.data = data.description
+    outputs = prepared.job.walk(prepared.plan, data, observed(prepared.passes, graph) if saved is None else {})
+    watched = observed(prepared.passes, graph)
+    for observer in watched.values() if saved is None else ():
+        rows = observer.row_extremes.rows if isinstance(observer, Extremes) else 0
+        if rows:
+            report.rows = RowsSeen((rows, rows), (0, 0)).joined(report.rows)
+    if saved is not None:
+        saved.check_graph(graph)
+        saved.restore(watched)
+        report.data += f"; ranges from {saved.path.name}: {saved.header.data}"
+    return Walked(prepared, data, watched, outputs)
+
+
+def finish(walked: Walked, progress: Progress) -> list[Arrays]:
+    """Run the passes behind the walk; the outputs of the finished graph on the check batches."""
+    job, report = walked.prepared.job, walked.report
+    again = any(p.walks_again for p in walked.passes)
+    original = walked.model.clone() if again else walked.model
+    for late in (p for p in walked.passes if p.after_walk):
+        progress.step(late.name)
+        if isinstance(late, WalksAgain):
+            job.walk_again(late, walked.plan, walked.data, original)
+        late.call(Region.whole(walked.model))
+        report.ranges += activation_ranges(late, walked.watched)
+    report.decisions = {p.name: p.decisions for p in walked.passes}
+    _account(walked)
+    return job.verify(walked.plan, walked.data, walked.outputs)
+
+
+def _account(walked: Walked) -> None:
+    """Have the quantizer's decisions name every large constant that is left in float."""
+    report, own = walked.report, quantizers(walked.passes)
+    report.quantizers = tuple(p.name for p in own) or ("float",)
+    policy = getattr(own[0], "policy", None) if own else None
+    policy = policy or make_policy(walked.prepared.recipe)
+    for other in report.quantizers[1:]:
+        report.decisions[other] = []
+    report.decisions[report.quantizers[0]] = account(walked.prepared.constants, walked.model, walked.passes, policy)
+
+
+def check_target(model: ir.Model, recipe: Recipe) -> None:
+    """Raise UserError where the target has no operator for a weight as it is to be stored, before any work is done."""
+    if not any(step.name == "pack" for step in recipe.passes):
+        return
+    policy, vocabulary = make_policy(recipe), vocabulary_size(model)
+    for linear in find_linears(model.graph):
+        spec = policy.for_linear(linear, vocabulary)
+        if not isinstance(spec, str) and (told := named(spec.format).refusal(recipe.target, spec, linear.shape[0])):
+            raise UserError(told)
+
+
+def activation_ranges(late: Pass, watched: Mapping[ir.Value, Observer]) -> list[ActivationRange]:
+    """The range that a pass chose for each activation it was shown, beside what was seen of it."""
+    found = []
+    for value, (low, high) in late.chosen_ranges.items():
+        observer = watched[value]
+        seen = observer if isinstance(observer, Extremes) else None
+        ends = (seen.low, seen.high) if seen is not None and seen.low is not None else (low, high)
+        edges, counts = observer.plot() if isinstance(observer, Histogram) else ((), ())
+        told = (float(np.min(ends[0])), float(np.max(ends[1])), observer.name, counts, edges)  # type: ignore[arg-type]
+        found.append(ActivationRange(observer.value, low, high, *told))
+    return found

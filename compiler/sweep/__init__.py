@@ -1,0 +1,1 @@
+"""Which recipe? Many of them, compared by size and accuracy."""

@@ -1,0 +1,161 @@
+"""Accuracy against bits per weight as a picture; the only module that uses matplotlib, and only when it draws."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcompile.compiler.sweep.labels import FONT, Point, label_ends
+from qcompile.compiler.sweep.rows import Row, Sweep, name, word
+
+# Okabe and Ito's colours, which colour-blind readers tell apart. Symmetric lines are broken, their markers hollow:
+# with the names behind the lines, that is enough in black and white.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+_STYLES = (("-", (0, (5, 2))), ((0, (8, 1.5, 1, 1.5)), (0, (1, 1.2))))  # by colour, odd or even; by symmetry
+_MARKERS = "osD^vPX*"
+# A disc behind the marker of every row on the Pareto front.
+_FRONT = {"marker": "o", "markersize": 15, "color": "0.85", "linestyle": "none", "markeredgewidth": 0, "zorder": 1}
+# What a logarithmic axis shows of an error of 0.
+_SMALLEST = 1e-9
+_LEFT, _RIGHT, _BOTTOM, _TOP, _BETWEEN = 0.085, 0.975, 0.19, 0.82, 0.065  # of the axes, as shares of the picture
+_SETTINGS = {
+    "svg.hashsalt": "qcompile",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """Rows that differ in bits and group size only. lines: by bits, from few bits per weight to many."""
+
+    label: str
+    color: str
+    style: Any
+    hollow: bool
+    lines: dict[str, list[Row]]
+
+
+def draw(sweep: Sweep) -> dict[str, bytes]:
+    """The plot as bytes by kind, svg and png: a panel for each number of bits, a line for each series.
+
+    Raises ModuleNotFoundError without matplotlib.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    made = {}
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(9, 5), layout=None)
+        _panels(figure, sweep)
+        _words(figure, sweep)
+        for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+            content = io.BytesIO()
+            figure.savefig(content, format=kind, dpi=160, metadata=metadata)
+            made[kind] = content.getvalue()
+    return made
+
+
+def series(sweep: Sweep) -> list[Series]:
+    """The rows with figures, one series for each choice of the other settings: passes first, symmetry last."""
+    keys = [key for key in sweep.varying if key not in ("bits", "group_size")]
+    keys.sort(key=lambda key: (key == "symmetric", key != "passes"))
+    found: dict[str, list[Row]] = {}
+    for row in sorted(_drawn(sweep), key=lambda row: row.number):
+        found.setdefault(name(row.values, keys), []).append(row)
+    colors: dict[str, int] = {}
+    return [_series(label, rows, colors) for label, rows in found.items()]
+
+
+def _series(label: str, rows: Sequence[Row], colors: dict[str, int]) -> Series:
+    """Series that differ in symmetry only share a colour."""
+    hollow = rows[0].values.get("symmetric") == "yes"
+    index = colors.setdefault(label.removesuffix("asymmetric").removesuffix("symmetric"), len(colors))
+    lines: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.bits_per_weight or 0.0):
+        lines.setdefault(row.values.get("bits", ""), []).append(row)
+    return Series(label or "all", _COLORS[index % len(_COLORS)], _STYLES[index % 2][hollow], hollow, lines)
+
+
+def _drawn(sweep: Sweep) -> list[Row]:
+    return [row for row in sweep.ordered() if row.bits_per_weight and row.scores]
+
+
+def _panels(figure: Any, sweep: Sweep) -> None:
+    """One for each number of bits, with axes of its own: their errors lie too far apart for one."""
+    rows = _drawn(sweep)
+    sizes = list(dict.fromkeys(_size(row) for row in rows))
+    panels = list(dict.fromkeys(row.values.get("bits", "") for row in rows))
+    width = (_RIGHT - _LEFT - _BETWEEN * (len(panels) - 1)) / len(panels)
+    for number, bits in enumerate(panels):
+        axes = figure.add_axes((_LEFT + number * (width + _BETWEEN), _BOTTOM, width, _TOP - _BOTTOM))
+        _fill(axes, sweep, bits, sizes)
+        if bits:
+            axes.set_title(word("bits", bits), loc="left", fontsize=9, weight="bold")
+        if number == 0:
+            axes.set_ylabel(sweep.axis)
+    _legend(figure, axes, sizes, front=any(row.pareto for row in rows))
+
+
+def _fill(axes: Any, sweep: Sweep, bits: str, sizes: Sequence[str]) -> None:
+    """Lines, markers, the Pareto front, and the names behind the lines' ends."""
+    axes.set_yscale("log")
+    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))  # powers of ten alone may all lie outside a panel
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.locator_params(axis="x", nbins=6)
+    axes.grid(axis="y", color="0.93")
+    axes.set_axisbelow(True)
+    ends: list[tuple[Point, str, str]] = []
+    for one in series(sweep):
+        for row in one.lines.get(bits, []):
+            _mark(axes, _point(sweep, row), row, one, _MARKERS[sizes.index(_size(row)) % len(_MARKERS)])
+        points = [_point(sweep, row) for row in one.lines.get(bits, [])]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=one.color, linestyle=one.style, linewidth=1.4)
+            ends.append((points[-1], one.label, one.color))
+    label_ends(axes, ends)
+
+
+def _mark(axes: Any, point: Point, row: Row, one: Series, marker: str) -> None:
+    if row.pareto:
+        axes.plot(*point, **_FRONT)
+    face = "white" if one.hollow else one.color
+    axes.plot(*point, marker=marker, markersize=6, color=one.color, markerfacecolor=face, linestyle="none", zorder=3)
+
+
+def _legend(figure: Any, axes: Any, sizes: Sequence[str], *, front: bool) -> None:
+    """What the markers and the grey discs mean, above the panels."""
+    shown = [
+        axes.plot([], [], color="0.3", marker=_MARKERS[i % len(_MARKERS)], linestyle="none", label=size)[0]
+        for i, size in enumerate(sizes)
+        if size
+    ]
+    if front:
+        shown += axes.plot([], [], label="Pareto front", **(_FRONT | {"markersize": 10}))
+    figure.legend(handles=shown, loc="upper right", bbox_to_anchor=(_RIGHT, 0.905), ncols=len(shown) or 1,
+                  frameon=False, fontsize=FONT, handlelength=1.6, handletextpad=0.5, columnspacing=1.4)  # fmt: skip
+
+
+def _words(figure: Any, sweep: Sweep) -> None:
+    """Title, the axis that all panels share, and caption."""
+    path = Path(sweep.model).absolute()
+    figure.text(_LEFT, 0.955, f"{path.parent.name}/{path.name}: accuracy against size", fontsize=11, weight="bold")
+    figure.text(_LEFT, 0.94, f"on {sweep.source}", fontsize=FONT, color="0.3", va="top")
+    label = "bits per packed MatMul weight, scales and zero points included"
+    figure.text((_LEFT + _RIGHT) / 2, 0.115, label, ha="center")
+    own = "".join(f", {name} {value:.4g}" for name, value in sweep.float_scores.items())
+    told = f"Each panel has a scale of its own. The float model would be at error 0, below the axis{own}. {sweep.note}"
+    figure.text(0.02, 0.09, textwrap.fill(told, 150), fontsize=FONT, color="0.3", va="top")
+
+
+def _point(sweep: Sweep, row: Row) -> Point:
+    return row.bits_per_weight or 0.0, max(row.scores[sweep.error], _SMALLEST)
+
+
+def _size(row: Row) -> str:
+    return word("group_size", row.values["group_size"]) if "group_size" in row.values else ""

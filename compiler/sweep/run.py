@@ -1,0 +1,191 @@
+"""A model compiled and scored under many settings: every combination once, finished ones kept on disk."""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.data.inputs import input_plan
+from qcompile.compiler.facts.model import versions
+from qcompile.compiler.files import publish
+from qcompile.compiler.files.cache import Cache, digest
+from qcompile.compiler.files.load import load_model, model_hash
+from qcompile.compiler.pipeline import compile_model
+from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.results.report import Report
+from qcompile.compiler.sweep.grid import Combination, Grid, combinations, identity
+from qcompile.compiler.sweep.progress import COMPILING, Compiling, Quiet, Watcher
+from qcompile.compiler.sweep.rows import DONE, FAILED, OPEN, REFUSED, SAME, Row, Sweep, name
+from qcompile.compiler.sweep.scoring import Evaluation, Scoring, calibration_digest, scoring
+from qcompile.compiler.sweep.tables import write_plots, write_tables
+from qcompile.passes.errors import UserError
+
+_KEPT = ("status", "reason", "bits_per_weight", "compiled_bytes", "coverage", "scores", "seconds", "data", "model")
+
+
+def sweep(
+    model: Path | str,
+    grid: Grid,
+    *,
+    output: Path | str,
+    recipe: Recipe | None = None,
+    calibration: Sequence[str] = (),
+    tokenizer: Path | None = None,
+    evaluation: Evaluation | None = None,
+    limit: int | None = None,
+    keep_models: bool = False,
+    note: str = "",
+    watcher: Watcher | None = None,
+) -> Sweep:
+    """Compile and score every combination of the grid's values over the recipe; see docs/sweep.md.
+
+    output: a folder for tables, plots and the cache; combinations finished in it before are not run again.
+    calibration: files for every combination, unless the grid has its own. limit: run so many at most.
+    note: joins the caption. Ctrl-C leaves the tables of what is finished, and raises KeyboardInterrupt.
+
+    Raises UserError for bad input before anything runs. A combination that cannot be compiled is a row with its reason.
+    """
+    made = combinations(grid, recipe or Recipe(), calibration)
+    source, folder = Path(model), Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give one for the results with -o")
+    plan, hashed = input_plan(load_model(source)), model_hash(source)
+    score = scoring(plan, source, hashed, tokenizer, evaluation or Evaluation(), folder)
+    result = Sweep(
+        model=str(source),
+        model_hash=hashed,
+        base=(recipe or Recipe()).to_dict(),
+        versions=versions(),
+        error=score.metric.error,
+        axis=score.metric.axis,
+        source=score.source,
+        note=note,
+        rows=[Row(number, combination.values) for number, combination in enumerate(made, 1)],
+        float_scores=score.metric.float_scores,
+    )
+    job = _Job(result, made, score, tokenizer, folder, watcher or Quiet(), keep_models)
+    job.look_up()
+    try:
+        job.run(limit)
+    finally:
+        write_tables(result, folder)
+        result.remarks += write_plots(result, folder)
+    return result
+
+
+@dataclass
+class _Job:
+    """The rows of a sweep on their way from open to done. made: the combination of each row."""
+
+    sweep: Sweep
+    made: Sequence[Combination]
+    scoring: Scoring
+    tokenizer: Path | None
+    folder: Path
+    watcher: Watcher
+    keep_models: bool
+
+    @property
+    def cache(self) -> Cache:
+        """Finished combinations."""
+        return Cache(self.folder / "cache")
+
+    def look_up(self) -> None:
+        """Give every row its key, and what is known of it: impossible settings, an earlier row, figures on disk."""
+        first: dict[str, Row] = {}
+        for row, made in zip(self.sweep.rows, self.made, strict=True):
+            if made.recipe is None:
+                row.status, row.reason = REFUSED, made.reason
+                continue
+            row.key = self._key(made.recipe, self._files(made))
+            if (same := first.setdefault(row.key, row)) is not row:
+                differing = " and ".join(key for key in row.values if row.values[key] != same.values[key])
+                told = name(same.values, self.sweep.varying)
+                row.status, row.reason = SAME, f"as {told}: {differing} makes no difference there"
+            else:
+                _fill(row, self.cache.get(row.key) or {})
+
+    def _key(self, recipe: Recipe, files: Sequence[str]) -> str:
+        content = calibration_digest(files, self.scoring.files, self.tokenizer or Path(self.sweep.model))
+        return digest(
+            {
+                "model": self.sweep.model_hash,
+                "recipe": identity(recipe, content),
+                "scored": self.scoring.identity,
+                "versions": self.sweep.versions,
+            }
+        )
+
+    def _files(self, made: Combination) -> Sequence[str]:
+        return made.calibration or self.scoring.calibration
+
+    def run(self, limit: int | None) -> None:
+        """Compile and score the open rows, `limit` of them at most."""
+        pending = [row for row in self.sweep.rows if row.status == OPEN]
+        chosen = pending[:limit]
+        if chosen:
+            self.watcher.share("running the float model", 0.0)
+            self.scoring.metric.prepare(lambda done, total: self.watcher.share("running the float model", 0.0))
+            self.sweep.float_scores = self.scoring.metric.float_scores
+        for done, row in enumerate(chosen):
+            self.watcher.begin(self.sweep, row, done, len(chosen))
+            self._run(row)
+            write_tables(self.sweep, self.folder)
+            self.watcher.end(self.sweep, row, self._left(chosen[done + 1 :]))
+        if len(chosen) == len(pending):
+            self.scoring.metric.close()
+
+    def _run(self, row: Row) -> None:
+        """One row: figures, or the reason why there are none; both are kept, but for failures that may pass."""
+        started = time.monotonic()
+        try:
+            _fill(row, self._figures(row))
+        except Exception as error:  # a bug or a full disk in one combination ends no sweep of hours
+            passing = not isinstance(error, UserError) or isinstance(error.__cause__, OSError)
+            told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            row.status, row.reason = FAILED if passing else REFUSED, " ".join(told.split())
+        row.seconds = time.monotonic() - started
+        if row.status != FAILED:
+            self.cache.put(row.key, {field: asdict(row)[field] for field in _KEPT})
+
+    def _figures(self, row: Row) -> dict[str, Any]:
+        """Compile and score; the model is removed unless it is to be kept."""
+        made = self.made[row.number - 1]
+        kept = self.folder / "models" / row.key / "model.onnx"
+        calibration = Calibration(self._files(made), self.tokenizer)
+        with nullcontext(kept) if self.keep_models else publish.staging(self.folder / "model.onnx") as path:
+            report: Report = compile_model(
+                self.sweep.model, made.recipe, output=path, calibration=calibration, progress=Compiling(self.watcher)
+            )
+            scores = self.scoring.metric.score(path, self._scored)
+        return {
+            "status": DONE,
+            "bits_per_weight": report.bits_per_weight,
+            "compiled_bytes": report.compiled_bytes,
+            "coverage": report.coverage,
+            "scores": scores,
+            "data": report.data,
+            "model": str(kept.relative_to(self.folder)) if self.keep_models else "",
+        }
+
+    def _scored(self, done: int, total: int) -> None:
+        self.watcher.share("scoring", COMPILING + (1 - COMPILING) * done / total)
+
+    def _left(self, rows: Sequence[Row]) -> float:
+        """Seconds for the rows, each taken to need what finished rows of its passes needed, else what all did."""
+        known = [(row.values.get("passes"), row.seconds) for row in self.sweep.done]
+
+        def expected(passes: str | None) -> float:
+            times = [seconds for name, seconds in known if name == passes] or [seconds for _, seconds in known]
+            return sum(times) / max(len(times), 1)
+
+        return sum(expected(row.values.get("passes")) for row in rows)
+
+
+def _fill(row: Row, figures: dict[str, Any]) -> None:
+    for field in _KEPT:
+        if field in figures:
+            setattr(row, field, figures[field])

@@ -1,0 +1,1 @@
+"""Rewritten how? The segments of one model, from calibration to verified nodes."""

@@ -1,0 +1,291 @@
+"""Trust, but run it: every packed node against its weights, the whole model before and after the disk."""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from qcompile.compiler.data.feeds import Batch, InputPlan, complete
+from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.measure.randomness import repeatable
+from qcompile.compiler.results.errors import NodeError, OutputError
+from qcompile.compiler.walk import verify_wide
+from qcompile.compiler.walk.extract import Piece
+from qcompile.passes import activations
+from qcompile.passes.affine import Array, Quantized
+from qcompile.passes.errors import UserError
+from qcompile.passes.formats.functions import is_native
+from qcompile.passes.observers import nodes as observers
+from qcompile.passes.pack import REFERENCE
+from qcompile.passes.qdq.twin import TWIN, Twin
+from qcompile.runtime.sessions import run
+
+# A packed node must compute with exactly its dequantized weights, but for the rounding of its element type.
+_EXACT = {ir.DataType.FLOAT: 1e-4, ir.DataType.DOUBLE: 1e-4, ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}
+# Operators behind a Sigmoid that leave its numbers as they are.
+_MOVES = ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Cast")
+
+
+def probe_nodes(piece: Piece, nodes: Sequence[ir.Node], *, int8: bool = False) -> list[str]:
+    """Add to a piece, beside each packed node, products with its float and dequantized weights, and compare.
+
+    For a wide weight only what `node_errors` needs for that is added, see `wide_probe`.
+    int8: measure what activations rounded to int8 would add, too, where a kernel does that.
+    """
+    names: list[str] = []
+    for node in nodes:
+        reference: tuple[Array, Quantized] | None = node.meta.get(REFERENCE)
+        if reference is None:
+            continue
+        y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
+        graph, quantized, rounded = piece.proto.graph, reference[1], int8 and is_native(node)
+        if verify_wide.is_wide(quantized):
+            names += verify_wide.watch(graph, y, x, quantized, int8=rounded)
+            continue
+        exact = piece.add_weight(y + ".exact", quantized.dequantize())
+        wanted = piece.add_weight(y + ".wanted", reference[0])
+        k = len(quantized.codes)
+        change = activations.int8_change(graph, x, k, quantized.spec.group_size(k)) if rounded else None
+        names += observers.compare_product(graph, y, x, exact, ".exact", change=change)
+        names += observers.compare_product(graph, y, x, wanted, ".wanted")
+    return names
+
+
+def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[NodeError]:
+    """Errors of the packed nodes, summed over batches; UserError where an operator does not compute what it should."""
+    found = []
+    for node in nodes:
+        reference: tuple[Array, Quantized] | None = node.meta.pop(REFERENCE, None)
+        if reference is None:
+            continue
+        y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
+        if verify_wide.is_wide(reference[1]):
+            verify_wide.compare(y, x, *reference, outputs)
+        wanted, exact = (_ratio([y], end, outputs) for end in (".wanted", ".exact"))
+        measured = math.isfinite(_total(observers.reference(y, ".exact"), outputs))  # else the float product overflows
+        if measured and not exact <= _EXACT[_element_type(reference[1])]:
+            raise UserError(
+                f"node {node.name}: the packed operator differs from its own weights by {exact:.1e} in this ONNX "
+                "Runtime; please report it with the model"
+            )
+        found.append(NodeError(node.name or "", wanted, exact, _int8_error(y, outputs), weights=reference[0].size))
+    return found
+
+
+def _element_type(quantized: Quantized) -> ir.DataType:
+    """The type that a packed node computes in: that of its decoded weight."""
+    return ir.DataType.from_numpy(np.dtype(quantized.spec.scale_dtype))
+
+
+def probe_twins(piece: Piece, nodes: Sequence[ir.Node]) -> list[str]:
+    """Add to a piece, beside each node that a pass made integer, the float node it stands for, and compare.
+
+    The float node has all outputs of the integer one, under names of its own, and each is compared.
+    """
+    names: list[str] = []
+    for node in nodes:
+        twin: Twin | None = node.meta.get(TWIN)
+        if twin is None:
+            continue
+        y, made = str(node.outputs[0].name), onnx.NodeProto()
+        made.CopyFrom(twin.proto)
+        del made.input[:], made.output[:]
+        given = [value.name or "" for value in node.outputs]
+        made.name, made.output[:] = f"{y}.twin", [f"{name}.twin" if name else "" for name in given]
+        made.input.extend(_twin_input(piece, y, twin, value) for value in twin.inputs)
+        piece.proto.graph.node.append(made)
+        for name in filter(None, given):
+            names += observers.compare(piece.proto.graph, name, f"{name}.twin", ".twin")
+    return names
+
+
+def _twin_input(piece: Piece, y: str, twin: Twin, value: ir.Value | None) -> str:
+    if value is None:
+        return ""
+    if value.const_value is None:
+        return str(value.name)
+    return piece.add_weight(f"{y}.twin.{value.name}", twin.array(value))
+
+
+def twin_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[NodeError]:
+    """Errors of the integer nodes against the float ones on the same inputs."""
+    found = []
+    for node in nodes:
+        twin: Twin | None = node.meta.pop(TWIN, None)
+        if twin is not None:
+            error = _ratio([value.name for value in node.outputs if value.name], ".twin", outputs)
+            bits = _activation_bits(node, twin)
+            found.append(NodeError(node.name or "", error, 0.0, activation_bits=bits, weights=twin.weights))
+    return found
+
+
+def _activation_bits(node: ir.Node, twin: Twin) -> int:
+    """Bits that the activation of an integer node is rounded to; 16 stands for float, too."""
+    if twin.weights_only:
+        return 16
+    back = node.inputs[0].producer() if node.inputs[0] is not None else None
+    codes = back.inputs[0] if back is not None and back.op_type == "DequantizeLinear" else None
+    return codes.dtype.bitwidth if codes is not None and codes.dtype is not None else 8
+
+
+def _int8_error(y: str, outputs: Sequence[Arrays]) -> float | None:
+    name = observers.added(y, ".exact")
+    if not all(name in batch for batch in outputs):
+        return None
+    return _root(_total(name, outputs), _total(observers.reference(y, ".exact"), outputs), 0.0)
+
+
+def _ratio(values: Sequence[str], end: str, outputs: Sequence[Arrays]) -> float:
+    """‖y - reference‖ / ‖reference‖ over all batches and all outputs of a node together: 1 where there is an error and
+    no reference, inf where one of both is NaN or infinite.
+    """
+    difference = sum(_total(observers.difference(y, end), outputs) for y in values)
+    return _root(difference, sum(_total(observers.reference(y, end), outputs) for y in values), float(difference > 0))
+
+
+def _total(name: str, outputs: Sequence[Arrays]) -> float:
+    return sum(float(batch[name]) for batch in outputs)
+
+
+def _root(part: float, whole: float, without: float) -> float:
+    if not (math.isfinite(part) and math.isfinite(whole)):
+        return math.inf
+    return math.sqrt(part) / math.sqrt(whole) if whole > 0 else without
+
+
+def probabilities(model: ir.Model) -> set[str]:
+    """Names of the outputs that a Sigmoid gives, through operators that only move numbers perhaps."""
+    found = set()
+    for output in model.graph.outputs:
+        producer = output.producer()
+        while producer is not None and producer.op_type in _MOVES and producer.inputs[0] is not None:
+            producer = producer.inputs[0].producer()
+        if producer is not None and producer.op_type in ("Sigmoid", "HardSigmoid"):
+            found.add(str(output.name))
+    return found
+
+
+def silent(compiled: Sequence[Arrays], original: Sequence[Arrays], sigmoids: Collection[str]) -> set[str]:
+    """Names of outputs without a direction that quantization could change.
+
+    Case 1: it is 0 throughout in the float model.
+    Case 2: a Sigmoid's, of which no number changes its side of 1/2 and all float ones lie below: a detector that finds
+            nothing in either form gives small numbers of any direction.
+    """
+    found = set()
+    for name in original[0]:
+        floats, made = ([batch[name] for batch in batches if name in batch] for batches in (original, compiled))
+        nothing = name in sigmoids and not any(np.any(array > 0.5) for array in (*floats, *made))  # Case 2
+        if nothing or not any(np.any(array) for array in floats):  # Case 1
+            found.add(name)
+    return found
+
+
+def compare_outputs(compiled: Sequence[Arrays], original: Sequence[Arrays]) -> list[OutputError]:
+    """Every float output that both have, in one shape; UserError where a number of the compiled one alone is NaN, or
+    infinite in an output that has not as many infinities in the float model: log(relu(x)) crosses 0 here or there.
+
+    Outputs whose shape depends on their content (boxes that were found) may have another one; they are left out.
+    UserError as well where there is not one number in all outputs: a check of nothing tells nothing.
+    """
+    if not any(np.isfinite(array).any() if array.dtype.kind == "f" else array.size for array in _all(original)):
+        raise UserError(
+            "the float model's outputs hold not a single number on the check batches (are they without rows, or NaN "
+            "throughout?): nothing could be verified; give calibration data with rows that it computes"
+        )
+    names = [name for name in original[0] if name in compiled[0] and original[0][name].dtype.kind == "f"]
+    pairs = {name: ([a[name] for a in compiled], [b[name] for b in original]) for name in names}
+    return [
+        _compared(name, a, b)
+        for name, (a, b) in pairs.items()
+        if all(x.shape == y.shape for x, y in zip(a, b, strict=True)) and any(y.size for y in b)
+    ]
+
+
+def _all(batches: Sequence[Arrays]) -> Iterator[npt.NDArray[Any]]:
+    return (array for arrays in batches for array in arrays.values())
+
+
+def _compared(name: str, a: Sequence[npt.NDArray[Any]], b: Sequence[npt.NDArray[Any]]) -> OutputError:
+    x, y = (np.concatenate([part.astype(np.float64).ravel() for part in parts]) for parts in (a, b))
+    lost = np.isfinite(y) & ~np.isfinite(x)
+    poles = np.isinf(x) & np.isfinite(y)  # 1 / relu(x)
+    if (lost & ~poles).any() or poles.sum() > np.isinf(y).sum():
+        raise UserError(
+            f"output {name} of the compiled model is NaN or infinite where the float model's is not "
+            f"({int(lost.sum())} of {lost.size} numbers)"
+        )
+    keep = np.isfinite(x) & np.isfinite(y)
+    x, y = x[keep], y[keep]
+    largest = max(np.abs(x).max(initial=0.0), np.abs(y).max(initial=0.0))
+    x, y = (v / largest if largest else v for v in (x, y))  # squares of 1e200 or 1e-200 are none
+    scale, size = float(np.linalg.norm(y)), float(np.linalg.norm(x))
+    difference = float(np.linalg.norm(x - y))
+    return OutputError(
+        name,
+        difference / scale if scale else float(difference > 0),
+        float(x @ y) / (scale * size) if scale and size else float(scale == size),
+    )
+
+
+def check_outputs(errors: Sequence[OutputError], nodes: Sequence[NodeError], least: float) -> None:
+    """Raise UserError where an output's cosine to the float one is below `least`, naming the node that is worst.
+
+    1/2 is where the noise has three times the power of the signal: nothing that reads such an output can work, while
+    the coarsest sound compiles (4 bits, rounded to nearest) lie above 0.9. least: 0 judges nothing.
+    """
+    worst = min(errors, key=lambda own: own.cosine, default=None)
+    if worst is None or least == 0 or worst.cosine >= least:
+        return
+    node = max(nodes, key=lambda own: own.error, default=None)
+    most = f"; the node that is worst by itself is {node.node} (relative error {node.error:.2g})" if node else ""
+    raise UserError(
+        f"output {worst.name} is destroyed: its cosine to the float model's is {worst.cosine:.3f}, below --min-cosine "
+        f"{least:g} (relative error {worst.relative:.2g}){most}; keep nodes in float (--exclude, --keep-worst) or "
+        "give other passes; nothing was written"
+    )
+
+
+def run_file(
+    path: Path,
+    plan: InputPlan,
+    batches: Sequence[Batch],
+    provider: str,
+    optimize: bool = True,
+) -> list[Arrays]:
+    """Every output of a saved model for each batch; `optimize` as in `runtime.session`.
+
+    What it draws at random is what the graph drew that it was saved from, see `randomness`.
+    """
+    running = repeatable(path, providers=(provider,), kernels="portable", optimize=optimize)
+    names = [output.name for output in running.get_outputs()]
+    results: list[Arrays] = []
+    for batch in batches:
+        feeds = batch.feeds if batch.follows is None else complete(plan, batch.feeds, results[batch.follows])
+        results.append(dict(zip(names, run(running, names, feeds), strict=True)))
+    return results
+
+
+def check_reloaded(
+    reloaded: Sequence[Arrays], verified: Sequence[Arrays], dtype: ir.DataType, *, rounding: float = 0.0
+) -> float:
+    """The largest relative error of the reloaded file against the verified graph; UserError above the limit.
+
+    rounding: what quantization changed in the verified graph. Where activations stay floats, both graphs compute the
+    same real numbers and differ by rounding errors of floats, which are small beside that. inf where activations are
+    rounded to codes: two graphs whose sums differ in their last bits then round some codes apart, and each lies as far
+    from the float model as the other, in directions of its own; no bound on their difference holds. Such a file is held
+    against the verified graph by `reloaded`, where nothing is rounded, and against the float model by `check_outputs`.
+    """
+    worst = max((error.relative for error in compare_outputs(reloaded, verified)), default=0.0)
+    limit = max(_EXACT.get(dtype, 1e-4), rounding)
+    if not worst <= limit:
+        raise UserError(
+            f"the saved file differs from the verified graph by {worst:.1e} (limit {limit:.0e}); nothing was kept"
+        )
+    return worst

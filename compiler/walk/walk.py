@@ -1,0 +1,230 @@
+"""One model on its way through the segments: rewritten, observed, checked."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import onnx_ir as ir
+from threadpoolctl import threadpool_limits
+
+from qcompile.compiler.console.progress import Progress
+from qcompile.compiler.data.calibration import Data
+from qcompile.compiler.data.inputs import InputPlan
+from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.measure.predictions import predictions
+from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.results.errors import RowsSeen
+from qcompile.compiler.results.report import Report
+from qcompile.compiler.walk.extract import Piece
+from qcompile.compiler.walk.runner import Runner, Stream, went_on
+from qcompile.compiler.walk.segments import Segment, split, targets
+from qcompile.compiler.walk.trial import through, tried
+from qcompile.compiler.walk.verify import (
+    compare_outputs,
+    node_errors,
+    probabilities,
+    probe_nodes,
+    probe_twins,
+    twin_errors,
+)
+from qcompile.compiler.walk.verify_decoded import check_decoded
+from qcompile.passes.base import Pass, Region, WalksAgain
+from qcompile.passes.formats.functions import is_product
+from qcompile.passes.linears import Linear, find_linears, vocabulary_size
+from qcompile.passes.observers.base import Observer
+from qcompile.passes.pack import Pack
+from qcompile.passes.proxies import proxies
+from qcompile.passes.qdq.qdq import Qdq
+from qcompile.passes.qdq.twin import TWIN
+from qcompile.passes.statistics import Statistics, held_aside
+
+
+def observed(passes: Sequence[Pass], model: ir.Model) -> dict[ir.Value, Observer]:
+    """The observers of all passes for the activations of the graph as it is."""
+    return {value: own for p in passes for value, own in p.observed(model).items()}
+
+
+class Job:
+    """One compile on its way through the segments."""
+
+    def __init__(self, model: ir.Model, recipe: Recipe, passes: Sequence[Pass], report: Report, progress: Progress):
+        self.model, self.recipe, self.report, self.progress = model, recipe, report, progress
+        self.passes = [p for p in passes if not p.whole_model and not p.after_walk]
+        self.late = [p for p in passes if p.after_walk]
+        self.pack = next((p for p in passes if isinstance(p, Pack)), None)
+        self.guess = False
+        self.changed = any(p.quantizes for p in self.late)  # behind the walk, so that its outputs are the float ones
+        self.sigmoids = probabilities(model)
+        self.vocabulary: int | None = None
+
+    def walk(self, plan: InputPlan, data: Data, watched: Mapping[ir.Value, Observer]) -> list[tuple[Arrays, Arrays]]:
+        """Take both streams through all segments, rewriting each; `watched` sees what the rewritten graph gives.
+
+        Returns the outputs on the check batches, compiled and float.
+        """
+        self.guess, self.vocabulary = data.guess, vocabulary_size(self.model)
+        segments = split(self.model, targets(self.model).__contains__)
+        runner = Runner(self.model, plan, self.recipe.provider, self.progress.advance)
+        calibration, checks = Stream(data.calibration), Stream(data.checks)
+        rows = 2 * sum(batch.rows for batch in (*data.calibration, *data.checks))
+        self.progress.total(rows * len(segments))
+        outputs: list[tuple[Arrays, Arrays]] = [({}, {}) for _ in data.checks]
+        static = bool(observed(self.late, self.model))
+        shown = seen_in(segments, watched)
+        inside = {node for segment in segments for node in segment.nodes}
+        loose = [node for node in self.model.graph if node not in inside]
+        for number, segment in enumerate(segments, 1):
+            self.progress.step(f"segment {number} of {len(segments)}")
+            self._rewrite(runner, segment, calibration, checks, outputs, int8=data.real)
+            if not calibration.batches:
+                continue
+            region = Region(self.model, [*(loose if number == 1 else ()), *segment.nodes], vocabulary=self.vocabulary)
+            more = [pair for p in (*self.passes, *self.late) if static for pair in p.observed_in(region).items()]
+            if watched:  # not where ranges come from a file
+                more += [pair for p in self.late for pair in p.observed_anew(region).items()]
+            own = shown[number - 1]
+            if own or more:
+                runner.observe(segment, own, calibration, more=more)
+            runner.advance(segment, calibration)
+        if self.pack is not None:
+            self.changed = self.pack.skip_rest(self.model)
+        return outputs
+
+    def verify(self, plan: InputPlan, data: Data, outputs: list[tuple[Arrays, Arrays]]) -> list[Arrays]:
+        """The outputs of the graph as it is on the check batches, compared with the float ones.
+
+        Where something was made integer behind the walk, the check batches go through the graph once more. Each integer
+        node is compared with its float twin, each decoded weight with its codes.
+        """
+        compiled = [compiled for compiled, _ in outputs]
+        targets = {node for node in self.model.graph if TWIN in node.meta}
+        if self.changed:
+            self.progress.step("checking integer nodes")
+            self.report.nodes += check_decoded(self.model, self.recipe.provider)
+            packed = {node for node in self.model.graph if is_product(node)}
+            compiled = self._run_checks(plan, data, split(self.model, (targets | packed).__contains__))
+        self.tell(plan, data, compiled, [original for _, original in outputs])
+        self.report.rounding = max((o.relative for o in self.report.outputs), default=0.0)
+        return compiled
+
+    def tell(self, plan: InputPlan, data: Data, compiled: Sequence[Arrays], original: Sequence[Arrays]) -> None:
+        """Report the errors of outputs against the float ones, and a decoder's predictions."""
+        compared = compare_outputs(compiled, original)
+        self.report.outputs = sorted(compared, key=lambda output: output.name != plan.logits)
+        if data.real:
+            self.report.predictions = predictions(plan, data.checks, compiled, original)
+
+    @property
+    def optimize(self) -> bool:
+        """Whether ONNX Runtime's CPU provider may rewrite the finished graph in checks.
+
+        Not a graph for TensorRT: it is not made for the CPU's fusions, some of which fail on symmetric int8.
+        """
+        return not any(isinstance(p, Qdq) and p.provider == "tensorrt" for p in self.late)
+
+    def walk_again(self, late: WalksAgain, plan: InputPlan, data: Data, original: ir.Model) -> None:
+        """Take the calibration data through the graph as it is now for one pass, where a trial confirms what it does.
+
+        original: the graph as the walk left it.
+        """
+        runner, batches = self._finished_runner(plan), data.calibration
+        if not batches:
+            return
+        verdict, decisions = tried(late, runner, original, batches)
+        self.report.trials.append(f"{late.name}: {verdict.reason}")
+        if verdict.kept:
+            through(late, runner, batches)
+        else:
+            late.refuse(verdict.reason, decisions)
+
+    def _finished_runner(self, plan: InputPlan) -> Runner:
+        return Runner(self.model, plan, self.recipe.provider, optimize=self.optimize)
+
+    def _run_checks(self, plan: InputPlan, data: Data, segments: Sequence[Segment]) -> list[Arrays]:
+        runner, stream = self._finished_runner(plan), Stream(data.checks)
+        own = {str(value.name) for value in self.model.graph.outputs}
+        results: list[Arrays] = [{} for _ in data.checks]
+        for segment in segments:
+
+            def probe(piece: Piece, nodes: Sequence[ir.Node] = segment.nodes) -> list[str]:
+                return probe_twins(piece, nodes)
+
+            after = runner.outputs(segment, stream, original=False, prepare=probe)
+            self.report.nodes += twin_errors(segment.nodes, after)
+            stream.quantized = went_on(segment, stream.quantized, after)
+            for kept, a in zip(results, after, strict=True):
+                kept.update((name, array) for name, array in a.items() if name in own)
+        return results
+
+    def _rewrite(
+        self,
+        runner: Runner,
+        segment: Segment,
+        calibration: Stream,
+        checks: Stream,
+        outputs: list[tuple[Arrays, Arrays]],
+        *,
+        int8: bool,
+    ) -> None:
+        region = Region(self.model, list(segment.nodes), vocabulary=self.vocabulary)
+        if any(rewrite.needs_statistics for rewrite in self.passes):
+            linears = find_linears(segment.nodes)
+            if self.guess:
+                region.statistics = proxies({linear.activation: linear.shape[0] for linear in linears}.items())
+            elif calibration.batches:
+                region.statistics = runner.collect(segment, by_weights(linears), calibration)
+                for known in region.statistics.values():
+                    self.report.rows = _rows(known).joined(self.report.rows)
+        before = runner.outputs(segment, checks, original=True)
+        # The passes work on columns side by side in threads of their own; BLAS threads inside those only fight.
+        with threadpool_limits(limits=1, user_api="blas"):
+            for rewrite in self.passes:
+                rewrite.call(region)
+        segment.nodes[:] = region.live_nodes()
+        int8 = int8 and self.recipe.target == "qcompile" and self.recipe.activations != 16
+
+        def probe(piece: Piece) -> list[str]:
+            return probe_nodes(piece, segment.nodes, int8=int8)
+
+        after = runner.outputs(segment, checks, original=False, prepare=probe)
+        self.report.nodes += node_errors(segment.nodes, after)
+        checks.original = went_on(segment, checks.original, before)
+        checks.quantized = went_on(segment, checks.quantized, after)
+        own = {str(value.name) for value in self.model.graph.outputs}
+        for kept, a, b in zip(outputs, after, before, strict=True):
+            kept[0].update((name, array) for name, array in a.items() if name in own)
+            kept[1].update((name, array) for name, array in b.items() if name in own)
+
+
+def _rows(known: Statistics) -> RowsSeen:
+    held = 0 if known.sample is None else int(held_aside(len(known.sample)).sum())
+    return RowsSeen((known.rows, known.rows), (held, held))
+
+
+def by_weights(linears: Iterable[Linear]) -> list[list[ir.Value]]:
+    """The activations of linears, in groups that the same weights multiply: one Gram matrix says all of each group.
+
+    A group of several is what an unrolled loop, or layers that share their weights, give.
+    """
+    weights: dict[ir.Value, dict[tuple[ir.Value, bool], None]] = {}
+    for linear in linears:
+        weights.setdefault(linear.activation, {})[linear.weight, linear.transposed] = None
+    groups: dict[frozenset[tuple[ir.Value, bool]], list[ir.Value]] = {}
+    for value, own in weights.items():
+        groups.setdefault(frozenset(own), []).append(value)
+    return list(groups.values())
+
+
+def seen_in(segments: Sequence[Segment], watched: Mapping[ir.Value, Observer]) -> list[dict[ir.Value, Observer]]:
+    """By segment, the observed values that it shows: those it computes; what none computes, the first one to read it.
+
+    Every value is shown once. The time is linear in the nodes.
+    """
+    home = {node: number for number, segment in enumerate(segments) for node in segment.nodes}
+    shown: list[dict[ir.Value, Observer]] = [{} for _ in segments]
+    for value, observer in watched.items():
+        producer = value.producer()
+        if producer in home:
+            number = home[producer]
+        else:
+            number = min((home[use.node] for use in value.uses() if use.node in home), default=0)
+        shown[number][value] = observer
+    return shown
