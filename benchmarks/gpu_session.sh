@@ -51,14 +51,14 @@ sys.exit(not (compiled and devices))"
 # Without conftest.py, which imports what a compile needs and such a machine may not have.
 kernel_tests() {  # NAME SECONDS ROUTES-LEFT-OUT
   QCOMPILE_WITHOUT_ROUTES=$3 step "$1" "$2" python3 -m pytest -m gpu --noconftest -p no:cacheprovider -q --maxfail=8 \
-    -k "not sanitizer" tests/test_cuda_gpu.py
+    -k "not sanitizer" tests/runtime/cuda/test_gpu.py
 }
 
 gpu_tests() {
   kernel_tests test 110 hopper
   kernel_tests test-hopper 60 decode,dequantize,plan || without=hopper
   QCOMPILE_REQUIRE_GPU=0 step sessions 30 python3 -m pytest -m gpu -p no:cacheprovider -q --maxfail=8 \
-    tests/test_cuda_gpu_sessions.py tests/test_cuda_gpu_calibrate.py
+    tests/runtime/cuda/test_gpu_sessions.py tests/runtime/cuda/test_gpu_calibrate.py
 }
 
 sanitize() {

@@ -1,7 +1,7 @@
 """Rounding a weight one row at a time, on any grid: what GPTQ's sweep and coordinate descent do with a row.
 
 `Nearest` and `Descent` ask the grid itself, `AffineNearest` and `AffineDescent` compute the same on integers, in a
-fraction of the time (tests/test_gptq.py compares them).
+fraction of the time (tests/passes/test_gptq.py compares them).
 """
 
 import numpy as np

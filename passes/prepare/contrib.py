@@ -2,7 +2,7 @@
 
 onnxruntime.transformers and ONNX Runtime's saved graphs fuse a product with what surrounds it. Quantized, the product
 is another operator anyway, so it is taken out again; ONNX Runtime fuses what is left as it likes. The forms were
-compared on ONNX Runtime 1.32 (tests/test_prepare_contrib.py).
+compared on ONNX Runtime 1.32 (tests/passes/prepare/test_contrib.py).
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
 // The slice of ONNX Runtime's C API that the operators use: no package brings its headers.
 //
 // OrtApi is a table of function pointers whose slots never move, so a slot number and a signature declare a function.
-// tests/test_ort_api.py compares the numbers with the list of all slots; ort_header_check.cpp compares them, and the
+// tests/runtime/test_ort_api.py compares the numbers with the list of all slots; ort_header_check.cpp compares them, and the
 // layout of OrtCustomOp, with the official header where there is one.
 #pragma once
 

@@ -6,7 +6,7 @@ foreach(program cuda_check rows_check cuda_check_sm90)
   target_link_libraries(${program} PRIVATE kernels emulator Threads::Threads)
 endforeach()
 
-# The CUDA operators for ONNX Runtime's CPU provider, on an emulated device: for tests/test_cuda_operators.py.
+# The CUDA operators for ONNX Runtime's CPU provider, on an emulated device: for tests/runtime/cuda/test_operators.py.
 add_library(operators_check SHARED cuda/operators_check.cpp cuda/emulated/launches.cpp cuda/emulated/runtime.cpp
             cuda/weight.cpp cuda/machine.cpp cuda/operators.cpp cuda/device_c_api.cpp cuda/host_c_api.cpp cuda/pack.cpp
             cuda/plan.cpp custom_op.cpp node.cpp)

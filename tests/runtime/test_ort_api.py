@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "runtime" / "kernels"
 HEADER = (KERNELS / "ort_api.h").read_text()
 CHECK = (KERNELS / "ort_header_check.cpp").read_text()

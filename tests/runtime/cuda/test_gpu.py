@@ -208,7 +208,7 @@ def test_compute_sanitizer(library: Library, tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if not sanitizer:
         pytest.skip("no compute-sanitizer")
-    script = Path(__file__).parent.parent / "benchmarks" / "cuda_sanitize.py"
+    script = Path(__file__).parents[3] / "benchmarks" / "cuda_sanitize.py"
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script), str(library_path())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "Device not supported" in done.stdout:

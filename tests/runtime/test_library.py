@@ -24,7 +24,7 @@ from qcompile.runtime import library as module
 from qcompile.runtime import library_path, session, sessions
 from qcompile.runtime.library import operators_version
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKED = 1.15  # resident bytes a session may take for each packed byte
 
 
@@ -247,7 +247,7 @@ def _operator_tests(**variables: str) -> str:
     """Output of the tests of the operators in a process of their own, which must pass."""
     code = (
         "import sys, onnxruntime, pytest; print('version', onnxruntime.__version__);"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_operators.py']))"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/runtime/test_operators.py']))"
     )
     command, environment = [sys.executable, "-c", code], {**os.environ, **variables}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)

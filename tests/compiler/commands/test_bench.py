@@ -289,7 +289,7 @@ def test_candidates(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
     """The script as a module."""
-    path = Path(__file__).parent.parent / "benchmarks" / "kernels.py"
+    path = Path(__file__).parents[3] / "benchmarks" / "kernels.py"
     spec = importlib.util.spec_from_file_location("bench_kernels", path)
     assert spec is not None
     assert spec.loader is not None

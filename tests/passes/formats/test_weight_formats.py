@@ -42,7 +42,7 @@ NAMES = [own.name for own in FORMATS]
 # Relative error of plain rounding on normal weights in groups of 32 rows, by bits.
 BUDGET = {4: 0.13, 8: 0.009}
 EXACT = 1e-5
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def _sized(own: Format, group: int, target: str = "qcompile") -> Grid:

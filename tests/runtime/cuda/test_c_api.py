@@ -132,7 +132,7 @@ def cuda_build() -> Path:
     if not cuda_architectures(library):
         pytest.skip("the library was built without CUDA")
     if cuda_devices(library):
-        pytest.skip("there is a GPU: tests/test_cuda_gpu.py")
+        pytest.skip("there is a GPU: tests/runtime/cuda/test_gpu.py")
     return library
 
 
@@ -146,7 +146,7 @@ def test_a_machine_without_a_gpu_is_told_so(cuda_build: Path) -> None:
 
 @pytest.mark.slow
 def test_cpu_sessions_are_those_of_a_build_without_cuda(cuda_build: Path) -> None:
-    """To the bit; tests/test_operators.py runs with the library as it is built, too."""
+    """To the bit; tests/runtime/test_operators.py runs with the library as it is built, too."""
     plain = build_kernel_check("without_cuda", "-DQCOMPILE_CUDA=OFF", target="qcompile_kernels")
     without = plain / "libqcompile_kernels.so"
     assert cuda_architectures(without) == []

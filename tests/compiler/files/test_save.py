@@ -225,7 +225,7 @@ def test_file_size_limit_of_the_system(tmp_path):
 import resource, sys, numpy as np, onnx_ir as ir
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_store_save as t
+import test_save as t
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
     t.save_model(t._big(1), Path({str(tmp_path)!r}) / "model.onnx")
@@ -430,7 +430,7 @@ def test_threads_and_processes_that_write_one_output(tmp_path):
     """Whoever comes last, the model and its data are of one of them, and nothing else stays."""
     path = tmp_path / "model.onnx"
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_store_save as t; from pathlib import Path\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_save as t; from pathlib import Path\n"
         "for i in range(10): t.save_model(t._big(int(sys.argv[3]) + i), Path(sys.argv[2]))"
     )
     here = str(Path(__file__).parent)

@@ -15,7 +15,7 @@ from qcompile.compiler.cli import main
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import registered_libraries
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The CUDA operators inside ONNX Runtime's CUDA provider, against float64. Unverified until a GPU ran them.
 
 Needs onnxruntime-gpu, a GPU, and a library that was built with CUDA; `benchmarks/gpu_session.sh` runs it. The same
-operators run without a GPU in tests/test_cuda_operators.py.
+operators run without a GPU in tests/runtime/cuda/test_operators.py.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -34,7 +34,7 @@ GRID = {"bits": [4, 8], "symmetric": [False, True], "passes": ["pack", "smooth,p
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots take longer than tiny compiles; tests/test_sweep_plot.py and test_sweep_command.py draw."""
+    """Plots take longer than tiny compiles; tests/compiler/sweep/test_plot.py and test_sweep_command.py draw."""
     monkeypatch.setattr(module, "write_plots", lambda *_: [])
 
 
