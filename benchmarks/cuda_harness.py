@@ -1,6 +1,7 @@
 """The CUDA kernels without ONNX Runtime: the library's C functions by ctypes, random weights, torch's device pointers.
 
-Used by cuda_kernels.py and tests/runtime/cuda/test_gpu.py. Everything but DeviceWeight works without a GPU and without torch.
+Used by cuda_kernels.py and tests/runtime/cuda/test_gpu.py. Everything but DeviceWeight works without a GPU and
+without torch.
 """
 
 import ctypes

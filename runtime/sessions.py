@@ -19,8 +19,8 @@ from qcompile.runtime.library import VARIABLE, check_version, chosen_kernel, lib
 MINIMUM = (1, 24, 4)
 _INSTALL = "pip install 'qcompile-onnx[cpu]' or 'qcompile-onnx[cuda]'"
 KERNELS = ("auto", "native", "portable")
-# Why "auto" leaves CUDA to the portable bodies. Empty it when tests/runtime/cuda/test_gpu.py has passed on a GPU: "auto" is
-# then native there, too.
+# Why "auto" leaves CUDA to the portable bodies. Empty it when tests/runtime/cuda/test_gpu.py has passed on a GPU:
+# "auto" is then native there, too.
 CUDA_UNVERIFIED = "unverified on GPU"
 # What ONNX Runtime says of an operator that it does not know.
 _UNKNOWN = re.compile(r"is not a registered function/op|No opset import for domain|No Op registered for")

@@ -4,10 +4,10 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rooms import floors, imports, rooms, table
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("compiler", "passes", "runtime", "models")
@@ -35,21 +35,6 @@ LAZY_OF_MODULE = {
 }
 
 
-def _imports(tree: ast.AST, *, inside: bool = False) -> Iterator[tuple[int, str, bool]]:
-    """(line, module, whether inside a function) of every import; a relative one as its dots."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name, inside) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            # `from qcompile.passes import errors` may name a module as well as a member.
-            deeper = module == "qcompile" or module in {f"qcompile.{layer}" for layer in LAYERS}
-            yield from ((node.lineno, f"{module}.{a.name}" if deeper else module, inside) for a in node.names)
-        else:
-            function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-            yield from _imports(node, inside=inside or function)
-
-
 def _within(module: str, packages: set[str]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
@@ -61,7 +46,7 @@ def violations(root: Path) -> list[str]:
         name = path.relative_to(root).as_posix()
         layer = name.split("/")[0]
         lazy = LAZY[layer] | LAZY_OF_MODULE.get(name, set())
-        for line, module, inside in _imports(ast.parse(path.read_text())):
+        for line, module, inside in imports(ast.parse(path.read_text())):
             allowed = ALLOWED[layer] | (lazy if inside else set())
             if module.split(".")[0] not in sys.stdlib_module_names and not _within(module, allowed):
                 found.append(f"{name}:{line} imports {module}")
@@ -76,7 +61,7 @@ def test_imports_point_one_way() -> None:
 @pytest.mark.parametrize(
     ("path", "code", "module"),
     [
-        ("passes/bad.py", "from qcompile.compiler import store", "qcompile.compiler.files.load"),
+        ("passes/bad.py", "from qcompile.compiler import recipe", "qcompile.compiler.recipe"),
         ("passes/bad.py", "import qcompile.runtime.sessions", "qcompile.runtime.sessions"),
         ("passes/formats/bad.py", "def f():\n    import onnxruntime", "onnxruntime"),
         ("passes/bad.py", "from . import spec", "."),
@@ -98,7 +83,8 @@ def test_the_walk_finds_planted_violations(tmp_path, path, code, module) -> None
     for layer in LAYERS:
         (tmp_path / layer / "formats").mkdir(parents=True)
     (tmp_path / "passes" / "good.py").write_text("import numpy as np\nfrom qcompile.passes import spec\n")
-    (tmp_path / "compiler" / "sweep_plot.py").write_text("def f():\n    from matplotlib.figure import Figure\n")
+    (tmp_path / "compiler" / "sweep").mkdir()
+    (tmp_path / "compiler" / "sweep" / "plot.py").write_text("def f():\n    from matplotlib.figure import Figure\n")
     (tmp_path / "models" / "good.py").write_text("from qcompile.passes import errors\ndef f():\n    import torch\n")
     assert violations(tmp_path) == []
     (tmp_path / path).write_text(code + "\n")
@@ -137,3 +123,27 @@ def test_the_command_line_starts_light() -> None:
 
 def test_the_probe_sees_a_loaded_runtime() -> None:
     assert "onnxruntime" in _loaded("import onnxruntime")
+
+
+# --- the rooms of compiler/ -------------------------------------------------------------------------------------------
+
+
+def test_rooms_stand_on_floors_and_the_picture_of_them_is_true() -> None:
+    """Few enough to know, none importing upwards, and docs/architecture.md has the table that `rooms.py` prints."""
+    assert 10 < len(rooms()) <= 20
+    assert table() in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_rooms_that_import_each_other_are_told(tmp_path: Path) -> None:
+    for room, code in {
+        "data": "from qcompile.compiler.files.load import load_model",
+        "files": "def f():\n    from qcompile.compiler import walk",
+        "walk": "import qcompile.compiler.data.feeds\nfrom qcompile.compiler.walk import segments",
+        "recipe": "from qcompile.compiler import Calibration",
+    }.items():
+        (tmp_path / "compiler" / room).mkdir(parents=True)
+        (tmp_path / "compiler" / room / "own.py").write_text(code + "\n")
+    assert rooms(tmp_path) == {"data": {"files"}, "files": {"walk"}, "walk": {"data"}, "recipe": set()}
+    with pytest.raises(ValueError, match="rooms that import each other: data, files, walk"):
+        floors(rooms(tmp_path))
+    assert floors({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": 2, "b": 1, "c": 0}

@@ -1,7 +1,7 @@
 """What execution providers make of each operator between DequantizeLinear and QuantizeLinear.
 
-The CPU columns were measured on ONNX Runtime 1.32 (x86-64, opset 21): tests/passes/qdq/test_providers.py proves every row.
-The other columns are read from documents, cited in docs/qdq.md.
+The CPU columns were measured on ONNX Runtime 1.32 (x86-64, opset 21): tests/passes/qdq/test_providers.py proves every
+row. The other columns are read from documents, cited in docs/qdq.md.
 """
 
 from collections.abc import Mapping

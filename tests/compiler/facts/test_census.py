@@ -1,4 +1,4 @@
-"""compiler/facts/census.py, coverage.py: every large float constant is quantized or has its reason; too little fails."""
+"""facts/census.py, coverage.py: every large float constant is quantized or has its reason; too little fails."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""compiler/files/well_formed.py, tensor_protos.py, memory.py: damaged models, by kind, are one line from every command."""
+"""files/well_formed.py, tensor_protos.py, memory.py: damaged models, by kind, are one line from every command."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""compiler/files/disk_arrays.py: arrays come back bit for bit, files leave nothing behind, full disks are told in one line."""
+"""files/disk_arrays.py: arrays come back bit for bit, files leave nothing behind, full disks are told in one line."""
 
 import os
 import re

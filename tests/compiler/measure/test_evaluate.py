@@ -1,4 +1,4 @@
-"""compiler/measure/evaluate.py, metrics.py, subject.py and `qcompile eval`, against float64 arithmetic written out here."""
+"""measure/evaluate.py, metrics.py, loaded.py and `qcompile eval`, against float64 arithmetic written out here."""
 
 import json
 from pathlib import Path

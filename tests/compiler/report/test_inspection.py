@@ -1,4 +1,4 @@
-"""compiler/report/inspection.py, sizes.py, weights.py and `qcompile inspect`, on small graphs written out here."""
+"""report/inspection.py, sizes.py, stored_weights.py and `qcompile inspect`, on small graphs written out here."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""compiler/walk/verify_saved.py: a saved file is the graph in memory, node by node and byte by byte, or it is refused."""
+"""walk/verify_saved.py: a saved file is the graph in memory, node by node and byte by byte, or it is refused."""
 
 from collections.abc import Callable
 from pathlib import Path
