@@ -198,7 +198,7 @@ def _compensate(w: Array, gram: Array, qparams: QParams, spec: Grid, *, rows: Ro
 def _descend(w: Array, gram: Array, q: Quantized, *, steps: Callable[[Quantized], Descent] = descent) -> Quantized:
     """One pass of coordinate descent: each code set to its best value with all other codes fixed."""
     k, moving = len(w), steps(q)
-    pull = gram @ (w - q.dequantize())
+    pull = gram @ (w - moving.start())
     diagonal = np.diagonal(gram)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)

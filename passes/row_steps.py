@@ -44,6 +44,10 @@ class Descent:
         self.q, self.codes, self.values = q, q.codes.copy(), q.dequantize()
         self._nearest = Nearest(q.qparams, q.spec, len(q.codes))
 
+    def start(self) -> Array:
+        """What the codes (K, N) stand for before any row is moved."""
+        return self.values
+
     def move(self, row: int, pull: Array, energy: np.float32) -> Array:
         """Change the codes of a row; returns by how much (N,) its values change.
 
@@ -66,6 +70,9 @@ class AffineDescent(Descent):
         self.q, k = q, len(q.codes)
         self.scale, self.zero = (expand(own, q.spec, k) for own in (q.qparams.scale, q.qparams.zero_point))
         self.levels, self.low, self.high = q.codes.astype(np.float32) - self.zero, ends.qmin, ends.qmax
+
+    def start(self) -> Array:
+        return self.levels * self.scale
 
     def move(self, row: int, pull: Array, energy: np.float32) -> Array:
         scale, zero = self.scale[row], self.zero[row]
