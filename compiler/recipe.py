@@ -285,7 +285,7 @@ def _converted(key: str, value: Any, source: str) -> Any:
             return None
         expected.setdefault(key, (int,))
     if key in _FORMATS and isinstance(value, str):
-        return parse_step(value)
+        return parse_step(value, f"{source}: {key}")
     if key in (*_MIXED, "weights") and value is None:
         return None
     if not isinstance(value, expected[key]) or (isinstance(value, bool) and bool not in expected[key]):

@@ -74,6 +74,16 @@ def constant(value: ir.Value) -> ir.TensorProtocol:
     return value.const_value
 
 
+def stored(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node."""
+    if value.const_value is not None:
+        return value.const_value
+    producer = value.producer()
+    if producer is None or producer.op_type != "Constant" or "value" not in producer.attributes:
+        return None
+    return producer.attributes["value"].as_tensor()
+
+
 def dimensions(value: ir.Value) -> tuple[int, ...]:
     """The shape of an initializer."""
     return tuple(int(size) for size in constant(value).shape.numpy())

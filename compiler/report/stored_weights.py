@@ -9,7 +9,7 @@ from qcompile.compiler.facts.census import Family, FloatConstant, census
 from qcompile.passes.formats import FORMAT_OF, FORMATS
 from qcompile.passes.formats.base import DOMAIN, EMBEDDING, MICROSOFT, PRODUCT, Format, grouped_by
 from qcompile.passes.formats.functions import OUTLIER
-from qcompile.passes.linears import as_linear, find_embeddings
+from qcompile.passes.linears import as_linear, find_embeddings, stored
 
 # Quantized products of ONNX itself: slots of (codes, scale, zero point), -1 where there is none.
 _INTEGER_PRODUCTS = {"MatMulInteger": (1, -1, 3), "QLinearMatMul": (3, 4, 5), "DynamicQuantizeMatMul": (1, 2, 3)}
@@ -135,6 +135,8 @@ def _left(constant: FloatConstant) -> Weight:
 def _own(node: ir.Node, own: Format) -> Weight:
     """The weight of an operator of a format: of qcompile's, or one of com.microsoft that only it is lowered to."""
     weight, linear = own.read(node), node.op_type.startswith(PRODUCT)
+    if weight is None:
+        return Weight(node.name or "", node.op_type, "product", (), "", False, "its codes or scales are computed", ())
     tensors = tuple(tensor for value in weight.values if (tensor := stored(value)) is not None)
     shape, kind = (weight.shape, "linear") if linear else (weight.shape[::-1], "embedding")
     return Weight(node.name or "", node.op_type, kind, shape, weight.form, True, "", tensors)
@@ -225,16 +227,6 @@ def _gathered_codes(node: ir.Node) -> Iterator[Weight]:
             shape, operator = (2 * columns, rows), "Gather + BitShift"
             form = _looked_up_behind(reader) or "uint4"
             yield Weight(node.name or "", operator, "embedding", shape, form, True, "", (tensor,))
-
-
-def stored(value: ir.Value) -> ir.TensorProtocol | None:
-    """The tensor of an initializer or of a Constant node."""
-    if value.const_value is not None:
-        return value.const_value
-    producer = value.producer()
-    if producer is None or producer.op_type != "Constant" or "value" not in producer.attributes:
-        return None
-    return producer.attributes["value"].as_tensor()
 
 
 @dataclass(frozen=True)

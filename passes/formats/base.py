@@ -13,7 +13,7 @@ import onnxscript
 
 from qcompile.passes.affine import Codes, Grid, Quantized
 from qcompile.passes.graph import add_initializer
-from qcompile.passes.linears import constant, dimensions
+from qcompile.passes.linears import constant, dimensions, stored
 
 DOMAIN = "qcompile"
 VERSION = 1
@@ -131,8 +131,8 @@ class Format(ABC):
         """Make com.microsoft's operators of one of its nodes; a node left as it is has its body inlined."""
 
     @abstractmethod
-    def read(self, node: ir.Node) -> Stored:
-        """The weight of a node of its own operators, or of a foreign one."""
+    def read(self, node: ir.Node) -> Stored | None:
+        """The weight of a node of its own operators, or of a foreign one; None where it is no constant."""
 
     def looks_up(self, levels: npt.NDArray[Any]) -> bool:
         """Whether its bodies look codes up in this table."""
@@ -142,6 +142,14 @@ class Format(ABC):
 def grouped_by(block_size: int, k: int) -> str:
     """How rows of a (k, N) weight share scales, in a word."""
     return f"g{block_size}" if 0 < block_size < k else "per-column"
+
+
+def measured(codes: ir.Value, scale: ir.Value) -> tuple[int, int] | None:
+    """(K, N) of a weight by its codes (K, …) and scales (G, N); None where one of them is computed."""
+    tensors = stored(codes), stored(scale)
+    if tensors[0] is None or tensors[1] is None or len(tensors[1].shape) != 2:
+        return None
+    return int(tensors[0].shape.numpy()[0]), int(tensors[1].shape.numpy()[1])
 
 
 def role(op_type: str) -> str:

@@ -30,11 +30,12 @@ from qcompile.passes.formats.base import (
     alias,
     as_bytes,
     grouped_by,
+    measured,
     operands,
     role,
 )
 from qcompile.passes.graph import add_initializer
-from qcompile.passes.linears import constant, dimensions
+from qcompile.passes.linears import stored
 from qcompile.passes.spec import QuantSpec, granularity
 
 
@@ -151,18 +152,20 @@ class Integers(Format):
         elif role(node.op_type) == EMBEDDING:
             nbits.lower_embedding(model, node, self.bits, cache)
 
-    def read(self, node: ir.Node) -> Stored:
+    def read(self, node: ir.Node) -> Stored | None:
         if role(node.op_type) == EMBEDDING:
             values: Sequence[ir.Value | None] = node.inputs[1:]
         else:
             own = operands(node)
             values = [own.codes, own.scale, own.zero_point]
         given = [value for value in values if value is not None]
-        k, n = dimensions(given[0])[0], dimensions(given[1])[-1]
-        signed = constant(given[0]).dtype in (ir.DataType.INT4, ir.DataType.INT8)
-        size = grouped_by(node.attributes.get_int("block_size", 0), k)
+        shape, codes = measured(given[0], given[1]), stored(given[0])
+        if shape is None or codes is None:
+            return None
+        signed = codes.dtype in (ir.DataType.INT4, ir.DataType.INT8)
+        size = grouped_by(node.attributes.get_int("block_size", 0), shape[0])
         form = f"{'' if signed else 'u'}{self.name} {size} {'asym' if len(given) > 2 else 'sym'}"
-        return Stored((k, n), form, given)
+        return Stored(shape, form, given)
 
 
 class Int4(Integers):

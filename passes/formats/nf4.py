@@ -24,7 +24,7 @@ from qcompile.passes.formats.base import (
 from qcompile.passes.formats.integers import checked
 from qcompile.passes.formats.tables import TableGrid, Tables
 from qcompile.passes.graph import add_initializer, insert_before
-from qcompile.passes.linears import constant, dimensions
+from qcompile.passes.linears import constant, dimensions, stored
 from qcompile.passes.spec import granularity
 
 # Table of bitsandbytes, as ONNX Runtime's MatMulBnb4 has it.
@@ -89,10 +89,11 @@ class NF4(Tables):
         for value in own.values():
             drop_unused(model, value)
 
-    def read(self, node: ir.Node) -> Stored:
+    def read(self, node: ir.Node) -> Stored | None:
         if node.op_type not in self.foreign:
             return super().read(node)
         k, n = (node.attributes.get_int(name, 0) for name in ("K", "N"))
         name = self.name if node.attributes.get_int("quant_type", _QUANT_TYPE) == _QUANT_TYPE else "fp4"
         form = f"{name} g{node.attributes.get_int('block_size', 0)}"
-        return Stored((k, n), form, [value for value in node.inputs[1:3] if value is not None])
+        given = [value for value in node.inputs[1:3] if value is not None and stored(value) is not None]
+        return Stored((k, n), form, given) if len(given) == 2 else None

@@ -28,9 +28,9 @@ from qcompile.passes.formats.base import (
     alias,
     as_bytes,
     grouped_by,
+    measured,
 )
 from qcompile.passes.graph import add_initializer
-from qcompile.passes.linears import dimensions
 from qcompile.passes.spec import Granularity, QuantSpec
 
 # Codes of the columns that an embedding looks up: element 2j of a row is the low nibble of byte j, element 2j + 1 the
@@ -198,13 +198,13 @@ class Tables(Format):
     def lookup(self, model: ir.Model, tensors: Tensors) -> list[ir.Value]:
         return [as_bytes(model, tensors.codes), alias(model, tensors.scale)]
 
-    def read(self, node: ir.Node) -> Stored:
+    def read(self, node: ir.Node) -> Stored | None:
         codes, scale = node.inputs[1], node.inputs[2]
-        assert codes is not None
-        assert scale is not None
-        k, n = dimensions(codes)[0], dimensions(scale)[-1]
-        form = f"{self.name} {grouped_by(node.attributes.get_int('block_size', 0), k)}"
-        return Stored((k, n), form, [codes, scale])
+        shape = None if codes is None or scale is None else measured(codes, scale)
+        if codes is None or scale is None or shape is None:
+            return None
+        form = f"{self.name} {grouped_by(node.attributes.get_int('block_size', 0), shape[0])}"
+        return Stored(shape, form, [codes, scale])
 
     def looks_up(self, levels: npt.NDArray[Any]) -> bool:
         tables = (np.array(self.table(word), np.float32) for word in self.words)

@@ -21,6 +21,7 @@ from qcompile.compiler.files.load import load_model, save_model
 from qcompile.compiler.plan import build, grid, make_policy, parameters
 from qcompile.compiler.recipe import Recipe, Step, parse_step
 from qcompile.compiler.report.inspection import inspect
+from qcompile.compiler.report.stored_weights import find_weights
 from qcompile.models.tiny import tiny_branch, tiny_decoder
 from qcompile.passes.affine import Grid, Quantized
 from qcompile.passes.base import Region
@@ -314,7 +315,7 @@ def test_a_dry_run_and_a_sweep_tell_of_it(bench: Any, capsys: pytest.CaptureFixt
         ({"weights": "int4(group=5)"}, "group size 5 is not possible"),
         ({"weights": "int8(symmetric=true)"}, "has no parameter 'symmetric'; it has group"),
         ({"weights": "int4", "bits": 8}, "says all of bits and symmetric"),
-        ({"weights": "int4("}, r"cannot read 'int4\('"),
+        ({"weights": "int4("}, r"cannot read 'int4\(' in recipe: weights: expected name"),
         ({"lm_head": "int3"}, "unknown weight format 'int3'"),
         ({"weights": "int4", "passes": ["qdq"]}, "weights: int4 is for pack; qdq makes int8"),
         ({"weights": 4}, "weights must be str, got 4"),
@@ -364,6 +365,39 @@ def test_nf4_on_matmulnbits_is_what_matmulbnb4_decodes_to_the_bit() -> None:
     assert np.abs(tables[0] - tables[1]).max() <= 0.5 / 127
     a, b = (np.linalg.norm(round_to_nearest(w, spec, None).dequantize() - w) for spec in (exact, rounded))
     assert 0 < abs(a - b) < 0.01 * a
+
+
+def test_models_of_others_with_matmulbnb4_are_read() -> None:
+    """quant_type 0 is another table; a B that is computed is no weight."""
+    told = {}
+    for kind, constant_b in ((0, True), (1, True), (1, False)):
+        scale = ir.val("s", const_value=ir.tensor(np.ones(12, np.float32)))
+        packed = ir.tensor(np.zeros(3 * 128, np.uint8))
+        b = ir.val("b", const_value=packed) if constant_b else ir.val("b", ir.DataType.UINT8, [3 * 128])
+        x = ir.val("x", ir.DataType.FLOAT, ["rows", 256])
+        attributes = {"K": 256, "N": 3, "block_size": 64, "quant_type": kind}
+        node = ir.node("MatMulBnb4", [x, b, scale], attributes, domain="com.microsoft", name="node")
+        initializers = [scale, *([b] if constant_b else [])]
+        graph = ir.Graph([x], node.outputs, nodes=[node], initializers=initializers, opset_imports={"": 21})
+        (weight,) = find_weights(graph)
+        told[kind, constant_b] = (weight.kind, weight.form, weight.shape)
+    assert told[0, True] == ("linear", "fp4 g64", (256, 3))
+    assert told[1, True] == ("linear", "nf4 g64", (256, 3))
+    assert told[1, False] == ("product", "", ())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_computed_codes_are_no_weight(name) -> None:
+    spec = _sized(named(name), 32)
+    model, _ = _product(spec, _weight(64, 8))
+    (node,) = model.graph
+    (weight,) = find_weights(model.graph)
+    assert (weight.kind, weight.quantized) == ("linear", True)
+    codes = node.inputs[1]
+    assert codes is not None
+    node.replace_input_with(1, ir.val("computed", codes.dtype, codes.shape))
+    (weight,) = find_weights(model.graph)
+    assert (weight.kind, weight.quantized) == ("product", False)
 
 
 def test_nf4_refuses_groups_that_matmulbnb4_would_read_across_columns() -> None:
