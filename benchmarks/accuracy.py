@@ -1,9 +1,10 @@
-"""qcompile's own int4 models on the terms of peers.py: head and embedding in float, so that only the linears count.
+"""qcompile's own 4-bit models on the terms of peers.py: head and embedding in float, so that only the linears count.
 
-    python benchmarks/accuracy.py MODEL.onnx -o OUT [--settings g64-asym,g64-sym,g128-asym,g128-sym]
+    python benchmarks/accuracy.py MODEL.onnx -o OUT [--settings g64-asym,g64-sym,g128-asym,g128-sym,nf4,mxfp4]
 
 Compiles MODEL.onnx (a float decoder, tokenizer.json beside it) by every pass list at every setting, scores all of them
-with `qcompile eval` on benchmarks/text, and prints a Markdown table. What is already compiled is not made again.
+with `qcompile eval` on benchmarks/text, and prints a Markdown table. What is already compiled is not made again. A
+setting is int4's group size and symmetry, or a weight format as --weights takes it.
 """
 
 import argparse
@@ -29,14 +30,13 @@ def main() -> None:
     rows = {}
     for setting in args.settings.split(","):
         match = re.fullmatch(r"g(\d+)-(asym|sym)", setting)
-        if match is None:
-            parser.error(f"setting {setting!r}: expected gN-asym or gN-sym")
+        stored = ["--weights", setting] if match is None else ["--group-size", match[1], f"--{match[2]}metric"]
         for passes in LISTS:
             target = args.output / setting / passes.replace(",", "-") / "model.onnx"
             rows[target] = (setting, passes)
             if not target.exists():
-                kept = ["--lm-head", "keep", "--embedding", "keep", f"--{match[2]}metric"]
-                qcompile(args.model, "--passes", passes, "--group-size", match[1], *kept, "-o", target)
+                kept = ["--lm-head", "keep", "--embedding", "keep"]
+                qcompile(args.model, "--passes", passes, *stored, *kept, "-o", target)
     scores = args.output / "scores.json"
     against = ["--against", args.model, "--tokenizer", args.model.parent]
     texts = ["--text", *TEXTS, "--tokens", args.tokens]
