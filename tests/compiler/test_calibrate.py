@@ -221,7 +221,7 @@ def _bins(header: Any, arrays: Any) -> None:
 
 
 BROKEN = {
-    "version": (lambda header, arrays: header.update(version=1), "is of version 1, this qcompile reads version 3"),
+    "version": (lambda header, arrays: header.update(version=1), "is of version 1, this qcompile reads version 4"),
     "not finite": (_nan, "is damaged or no file of statistics .*NaN or infinity"),
     "array gone": (lambda header, arrays: arrays.pop("3.low"), "is damaged or no file of statistics"),
     "header gone": (lambda header, arrays: header.clear(), "is no file of statistics: make one with"),

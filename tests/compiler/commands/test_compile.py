@@ -226,5 +226,5 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(
     def denied(**_: Any) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("qcompile.compiler.output_files.tempfile.mkdtemp", denied)
+    monkeypatch.setattr("qcompile.compiler.files.publish.tempfile.mkdtemp", denied)
     bench.refuses(capsys, source, ["-o", str(bench.folder / "new" / "o.onnx")], "cannot write .* is read-only; choose")

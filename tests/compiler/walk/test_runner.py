@@ -223,7 +223,7 @@ def test_activations_from_the_disk_are_the_same_bits(monkeypatch: pytest.MonkeyP
     model = tiny_decoder(kv_cache=True)
     batches = token_batches(input_plan(model), WINDOWS, decode_step=True)
     in_memory, _ = _walk(model, batches)
-    monkeypatch.setattr("qcompile.compiler.stream.BUDGET", 0)
+    monkeypatch.setattr("qcompile.compiler.walk.runner.BUDGET", 0)
     on_disk, _ = _walk(model, batches)
     for value, statistics in in_memory.items():
         assert on_disk[value].rows == statistics.rows

@@ -101,7 +101,7 @@ def test_many_convolutions_are_cut_too(count: int, least: int, most: int) -> Non
 
 def test_a_giant_segment_is_cut_where_the_fewest_values_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two towers side by side: there is no place where one value goes on."""
-    monkeypatch.setattr("qcompile.compiler.segments._GIANT", 1 << 18)
+    monkeypatch.setattr("qcompile.compiler.walk.segments._GIANT", 1 << 18)
     b = Builder(opset=21)
     sides = [b.input(name, ir.DataType.FLOAT, ["n", 64]) for name in "ab"]
     for number in range(40):

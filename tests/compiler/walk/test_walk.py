@@ -177,7 +177,7 @@ def _checked(model: ir.Model, is_target: Callable[[ir.Node], bool]) -> list[Segm
 def test_any_graph_goes_through_every_list(
     passes: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("job", "switched"):
+    for module in ("walk.walk", "mixed.switchable"):
         monkeypatch.setattr(f"qcompile.compiler.{module}.split", _checked)
 
     @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
