@@ -112,7 +112,8 @@ class Report:
         shares = [(family, self.share(family)) for family in PRODUCTS]
         parts = [f"{percent(share)} of the {family} weights" for family, share in shares if share is not None]
         if not parts:
-            return "there was no weight of a product to quantize"
+            kept = any(self.elements(family, "kept") for family in PRODUCTS)
+            return f"there was no weight of a product {'but those kept in float' if kept else 'to quantize'}"
         return f"{parts[0]} quantized{''.join(f', {part}' for part in parts[1:])}"
 
     @property

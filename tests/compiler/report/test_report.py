@@ -94,6 +94,8 @@ def _shown(report: Report) -> str:
 
 def test_a_model_without_float_weights_says_so() -> None:
     assert "coverage  there was no weight of a product to quantize" in _shown(_report())
+    kept = _report(_decision("a", "kept", 100))
+    assert "coverage  there was no weight of a product but those kept in float" in _shown(kept)
 
 
 def test_the_table_of_a_decoder(bench: Any) -> None:
