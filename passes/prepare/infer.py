@@ -106,12 +106,15 @@ def _told(proto: onnx.ModelProto, ask: Oracle | None) -> onnx.ModelProto:
 
 
 def _inner(model: ir.Model, found: ir.Model) -> Iterator[tuple[ir.Value, ir.Value]]:
-    """Values that nodes compute, graph outputs left out, each with its like; names are unique in the whole model."""
+    """Values that nodes compute, each with its like; names are unique in the whole model.
+
+    Graph outputs keep what the file says of them, and are left out, but for those that it gives no type.
+    """
     known = {value.name: value for graph in found.graphs() for node in graph for value in node.outputs}
     for graph in model.graphs():
         for node in graph:
             for value in node.outputs:
-                if value.name in known and not value.is_graph_output():
+                if value.name in known and (value.type is None or not value.is_graph_output()):
                     yield value, known[value.name]
 
 

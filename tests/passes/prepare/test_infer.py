@@ -102,3 +102,12 @@ def test_the_branches_of_an_if_may_have_values_of_one_name() -> None:
     Prepare().call(Region.whole(model))
     bodies = [[node for node in body if node.op_type == "Reshape"] for body in list(model.graphs())[1:]]
     assert sorted(own[0].outputs[0].shape[1] for own in bodies if own) == [16, 32]
+
+
+def test_an_output_without_a_type_gets_one() -> None:
+    """ONNX Runtime takes such a file; qdq needs to know what the output is."""
+    model = _model([helper.make_node("Relu", ["x"], ["y"])], [])
+    assert model.graph.outputs[0].type is None
+    found, _ = _inferred(model)
+    assert found["y"].dtype == ir.DataType.FLOAT
+    assert found["y"].shape == ir.Shape(["b", 64])
