@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.passes.errors import UserError
 from qcompile.passes.prepare.constant_norms import batch_norm, instance_norm, layer_norm
 from qcompile.passes.prepare.constant_types import FLOATS, HALVES, INTEGERS, Array, Made, Operand, Rule, Shape, axis_of
 
@@ -181,7 +182,7 @@ def _gather(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
 
 
 def _gather_elements(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
-    """Also by indices too many to be looked at before: out of range, they are for the runtime to refuse."""
+    """Also by indices too many to be looked at before: UserError when it is read where one is out of range."""
     source, indices = _first(operands), operands[1]
     axis = axis_of(node.attributes.get_int("axis", 0) or 0, len(source.shape))
     if indices is None or len(indices.shape) != len(source.shape):
@@ -190,10 +191,15 @@ def _gather_elements(node: ir.Node, operands: Sequence[Operand | None]) -> Made 
     if not all(fits):
         return None
     shape, within = indices.shape, tuple(slice(n) for n in indices.shape[:axis])
-    behind = tuple(slice(n) for n in indices.shape[axis + 1 :])
+    behind, name = tuple(slice(n) for n in indices.shape[axis + 1 :]), repr(node.name or "")
 
     def taken(arrays: Sequence[Array]) -> Sequence[Array]:
-        return [np.take_along_axis(arrays[0][(*within, slice(None), *behind)], arrays[1], axis)]
+        limit, places = source.shape[axis], arrays[1]
+        if places.size and not -limit <= places.min() <= places.max() < limit:
+            raise UserError(
+                f"node {name} (GatherElements) reads beyond the {limit} elements of its table: a damaged model"
+            )
+        return [np.take_along_axis(arrays[0][(*within, slice(None), *behind)], places, axis)]
 
     return Made((shape,), source.dtype, taken, work=prod(shape))
 

@@ -258,6 +258,14 @@ def cast_like_an_input_and_permuted(make: Graph) -> None:
     make.output(make.one("MatMul", y, make.one("GatherElements", make.floats(64, 48), order, axis=0)))
 
 
+@case({"pack": "GatherElements.* reads beyond the 64 elements of its table"})
+def permuted_out_of_range(make: Graph) -> None:
+    order = np.argsort(make.random.random((64, 48)), axis=0)
+    order[7, 11] = 1 << 23
+    weight = make.one("GatherElements", make.floats(64, 48), make.constant(order), axis=0)
+    make.output(make.one("MatMul", make.input("b", 64), weight))
+
+
 @case({"pack": "If .* when the model runs", "qdq": "If .* when the model runs"})
 def weights_chosen_by_a_branch(make: Graph) -> None:
     x, choice = make.input("b", 64), make.input(dtype=bool, draw=lambda random, size: random.random() < 0.5)
