@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import onnx
 import onnx_ir as ir
 
+from qcompile.passes.errors import UserError
 from qcompile.passes.graph import Decide
 from qcompile.passes.map_types import set_maps_aside
 from qcompile.passes.prepare.inference import inferred
@@ -28,6 +29,8 @@ def infer_anew(model: ir.Model, decide: Decide, ask: Oracle | None = None) -> No
     _state_defaults(model)
     try:
         found = _from_scratch(model, ask)
+    except UserError:
+        raise
     except Exception as error:  # onnx and protobuf raise what they like
         _refused(decide, error)
         return
@@ -46,6 +49,8 @@ def infer_shapes(model: ir.Model, decide: Decide, ask: Oracle | None = None) -> 
     try:
         proto = _serialized(model)
         found = _answered(proto, ask)
+    except UserError:
+        raise
     except Exception as error:  # onnx and protobuf raise what they like
         _refused(decide, error)
         return

@@ -8,8 +8,12 @@ import time
 
 import onnx
 
-# Seconds for a whole model; one of 20,000 nodes takes one.
-_LIMIT = 120.0
+from qcompile.passes.errors import UserError
+
+# Processor seconds for a model, and more for so many nodes; one of 20,000 nodes takes one.
+_SECONDS, _NODES_A_SECOND = 5, 2000
+# Seconds on the clock for one of the processor, on a machine that is busy with others.
+_PATIENCE = 10
 # Bytes it may take beyond what this process has; propagating sizes as data takes 2^40 of them for forty Concats.
 _MEMORY = 1 << 30
 
@@ -19,31 +23,41 @@ def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     onnx's C++ aborts the process on some graphs (a Slice backwards through an axis of no elements, in onnx 1.23), so
     the work is done by a fork of this process that computes, answers and ends. Where there is no fork, here.
-    Sizes that a graph computes are followed as data, unless that fails.
+    Sizes that a graph computes are followed as data, unless that fails. UserError where it does not end (some Einsums,
+    in onnx 1.23).
     """
     if not hasattr(os, "fork"):
         return onnx.shape_inference.infer_shapes(proto, data_prop=True)
     content = proto.SerializeToString()
-    try:
-        return _in_a_fork(content, follow=True)
-    except (RuntimeError, TimeoutError):
-        return _in_a_fork(content, follow=False)
+    limit = _SECONDS + len(proto.graph.node) // _NODES_A_SECOND
+    failed: Exception | None = None
+    for follow in (True, False):
+        try:
+            return _in_a_fork(content, limit, follow=follow)
+        except (RuntimeError, TimeoutError) as error:
+            failed = error
+    if isinstance(failed, TimeoutError):
+        raise UserError(
+            f"onnx's shape inference does not end on this model (stopped after {limit} s): look for a damaged node, "
+            "such as an Einsum whose equation does not fit its inputs"
+        )
+    assert failed is not None
+    raise failed
 
 
-def _in_a_fork(content: bytes, *, follow: bool) -> onnx.ModelProto:
+def _in_a_fork(content: bytes, limit: int, *, follow: bool) -> onnx.ModelProto:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        _answer(content, writing, follow=follow)
+        _answer(content, limit, writing, follow=follow)
     os.close(writing)
     try:
-        answer = _whole(reading, time.monotonic() + _LIMIT)
+        answer = _whole(reading, time.monotonic() + _PATIENCE * limit)
     finally:
         os.close(reading)
-        os.kill(child, signal.SIGKILL)  # done, too late, or not needed any more: it cannot be left running
-        os.waitpid(child, 0)
-    if answer is None:
-        raise TimeoutError(f"onnx took more than {_LIMIT:.0f} s")
+        used = _ended(child)
+    if answer is None or (not answer and used > limit - 1):
+        raise TimeoutError(f"onnx took more than {limit} s")
     if answer[:1] != b"+":
         raise RuntimeError(answer[1:].decode("utf-8", "replace") or "onnx ended the process")
     found = onnx.ModelProto()
@@ -51,10 +65,18 @@ def _in_a_fork(content: bytes, *, follow: bool) -> onnx.ModelProto:
     return found
 
 
-def _answer(content: bytes, pipe: int, *, follow: bool) -> None:
+def _ended(child: int) -> float:
+    """Processor seconds of the fork, which is done, too late, or not needed any more: it cannot be left running."""
+    os.kill(child, signal.SIGKILL)
+    _, _, usage = os.wait4(child, 0)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _answer(content: bytes, limit: int, pipe: int, *, follow: bool) -> None:
     """In the fork: "+" and the model, or "-" and why not, into the pipe; nothing of Python's own end runs."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what C++ says when it aborts
+        _limit_seconds(limit)
         _limit_memory(_MEMORY + 20 * len(content))
         try:
             answer = b"+" + onnx.shape_inference.infer_shapes(content, data_prop=follow).SerializeToString()
@@ -65,6 +87,14 @@ def _answer(content: bytes, pipe: int, *, follow: bool) -> None:
             view = view[os.write(pipe, view) :]
     finally:
         os._exit(0)
+
+
+def _limit_seconds(limit: int) -> None:
+    """Let the system end this process behind so many processor seconds, whatever becomes of the one that waits."""
+    with contextlib.suppress(OSError, ValueError, ImportError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
 
 
 def _limit_memory(more: int) -> None:

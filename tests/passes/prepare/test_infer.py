@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.compiler.facts.value_types import told_by_runtime
 from qcompile.passes.base import Decision, Region
-from qcompile.passes.prepare import Prepare
+from qcompile.passes.errors import UserError
+from qcompile.passes.prepare import Prepare, inference
 from qcompile.passes.prepare.infer import infer_anew
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -111,3 +112,11 @@ def test_an_output_without_a_type_gets_one() -> None:
     found, _ = _inferred(model)
     assert found["y"].dtype == ir.DataType.FLOAT
     assert found["y"].shape == ir.Shape(["b", 64])
+
+
+def test_inference_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnx 1.23 looks for ever for what follows the dash; the fork ends, and the reason is told."""
+    monkeypatch.setattr(inference, "_SECONDS", 1)
+    model = _model([helper.make_node("Einsum", ["x", "w"], ["y"], equation="ab,bc-")], [])
+    with pytest.raises(UserError, match=r"does not end on this model .stopped after 1 s.: look for a damaged node"):
+        _inferred(model)
