@@ -3,9 +3,9 @@
 Invariants, whoever is killed when:
 1. Names change only under the lock of the output's stem (`.model.lock` for model.onnx and model-….data): two compiles
    to one output follow one another, and what lies there is of one of them, model, data and reports.
-2. A model appears after its data, and data goes only when no model in the folder names it, nor the one that was there
-   just before: a reader may have opened that, and be about to open its data. None will name it, for whoever is about
-   to publish data holds the lock.
+2. A model appears after its data, and data goes only when no model in the folder names it. None will, for whoever is
+   about to publish data holds the lock. Data that was just replaced stays a moment longer: a reader may have opened
+   its model, and be about to open it.
 3. What a process writes lies in a hidden folder that it holds a lock in; without a holder, the folder is litter.
 """
 
@@ -18,6 +18,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +29,8 @@ from qcompile.passes.errors import UserError
 # Ends of the names of hidden folders, and the file in them whose lock says that their process lives.
 _STAGE, _ALIVE = ".stage.tmp", ".alive"
 _MAX_PROTO = 2**31
+# Seconds from reading a model file to opening its data.
+_MOMENT = 0.25
 _KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
@@ -76,11 +79,13 @@ def publish(staged: Sequence[Path], path: Path, beside: Sequence[Path] = ()) -> 
     with writing(path), locks.exclusive(_lock(path)):
         for target in (path, *targets, *(path.with_name(file.name) for file in beside)):
             check_replaceable(target)
-        before = [file.name for file in data_files(path) if _mentions(path, file.name)]
+        before = [file for file in data_files(path) if _mentions(path, file.name)]
         replace_pair((data[0], targets[0]) if data else None, (model, path))
         for file in beside:
             os.replace(file, path.with_name(file.name))
-        remove_unmentioned(path, before)
+        if any(not _mentions(path, file.name) for file in before):
+            time.sleep(_MOMENT)
+        remove_unmentioned(path)
     return (path, *targets)
 
 
@@ -192,15 +197,14 @@ def data_files(path: Path) -> list[Path]:
     return [file for file in path.parent.iterdir() if pattern.fullmatch(file.name) and _is_file(file)]
 
 
-def remove_unmentioned(path: Path, kept: Sequence[str] = ()) -> None:
-    """Remove data files of this output's earlier versions that no model in the folder mentions, but for `kept`; under
-    its lock.
-    """
-    own = data_files(path)
-    candidates = [file for file in own if file.name not in kept]
+def remove_unmentioned(path: Path) -> None:
+    """Remove data files of this output's earlier versions that no model in the folder mentions; under its lock."""
+    candidates = data_files(path)
     if all(_mentions(path, file.name) for file in candidates):
         return
-    models = [file for file in path.parent.iterdir() if file not in own and _is_file(file) and may_be_model(file)]
+    models = [
+        file for file in path.parent.iterdir() if file not in candidates and _is_file(file) and may_be_model(file)
+    ]
     for file in candidates:
         if not any(_mentions(model, file.name) for model in models):
             file.unlink(missing_ok=True)

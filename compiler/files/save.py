@@ -2,8 +2,8 @@
 
 A saved model is `name.onnx` and `name-<digest>.data`. The data file is named by its content, so replacing a model never
 touches the data its predecessor points to: the new data file appears first, then the model file is replaced in one
-step, then data files are removed that neither a model mentions nor did the replaced one, all of that under a lock.
-Killed at any moment, the path holds a complete model, the new one or the old one.
+step, then data files that no model mentions any more are removed, all of that under a lock. Killed at any moment, the
+path holds a complete model, the new one or the old one.
 """
 
 import shutil

@@ -62,7 +62,7 @@ def test_kill_at_random_moments(bench: Any) -> None:
         seconds = _duration(source, output, text, bits)
         known[bits] = _pair(output)
     assert known[4] != known[8]
-    assert len(list(out.iterdir())) == 5, "the data of the model before the last one is there, too"
+    assert len(list(out.iterdir())) == 4
     random_moments, outcomes = random.Random(0), []
     for number in range(KILLS):
         bits = 8 if _pair(output) == known[4] else 4
@@ -83,7 +83,7 @@ def test_kill_at_random_moments(bench: Any) -> None:
     assert sorted(path.name for path in out.iterdir()) == sorted(
         ["model.onnx", "model.report.html", "model.report.json", *(path.name for path in out.glob("model-*.data"))]
     )
-    assert len(list(out.glob("model-*.data"))) <= 2
+    assert len(list(out.glob("model-*.data"))) == 1
 
 
 @pytest.mark.slow
@@ -107,5 +107,4 @@ def test_two_compiles_to_one_output(bench: Any) -> None:
         bits = known[_pair(output)]
         if number % 2 == 0:
             assert json.loads((out / "model.report.json").read_text())["recipe"]["bits"] == bits
-            names = "the model, its data, two reports, and the data of the model before"
-            assert len(list(out.iterdir())) in (4, 5), names
+            assert len(list(out.iterdir())) == 4, "the model, its data, two reports"
