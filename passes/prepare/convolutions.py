@@ -78,6 +78,8 @@ def _open(node: ir.Node) -> _Convolution | str:
     weight = tensors[0]
     if weight.dtype not in _FLOATS:
         return f"its weight is of type {weight.dtype.name}"
+    if not weight.size:
+        return "its weight has no elements"
     rows, columns = weight.shape.numpy()[:2]
     groups = node.attributes.get_int("group", 1) or 1
     split = (rows, 1, 1, -1) if node.op_type == "Conv" else (groups, rows // groups, columns, -1)

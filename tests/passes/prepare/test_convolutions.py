@@ -183,6 +183,11 @@ def test_reader_in_a_subgraph_stays():
     assert reasons(decisions, "kept") == ["not folded into Conv_0: c is read elsewhere too"]
 
 
+def test_a_weight_without_elements_stays():
+    model = parse("c = Conv(x, w) y = Mul(c, s)", IN, "float[N,0,P,Q] y", w=normal(0, 4, 3, 3), s=normal(1))
+    assert reasons(prepare(model), "kept") == ["not folded into Conv_0: its weight has no elements"]
+
+
 def test_training_stays():
     body = "c = Conv(x, w) y, p, q = BatchNormalization <training_mode = 1> (c, g, b, m, v)"
     model = parse(body, IN, OUT, w=normal(C, 4, 3, 3), **norm())
