@@ -177,12 +177,12 @@ ROWS: dict[str, Row] = {
         normalized("x", 2, 320),
         15,
     ),
-    "swift-f0": Row(
+    "swift-f0": Row(  # its pitch is that of the likeliest bin: 8 bits choose another one here and there
         _model("swift-f0", "swift_f0/model.onnx"),
-        INT8,
+        "qdq(activations=uint16)",
         sounds("audio", 1, 16000, fmin=np.array(50, np.float32), fmax=np.array(2000, np.float32)),
         20,
-        options=("--min-sqnr", "25"),
+        shrinks=False,
     ),
     "basic-pitch": Row(
         _model("basic-pitch", "basic_pitch/saved_models/icassp_2022/nmp.onnx"),
