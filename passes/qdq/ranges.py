@@ -8,6 +8,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array, QParams, range_qparams
+from qcompile.passes.graph import small_array
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.qdq.selection import inputs_of, quantized_output
 from qcompile.passes.spec import ActivationSpec
@@ -88,13 +89,14 @@ def bounds_of(value: ir.Value) -> tuple[float, float]:
     if node.op_type == "Relu":
         return 0.0, np.inf
     if node.op_type == "Clip":
-        ends = [node.inputs[i] if i < len(node.inputs) else None for i in (1, 2)]
-        low, high = (
-            float(end.const_value.numpy().item()) if end is not None and end.const_value is not None else other
-            for end, other in zip(ends, (-np.inf, np.inf), strict=True)
-        )
-        return low, high
+        return _end(node, 1, -np.inf), _end(node, 2, np.inf)
     return _BOUNDED.get(node.op_type, (-np.inf, np.inf))
+
+
+def _end(node: ir.Node, position: int, endless: float) -> float:
+    """The number that a Clip has at a position; `endless` where that is none."""
+    array = small_array(node.inputs[position], limit=1) if position < len(node.inputs) else None
+    return endless if array is None or not array.size else float(array.reshape(-1)[0])
 
 
 def grid_of(ranges: Iterable[Range], spec: ActivationSpec, *, scale_dtype: npt.DTypeLike = np.float32) -> QParams:

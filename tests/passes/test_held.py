@@ -32,6 +32,7 @@ from qcompile.passes.observers.percentile import Percentile
 from qcompile.passes.observers.room import RowExtremes
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.qdq import Qdq
+from qcompile.passes.qdq.ranges import bounds_of
 from qcompile.passes.qdq.weights import SPEC as SPEC8
 from qcompile.passes.rounding import fitted, round_to_nearest, round_with_clip
 from qcompile.passes.spec import PerGroup, QuantSpec
@@ -198,6 +199,23 @@ def test_bounds_of_an_operator_hold_without_room() -> None:
     assert own.expected(UINT8)[1] > 1
     own.bounds = (0.0, 1.0)
     assert own.expected(UINT8)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "bounds"),
+    [
+        ({"low": np.float32(0), "high": np.array([6], np.float32)}, (0, 6)),
+        ({"low": np.float32(-2)}, (-2, np.inf)),
+        ({"low": np.zeros((3, 2), np.float32), "high": np.float32(1)}, (-np.inf, 1)),
+        ({"low": np.zeros(0, np.float32)}, (-np.inf, np.inf)),
+        ({}, (-np.inf, np.inf)),
+    ],
+)
+def test_bounds_of_a_clip_are_numbers(ends: dict[str, np.ndarray], bounds: tuple[float, float]) -> None:
+    """Of one element, whatever its rank; what else stands there says nothing."""
+    x, constants = ir.Value(name="x"), {name: ir.Value(name=name, const_value=ir.tensor(a)) for name, a in ends.items()}
+    clip = ir.node("Clip", [x, *(constants.get(name) for name in ("low", "high"))])
+    assert bounds_of(clip.outputs[0]) == bounds
 
 
 @pytest.mark.parametrize("make", [Entropy, MovingAverage])
