@@ -64,8 +64,6 @@ def compile_model(
     if recipe.mixed:
         rankings = RankingCache(source, report.source_hash, recipe, report.versions, calibration, statistics)
         report.mixed = keep(graph, walked.passes, plan, data, source, recipe, progress, rankings)
-        if saved is None:
-            job.observe_more(plan, data.unseen, walked.watched)
     if recipe.target == "qcompile":
         report.nodes = activation_bits.choose(report.nodes, recipe.activations, activation_bits.native(graph))
         activation_bits.write(graph, report.nodes)

@@ -7,7 +7,6 @@ from threadpoolctl import threadpool_limits
 
 from qcompile.compiler.console.progress import Progress
 from qcompile.compiler.data.calibration import Data
-from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import InputPlan
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.measure.predictions import predictions
@@ -88,15 +87,6 @@ class Job:
         if self.pack is not None:
             self.changed = self.pack.skip_rest(self.model)
         return outputs
-
-    def observe_more(self, plan: InputPlan, batches: Sequence[Batch], watched: Mapping[ir.Value, Observer]) -> None:
-        """Show observers what was held aside until nodes were chosen by it: the ranges are those of all data."""
-        segments = split(self.model, targets(self.model).__contains__) if batches else []
-        runner, stream = Runner(self.model, plan, self.recipe.provider), Stream(batches)
-        for segment, own in zip(segments, seen_in(segments, watched), strict=True):
-            if own:
-                runner.observe(segment, own, stream)
-            runner.advance(segment, stream)
 
     def verify(self, plan: InputPlan, data: Data, outputs: list[tuple[Arrays, Arrays]]) -> list[Arrays]:
         """The outputs of the graph as it is on the check batches, compared with the float ones.
