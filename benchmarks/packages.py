@@ -103,7 +103,7 @@ ROWS: dict[str, Row] = {
     ),
     "silero-vad-sequence": Row(
         _model("silero-vad", "silero_vad/data/silero_vad_16k_sequence.onnx"),
-        INT8,
+        "qdq(activations=uint16)",
         sounds("input", 20, 576, h=_CACHE, c=_CACHE),
         20,
         options=("--min-sqnr", "20"),
