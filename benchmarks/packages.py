@@ -106,7 +106,6 @@ ROWS: dict[str, Row] = {
         "qdq(activations=uint16)",
         sounds("input", 20, 576, h=_CACHE, c=_CACHE),
         20,
-        options=("--min-sqnr", "20"),
     ),
     "silero-vad-ifless": Row(
         _model("silero-vad", "silero_vad/data/silero_vad_op18_ifless.onnx"),
