@@ -47,7 +47,7 @@ def affine(node: ir.Node, value: ir.Value, *, channels: int, rank: int) -> Affin
     offset = B - gain · mean.
     """
     if node.op_type == "BatchNormalization":
-        return _normalization(node)
+        return _normalization(node, channels)
     first = node.inputs[0] is value
     constant = _by_channel(node.inputs[int(first)], channels, rank)
     if constant is None:
@@ -61,12 +61,14 @@ def affine(node: ir.Node, value: ir.Value, *, channels: int, rank: int) -> Affin
     return Affine(node, np.ones(channels), constant)
 
 
-def _normalization(node: ir.Node) -> Affine | str:
+def _normalization(node: ir.Node, channels: int) -> Affine | str:
     if node.attributes.get_int("training_mode", 0) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
         return "it is in training mode"
     tensors = [value.const_value for value in node.inputs[1:] if value is not None and is_constant(value)]
     if len(tensors) != 4:
         return "its parameters are no constants"
+    if any(tensor is None or tuple(tensor.shape.numpy()) != (channels,) for tensor in tensors):
+        return "its parameters are not one a channel"
     scale, shift, mean, variance = (wide(tensor) for tensor in tensors if tensor is not None)
     gain = scale / np.sqrt(variance + (node.attributes.get_float("epsilon", 1e-5) or 0.0))
     return Affine(node, gain, shift - gain * mean)

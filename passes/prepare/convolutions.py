@@ -85,6 +85,8 @@ def _open(node: ir.Node) -> _Convolution | str:
     split = (rows, 1, 1, -1) if node.op_type == "Conv" else (groups, rows // groups, columns, -1)
     largest = np.abs(read(weight).reshape(split)).max(axis=(1, 3), initial=0).astype(np.float64).reshape(-1)
     bias = tensors[1] if len(tensors) > 1 else None
+    if bias is not None and tuple(bias.shape.numpy()) != largest.shape:
+        return "its bias is not one number a channel"
     return _Convolution(node, weight, split, largest, np.zeros(largest.size) if bias is None else wide(bias))
 
 

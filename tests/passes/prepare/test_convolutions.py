@@ -188,6 +188,24 @@ def test_a_weight_without_elements_stays():
     assert reasons(prepare(model), "kept") == ["not folded into Conv_0: its weight has no elements"]
 
 
+def test_a_normalization_of_other_channels_stays():
+    """ONNX Runtime refuses it when it runs."""
+    damaged = norm() | {"v": np.ones((2, 0, 2), np.float32)}
+    model = parse("c = Conv(x, w) " + NORM, IN, OUT, w=normal(C, 4, 3, 3), **damaged)
+    own = Prepare()
+    own.call(Region.whole(model))
+    assert reasons(own.decisions, "kept") == ["not folded into Conv_0: its parameters are not one a channel"]
+
+
+def test_a_bias_of_another_shape_stays():
+    """As before: ONNX Runtime refuses it when it runs."""
+    weights = {"w": normal(C, 4, 3, 3), "b": np.ones((2, 0, 3), np.float32), "s": normal(1)}
+    model = parse("c = Conv(x, w, b) y = Mul(c, s)", IN, OUT, **weights)
+    own = Prepare()
+    own.call(Region.whole(model))
+    assert reasons(own.decisions, "kept") == ["not folded into Conv_0: its bias is not one number a channel"]
+
+
 def test_training_stays():
     body = "c = Conv(x, w) y, p, q = BatchNormalization <training_mode = 1> (c, g, b, m, v)"
     model = parse(body, IN, OUT, w=normal(C, 4, 3, 3), **norm())
