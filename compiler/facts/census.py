@@ -44,7 +44,6 @@ _QUANTIZED = {"MatMulNBits", "GatherBlockQuantized", "QMoE", "MatMulInteger", "C
     "MatMulIntegerToFloat", "MatMulBnb4", "QAttention", "QGemm", "DynamicQuantizeLSTM", "QEmbedLayerNormalization",
     "MatMulFpQ4"}  # fmt: skip
 _MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "CastLike", "Identity", "Flatten", "Slice", "Split"}
-_REPEATS = {"Expand", "Tile"}
 _ELEMENTWISE = {"Mul", "Div", "Add", "Sub", "Pow", "Where", "Clip"}
 # What is known of a constant beside its numbers.
 _FACTS = {"Shape", "Size", "ConstantOfShape", "NonZero", "ArgMax", "ArgMin", "IsNaN", "IsInf"}
@@ -193,11 +192,7 @@ class _Reading:
         return True
 
     def _scaled(self, node: ir.Node, taken: Sequence[_Carried | None]) -> None:
-        """A constant goes on through Mul, Add and the like with computed values of fewer axes, or of its own shape, and
-        through what repeats it a computed number of times.
-        """
-        if node.op_type in _REPEATS and node.domain == "" and (own := taken[0]) is not None:
-            self.carried[node.outputs[0]] = _Carried(own.sources, 0, whole=False, scaled=True)
+        """A constant goes on through Mul, Add and the like with computed values of fewer axes, or of its own shape."""
         if node.op_type not in _ELEMENTWISE or node.domain != "":
             return
         computed = [v for v, own in zip(node.inputs, taken, strict=True) if v is not None and own is None]
@@ -264,11 +259,13 @@ def _compact(value: ir.Value | None, own: _Carried) -> bool:
 
 
 def _chosen(node: ir.Node, taken: Sequence[_Carried | None]) -> bool:
-    """Whether a node moves a constant, or takes a part of it, by computed sizes or bounds, or one matrix of many."""
+    """Whether a node takes a part of a constant by computed bounds, one matrix of many by an index, or moves such."""
     first = taken[0] if taken else None
     if first is None or node.domain != "":
         return False
-    if node.op_type in _MOVES:
+    if not first.whole:
+        return node.op_type in _MOVES
+    if node.op_type == "Slice":
         return True
     value = node.inputs[0]
     tensor = tensor_of(value) if value is not None else None

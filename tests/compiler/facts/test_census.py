@@ -288,25 +288,6 @@ def test_the_census_looks_through_choices() -> None:
     assert {c.name: [r.node.op_type for r in c.readers] for c in found} == {key: ["MatMul"] for key in weights}
 
 
-def test_the_census_looks_through_computed_shapes() -> None:
-    """Weights that are repeated or reshaped by sizes of the input are their product's; queries that are, are none."""
-    make = Graph()
-    x = make.input("b", D, D)
-    repeated, reshaped, queries = (make.floats(D, D) for _ in range(3))
-    one, batch = make.constant(np.array([D])), make.one("Slice", make.one("Shape", x),
-                                                        *(make.constant(np.array([n])) for n in (0, 1)))  # fmt: skip
-    full = make.one("Concat", batch, one, one, axis=0)
-    y = make.one("MatMul", x, make.one("Expand", repeated, full))
-    rows = make.one("Slice", make.one("Shape", x), *(make.constant(np.array([n])) for n in (1, 3)))
-    y = make.one("MatMul", y, make.one("Reshape", reshaped, rows))
-    make.output(make.one("MatMul", make.one("Expand", queries, full), y))
-    found = {c.name: (c.family, [r.node.op_type for r in c.readers]) for c in
-             census(ir.serde.deserialize_model(make.model()))}  # fmt: skip
-    assert found == {
-        repeated: ("MatMul", ["MatMul"]), reshaped: ("MatMul", ["MatMul"]), queries: ("other", ["Expand"]),
-    }  # fmt: skip
-
-
 def test_the_census_is_linear_in_a_chain_of_constants() -> None:
     make = Graph()
     value = make.floats(D, D)
