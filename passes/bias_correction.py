@@ -12,7 +12,7 @@ from qcompile.passes.base import Decision, Region, WalksAgain
 from qcompile.passes.formats.base import drop_unused
 from qcompile.passes.graph import Names, add_initializer, float_type, is_constant, take_over
 from qcompile.passes.held import NOT_CONFIRMED
-from qcompile.passes.linears import constant
+from qcompile.passes.linears import CONVOLUTIONS, constant
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.mean import Mean
 from qcompile.passes.qdq.biases import bias_behind, channel_bias, has_endless_bias
@@ -21,7 +21,6 @@ from qcompile.passes.qdq.twin import TWIN, Twin
 
 Floats = npt.NDArray[np.float64]
 _LIMIT = 2**31 - 1
-_CONVOLUTIONS = ("Conv", "ConvTranspose")
 # The parts of the data (see Mean) whose shifts must agree: of all of it, and of what the rest is held aside to judge.
 _ALL_PARTS, _FITTED = ((0, 2), (1, 3)), ((0,), (2,))
 # The share of a shift from which on it is called all of it.
@@ -124,7 +123,7 @@ class BiasCorrection(WalksAgain):
 
     def _correct(self, region: Region, node: ir.Node, mean: Floats) -> str:
         """Why nothing was done, or an empty string."""
-        if node.op_type in (*_CONVOLUTIONS, "Gemm"):
+        if node.op_type in (*CONVOLUTIONS, "Gemm"):
             return _own_bias(region.model, node, mean)
         found, shape = _added(node, len(mean)), node.outputs[0].shape
         flat = node.op_type == "MatMul" and (shape is None or len(shape) < 3)
@@ -176,7 +175,7 @@ def _is_integer(node: ir.Node) -> bool:
 
 
 def _mean(value: ir.Value, operator: str, every: int = 1) -> Mean:
-    return Mean(str(value.name), axis=1 if operator in _CONVOLUTIONS else -1, every=every)
+    return Mean(str(value.name), axis=1 if operator in CONVOLUTIONS else -1, every=every)
 
 
 def _own_bias(model: ir.Model, node: ir.Node, mean: Floats) -> str:

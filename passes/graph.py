@@ -120,6 +120,14 @@ def insert_before(
     return node.outputs[0]
 
 
+def turned_before(place: ir.Node, matrix: ir.Value, name: str) -> ir.Value:
+    """The transposed matrix, of known shape and type, from a new node right before `place`; both are called `name`."""
+    turned = insert_before(place, "Transpose", [matrix], {"perm": [1, 0]}, name=name, output=name)
+    shape = matrix.shape if matrix.const_value is None else ir.Shape(matrix.const_value.shape.numpy())
+    turned.type, turned.shape = matrix.type, ir.Shape(list(shape)[::-1]) if shape is not None else None
+    return turned
+
+
 def constant_before(place: ir.Node, array: npt.NDArray[Any], *, output: str) -> ir.Value:
     """The output of a new Constant node right before `place`; unlike an initializer it may stand in a function."""
     value = insert_before(place, "Constant", [], {"value": ir.tensor(array, name=output)}, name=output, output=output)

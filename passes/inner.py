@@ -16,7 +16,15 @@ from qcompile.passes.base import Reason
 from qcompile.passes.formats.decoded import Coded, Decoder
 from qcompile.passes.formats.rows import coded, replace_lookup
 from qcompile.passes.graph import Decide
-from qcompile.passes.linears import Linear, as_linear, constant, dimensions, is_float_constant, vocabulary_size
+from qcompile.passes.linears import (
+    CONVOLUTIONS,
+    Linear,
+    as_linear,
+    constant,
+    dimensions,
+    is_float_constant,
+    vocabulary_size,
+)
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.providers import RULES
 from qcompile.passes.qdq.weights import SPEC, WeightStore, float_weight
@@ -25,7 +33,6 @@ from qcompile.passes.tensors import read
 
 RECURRENT = ("LSTM", "GRU", "RNN")
 EIGHT = QuantSpec(8, SPEC.granularity, symmetric=True, signed_scale=False)
-_CONVOLUTIONS = ("Conv", "ConvTranspose")
 _MOVES = ("Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Split", "Slice")
 _PER_ROW = "int8 per row, weights only"
 # Elements from which a constant is a weight.
@@ -91,7 +98,7 @@ def quantize_inner(
         inner, plain = node.graph is not model.graph, node.domain == ""
         if plain and node.op_type == "MatMul" and inner and not isinstance(linear := as_linear(node), str):
             _linear(linear, linears, decoder, decide)
-        elif plain and node.op_type in _CONVOLUTIONS and inner and is_float_constant(node.inputs[1]):
+        elif plain and node.op_type in CONVOLUTIONS and inner and is_float_constant(node.inputs[1]):
             _convolution(node, policy, store, decoder, decide)
         elif plain and node.op_type in RECURRENT and recurrent:
             tables = [v for v in node.inputs[1:3] if v is not None and is_float_constant(v)]

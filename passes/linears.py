@@ -14,6 +14,8 @@ _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.Data
 PACKED = "qcompile.packed"
 # Node meta: why a node keeps a constant, or computes one, that `prepare` would have brought into a known form.
 LEFT = "qcompile.left"
+# Operators with a kernel (rows, columns / groups, …) or its transpose.
+CONVOLUTIONS = ("Conv", "ConvTranspose")
 # What may stand between the last MatMul of a decoder and its logits.
 _HEAD_TAIL = {"Add", "Cast", "Identity", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze"}
 
@@ -101,6 +103,14 @@ def is_weight(value: ir.Value | None) -> bool:
     return value is not None and is_float_constant(value) and len(dimensions(value)) == 2
 
 
+def turns(node: ir.Node) -> bool:
+    """Whether the node is the Transpose of a matrix."""
+    if node.op_type != "Transpose" or node.domain != "":
+        return False
+    permutation = node.attributes.get("perm")
+    return permutation is None or list(permutation.as_ints()) == [1, 0]
+
+
 def as_linear(node: ir.Node) -> Linear | str:
     """The node as a Linear, or the reason why it is none. Only for MatMul nodes."""
     left, right = node.inputs[0], node.inputs[1]
@@ -108,10 +118,8 @@ def as_linear(node: ir.Node) -> Linear | str:
         return "an operand is missing"
     transposed, weight = False, right
     producer = right.producer()
-    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
-        permutation = producer.attributes.get("perm")
-        if permutation is None or list(permutation.as_ints()) == [1, 0]:
-            transposed, weight = True, producer.inputs[0]
+    if producer is not None and turns(producer) and producer.inputs[0] is not None:
+        transposed, weight = True, producer.inputs[0]
     if is_weight(weight):
         return Linear(node, left, weight, transposed)
     if LEFT in node.meta:

@@ -198,3 +198,29 @@ MALFORMED = [
     (_dtype("bias", np.float16), r"Op \(MatMulAddInt4\).* no kernel def matches node inputs"),
     (_dtype("w", np.float32), r"Type 'tensor\(float\)' of input parameter \(w\) of operator \(MatMulAddInt4\)"),
 ]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """codes (K, N), scale and zero_point (groups, N); zero_point None: 0."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray | None
+    block_size: int
+    bits: int
+    signed: bool
+
+    def decoded(self) -> np.ndarray:
+        """(K, N) float64."""
+        group = np.arange(len(self.codes)) // self.block_size
+        zero_point = 0 if self.zero_point is None else self.zero_point[group].astype(np.float64)
+        return (self.codes - zero_point) * self.scale[group].astype(np.float64)
+
+    def stored(self, values: np.ndarray) -> np.ndarray:
+        """As ONNX has it: two elements of 4 bits in a byte, the first one low, over the whole tensor."""
+        flat = values.reshape(-1).astype(np.uint8)  # negative ones wrap to two's complement
+        if self.bits == 8:
+            return flat
+        flat = np.append(flat & 15, np.zeros(flat.size % 2, np.uint8))
+        return flat[0::2] | flat[1::2] << 4

@@ -9,14 +9,14 @@ from qcompile.compiler.facts.census import Family, FloatConstant, census
 from qcompile.passes.formats import FORMAT_OF, FORMATS
 from qcompile.passes.formats.base import DOMAIN, EMBEDDING, MICROSOFT, PRODUCT, Format, grouped_by
 from qcompile.passes.formats.functions import OUTLIER
-from qcompile.passes.linears import as_linear, find_embeddings, stored
+from qcompile.passes.linears import CONVOLUTIONS, as_linear, find_embeddings, stored
 
 # Quantized products of ONNX itself: slots of (codes, scale, zero point), -1 where there is none.
 _INTEGER_PRODUCTS = {"MatMulInteger": (1, -1, 3), "QLinearMatMul": (3, 4, 5), "DynamicQuantizeMatMul": (1, 2, 3)}
-_INTEGER_CONVOLUTIONS = {"ConvInteger": (1, -1, 3), "QLinearConv": (3, 4, 5)}
+_INTEGERCONVOLUTIONS = {"ConvInteger": (1, -1, 3), "QLinearConv": (3, 4, 5)}
 # Operators that make codes or scales of stored ones, and how many of their inputs these may be.
 _REMADE = {"Cast": 1, "CastLike": 1, "Sub": 2, "Pow": 2}
-_CONVOLUTIONS, _RECURRENT = ("Conv", "ConvTranspose"), ("LSTM", "GRU", "RNN")
+_RECURRENT = ("LSTM", "GRU", "RNN")
 # What `Weight.kind` calls the census's families where it has no closer word.
 _KINDS: Mapping[Family, str] = {"MatMul": "weight", "Conv": "conv", "Gather": "embedding", "other": "constant"}
 
@@ -93,13 +93,13 @@ def _weights(node: ir.Node) -> Iterator[Weight]:
         yield _block_gather(node)
     elif node.op_type in _INTEGER_PRODUCTS:
         yield from _integer_product(node, "linear", _INTEGER_PRODUCTS[node.op_type])
-    elif node.op_type in _INTEGER_CONVOLUTIONS:
-        yield from _integer_product(node, "conv", _INTEGER_CONVOLUTIONS[node.op_type])
+    elif node.op_type in _INTEGERCONVOLUTIONS:
+        yield from _integer_product(node, "conv", _INTEGERCONVOLUTIONS[node.op_type])
     elif node.domain == "" and node.op_type in ("MatMul", "Gemm"):
         yield _product(node)
     elif node.domain == "" and node.op_type == "Gather":
         yield from _gathered_codes(node)
-    elif node.domain == "" and node.op_type in _CONVOLUTIONS:
+    elif node.domain == "" and node.op_type in CONVOLUTIONS:
         yield from _operand(node, 1, "conv", "kept in float: `qdq` is for convolutions")
     elif node.domain == "" and node.op_type in _RECURRENT:
         for position in (1, 2):

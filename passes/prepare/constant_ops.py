@@ -175,10 +175,15 @@ def _gather(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
         return None
     axis = axis_of(node.attributes.get_int("axis", 0) or 0, len(source.shape))
     places = indices.content
-    if places.size and not -source.shape[axis] <= places.min() <= places.max() < source.shape[axis]:
+    if not _within(places, source.shape[axis]):
         return None
     shape = (*source.shape[:axis], *places.shape, *source.shape[axis + 1 :])
     return _one(source, shape, lambda array: np.take(array, places, axis))
+
+
+def _within(places: Array, limit: int) -> bool:
+    """Whether all indices, from the end where negative, lie within an axis of so many elements."""
+    return not places.size or bool(-limit <= places.min() <= places.max() < limit)
 
 
 def _gather_elements(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
@@ -195,7 +200,7 @@ def _gather_elements(node: ir.Node, operands: Sequence[Operand | None]) -> Made 
 
     def taken(arrays: Sequence[Array]) -> Sequence[Array]:
         limit, places = source.shape[axis], arrays[1]
-        if places.size and not -limit <= places.min() <= places.max() < limit:
+        if not _within(places, limit):
             raise UserError(
                 f"node {name} (GatherElements) reads beyond the {limit} elements of its table: a damaged model"
             )

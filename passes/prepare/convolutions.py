@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.graph import Decide, Names, add_initializer, is_constant, take_over
+from qcompile.passes.linears import CONVOLUTIONS
 from qcompile.passes.prepare.channels import Affine, Array, affine, candidates, wide
 from qcompile.passes.tensors import lazy, read
 
@@ -41,7 +42,7 @@ def fold_convolutions(model: ir.Model, decide: Decide) -> None:
     folded: Counter[str] = Counter()
     convolutions = 0
     for node in list(model.graph):
-        if node.op_type not in ("Conv", "ConvTranspose") or node.domain != "":
+        if node.op_type not in CONVOLUTIONS or node.domain != "":
             continue
         with np.errstate(all="ignore"):  # what is not finite is refused
             operators, kept = _absorb(node, names)

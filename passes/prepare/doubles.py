@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from qcompile.passes.graph import Decide, Names, add_initializer, insert_before
+from qcompile.passes.graph import Decide, Names, add_initializer, insert_before, turned_before
 from qcompile.passes.linears import Linear, constant, dimensions, find_embeddings, find_linears
 from qcompile.passes.tensors import lazy
 
@@ -47,10 +47,7 @@ def _read(linear: Linear, weight: ir.Value) -> ir.Value:
     """The weight as the linear reads it."""
     if not linear.transposed:
         return weight
-    name = f"{linear.name}_turned"
-    turned = insert_before(linear.node, "Transpose", [weight], {"perm": [1, 0]}, name=name, output=name)
-    turned.dtype, turned.shape = ir.DataType.FLOAT, ir.Shape(linear.shape)
-    return turned
+    return turned_before(linear.node, weight, f"{linear.name}_turned")
 
 
 def _replace(node: ir.Node, inputs: list[ir.Value], names: Names, decide: Decide) -> None:

@@ -2,8 +2,8 @@
 
 import onnx_ir as ir
 
-from qcompile.passes.graph import Decide, Names, insert_before
-from qcompile.passes.linears import dimensions, is_weight
+from qcompile.passes.graph import Decide, Names, turned_before
+from qcompile.passes.linears import dimensions, is_weight, turns
 from qcompile.passes.prepare.writer import Writer
 from qcompile.passes.tensors import lazy
 
@@ -41,18 +41,10 @@ def _views(weight: ir.Value) -> Views:
     found, waiting = {weight: False}, [weight]
     for value in waiting:
         for node in (use.node for use in value.uses()):
-            if _turns(node) and node.graph is weight.graph and node.outputs[0] not in found:
+            if turns(node) and node.graph is weight.graph and node.outputs[0] not in found:
                 found[node.outputs[0]] = not found[value]
                 waiting.append(node.outputs[0])
     return found
-
-
-def _turns(node: ir.Node) -> bool:
-    """Whether the node is the Transpose of a matrix."""
-    if node.op_type != "Transpose" or node.domain != "":
-        return False
-    permutation = node.attributes.get("perm")
-    return permutation is None or list(permutation.as_ints()) == [1, 0]
 
 
 def _readers(views: Views) -> list[tuple[ir.Node, bool, int]]:
@@ -95,9 +87,7 @@ def _settle(graph: ir.Graph, weight: ir.Value, views: Views, names: Names, *, tu
             node.replace_input_with(place, weight)
         else:
             if other is None:
-                name = names.fresh(f"{weight.name}_transpose")
-                other = insert_before(graph[0], "Transpose", [weight], {"perm": [1, 0]}, name=name, output=name)
-                other.shape, other.type = ir.Shape(tuple(reversed(dimensions(weight)))), weight.type
+                other = turned_before(graph[0], weight, names.fresh(f"{weight.name}_transpose"))
             node.replace_input_with(place, other)
     for view in reversed(list(views)[1:]):
         turn = view.producer()

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.graph import Decide, Names, insert_before, is_constant
+from qcompile.passes.graph import Decide, Names, is_constant, turned_before
 from qcompile.passes.linears import find_embeddings, find_linears
 from qcompile.passes.tensors import read
 
@@ -25,9 +25,7 @@ def tie_heads(model: ir.Model, decide: Decide) -> None:
                 continue
             if turned is None:
                 first = next(node for node in model.graph if weight in node.inputs)
-                name = names.fresh(f"{table.name}_transpose")
-                turned = insert_before(first, "Transpose", [table], {"perm": [1, 0]}, name=name, output=name)
-                turned.shape, turned.type = weight.shape, weight.type
+                turned = turned_before(first, table, names.fresh(f"{table.name}_transpose"))
             ir.convenience.replace_all_uses_with(weight, turned)
             del weights[weight]
             model.graph.initializers.pop(weight.name or "")

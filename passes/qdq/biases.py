@@ -8,7 +8,7 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array
 from qcompile.passes.formats.base import drop_unused
 from qcompile.passes.graph import add_initializer, insert_before, is_constant, stem
-from qcompile.passes.linears import constant
+from qcompile.passes.linears import CONVOLUTIONS, constant
 from qcompile.passes.masks import FILL
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.qdq.twin import TWIN, Twin
@@ -86,7 +86,7 @@ def has_endless_bias(node: ir.Node) -> bool:
     such codes of a float bias too: only a product whose weight alone is quantized gives what the float one gives. The
     output of a convolution has a grid of 8 bits, which a bias like the fill of a mask takes for itself.
     """
-    most = FILL if node.op_type in ("Conv", "ConvTranspose") else _ENDLESS
+    most = FILL if node.op_type in CONVOLUTIONS else _ENDLESS
     given = [node.inputs[2]] if len(node.inputs) > 2 else []
     given += [value for use in node.outputs[0].uses() if use.node.op_type == "Add" for value in use.node.inputs]
     return any(value is not None and is_constant(value) and not _is_below(value, most) for value in given)

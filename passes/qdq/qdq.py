@@ -13,6 +13,7 @@ from qcompile.passes.base import STATIC, Pass, Reason, Region
 from qcompile.passes.errors import UserError
 from qcompile.passes.graph import Names, add_initializer, stem, take_over
 from qcompile.passes.inner import int8, quantize_inner
+from qcompile.passes.linears import CONVOLUTIONS
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
@@ -36,7 +37,6 @@ _STARVED = "no row of the calibration data reached it"
 _ROUNDED_BIAS = "the scale of its int32 bias would be too small for float16"
 _ENDLESS_BIAS = "its bias holds a number so large that codes leave no room for others"
 _NO_RECURRENT = "tensorrt decodes no weights of recurrent layers"
-_CONVOLUTIONS = ("Conv", "ConvTranspose")
 _TYPES = {"float8": ir.DataType.FLOAT8E4M3FN}
 
 
@@ -125,7 +125,7 @@ class Qdq(Pass):
         made = self._unbounded(value, readers)
         if isinstance(made, Extremes):
             made.bounds = bounds_of(value)
-            made.channels_first = any(node.op_type in _CONVOLUTIONS for node in (*readers, value.producer()) if node)
+            made.channels_first = any(node.op_type in CONVOLUTIONS for node in (*readers, value.producer()) if node)
         return made
 
     def _unbounded(self, value: ir.Value, readers: Sequence[ir.Node]) -> Observer:

@@ -3,7 +3,6 @@
 import ctypes
 import platform
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_builds import SANITIZED, build_kernel_check, passed, run
-from native_models import native_library
+from native_models import Weight, native_library
 
 INT8_LEVELS = 127
 
@@ -80,32 +79,6 @@ def test_unknown_kernels_are_named(sanitized: Path) -> None:
 
 
 # ---- C functions ----
-
-
-@dataclass(frozen=True)
-class Weight:
-    """codes (K, N), scale and zero_point (groups, N); zero_point None: 0."""
-
-    codes: np.ndarray
-    scale: np.ndarray
-    zero_point: np.ndarray | None
-    block_size: int
-    bits: int
-    signed: bool
-
-    def decoded(self) -> np.ndarray:
-        """(K, N) float64."""
-        group = np.arange(len(self.codes)) // self.block_size
-        zero_point = 0 if self.zero_point is None else self.zero_point[group].astype(np.float64)
-        return (self.codes - zero_point) * self.scale[group].astype(np.float64)
-
-    def stored(self, values: np.ndarray) -> np.ndarray:
-        """As ONNX has it: two elements of 4 bits in a byte, the first one low, over the whole tensor."""
-        flat = values.reshape(-1).astype(np.uint8)  # negative ones wrap to two's complement
-        if self.bits == 8:
-            return flat
-        flat = np.append(flat & 15, np.zeros(flat.size % 2, np.uint8))
-        return flat[0::2] | flat[1::2] << 4
 
 
 @st.composite

@@ -2,10 +2,10 @@
 
 import ctypes
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
+import native_models
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -28,16 +28,8 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-@dataclass(frozen=True)
-class Weight:
-    """codes (K, N), scale and zero_point (groups, N); zero_point None: 0."""
-
-    codes: np.ndarray
-    scale: np.ndarray
-    zero_point: np.ndarray | None
-    block_size: int
-    bits: int
-    signed: bool
+class Weight(native_models.Weight):
+    """As the CUDA side sees it."""
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -52,17 +44,7 @@ class Weight:
 
     def decoded(self) -> np.ndarray:
         """(K, N) float32: (code - zero point) * scale, rounded once."""
-        group = np.arange(len(self.codes)) // self.block_size
-        zero_point = 0 if self.zero_point is None else self.zero_point[group]
-        return ((self.codes - zero_point) * self.scale[group].astype(np.float64)).astype(np.float32)
-
-    def stored(self, values: np.ndarray) -> np.ndarray:
-        """As ONNX has it: two elements of 4 bits in a byte, the first one low, over the whole tensor."""
-        flat = values.reshape(-1).astype(np.uint8)  # negative ones wrap to two's complement
-        if self.bits == 8:
-            return flat
-        flat = np.append(flat & 15, np.zeros(flat.size % 2, np.uint8))
-        return flat[0::2] | flat[1::2] << 4
+        return super().decoded().astype(np.float32)
 
 
 def _weight(k: int, n: int, block_size: int, bits: int, element: int, signed: bool, zero: bool, seed: int) -> Weight:
