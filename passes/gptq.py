@@ -128,7 +128,11 @@ class Gptq(Pass):
         begun: set[tuple[ir.Value, bool]] = set()
         for linear in find_linears(region.live_nodes()):
             spec = self.policy.for_linear(linear, vocabulary)
-            if isinstance(spec, str) or codes_key(linear) in linear.weight.meta:
+            if isinstance(spec, str):
+                self.decide(linear.name, "skipped", spec)
+                continue
+            if codes_key(linear) in linear.weight.meta:
+                self.decide(linear.name, "skipped", "its weight is rounded already, for a node of an earlier segment")
                 continue
             if (linear.weight, linear.transposed) in begun:
                 self.decide(linear.name, "skipped", "its weight is rounded for another node that reads it")

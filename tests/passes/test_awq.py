@@ -127,6 +127,36 @@ def test_factor_of_dead_channels_is_one() -> None:
     np.testing.assert_allclose(factor, [1, 2**0.5, 0.5**0.5], rtol=1e-6)
 
 
+def test_factor_follows_both_exponents() -> None:
+    energy, power = np.array([1, 4, 16], np.float32), np.array([1, 16, 81], np.float32)
+    for beta, gamma in [(0.5, 0), (0.5, 0.5), (0, 0.5), (1, 1)]:
+        wanted = np.sqrt(energy) ** beta / np.sqrt(power) ** gamma
+        factor = awq_factor(energy, power, beta, gamma)
+        np.testing.assert_allclose(factor, wanted / np.exp(np.log(wanted).mean()), rtol=1e-6)
+
+
+def test_uneven_weights_are_evened_by_gamma() -> None:
+    """Even inputs into rows of which some are much larger: scaling by weights alone lowers the error, and is folded."""
+    model, feeds = salient_model()
+    (linear,) = find_linears(model.graph)
+    w = linear.read() * np.exp(1.5 * np.random.default_rng(3).standard_normal((K, 1))).astype(np.float32)
+    linear.weight.const_value = ir.tensor(w, name=linear.weight.name)
+    feeds["x"] = np.random.default_rng(4).standard_normal((400, K)).astype(np.float32)
+    region = observed(model, feeds)
+    before, reference = error(region), output(model, feeds)
+    (energy,) = (own.energy for own in region.statistics.values())
+    awq = Awq(POLICY, round_to_nearest)
+    awq.call(region)
+    (decision,) = awq.decisions
+    assert decision.action == "folded"
+    beta, gamma = (float(word.split("=")[1]) for word in decision.reason.split())
+    assert gamma > 0
+    assert error(region) < 0.9 * before
+    divided = 1 / model.graph.initializers["gamma"].const_value.numpy()
+    np.testing.assert_allclose(divided, awq_factor(energy, np.square(w).mean(axis=1), beta, gamma), rtol=1e-5)
+    np.testing.assert_allclose(output(model, feeds), reference, atol=1e-5 * np.abs(reference).max())
+
+
 def test_bad_grid() -> None:
     with pytest.raises(UserError, match="grid must be at least 1"):
         Awq(POLICY, round_to_nearest, grid=0)

@@ -117,7 +117,8 @@ def test_the_pass_leaves_codes_for_pack_and_reasons_for_the_rest() -> None:
     for linear in linears:
         if linear.name.endswith("v_proj"):
             assert QUANTIZED not in linear.weight.meta
-            assert linear.name not in decisions
+            found = decisions[linear.name]
+            assert (found.action, found.reason) == ("skipped", "excluded by '*v_proj*'")
         elif linear.name == "lm_head":
             assert (decisions["lm_head"].action, decisions["lm_head"].reason) == (
                 "skipped",
@@ -126,6 +127,19 @@ def test_the_pass_leaves_codes_for_pack_and_reasons_for_the_rest() -> None:
         else:
             assert decisions[linear.name].action == "rounded"
             _check_rounded(region, linear, decisions[linear.name].detail["relative_error"], body)
+
+
+def test_every_linear_has_one_decision() -> None:
+    """Of a region and of the next one, whose nodes read weights that have codes already."""
+    region, linears = _region()
+    policy = Policy(QuantSpec(4, PerGroup(32)), lm_head=None, embedding=None)
+    for again in (False, True):
+        step = Gptq(policy)
+        step.call(region)
+        assert sorted(d.node for d in step.decisions) == sorted(linear.name for linear in linears)
+        reasons = {d.reason for d in step.decisions if d.node != "lm_head"}
+        assert reasons == {"its weight is rounded already, for a node of an earlier segment" if again else
+                           "error-compensated"}  # fmt: skip
 
 
 def _check_rounded(region: Region, linear, error: float, spec: QuantSpec) -> None:

@@ -15,6 +15,7 @@ from qcompile.compiler.files.load import load_model
 from qcompile.compiler.report.stored_weights import find_weights
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.models.tiny.build import Builder
+from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.functions import OUTLIER, body
 from qcompile.passes.linears import as_linear
@@ -27,6 +28,7 @@ from qcompile.passes.qdq.outlier_emit import split_weight
 from qcompile.passes.qdq.outliers import Outliers, choose
 from qcompile.passes.qdq.weights import SPEC, WeightGrid
 from qcompile.passes.spec import ActivationSpec
+from qcompile.passes.statistics import Statistics
 
 POLICY = Policy(SPEC, None, None)
 K, LOUD = 96, (7, 50)
@@ -112,6 +114,20 @@ def test_even_channels_and_silent_ones_are_left_alone() -> None:
     assert _choose(np.ones(K, np.float32)).channels.size == 0
     silent = _choose(np.zeros(K, np.float32))
     assert (silent.channels.size, silent.noise) == (0, 1.0)
+
+
+@pytest.mark.parametrize(("most", "channels"), [(0.001, 0), (0.01, 0), (0.0104, 0), (0.011, 2), (0.05, 2), (0.25, 2)])
+def test_no_more_than_that_share_of_the_channels_stays(most, channels) -> None:
+    """Of 96 channels two are loud: one of them alone (1 %, rounded up) makes no step smaller."""
+    model, x = _model(), np.random.default_rng(1).standard_normal((640, K)).astype(np.float32)
+    value = model.graph.node("norm").outputs[0]
+    rows = x * model.graph.initializers["gamma"].const_value.numpy()
+    region = Region.whole(model)
+    region.statistics[value] = Statistics(len(rows), rows.T @ rows, np.abs(rows).max(axis=0), rows, np.zeros(K, "f4"))
+    outlier = Outlier(POLICY, most=most, threshold=0.3)
+    outlier.call(region)
+    assert [d.detail.get("channels", 0) for d in outlier.decisions] == [channels] * 3
+    assert {d.reason for d in outlier.decisions if not channels} <= {"no channel is worth keeping in float"}
 
 
 @pytest.mark.parametrize("given", [{"most": 0}, {"most": 0.5}, {"threshold": 0}, {"threshold": 1}])

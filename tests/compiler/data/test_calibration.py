@@ -122,6 +122,22 @@ def test_the_bundled_text_where_a_tokenizer_lies_beside_the_model(bench: Any) ->
     assert [batch.rows for batch in data.checks] == [16, 16]
 
 
+def test_an_encoder_sees_texts_of_five_lengths(bench: Any) -> None:
+    """Each half as long as the one before, special tokens and all; the first ids are those of the windows."""
+    path, model = bench.save(tiny_encoder()), tiny_encoder()
+    recipe = Recipe(samples=12, context=64)
+    data = gather(input_plan(model), path, recipe, Calibration([]), needed=True)
+    tokenizer = load_tokenizer(bench.folder / "in")
+    windows = spread(tokenizer.encode(calibration_text()), 64, 12)
+    before, behind = tokenizer.around()
+    around = len(before) + len(behind)
+    assert [batch.rows for batch in data.calibration] == [max(64 >> i % 5, around + 1) for i in range(12)]
+    for batch, window in zip(data.calibration, windows, strict=True):
+        ids = batch.feeds["input_ids"][0]
+        assert ids.tolist() == [*before, *window[: len(ids) - around], *behind]
+    assert "12 windows of 4 to 64 tokens" in data.description
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_the_users_text_comes_first(bench: Any, tmp_path: Path, suffix: str) -> None:
     path, text = tmp_path / f"mine{suffix}", "abcdefgh" * 8

@@ -123,3 +123,26 @@ def test_linears_that_share_a_weight_lie_in_one_segment() -> None:
     model = b.model({"y": x})
     home = [{linear.weight.name for linear in find_linears(segment.nodes)} for segment in _split(model)]
     assert sum("w" in names for names in home) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_small_constants_begin_no_stream(rows: int) -> None:
+    """What a small matrix alone makes, a mask or a table of positions, is computed where it is read, however late."""
+    b = Builder(opset=21)
+    x, eye = b.input("x", ir.DataType.FLOAT, ["n", 64]), np.eye(64, dtype=np.float32)
+    light = b.Cos(b.Mul(b.input("at", ir.DataType.FLOAT, ["n", 1]), b.weight("small", np.ones((rows, 64), "f4"))))
+    for number in range(4):
+        x = b.Relu(b.MatMul(x, b.weight(f"w{number}", eye)))
+    segments = _split(b.model({"y": b.Add(x, light)}))
+    assert len(segments) == 4
+    assert all(len(segment.carry) == 1 for segment in segments[:-1])
+    assert not {"Cos", "Mul"} & {node.op_type for segment in segments for node in segment.nodes}
+
+
+def test_what_a_large_constant_makes_is_part_of_the_stream() -> None:
+    b = Builder(opset=21)
+    x, eye = b.input("x", ir.DataType.FLOAT, ["n", 64]), np.eye(64, dtype=np.float32)
+    heavy = b.Gather(b.weight("table", np.ones((64, 64), "f4")), b.input("at", ir.DataType.INT64, ["n"]), axis=0)
+    x = b.MatMul(b.MatMul(x, b.weight("a", eye)), b.weight("b", eye))
+    (segment,) = _split(b.model({"y": b.Add(x, heavy)}))
+    assert "Gather" in {node.op_type for node in segment.nodes}
