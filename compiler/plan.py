@@ -13,7 +13,8 @@ from qcompile.passes.awq import Awq
 from qcompile.passes.base import Pass
 from qcompile.passes.bias_correction import BiasCorrection
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats import named
+from qcompile.passes.extensions import OneOf, Table
+from qcompile.passes.formats import BY_NAME, named
 from qcompile.passes.fuse import Fuse
 from qcompile.passes.gptq import ErrorCompensated, Gptq
 from qcompile.passes.outlier import Outlier
@@ -27,12 +28,22 @@ from qcompile.passes.rounding import Rounding, round_to_nearest, round_with_clip
 from qcompile.passes.smooth import Smooth
 from qcompile.passes.spec import ActivationSpec
 
-# Every pass, in the order in which a full list runs them.
-PASSES: dict[str, type[Pass]] = {
-    "prepare": Prepare, "smooth": Smooth, "awq": Awq, "gptq": Gptq, "pack": Pack, "fuse": Fuse,
-    "outlier": Outlier, "qdq": Qdq, "dynamic": Dynamic, "bias_correction": BiasCorrection,
-}  # fmt: skip
 
+def _check(kind: type[Pass]) -> None:
+    """Raise ValueError for a pass of another package that a recipe could not name."""
+    for name, parameter in parameters(kind).items():
+        if parameter.default is parameter.empty or parameter.annotation is parameter.empty:
+            raise ValueError(f"its parameter {name} needs a type and a default")
+
+
+# Every pass, in the order in which a full list runs them, and those of other packages.
+PASSES: Table[type[Pass]] = Table(
+    "qcompile.passes",
+    "pass",
+    Pass,
+    (Prepare, Smooth, Awq, Gptq, Pack, Fuse, Outlier, Qdq, Dynamic, BiasCorrection),
+    check=_check,
+)
 
 # Passes that make weights and activations int8.
 INT8 = ("qdq", "dynamic")
@@ -60,8 +71,7 @@ def check_order(steps: Sequence[Step]) -> None:
     """Raise UserError for an unknown pass, a repeated one, or one whose neighbours are missing."""
     names = [step.name for step in steps]
     for i, name in enumerate(names):
-        if name not in PASSES:
-            raise UserError(f"unknown pass {name!r}; the passes are {', '.join(PASSES)}")
+        PASSES.required(name)
         if name in names[:i]:
             raise UserError(f"pass {name!r} is listed twice")
         after = PASSES[name].followed_by
@@ -110,6 +120,19 @@ def grid(step: Step, target: str) -> Grid:
     return own.grid(target, **step.parameters)
 
 
+def packages(recipe: Recipe) -> dict[str, str]:
+    """Versions of the packages whose passes, observers or formats a recipe names."""
+    named: list[tuple[Table[Any], str]] = [(PASSES, step.name) for step in recipe.passes]
+    formats = (recipe.weights, recipe.lm_head, recipe.embedding)
+    named += [(BY_NAME, step.name) for step in formats if isinstance(step, Step)]
+    for step in recipe.passes:
+        known = parameters(PASSES.required(step.name))
+        given = {key: _one_of(known[key].annotation) for key in step.parameters if key in known}
+        named += [(own.table, str(step.parameters[key])) for key, own in given.items() if own is not None]
+    found = (table.origin(name) for table, name in named)
+    return {own.package: own.version for own in found if own is not None}
+
+
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The parameters of a pass (its constructor) or of a format (its grid) that a recipe can set."""
     made = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
@@ -117,8 +140,8 @@ def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {parameter.name: parameter for parameter in found if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def summary(kind: type[Pass]) -> str:
-    """What a pass does, in a line."""
+def summary(kind: type) -> str:
+    """What a pass, an observer or a weight format is, in a line."""
     return (inspect.getdoc(kind) or "").split("\n", 1)[0]
 
 
@@ -175,6 +198,12 @@ def _check_type(owner: str, parameter: inspect.Parameter, value: Any) -> None:
     if parameter.name == "seed" and isinstance(value, int) and not 0 <= value < 2**63:
         raise UserError(f"{owner}: parameter seed must be 0 to {2**63 - 1}, got {value}")
     annotation = parameter.annotation
+    one_of = _one_of(annotation)
+    if one_of is not None:
+        if one_of.takes(value):
+            return
+        wanted = " or ".join(map(repr, one_of.names()))
+        raise UserError(f"{owner}: parameter {parameter.name} takes {wanted}, got {value!r}")
     alone = typing.get_origin(annotation) is typing.Literal
     allowed = (annotation,) if alone else typing.get_args(annotation) or (annotation,)
     for kind in allowed:
@@ -186,6 +215,11 @@ def _check_type(owner: str, parameter: inspect.Parameter, value: Any) -> None:
             return
     wanted = " or ".join(_told(kind) for kind in allowed if kind is not type(None))
     raise UserError(f"{owner}: parameter {parameter.name} takes {wanted}, got {value!r}")
+
+
+def _one_of(annotation: Any) -> OneOf[Any] | None:
+    marks = annotation.__metadata__ if typing.get_origin(annotation) is typing.Annotated else ()
+    return next((mark for mark in marks if isinstance(mark, OneOf)), None)
 
 
 def _told(kind: Any) -> str:

@@ -19,7 +19,7 @@ from qcompile.compiler.facts.value_types import told_by_runtime
 from qcompile.compiler.files.load import check_finite, load_model, model_hash
 from qcompile.compiler.measure import randomness
 from qcompile.compiler.mixed.keep import check_metric
-from qcompile.compiler.plan import build, make_policy
+from qcompile.compiler.plan import build, make_policy, packages
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.coverage import account, quantizers
 from qcompile.compiler.results.errors import ActivationRange, RowsSeen
@@ -105,7 +105,7 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     graph = load_model(source)
     check_finite(graph)
     passes = build(recipe)
-    report = Report(str(source), model_hash(source), recipe.to_dict(), versions())
+    report = Report(str(source), model_hash(source), recipe.to_dict(), versions() | packages(recipe))
     report.source_bytes = file_size(source, graph)
     progress.step("preparing")
     for whole in (p for p in passes if p.whole_model):

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
-from qcompile.passes.formats import FORMAT_OF, functions
+from qcompile.passes.formats import by_operator, functions
 from qcompile.passes.formats.base import (
     ACTIVATION_BITS,
     BIASED,
@@ -91,7 +91,9 @@ class Fuse(Pass):
 
     def _join(self, model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         parts, name = [operands(node) for node in nodes], joined_name([_name(node) for node in nodes])
-        end = f"{name}.{FORMAT_OF[nodes[0].op_type].name}"
+        own = by_operator(nodes[0].op_type)
+        assert own is not None, "a packed product is that of a format"
+        end = f"{name}.{own.name}"
         inputs = [nodes[0].inputs[0], _joined_codes(model, end, [part.codes for part in parts])]
         for what in ("scale", "bias", "zero_point"):
             values = [value for part in parts if (value := getattr(part, what)) is not None]

@@ -13,7 +13,7 @@ from qcompile.passes.base import Pass, Region
 from qcompile.passes.errors import UserError
 from qcompile.passes.held import NOT_CONFIRMED, too_few
 from qcompile.passes.linears import Linear, find_linears
-from qcompile.passes.observers import OBSERVERS
+from qcompile.passes.observers import OBSERVERS, Calibrator
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.observers.rest import Rest
@@ -21,8 +21,6 @@ from qcompile.passes.policy import Policy
 from qcompile.passes.proxies import guessed
 from qcompile.passes.qdq.outliers import OUTLIERS, Choice, Outliers, choose, noise_of, price, row_power
 from qcompile.passes.statistics import Statistics
-
-Calibrator = Literal["minmax", "moving-average", "percentile", "entropy", "mse", "output-mse", "cross-entropy"]
 
 
 class Outlier(Pass):
@@ -50,7 +48,7 @@ class Outlier(Pass):
         *,
         most: float = 0.01,
         threshold: float = 0.1,
-        observer: Calibrator = "output-mse",
+        observer: Calibrator = OutputMse.name,
         source: Literal["calibration", "norms"] = "calibration",
     ) -> None:
         super().__init__()

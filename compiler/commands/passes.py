@@ -1,28 +1,72 @@
-"""`qcompile passes`: what can stand in a pass list."""
+"""`qcompile passes`: what can stand in a pass list, and the observers and weight formats that a recipe can name."""
 
 import argparse
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 
 from qcompile.compiler.plan import PASSES, describe, parameters, summary
 from qcompile.passes.base import needs_calibration
+from qcompile.passes.errors import UserError
+from qcompile.passes.extensions import Table
+from qcompile.passes.formats import BY_NAME
+from qcompile.passes.observers import OBSERVERS
+
+T = TypeVar("T")
+_DESCRIPTION = """\
+The passes, the observers (for qdq(observer=NAME)) and the weight formats (for --weights NAME), with their parameters;
+those of other packages with the package that adds them."""
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("passes", help="list the passes", description="The passes and their parameters.")
+    told = "list the passes, observers and weight formats"
+    parser = subparsers.add_parser("passes", help=told, description=_DESCRIPTION)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print each pass, in the order in which a full list runs them."""
-    console = Console(highlight=False)
-    for name, kind in PASSES.items():
-        data = " [dim](needs calibration)[/dim]" if needs_calibration(kind) else ""
-        console.print(f"[bold]{name:<8}[/bold] {summary(kind)}{data}", soft_wrap=True)
-        known = describe(parameters(kind))
-        if known:
-            console.print(f"         {known}", soft_wrap=True, markup=False)
+    """Print each pass, in the order in which a full list runs them; then each observer, and each format.
+
+    Raises UserError behind the lists where a row of another package cannot be used.
+    """
+    console, wrong = Console(highlight=False), list[str]()
+    for name, kind in _rows(PASSES, wrong):
+        _print(console, PASSES, name, kind, parameters(kind), "(needs calibration)" if needs_calibration(kind) else "")
     console.print('\nexample  --passes "smooth(alpha=0.5),awq,gptq,pack"', markup=False)
+    console.print("\nobservers of activation ranges")
+    for name, observer in _rows(OBSERVERS, wrong):
+        if observer.calibrates:
+            _print(console, OBSERVERS, name, observer, {})
+    console.print('\nexample  --passes "smooth,qdq(observer=mse)"', markup=False)
+    console.print("\nweight formats")
+    for name, own in _rows(BY_NAME, wrong):
+        _print(console, BY_NAME, name, type(own), parameters(own.grid))
+    console.print('\nexample  --weights "int4(group=64)"', markup=False)
+    if wrong:
+        raise UserError("; ".join(wrong))
     return 0
+
+
+def _rows(table: Table[T], wrong: list[str]) -> Iterator[tuple[str, T]]:
+    """The rows that can be used; what is wrong with the others joins `wrong`."""
+    for name in table:
+        try:
+            row = table[name]
+        except UserError as error:
+            wrong.append(str(error))
+        else:
+            yield name, row
+
+
+def _print(
+    console: Console, table: Table[Any], name: str, kind: type, known: Mapping[str, Any], note: str = ""
+) -> None:
+    outside, width = table.origin(name), max(map(len, table))
+    notes = " ".join(filter(None, [note, f"(from {outside})" if outside else ""]))
+    told = f"[bold]{name:<{width}}[/bold] {escape(summary(kind))}"
+    console.print(f"{told} [dim]{escape(notes)}[/dim]" if notes else told, soft_wrap=True)
+    if known:
+        console.print(f"{'':{width}} {describe(known)}", soft_wrap=True, markup=False)

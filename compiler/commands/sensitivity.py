@@ -20,7 +20,7 @@ from qcompile.compiler.files.publish import write_text
 from qcompile.compiler.mixed import keep
 from qcompile.compiler.mixed.ranking import Ranking, RankingCache
 from qcompile.compiler.mixed.sensitivity import Mixture
-from qcompile.compiler.plan import INT8
+from qcompile.compiler.plan import INT8, packages
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.stages import walk_model
 from qcompile.passes.errors import UserError
@@ -77,7 +77,7 @@ def ranked(model: Path, recipe: Recipe, calibration: Calibration, progress: Prog
     if not any(step.name in INT8 for step in recipe.passes):
         raise UserError("sensitivity: no pass of the list makes nodes integer: add qdq or dynamic")
     progress.step("loading")
-    cache = RankingCache(model, model_hash(model), recipe, versions(), calibration)
+    cache = RankingCache(model, model_hash(model), recipe, versions() | packages(recipe), calibration)
     known = cache.get()
     if known is not None:
         return known

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompile.compiler.facts.census import Family, FloatConstant, census
-from qcompile.passes.formats import FORMAT_OF, FORMATS
+from qcompile.passes.formats import BY_NAME, by_operator
 from qcompile.passes.formats.base import DOMAIN, EMBEDDING, MICROSOFT, PRODUCT, Format, grouped_by
 from qcompile.passes.formats.functions import OUTLIER
 from qcompile.passes.linears import CONVOLUTIONS, as_linear, find_embeddings, stored
@@ -82,7 +82,7 @@ def find_weights(graph: ir.Graph) -> list[Weight]:
 
 def _weights(node: ir.Node) -> Iterator[Weight]:
     """The weight that a node uses, if any."""
-    own = FORMAT_OF.get(node.op_type) if node.domain in (DOMAIN, MICROSOFT) else None
+    own = by_operator(node.op_type) if node.domain in (DOMAIN, MICROSOFT) else None
     if own is not None and node.op_type.startswith((PRODUCT, EMBEDDING)):
         yield _own(node, own)
     elif node.op_type == OUTLIER:
@@ -273,7 +273,7 @@ def _origin(value: ir.Value, steps: int = 6) -> ir.TensorProtocol | None:
 
 def _table(levels: ir.TensorProtocol) -> str:
     """The format that looks its codes up in a table."""
-    return next((own.name for own in FORMATS if own.looks_up(levels.numpy())), "table")
+    return next((own.name for own in BY_NAME.usable() if own.looks_up(levels.numpy())), "table")
 
 
 def _looked_up_behind(node: ir.Node) -> str:

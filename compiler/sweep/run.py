@@ -14,6 +14,7 @@ from qcompile.compiler.files import publish
 from qcompile.compiler.files.cache import Cache, digest
 from qcompile.compiler.files.load import load_model, model_hash
 from qcompile.compiler.pipeline import compile_model
+from qcompile.compiler.plan import packages
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.sweep.grid import Combination, Grid, combinations, identity
@@ -115,7 +116,7 @@ class _Job:
                 "model": self.sweep.model_hash,
                 "recipe": identity(recipe, content),
                 "scored": self.scoring.identity,
-                "versions": self.sweep.versions,
+                "versions": self.sweep.versions | packages(recipe),
             }
         )
 

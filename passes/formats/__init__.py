@@ -3,31 +3,75 @@
 A format is one file and one row of `FORMATS`; nothing else names it.
 """
 
+import inspect
+from collections.abc import Mapping
+from functools import cache
+
 import onnx_ir as ir
 
 from qcompile.passes.affine import Grid
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.base import DOMAIN, Format
+from qcompile.passes.extensions import Table
+from qcompile.passes.formats.base import DOMAIN, Format, role
 from qcompile.passes.formats.integers import Int4, Int8
 from qcompile.passes.formats.mxfp4 import MXFP4
 from qcompile.passes.formats.nf4 import NF4
 
 FORMATS: tuple[Format, ...] = (Int4(), Int8(), NF4(), MXFP4())
-_BY_NAME = {own.name: own for own in FORMATS}
-# The format of every operator of its own and of those of com.microsoft that are made of its products alone.
-FORMAT_OF = {name: own for own in FORMATS for name in (*own.operators, *own.foreign)}
+_OPERATORS = {name: own for own in FORMATS for name in (*own.operators, *own.foreign)}
+
+
+def _check(own: Format) -> None:
+    """Raise ValueError for a format of another package that would be taken for something else."""
+    if own.name == "keep":
+        raise ValueError("keep is the word for no format")
+    if own.native:
+        raise ValueError("native must be False: the kernel library has none of its products")
+    taken = [name for name in (*own.operators, *own.foreign) if name in _OPERATORS]
+    if taken:
+        raise ValueError(f"its operator {taken[0]} is that of {_OPERATORS[taken[0]].name}: choose other words")
+    unclear = [name for name, (kind, _) in own.operators.items() if role(name) != kind]
+    if unclear:
+        raise ValueError(f"its operator {unclear[0]} is read as a {role(unclear[0])}: choose other words")
+    if any(p.default is p.empty for p in inspect.signature(own.grid).parameters.values() if p.name != "target"):
+        raise ValueError("every parameter of its grid needs a default")
+    if own.grid("qcompile").format != own.name:
+        raise ValueError(f"its grid says it is of format {own.grid('qcompile').format!r}")
+
+
+# Those of `FORMATS`, then those of other packages.
+BY_NAME: Table[Format] = Table(
+    "qcompile.formats", "weight format", Format, FORMATS, make=lambda kind: kind(), check=_check
+)
 
 
 def named(name: str) -> Format:
     """The format that a recipe or a decision names."""
-    if name not in _BY_NAME:
-        raise UserError(f"unknown weight format {name!r}; the formats are {', '.join(_BY_NAME)}")
-    return _BY_NAME[name]
+    return BY_NAME.required(name)
+
+
+def by_operator(op_type: str) -> Format | None:
+    """The format of an operator of its own, or of com.microsoft that is made of its products alone."""
+    found = [_OPERATORS[op_type]] if op_type in _OPERATORS else _operators_outside().get(op_type, [])
+    if len(found) > 1:
+        told = " and ".join(f"{own.name} of {BY_NAME.origin(own.name)}" for own in found)
+        raise UserError(f"operator {op_type} is that of two weight formats, {told}: uninstall one of them")
+    return found[0] if found else None
+
+
+@cache
+def _operators_outside() -> Mapping[str, list[Format]]:
+    """The operators of formats of other packages."""
+    found: dict[str, list[Format]] = {}
+    for own in (own for own in BY_NAME.usable() if own not in FORMATS):
+        for name in (*own.operators, *own.foreign):
+            found.setdefault(name, []).append(own)
+    return found
 
 
 def format_of(node: ir.Node) -> Format | None:
     """The format of the weight that a node of domain qcompile reads; None for any other node."""
-    return FORMAT_OF.get(node.op_type) if node.domain == DOMAIN else None
+    return by_operator(node.op_type) if node.domain == DOMAIN else None
 
 
 def operator(kind: str, spec: Grid) -> str:

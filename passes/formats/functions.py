@@ -30,7 +30,7 @@ import onnxscript
 from onnxscript import INT64
 from onnxscript import opset21 as op
 
-from qcompile.passes.formats import FORMATS, format_of
+from qcompile.passes.formats import by_operator, format_of
 from qcompile.passes.formats.base import DOMAIN, OPSET, PRODUCT, VERSION
 
 # The product whose scale is that of whole columns, not of blocks.
@@ -45,10 +45,13 @@ def MatMulInt8Outlier(x, w, scale, x_scale, x_zero_point, channels: INT64, w_out
 
 
 @cache
-def _protos() -> dict[str, bytes]:
-    protos = {name: own.body(*of) for own in FORMATS for name, of in own.operators.items()}
-    protos[OUTLIER] = MatMulInt8Outlier.to_function_proto()
-    return {name: proto.SerializeToString() for name, proto in protos.items()}
+def _proto(name: str) -> bytes:
+    if name == OUTLIER:
+        return bytes(MatMulInt8Outlier.to_function_proto().SerializeToString())
+    own = by_operator(name)
+    if own is None:
+        raise KeyError(name)
+    return bytes(own.body(*own.operators[name]).SerializeToString())
 
 
 def body(name: str, *, zero_points: bool = True) -> ir.Function:
@@ -57,7 +60,7 @@ def body(name: str, *, zero_points: bool = True) -> ir.Function:
     zero_points: False leaves that input out. ONNX Runtime fuses a DequantizeLinear of two inputs, and one of three, but
     none whose third is absent, which is what inlining makes of an optional input that a node does not give.
     """
-    proto = onnx.FunctionProto.FromString(_protos()[name])
+    proto = onnx.FunctionProto.FromString(_proto(name))
     if not zero_points and "zero_point" in proto.input:
         proto.input.remove("zero_point")
         for node in proto.node:

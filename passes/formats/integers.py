@@ -179,8 +179,9 @@ class Int4(Integers):
 
 
 class Int8(Integers):
-    """8 bits with zero points: MatMulNBits is made from those in more versions of ONNX Runtime, and a point more of
-    resolution costs nothing at 8 bits.
+    """8 bits with zero points.
+
+    MatMulNBits is made from those in more versions of ONNX Runtime, and a point more of resolution costs nothing.
     """
 
     name, words, bits = "int8", ("Int8",), 8

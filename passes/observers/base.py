@@ -21,9 +21,12 @@ class Observer(ABC):
 
     name: how a recipe calls it. value: the name of the activation. axis: its channel axis (negative from the end), for
     statistics of each channel; None for one of the whole tensor.
+    calibrates: a recipe may name it for the ranges of activations: made from a value's name alone it is of the whole
+    tensor.
     """
 
     name: ClassVar[str]
+    calibrates: ClassVar[bool] = True
 
     def __init__(self, value: str, *, axis: int | None = None) -> None:
         self.value, self.axis = value, axis

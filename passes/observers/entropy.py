@@ -17,9 +17,9 @@ _PARTS, _NEAR = 8, 256
 
 
 class Entropy(Histogram):
-    """The range that loses least information, as a Kullback-Leibler divergence (Migacz 2017, 8-bit Inference with
-    TensorRT, GTC; there with equal bins and a symmetric range).
+    """The range that loses least information, as a Kullback-Leibler divergence.
 
+    By Migacz 2017, 8-bit Inference with TensorRT, GTC (there with equal bins and a symmetric range).
     P is the distribution of the numbers, those beyond the range counted at its ends; Q is that of the numbers within
     the range, spread evenly over those eighths of their code's cell that hold any. Exact zeros lose nothing on any
     grid. Meant for activations with long tails: what is rare is clipped, however large it is.

@@ -28,6 +28,7 @@ class Gram(Observer):
     """
 
     name: ClassVar[str] = "gram"
+    calibrates: ClassVar[bool] = False
 
     def __init__(self, value: str, *others: str) -> None:
         super().__init__(value, axis=-1)

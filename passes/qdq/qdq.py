@@ -14,7 +14,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.graph import Names, add_initializer, stem, take_over
 from qcompile.passes.inner import int8, quantize_inner
 from qcompile.passes.linears import CONVOLUTIONS
-from qcompile.passes.observers import OBSERVERS
+from qcompile.passes.observers import AUTO, OBSERVERS, CalibratorOrAuto
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.mse import Mse
@@ -31,7 +31,6 @@ from qcompile.passes.qdq.twin import remember
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore, importance
 from qcompile.passes.spec import ActivationSpec
 
-Calibrator = Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse", "output-mse", "cross-entropy"]
 Readers = dict[ir.Value, list[tuple[ir.Node, int]]]
 _STARVED = "no row of the calibration data reached it"
 _ROUNDED_BIAS = "the scale of its int32 bias would be too small for float16"
@@ -66,7 +65,7 @@ class Qdq(Pass):
         self,
         policy: Policy,
         *,
-        observer: Calibrator = "auto",
+        observer: CalibratorOrAuto = AUTO,
         operators: Literal["auto", "weights", "all"] = "auto",
         provider: Literal["cpu", "cuda", "tensorrt"] = "cpu",
         activations: Literal["auto", "uint8", "int8", "uint16", "int16", "float8"] = "auto",
@@ -129,8 +128,8 @@ class Qdq(Pass):
         return made
 
     def _unbounded(self, value: ir.Value, readers: Sequence[ir.Node]) -> Observer:
-        name: str = self.observer
-        if name == "auto":  # Case 2
+        name = self.observer
+        if name == AUTO:  # Case 2
             name = OutputMse.name if all(node.op_type == "MatMul" for node in readers) and readers else Mse.name
         if name == OutputMse.name:
             return OutputMse(str(value.name), importance=partial(importance, readers))
