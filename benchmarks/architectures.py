@@ -4,11 +4,15 @@
     .venv/bin/python benchmarks/architectures.py FOLDER --table
 
 Small random models (architectures_zoo.py); nothing is downloaded. Every figure is a line of FOLDER/results.jsonl, and
-what stands there is not done again. `optimum` needs optimum-onnx, which is no dependency of this project.
+what stands there is not done again. `optimum` needs optimum-onnx, which is no dependency of this project and wants an
+older transformers: `pip install --target PACKAGES optimum-onnx`, and OPTIMUM_PACKAGES=PACKAGES, for its process alone.
 """
 
 import argparse
+import itertools
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +38,7 @@ _SIZES = {"batch": 2, "sequence": 12, "past_sequence": 5, "total_sequence": 17, 
 # The same in optimum's names.
 _SIZES |= {f"{name}_{more}": size for name, size in _SIZES.items() for more in ("size", "length")}
 _SIZES |= {"past_sequence_length + sequence_length": 17, "past_sequence_length + 1": 17, "decoder_sequence_length": 12}
-_SIZES |= {"num_channels": 3, "height": 64, "width": 64, "image_batch_size": 2, "text_batch_size": 2}
+_SIZES |= {"num_channels": 3, "image_batch_size": 2, "text_batch_size": 2}
 _BATCHES = 8
 Feeds = dict[str, npt.NDArray[Any]]
 Exporter = Callable[[Path, Path], list[Path]]
@@ -56,11 +60,30 @@ def by_script(source: Path, target: Path) -> list[Path]:
     return list(_by_torch(source, target, dynamo=False))
 
 
-def by_optimum(source: Path, target: Path) -> list[Path]:
-    """optimum-onnx, with its own choice of the task."""
-    from optimum.exporters.onnx import main_export  # type: ignore[import-not-found]
+# optimum asks for a task where the model comes from a folder: the first of these that it knows for the architecture.
+_OPTIMUM = """
+import json, sys
+from optimum.exporters.onnx import main_export
+from optimum.exporters.tasks import TasksManager
 
-    main_export(str(source), output=target, do_validation=False, local_files_only=True)
+source, target = sys.argv[1:]
+kind = json.load(open(source + "/config.json"))["model_type"]
+known = TasksManager.get_supported_tasks_for_model_type(kind.replace("_", "-"), "onnx", library_name="transformers")
+wanted = ("text2text-generation-with-past", "automatic-speech-recognition-with-past", "text-generation-with-past",
+          "fill-mask", "object-detection", "semantic-segmentation", "zero-shot-image-classification",
+          "automatic-speech-recognition", "image-classification", "audio-classification", "feature-extraction")
+task = next(name for name in wanted if name in known)
+main_export(source, output=target, task=task, do_validation=False, local_files_only=True)
+"""
+
+
+def by_optimum(source: Path, target: Path) -> list[Path]:
+    """optimum-onnx, in a process of its own. UserError: the last line of its error."""
+    environment = {**os.environ, "PYTHONPATH": os.environ.get("OPTIMUM_PACKAGES", "")}
+    command = [sys.executable, "-c", _OPTIMUM, str(source), str(target)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError((done.stderr.strip() or "no message").splitlines()[-1])
     return sorted(target.glob("*.onnx"))
 
 
@@ -102,12 +125,19 @@ def _by_torch(source: Path, target: Path, *, dynamo: bool) -> Iterator[Path]:
         yield path
 
 
-def feeds_of(inputs: tuple[Input, ...], vocabulary: int | None, seed: int) -> Feeds:
-    """Random inputs of a graph: ids, masks of ones, numbers."""
+def picture_size(source: Path) -> int:
+    """Pixels a side of what a model of this folder looks at; 64 where it does not say."""
+    config = json.loads((source / "config.json").read_text())
+    return int(config.get("vision_config", config).get("image_size") or 64)
+
+
+def feeds_of(inputs: tuple[Input, ...], vocabulary: int | None, seed: int, *, picture: int) -> Feeds:
+    """Random inputs of a graph: ids, masks of ones, numbers; pictures of that many pixels a side."""
     random, made = np.random.default_rng(seed), {}
+    sizes = _SIZES | {"height": picture, "width": picture}
     for given in inputs:
         own = ("batch", *("samples" if given.name == "input_values" else "sequence",) * len(given.shape))
-        shape = [d if isinstance(d, int) else _SIZES.get(str(d), _SIZES[own[i]]) for i, d in enumerate(given.shape)]
+        shape = [d if isinstance(d, int) else sizes.get(str(d), sizes[own[i]]) for i, d in enumerate(given.shape)]
         if given.is_float:
             array = random.standard_normal(shape)
         elif "mask" in given.name:
@@ -130,15 +160,15 @@ def sqnr(wanted: list[Any], found: list[Any]) -> float:
     return float(worst)
 
 
-def compiled(graph: Path, passes: str) -> dict[str, Any]:
+def compiled(graph: Path, passes: str, picture: int) -> dict[str, Any]:
     """The row of one graph and one list."""
     plan = input_plan(load_model(graph))
     output = graph.parent / "compiled" / graph.name
-    batches = [feeds_of(plan.inputs, plan.vocabulary, seed) for seed in range(_BATCHES)]
+    batches = [feeds_of(plan.inputs, plan.vocabulary, seed, picture=picture) for seed in range(_BATCHES)]
     started = time.monotonic()
     recipe = Recipe(passes=parse_passes(passes), group_size=32)
     report = compile_model(graph, recipe, output=output, calibration=batches)
-    unseen = feeds_of(plan.inputs, plan.vocabulary, 1000)
+    unseen = feeds_of(plan.inputs, plan.vocabulary, 1000, picture=picture)
     runs = [session(path, kernels="portable").run(None, unseen) for path in (graph, output)]
     return {"sqnr": sqnr(*runs), "coverage": report.coverage, "seconds": time.monotonic() - started}
 
@@ -184,9 +214,9 @@ def run(folder: Path, names: list[str], exporters: list[str]) -> None:
             target.mkdir(parents=True, exist_ok=True)
             how = EXPORTERS[exporter]
             done = results.get((name, exporter, "", "export"), lambda: _exported(how, source, target))  # noqa: B023
-            for graph in done.get("graphs", ()):
-                for passes in LISTS:
-                    results.get((name, exporter, graph, passes), lambda: compiled(target / graph, passes))  # noqa: B023
+            picture = picture_size(source)
+            for graph, passes in itertools.product(done.get("graphs", ()), LISTS):
+                results.get((name, exporter, graph, passes), lambda: compiled(target / graph, passes, picture))  # noqa: B023
 
 
 def _exported(how: Exporter, source: Path, target: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.base import Pass, Region
+from qcompile.passes.base import Pass, Reason, Region
 from qcompile.passes.formats.base import drop_weight
 from qcompile.passes.graph import add_initializer, insert_before
 from qcompile.passes.inner import int8, quantize_inner
@@ -14,7 +14,7 @@ from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import add_outliers, masked, split_weight, told
 from qcompile.passes.qdq.outliers import OUTLIERS, Outliers
-from qcompile.passes.qdq.providers import RULES
+from qcompile.passes.qdq.providers import RULES, Rule, rule_of
 from qcompile.passes.qdq.selection import is_head, products
 from qcompile.passes.qdq.twin import remember
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore
@@ -26,7 +26,8 @@ class Dynamic(Pass):
     Case 1: a MatMul with a constant weight: DynamicQuantizeLinear (uint8, one scale for the whole tensor),
             MatMulInteger, and a product with both scales. ONNX Runtime's CPU provider fuses them. Readers of one value
             share its DynamicQuantizeLinear.
-    Case 2: other products (Conv) stay in float: their dynamic integer kernels are slower than float ones.
+    Case 2: other products (Conv): the weight alone, decoded before its reader. ONNX Runtime's ConvInteger takes several
+            times as long as its float Conv.
     Case 3: a linear that `outlier` marked: its outliers are set to zero before the DynamicQuantizeLinear, and a float
             product of them alone is added.
     Case 4: tables of embeddings become int8, too, shared with a tied lm_head.
@@ -37,7 +38,6 @@ class Dynamic(Pass):
     name: ClassVar[str] = "dynamic"
     after_walk: ClassVar[bool] = True
     quantizes: ClassVar[bool] = True
-    families: ClassVar[tuple[str, ...]] = ("MatMul",)
 
     def __init__(
         self,
@@ -59,15 +59,8 @@ class Dynamic(Pass):
         vocabulary = vocabulary_size(model)
         codes: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
         for node in chosen:
-            if node not in linears:  # Case 2
-                self.decide(
-                    node.name or "",
-                    "skipped",
-                    str(node.meta.get(LEFT, f"no fast dynamic kernel for {node.op_type}")),
-                    kind=node.op_type,
-                    weights=0,
-                    computed=LEFT in node.meta,
-                )
+            if node not in linears:
+                self._other(node, store)  # Case 2
                 continue
             linear = linears[node]
             if (dtype := constant(linear.weight).dtype) not in _FLOATS:
@@ -75,13 +68,10 @@ class Dynamic(Pass):
                 size = int(np.prod(linear.shape))
                 self.decide(linear.name, "skipped", reason, kind="MatMul", weights=size, weight=linear.weight.name)
                 continue
-            why = self.policy.weights_only.get(linear.name)
-            weights_only = why is not None or (not self.heads and is_head(node, vocabulary))
-            remember(node, weights_only=weights_only)
-            if weights_only:
-                stored = store.dequantized(node, RULES["MatMul"])
-                self._told(linear, stored, f"{self.grid}, weights only" + (f": {why}" if why else ""))
+            if linear.name in self.policy.weights_only or (not self.heads and is_head(node, vocabulary)):
+                self._weight_alone(node, store, RULES["MatMul"])
                 continue
+            remember(node)
             marked: Outliers | None = node.meta.pop(OUTLIERS, None)
             x = linear.activation if marked is None else masked(model, linear, marked)
             if x not in codes:
@@ -93,7 +83,7 @@ class Dynamic(Pass):
                 told(linear, stored, outlying, f"{self.grid} dynamic, uint8 asym", self.decide)
                 continue
             stored = store.store(linear.weight, linear.read(), 1, transposed=linear.transposed)
-            self._told(linear, stored, f"{self.grid} dynamic, uint8 asym")
+            self._told(node, stored, f"{self.grid} dynamic, uint8 asym")
             _replace(model, linear, stored, codes[x])
         for node, reason in kept.items():
             self.decide(node.name or "", "kept", reason, kind=node.op_type, weights=0, weight=node.name)
@@ -101,13 +91,26 @@ class Dynamic(Pass):
         quantize_embeddings(model, self.policy, store, self.decide)  # Case 4
         region.nodes = list(model.graph)
 
-    def _told(self, linear: Linear, stored: Stored, reason: str) -> None:
-        size = int(np.prod(linear.shape))
+    def _other(self, node: ir.Node, store: WeightStore) -> None:
+        """A product that is no linear: its weight alone, or why not."""
+        reason = str(node.meta.get(LEFT, "")) or rule_of(node)
+        if isinstance(reason, Rule):
+            self._weight_alone(node, store, reason)
+        else:
+            self.decide(node.name or "", "skipped", reason, kind=node.op_type, weights=0, computed=LEFT in node.meta)
+
+    def _weight_alone(self, node: ir.Node, store: WeightStore, rule: Rule) -> None:
+        remember(node, weights_only=True)
+        why = self.policy.weights_only.get(str(node.name), "")
+        self._told(node, store.dequantized(node, rule), Reason(f"{self.grid}, weights only", why))
+
+    def _told(self, node: ir.Node, stored: Stored, reason: str) -> None:
+        size = stored.quantized.codes.size
         self.decide(
-            linear.name,
+            node.name or "",
             "quantized",
             reason,
-            kind="MatMul",
+            kind=node.op_type,
             weights=size,
             weight=stored.codes.name,
             bytes=stored.nbytes,

@@ -70,12 +70,25 @@ def test_zeros_and_constants_are_exact() -> None:
         np.testing.assert_array_equal(found, 0)
 
 
-def test_convolutions_stay_float() -> None:
-    tiny = Tiny()
-    made = quantized(tiny.output(tiny.one("Conv", tiny.input(1, 8, 9, 9), tiny.floats(4, 8, 3, 3))), name="dynamic")
-    (skipped,) = made.decisions("skipped")
-    assert skipped.reason == "no fast dynamic kernel for Conv"
-    assert made.error() == 0
+@pytest.mark.parametrize("kind", ["float32", "float16"])
+@pytest.mark.parametrize(("operator", "kernel"), [("Conv", (8, 4, 3, 3)), ("ConvTranspose", (4, 8, 3, 3))])
+def test_convolutions_have_int8_weights_and_compute_in_float(operator: str, kernel: tuple[int, ...], kind: str) -> None:
+    """A channel whose weights are zeros is its bias."""
+    tiny, random = Tiny(), np.random.default_rng(0)
+    weight, bias = random.normal(size=kernel), np.linspace(-1, 1, 8)
+    weight[(3,) if operator == "Conv" else (slice(None), 3)] = 0
+    constants = [tiny.constant(array.astype(kind)) for array in (weight, bias)]
+    element = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    tiny.inputs.append(helper.make_tensor_value_info("x", element, (1, 4, 9, 9)))
+    y = tiny.one("Cast", tiny.one(operator, "x", *constants), to=TensorProto.FLOAT)
+    made = quantized(tiny.output(y), name="dynamic")
+    (told,) = made.decisions("quantized")
+    assert told.reason.endswith("weights only")
+    assert (told.detail["kind"], told.detail["weights"]) == (operator, weight.size)
+    assert len(made.nodes("DequantizeLinear")) == 1
+    assert 0 < made.error() < CLOSE
+    (found,) = session(made.after).run(None, made.feeds[0])
+    np.testing.assert_allclose(found[:, 3], bias[3], rtol=1e-3)
 
 
 def test_what_the_user_excludes_is_kept() -> None:
