@@ -15,11 +15,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats import functions
-from qcompile.passes.formats.base import pack_nibbles
+from qcompile.passes.formats import FORMATS, by_operator, functions
+from qcompile.passes.formats.base import BIASED, PRODUCT, pack_nibbles
 from qcompile.runtime.library import library_path
+from qcompile.runtime.sessions import session
 
+# What the CUDA kernels have, too.
 OPERATORS = ("MatMulInt4", "MatMulInt8", "MatMulAddInt4", "MatMulAddInt8")
+# All that the rows of formats say to be there, and their ends; the ends of those whose codes are looked up in a table.
+WORDS = tuple(word for own in FORMATS for word in own.native)
+NATIVE = tuple(kind + word for word in WORDS for kind in (PRODUCT, BIASED))
+TABLES = tuple(word for word in WORDS if PRODUCT + word not in OPERATORS)
 CODES = {
     (4, True): TensorProto.INT4,
     (4, False): TensorProto.UINT4,
@@ -58,18 +64,32 @@ class Case:
 
     def __post_init__(self) -> None:
         rng, groups = np.random.default_rng(self.seed), -(-self.k // self.block_size)
-        self.bits = int(self.op[-1])
+        self.bits, self.word = _named(self.op)
         self.dtype = np.float16 if self.half else np.float32
+        if not self.affine:
+            self.signed = self.zero_point = False
         low, high = (-(1 << (self.bits - 1)), 1 << (self.bits - 1)) if self.signed else (0, 1 << self.bits)
         codes = np.int8 if self.signed else np.uint8
         self.arrays = {
             "w": rng.integers(low, high, (self.k, self.n)).astype(codes),
             "scale": (rng.uniform(0.5, 2, (groups, self.n)) / high).astype(self.dtype),
         }
+        if self.powers:
+            self.arrays["scale"] = rng.integers(118, 126, (groups, self.n)).astype(np.uint8)
         if "Add" in self.op:
             self.arrays["bias"] = rng.normal(size=self.n).astype(self.dtype)
         if self.zero_point:
             self.arrays["zero_point"] = rng.integers(low, high, (groups, self.n)).astype(codes)
+
+    @property
+    def affine(self) -> bool:
+        """Whether codes are integers, which may have zero points."""
+        return "zero_point" in _inputs(self.op)
+
+    @property
+    def powers(self) -> bool:
+        """Whether scales are powers of two, stored in bytes; an attribute then says the type of x."""
+        return "dtype" in _attributes(self.op)
 
     def tensor(self, name: str) -> onnx.TensorProto:
         array = self.arrays[name]
@@ -82,7 +102,8 @@ class Case:
     def proto(self) -> onnx.ModelProto:
         kind = TensorProto.FLOAT16 if self.half else TensorProto.FLOAT
         tensors = [self.tensor(name) for name in self.arrays]
-        attributes = {"block_size": self.block_size, **self.attributes}
+        standard = {"block_size": self.block_size} | ({"dtype": kind} if self.powers else {})
+        attributes = {**standard, **self.attributes}
         attributes = {name: value for name, value in attributes.items() if value is not None}
         node = helper.make_node(self.op, ["x", *self.arrays], ["y"], "node_0", domain="qcompile", **attributes)
         inputs = [helper.make_tensor_value_info("x", kind, self.x_shape)]
@@ -104,12 +125,37 @@ class Case:
 
     def weight(self) -> np.ndarray:
         """(K, N) in float64, as docs/formats.md decodes it."""
+        if not self.affine:
+            return decoded(self.word, self.arrays["w"], self.arrays["scale"], self.block_size)
         group = np.arange(self.k) // self.block_size
         zero = self.arrays["zero_point"].astype(np.float64)[group] if self.zero_point else 0.0
         return (self.arrays["w"].astype(np.float64) - zero) * self.arrays["scale"].astype(np.float64)[group]
 
     def expected(self, x: np.ndarray) -> np.ndarray:
         return x.astype(np.float64) @ self.weight() + self.arrays.get("bias", np.zeros(1)).astype(np.float64)
+
+
+def decoded(word: str, codes: np.ndarray, scale: np.ndarray, block_size: int) -> np.ndarray:
+    """(K, N) in float64 of codes (K, N) that a table is for: what the body of their product makes of the identity."""
+    case = Case(PRODUCT + word, *codes.shape, block_size, body=True, x_shape=("rows", len(codes)))
+    case.arrays = {"w": codes.astype(np.uint8), "scale": scale if case.powers else scale.astype(np.float32)}
+    plain = session(case.model(), kernels="portable", optimize=False, threads=1)
+    return np.asarray(plain.run(None, {"x": np.eye(len(codes), dtype=np.float32)})[0], np.float64)
+
+
+def _named(op: str) -> tuple[int, str]:
+    """(bits of a code, word of the format) of an operator."""
+    own = by_operator(op)
+    assert own is not None
+    return own.bits, own.operators[op][1]
+
+
+def _inputs(op: str) -> list[str | None]:
+    return [value.name for value in functions.body(op).inputs]
+
+
+def _attributes(op: str) -> list[str]:
+    return list(functions.body(op).attributes)
 
 
 def bfloat16_model(case: Case) -> onnx.ModelProto:
@@ -202,7 +248,7 @@ MALFORMED = [
 
 @dataclass(frozen=True)
 class Weight:
-    """codes (K, N), scale and zero_point (groups, N); zero_point None: 0."""
+    """codes (K, N), scale and zero_point (groups, N); zero_point None: 0. table: word of a format that has one."""
 
     codes: np.ndarray
     scale: np.ndarray
@@ -210,9 +256,17 @@ class Weight:
     block_size: int
     bits: int
     signed: bool
+    table: str = ""
+
+    @property
+    def word(self) -> str:
+        """The end of the operators' names."""
+        return self.table or f"Int{self.bits}"
 
     def decoded(self) -> np.ndarray:
         """(K, N) float64."""
+        if self.table:
+            return decoded(self.table, self.codes, self.scale, self.block_size)
         group = np.arange(len(self.codes)) // self.block_size
         zero_point = 0 if self.zero_point is None else self.zero_point[group].astype(np.float64)
         return (self.codes - zero_point) * self.scale[group].astype(np.float64)

@@ -26,7 +26,7 @@ def _check(own: Format) -> None:
     if own.name == "keep":
         raise ValueError("keep is the word for no format")
     if own.native:
-        raise ValueError("native must be False: the kernel library has none of its products")
+        raise ValueError("native must be empty: the kernel library has none of its products")
     taken = [name for name in (*own.operators, *own.foreign) if name in _OPERATORS]
     if taken:
         raise ValueError(f"its operator {taken[0]} is that of {_OPERATORS[taken[0]].name}: choose other words")

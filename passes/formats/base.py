@@ -79,14 +79,15 @@ class Format(ABC):
     """A weight format: its grid, its operators, what is stored, and what becomes of it for other runtimes.
 
     name: how recipes call it. kinds, words: the names of its operators begin with the one and end in the other; `word`
-    says which a grid has. bits: of a code. native: whether the kernel library has its products; else bodies run.
+    says which a grid has. bits: of a code. native: the words whose products the kernel library has, where it has a row
+    for them (runtime/kernels/formats.h); of the others the bodies run.
     foreign: operators of com.microsoft that `lower` makes of its products and that no other format is read from.
     """
 
     name: ClassVar[str]
     words: ClassVar[Sequence[str]]
     bits: ClassVar[int]
-    native: ClassVar[bool] = False
+    native: ClassVar[Sequence[str]] = ()
     kinds: ClassVar[Sequence[str]] = (PRODUCT, BIASED, EMBEDDING)
     foreign: ClassVar[Sequence[str]] = ()
 

@@ -77,7 +77,7 @@ def is_product(node: ir.Node) -> bool:
 def is_native(node: ir.Node) -> bool:
     """Whether the kernel library computes the product; it takes `ACTIVATION_BITS` then."""
     own = format_of(node)
-    return own is not None and own.native and node.op_type.startswith(PRODUCT)
+    return own is not None and is_product(node) and own.operators[node.op_type][1] in own.native
 
 
 def register(model: ir.Model, name: str, *, zero_points: bool = True) -> None:

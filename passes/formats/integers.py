@@ -119,7 +119,6 @@ _BODIES = {
 class Integers(Format):
     """Affine grids of 4 and 8 bits: what their native kernels, com.microsoft's operators and plain ONNX compute."""
 
-    native = True
     kinds = (PRODUCT, BIASED, EMBEDDING, LOOKUP)
 
     def body(self, kind: str, word: str) -> onnx.FunctionProto:
@@ -171,7 +170,7 @@ class Integers(Format):
 class Int4(Integers):
     """4 bits: with zero points, or signed and symmetric."""
 
-    name, words, bits = "int4", ("Int4",), 4
+    name, words, native, bits = "int4", ("Int4",), ("Int4",), 4
 
     def grid(self, target: str, *, group: int = 128, symmetric: bool = False) -> QuantSpec:
         """group: rows that share a scale, 0 for all. TensorRT, which `qdq` is for, demands positive scales."""
@@ -184,7 +183,7 @@ class Int8(Integers):
     MatMulNBits is made from those in more versions of ONNX Runtime, and a point more of resolution costs nothing.
     """
 
-    name, words, bits = "int8", ("Int8",), 8
+    name, words, native, bits = "int8", ("Int8",), ("Int8",), 8
 
     def grid(self, target: str, *, group: int = 128) -> QuantSpec:
         """group: rows that share a scale, 0 for all."""

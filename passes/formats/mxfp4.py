@@ -55,7 +55,7 @@ class MicroGrid(TableGrid):
 class MXFP4(Tables):
     """OCP's microscaling float4: E2M1 numbers, a power of two for each block of 32 rows."""
 
-    name, words, extra = "mxfp4", ("MXFP4",), ("dtype",)
+    name, words, native, extra = "mxfp4", ("MXFP4",), ("MXFP4",), ("dtype",)
 
     def grid(self, target: str) -> MicroGrid:
         return MicroGrid(self.name, _LEVELS, PerGroup(_BLOCK), scale_bits=8)

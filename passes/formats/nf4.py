@@ -42,7 +42,7 @@ _QUANT_TYPE = 1
 class NF4(Tables):
     """Levels of a normal distribution, max |w| of each group as its scale."""
 
-    name, words, foreign = "nf4", ("NF4", _EXACT), ("MatMulBnb4",)
+    name, words, native, foreign = "nf4", ("NF4", _EXACT), ("NF4",), ("MatMulBnb4",)
 
     def grid(self, target: str, *, group: int = 64) -> TableGrid:
         """group: rows that share a scale, 0 for all."""

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from qcompile.passes.affine import Array, Codes, Grid, QParams, Quantized
 from qcompile.passes.formats.base import (
+    ACTIVATION_BITS,
     BIASED,
     DOMAIN,
     EMBEDDING,
@@ -175,7 +176,8 @@ class Tables(Format):
             told, decoded = f"float[{len(levels)}] {{{', '.join(map(repr, map(float, levels)))}}}", _DECODED_FLOATS
         bias = ", bias" if kind == BIASED else ""
         given = "indices, w, scale" if kind == EMBEDDING else f"x, w, scale{bias}"
-        attributes = ", ".join(("block_size", *self.extra))
+        standard = (f"{ACTIVATION_BITS}: int = 16",) if word in self.native and kind != EMBEDDING else ()
+        attributes = ", ".join(("block_size", *self.extra, *standard))
         taken, codes, stored = (_LOOKED_UP, "codes", "stored") if kind == EMBEDDING else ("", "w", "scale")
         made, factor = self.factor(stored)
         lines = (

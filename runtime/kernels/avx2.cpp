@@ -1,9 +1,11 @@
-// AVX2: no instruction adds four products of bytes, and vpmaddubsw, which adds two, saturates at 16 bits. Therefore:
+// AVX2: no instruction adds four products of bytes, and vpmaddubsw, which adds two, saturates at 16 bits. Therefore a
+// format's largest integer says how its products are added up:
 //
-// 4 bits: two products of a code (0 … 15) and an activation (-128 … 127) are at most 3840, and 8 such pairs fit 16
-//         bits: the 4 blocks (32 rows k) of a run are added up in 16 bits, then vpmaddwd widens them.
-// 8 bits: pairs of codes (0 … 255) do not fit. Codes and activations are taken apart into even and odd rows k of 16
-//         bits, the codes in registers, the activations once a group in memory, and vpmaddwd multiplies them exactly.
+// in 16 bits: two products of an integer 0 … 15 and an activation (-128 … 127) are at most 3840, and 8 such pairs fit: the
+//             4 blocks (32 rows k) of a run are added up in 16 bits, then vpmaddwd widens them. Of integers to 28, 2 blocks.
+// in 32 bits: pairs of larger ones (0 … 255) do not fit. Integers and activations are taken apart into even and odd rows k
+//             of 16 bits, the integers in registers, the activations once a group in memory, and vpmaddwd multiplies them
+//             exactly.
 //
 // A tile is up to 4 int8 rows. Its panel is walked once with 1 row, in two halves with 2, in quarters with 3 and 4:
 // with 8 registers of sums, 16 suffice for codes, activations and constants.
@@ -16,7 +18,9 @@ namespace qcompile {
 namespace {
 
 constexpr int kTileRows = 4;
-constexpr int kRunBlocks = 4;   // blocks that 16 bits hold: 2 pairs each, 8 * 3840 = 30720
+
+// Blocks of a format whose products 16 bits hold: a block adds 4 to each sum. 0: not one.
+constexpr int run_blocks(int format) { return 32767 / (4 * 128 * kFormats[format].largest()); }
 
 bool available() {
   unsigned a, b, c = 0, d;
@@ -27,27 +31,30 @@ bool available() {
 template <int kRows>
 constexpr int columns_at_once() { return kRows == 1 ? 8 : kRows == 2 ? 4 : 2; }
 
-// Codes of a vector as the two operands that the multiplications of this width take.
-template <int kBits>
-inline __m256i first_half(__m256i codes) {
-  return _mm256_and_si256(codes, kBits == 4 ? _mm256_set1_epi8(15) : _mm256_set1_epi16(255));
+// The integers of a vector as the two operands that the multiplications of this width take: nibbles, or even and odd rows
+// of half `kHalf`.
+template <int kFormat, int kHalf>
+inline __m256i first_operand(__m256i codes) {
+  if constexpr (run_blocks(kFormat) > 0) return integers<kFormat, 0>(codes);
+  return _mm256_and_si256(integers<kFormat, kHalf>(codes), _mm256_set1_epi16(255));
 }
 
-template <int kBits>
-inline __m256i second_half(__m256i codes) {
-  if (kBits == 8) return _mm256_srli_epi16(codes, 8);
-  return _mm256_and_si256(_mm256_srli_epi16(codes, 4), _mm256_set1_epi8(15));
+template <int kFormat, int kHalf>
+inline __m256i second_operand(__m256i codes) {
+  if constexpr (run_blocks(kFormat) > 0) return integers<kFormat, 1>(codes);
+  return _mm256_srli_epi16(integers<kFormat, kHalf>(codes), 8);
 }
 
-// sums + codes * activations: pairs of products in 16 bits (4-bit codes) or in 32 (8-bit codes)
-template <int kBits>
-inline __m256i multiply_add(__m256i sums, __m256i codes, __m256i activations) {
-  if (kBits == 4) return _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, activations));
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(codes, activations));
+// sums + integers * activations: pairs of products in 16 bits, or in 32
+template <int kFormat>
+inline __m256i multiply_add(__m256i sums, __m256i integers, __m256i activations) {
+  if (run_blocks(kFormat) > 0) return _mm256_add_epi16(sums, _mm256_maddubs_epi16(integers, activations));
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(integers, activations));
 }
 
-// sums += one block's codes times the activations, of which `low` meet the first half and `high` the second.
-template <int kRows, int kBits, int kCount>
+// sums += one block's integers (those of half `kHalf` in 32 bits) times the activations, of which `low` meet the first
+// operand and `high` the second.
+template <int kRows, int kFormat, int kHalf, int kCount>
 inline void add_block(const uint8_t* block, const int8_t* low, const int8_t* high, __m256i (&sums)[kRows][kCount]) {
   if constexpr (kCount > 2) {  // few rows: their activations stay in registers
     __m256i first[kRows], second[kRows];
@@ -61,31 +68,31 @@ inline void add_block(const uint8_t* block, const int8_t* low, const int8_t* hig
       const __m256i codes = load(block + 32 * j);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        sums[r][j] = multiply_add<kBits>(sums[r][j], first_half<kBits>(codes), first[r]);
-        sums[r][j] = multiply_add<kBits>(sums[r][j], second_half<kBits>(codes), second[r]);
+        sums[r][j] = multiply_add<kFormat>(sums[r][j], first_operand<kFormat, kHalf>(codes), first[r]);
+        sums[r][j] = multiply_add<kFormat>(sums[r][j], second_operand<kFormat, kHalf>(codes), second[r]);
       }
     }
   } else {  // more rows: the codes do
     __m256i first[kCount], second[kCount];
 #pragma GCC unroll 8
     for (int j = 0; j < kCount; ++j) {
-      first[j] = first_half<kBits>(load(block + 32 * j));
-      second[j] = second_half<kBits>(load(block + 32 * j));
+      first[j] = first_operand<kFormat, kHalf>(load(block + 32 * j));
+      second[j] = second_operand<kFormat, kHalf>(load(block + 32 * j));
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const __m256i low_four = broadcast(low + 4 * r), high_four = broadcast(high + 4 * r);
 #pragma GCC unroll 8
       for (int j = 0; j < kCount; ++j) {
-        sums[r][j] = multiply_add<kBits>(sums[r][j], first[j], low_four);
-        sums[r][j] = multiply_add<kBits>(sums[r][j], second[j], high_four);
+        sums[r][j] = multiply_add<kFormat>(sums[r][j], first[j], low_four);
+        sums[r][j] = multiply_add<kFormat>(sums[r][j], second[j], high_four);
       }
     }
   }
 }
 
-template <int kRows, int kCount>
-inline void dot4(const uint8_t* blocks, int64_t count, const uint8_t* ahead, const int8_t* activations,
+template <int kRows, int kFormat, int kCount>
+inline void dot16(const uint8_t* blocks, int64_t count, const uint8_t* ahead, const int8_t* activations,
                  __m256i (&sums)[kRows][kCount]) {
   while (count > 0) {
     __m256i narrow[kRows][kCount];
@@ -94,10 +101,10 @@ inline void dot4(const uint8_t* blocks, int64_t count, const uint8_t* ahead, con
 #pragma GCC unroll 8
       for (int j = 0; j < kCount; ++j) narrow[r][j] = _mm256_setzero_si256();
     }
-    const int64_t run = count < kRunBlocks ? count : kRunBlocks;
+    const int64_t run = count < run_blocks(kFormat) ? count : run_blocks(kFormat);
     for (int64_t i = 0; i < run; ++i, blocks += kBlockBytes, activations += 8 * kRows) {
       if (ahead) fetch<kCount>(ahead);
-      add_block<kRows, 4, kCount>(blocks, activations, activations + 4 * kRows, narrow);
+      add_block<kRows, kFormat, 0, kCount>(blocks, activations, activations + 4 * kRows, narrow);
     }
     count -= run;
 #pragma GCC unroll 8
@@ -124,28 +131,32 @@ inline void split_pairs(const int8_t* activations, int64_t bytes, Pairs& pairs) 
   }
 }
 
-template <int kRows, int kCount>
-inline void dot8(const uint8_t* blocks, int64_t count, const uint8_t* ahead, const Pairs& pairs,
-                 __m256i (&sums)[kRows][kCount]) {
+template <int kRows, int kFormat, int kCount>
+inline void dot32(const uint8_t* blocks, int64_t count, const uint8_t* ahead, const Pairs& pairs,
+                  __m256i (&sums)[kRows][kCount]) {
+  constexpr int halves = kFormats[kFormat].block_rows() / 4;
   for (int64_t i = 0; i < count; ++i, blocks += kBlockBytes) {
     if (ahead) fetch<kCount>(ahead);
-    add_block<kRows, 8, kCount>(blocks, pairs.even + 4 * kRows * i, pairs.odd + 4 * kRows * i, sums);
+    const int8_t *even = pairs.even + 4 * kRows * halves * i, *odd = pairs.odd + 4 * kRows * halves * i;
+    add_block<kRows, kFormat, 0, kCount>(blocks, even, odd, sums);
+    if constexpr (halves == 2) add_block<kRows, kFormat, 1, kCount>(blocks, even + 4 * kRows, odd + 4 * kRows, sums);
   }
 }
 
-template <int kRows, int kBits, bool kWide>
+template <int kRows, int kFormat, bool kWide>
 inline void multiply_group(const Layout& layout, const Group& group, float* out) {
   constexpr int count = columns_at_once<kRows>();
+  const int64_t blocks = group.depth / kFormats[kFormat].block_rows();
   Pairs pairs;
-  if (kBits == 8) split_pairs(group.activations, group.depth * kRows, pairs);
+  if constexpr (run_blocks(kFormat) == 0) split_pairs(group.activations, group.depth * kRows, pairs);
   for (int first = 0; first < kVectors; first += count) {
     __m256i sums[kRows][count];
-    start<kRows, count>(layout, group, first, sums);
+    start<kRows, kFormat, count>(group, first, sums);
     const uint8_t* ahead = group.cold ? fetch_from(layout, group, first) : nullptr;
-    if (kBits == 4) {
-      dot4<kRows, count>(group.blocks + 32 * first, group.depth / 8, ahead, group.activations, sums);
+    if constexpr (run_blocks(kFormat) > 0) {
+      dot16<kRows, kFormat, count>(group.blocks + 32 * first, blocks, ahead, group.activations, sums);
     } else {
-      dot8<kRows, count>(group.blocks + 32 * first, group.depth / 4, ahead, pairs, sums);
+      dot32<kRows, kFormat, count>(group.blocks + 32 * first, blocks, ahead, pairs, sums);
     }
     finish<kRows, count, kWide>(layout, group, first, sums, out);
   }
@@ -154,6 +165,6 @@ inline void multiply_group(const Layout& layout, const Group& group, float* out)
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", available, kTileRows, quantize, multiply_up_to<kTileRows>, from_half, to_half};
+const Kernels kAvx2 = {"avx2", available, kTileRows, quantize, kProducts<kTileRows>, from_half, to_half};
 
 }  // namespace qcompile

@@ -1,7 +1,7 @@
 // AVX512-VNNI: vpdpbusd multiplies 64 codes (unsigned) by 64 activations (signed) and adds fours of them to 16 sums.
 //
-// A tile is up to 6 int8 rows by 64 columns: 24 registers of sums, 4 of codes, one of activations, one mask of nibbles.
-// The float results stay in `out` (first-level cache) and take one product a group. Compiled for this instruction set
+// A tile is up to 6 int8 rows by 64 columns: 24 registers of sums, 4 of codes, one of activations, one mask of nibbles, one
+// table of levels where codes are looked up. The float results stay in `out` (first-level cache) and take one product a group. Compiled for this instruction set
 // alone: nothing in here may be an inline function that the linker could prefer to another file's copy.
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -91,11 +91,11 @@ inline void quantize_group(const float* x, int64_t filled, int64_t depth, float 
 // ---- products ----
 
 // Sums start from minus the zero point's share, so that the codes can stay unsigned.
-template <int kTileRows>
+template <int kTileRows, int kFormat>
 inline void start(const Layout& layout, const uint8_t* zero_points, const int32_t* sum, int64_t groups,
                   __m512i (&sums)[kTileRows][kVectors]) {
   if (!layout.zero_points) {
-    const int shift = layout.bits == 4 ? 3 : 7;  // the symmetric zero point is 8 or 128
+    constexpr int shift = log2_of(kFormats[kFormat].middle);
 #pragma GCC unroll 6
     for (int r = 0; r < kTileRows; ++r) {
       const __m512i value = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(_mm512_set1_epi32(sum[r * groups]), shift));
@@ -127,24 +127,36 @@ inline void accumulate(const __m512i (&vectors)[kVectors], const int32_t* activa
   }
 }
 
-template <int kTileRows, int kBits>
+// The integers that products multiply, of vectors that hold a code a byte.
+template <int kFormat>
+inline void look_up(__m512i (&codes)[kVectors]) {
+  if constexpr (kFormats[kFormat].affine) return;
+  static constexpr Levels kLevelsOf = levels_of(kFormats[kFormat]);
+  const __m512i levels = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kLevelsOf.of)));
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) codes[j] = _mm512_shuffle_epi8(levels, codes[j]);
+}
+
+template <int kTileRows, int kFormat>
 inline void multiply_block(const uint8_t* block, const int32_t* activations, __m512i (&sums)[kTileRows][kVectors]) {
   __m512i loaded[kVectors], codes[kVectors];
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) loaded[j] = _mm512_load_si512(block + kVector * j);
-  if (kBits == 8) {
+  if (kFormats[kFormat].bits == 8) {
     accumulate<kTileRows>(loaded, activations, sums);
     return;
   }
   const __m512i nibble = _mm512_set1_epi8(15);
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) codes[j] = _mm512_and_si512(loaded[j], nibble);
+  look_up<kFormat>(codes);
   accumulate<kTileRows>(codes, activations, sums);
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) {
     if (kTileRows > 4) loaded[j] = _mm512_load_si512(block + kVector * j);  // again: cheaper than four registers kept
     codes[j] = _mm512_and_si512(_mm512_srli_epi16(loaded[j], 4), nibble);
   }
+  look_up<kFormat>(codes);
   accumulate<kTileRows>(codes, activations + kTileRows, sums);
 }
 
@@ -175,9 +187,9 @@ inline void finish(const Layout& layout, const uint8_t* scales, const float* row
   }
 }
 
-template <int kTileRows, int kBits, bool kWide>
+template <int kTileRows, int kFormat, bool kWide>
 void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
-  constexpr int step = kWide ? 2 : 1, model_rows = kTileRows / step, rows_per_block = kBits == 4 ? 8 : 4;
+  constexpr int step = kWide ? 2 : 1, model_rows = kTileRows / step, rows_per_block = kFormats[kFormat].block_rows();
   const bool fetch = tile.cold && fetching_pays;
   const int64_t groups = layout.groups(), head = layout.scale_bytes() + layout.zero_point_bytes();
   const int32_t* activations = reinterpret_cast<const int32_t*>(tile.codes);
@@ -189,7 +201,7 @@ void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile,
   for (int64_t group = 0; group < groups; ++group) {
     const uint8_t* scales = panel;
     __m512i sums[kTileRows][kVectors];
-    start<kTileRows>(layout, panel + layout.scale_bytes(), tile.sum + group, groups, sums);
+    start<kTileRows, kFormat>(layout, panel + layout.scale_bytes(), tile.sum + group, groups, sums);
     panel += head;
     const int64_t depth = layout.depth(group);
     for (int64_t row = 0; row < depth; row += rows_per_block, panel += kBlockBytes) {
@@ -197,7 +209,7 @@ void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile,
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) _mm_prefetch(reinterpret_cast<const char*>(panel + kAhead + kVector * j), _MM_HINT_T0);
       }
-      multiply_block<kTileRows, kBits>(panel, activations, sums);
+      multiply_block<kTileRows, kFormat>(panel, activations, sums);
       activations += rows_per_block / 4 * kTileRows;
     }
     finish<kTileRows, kWide>(layout, scales, tile.scale + group, groups, sums, out);
@@ -224,6 +236,6 @@ void to_half(const float* x, uint16_t* y, int64_t n) {
 }  // namespace
 
 extern const Kernels kAvx512Vnni;
-const Kernels kAvx512Vnni = {"avx512vnni", available, kRows, quantize, multiply_up_to<kRows>, from_half, to_half};
+const Kernels kAvx512Vnni = {"avx512vnni", available, kRows, quantize, kProducts<kRows>, from_half, to_half};
 
 }  // namespace qcompile

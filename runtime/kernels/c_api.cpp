@@ -1,6 +1,8 @@
 #include "c_api.h"
 
+#include <cstring>
 #include <new>
+#include <string>
 
 #include "matmul.h"
 
@@ -15,16 +17,30 @@ const char* qcompile_chosen_kernel() {
   return kernels ? kernels->name : "";
 }
 
-void* qcompile_weight_create(const char* kernel, int64_t k, int64_t n, int64_t block_size, int bits, int is_signed,
-                             const void* codes, const void* scale, int scale_is_half, const void* zero_point) {
+const char* qcompile_formats() {
+  static thread_local std::string words;
+  const Kernels* kernels = chosen_kernels();
+  words.clear();
+  for (int format = 0; kernels && format < kFormatCount; ++format) {
+    if (kernels->products.of[format]) words += std::string(words.empty() ? "" : ",") + kFormats[format].word;
+  }
+  return words.c_str();
+}
+
+void* qcompile_weight_create(const char* kernel, int64_t k, int64_t n, int64_t block_size, const char* format,
+                             int is_signed, const void* codes, const void* scale, int scale_is_half,
+                             const void* zero_point) {
   constexpr int64_t limit = int64_t(1) << 31;
   const Kernels* kernels = named_kernels(kernel);
-  if (!kernels || k < 1 || n < 1 || block_size < 1 || (bits != 4 && bits != 8)) return nullptr;
+  int row = 0;
+  while (row < kFormatCount && std::strcmp(kFormats[row].word, format) != 0) ++row;
+  if (!kernels || row == kFormatCount || !kernels->products.of[row] || k < 1 || n < 1 || block_size < 1) return nullptr;
+  if (!kFormats[row].affine && (is_signed || zero_point)) return nullptr;
   if (k > limit || n > limit || block_size > limit) return nullptr;
   const Source source = {static_cast<const uint8_t*>(codes), scale, scale_is_half != 0,
                          static_cast<const uint8_t*>(zero_point), is_signed != 0};
   try {
-    return new PackedWeight(make_layout(k, n, block_size, bits, source), source, kernels);
+    return new PackedWeight(make_layout(k, n, block_size, row, source), source, kernels);
   } catch (const std::bad_alloc&) {
     return nullptr;
   }

@@ -68,7 +68,7 @@ class Random {
   uint64_t state_;
 };
 
-enum class Scales { kFloatOfHalf, kHalf, kFloat };   // fp32 that fit fp16; fp16; fp32 that do not
+enum class Scales { kFloatOfHalf, kHalf, kFloat };   // fp32 that fit fp16; fp16; fp32 that do not; powers likewise
 enum class ZeroPoints { kAbsent, kMiddle, kAny };
 enum class Row { kPlain, kOutliers, kZero, kDenormal, kMixed, kHuge, kExtreme, kNan, kInf, kInfs, kCount };
 
@@ -76,18 +76,19 @@ constexpr bool is_finite(Row row) { return row < Row::kNan; }
 
 struct Case {
   int64_t m, k, n, block_size;
-  int bits;
+  int format;
   bool is_signed, half, bias;
   Scales scales;
   ZeroPoints zero_points;
   int activation_bits;
   uint64_t seed;
 
+  const qcompile::Format& of() const { return qcompile::kFormats[format]; }
   int64_t groups() const { return (k + block_size - 1) / block_size; }
   std::string text() const {
     char line[200];
-    std::snprintf(line, sizeof line, "m %lld k %lld n %lld block %lld bits %d %s %s scales %d zero points %d a%d%s",
-                  (long long)m, (long long)k, (long long)n, (long long)block_size, bits,
+    std::snprintf(line, sizeof line, "m %lld k %lld n %lld block %lld %s %s %s scales %d zero points %d a%d%s",
+                  (long long)m, (long long)k, (long long)n, (long long)block_size, of().word,
                   is_signed ? "signed" : "unsigned", half ? "fp16" : "fp32", int(scales), int(zero_points),
                   activation_bits, bias ? " bias" : "");
     return line;
@@ -98,8 +99,8 @@ struct Case {
 class Weight {
  public:
   Weight(const Case& c, Random& random)
-      : codes_((c.k * c.n * c.bits + 7) / 8), zero_points_((c.groups() * c.n * c.bits + 7) / 8),
-        floats_(c.groups() * c.n), halves_(c.groups() * c.n), w(size_t(c.k * c.n)), case_(c) {
+      : codes_((c.k * c.n * c.of().bits + 7) / 8), zero_points_((c.groups() * c.n * c.of().bits + 7) / 8),
+        floats_(c.groups() * c.n), halves_(c.groups() * c.n), powers_(c.groups() * c.n), w(size_t(c.k * c.n)), case_(c) {
     std::memset(codes_.data(), 0, size_t(codes_.size()));
     std::memset(zero_points_.data(), 0, size_t(zero_points_.size()));
     for (int64_t i = 0; i < floats_.size(); ++i) fill_group(i, random);
@@ -111,7 +112,8 @@ class Weight {
 
   qcompile::Source source() const {
     const bool half = case_.scales == Scales::kHalf;
-    return {codes_.data(), half ? static_cast<const void*>(halves_.data()) : floats_.data(), half,
+    const void* scale = half ? static_cast<const void*>(halves_.data()) : floats_.data();
+    return {codes_.data(), case_.of().powers ? powers_.data() : scale, half,
             case_.zero_points == ZeroPoints::kAbsent ? nullptr : zero_points_.data(), case_.is_signed};
   }
 
@@ -122,25 +124,33 @@ class Weight {
   Guarded<uint8_t> codes_, zero_points_;
   Guarded<float> floats_;
   Guarded<uint16_t> halves_;
+  Guarded<uint8_t> powers_;
 
  public:
   std::vector<double> w;  // (K, N)
 
  private:
-  int last() const { return (1 << case_.bits) - 1; }
-  int middle() const { return case_.is_signed ? 0 : 1 << (case_.bits - 1); }
+  int last() const { return case_.of().last_code(); }
+  int middle() const { return case_.is_signed ? 0 : last() / 2 + 1; }
   int value(int code) const { return case_.is_signed && code > last() / 2 ? code - last() - 1 : code; }
+  int level(int code) const { return case_.of().affine ? value(code) : case_.of().table[code]; }
 
   void put(Guarded<uint8_t>& codes, int64_t index, int code) {
-    if (case_.bits == 8) codes[index] = uint8_t(code);
+    if (case_.of().bits == 8) codes[index] = uint8_t(code);
     else codes[index / 2] = uint8_t(codes[index / 2] | code << (4 * (index & 1)));
   }
   int get(const Guarded<uint8_t>& codes, int64_t index) const {
-    return case_.bits == 8 ? codes[index] : codes[index / 2] >> (4 * (index & 1)) & 15;
+    return case_.of().bits == 8 ? codes[index] : codes[index / 2] >> (4 * (index & 1)) & 15;
   }
 
   void fill_group(int64_t index, Random& random) {
-    const float scale = float((0.2 + random.uniform()) * (random.below(4) ? 1 : -1) * (case_.bits == 4 ? 0.1 : 0.006));
+    float scale = float((0.2 + random.uniform()) * (random.below(4) ? 1 : -1) * 1.5 / case_.of().largest());
+    if (case_.of().powers) {
+      // 2^-24 is the least of fp16, 2^-25 and below become 0 there; what lies below 2^-30 has to stay fp32.
+      const int first = case_.scales == Scales::kFloat ? 30 : 0, least = case_.scales == Scales::kHalf ? 26 : 24;
+      powers_[index] = uint8_t(128 - first - random.below(random.below(8) ? 4 : least + 1));
+      scale = float(std::ldexp(1.0, powers_[index] - 128));
+    }
     halves_[index] = qcompile::float_to_half(scale);
     floats_[index] = case_.scales == Scales::kFloat ? scale : qcompile::half_to_float(halves_[index]);
     put(zero_points_, index, case_.zero_points == ZeroPoints::kAny ? random.below(last() + 1) : middle());
@@ -150,7 +160,7 @@ class Weight {
     const int64_t index = k * case_.n + n, group = k / case_.block_size * case_.n + n;
     put(codes_, index, code);
     const int zero_point = case_.zero_points == ZeroPoints::kAbsent ? 0 : value(get(zero_points_, group));
-    w[size_t(index)] = double(value(code) - zero_point) * double(floats_[group]);
+    w[size_t(index)] = double(level(code) - zero_point) * double(floats_[group]);
   }
 
   Case case_;

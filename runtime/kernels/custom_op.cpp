@@ -12,13 +12,14 @@ namespace {
 
 const Operator& self(const OrtCustomOp* op) { return *static_cast<const Operator*>(op); }
 
-size_t input_count(const OrtCustomOp* op) { return self(op).bias ? 5 : 4; }
+size_t input_count(const OrtCustomOp* op) { return size_t(3 + self(op).bias + self(op).of().affine); }
 
 ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
   const Operator& mine = self(op);
   const Input input = input_at(mine, index);
+  if (input == kScale && mine.of().powers) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
   if (input != kW && input != kZeroPoint) return mine.element;
-  if (mine.bits == 4) return mine.is_signed ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4 : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4;
+  if (mine.of().bits == 4) return mine.is_signed ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4 : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4;
   return mine.is_signed ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
 }
 
@@ -57,11 +58,10 @@ OrtStatus* infer_shape(const OrtCustomOp* op, OrtShapeInferContext* context) {
   });
 }
 
-Operator make(const OrtApi& api, const char* name, int bits, bool bias, ONNXTensorElementDataType element,
-              bool is_signed) {
+Operator make(const OrtApi& api, int format, bool bias, ONNXTensorElementDataType element, bool is_signed) {
   Operator op{};
   op.version = kApiVersion;
-  op.GetName = [](const OrtCustomOp* op) { return self(op).name; };
+  op.GetName = [](const OrtCustomOp* op) { return self(op).name.c_str(); };
   op.GetInputType = input_type;
   op.GetInputTypeCount = input_count;
   op.GetOutputType = [](const OrtCustomOp* op, size_t) { return self(op).element; };
@@ -76,8 +76,8 @@ Operator make(const OrtApi& api, const char* name, int bits, bool bias, ONNXTens
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op.GetEndVersion = [](const OrtCustomOp*) { return kOperatorVersion; };
   op.api = &api;
-  op.name = name;
-  op.bits = bits;
+  op.name = std::string(bias ? "MatMulAdd" : "MatMul") + kFormats[format].word;
+  op.format = format;
   op.bias = bias;
   op.element = element;
   op.is_signed = is_signed;
@@ -88,14 +88,16 @@ Operator make(const OrtApi& api, const char* name, int bits, bool bias, ONNXTens
 
 Input input_at(const Operator& op, size_t index) { return !op.bias && index == kBias ? kZeroPoint : Input(index); }
 
-std::vector<Operator> all_operators(const OrtApi& api, std::initializer_list<ONNXTensorElementDataType> elements) {
+std::vector<Operator> all_operators(const OrtApi& api, std::initializer_list<ONNXTensorElementDataType> elements,
+                                    const std::function<bool(int format)>& has_kernel) {
   std::vector<Operator> all;
-  for (ONNXTensorElementDataType element : elements) {
-    for (bool is_signed : {false, true}) {
-      all.push_back(make(api, "MatMulInt4", 4, false, element, is_signed));
-      all.push_back(make(api, "MatMulInt8", 8, false, element, is_signed));
-      all.push_back(make(api, "MatMulAddInt4", 4, true, element, is_signed));
-      all.push_back(make(api, "MatMulAddInt8", 8, true, element, is_signed));
+  for (int format = 0; format < kFormatCount; ++format) {
+    if (!has_kernel(format)) continue;
+    for (ONNXTensorElementDataType element : elements) {
+      for (bool is_signed : {false, true}) {
+        if (is_signed && !kFormats[format].affine) continue;
+        for (bool bias : {false, true}) all.push_back(make(api, format, bias, element, is_signed));
+      }
     }
   }
   return all;

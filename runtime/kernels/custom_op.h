@@ -1,6 +1,7 @@
 // What ONNX Runtime asks of an operator before it makes a kernel: names, types, shapes. The same for every provider.
 #pragma once
 
+#include <functional>
 #include <initializer_list>
 #include <vector>
 
@@ -8,10 +9,11 @@
 
 namespace qcompile {
 
-// MatMulInt4, MatMulInt8, MatMulAddInt4 and MatMulAddInt8 for these elements and both kinds of codes. What depends on
-// the provider is left to fill in: GetExecutionProviderType, GetInputMemoryType, and what run_with fills in.
+// The products of every format that `has_kernel`, with a bias and without, for these elements and all types of codes. What
+// depends on the provider is left to fill in: GetExecutionProviderType, GetInputMemoryType, and what run_with fills in.
 std::vector<Operator> all_operators(const ort::OrtApi& api,
-                                    std::initializer_list<ort::ONNXTensorElementDataType> elements);
+                                    std::initializer_list<ort::ONNXTensorElementDataType> elements,
+                                    const std::function<bool(int format)>& has_kernel);
 
 // Which input the index of one is.
 Input input_at(const Operator& op, size_t index);

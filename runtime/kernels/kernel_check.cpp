@@ -112,13 +112,14 @@ void check_unpacked(const PackedWeight& packed, const Weight& weight, const Case
 }
 
 void check_product(const Kernels* kernels, const Case& c, Report& report) {
+  if (!kernels->products.of[c.format]) return;
   Random random(c.seed);
   Weight weight(c, random);
   Activations x(c, random);
   const bool faulty = sabotage == "code" && c.seed == 1;
   if (faulty) weight.sabotage();
   const Source source = weight.source();
-  const PackedWeight packed(make_layout(c.k, c.n, c.block_size, c.bits, source), source, kernels);
+  const PackedWeight packed(make_layout(c.k, c.n, c.block_size, c.format, source), source, kernels);
   if (!faulty) check_unpacked(packed, weight, c, report);
   const std::vector<float> y = multiply(packed, c, x, serial());
   ++report.products;
@@ -134,33 +135,44 @@ void check_product(const Kernels* kernels, const Case& c, Report& report) {
   }
 }
 
-// All 144 sorts of weights and activations, each with some of the sizes.
+// Sorts of weights and activations of one format. What codes with a table lack (signs, zero points) is left out.
+int64_t sorts_of(const Format& format) { return format.affine ? 72 : 12; }
+
+Case sort_of(int format, int64_t sort) {
+  const auto take = [&sort](int choices) {
+    const int taken = int(sort % choices);
+    sort /= choices;
+    return taken;
+  };
+  Case c{};
+  c.format = format;
+  c.half = take(2);
+  c.activation_bits = take(2) ? 8 : 16;
+  c.scales = Scales(take(3));
+  if (!c.of().affine) return c;
+  c.is_signed = take(2);
+  c.zero_points = ZeroPoints(take(3));
+  return c;
+}
+
+// All sorts of all formats, each with some of the sizes.
 std::vector<Case> products() {
   static const int64_t rows[] = {257, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 31, 64, 65, 1, 1, 0};
   static const int64_t depths[] = {300, 1, 7, 129, 512, 33, 257, 64, 100, 8, 385};
   static const int64_t columns[] = {65, 1, 63, 64, 130, 2, 37};
   static const int64_t blocks[] = {16, 32, 48, 64, 100, 128, 256, 0};  // 0: K
   std::vector<Case> cases;
-  for (int i = 0; i < 3 * 144; ++i) {
-    Case c{};
-    c.m = rows[i % 24];
-    c.k = depths[i % 11];
-    c.n = columns[i % 7];
-    c.block_size = blocks[(i + i / 8) % 8] ? blocks[(i + i / 8) % 8] : c.k;
+  for (int i = 0; i < kFormatCount * 3 * 72; ++i) {
+    // 35 and the number of sorts share no factor: those of codes come three times each, those of tables 18 times.
+    const int format = i % kFormatCount;
+    Case c = sort_of(format, int64_t(i / kFormatCount) * 35 % sorts_of(kFormats[format]));
+    const int64_t at = i / kFormatCount + i % kFormatCount * 5;  // formats go through the sizes at different paces
+    c.m = rows[at % 24];
+    c.k = depths[at % 11];
+    c.n = columns[at % 7];
+    c.block_size = blocks[(at + at / 8) % 8] ? blocks[(at + at / 8) % 8] : c.k;
     c.seed = uint64_t(i + 1);
     c.bias = i % 5 < 2;
-    int sort = (i * 35) % 144;  // 35 and 144 share no factor: each sort three times
-    const auto take = [&sort](int choices) {
-      const int taken = sort % choices;
-      sort /= choices;
-      return taken;
-    };
-    c.bits = take(2) ? 8 : 4;
-    c.is_signed = take(2);
-    c.half = take(2);
-    c.activation_bits = take(2) ? 8 : 16;
-    c.scales = Scales(take(3));
-    c.zero_points = ZeroPoints(take(3));
     cases.push_back(c);
   }
   return cases;
@@ -169,11 +181,11 @@ std::vector<Case> products() {
 // A scale that is no number makes its columns so, and no others.
 void check_bad_scale(const Kernels* kernels, Report& report) {
   for (const float bad : {std::nanf(""), INFINITY}) {
-    std::vector<uint8_t> codes(48 * 20, 0x97);
+    std::vector<uint8_t> codes(48 * 20, 0x97);  // of the first row of formats: numbers of 4 bits
     std::vector<float> scale(3 * 40, 0.5f), x(2 * 48, 1.0f), y(2 * 40, 7.0f);
     scale[40 + 11] = bad;
     const Source source = {codes.data(), scale.data(), false, nullptr, true};
-    const PackedWeight packed(make_layout(48, 40, 16, 4, source), source, kernels);
+    const PackedWeight packed(make_layout(48, 40, 16, 0, source), source, kernels);
     packed.multiply(x.data(), Element::kFloat, 2, y.data(), nullptr, 8, serial());
     for (size_t i = 0; i < y.size(); ++i) {
       const float expected = i % 40 == 11 ? bad * -7 : 48 * 0.5f * (i % 2 ? -7.0f : 7.0f);
@@ -210,10 +222,11 @@ bool same(const Guarded<T>& a, const Guarded<T>& b) {
 }
 
 void check_tile(const Kernels* reference, const Kernels* kernels, const Case& c, int rows, bool wide, Report& report) {
+  if (!kernels->products.of[c.format]) return;
   Random random(c.seed + uint64_t(rows));
   const Weight weight(c, random);
   const Source source = weight.source();
-  const Layout layout = make_layout(c.k, c.n, c.block_size, c.bits, source);
+  const Layout layout = make_layout(c.k, c.n, c.block_size, c.format, source);
   Guarded<uint8_t> packed(layout.bytes());
   pack(layout, source, packed.data());
   const int step = wide ? 2 : 1;
@@ -234,8 +247,8 @@ void check_tile(const Kernels* reference, const Kernels* kernels, const Case& c,
   const uint8_t* panel = packed.data() + (layout.panels() - 1) * layout.panel_bytes();
   const bool cold = c.seed % 2;
   const Tile reference_tile = {expected.codes.data(), expected.scale.data(), expected.sum.data(), rows, wide, cold};
-  reference->multiply(layout, panel, reference_tile, wanted.data());
-  kernels->multiply(layout, panel, {tile.codes.data(), tile.scale.data(), tile.sum.data(), rows, wide, cold},
+  reference->products.of[c.format](layout, panel, reference_tile, wanted.data());
+  kernels->products.of[c.format](layout, panel, {tile.codes.data(), tile.scale.data(), tile.sum.data(), rows, wide, cold},
                     out.data());
   for (int row = 0; row < rows / step; ++row) {
     const float *a = out.data() + row * kPanel, *b = wanted.data() + row * kPanel, *in = x.data() + row * c.k;
@@ -249,7 +262,7 @@ void check_tile(const Kernels* reference, const Kernels* kernels, const Case& c,
 
 void check_tiles(const Kernels* reference, const Kernels* kernels, Report& report) {
   for (const Case& c : products()) {
-    if (c.seed > 144) break;
+    if (c.seed > 72 * kFormatCount) break;
     const int rows = 1 + int(c.seed % uint64_t(kernels->rows));
     check_tile(reference, kernels, c, rows, false, report);
     check_tile(reference, kernels, c, (rows + 1) / 2 * 2, true, report);
@@ -258,7 +271,7 @@ void check_tiles(const Kernels* reference, const Kernels* kernels, Report& repor
 
 // A NaN or an infinity is seen wherever in the row it stands.
 void check_not_finite(const Kernels* kernels, Report& report) {
-  const Layout layout = {93, 64, 48, 4, false, true};
+  const Layout layout = {93, 64, 48, 0, false, true};
   TileData tile(layout, 2, 2);
   Guarded<float> x(layout.k);
   for (const float bad : {std::nanf(""), -std::nanf(""), INFINITY, -INFINITY}) {

@@ -8,6 +8,12 @@ namespace qcompile {
 // Groups of activations below 2^-100 are taken for zeros: 127 / amax must stay finite.
 constexpr float kTiny = 7.88860905221011805e-31f;
 
+// For each row of kFormats: out (rows of the model, 64) = tile times one panel of packed weights. nullptr: the instruction
+// set has none, so no operator of that format is registered, and its body runs.
+struct Products {
+  void (*of[kFormatCount])(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out);
+};
+
 struct Kernels {
   const char* name;
   bool (*available)();
@@ -20,8 +26,7 @@ struct Kernels {
   float (*quantize)(const Layout& layout, const float* x, bool wide, int row, int rows, int8_t* codes, float* scale,
                     int32_t* sum);
 
-  // out (rows of the model, 64) = tile times one panel of packed weights.
-  void (*multiply)(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out);
+  Products products;
 
   void (*from_half)(const uint16_t* x, float* y, int64_t n);
   void (*to_half)(const float* x, uint16_t* y, int64_t n);

@@ -3,10 +3,11 @@
 // A weight (K, N) is cut into panels of 64 columns. A panel is one linear stream of groups, and a group is
 //
 //     scale       64 x fp16 (or fp32, where a scale of the weight is no fp16 number)
-//     zero point  64 x u8, only where the weight has zero points (a symmetric weight is stored as code + 8 or + 128)
+//     zero point  64 x u8, only where the weight has zero points (signed codes are stored with the format's middle added)
 //     codes       blocks of 4 vectors of 64 bytes; vector j holds columns 16 j … 16 j + 15, four bytes a column
 //
-// 4 bits: a block covers 8 rows k; byte t of a column holds row t in its low nibble and row 4 + t in its high one.
+// 4 bits: a block covers 8 rows k; byte t of a column holds row t in its low nibble and row 4 + t in its high one. Codes
+// stay codes: what looks them up in a table does so when it multiplies.
 // 8 bits: a block covers 4 rows k; byte t of a column holds row t.
 //
 // So four bytes of a column meet four activations, which is the shape of the int8 dot-product instructions, and a panel
@@ -18,9 +19,7 @@
 #include <cstddef>
 #include <cstdint>
 
-// The files of single instruction sets use these functions too, and a copy compiled there that the linker took for all
-// would crash other machines: no copy is made.
-#define QCOMPILE_INLINE [[gnu::always_inline]] inline
+#include "formats.h"
 
 namespace qcompile {
 
@@ -36,13 +35,13 @@ QCOMPILE_INLINE int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b
 struct Layout {
   int64_t k, n;        // of the weight
   int64_t block_size;  // rows of a group of the file
-  int bits;            // 4 or 8
-  bool zero_points;    // u8 zero points in each group; otherwise the constant 8 or 128
+  int format;          // row of kFormats
+  bool zero_points;    // u8 zero points in each group; otherwise the format's middle
   bool half_scales;    // fp16 scales, otherwise fp32
 
-  QCOMPILE_INLINE Layout(int64_t k, int64_t n, int64_t block_size, int bits, bool zero_points, bool half_scales)
-      : k(k), n(n), block_size(block_size), bits(bits), zero_points(zero_points), half_scales(half_scales),
-        file_groups_(div_up(k, block_size)), splits_(div_up(block_size < k ? block_size : k, kMaxDepth)),
+  QCOMPILE_INLINE Layout(int64_t k, int64_t n, int64_t block_size, int format, bool zero_points, bool half_scales)
+      : k(k), n(n), block_size(block_size), format(format), zero_points(zero_points), half_scales(half_scales),
+        block_shift_(log2_of(kFormats[format].block_rows())), file_groups_(div_up(k, block_size)), splits_(div_up(block_size < k ? block_size : k, kMaxDepth)),
         depth_(round_up(div_up(block_size < k ? block_size : k, splits_), 8)),
         groups_((file_groups_ - 1) * splits_ + div_up(k - (file_groups_ - 1) * block_size, depth_)),
         panels_(div_up(n, kPanel)), last_depth_(round_up(group_rows(groups_ - 1), 8)) {}
@@ -58,12 +57,12 @@ struct Layout {
 
   QCOMPILE_INLINE int64_t scale_bytes() const { return kPanel * (half_scales ? 2 : 4); }
   QCOMPILE_INLINE int64_t zero_point_bytes() const { return zero_points ? kPanel : 0; }
-  QCOMPILE_INLINE int rows_per_block() const { return bits == 4 ? 8 : 4; }
-  QCOMPILE_INLINE int64_t code_bytes(int64_t depth) const { return (bits == 4 ? depth / 8 : depth / 4) * kBlockBytes; }
+  QCOMPILE_INLINE const Format& of() const { return kFormats[format]; }
+  QCOMPILE_INLINE int rows_per_block() const { return 1 << block_shift_; }
+  QCOMPILE_INLINE int64_t code_bytes(int64_t depth) const { return (depth >> block_shift_) * kBlockBytes; }
   QCOMPILE_INLINE int64_t group_bytes() const { return scale_bytes() + zero_point_bytes() + code_bytes(depth_); }
   QCOMPILE_INLINE int64_t panel_bytes() const { return groups_ * group_bytes() - code_bytes(depth_ - last_depth_); }
   QCOMPILE_INLINE int64_t bytes() const { return panels_ * panel_bytes(); }
-  QCOMPILE_INLINE int symmetric_zero_point() const { return bits == 4 ? 8 : 128; }
 
   // First row of packed group g, and how many rows of the weight it holds (0 where it is all padding).
   QCOMPILE_INLINE int64_t group_begin(int64_t g) const {
@@ -77,6 +76,7 @@ struct Layout {
   }
 
  private:
+  int block_shift_;
   int64_t file_groups_, splits_, depth_, groups_, panels_, last_depth_;
 };
 

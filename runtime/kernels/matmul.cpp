@@ -180,6 +180,7 @@ void PackedWeight::quantize_tile(const Job& job, int64_t tile) const {
 
 void PackedWeight::multiply_unit(const Job& job, int64_t unit) const {
   alignas(64) float out[kMaxRows * kPanel];
+  const auto multiply = kernels_->products.of[layout_.format];
   const int64_t panels = layout_.panels(), tiles = job.tiles(), groups = layout_.groups();
   const int64_t panel_unit = unit / job.row_units, row_unit = unit % job.row_units;
   const int64_t panel_end = panels * (panel_unit + 1) / job.panel_units, tile_end = tiles * (row_unit + 1) / job.row_units;
@@ -195,7 +196,7 @@ void PackedWeight::multiply_unit(const Job& job, int64_t unit) const {
       const Tile activations = {job.codes + first * job.step() * layout_.padded_k(), job.scale + first * groups,
                                 job.sum + first * job.step() * groups, int(count) * job.step(), job.wide,
                                 tile == tile_begin};
-      kernels_->multiply(layout_, packed_ + panel * layout_.panel_bytes(), activations, out);
+      multiply(layout_, packed_ + panel * layout_.panel_bytes(), activations, out);
       for (int64_t i = 0; i < count; ++i) {
         float* row = out + i * kPanel;
         if (job.bias) {

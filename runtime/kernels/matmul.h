@@ -17,7 +17,7 @@ Parallel serial();
 
 class PackedWeight {
  public:
-  // Throws std::bad_alloc. `kernels` must outlive the object.
+  // Throws std::bad_alloc. `kernels` must outlive the object, and have products of the layout's format.
   PackedWeight(const Layout& layout, const Source& source, const Kernels* kernels);
   ~PackedWeight();
   PackedWeight(const PackedWeight&) = delete;

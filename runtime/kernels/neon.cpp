@@ -1,8 +1,10 @@
 // Arm NEON with the dot-product extension: sdot multiplies 16 signed codes by the four activations of one row, which it
 // takes from a lane, and adds fours of products to 4 sums.
 //
-// 4 bits: codes 0 … 15 are signed bytes as they are. 8 bits: code ^ 128 is code - 128, and zero points lose 128, too.
-// A tile is up to 4 int8 rows by 16 columns: 16 registers of sums, 8 of codes, 2 of activations, one mask of nibbles.
+// Integers of a format that stay below 128 are signed bytes as they are. Of others, 128 is taken off: code ^ 128 is
+// code - 128, tables hold levels less 128, and zero points lose 128, too.
+// A tile is up to 4 int8 rows by 16 columns: 16 registers of sums, 8 of codes, 2 of activations, one mask of nibbles, one
+// table of levels.
 
 #include <arm_neon.h>
 #if defined(__linux__)
@@ -112,20 +114,33 @@ inline void add_rows(const int8x16_t (&codes)[kCount], int8x16_t activations, in
   }
 }
 
-template <int kRows, int kBits>
+// What is taken off the integers of a format to make them signed.
+constexpr int shift_of(int format) { return kFormats[format].largest() > 127 ? 128 : 0; }
+
+// The integers that products multiply, of a register that holds a code a byte.
+template <int kFormat>
+inline int8x16_t integers(uint8x16_t codes) {
+  static constexpr Levels kLevelsOf = levels_of(kFormats[kFormat]);
+  constexpr bool affine = kFormats[kFormat].affine;
+  uint8x16_t shifted = affine ? codes : vld1q_u8(kLevelsOf.of);
+  if (shift_of(kFormat)) shifted = veorq_u8(shifted, vdupq_n_u8(128));
+  return vreinterpretq_s8_u8(affine ? shifted : vqtbl1q_u8(shifted, codes));
+}
+
+template <int kRows, int kFormat>
 inline void add_block(const uint8_t* block, const int8_t* activations, int32x4_t (&sums)[kRows][kCount]) {
+  constexpr bool nibbles = kFormats[kFormat].bits == 4;
   uint8x16_t loaded[kCount];
   int8x16_t codes[kCount];
 #pragma GCC unroll 4
   for (int j = 0; j < kCount; ++j) {
     loaded[j] = vld1q_u8(block + 16 * j);
-    const uint8x16_t low = kBits == 4 ? vandq_u8(loaded[j], vdupq_n_u8(15)) : veorq_u8(loaded[j], vdupq_n_u8(128));
-    codes[j] = vreinterpretq_s8_u8(low);
+    codes[j] = integers<kFormat>(nibbles ? vandq_u8(loaded[j], vdupq_n_u8(15)) : loaded[j]);
   }
   add_rows<kRows>(codes, load_activations<kRows>(activations), sums);
-  if (kBits == 8) return;
+  if (!nibbles) return;
 #pragma GCC unroll 4
-  for (int j = 0; j < kCount; ++j) codes[j] = vreinterpretq_s8_u8(vshrq_n_u8(loaded[j], 4));
+  for (int j = 0; j < kCount; ++j) codes[j] = integers<kFormat>(vshrq_n_u8(loaded[j], 4));
   add_rows<kRows>(codes, load_activations<kRows>(activations + 4 * kRows), sums);
 }
 
@@ -141,9 +156,9 @@ struct Group {
 };
 
 // Sums of the 16 columns from `column` on start from minus the zero point's share.
-template <int kRows, int kBits>
+template <int kRows, int kFormat>
 inline void start(const Group& group, int column, int32x4_t (&sums)[kRows][kCount]) {
-  constexpr int middle = kBits == 4 ? 8 : 128, shift = kBits == 4 ? 0 : 128;  // of zero points, and of the codes here
+  constexpr int middle = kFormats[kFormat].middle, shift = shift_of(kFormat);
   int32x4_t zero_point[kCount];
 #pragma GCC unroll 4
   for (int j = 0; j < kCount; ++j) zero_point[j] = vdupq_n_s32(middle - shift);
@@ -188,23 +203,24 @@ inline void finish(const Layout& layout, const Group& group, int column, const i
   }
 }
 
-template <int kRows, int kBits, bool kWide>
+template <int kRows, int kFormat, bool kWide>
 void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
+  constexpr int block_rows = kFormats[kFormat].block_rows();
   const int64_t groups = layout.groups(), depth = layout.depth();
   for (int i = 0; i < kRows / (kWide ? 2 : 1) * kPanel; i += kLanes) vst1q_f32(out + i, vdupq_n_f32(0));
   for (int64_t g = 0; g < groups; ++g, panel += layout.group_bytes()) {
-    const int64_t blocks = layout.depth(g) / (kBits == 4 ? 8 : 4);
+    const int64_t blocks = layout.depth(g) / block_rows;
     const uint8_t* zero_point = panel + layout.scale_bytes();
     const Group group = {panel, layout.zero_points ? zero_point : nullptr, zero_point + layout.zero_point_bytes(),
                          tile.codes + g * depth * kRows, tile.scale + g, tile.sum + g, groups};
     for (int column = 0; column < kPanel; column += kLanes * kCount) {
       int32x4_t sums[kRows][kCount];
-      start<kRows, kBits>(group, column, sums);
+      start<kRows, kFormat>(group, column, sums);
       const uint8_t* block = group.blocks + 4 * column;
       const int8_t* activations = group.activations;
-      for (int64_t i = 0; i < blocks; ++i, block += kBlockBytes, activations += kBits == 4 ? 8 * kRows : 4 * kRows) {
+      for (int64_t i = 0; i < blocks; ++i, block += kBlockBytes, activations += block_rows * kRows) {
         if (tile.cold) __builtin_prefetch(block + kAhead);
-        add_block<kRows, kBits>(block, activations, sums);
+        add_block<kRows, kFormat>(block, activations, sums);
       }
       finish<kRows, kWide>(layout, group, column, sums, out);
     }
@@ -228,6 +244,6 @@ void to_half(const float* x, uint16_t* y, int64_t n) {
 }  // namespace
 
 extern const Kernels kNeon;
-const Kernels kNeon = {"neon", available, kTileRows, quantize, multiply_up_to<kTileRows>, from_half, to_half};
+const Kernels kNeon = {"neon", available, kTileRows, quantize, kProducts<kTileRows>, from_half, to_half};
 
 }  // namespace qcompile

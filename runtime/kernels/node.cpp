@@ -128,6 +128,11 @@ void Node::check_attributes(const OrtKernelInfo* info) {
     refuse("activation_bits is %lld, it must be 8 or 16: compile the model again", (long long)bits);
   }
   activation_bits_ = int(bits);
+  if (!op_.of().powers) return;  // the type of x is that of the scales
+  const int64_t dtype = attribute(info, "dtype", std::nullopt);
+  if (dtype != op_.element) {
+    refuse("dtype is %lld, but x is of type %d: compile the model again", (long long)dtype, int(op_.element));
+  }
 }
 
 // ---- Inputs
@@ -249,7 +254,7 @@ void Node::give_back(const Given& given) const {
   for (Input input : kWeightInputs) {
     if (!given.value[input]) continue;
     const Shape& shape = *given.shape[input];
-    const int64_t bits = input == kScale ? 8 * element_bytes() : op_.bits;
+    const int64_t bits = input != kScale ? op_.of().bits : op_.of().powers ? 8 : 8 * element_bytes();
     give_back_pages(data_of(api_, given.value[input]), shape[0] * shape[1] * bits / 8);
   }
 }

@@ -57,7 +57,9 @@ class Kernel : public Node {
 };
 
 Kernel::Kernel(const Operator& op, const OrtKernelInfo* info) : Node(op, info), kernels_(chosen_kernels()) {
-  if (!kernels_) refuse("QCOMPILE_KERNEL was changed since the library was registered: it may be %s", kernel_names());
+  if (!kernels_ || !kernels_->products.of[op.format]) {
+    refuse("QCOMPILE_KERNEL was changed since the library was registered: it may be %s", kernel_names());
+  }
   const Given given = given_at_load(info);
   check_shapes(given);
   checked_bias_ = given.value[kBias] != nullptr;
@@ -71,7 +73,7 @@ Kernel::Kernel(const Operator& op, const OrtKernelInfo* info) : Node(op, info), 
 std::unique_ptr<const PackedWeight> Kernel::pack_weight(const Given& given) const {
   const Shape& w = *given.shape[kW];
   const Source source = this->source(given);
-  const Layout layout = make_layout(w[0], w[1], block_size(), op().bits, source);
+  const Layout layout = make_layout(w[0], w[1], block_size(), op().format, source);
   return std::make_unique<const PackedWeight>(layout, source, kernels_);
 }
 
@@ -100,8 +102,10 @@ void Kernel::multiply(const PackedWeight& weight, const OrtValue* x, const OrtVa
 }  // namespace
 
 std::vector<Operator> operators(const OrtApi& api) {
+  const Kernels* kernels = chosen_kernels();
   std::vector<Operator> all =
-      all_operators(api, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16});
+      all_operators(api, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
+                    [&](int format) { return kernels && kernels->products.of[format]; });
   for (Operator& op : all) {
     op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
     op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };

@@ -14,8 +14,9 @@ uint8_t element(const uint8_t* codes, int bits, int64_t index) {
 }
 
 // `count` elements from `index` on, one a byte; signed codes become unsigned by adding half the range.
-void read_row(const uint8_t* codes, int bits, int64_t index, int count, bool is_signed, uint8_t* out) {
-  const uint8_t flip = is_signed ? (bits == 4 ? 8 : 128) : 0;  // in two's complement, adding 8 is flipping the top bit
+void read_row(const uint8_t* codes, const Format& format, int64_t index, int count, bool is_signed, uint8_t* out) {
+  const int bits = format.bits;
+  const uint8_t flip = is_signed ? uint8_t(format.middle) : 0;  // in two's complement, adding it is flipping the top bit
   int i = 0;
   if (bits == 4 && index % 2 == 0) {
     const uint8_t* pairs = codes + index / 2;
@@ -27,14 +28,18 @@ void read_row(const uint8_t* codes, int bits, int64_t index, int count, bool is_
   for (; i < count; ++i) out[i] = uint8_t(element(codes, bits, index + i) ^ flip);
 }
 
-float scale_at(const Source& source, int64_t index) {
+float scale_at(const Format& format, const Source& source, int64_t index) {
+  if (format.powers) {
+    const float power = std::ldexp(1.0f, int(static_cast<const uint8_t*>(source.scale)[index]) - 128);
+    return source.scale_is_half ? half_to_float(float_to_half(power)) : power;
+  }
   if (source.scale_is_half) return half_to_float(static_cast<const uint16_t*>(source.scale)[index]);
   return static_cast<const float*>(source.scale)[index];
 }
 
 void pack_scales(const Layout& layout, const Source& source, int64_t group, int64_t column, int columns, uint8_t* out) {
   for (int c = 0; c < columns; ++c) {
-    float scale = scale_at(source, group * layout.n + column + c);
+    float scale = scale_at(layout.of(), source, group * layout.n + column + c);
     if (layout.half_scales) {
       uint16_t half = float_to_half(scale);
       std::memcpy(out + 2 * c, &half, 2);
@@ -45,47 +50,48 @@ void pack_scales(const Layout& layout, const Source& source, int64_t group, int6
 }
 
 // rows: (rows_per_block, 64) codes, one a byte -> one block
-void pack_block(int bits, const uint8_t (*rows)[kPanel], uint8_t* block) {
+void pack_block(const Format& format, const uint8_t (*rows)[kPanel], uint8_t* block) {
   for (int column = 0; column < kPanel; ++column) {
     for (int t = 0; t < 4; ++t) {
       uint8_t code = rows[t][column];
-      if (bits == 4) code = uint8_t(code | (rows[t + 4][column] << 4));
+      if (format.bits == 4) code = uint8_t(code | (rows[t + 4][column] << 4));
       block[column * 4 + t] = code;
     }
   }
 }
 
-bool scales_fit_half(const Source& source, int64_t count) {
+bool scales_fit_half(const Layout& layout, const Source& source, int64_t count) {
   if (source.scale_is_half) return true;
-  const float* scale = static_cast<const float*>(source.scale);
   for (int64_t i = 0; i < count; ++i) {
-    if (!(half_to_float(float_to_half(scale[i])) == scale[i])) return false;
+    const float scale = scale_at(layout.of(), source, i);
+    if (!(half_to_float(float_to_half(scale)) == scale)) return false;
   }
   return true;
 }
 
 bool has_zero_points(const Layout& layout, const Source& source, int64_t count) {
+  if (!layout.of().affine) return false;
   if (!source.zero_point) return !source.is_signed;  // an absent one is 0, which is the middle only of signed codes
-  const int middle = source.is_signed ? 0 : layout.symmetric_zero_point();
+  const int middle = source.is_signed ? 0 : layout.of().middle;
   for (int64_t i = 0; i < count; ++i) {
-    if (element(source.zero_point, layout.bits, i) != middle) return true;
+    if (element(source.zero_point, layout.of().bits, i) != middle) return true;
   }
   return false;
 }
 
 }  // namespace
 
-Layout make_layout(int64_t k, int64_t n, int64_t block_size, int bits, const Source& source) {
-  Layout layout(k, n, block_size, bits, false, false);
+Layout make_layout(int64_t k, int64_t n, int64_t block_size, int format, const Source& source) {
+  Layout layout(k, n, block_size, format, false, false);
   const int64_t count = layout.file_groups() * n;
   layout.zero_points = has_zero_points(layout, source, count);
-  layout.half_scales = scales_fit_half(source, count);
+  layout.half_scales = scales_fit_half(layout, source, count);
   return layout;
 }
 
 bool scales_are_finite(const Layout& layout, const Source& source) {
   for (int64_t i = 0, count = layout.file_groups() * layout.n; i < count; ++i) {
-    if (!std::isfinite(scale_at(source, i))) return false;
+    if (!std::isfinite(scale_at(layout.of(), source, i))) return false;
   }
   return true;
 }
@@ -104,7 +110,7 @@ void pack(const Layout& layout, const Source& source, uint8_t* packed) {
       out += layout.scale_bytes();
       if (layout.zero_points) {
         if (source.zero_point) {
-          read_row(source.zero_point, layout.bits, file_group * layout.n + column, columns, source.is_signed, out);
+          read_row(source.zero_point, layout.of(), file_group * layout.n + column, columns, source.is_signed, out);
         }
         out += kPanel;
       }
@@ -112,9 +118,9 @@ void pack(const Layout& layout, const Source& source, uint8_t* packed) {
       for (int64_t row = 0; row < layout.depth(group); row += step, out += kBlockBytes) {
         std::memset(rows, 0, sizeof rows);
         for (int t = 0; t < step && row + t < filled; ++t) {
-          read_row(source.codes, layout.bits, (begin + row + t) * layout.n + column, columns, source.is_signed, rows[t]);
+          read_row(source.codes, layout.of(), (begin + row + t) * layout.n + column, columns, source.is_signed, rows[t]);
         }
-        pack_block(layout.bits, rows, out);
+        pack_block(layout.of(), rows, out);
       }
     }
   }
@@ -133,14 +139,14 @@ void unpack_column(const Layout& layout, const uint8_t* packed, int64_t column, 
       std::memcpy(&scale, in + 4 * c, 4);
     }
     in += layout.scale_bytes();
-    const int zero_point = layout.zero_points ? in[c] : layout.symmetric_zero_point();
+    const int zero_point = layout.zero_points ? in[c] : layout.of().middle;
     in += layout.zero_point_bytes();
     const int64_t begin = layout.group_begin(group);
     for (int64_t row = 0; row < layout.group_rows(group); ++row) {
       const int t = int(row % step);
       int code = in[row / step * kBlockBytes + c * 4 + t % 4];
-      if (layout.bits == 4) code = t < 4 ? code & 15 : code >> 4;
-      w[begin + row] = float(code - zero_point) * scale;
+      if (step == 8) code = t < 4 ? code & 15 : code >> 4;
+      w[begin + row] = float(layout.of().integer(code) - zero_point) * scale;
     }
   }
 }

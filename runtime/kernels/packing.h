@@ -7,21 +7,21 @@ namespace qcompile {
 
 struct Source {
   const uint8_t* codes;        // (K, N) of 4 or 8 bits
-  const void* scale;           // (file groups, N) fp32 or fp16
-  bool scale_is_half;
+  const void* scale;           // (file groups, N) fp32 or fp16; of a format with powers, bytes
+  bool scale_is_half;          // fp16; powers are rounded to it
   const uint8_t* zero_point;   // (file groups, N) packed like the codes, or nullptr: 0 for signed, and for unsigned codes too
   bool is_signed;              // int4 / int8 instead of uint4 / uint8
 };
 
 // The layout of a weight: fp16 scales where every scale is exactly an fp16 number, so that packing them as such loses
 // nothing; no zero points where they all are the middle of the range.
-Layout make_layout(int64_t k, int64_t n, int64_t block_size, int bits, const Source& source);
+Layout make_layout(int64_t k, int64_t n, int64_t block_size, int format, const Source& source);
 
 // Whether every scale is finite.
 bool scales_are_finite(const Layout& layout, const Source& source);
 
 // Fills layout.bytes() bytes at `packed` (64-byte aligned). Columns behind N become zeros.
-// Signed codes are stored with 8 (128) added, and so are their zero points.
+// Signed codes are stored with the middle of the format added, and so are their zero points.
 void pack(const Layout& layout, const Source& source, uint8_t* packed);
 
 // Decodes rows [begin, end) of panel column `column` (0 … N - 1) back to floats; for tests and for the float path.

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "half.h"
 #include "kernels.h"
@@ -68,15 +69,15 @@ float group_scale(const Layout& layout, const uint8_t* group, int column) {
   return value;
 }
 
-// Sum over one group of code * activation, for one column and one int8 row.
+// Sum over one group of integer * activation, for one column and one int8 row.
 int32_t dot(const Layout& layout, int64_t depth, const uint8_t* blocks, int column, const int8_t* codes, int rows) {
   int32_t total = 0;
   for (int64_t k = 0; k < depth; ++k) {
     const int64_t block = k / layout.rows_per_block();
     const int t = int(k % layout.rows_per_block());
     int code = blocks[block * kBlockBytes + column * 4 + t % 4];
-    if (layout.bits == 4) code = t < 4 ? code & 15 : code >> 4;
-    total += code * codes[k / 4 * rows * 4 + k % 4];
+    if (layout.of().bits == 4) code = t < 4 ? code & 15 : code >> 4;
+    total += layout.of().integer(code) * codes[k / 4 * rows * 4 + k % 4];
   }
   return total;
 }
@@ -92,7 +93,7 @@ void multiply(const Layout& layout, const uint8_t* panel, const Tile& tile, floa
       const int8_t* codes = tile.codes + (group * depth / 4 * tile.rows + row * step) * 4;
       const int32_t* sum = tile.sum + row * step * groups + group;
       for (int column = 0; column < kPanel; ++column) {
-        const int32_t zero_point = layout.zero_points ? zero_points[column] : layout.symmetric_zero_point();
+        const int32_t zero_point = layout.zero_points ? zero_points[column] : layout.of().middle;
         int32_t total = dot(layout, layout.depth(group), blocks, column, codes, tile.rows) - zero_point * sum[0];
         if (tile.wide) {
           const int32_t low = dot(layout, layout.depth(group), blocks, column, codes + 4, tile.rows) - zero_point * sum[groups];
@@ -113,9 +114,16 @@ void to_half(const float* x, uint16_t* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = float_to_half(x[i]);
 }
 
+// The same code for all formats.
+template <int... kFormat>
+constexpr Products products(std::integer_sequence<int, kFormat...>) {
+  return {{(void(kFormat), multiply)...}};
+}
+
 }  // namespace
 
 extern const Kernels kReference;
-const Kernels kReference = {"reference", always, 4, quantize, multiply, from_half, to_half};
+const Kernels kReference = {
+    "reference", always, 4, quantize, products(std::make_integer_sequence<int, kFormatCount>()), from_half, to_half};
 
 }  // namespace qcompile

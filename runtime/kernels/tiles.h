@@ -4,6 +4,8 @@
 // offered to the linker for files of another one. reference.cpp, the specification, has its own plain form.
 #pragma once
 
+#include <utility>
+
 #include "kernels.h"
 
 namespace qcompile {
@@ -20,7 +22,7 @@ inline void quantize_group(const float* x, int64_t filled, int64_t depth, float 
                            int32_t* sum, int32_t* low_sum);
 
 // out (rows of the model, 64) = a tile of kRows int8 rows times one panel.
-template <int kRows, int kBits, bool kWide>
+template <int kRows, int kFormat, bool kWide>
 void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out);
 
 // ---- what they share ----
@@ -51,19 +53,23 @@ float quantize(const Layout& layout, const float* x, bool wide, int row, int row
 }
 
 // The code for a tile of up to kRows int8 rows; in the 16-bit mode they are even.
-template <int kRows, int kBits>
+template <int kRows, int kFormat>
 inline void multiply_rows(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
   if constexpr (kRows > 1) {
-    if (tile.rows < kRows) return multiply_rows<kRows - 1, kBits>(layout, panel, tile, out);
+    if (tile.rows < kRows) return multiply_rows<kRows - 1, kFormat>(layout, panel, tile, out);
   }
-  if (!tile.wide) return multiply_tile<kRows, kBits, false>(layout, panel, tile, out);
-  if constexpr (kRows % 2 == 0) multiply_tile<kRows, kBits, true>(layout, panel, tile, out);
+  if (!tile.wide) return multiply_tile<kRows, kFormat, false>(layout, panel, tile, out);
+  if constexpr (kRows % 2 == 0) multiply_tile<kRows, kFormat, true>(layout, panel, tile, out);
 }
 
-template <int kRows>
-void multiply_up_to(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
-  layout.bits == 4 ? multiply_rows<kRows, 4>(layout, panel, tile, out) : multiply_rows<kRows, 8>(layout, panel, tile, out);
+template <int kRows, int... kFormat>
+constexpr Products products_of(std::integer_sequence<int, kFormat...>) {
+  return {{multiply_rows<kRows, kFormat>...}};
 }
+
+// Of all formats, for tiles of up to kRows int8 rows.
+template <int kRows>
+constexpr Products kProducts = products_of<kRows>(std::make_integer_sequence<int, kFormatCount>());
 
 }  // namespace
 }  // namespace qcompile

@@ -24,6 +24,21 @@ inline __m256i broadcast(const int8_t* codes) {
   return _mm256_set1_epi32(four);
 }
 
+// ---- codes ----
+
+// The integers that products multiply, one a byte, of half `kHalf` of a vector of a block: of codes of 4 bits 0 is the
+// low nibbles and 1 the high ones, 8 bits have one half.
+template <int kFormat, int kHalf>
+inline __m256i integers(__m256i codes) {
+  constexpr Format format = kFormats[kFormat];
+  if constexpr (format.bits == 8) return codes;
+  const __m256i nibbles = _mm256_and_si256(kHalf ? _mm256_srli_epi16(codes, 4) : codes, _mm256_set1_epi8(15));
+  if constexpr (format.affine) return nibbles;
+  static constexpr Levels kLevelsOf = levels_of(format);
+  const __m128i levels = _mm_load_si128(reinterpret_cast<const __m128i*>(kLevelsOf.of));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles);
+}
+
 // ---- activations ----
 
 // x[0] … x[7], zeros from x[count] on; nothing behind x[count - 1] is read.
@@ -100,12 +115,12 @@ struct Group {
 };
 
 // Sums of `kCount` vectors from `first` on start from minus the zero point's share, so that codes can stay unsigned.
-template <int kRows, int kCount>
-inline void start(const Layout& layout, const Group& group, int first, __m256i (&sums)[kRows][kCount]) {
+template <int kRows, int kFormat, int kCount>
+inline void start(const Group& group, int first, __m256i (&sums)[kRows][kCount]) {
   if (!group.zero_point) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m256i value = _mm256_set1_epi32(-layout.symmetric_zero_point() * group.sum[r * group.groups]);
+      const __m256i value = _mm256_set1_epi32(-kFormats[kFormat].middle * group.sum[r * group.groups]);
 #pragma GCC unroll 8
       for (int j = 0; j < kCount; ++j) sums[r][j] = value;
     }
@@ -161,10 +176,10 @@ inline void fetch(const uint8_t*& from) {
 }
 
 // What each instruction set defines for itself: out (rows of the model, 64) += the product of one group.
-template <int kRows, int kBits, bool kWide>
+template <int kRows, int kFormat, bool kWide>
 void multiply_group(const Layout& layout, const Group& group, float* out);
 
-template <int kRows, int kBits, bool kWide>
+template <int kRows, int kFormat, bool kWide>
 void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
   const int64_t groups = layout.groups(), depth = layout.depth(), bytes = layout.group_bytes();
   for (int i = 0; i < kRows / (kWide ? 2 : 1) * kPanel; i += kLanes) _mm256_storeu_ps(out + i, _mm256_setzero_ps());
@@ -176,7 +191,7 @@ void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile,
       const uint8_t* from = fetch_from(layout, group, kVectors);
       fetch<4>(from);
     }
-    multiply_group<kRows, kBits, kWide>(layout, group, out);
+    multiply_group<kRows, kFormat, kWide>(layout, group, out);
   }
 }
 

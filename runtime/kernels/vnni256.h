@@ -34,36 +34,31 @@ inline void add_rows(__m256i codes, __m256i next, const int8_t* activations, int
   }
 }
 
-inline __m256i low_nibbles(__m256i codes) { return _mm256_and_si256(codes, _mm256_set1_epi8(15)); }
-inline __m256i high_nibbles(__m256i codes) { return low_nibbles(_mm256_srli_epi16(codes, 4)); }
-
-template <int kRows, int kBits, int kCount>
+template <int kRows, int kFormat, int kCount>
 inline void add_block(const uint8_t* block, const int8_t* activations, __m256i (&sums)[kRows][kCount]) {
 #pragma GCC unroll 8
   for (int j = 0; j < kCount; j += 2) {
     const __m256i codes = load(block + 32 * j), next = load(block + 32 * j + 32);
-    if (kBits == 8) {
-      add_rows<kRows, kCount>(codes, next, activations, j, sums);
-    } else {
-      add_rows<kRows, kCount>(low_nibbles(codes), low_nibbles(next), activations, j, sums);
-      add_rows<kRows, kCount>(high_nibbles(codes), high_nibbles(next), activations + 4 * kRows, j, sums);
-    }
+    add_rows<kRows, kCount>(integers<kFormat, 0>(codes), integers<kFormat, 0>(next), activations, j, sums);
+    if constexpr (kFormats[kFormat].bits == 8) continue;
+    const __m256i high = integers<kFormat, 1>(codes), next_high = integers<kFormat, 1>(next);
+    add_rows<kRows, kCount>(high, next_high, activations + 4 * kRows, j, sums);
   }
 }
 
-template <int kRows, int kBits, bool kWide>
+template <int kRows, int kFormat, bool kWide>
 inline void multiply_group(const Layout& layout, const Group& group, float* out) {
-  constexpr int count = columns_at_once<kRows>();
-  const int64_t blocks = group.depth / (kBits == 4 ? 8 : 4);
+  constexpr int count = columns_at_once<kRows>(), block_rows = kFormats[kFormat].block_rows();
+  const int64_t blocks = group.depth / block_rows;
   for (int first = 0; first < kVectors; first += count) {
     __m256i sums[kRows][count];
-    start<kRows, count>(layout, group, first, sums);
+    start<kRows, kFormat, count>(group, first, sums);
     const uint8_t* block = group.blocks + 32 * first;
     const uint8_t* ahead = fetch_from(layout, group, first);
     const int8_t* activations = group.activations;
-    for (int64_t i = 0; i < blocks; ++i, block += kBlockBytes, activations += kBits == 4 ? 8 * kRows : 4 * kRows) {
+    for (int64_t i = 0; i < blocks; ++i, block += kBlockBytes, activations += block_rows * kRows) {
       if (group.cold) fetch<count>(ahead);
-      add_block<kRows, kBits, count>(block, activations, sums);
+      add_block<kRows, kFormat, count>(block, activations, sums);
     }
     finish<kRows, count, kWide>(layout, group, first, sums, out);
   }

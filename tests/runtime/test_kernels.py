@@ -3,6 +3,7 @@
 import ctypes
 import platform
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_builds import SANITIZED, build_kernel_check, passed, run
-from native_models import Weight, native_library
+from native_models import NATIVE, TABLES, WORDS, Case, Weight, native_library
 
 INT8_LEVELS = 127
 
@@ -25,11 +26,11 @@ def sanitized() -> Path:
 def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(native_library()))
     loaded.qcompile_kernels.restype = ctypes.c_char_p
-    loaded.qcompile_chosen_kernel.restype = ctypes.c_char_p
+    loaded.qcompile_chosen_kernel.restype = loaded.qcompile_formats.restype = ctypes.c_char_p
     loaded.qcompile_weight_bytes.restype = ctypes.c_int64
     create = loaded.qcompile_weight_create
     create.restype = ctypes.c_void_p
-    create.argtypes = [ctypes.c_char_p, *[ctypes.c_int64] * 3, *[ctypes.c_int] * 2, *[ctypes.c_void_p] * 2]
+    create.argtypes = [ctypes.c_char_p, *[ctypes.c_int64] * 3, ctypes.c_char_p, ctypes.c_int, *[ctypes.c_void_p] * 2]
     create.argtypes += [ctypes.c_int, ctypes.c_void_p]
     for function in (loaded.qcompile_weight_destroy, loaded.qcompile_weight_bytes):
         function.argtypes = [ctypes.c_void_p]
@@ -86,12 +87,22 @@ def weights(draw: st.DrawFn) -> Weight:
     """Any size and sort; a group may be longer than K, and the last one shorter than the others."""
     k, n = draw(st.integers(1, 400)), draw(st.integers(1, 150))
     block_size = draw(st.one_of(st.sampled_from([16, 32, 48, 64, 100, 128, 256, k]), st.integers(1, 420)))
+    table = draw(st.sampled_from(["", *TABLES]))
+    if table:
+        return _looked_up(table, (k, n), block_size, draw(st.integers(0, 1 << 32)), half=draw(st.booleans()))
     bits, signed = draw(st.sampled_from([4, 8])), draw(st.booleans())
     low, high = (-(1 << (bits - 1)), 1 << (bits - 1)) if signed else (0, 1 << bits)
     rng, groups = np.random.default_rng(draw(st.integers(0, 1 << 32))), -(-k // block_size)
     scale = rng.normal(0, 0.1, (groups, n)).astype(draw(st.sampled_from([np.float16, np.float32])))
     zero_point = rng.integers(low, high, (groups, n)) if draw(st.booleans()) else None
     return Weight(rng.integers(low, high, (k, n)), scale, zero_point, block_size, bits, signed)
+
+
+def _looked_up(table: str, shape: tuple[int, int], block_size: int, seed: int, *, half: bool) -> Weight:
+    """Codes of a table at random; half: scales in fp16, where they are no powers of two."""
+    case = Case(f"MatMul{table}", *shape, block_size, seed=seed)
+    scale = case.arrays["scale"].astype(np.float16) if half and not case.powers else case.arrays["scale"]
+    return Weight(case.arrays["w"], scale, None, block_size, case.bits, signed=False, table=table)
 
 
 class Packed:
@@ -102,7 +113,7 @@ class Packed:
         codes, scale = weight.stored(weight.codes), np.ascontiguousarray(weight.scale)
         zero_point = None if weight.zero_point is None else weight.stored(weight.zero_point)
         self.handle = library.qcompile_weight_create(
-            kernel.encode(), *self.shape, weight.block_size, weight.bits, weight.signed, codes.ctypes.data,
+            kernel.encode(), *self.shape, weight.block_size, weight.word.encode(), weight.signed, codes.ctypes.data,
             scale.ctypes.data, scale.dtype == np.float16, None if zero_point is None else zero_point.ctypes.data,
         )  # fmt: skip
         assert self.handle
@@ -153,7 +164,7 @@ def _seen(x: np.ndarray, weight: Weight) -> np.ndarray:
     return seen
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(weight=weights(), m=st.integers(0, 9), half=st.booleans(), biased=st.booleans(), seed=st.integers(0, 1 << 32))
 def test_near_exact_products(library, names, weight: Weight, m: int, half: bool, biased: bool, seed: int) -> None:
     """16-bit activations, each path of this machine; fp16 results may be rounded once."""
@@ -170,6 +181,27 @@ def test_near_exact_products(library, names, weight: Weight, m: int, half: bool,
             assert _relative(y, expected, x.astype(np.float64), w) < (6e-4 if half else 1e-4)
 
 
+def test_the_rows_of_both_languages_are_the_same(library, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the passes take for native is what every instruction set has a kernel for; order does not count."""
+    for name in names:
+        monkeypatch.setenv("QCOMPILE_KERNEL", name)
+        assert sorted(library.qcompile_formats().decode().split(",")) == sorted(WORDS)
+    assert len(set(NATIVE)) == 2 * len(WORDS)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("half", [False, True])
+def test_every_level_is_the_body_s(library, names, table: str, half: bool) -> None:
+    """All 16 codes; of scales, where they are powers, all bytes that give finite numbers, subnormal ones too."""
+    weight = _looked_up(table, (16, 252), 16, 1, half=half)
+    codes = np.repeat(np.arange(16, dtype=np.uint8)[:, None], 252, 1)
+    scale = np.arange(252, dtype=np.uint8)[None] if weight.scale.dtype == np.uint8 else weight.scale
+    whole = replace(weight, codes=codes, scale=scale)
+    for name in names:
+        with Packed(library, name, whole) as packed:
+            np.testing.assert_array_equal(packed.unpack(), whole.decoded().astype(np.float32))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block_size", [32, 128])
 def test_int8_products_are_those_of_the_rounded_activations(library, names, bits: int, block_size: int) -> None:
@@ -183,20 +215,38 @@ def test_int8_products_are_those_of_the_rounded_activations(library, names, bits
             assert _relative(packed.multiply(x, 8), seen @ w, seen, w) < 1e-5
 
 
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_int8_products_of_looked_up_codes(library, names, table: str, block_size: int) -> None:
+    weight = _looked_up(table, (300, 70), block_size, 2, half=False)
+    x, w = np.random.default_rng(3).normal(size=(7, 300)).astype(np.float32), weight.decoded()
+    seen = _seen(x, weight)
+    for name in names:
+        with Packed(library, name, weight) as packed:
+            assert _relative(packed.multiply(x, 8), seen @ w, seen, w) < 1e-5
+
+
 _CODES, _SCALE = np.zeros(256, np.uint8), np.ones(16, np.float32)
 # Of a weight (64, 8) that is right; tests spoil one of them.
-_ARGUMENTS = (b"reference", 64, 8, 32, 4, 1, _CODES.ctypes.data, _SCALE.ctypes.data, 0, None)
+_ARGUMENTS = (b"reference", 64, 8, 32, b"Int4", 1, _CODES.ctypes.data, _SCALE.ctypes.data, 0, None)
 
 
 @pytest.mark.parametrize(
     ("position", "value"),
-    [(0, b"abacus"), (0, b""), (4, 5)]
+    [(0, b"abacus"), (0, b""), (4, b"Int5"), (4, b"")]
     + [(position, size) for position in (1, 2, 3) for size in (0, -1, (1 << 31) + 1, (1 << 63) - 1)],
 )
 def test_absurd_weights_are_refused(library: ctypes.CDLL, position: int, value: object) -> None:
     arguments = list(_ARGUMENTS)
     arguments[position] = value
     assert library.qcompile_weight_create(*arguments) is None
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_codes_of_a_table_have_no_sign_and_no_zero_points(library: ctypes.CDLL, table: str) -> None:
+    for signed, zero_point in ((1, None), (0, _CODES.ctypes.data)):
+        arguments = (*_ARGUMENTS[:4], table.encode(), signed, *_ARGUMENTS[6:9], zero_point)
+        assert library.qcompile_weight_create(*arguments) is None
 
 
 @pytest.mark.parametrize(("m", "bits"), [(1, 4), (1, 0), (1, 32), (-1, 8)])

@@ -116,7 +116,7 @@ Kernel::Kernel(const Operator& op, const OrtKernelInfo* info) : Node(op, info) {
 
 std::unique_ptr<const DeviceWeight> Kernel::make_weight(const Given& given) const {
   const Shape& w = *given.shape[kW];
-  const Layout layout = make_layout(w[0], w[1], block_size(), op().bits, element_of(op()));
+  const Layout layout = make_layout(w[0], w[1], block_size(), op().of().bits, element_of(op()));
   return std::make_unique<const DeviceWeight>(layout, source(given));
 }
 
@@ -152,7 +152,8 @@ void Kernel::compute(OrtKernelContext* context) const {
 std::vector<Operator> cuda_operators(const OrtApi& api) {
   std::vector<Operator> all =
       all_operators(api, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
-                          ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16});
+                          ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16},
+                    [](int format) { return kFormats[format].affine; });  // codes are numbers: n - z in dequant.h
   for (Operator& op : all) {
     op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CUDAExecutionProvider"; };
     op.GetInputMemoryType = [](const OrtCustomOp* op, size_t index) {

@@ -254,13 +254,13 @@ def test_a_tied_table_is_stored_once(tmp_path: Path, name) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sessions_with_the_native_library_run_it(bench: Any, name) -> None:
-    """Products without a kernel run by their bodies beside those that have one, and none is marked for int8."""
+    """Products without a kernel run by their bodies beside those that have one, and these are marked for int8."""
     source = bench.save(tiny_decoder(layers=1))
     report = bench.compile(source, weights=parse_step(name), activations=8)
     path = bench.folder / "out" / "model.onnx"
     for node in load_model(path).graph:
         if (own := format_of(node)) is not None and node.op_type.startswith("MatMul"):
-            assert (node.attributes.get_int(ACTIVATION_BITS, 16) == 8) == own.native
+            assert (node.attributes.get_int(ACTIVATION_BITS, 16) == 8) == bool(own.native)
     assert {8 if named(d.format).native else 16 for d in report.packed("MatMul")} == {
         node.activation_bits for node in report.nodes
     }

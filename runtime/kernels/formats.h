@@ -1,0 +1,61 @@
+// The weight formats, one row each. Operators, layout, packing, checks, and the code of every instruction set follow from
+// the rows; nothing else tells one format from another.
+//
+// A code of the file becomes an integer 0 … 255, which products multiply by int8 activations: it is the code itself, or
+// the level that a table of 16 has for it. The integer that means 0, `middle`, is added to whatever is signed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// The files of single instruction sets use these functions too, and a copy compiled there that the linker took for all
+// would crash other machines: no copy is made.
+#define QCOMPILE_INLINE [[gnu::always_inline]] inline
+
+namespace qcompile {
+
+constexpr int kLevels = 16;  // of a table: a code of 4 bits, and what a shuffle of bytes looks up
+
+struct Format {
+  const char* word;       // the end of its operators' names: MatMul…, MatMulAdd…
+  int bits;               // of a code: 4 or 8
+  int middle;             // a power of two
+  bool affine;            // codes are numbers, maybe signed, and groups may have zero points; otherwise there is a table
+  bool powers;            // scales of a file are bytes e, for 2^(e - 128), of the type that an attribute `dtype` says
+  int8_t table[kLevels];  // the level of each code
+
+  // Rows k of a block: what four bytes of a column hold (layout.h).
+  QCOMPILE_INLINE constexpr int block_rows() const { return 4 * 8 / bits; }
+  QCOMPILE_INLINE constexpr int last_code() const { return (1 << bits) - 1; }
+  // What products multiply for a code; of signed codes, for one with `middle` added.
+  QCOMPILE_INLINE constexpr int integer(int code) const { return affine ? code : table[code] + middle; }
+  QCOMPILE_INLINE constexpr int largest() const {
+    int most = 0;
+    for (int code = 0; code <= last_code(); ++code) most = integer(code) > most ? integer(code) : most;
+    return most;
+  }
+};
+
+constexpr Format kFormats[] = {
+    {"Int4", 4, 8, true, false, {}},
+    {"Int8", 8, 128, true, false, {}},
+    {"NF4", 4, 128, false, false, {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127}},
+    {"MXFP4", 4, 16, false, true, {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}},
+};
+constexpr int kFormatCount = int(sizeof kFormats / sizeof kFormats[0]);
+
+// The integers of a table in the order of the codes, 16 bytes that are looked up with a shuffle.
+struct alignas(16) Levels {
+  uint8_t of[kLevels];
+};
+
+QCOMPILE_INLINE constexpr Levels levels_of(const Format& format) {
+  Levels levels{};
+  for (int code = 0; code < kLevels; ++code) levels.of[code] = uint8_t(format.integer(code));
+  return levels;
+}
+
+// n for 2^n
+QCOMPILE_INLINE constexpr int log2_of(int power) { return power > 1 ? 1 + log2_of(power / 2) : 0; }
+
+}  // namespace qcompile
