@@ -10,17 +10,19 @@ from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.data.calibration import Calibration, Given
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.files.load import check_result_path
+from qcompile.compiler.plan import reading, steps_that
 from qcompile.compiler.recipe import Recipe, Step, parse_passes
 from qcompile.compiler.stages import walk_model
 from qcompile.compiler.walk import saved_statistics
+from qcompile.passes import lists
+from qcompile.passes.contract import Reads
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.histogram import Histogram
-from qcompile.passes.qdq.qdq import Qdq
 from qcompile.passes.spec import ActivationSpec
 
-DEFAULT_PASSES = parse_passes("smooth,qdq")
+DEFAULT_PASSES = parse_passes(lists.INTEGER)
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,16 @@ def calibrate_model(
     """
     recipe, progress = recipe or Recipe(passes=DEFAULT_PASSES), progress or Silent()
     source, target = Path(model), Path(output)
-    if not any(step.name == Qdq.name for step in recipe.passes):
-        raise UserError("calibrate: no pass of the list takes ranges from calibration data: add qdq")
+    if not steps_that(recipe, read=Reads.RANGES):
+        told = f"add {reading(Reads.RANGES)}"
+        raise UserError(f"calibrate: no pass of the list takes ranges from calibration data: {told}")
     calibration = Calibration.of(calibration)
     check_result_path([source], target, named(calibration.files))
     progress.step("loading")
     walked = walk_model(source, recipe, calibration, progress, checks=False)
-    chosen = next(p for p in walked.passes if isinstance(p, Qdq))
-    if not walked.watched:
-        raise UserError("calibrate: the model has no activation that qdq would quantize")
+    chosen = next(p for p in walked.passes if Reads.RANGES in p.reads)
+    if not walked.watched or chosen.activation_grid is None:
+        raise UserError(f"calibrate: the model has no activation that {chosen.name} would quantize")
     header = saved_statistics.Header(
         walked.report.source_hash,
         saved_statistics.shaping(recipe.passes),
@@ -86,13 +89,14 @@ def calibrate_model(
     progress.step("saving")
     size = saved_statistics.save(target, header, walked.watched)
     observers = {own.value: own for own in walked.watched.values()}
-    return Calibrated(size, walked.report.data, seen(observers, chosen.spec))
+    return Calibrated(size, walked.report.data, seen(observers, chosen.activation_grid))
 
 
 def with_observer(recipe: Recipe, observer: str) -> Recipe:
-    """The recipe with another observer for qdq."""
+    """The recipe with another observer for the pass that takes ranges."""
+    own = {step.name for step in steps_that(recipe, read=Reads.RANGES)}
     steps = [
-        Step(step.name, {**step.parameters, "observer": observer}) if step.name == Qdq.name else step
+        Step(step.name, {**step.parameters, "observer": observer}) if step.name in own else step
         for step in recipe.passes
     ]
     return replace(recipe, passes=tuple(steps))

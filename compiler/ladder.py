@@ -8,26 +8,30 @@ from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.measure.distance import effect_of
-from qcompile.compiler.plan import build
+from qcompile.compiler.plan import quantizes
 from qcompile.compiler.recipe import Recipe, Step
 from qcompile.compiler.results.ladder import NORMS, NOTHING, SELF, Ladder, Rung
 from qcompile.compiler.stages import Walked, finish, prepare_model, walk
+from qcompile.passes.base import Pass
+from qcompile.passes.contract import Reads
 
 
-def climb(source: Path, recipe: Recipe, data: Data, progress: Progress) -> list[Rung]:
+def climb(source: Path, recipe: Recipe, made: Sequence[Pass], data: Data, progress: Progress) -> list[Rung]:
     """The rungs below the one that `data` stands for: the finished model of each, measured on the check batches.
+
+    made: the passes of the recipe.
 
     Case 1: no data: the passes that need no statistics.
     Case 2: norms as a proxy: the passes that need no more than the scale of each channel.
     Case 3: no rung where it would be the same as another one.
     Ranges of integer activations, where a pass takes them, are those of the self-generated tokens on every rung.
     """
-    made = {p.name: p for p in build(recipe)}
-    if not any(p.quantizes for p in made.values()):
+    if not any(map(quantizes, made)):
         return []
-    again = {name for name, p in made.items() if p.walks_again}
-    statistics = {name for name, p in made.items() if p.needs_statistics}
-    correlations = {name for name, p in made.items() if p.needs_correlations}
+    again, correlations, scales = (
+        {p.name for p in made if what in p.reads} for what in (Reads.OUTPUTS, Reads.STATISTICS, Reads.SCALES)
+    )
+    statistics = correlations | scales
     wanted = [(NOTHING, _without(recipe, again | statistics))]
     if not data.guess:
         wanted.append((NORMS, _without(recipe, again | correlations)))

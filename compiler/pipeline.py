@@ -16,7 +16,7 @@ from qcompile.compiler.files.load import check_model_file, check_output_path, sa
 from qcompile.compiler.measure import randomness
 from qcompile.compiler.mixed.keep import keep
 from qcompile.compiler.mixed.ranking import RankingCache
-from qcompile.compiler.plan import INT8, effective
+from qcompile.compiler.plan import effective, steps_that
 from qcompile.compiler.recipe import Recipe, dump_recipe
 from qcompile.compiler.report.coverage import check_coverage
 from qcompile.compiler.report.page import to_html
@@ -25,6 +25,7 @@ from qcompile.compiler.stages import finish, gather_data, load_statistics, prepa
 from qcompile.compiler.walk import activation_bits
 from qcompile.compiler.walk.verify import check_outputs, check_reloaded, run_file, silent
 from qcompile.compiler.walk.verify_saved import check_saved
+from qcompile.passes.contract import Fact
 from qcompile.passes.formats.lower import lower
 
 
@@ -59,7 +60,7 @@ def compile_model(
     saved = None if statistics is None else load_statistics(prepared, Path(statistics))
     graph, plan, report, job = prepared.model, prepared.plan, prepared.report, prepared.job
     data = gather_data(prepared, calibration, saved)
-    rungs = ladder.climb(source, recipe, data, progress) if data.data_free and saved is None else []
+    rungs = ladder.climb(source, recipe, prepared.passes, data, progress) if data.data_free and saved is None else []
     walked = walk(prepared, data, saved)
     if recipe.mixed:
         rankings = RankingCache(source, report.source_hash, recipe, report.versions, calibration, statistics)
@@ -77,7 +78,8 @@ def compile_model(
         written = save_model(graph, staged, metadata=_metadata(report, recipe))
         progress.step("running the saved file")
         reloaded = run_file(staged, plan, data.checks, recipe.provider, job.optimize)
-        rounding = math.inf if report.quantizer in INT8 else report.rounding
+        integer = any(Fact.INTEGER in p.ensures for p in walked.passes)
+        rounding = math.inf if integer else report.rounding
         report.reload_error = check_reloaded(reloaded, verified, element_type(graph), rounding=rounding)
         check_saved(staged, graph)
         original = [original for _, original in walked.outputs]
@@ -105,7 +107,7 @@ def peak_memory() -> int:
 
 def default_output(model: Path, recipe: Recipe) -> Path:
     """Where a compiled model goes that is given no name."""
-    if any(step.name in INT8 for step in recipe.passes):
+    if steps_that(recipe, ensure=Fact.INTEGER):
         return model.with_name(f"{model.stem}-int8.onnx")
     own = recipe.weights.name if recipe.weights is not None else f"int{recipe.bits}"
     return model.with_name(f"{model.stem}-{own}.onnx")

@@ -3,91 +3,124 @@
 import inspect
 import math
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from qcompile.compiler.recipe import Recipe, Step
 from qcompile.passes.affine import Grid
-from qcompile.passes.awq import Awq
 from qcompile.passes.base import Pass
-from qcompile.passes.bias_correction import BiasCorrection
+from qcompile.passes.contract import PENDING, Fact, Reads, Stage
 from qcompile.passes.errors import UserError
-from qcompile.passes.extensions import OneOf, Table
+from qcompile.passes.extensions import OneOf, Table, parameters
 from qcompile.passes.formats import BY_NAME, named
-from qcompile.passes.fuse import Fuse
-from qcompile.passes.gptq import ErrorCompensated, Gptq
-from qcompile.passes.outlier import Outlier
-from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
-from qcompile.passes.prepare import Prepare
-from qcompile.passes.qdq.dynamic import Dynamic
-from qcompile.passes.qdq.qdq import Qdq, activation_spec
 from qcompile.passes.qdq.weights import SPEC
-from qcompile.passes.rounding import Rounding, round_to_nearest, round_with_clip
-from qcompile.passes.smooth import Smooth
+from qcompile.passes.rounding import Rounding, round_with_clip
 from qcompile.passes.spec import ActivationSpec
-
-
-def _check(kind: type[Pass]) -> None:
-    """Raise ValueError for a pass of another package that a recipe could not name."""
-    for name, parameter in parameters(kind).items():
-        if parameter.default is parameter.empty or parameter.annotation is parameter.empty:
-            raise ValueError(f"its parameter {name} needs a type and a default")
-
-
-# Every pass, in the order in which a full list runs them, and those of other packages.
-PASSES: Table[type[Pass]] = Table(
-    "qcompile.passes",
-    "pass",
-    Pass,
-    (Prepare, Smooth, Awq, Gptq, Pack, Fuse, Outlier, Qdq, Dynamic, BiasCorrection),
-    check=_check,
-)
-
-# Passes that make weights and activations int8.
-INT8 = ("qdq", "dynamic")
+from qcompile.passes.table import PASSES
 
 
 def build(recipe: Recipe) -> list[Pass]:
-    """The passes of a recipe, `prepare` first; UserError for an unknown pass or parameter, or an impossible order."""
+    """The passes of a recipe, those first that always run; UserError for an unknown pass or parameter, or an
+    impossible order.
+
+    Invariant: whatever list is accepted, what a pass needs is ensured by one before it and taken by none in between,
+    and what it leaves for others is taken by one behind it.
+    """
     steps = list(recipe.passes)
-    if not any(step.name == "prepare" for step in steps):
-        steps.insert(0, Step("prepare"))
+    steps[:0] = [Step(name) for name in always() if name not in {step.name for step in steps}]
     check_order(steps)
+    check_settings(recipe)
     policy = make_policy(recipe)
-    return [_make(step, steps[i + 1 :], recipe, policy) for i, step in enumerate(steps)]
+    for step in steps:
+        _check_parameters(f"pass {step.name!r}", step, parameters(PASSES[step.name]))
+    made: list[Pass] = []
+    for step in reversed(steps):
+        made.insert(0, _make(step, made, recipe, policy))
+    return made
+
+
+def always() -> list[str]:
+    """The passes that run whether listed or not: those that bring a file's graph into the form that all others need."""
+    return [kind.name for kind in PASSES.own() if Fact.CANONICAL in kind.ensures]
+
+
+def steps_that(recipe: Recipe, *, ensure: Fact | None = None, read: Reads | None = None) -> list[Step]:
+    """The steps of a recipe whose passes make a fact true, or read this of the calibration data."""
+    kinds = {step.name: PASSES.required(step.name) for step in recipe.passes}
+    own = {name for name, kind in kinds.items() if ensure in kind.ensures or read in kind.reads}
+    return [step for step in recipe.passes if step.name in own]
+
+
+def ensuring(fact: Fact) -> str:
+    """All passes that make a fact true, in words."""
+    return _words(kind for kind in PASSES.usable() if fact in kind.ensures)
+
+
+def taking(fact: Fact) -> str:
+    """Those that end it."""
+    return _words(kind for kind in PASSES.usable() if fact in kind.takes)
+
+
+def reading(what: Reads) -> str:
+    """Those that read this of the calibration data."""
+    return _words(kind for kind in PASSES.usable() if what in kind.reads)
+
+
+def _words(kinds: Iterable[type[Pass]]) -> str:
+    return " or ".join(kind.name for kind in kinds)
 
 
 def effective(recipe: Recipe) -> Recipe:
-    """The recipe with a target that its pack step names: pack(target=qdq) is --target qdq."""
-    for step in recipe.passes:
-        if step.name == "pack" and step.parameters.get("target") is not None:
+    """The recipe with a target that the step names which packs weights: pack(target=qdq) is --target qdq."""
+    for step in steps_that(recipe, ensure=Fact.PACKED):
+        if step.parameters.get("target") is not None:
             return replace(recipe, target=str(step.parameters["target"]))
     return recipe
 
 
 def check_order(steps: Sequence[Step]) -> None:
-    """Raise UserError for an unknown pass, a repeated one, or one whose neighbours are missing."""
+    """Raise UserError for an unknown pass, a repeated one, or one that lacks what it needs, or whom it works for."""
     names = [step.name for step in steps]
     for i, name in enumerate(names):
         PASSES.required(name)
         if name in names[:i]:
             raise UserError(f"pass {name!r} is listed twice")
-        after = PASSES[name].followed_by
-        if after and not any(later in after for later in names[i + 1 :]):
-            raise UserError(f"pass {name!r} must be followed by {' or '.join(after)}: add it to --passes behind {name}")
-        before = PASSES[name].preceded_by
-        if before and not any(earlier in before for earlier in names[:i]):
-            raise UserError(f"pass {name!r} must stand behind {' or '.join(before)}: add it to --passes before {name}")
-        for earlier in names[:i]:
-            if PASSES[earlier].quantizes and not PASSES[name].after_walk:
-                told = f"stands behind {earlier!r}, where no float weights are left: move it before {earlier}"
-                raise UserError(f"pass {name!r} {told}")
-            if PASSES[earlier].quantizes and PASSES[name].quantizes:
-                raise UserError(f"passes {earlier!r} and {name!r} both quantize the weights: choose one")
-    if names.index("prepare") != 0:
-        raise UserError("pass 'prepare' must come first")
+    for i, name in enumerate(names):
+        if PASSES[name].stage == Stage.BEFORE and any(PASSES[earlier].stage > Stage.BEFORE for earlier in names[:i]):
+            raise UserError(f"pass {name!r} must come first")
+    for i, name in enumerate(names):
+        _check_place(name, names[:i], names[i + 1 :])
+
+
+def _check_place(name: str, earlier: Sequence[str], later: Sequence[str]) -> None:
+    kind = PASSES[name]
+    for fact in (own for own in PENDING if own in kind.ensures):
+        if not any(fact in PASSES[own].takes for own in later):
+            raise UserError(f"pass {name!r} must be followed by {taking(fact)}: add it to --passes behind {name}")
+    for fact in (own for own in Fact if own in kind.needs):
+        last = next((own for own in reversed(earlier) if fact in PASSES[own].ensures | PASSES[own].takes), None)
+        if last is None:
+            raise UserError(f"pass {name!r} must stand behind {ensuring(fact)}: add it to --passes before {name}")
+        if fact in PASSES[last].ensures:
+            continue
+        if fact in kind.takes and fact == Fact.FLOAT:
+            raise UserError(f"passes {last!r} and {name!r} both quantize the weights: choose one")
+        told = f"stands behind {last!r}, where no {fact.value} are left: move it before {last}"
+        raise UserError(f"pass {name!r} {told}")
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Raise UserError for settings that no pass of the list takes, or that its passes exclude."""
+    integer, given = steps_that(recipe, ensure=Fact.INTEGER), recipe.formats
+    if integer and given:
+        name, (setting, value) = integer[0].name, next(iter(given.items()))
+        raise UserError(f"{setting}: {value} is for {ensuring(Fact.PACKED)}; {name} makes int8 of all weights")
+    if recipe.mixed and not integer:
+        raise UserError(
+            f"{recipe.mixed} keeps nodes of {ensuring(Fact.INTEGER)} in float: add one of them to the passes"
+        )
 
 
 def make_policy(recipe: Recipe) -> Policy:
@@ -95,7 +128,7 @@ def make_policy(recipe: Recipe) -> Policy:
 
     8-bit weights are unsigned with zero points whatever `symmetric` says (formats/integers.py).
     """
-    if any(step.name in INT8 for step in recipe.passes):
+    if steps_that(recipe, ensure=Fact.INTEGER):
         head, table = SPEC if recipe.lm_head else None, SPEC if recipe.embedding else None
         return Policy(SPEC, head, table, recipe.include, recipe.exclude)
     body = grid(recipe.weights or _short(recipe.bits, recipe), recipe.target)
@@ -133,56 +166,41 @@ def packages(recipe: Recipe) -> dict[str, str]:
     return {own.package: own.version for own in found if own is not None}
 
 
-def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of a pass (its constructor) or of a format (its grid) that a recipe can set."""
-    made = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
-    found = inspect.signature(made, eval_str=True).parameters.values()
-    return {parameter.name: parameter for parameter in found if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
 def summary(kind: type) -> str:
     """What a pass, an observer or a weight format is, in a line."""
     return (inspect.getdoc(kind) or "").split("\n", 1)[0]
 
 
-def _make(step: Step, later: Sequence[Step], recipe: Recipe, policy: Policy) -> Pass:
+def needs_calibration(made: Pass | type[Pass]) -> bool:
+    """Whether a pass reads calibration data; a kind of pass is taken with its default parameters."""
+    return bool(made.reads)
+
+
+def quantizes(made: Pass | type[Pass]) -> bool:
+    """Whether a pass makes codes of weights."""
+    return Fact.FLOAT in made.takes
+
+
+def _make(step: Step, later: Sequence[Pass], recipe: Recipe, policy: Policy) -> Pass:
+    """The pass of a step, by what its constructor asks for beside the step's parameters."""
     kind = PASSES[step.name]
-    known = parameters(kind)
-    _check_parameters(f"pass {step.name!r}", step, known)
     given: dict[str, Any] = dict(step.parameters)
-    if "seed" in known:
+    if "seed" in parameters(kind):
         given.setdefault("seed", recipe.seed)
-    positional = inspect.signature(kind.__init__).parameters
-    if "policy" not in positional:
-        return kind(**given)
-    if "activations" in positional and positional["activations"].kind is not inspect.Parameter.KEYWORD_ONLY:
-        return kind(policy, following_rounding(later), following_grid(later), **given)  # type: ignore[call-arg]
-    if "rounding" in positional:
-        return kind(policy, following_rounding(later), **given)  # type: ignore[call-arg]
-    return kind(policy, **given)  # type: ignore[call-arg]
+    facts = {"policy": policy, "rounding": following_rounding(later), "activations": following_grid(later)}
+    asked = inspect.signature(kind.__init__).parameters.values()
+    own = [p.name for p in asked if p.name in facts and p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    return kind(*(facts[name] for name in own), **given)
 
 
-def following_rounding(later: Sequence[Step]) -> Rounding:
-    """The rounding that candidates are judged by: that of `gptq` if it comes later, without its slow refinements."""
-    for step in later:
-        if step.name == "gptq":
-            damping = step.parameters.get("damping", "auto")
-            return ErrorCompensated(None if damping == "auto" else float(damping), sweeps=0, refit=False)
-        if step.name in INT8:
-            return round_to_nearest
-    return round_with_clip
+def following_rounding(later: Sequence[Pass]) -> Rounding:
+    """The rounding that candidates are judged by: that of the first pass behind that has one."""
+    return next((own for p in later if (own := p.rounds_by) is not None), round_with_clip)
 
 
-def following_grid(later: Sequence[Step]) -> ActivationSpec | None:
+def following_grid(later: Sequence[Pass]) -> ActivationSpec | None:
     """The grid that activations will be rounded to, if a pass that comes later does that."""
-    for step in later:
-        if step.name == "qdq":
-            chosen = {key: step.parameters[key] for key in ("activations", "symmetric") if key in step.parameters}
-            defaults = {"activations": "auto", "symmetric": "auto"}
-            return activation_spec(str(step.parameters.get("provider", "cpu")), **(defaults | chosen))
-        if step.name == "dynamic":
-            return ActivationSpec()
-    return None
+    return next((own for p in later if (own := p.activation_grid) is not None), None)
 
 
 def _check_parameters(owner: str, step: Step, known: Mapping[str, inspect.Parameter]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from qcompile.passes import lists
 from qcompile.passes.errors import UserError
 
 TARGETS = ("qcompile", "matmulnbits", "qdq")
@@ -82,7 +83,7 @@ def _scalar(value: Any) -> str:
 
 
 _BITS = 4
-DEFAULT_PASSES = parse_passes("smooth,awq,gptq,pack")
+DEFAULT_PASSES = parse_passes(lists.BEST)
 
 
 @dataclass(frozen=True)
@@ -155,17 +156,17 @@ class Recipe:
         self._check_mixed()
 
     @property
-    def mixed(self) -> bool:
-        """Whether nodes are to be kept in float by their sensitivity."""
-        return any(getattr(self, name) is not None for name in _MIXED)
+    def mixed(self) -> str:
+        """The setting by which nodes are to be kept in float for their sensitivity; empty where none are."""
+        return next((name for name in _MIXED if getattr(self, name) is not None), "")
+
+    @property
+    def formats(self) -> dict[str, Step]:
+        """By setting, the weight formats that are given by name."""
+        own = {name: getattr(self, name) for name in _FORMATS}
+        return {name: value for name, value in own.items() if isinstance(value, Step)}
 
     def _check_formats(self) -> None:
-        integer = [step.name for step in self.passes if step.name in ("qdq", "dynamic")]
-        given = [name for name in _FORMATS if isinstance(getattr(self, name), Step)]
-        if integer and given:
-            raise UserError(
-                f"{given[0]}: {getattr(self, given[0])} is for pack; {integer[0]} makes int8 of all weights"
-            )
         if self.weights is not None and (self.bits != _BITS or self.symmetric):
             raise UserError(f"weights: {self.weights} says all of bits and symmetric: leave these out")
 
@@ -173,8 +174,6 @@ class Recipe:
         given = [name for name in _MIXED if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} are two ways to choose what stays in float: give one")
-        if given and not any(step.name in ("qdq", "dynamic") for step in self.passes):
-            raise UserError(f"{given[0]} keeps nodes of qdq or dynamic in float: add one of them to the passes")
         if self.keep_worst is not None and self.keep_worst < 1:
             raise UserError(f"keep_worst must be at least 1, got {self.keep_worst}")
         for name, value in (("max_kl", self.max_kl), ("min_sqnr", self.min_sqnr)):

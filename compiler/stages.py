@@ -19,7 +19,7 @@ from qcompile.compiler.facts.value_types import told_by_runtime
 from qcompile.compiler.files.load import check_finite, load_model, model_hash
 from qcompile.compiler.measure import randomness
 from qcompile.compiler.mixed.keep import check_metric
-from qcompile.compiler.plan import build, make_policy, packages
+from qcompile.compiler.plan import build, make_policy, packages, reading, steps_that
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.coverage import account, quantizers
 from qcompile.compiler.results.errors import ActivationRange, RowsSeen
@@ -29,6 +29,7 @@ from qcompile.compiler.walk.patterns import check_patterns
 from qcompile.compiler.walk.saved_statistics import SavedStatistics
 from qcompile.compiler.walk.walk import Job, observed
 from qcompile.passes.base import Pass, Region, WalksAgain
+from qcompile.passes.contract import Fact, Reads, Stage
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import named
 from qcompile.passes.linears import find_linears, vocabulary_size
@@ -36,7 +37,6 @@ from qcompile.passes.masks import mark_infinite
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.histogram import Histogram
-from qcompile.passes.prepare import Prepare
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,14 @@ def walk_model(
 
 def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     """Load the model and canonicalize its graph. Raises UserError for a model or a recipe that cannot work."""
+    passes = build(recipe)
     graph = load_model(source)
     check_finite(graph)
-    passes = build(recipe)
     report = Report(str(source), model_hash(source), recipe.to_dict(), versions() | packages(recipe))
     report.source_bytes = file_size(source, graph)
     progress.step("preparing")
-    for whole in (p for p in passes if p.whole_model):
-        if isinstance(whole, Prepare):
-            whole.ask = told_by_runtime
-        whole.call(Region.whole(graph))
+    for whole in (p for p in passes if p.stage == Stage.BEFORE):
+        whole.call(Region.whole(graph, told_by_runtime))
     randomness.settle(graph)
     check_patterns(recipe, graph)
     check_sizes(graph)
@@ -126,7 +124,8 @@ def load_statistics(prepared: Prepared, path: Path) -> SavedStatistics:
     """The ranges of a file, after the checks that need no data."""
     saved = saved_statistics.load(path)
     if not prepared.observes:
-        raise UserError("--statistics are ranges of activations, and no pass of this list takes them: add qdq")
+        told = f"add {reading(Reads.RANGES)}"
+        raise UserError(f"--statistics are ranges of activations, and no pass of this list takes them: {told}")
     saved.check(prepared.report.source_hash, prepared.recipe.passes)
     return saved
 
@@ -134,12 +133,19 @@ def load_statistics(prepared: Prepared, path: Path) -> SavedStatistics:
 def gather_data(prepared: Prepared, calibration: Calibration, saved: SavedStatistics | None = None) -> Data:
     """The calibration data that the passes need; ranges may come from `saved`. UserError where it is not enough."""
     observes, recipe = prepared.observes and saved is None, prepared.recipe
-    needed = recipe.mixed or observes or any(p.needs_statistics or p.walks_again for p in prepared.passes)
-    data = gather(prepared.plan, prepared.source, recipe, calibration, needed=needed, learnt=saved is not None)
+    needed = observes or any(p.reads - {Reads.RANGES} for p in prepared.passes)
+    data = gather(
+        prepared.plan,
+        prepared.source,
+        recipe,
+        calibration,
+        needed=bool(recipe.mixed) or needed,
+        learnt=saved is not None,
+    )
     mark_infinite(prepared.model, _infinite(prepared.plan, (*data.calibration, *data.checks)))
     if data.guess:
-        refused = [p.name for p in prepared.passes if p.walks_again or p.needs_correlations]
-        refused += ["qdq"] if observes else []
+        refused = [p.name for p in prepared.passes if p.reads & {Reads.OUTPUTS, Reads.STATISTICS}]
+        refused += [p.name for p in prepared.passes if observes and Reads.RANGES in p.reads]
         if refused:
             raise UserError(
                 f"--calibration norms runs nothing, and {refused[0]} needs activations: leave it out or give "
@@ -174,9 +180,9 @@ def walk(prepared: Prepared, data: Data, saved: SavedStatistics | None = None) -
 def finish(walked: Walked, progress: Progress) -> list[Arrays]:
     """Run the passes behind the walk; the outputs of the finished graph on the check batches."""
     job, report = walked.prepared.job, walked.report
-    again = any(p.walks_again for p in walked.passes)
+    again = any(isinstance(p, WalksAgain) for p in walked.passes)
     original = walked.model.clone() if again else walked.model
-    for late in (p for p in walked.passes if p.after_walk):
+    for late in (p for p in walked.passes if p.stage == Stage.BEHIND):
         progress.step(late.name)
         if isinstance(late, WalksAgain):
             job.walk_again(late, walked.plan, walked.data, original)
@@ -200,7 +206,7 @@ def _account(walked: Walked) -> None:
 
 def check_target(model: ir.Model, recipe: Recipe) -> None:
     """Raise UserError where the target has no operator for a weight as it is to be stored, before any work is done."""
-    if not any(step.name == "pack" for step in recipe.passes):
+    if not steps_that(recipe, ensure=Fact.PACKED):
         return
     policy, vocabulary = make_policy(recipe), vocabulary_size(model)
     for linear in find_linears(model.graph):

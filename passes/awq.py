@@ -1,11 +1,13 @@
 """Activation-aware weight quantization: scale salient channels up before rounding (Lin et al. 2023)."""
 
+from collections.abc import Set
 from typing import ClassVar
 
 import numpy as np
 
 from qcompile.passes.affine import Array
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.contract import Fact, Reads
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_linears
 from qcompile.passes.pairs import find_pairs
@@ -35,8 +37,8 @@ class Awq(Pass):
     """
 
     name: ClassVar[str] = "awq"
-    needs_statistics: ClassVar[bool] = True
-    followed_by: ClassVar[tuple[str, ...]] = ("pack",)
+    reads: Set[Reads] = frozenset({Reads.SCALES})
+    ensures: ClassVar[Set[Fact]] = frozenset({Fact.CLIP})
 
     def __init__(
         self,

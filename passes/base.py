@@ -2,15 +2,23 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, TypeVar
 
+import onnx
 import onnx_ir as ir
 
+from qcompile.passes.contract import WEIGHTS, Fact, Reads, Stage
 from qcompile.passes.linears import vocabulary_size
 from qcompile.passes.observers.base import Observer
+from qcompile.passes.policy import Policy
+from qcompile.passes.rounding import Rounding, round_to_nearest
+from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.statistics import Statistics
+
+# Tells the types of values, by name, that a model without its weights computes; nothing of those it cannot tell.
+Oracle = Callable[[onnx.ModelProto, Sequence[str]], Sequence[onnx.ValueInfoProto]]
 
 # `Decision.format` of a node whose activations are integers on a grid that calibration fixed.
 STATIC = "static"
@@ -59,21 +67,23 @@ class Region:
     nodes: the region's nodes in topological order; nodes outside it must not change.
     statistics: by activation value; empty when the pipeline runs without calibration.
     vocabulary: rows of the model's largest embedding table, None without one; looked up where it is not given.
+    ask: a runtime's answer to what types and shapes values have, where one is there to be asked.
     """
 
     model: ir.Model
     nodes: list[ir.Node]
     statistics: dict[ir.Value, Statistics] = field(default_factory=dict)
     vocabulary: int | None = -1
+    ask: Oracle | None = None
 
     def __post_init__(self) -> None:
         if self.vocabulary == -1:
             self.vocabulary = vocabulary_size(self.model)
 
     @classmethod
-    def whole(cls, model: ir.Model) -> "Region":
+    def whole(cls, model: ir.Model, ask: Oracle | None = None) -> "Region":
         """The whole main graph, without statistics."""
-        return cls(model, list(model.graph))
+        return cls(model, list(model.graph), ask=ask)
 
     def live_nodes(self) -> Iterator[ir.Node]:
         """The region's nodes that are still in the graph."""
@@ -81,33 +91,43 @@ class Region:
 
 
 class Pass(ABC):
-    """One rewrite. Its docstring's first line is what `qcompile passes` prints.
+    """One rewrite. Its docstring's first line is what `qcompile passes` prints; what it declares is in `contract`.
 
     name: how a recipe calls it.
-    whole_model: it runs once over the whole graph, before the model is walked segment by segment.
-    after_walk: it runs once over the whole packed graph, behind the walk.
-    needs_statistics: it cannot work without the Gram matrices of linears' inputs.
-    needs_correlations: statistics guessed channel by channel (`proxies`) are no use to it.
-    walks_again: the calibration data goes through the graph once more for it, see `WalksAgain`.
-    quantizes: its decisions say which weights became codes; coverage is counted from them.
+    stage: when it runs. reads: what it cannot work without of the calibration data.
+    needs: what must hold of the model that it is given. ensures: what it makes true. takes: what it ends, where it
+    holds; who takes the float weights quantizes.
     families: of these it quantizes all weights it can, "MatMul" (and what multiplies like it) or "Conv": coverage of
     them is asked for where the user names no minimum.
-    followed_by, preceded_by: names of passes of which one must come later, or earlier, in the list.
+    observer: by which ranges of activations are chosen, in a pass that reads them.
     """
 
     name: ClassVar[str]
-    whole_model: ClassVar[bool] = False
-    after_walk: ClassVar[bool] = False
-    needs_statistics: ClassVar[bool] = False
-    needs_correlations: ClassVar[bool] = False
-    walks_again: ClassVar[bool] = False
-    quantizes: ClassVar[bool] = False
+    stage: ClassVar[Stage] = Stage.WALK
+    reads: Set[Reads] = frozenset()
+    needs: ClassVar[Set[Fact]] = WEIGHTS
+    ensures: ClassVar[Set[Fact]] = frozenset()
+    takes: ClassVar[Set[Fact]] = frozenset()
     families: ClassVar[Sequence[str]] = ("MatMul", "Conv")
-    followed_by: ClassVar[Sequence[str]] = ()
-    preceded_by: ClassVar[Sequence[str]] = ()
+    observer: str = ""
 
     def __init__(self) -> None:
         self.decisions: list[Decision] = []
+
+    @property
+    def rounds_by(self) -> Rounding | None:
+        """The rounding of weights that begins with this pass, for passes before it to judge candidates by."""
+        return None
+
+    @property
+    def activation_grid(self) -> ActivationSpec | None:
+        """The grid that it rounds activations to, if it does."""
+        return None
+
+    @property
+    def fused(self) -> bool:
+        """Whether ONNX Runtime's CPU provider may optimize the graph that it leaves, in checks."""
+        return True
 
     @property
     def chosen_ranges(self) -> dict[ir.Value, tuple[float, float]]:
@@ -121,18 +141,13 @@ class Pass(ABC):
     def observed_in(self, region: Region) -> Mapping[ir.Value, Observer]:
         """More observers of a region, as the walk's passes leave it; filled before the next region is rewritten.
 
-        Asked for where a pass of the list observes ranges at all.
+        Asked for once a region, where a pass of the list reads ranges; of those that read them themselves only where
+        these come from this run, not from a file. That is when activations turn up that were not there when `observed`
+        was asked: behind a Mul that came before a linear, say.
         """
         return {}
 
-    def observed_anew(self, region: Region) -> Mapping[ir.Value, Observer]:
-        """Observers of activations that came into a region after `observed` was asked, by a Mul before a linear, say.
-
-        Asked for once a region, when the walk's passes are done with it.
-        """
-        return {}
-
-    def on_copy(self, values: Mapping[str | None, ir.Value]) -> "Pass":
+    def on_copy(self, values: Mapping[str | None, ir.Value]) -> Self:
         """The pass for a copy of the model, with nothing decided; `values`: those of the copy, by name."""
         made = copy.copy(self)
         made.decisions = []
@@ -142,9 +157,54 @@ class Pass(ABC):
     def call(self, region: Region) -> None:
         """Rewrite the region in place and append to `decisions`."""
 
+    def call_rest(self, model: ir.Model) -> None:  # noqa: B027  # few passes have anything to do there
+        """Behind the walk, once: rewrite what no segment has, in a pass of the walk."""
+
     def decide(self, node: str, action: str, reason: str, *, format: str = "", **detail: Any) -> None:
         """Leave one decision behind."""
         self.decisions.append(Decision(node, action, reason, detail, format))
+
+
+@dataclass(frozen=True)
+class IntegerNodes:
+    """What of a float model a pass would compute in integers.
+
+    nodes: in order. whole: activations that every reader takes from behind their Q and DQ. moving: nodes that only move
+    codes, and are integer where their neighbours are. ends: by node, the value of `whole` that it alone needs.
+    """
+
+    nodes: Sequence[ir.Node]
+    whole: Set[ir.Value] = frozenset()
+    moving: Set[ir.Node] = frozenset()
+    ends: Mapping[ir.Node, ir.Value] = field(default_factory=dict)
+
+
+class IntegerPass(Pass):
+    """A pass behind the walk that makes nodes integer, of which the user may keep any in float (`policy.kept`).
+
+    Weights are rounded to nearest.
+    """
+
+    stage: ClassVar[Stage] = Stage.BEHIND
+    takes: ClassVar[Set[Fact]] = frozenset({Fact.FLOAT, Fact.CODES, Fact.OUTLIERS})
+    policy: Policy
+
+    @property
+    def rounds_by(self) -> Rounding:
+        """To nearest."""
+        return round_to_nearest
+
+    @property
+    def light(self) -> bool:
+        """Whether a MatMul whose weight alone is int8 runs faster than a float one where the model is to run."""
+        return True
+
+    @abstractmethod
+    def integer_nodes(self, model: ir.Model, policy: Policy) -> IntegerNodes:
+        """What the pass would make integer under a policy; lookups in tables are left out."""
+
+
+P = TypeVar("P", bound=Pass)
 
 
 class WalksAgain(Pass):
@@ -154,8 +214,8 @@ class WalksAgain(Pass):
     the others do not confirm it, it is refused, else it `walk_again`s with all data.
     """
 
-    after_walk: ClassVar[bool] = True
-    walks_again: ClassVar[bool] = True
+    stage: ClassVar[Stage] = Stage.BEHIND
+    reads: Set[Reads] = frozenset({Reads.OUTPUTS})
 
     @abstractmethod
     def walk_again(self, region: Region) -> Iterator[Mapping[ir.Value, Observer]]:
@@ -174,21 +234,12 @@ class WalksAgain(Pass):
         """Change nothing. tried: what the pass decided on the copy; empty where there was no data to judge it."""
 
 
-def needs_calibration(made: Pass | type[Pass]) -> bool:
-    """Whether a pass reads calibration data: for statistics, for ranges, or in a walk of its own.
-
-    A kind of pass is taken with its default parameters.
-    """
-    kind = made if isinstance(made, type) else type(made)
-    return made.needs_statistics or made.walks_again or kind.observed is not Pass.observed
-
-
 def values_by_name(model: ir.Model) -> dict[str | None, ir.Value]:
     """What the nodes of the main graph read and give."""
     return {value.name: value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None}
 
 
-def on_clone(late: Pass, model: ir.Model) -> tuple[Pass, ir.Model]:
+def on_clone(late: P, model: ir.Model) -> tuple[P, ir.Model]:
     """A copy of a pass behind the walk, and a copy of the model that it is about to rewrite; weights are shared."""
     clone = model.clone()
     return late.on_copy(values_by_name(clone)), clone

@@ -1,14 +1,15 @@
 """Bias correction: what quantization moves on average goes off the biases (Nagel et al. 2019, the empirical form)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.base import Decision, Region, WalksAgain
+from qcompile.passes.contract import Fact
 from qcompile.passes.formats.base import drop_unused
 from qcompile.passes.graph import Names, add_initializer, float_type, is_constant, take_over
 from qcompile.passes.held import NOT_CONFIRMED
@@ -44,7 +45,7 @@ class BiasCorrection(WalksAgain):
     """
 
     name: ClassVar[str] = "bias_correction"
-    preceded_by: ClassVar[tuple[str, ...]] = ("qdq",)
+    needs: ClassVar[Set[Fact]] = frozenset({Fact.STATIC})
 
     def __init__(self, *, insert: bool = False) -> None:
         super().__init__()
@@ -77,10 +78,9 @@ class BiasCorrection(WalksAgain):
             for node, mean in measured.items():
                 self._measured(region, node, mean)
 
-    def on_copy(self, values: Mapping[str | None, ir.Value]) -> "BiasCorrection":
+    def on_copy(self, values: Mapping[str | None, ir.Value]) -> Self:
         """The pass for a copy of the model; the means in float are shared."""
         made = super().on_copy(values)
-        assert isinstance(made, BiasCorrection)
         made._means = {values[v.name]: mean for v, mean in self._means.items() if v.name in values}
         made._done, made._names = set(), None
         return made

@@ -80,6 +80,10 @@ class Table(MutableMapping[str, T]):
     def __len__(self) -> int:
         return len({*self._rows, *_outside(self.group)})
 
+    def own(self) -> Iterator[T]:
+        """qcompile's rows alone."""
+        return iter(self._rows.values())
+
     def origin(self, name: str) -> Outside | None:
         """The package that adds a row, None for qcompile's own; UserError where two packages add one of that name."""
         others = _outside(self.group).get(name, ())
@@ -150,6 +154,13 @@ class OneOf(Generic[T]):
         """All of them. Rows of other packages are not loaded for it."""
         rows = (name for name in self.table if _outside(self.table.group).get(name) or self.fit(self.table[name]))
         return [*self.words, *rows]
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of a pass (its constructor) or of a format (its grid) that a recipe can set."""
+    made = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
+    found = inspect.signature(made, eval_str=True).parameters.values()
+    return {parameter.name: parameter for parameter in found if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def _told(others: Iterable[Outside]) -> str:

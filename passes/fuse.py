@@ -1,13 +1,14 @@
 """Fewer, wider packed products: a bias joins its product, products of one input become one."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.contract import Fact, Stage
 from qcompile.passes.formats import by_operator, functions
 from qcompile.passes.formats.base import (
     ACTIVATION_BITS,
@@ -35,8 +36,8 @@ class Fuse(Pass):
     """
 
     name: ClassVar[str] = "fuse"
-    after_walk: ClassVar[bool] = True
-    preceded_by: ClassVar[tuple[str, ...]] = ("pack",)
+    stage: ClassVar[Stage] = Stage.BEHIND
+    needs: ClassVar[Set[Fact]] = frozenset({Fact.PACKED})
 
     def __init__(self, *, bias: bool = True, inputs: bool = True) -> None:
         super().__init__()

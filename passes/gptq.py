@@ -1,6 +1,6 @@
 """Error-compensated rounding (GPTQ, Frantar et al. 2022) from the Gram matrix alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,12 +11,14 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array, Grid, QParams, Quantized
 from qcompile.passes.algebra import damped, inverse_factor
 from qcompile.passes.base import Decision, Pass, Region
+from qcompile.passes.contract import Fact, Reads
 from qcompile.passes.errors import UserError
 from qcompile.passes.held import NOT_CONFIRMED, too_few
 from qcompile.passes.linears import PACKED, Linear, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import (
     Fit,
+    Rounding,
     column_errors,
     fitted,
     merge_columns,
@@ -101,9 +103,8 @@ class Gptq(Pass):
     """Choose codes by error-compensated rounding on the Gram matrix (act-order, static groups, refit scales)."""
 
     name: ClassVar[str] = "gptq"
-    needs_statistics: ClassVar[bool] = True
-    needs_correlations: ClassVar[bool] = True
-    followed_by: ClassVar[tuple[str, ...]] = ("pack", "qdq", "dynamic")
+    reads: Set[Reads] = frozenset({Reads.STATISTICS})
+    ensures: ClassVar[Set[Fact]] = frozenset({Fact.CODES})
 
     def __init__(
         self,
@@ -120,6 +121,11 @@ class Gptq(Pass):
             raise UserError(f"gptq: sweeps must be 0 to {_MOST_SWEEPS}, got {sweeps}")
         self.policy = policy
         self.rounding = ErrorCompensated(None if damping == "auto" else damping, sweeps, refit)
+
+    @property
+    def rounds_by(self) -> Rounding:
+        """The same without its slow refinements."""
+        return ErrorCompensated(self.rounding.damping, sweeps=0, refit=False)
 
     def call(self, region: Region) -> None:
         """Leave the codes of every quantizable linear with statistics in its weight's meta, for `pack` to write."""

@@ -1,6 +1,6 @@
 """LLM.int8(): a few input channels stay in float, all others in int8 (Dettmers et al. 2022), made static."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qcompile.passes.absorb import weight_users
 from qcompile.passes.affine import Array
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.contract import Fact, Reads
 from qcompile.passes.errors import UserError
 from qcompile.passes.held import NOT_CONFIRMED, too_few
 from qcompile.passes.linears import Linear, find_linears
@@ -39,8 +40,8 @@ class Outlier(Pass):
     """
 
     name: ClassVar[str] = "outlier"
-    needs_statistics: ClassVar[bool] = True
-    followed_by: ClassVar[tuple[str, ...]] = ("qdq", "dynamic")
+    reads: Set[Reads] = frozenset({Reads.SCALES})
+    ensures: ClassVar[Set[Fact]] = frozenset({Fact.OUTLIERS})
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Outlier(Pass):
             raise UserError(f"outlier: threshold must lie between 0 and 1, got {threshold}")
         self.policy, self.most, self.threshold, self.observer = policy, most, threshold, observer
         self.source = source
-        self.needs_statistics = source == "calibration"  # type: ignore[misc]
+        self.reads = Outlier.reads if source == "calibration" else frozenset()
         self._observers: dict[ir.Value, Observer] = {}
 
     def observed_in(self, region: Region) -> Mapping[ir.Value, Observer]:

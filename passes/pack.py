@@ -1,5 +1,6 @@
 """Writing quantized weights into the graph."""
 
+from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -10,6 +11,7 @@ import onnx_ir as ir
 from qcompile.passes.affine import Grid, Quantized
 from qcompile.passes.base import Pass, Reason, Region
 from qcompile.passes.bodies import body_nodes
+from qcompile.passes.contract import Fact
 from qcompile.passes.formats import emit
 from qcompile.passes.formats.base import Tensors
 from qcompile.passes.formats.decoded import Coded
@@ -49,7 +51,8 @@ class Pack(Pass):
     """
 
     name: ClassVar[str] = "pack"
-    quantizes: ClassVar[bool] = True
+    ensures: ClassVar[Set[Fact]] = frozenset({Fact.PACKED})
+    takes: ClassVar[Set[Fact]] = frozenset({Fact.FLOAT, Fact.CLIP, Fact.CODES})
     families: ClassVar[tuple[str, ...]] = ("MatMul",)
 
     def __init__(self, policy: Policy, *, target: Literal["qcompile", "matmulnbits", "qdq"] | None = None) -> None:
@@ -74,16 +77,13 @@ class Pack(Pass):
             else:
                 self._pack_embedding(region.model, embedding, table)
 
-    def skip_rest(self, model: ir.Model) -> bool:
+    def call_rest(self, model: ir.Model) -> None:
         """Code what no packed product covers (`inner`), and account for the weights that are left.
-
-        Returns whether something became codes: the graph then computes something else than it did.
 
         Case 5: linears and tables in bodies of If, Loop and Scan: the grid of all others, rounded without data.
         Case 6: convolutions in bodies, LSTM, GRU and RNN: int8, whatever the bits of linears.
         """
         store = WeightStore(model, WeightGrid())
-        before = len(self.decisions)
         done = quantize_inner(
             model, self.policy, store, partial(self._coded, model, vocabulary_size(model)), self.decide
         )
@@ -93,7 +93,6 @@ class Pack(Pass):
                 self._keep(embedding, table)
             else:
                 self._pack_embedding(model, embedding, table)
-        changed = any(decision.action == "quantized" for decision in self.decisions[before:])
         for node in model.graph.all_nodes():
             name = node.name or ""
             if node.op_type == "MatMul" and node.domain == "" and node not in done:
@@ -109,7 +108,6 @@ class Pack(Pass):
                     "computed": LEFT in node.meta,
                 }
                 self.decide(name, "kept" if refused else "skipped", refused or reason, **told)
-        return changed
 
     def _coded(self, model: ir.Model, vocabulary: int | None, linear: Linear) -> Chosen | str:
         """Case 5: the codes of a linear in a body; those of the main graph where it reads the same weight."""

@@ -1,11 +1,13 @@
 """SmoothQuant: migrate outliers from activations into weights, by constants only (Xiao et al. 2022)."""
 
+from collections.abc import Set
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from qcompile.passes.affine import Array
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.contract import Reads
 from qcompile.passes.errors import UserError
 from qcompile.passes.held import known_channels
 from qcompile.passes.pairs import find_pairs
@@ -44,7 +46,7 @@ class Smooth(Pass):
     """
 
     name: ClassVar[str] = "smooth"
-    needs_statistics: ClassVar[bool] = True
+    reads: Set[Reads] = frozenset({Reads.SCALES})
 
     def __init__(
         self,

@@ -60,7 +60,7 @@ def report_of(count: int, *, prefix: str = "/model/layers/self_attn/q_proj/MatMu
     detail = {"kind": "norm", "linears": names[:3], "relative_loss": 0.71}
     smooth = [Decision(name, "folded", "alpha=0.6", detail) for name in names]
     report = Report("/m/model.onnx", "ab" * 32, {"passes": ["smooth", "awq", "pack"], "bits": 4}, {"onnx": "1.23.2"})
-    report.decisions = {"smooth": smooth, "awq": smooth, "pack": packed}
+    report.decisions, report.quantizers = {"smooth": smooth, "awq": smooth, "pack": packed}, ("pack",)
     errors, added = np.exp(rng.normal(-3, 0.7, count)).tolist(), np.exp(rng.normal(-5, 0.5, count)).tolist()
     report.nodes = [
         NodeError(d.node, errors[i], 1e-7, added[i], 8 + 8 * (i % 2), 1000)

@@ -27,9 +27,8 @@ def _made(dtype: Any = np.float32, *, layers: int = 2, packed: bool = False) -> 
 
 
 def _prepared(make: Graph) -> ir.Model:
-    model, prepare = ir.from_proto(make.model()), Prepare()
-    prepare.ask = told_by_runtime
-    prepare.call(Region.whole(model))
+    model = ir.from_proto(make.model())
+    Prepare().call(Region.whole(model, told_by_runtime))
     return model
 
 

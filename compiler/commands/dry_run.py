@@ -22,6 +22,7 @@ from qcompile.compiler.walk.patterns import check_patterns
 from qcompile.compiler.walk.segments import Segment, split
 from qcompile.passes.affine import Grid
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.contract import Reads, Stage
 from qcompile.passes.linears import Linear, find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
 
@@ -34,7 +35,7 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     before = file_size(path, model)
     passes = build(recipe)
     for rewrite in passes:
-        if rewrite.whole_model:
+        if rewrite.stage == Stage.BEFORE:
             rewrite.call(Region.whole(model))
     check_patterns(recipe, model)
     check_sizes(model)
@@ -43,7 +44,7 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     policy = make_policy(recipe)
     chosen = {linear: policy.for_linear(linear, vocabulary) for linear in linears}
     looked_up = {embedding: policy.for_embedding(embedding) for embedding in find_embeddings(model.graph)}
-    packs = any(p.quantizes for p in passes)
+    packs = bool(quantizers(passes))
     console.print(f"plan      {path} → {output}", soft_wrap=True)
     made = table("nodes", "operator", "decision", "weights", numbers=1)
     rows: dict[tuple[str, str], list[int]] = {}
@@ -74,7 +75,9 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     console.print(f"walk      {len(segments)} segments; inputs: {', '.join(given.name for given in plan.inputs)}")
     after = before - removed + packed if packs else before
     console.print(f"size      {before / 1e6:.1f} MB → about {after / 1e6:.1f} MB")
-    rows_seen = recipe.samples * recipe.context if any(p.needs_statistics for p in passes) else 0
+    rows_seen = (
+        recipe.samples * recipe.context if any(p.reads & {Reads.SCALES, Reads.STATISTICS} for p in passes) else 0
+    )
     console.print(f"memory    about {_memory(segments, linears, rows_seen) / 1e9:.1f} GB")
 
 

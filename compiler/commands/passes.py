@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from qcompile.compiler.plan import PASSES, describe, parameters, summary
-from qcompile.passes.base import needs_calibration
+from qcompile.compiler.plan import describe, needs_calibration, summary
 from qcompile.passes.errors import UserError
-from qcompile.passes.extensions import Table
+from qcompile.passes.extensions import Table, parameters
 from qcompile.passes.formats import BY_NAME
 from qcompile.passes.observers import OBSERVERS
+from qcompile.passes.table import PASSES
 
 T = TypeVar("T")
 _DESCRIPTION = """\

@@ -20,9 +20,11 @@ from qcompile.compiler.files.publish import write_text
 from qcompile.compiler.mixed import keep
 from qcompile.compiler.mixed.ranking import Ranking, RankingCache
 from qcompile.compiler.mixed.sensitivity import Mixture
-from qcompile.compiler.plan import INT8, packages
+from qcompile.compiler.plan import ensuring, packages, steps_that
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.stages import walk_model
+from qcompile.passes import lists
+from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError
 
 _DESCRIPTION = """\
@@ -32,7 +34,7 @@ of the calibration text that calibration does not use (of other data, on four ca
 integer weights are in memory at once.
 The result is kept in ~/.cache/qcompile (QCOMPILE_CACHE moves it). `qcompile MODEL.onnx --keep-worst N`, `--max-kl NATS`
 and `--min-sqnr DB` leave the worst nodes in float."""
-_DEFAULT_PASSES = "smooth,qdq"
+_DEFAULT_PASSES = lists.INTEGER
 _SHOWN = 30
 
 
@@ -74,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
 
 def ranked(model: Path, recipe: Recipe, calibration: Calibration, progress: Progress) -> Ranking:
     """The ranking of a model's integer nodes, from the cache where it has been made before."""
-    if not any(step.name in INT8 for step in recipe.passes):
-        raise UserError("sensitivity: no pass of the list makes nodes integer: add qdq or dynamic")
+    if not steps_that(recipe, ensure=Fact.INTEGER):
+        raise UserError(f"sensitivity: no pass of the list makes nodes integer: add {ensuring(Fact.INTEGER)}")
     progress.step("loading")
     cache = RankingCache(model, model_hash(model), recipe, versions() | packages(recipe), calibration)
     known = cache.get()

@@ -10,13 +10,13 @@ from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.feeds import InputPlan
 from qcompile.compiler.mixed.ranking import Ranking, RankingCache
 from qcompile.compiler.mixed.sensitivity import Mixture, Steps, finished_distance, stored_bytes
+from qcompile.compiler.plan import ensuring
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.mixed import Kept, Mixed
-from qcompile.passes.base import Pass, Reason, Region, on_clone
+from qcompile.passes.base import IntegerPass, Pass, Reason, Region, on_clone
+from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError
 from qcompile.passes.policy import Policy
-from qcompile.passes.qdq.dynamic import Dynamic
-from qcompile.passes.qdq.qdq import Qdq
 
 # The share of what keeping nodes in float gains that keeping them with int8 weights has to gain.
 _ENOUGH = 0.75
@@ -74,11 +74,11 @@ def check_metric(recipe: Recipe, plan: InputPlan) -> None:
         raise UserError("min_sqnr is for models without logits, and this one is a decoder: give max_kl in nats a token")
 
 
-def integer_pass(passes: Sequence[Pass]) -> Qdq | Dynamic:
+def integer_pass(passes: Sequence[Pass]) -> IntegerPass:
     """The pass of a list that makes nodes integer; UserError where there is none."""
-    found = next((p for p in passes if isinstance(p, (Qdq, Dynamic))), None)
+    found = next((p for p in passes if isinstance(p, IntegerPass)), None)
     if found is None:
-        raise UserError("no pass of the list makes nodes integer: add qdq or dynamic to --passes")
+        raise UserError(f"no pass of the list makes nodes integer: add {ensuring(Fact.INTEGER)} to --passes")
     return found
 
 
@@ -143,8 +143,7 @@ def _bound(recipe: Recipe) -> tuple[float, str]:
 def _tried(mixture: Mixture, ranking: Ranking, count: int, recipe: Recipe, bound: float = 0.0) -> _Tried:
     """The graph that the pass makes with so many nodes kept; Case 3."""
     late = mixture.late
-    has_kernel = not isinstance(late, Qdq) or late.provider == "cpu"
-    light = _kept(mixture, ranking, count, weights_only=has_kernel and recipe.keep_as != "float")
+    light = _kept(mixture, ranking, count, weights_only=late.light and recipe.keep_as != "float")
     made = _finished(mixture, light, recipe)
     if recipe.keep_as != "auto" or made.distance <= bound or not any(own.weights_only for own in light):
         return made
@@ -155,7 +154,6 @@ def _tried(mixture: Mixture, ranking: Ranking, count: int, recipe: Recipe, bound
 
 def _finished(mixture: Mixture, kept: tuple[Kept, ...], recipe: Recipe) -> _Tried:
     made, clone = on_clone(mixture.late, mixture.model)
-    assert isinstance(made, (Qdq, Dynamic))
     made.policy = _keeping(made.policy, kept)
     made.call(Region.whole(clone))
     return _Tried(kept, finished_distance(mixture, clone, recipe.provider), stored_bytes(clone))

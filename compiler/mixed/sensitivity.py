@@ -20,13 +20,9 @@ from qcompile.compiler.mixed.ranking import Ranked, Ranking
 from qcompile.compiler.mixed.switchable import Switched, rewritten
 from qcompile.compiler.mixed.windows import check_windows, float_outputs
 from qcompile.compiler.walk.extract import extract
-from qcompile.passes.base import Pass
+from qcompile.passes.base import IntegerPass
 from qcompile.passes.errors import UserError
-from qcompile.passes.linears import find_embeddings, find_linears
-from qcompile.passes.policy import Policy
-from qcompile.passes.qdq.dynamic import Dynamic
-from qcompile.passes.qdq.qdq import Qdq
-from qcompile.passes.qdq.selection import Selection, products, quantized_output, select
+from qcompile.passes.linears import find_embeddings
 from qcompile.passes.tensors import chunks
 from qcompile.runtime.sessions import run
 
@@ -49,7 +45,9 @@ class Mixture:
     effects are relative to. Raises UserError where there is nothing to choose from, or not enough memory.
     """
 
-    def __init__(self, model: ir.Model, late: Pass, plan: InputPlan, data: Data, source: Path, provider: str) -> None:
+    def __init__(
+        self, model: ir.Model, late: IntegerPass, plan: InputPlan, data: Data, source: Path, provider: str
+    ) -> None:
         self.model, self.late = model, late
         self.batches, self.windows = check_windows(plan, data)
         self.sites, full = _sites(late, model), chosen(late, model, {})
@@ -86,25 +84,15 @@ class Mixture:
         return Ranking(self.effect.metric, self.windows, *ends, tuple(found), time.monotonic() - started)
 
 
-def chosen(late: Pass, model: ir.Model, kept: Mapping[str, str]) -> Setting:
+def chosen(late: IntegerPass, model: ir.Model, kept: Mapping[str, str]) -> Setting:
     """What a pass will make integer in a float model, with the names of `kept` (and why) left in float."""
-    if not isinstance(late, (Qdq, Dynamic)):
-        raise TypeError(f"{late.name} makes no node integer")
     policy = replace(late.policy, kept=kept)
     looked_up = [e.name for e in find_embeddings(model.graph) if not isinstance(policy.for_embedding(e), str)]
-    if isinstance(late, Dynamic):
-        linears = {linear.node for linear in find_linears(model.graph)}
-        own = [str(node.name) for node in products(model, policy)[0] if node in linears]
-        return Setting.of([*own, *looked_up])
-    selection = _selected(late, model, policy)
-    return Setting.of([*(str(n.name) for n in selection.nodes), *looked_up], (str(v.name) for v in selection.whole))
+    own = late.integer_nodes(model, policy)
+    return Setting.of([*(str(node.name) for node in own.nodes), *looked_up], (str(value.name) for value in own.whole))
 
 
-def _selected(late: Qdq, model: ir.Model, policy: Policy) -> Selection:
-    return select(model, policy, late.provider, late.operators, slower=late.slower)
-
-
-def _nothing(late: Pass, model: ir.Model) -> str:
+def _nothing(late: IntegerPass, model: ir.Model) -> str:
     """Why there is no node to choose from: of what stands in a body, or recurs, weights alone become codes."""
     told = f"pass {late.name!r} makes no node of this model integer: there is nothing to rank"
     readers = [reader for constant in census(model) if constant.family == "MatMul" for reader in constant.readers]
@@ -117,24 +105,20 @@ def _nothing(late: Pass, model: ir.Model) -> str:
     )
 
 
-def _sites(late: Pass, model: ir.Model) -> dict[Ranked, list[str]]:
+def _sites(late: IntegerPass, model: ir.Model) -> dict[Ranked, list[str]]:
     """The nodes that can be kept in float one by one, not measured yet; by each, the values that it alone makes whole.
 
     An operator that only moves codes is none of them: it is integer where its neighbours are.
     """
-    names, found = chosen(late, model, {}).nodes, {}
-    selected = _selected(late, model, late.policy).nodes if isinstance(late, Qdq) else {}
-    rules = {str(node.name): rule for node, rule in selected.items()}
+    names, found, own = chosen(late, model, {}).nodes, {}, late.integer_nodes(model, late.policy)
     for node in model.graph:
         name = str(node.name)
-        rule = rules.get(name)
-        if name not in names or (rule is not None and rule.output == "same"):
+        if name not in names or node in own.moving:
             continue
         constants = [v.const_value for v in map(_stored, node.inputs) if v is not None and v.const_value is not None]
         large = [tensor for tensor in constants if len(tensor.shape) > 1]
         ranked = Ranked(name, node.op_type, sum(t.size for t in large), sum(t.nbytes for t in large), 0.0)
-        needs = rule is not None and rule.output == "required"
-        found[ranked] = [str(quantized_output(node).name)] if needs else []
+        found[ranked] = [str(own.ends[node].name)] if node in own.ends else []
     return found
 
 

@@ -14,7 +14,9 @@ from qcompile.compiler.console.numbers import percent
 from qcompile.compiler.facts.census import FloatConstant, Reader, census, family_of
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.report import PRODUCTS, Report
+from qcompile.passes import lists
 from qcompile.passes.base import Decision, Pass
+from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import LEFT, as_linear
 from qcompile.passes.policy import Policy
@@ -23,7 +25,7 @@ from qcompile.passes.prepare.folding import ALREADY
 # Without --min-coverage: what must be quantized of the families that the list has formats for, and of all products.
 DEFAULT, DEFAULT_OF_ALL = 0.95, 0.5
 # The list that quantizes the weights of a family.
-_LISTS = {"MatMul": "smooth,awq,gptq,pack", "Conv": "smooth,qdq,bias_correction"}
+_LISTS = {"MatMul": lists.BEST, "Conv": lists.CORRECTED}
 # Operators whose weights those lists take.
 _TAKEN = {"MatMul", "Gemm", "Conv", "ConvTranspose"}
 _WORDS = {"MatMul": "MatMul", "Conv": "Conv"}
@@ -31,7 +33,7 @@ _WORDS = {"MatMul": "MatMul", "Conv": "Conv"}
 
 def quantizers(passes: Sequence[Pass]) -> list[Pass]:
     """The passes whose decisions say which weights became codes."""
-    return [p for p in passes if p.quantizes]
+    return [p for p in passes if Fact.FLOAT in p.takes]
 
 
 def account(before: Sequence[FloatConstant], model: ir.Model, passes: Sequence[Pass], policy: Policy) -> list[Decision]:
@@ -180,7 +182,7 @@ def _reasons(report: Report) -> list[str]:
 
 def _nothing(report: Report, name: str) -> str:
     if not report.quantizing:
-        coded = sum(d.reason == ALREADY for d in report.decisions.get("prepare", []))
+        coded = sum(d.reason == ALREADY for own in report.decisions.values() for d in own)
         told = f"its {coded} weights are quantized already" if coded else "it has no constant weight"
         return f"{name} quantizes nothing of this model: {told}; nothing was written"
     reasons = _reasons(report) or list(dict.fromkeys(d.reason for d in report.quantizing))[:4]

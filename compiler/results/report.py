@@ -38,7 +38,7 @@ class Report:
     versions: dict[str, str]
     data: str = ""
     decisions: dict[str, list[Decision]] = field(default_factory=dict)
-    quantizers: tuple[str, ...] = ("pack", "qdq", "dynamic")
+    quantizers: tuple[str, ...] = ()
     nodes: list[NodeError] = field(default_factory=list)
     outputs: list[OutputError] = field(default_factory=list)
     ranges: list[ActivationRange] = field(default_factory=list)

@@ -7,9 +7,8 @@ from typing import Any
 
 import yaml
 
-from qcompile.compiler.plan import build, effective, make_policy
+from qcompile.compiler.plan import build, effective, make_policy, needs_calibration
 from qcompile.compiler.recipe import Recipe, split_list
-from qcompile.passes.base import needs_calibration
 from qcompile.passes.errors import UserError
 
 CALIBRATION = "calibration"

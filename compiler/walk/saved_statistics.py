@@ -13,11 +13,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.compiler.files import publish
-from qcompile.compiler.plan import PASSES
+from qcompile.compiler.plan import always
 from qcompile.compiler.recipe import Step
+from qcompile.passes.contract import Stage
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Observer, State
 from qcompile.passes.observers.histogram import Histogram
+from qcompile.passes.table import PASSES
 
 # To be raised when an observer's state means something else, or a histogram has other bins.
 VERSION = 4
@@ -100,8 +102,8 @@ class SavedStatistics:
 
 def shaping(steps: Sequence[Step]) -> str:
     """The passes that run before ranges are taken, those alone that a recipe can leave out or give parameters."""
-    before = [step for step in steps if not PASSES[step.name].after_walk]
-    return ",".join(str(step) for step in before if step != Step("prepare"))
+    before = [step for step in steps if PASSES[step.name].stage < Stage.BEHIND]
+    return ",".join(str(step) for step in before if step not in [Step(name) for name in always()])
 
 
 def fingerprint(model: ir.Model) -> dict[str, tuple[float, float]]:

@@ -95,7 +95,6 @@ def tried(
         few = f"of the calibration data {aside.samples} samples (pictures, texts, rows) could be held aside, too few"
         return Verdict(False, f"{few} to judge a correction on (at least {FEWEST})"), ()
     made, copy = on_clone(late, runner.model)
-    assert isinstance(made, WalksAgain)
     every = 2 if len(batches) >= PARTS and all(batch.follows is None for batch in batches) else 1
     made.hold_aside(every)
     through(made, replace(runner, model=copy), batches[::every])

@@ -27,12 +27,11 @@ from qcompile.compiler.walk.verify import (
 )
 from qcompile.compiler.walk.verify_decoded import check_decoded
 from qcompile.passes.base import Pass, Region, WalksAgain
+from qcompile.passes.contract import Fact, Reads, Stage
 from qcompile.passes.formats.functions import is_product
 from qcompile.passes.linears import Linear, find_linears, vocabulary_size
 from qcompile.passes.observers.base import Observer
-from qcompile.passes.pack import Pack
 from qcompile.passes.proxies import proxies
-from qcompile.passes.qdq.qdq import Qdq
 from qcompile.passes.qdq.twin import TWIN
 from qcompile.passes.statistics import Statistics, held_aside
 
@@ -47,11 +46,11 @@ class Job:
 
     def __init__(self, model: ir.Model, recipe: Recipe, passes: Sequence[Pass], report: Report, progress: Progress):
         self.model, self.recipe, self.report, self.progress = model, recipe, report, progress
-        self.passes = [p for p in passes if not p.whole_model and not p.after_walk]
-        self.late = [p for p in passes if p.after_walk]
-        self.pack = next((p for p in passes if isinstance(p, Pack)), None)
+        self.passes = [p for p in passes if p.stage == Stage.WALK]
+        self.late = [p for p in passes if p.stage == Stage.BEHIND]
         self.guess = False
-        self.changed = any(p.quantizes for p in self.late)  # behind the walk, so that its outputs are the float ones
+        # Behind the walk, so that the outputs that it gave are not those of the finished graph.
+        self.changed = any(Fact.FLOAT in p.takes for p in self.late)
         self.sigmoids = probabilities(model)
         self.vocabulary: int | None = None
 
@@ -67,7 +66,8 @@ class Job:
         rows = 2 * sum(batch.rows for batch in (*data.calibration, *data.checks))
         self.progress.total(rows * len(segments))
         outputs: list[tuple[Arrays, Arrays]] = [({}, {}) for _ in data.checks]
-        static = bool(observed(self.late, self.model))
+        ranged = bool(observed(self.late, self.model))
+        asked = [p for p in (*self.passes, *self.late) if ranged and (watched or Reads.RANGES not in p.reads)]
         shown = seen_in(segments, watched)
         inside = {node for segment in segments for node in segment.nodes}
         loose = [node for node in self.model.graph if node not in inside]
@@ -77,15 +77,15 @@ class Job:
             if not calibration.batches:
                 continue
             region = Region(self.model, [*(loose if number == 1 else ()), *segment.nodes], vocabulary=self.vocabulary)
-            more = [pair for p in (*self.passes, *self.late) if static for pair in p.observed_in(region).items()]
-            if watched:  # not where ranges come from a file
-                more += [pair for p in self.late for pair in p.observed_anew(region).items()]
+            more = [pair for p in asked for pair in p.observed_in(region).items()]
             own = shown[number - 1]
             if own or more:
                 runner.observe(segment, own, calibration, more=more)
             runner.advance(segment, calibration)
-        if self.pack is not None:
-            self.changed = self.pack.skip_rest(self.model)
+        for rewrite in self.passes:
+            before = len(rewrite.decisions)
+            rewrite.call_rest(self.model)
+            self.changed |= any(decision.action == "quantized" for decision in rewrite.decisions[before:])
         return outputs
 
     def verify(self, plan: InputPlan, data: Data, outputs: list[tuple[Arrays, Arrays]]) -> list[Arrays]:
@@ -114,11 +114,8 @@ class Job:
 
     @property
     def optimize(self) -> bool:
-        """Whether ONNX Runtime's CPU provider may rewrite the finished graph in checks.
-
-        Not a graph for TensorRT: it is not made for the CPU's fusions, some of which fail on symmetric int8.
-        """
-        return not any(isinstance(p, Qdq) and p.provider == "tensorrt" for p in self.late)
+        """Whether ONNX Runtime's CPU provider may rewrite the finished graph in checks."""
+        return all(p.fused for p in self.late)
 
     def walk_again(self, late: WalksAgain, plan: InputPlan, data: Data, original: ir.Model) -> None:
         """Take the calibration data through the graph as it is now for one pass, where a trial confirms what it does.
@@ -165,7 +162,7 @@ class Job:
         int8: bool,
     ) -> None:
         region = Region(self.model, list(segment.nodes), vocabulary=self.vocabulary)
-        if any(rewrite.needs_statistics for rewrite in self.passes):
+        if any(rewrite.reads & {Reads.SCALES, Reads.STATISTICS} for rewrite in self.passes):
             linears = find_linears(segment.nodes)
             if self.guess:
                 region.statistics = proxies({linear.activation: linear.shape[0] for linear in linears}.items())

@@ -1,18 +1,17 @@
 """Types and shapes of values. Whatever its size, a model is never serialized with its weights here."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import onnx
 import onnx_ir as ir
 
+from qcompile.passes.base import Oracle
 from qcompile.passes.errors import UserError
 from qcompile.passes.graph import Decide
 from qcompile.passes.map_types import set_maps_aside
 from qcompile.passes.prepare.inference import inferred
 
-# Tells the types of values, by name, that a model without its weights computes; nothing of those it cannot tell.
-Oracle = Callable[[onnx.ModelProto, Sequence[str]], Sequence[onnx.ValueInfoProto]]
 _WEIGHT = 1024
 
 

@@ -1,6 +1,10 @@
 """The pass itself: its steps, in order."""
 
+from collections.abc import Set
+from typing import ClassVar
+
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.contract import WEIGHTS, Fact, Stage
 from qcompile.passes.errors import UserError
 from qcompile.passes.origins import keep_origins, origins
 from qcompile.passes.prepare.constants import fix_defaults, lift_constants, load_small
@@ -16,7 +20,7 @@ from qcompile.passes.prepare.gemm import split_gemms
 from qcompile.passes.prepare.hard_swish import name_hard_swishes
 from qcompile.passes.prepare.heads import group_heads
 from qcompile.passes.prepare.identities import name_casts, remove_identities
-from qcompile.passes.prepare.infer import Oracle, infer_anew, infer_shapes
+from qcompile.passes.prepare.infer import infer_anew, infer_shapes
 from qcompile.passes.prepare.names import unique_names
 from qcompile.passes.prepare.opset import MAX_OPSET, MIN_OPSET, raise_opset
 from qcompile.passes.prepare.products import turn_products
@@ -66,15 +70,16 @@ class Prepare(Pass):
     Inputs and outputs keep names, order and types; weights keep their types and are never all in memory.
     """
 
-    name = "prepare"
-    whole_model = True
+    name: ClassVar[str] = "prepare"
+    stage: ClassVar[Stage] = Stage.BEFORE
+    needs: ClassVar[Set[Fact]] = frozenset()
+    ensures: ClassVar[Set[Fact]] = WEIGHTS
 
     def __init__(self, *, opset: int = 21) -> None:
         super().__init__()
         if not MIN_OPSET <= opset <= MAX_OPSET:
             raise UserError(f"prepare: opset must be {MIN_OPSET} to {MAX_OPSET}, got {opset}")
         self.opset = opset
-        self.ask: Oracle | None = None
 
     def call(self, region: Region) -> None:
         """Rewrite the whole model in place."""
@@ -88,7 +93,7 @@ class Prepare(Pass):
         unique_names(model, decide)  # Case 9
         fix_defaults(model, decide)  # Case 2
         load_small(model)
-        infer_anew(model, decide, self.ask)
+        infer_anew(model, decide, region.ask)
         raise_opset(model, self.opset, decide)  # Case 3
         lift_constants(model, decide)  # Case 2
         remove_identities(model, decide)  # Case 4
@@ -130,5 +135,5 @@ class Prepare(Pass):
         name_nodes(model, decide)
         note_computed(model)
         keep_origins(model, known)
-        infer_shapes(model, decide, self.ask)
+        infer_shapes(model, decide, region.ask)
         region.nodes = list(model.graph)

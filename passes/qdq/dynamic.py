@@ -1,11 +1,13 @@
 """Dynamic INT8: activations on the range of each batch, found when the model runs."""
 
+from collections.abc import Set
 from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.base import Pass, Reason, Region
+from qcompile.passes.base import IntegerNodes, IntegerPass, Reason, Region
+from qcompile.passes.contract import Fact
 from qcompile.passes.formats.base import drop_weight
 from qcompile.passes.graph import add_initializer, insert_before
 from qcompile.passes.inner import int8, quantize_inner
@@ -18,9 +20,10 @@ from qcompile.passes.qdq.providers import RULES, Rule, rule_of
 from qcompile.passes.qdq.selection import is_head, products
 from qcompile.passes.qdq.twin import remember
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore
+from qcompile.passes.spec import ActivationSpec
 
 
-class Dynamic(Pass):
+class Dynamic(IntegerPass):
     """Compute linears in int8 on activation ranges found when the model runs: no calibration.
 
     Case 1: a MatMul with a constant weight: DynamicQuantizeLinear (uint8, one scale for the whole tensor),
@@ -36,8 +39,7 @@ class Dynamic(Pass):
     """
 
     name: ClassVar[str] = "dynamic"
-    after_walk: ClassVar[bool] = True
-    quantizes: ClassVar[bool] = True
+    ensures: ClassVar[Set[Fact]] = frozenset({Fact.INTEGER})
 
     def __init__(
         self,
@@ -50,6 +52,16 @@ class Dynamic(Pass):
         super().__init__()
         self.heads = lm_head == "dynamic"
         self.policy, self.grid = policy, WeightGrid(weights == "channel", reduce_range)
+
+    @property
+    def activation_grid(self) -> ActivationSpec:
+        """That of DynamicQuantizeLinear."""
+        return ActivationSpec()
+
+    def integer_nodes(self, model: ir.Model, policy: Policy) -> IntegerNodes:
+        """Linears, Case 1."""
+        linears = {linear.node for linear in find_linears(model.graph)}
+        return IntegerNodes([node for node in products(model, policy)[0] if node in linears])
 
     def call(self, region: Region) -> None:
         """Rewrite the whole graph in place."""

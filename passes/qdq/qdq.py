@@ -1,15 +1,16 @@
 """Static INT8: QuantizeLinear and DequantizeLinear around what integer kernels compute."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array, QParams
-from qcompile.passes.base import STATIC, Pass, Reason, Region
+from qcompile.passes.base import STATIC, IntegerNodes, IntegerPass, Reason, Region
+from qcompile.passes.contract import Fact, Reads
 from qcompile.passes.errors import UserError
 from qcompile.passes.graph import Names, add_initializer, stem, take_over
 from qcompile.passes.inner import int8, quantize_inner
@@ -39,7 +40,7 @@ _NO_RECURRENT = "tensorrt decodes no weights of recurrent layers"
 _TYPES = {"float8": ir.DataType.FLOAT8E4M3FN}
 
 
-class Qdq(Pass):
+class Qdq(IntegerPass):
     """Insert QDQ: weights int8, activations on fixed ranges, so that runtimes compute products in 8 bits.
 
     Case 1: products with a constant weight (MatMul, Gemm, Conv), and what `operators` adds; see `selection`.
@@ -58,8 +59,8 @@ class Qdq(Pass):
     """
 
     name: ClassVar[str] = "qdq"
-    after_walk: ClassVar[bool] = True
-    quantizes: ClassVar[bool] = True
+    reads: Set[Reads] = frozenset({Reads.RANGES})
+    ensures: ClassVar[Set[Fact]] = frozenset({Fact.INTEGER, Fact.STATIC})
 
     def __init__(
         self,
@@ -86,15 +87,29 @@ class Qdq(Pass):
         self._rules: dict[ir.Node, Rule] = {}
 
     @property
+    def activation_grid(self) -> ActivationSpec:
+        """That of all activations."""
+        return self.spec
+
+    @property
+    def fused(self) -> bool:
+        """Not where it is for TensorRT: ONNX Runtime's fusions for the CPU fail on some of its symmetric int8."""
+        return self.provider != "tensorrt"
+
+    @property
+    def light(self) -> bool:
+        """ONNX Runtime's CPU provider has a kernel for int8 weights alone."""
+        return self.provider == "cpu"
+
+    @property
     def chosen_ranges(self) -> dict[ir.Value, tuple[float, float]]:
         """The ends of each grid."""
         ends = (self.spec.qmin, self.spec.qmax)
         return {value: tuple(float((end - q.zero_point) * q.scale) for end in ends) for value, q in self.grids.items()}  # type: ignore[misc]
 
-    def on_copy(self, values: Mapping[str | None, ir.Value]) -> "Qdq":
+    def on_copy(self, values: Mapping[str | None, ir.Value]) -> Self:
         """The pass for a copy of the model: its observers are shared."""
         made = super().on_copy(values)
-        assert isinstance(made, Qdq)
         made.observers = {values[v.name]: own for v, own in self.observers.items() if v.name in values}
         made.grids = {}
         return made
@@ -108,7 +123,7 @@ class Qdq(Pass):
                 self.observers[value] = self._observer(value, [node for node, _ in readers[value]])
         return {value: self.observers[value] for value in selection.values}
 
-    def observed_anew(self, region: Region) -> Mapping[ir.Value, Observer]:
+    def observed_in(self, region: Region) -> Mapping[ir.Value, Observer]:
         """Observers of what nodes that were chosen read now and did not read then."""
         readers: Readers = {}
         for node in region.live_nodes():
@@ -134,6 +149,13 @@ class Qdq(Pass):
         if name == OutputMse.name:
             return OutputMse(str(value.name), importance=partial(importance, readers))
         return OBSERVERS[name](str(value.name))
+
+    def integer_nodes(self, model: ir.Model, policy: Policy) -> IntegerNodes:
+        """What `selection` chooses, but for products whose weight alone is quantized."""
+        selection = select(model, policy, self.provider, self.operators, slower=self.slower)
+        moving = frozenset(node for node, rule in selection.nodes.items() if rule.output == "same")
+        ends = {node: quantized_output(node) for node, rule in selection.nodes.items() if rule.output == "required"}
+        return IntegerNodes(list(selection.nodes), selection.whole, moving, ends)
 
     def call(self, region: Region) -> None:
         """Rewrite the whole graph in place."""

@@ -2,18 +2,20 @@
 
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 from qcompile.compiler.cli import main
-from qcompile.compiler.plan import PASSES, build, effective, following_rounding, make_policy, parameters
+from qcompile.compiler.plan import build, effective, make_policy, needs_calibration
 from qcompile.compiler.recipe import Recipe, parse_passes
-from qcompile.passes.base import needs_calibration
 from qcompile.passes.errors import UserError
+from qcompile.passes.extensions import parameters
 from qcompile.passes.gptq import ErrorCompensated
 from qcompile.passes.pack import Pack
-from qcompile.passes.rounding import round_with_clip
+from qcompile.passes.rounding import round_to_nearest, round_with_clip
 from qcompile.passes.smooth import Smooth
-from qcompile.passes.spec import PerChannel, PerGroup
+from qcompile.passes.spec import ActivationSpec, PerChannel, PerGroup
+from qcompile.passes.table import PASSES
 
 
 def _build(passes: str, **settings: Any) -> list[Any]:
@@ -46,6 +48,14 @@ def test_prepare_comes_first_and_the_order_is_kept(passes: str, built: list[str]
         ("fuse", r"pass 'fuse' must stand behind pack"),
         ("fuse,pack", r"pass 'fuse' must stand behind pack"),
         ("pack,fuse(bias=1)", r"parameter bias takes bool, got 1"),
+        ("qdq,smooth", r"pass 'smooth' stands behind 'qdq', where no float weights are left: move it before qdq"),
+        ("pack,qdq", r"passes 'pack' and 'qdq' both quantize the weights: choose one"),
+        ("qdq,pack", r"passes 'qdq' and 'pack' both quantize the weights: choose one"),
+        ("qdq,fuse", r"pass 'fuse' must stand behind pack: add it to --passes before fuse"),
+        ("dynamic,bias_correction", r"pass 'bias_correction' must stand behind qdq: add it to --passes before bias_c"),
+        ("outlier,pack", r"pass 'outlier' must be followed by qdq or dynamic: add it to --passes behind outlier"),
+        ("awq,qdq", r"pass 'awq' must be followed by pack: add it to --passes behind awq"),
+        ("pack,gptq", r"pass 'gptq' must be followed by pack or qdq or dynamic: add it to --passes behind gptq"),
         ("smooth,awq", r"pass 'awq' must be followed by pack"),
         ("gptq", r"pass 'gptq' must be followed by pack"),
         ("pack(size=3)", r"pass 'pack' has no parameter 'size'; it has target"),
@@ -82,9 +92,21 @@ def test_the_target_of_pack_is_the_recipes() -> None:
 
 
 def test_candidates_are_judged_by_the_rounding_that_follows() -> None:
-    judged = following_rounding(parse_passes("awq,gptq(damping=0.05),pack"))
+    judged = _build("awq,gptq(damping=0.05),pack")[1].rounding
     assert judged == ErrorCompensated(damping=0.05, sweeps=0, refit=False)
-    assert following_rounding(parse_passes("awq,pack")) is round_with_clip
+    assert _build("awq,pack")[1].rounding is round_with_clip
+    assert _build("smooth,qdq")[1].rounding is round_to_nearest
+    assert _build("smooth,gptq,qdq")[1].rounding == ErrorCompensated(sweeps=0, refit=False)
+
+
+def test_factors_are_for_the_activations_of_what_follows() -> None:
+    for passes, grid in {
+        "smooth,qdq(activations=uint16)": ActivationSpec(ir.DataType.UINT16),
+        "smooth,qdq(provider=cuda)": ActivationSpec(ir.DataType.INT8, symmetric=True),
+        "smooth,dynamic": ActivationSpec(),
+        "smooth,pack": None,
+    }.items():
+        assert _build(passes)[1].activations == grid
 
 
 def test_specs_of_each_kind_of_weight() -> None:

@@ -12,13 +12,14 @@ import pytest
 from installing import install
 
 from qcompile.compiler.cli import main
-from qcompile.compiler.plan import PASSES, build, packages
+from qcompile.compiler.plan import build, packages
 from qcompile.compiler.recipe import Recipe, parse_passes, parse_step
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes import extensions, formats
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import BY_NAME, by_operator
 from qcompile.passes.observers import OBSERVERS
+from qcompile.passes.table import PASSES
 
 TABLES = {"passes": PASSES, "observers": OBSERVERS, "formats": BY_NAME}
 GOOD = {

@@ -41,7 +41,7 @@ def _model(body: str, **weights: np.ndarray) -> ir.Model:
 def _pack(model: ir.Model, policy: Policy = ALL) -> dict[str, Decision]:
     step, region = Pack(policy), Region.whole(model)
     step.call(region)
-    step.skip_rest(region.model)
+    step.call_rest(region.model)
     onnx.checker.check_model(ir.to_proto(model))
     assert len({decision.node for decision in step.decisions}) == len(step.decisions), "one decision a node"
     return {decision.node: decision for decision in step.decisions}

@@ -18,7 +18,7 @@ ALL = Policy(SPEC, SPEC, SPEC)
 def _pack(model: ir.Model, policy: Policy = ALL) -> dict[str, Decision]:
     step = Pack(policy)
     step.call(Region.whole(model))
-    step.skip_rest(model)
+    step.call_rest(model)
     assert len({decision.node for decision in step.decisions}) == len(step.decisions), "one decision a node"
     return {decision.node: decision for decision in step.decisions}
 

@@ -15,7 +15,6 @@ from onnx import TensorProto, helper
 
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
 from qcompile.compiler.facts.census import LEAST, census
-from qcompile.compiler.plan import PASSES
 from qcompile.compiler.report.inspection import inspect
 from qcompile.compiler.results.report import Report
 from qcompile.models.tiny import tiny_branch, tiny_decoder
@@ -23,6 +22,7 @@ from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_linears
 from qcompile.passes.pack import Pack
+from qcompile.passes.table import PASSES
 
 D = 32
 LISTS = ["pack", "smooth,qdq", "dynamic", "prepare"]

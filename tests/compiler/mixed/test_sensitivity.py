@@ -17,6 +17,7 @@ from qcompile.compiler.facts.model import versions
 from qcompile.compiler.files.load import model_hash
 from qcompile.compiler.mixed import sensitivity
 from qcompile.compiler.mixed.if_nodes import ALL_FLOAT, Setting
+from qcompile.compiler.mixed.keep import integer_pass
 from qcompile.compiler.mixed.ranking import RankingCache
 from qcompile.compiler.mixed.sensitivity import Mixture, finished_distance
 from qcompile.compiler.recipe import Recipe, parse_passes
@@ -38,7 +39,7 @@ def _mixture(bench: Any, model: Any, passes: str, calibration: list[str] | None 
     source = bench.save(model)
     recipe = Recipe(**{"passes": parse_passes(passes), "samples": 4, "context": 32, "keep_worst": 1, **settings})
     walked = walk_model(source, recipe, Calibration(calibration or [str(bench.text)]), Silent(), checks=False)
-    late = next(p for p in walked.passes if p.after_walk)
+    late = integer_pass(walked.passes)
     return Mixture(walked.model, late, walked.plan, walked.data, source, "cpu")
 
 

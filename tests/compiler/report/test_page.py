@@ -21,7 +21,7 @@ NAN = float("nan")
 
 
 def _report(*packed: Decision) -> Report:
-    return Report("a.onnx", "hash", {}, {}, decisions={"pack": list(packed)})
+    return Report("a.onnx", "hash", {}, {}, decisions={"pack": list(packed)}, quantizers=("pack",))
 
 
 def test_a_compiled_decoder_is_all_on_the_page(bench: Any) -> None:

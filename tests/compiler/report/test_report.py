@@ -28,7 +28,7 @@ def _packed(node: str, weights: int, **options: Any) -> Decision:
 
 
 def _report(*decisions: Decision) -> Report:
-    return Report("a.onnx", "hash", {}, {}, decisions={"pack": list(decisions)})
+    return Report("a.onnx", "hash", {}, {}, decisions={"pack": list(decisions)}, quantizers=("pack",))
 
 
 @pytest.mark.parametrize(

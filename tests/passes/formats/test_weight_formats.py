@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.compiler import cli
 from qcompile.compiler.files.load import load_model, save_model
-from qcompile.compiler.plan import build, grid, make_policy, parameters
+from qcompile.compiler.plan import build, grid, make_policy
 from qcompile.compiler.recipe import Recipe, Step, parse_step
 from qcompile.compiler.report.inspection import inspect
 from qcompile.compiler.report.stored_weights import find_weights
@@ -26,6 +26,7 @@ from qcompile.models.tiny import tiny_branch, tiny_decoder
 from qcompile.passes.affine import Grid, Quantized
 from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError
+from qcompile.passes.extensions import parameters
 from qcompile.passes.formats import FORMATS, Format, format_of, named
 from qcompile.passes.formats.base import ACTIVATION_BITS, unpacked
 from qcompile.passes.formats.lower import lower
@@ -278,7 +279,7 @@ def test_routers_and_bodies_get_integers(name) -> None:
     model = tiny_branch()
     step = Pack(Policy(spec, None, None))
     step.call(Region.whole(model))
-    step.skip_rest(model)
+    step.call_rest(model)
     inner = [d for d in step.decisions if d.reason.endswith("in a body, rounded without data")]
     assert inner
     assert {d.format for d in inner} == {spec.plain.format}

@@ -1,0 +1,62 @@
+"""What a pass declares: when it runs, what it reads of the calibration data, what it needs, ensures and takes.
+
+A list of passes is checked by these facts before any work is done (`compiler/plan.py`), and each pass is held to what
+it ensures while it runs (`compiler/walk/promises.py`).
+"""
+
+from enum import Enum, IntEnum
+
+
+class Stage(IntEnum):
+    """When a pass runs, and how often.
+
+    BEFORE: once, over the whole graph, before it is cut into segments. WALK: once for each segment, with its
+    statistics. BEHIND: once, over the whole graph, behind the walk.
+    """
+
+    BEFORE = 0
+    WALK = 1
+    BEHIND = 2
+
+
+class Reads(Enum):
+    """What a pass cannot work without of the calibration data.
+
+    SCALES: how loud the channels of a linear's input are; statistics guessed from constants (`proxies`) will do.
+    STATISTICS: the Gram matrices of linears' inputs, for which nothing else will do.
+    RANGES: of activations, by the observers that the pass gives (`Pass.observed`).
+    OUTPUTS: of nodes of the finished graph, in a walk of its own (`WalksAgain`).
+    """
+
+    SCALES = "scales"
+    STATISTICS = "statistics"
+    RANGES = "ranges"
+    OUTPUTS = "outputs"
+
+
+class Fact(Enum):
+    """What can hold of a model between two passes; the value names it in messages.
+
+    CANONICAL: every node has a name of its own and stands behind those that it reads; constants are initializers.
+    FLOAT: weights are floats. What takes this quantizes: its decisions say which weights became codes.
+    CLIP, CODES: of each linear that it decided on, the pass left how its weight is to be rounded, or codes of it.
+    OUTLIERS: of each linear that it marked, the pass left the channels that stay in float.
+    PACKED: quantized products are operators of a weight format, each with its float weight to be checked against.
+    INTEGER: quantized products compute in integers, each with its float form to be checked against.
+    STATIC: nodes told to be so read activations on fixed grids, behind QuantizeLinear and DequantizeLinear.
+    """
+
+    CANONICAL = "canonical nodes"
+    FLOAT = "float weights"
+    CLIP = "clipped ranges"
+    CODES = "chosen codes"
+    OUTLIERS = "marked outliers"
+    PACKED = "packed products"
+    INTEGER = "integer products"
+    STATIC = "fixed ranges"
+
+
+# What is left for a later pass to take; without one, it would be lost.
+PENDING = (Fact.CLIP, Fact.CODES, Fact.OUTLIERS)
+# What passes of the walk are for.
+WEIGHTS = frozenset({Fact.CANONICAL, Fact.FLOAT})
