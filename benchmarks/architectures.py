@@ -136,8 +136,10 @@ def feeds_of(inputs: tuple[Input, ...], vocabulary: int | None, seed: int, *, pi
     random, made = np.random.default_rng(seed), {}
     sizes = _SIZES | {"height": picture, "width": picture}
     for given in inputs:
-        own = ("batch", *("samples" if given.name == "input_values" else "sequence",) * len(given.shape))
-        shape = [d if isinstance(d, int) else sizes.get(str(d), sizes[own[i]]) for i, d in enumerate(given.shape)]
+        sound = given.name == "input_values"
+        own = ("batch", *("samples" if sound else "sequence",) * len(given.shape))
+        named = {} if sound else sizes
+        shape = [d if isinstance(d, int) else named.get(str(d), sizes[own[i]]) for i, d in enumerate(given.shape)]
         if given.is_float:
             array = random.standard_normal(shape)
         elif "mask" in given.name:

@@ -49,6 +49,8 @@ def sizes(value: ir.Value | None, budget: list[int] | None = None) -> tuple[Size
         return None
     if node.op_type == "Shape":
         return _shape(node)
+    if node.op_type == "ConstantOfShape":
+        return _repeated(node, budget)
     if node.op_type == "Concat":
         parts = [sizes(part, budget) for part in node.inputs]
         return tuple(size for part in parts if part for size in part) if None not in parts else None
@@ -71,6 +73,16 @@ def _shape(node: ir.Node) -> tuple[Size, ...] | None:
     return tuple(whole[node.attributes.get_int("start", 0) : node.attributes.get_int("end", None)])
 
 
+def _repeated(node: ir.Node, budget: list[int]) -> tuple[Size, ...] | None:
+    """A vector of equal integers, of a length that is known."""
+    given = node.attributes.get("value")
+    number = given.as_tensor().numpy().reshape(-1)[0] if given is not None else np.float32(0)
+    length = sizes(node.inputs[0], budget)
+    if length is None or len(length) != 1 or not isinstance(length[0], int) or number.dtype.kind != "i":
+        return None
+    return (int(number),) * length[0] if 0 <= length[0] <= _LOOKS else None
+
+
 def _picked(node: ir.Node, content: tuple[Size, ...], operands: list[list[int]]) -> tuple[Size, ...] | None:
     """What Slice or Gather, with these constants, takes of a shape."""
     if node.op_type == "Gather":
@@ -80,8 +92,61 @@ def _picked(node: ir.Node, content: tuple[Size, ...], operands: list[list[int]])
     return content[starts[0] : ends[0]] if steps == [1] else None
 
 
+def _stated(node: ir.Node) -> list[Size | None] | None:
+    """The sizes of what Tile, Expand or Transpose gives, None for one that cannot be told; None for other nodes.
+
+    onnx infers nothing behind a Tile or an Expand by numbers of which one is not known: a batch, say.
+    """
+    x = node.inputs[0] if node.domain == "" and node.inputs else None
+    if x is None or x.shape is None or node.op_type not in ("Tile", "Expand", "Transpose"):
+        return None
+    own = [dimension(x, axis) for axis in range(len(x.shape))]
+    if node.op_type == "Transpose":
+        order = node.attributes.get_ints("perm", list(reversed(range(len(own)))))
+        return [own[axis] for axis in order] if sorted(order) == list(range(len(own))) else None
+    by = sizes(node.inputs[1])
+    if by is None:
+        return None
+    if node.op_type == "Tile":
+        return [_times(size, n) for size, n in zip(own, by, strict=True)] if len(by) == len(own) else None
+    rank = max(len(own), len(by))
+    pairs = zip([1] * (rank - len(own)) + own, (1,) * (rank - len(by)) + by, strict=True)
+    return [_broadcast(size, n) for size, n in pairs]
+
+
+def _times(size: Size, n: Size) -> Size | None:
+    if isinstance(size, int) and isinstance(n, int):
+        return size * n
+    return size if n == 1 else n if size == 1 else None
+
+
+def _broadcast(a: Size, b: Size) -> Size | None:
+    if a == 1:
+        return b
+    if b == 1 or a == b:
+        return a
+    numbers = [size for size in (a, b) if isinstance(size, int)]
+    return numbers[0] if len(numbers) == 1 else None
+
+
+def _state_sizes(model: ir.Model) -> None:
+    """Numbers into the shapes of what Tile, Expand and Transpose give."""
+    for node in model.graph:
+        stated = _stated(node)
+        if stated is None:
+            continue
+        value = node.outputs[0]
+        known = list(value.shape) if value.shape is not None else [ir.SymbolicDim(None)] * len(stated)
+        if len(known) == len(stated):
+            pairs = zip(known, stated, strict=True)
+            value.shape = ir.Shape(
+                [new if isinstance(new, int) and not isinstance(old, int) else old for old, new in pairs]
+            )
+
+
 def number_sizes(model: ir.Model, decide: Decide) -> None:
     """Sizes that are numbers become constants; what is computed of them, an end of a Slice say, is folded with them."""
+    _state_sizes(model)
     numbers = 0
     for node in list(model.graph):
         if node.op_type not in _SHAPING or node.domain != "" or is_constant(node.inputs[0]):

@@ -18,6 +18,7 @@ from preparing import check, operators, prepare, reasons
 from qcompile.passes.base import Decision
 from qcompile.passes.linears import LEFT, as_linear, find_embeddings, find_linears
 from qcompile.passes.prepare.constant_types import Operand
+from qcompile.passes.prepare.sizes import number_sizes
 from qcompile.passes.tensors import read
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -463,6 +464,45 @@ def test_a_weight_that_sizes_cut(sizes):
     model, _ = _checked(make, make.one("MatMul", x, make.one("Transpose", part, perm=[1, 0])))
     assert operators(model) == ["MatMul"]
     assert find_linears(model.graph)[0].shape == (64, 64)
+
+
+@pytest.mark.parametrize("operator", ["Tile", "Expand"])
+def test_a_weight_that_sizes_of_a_repeated_constant_cut(operator):
+    """A pooling head of torch: one learnt row for each picture of the batch asks the weight for its part."""
+    make = Graph()
+    x, w = make.input("b", 7, 64), make.floats(192, 64)
+    zero, ones = (make.constant(np.array(n, np.int64)) for n in ([0], [1, 1]))
+    batch = make.one("Slice", make.one("Shape", x), zero, make.constant(np.array([1], np.int64)), zero)
+    like = make.one(
+        "ConstantOfShape",
+        make.constant(np.array([3], np.int64)),
+        value=onnx.numpy_helper.from_array(np.ones(1, np.int64)),
+    )
+    probe = make.one("Expand", make.floats(1, 1, 64), like)
+    rows = make.one("Transpose", make.one(operator, probe, make.one("Concat", batch, ones, axis=0)), perm=[1, 0, 2])
+    ends = [make.constant(np.array([n], np.int64)) for n in (-1, 2**63 - 1)]
+    size = make.one("Slice", make.one("Shape", rows), *ends, zero)
+    part = make.one("Slice", w, zero, size, zero)
+    score = make.one("MatMul", rows, make.one("Transpose", part, perm=[1, 0]))
+    model, _ = _checked(make, score)
+    assert [linear.shape for linear in find_linears(model.graph)] == [(64, 64)]
+
+
+@QUICK
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.sets(st.integers(0, 2)), st.data())
+def test_what_is_stated_of_repeated_constants_is_so(own, hidden, data):
+    """By numbers of which some are known only when the model runs."""
+    by = data.draw(st.tuples(*(st.sampled_from([n, 1]) if n > 1 else st.integers(1, 3) for n in own)))
+    for operator, result in (("Tile", np.tile(np.ones(own), by)), ("Expand", np.ones(own) * np.ones(by))):
+        make = Graph()
+        shape = make.one("Shape", make.input(*(f"s{i}" if i in hidden else n for i, n in enumerate(by))))
+        y = make.one("Transpose", make.one(operator, make.input(*own), shape))
+        make.output(y)
+        model = ir.from_proto(onnx.shape_inference.infer_shapes(make.model()))
+        number_sizes(model, lambda *_, **__: None)
+        found = [size if isinstance(size, int) else None for size in model.graph.node(-1).outputs[0].shape]
+        for axis, (size, real) in enumerate(zip(reversed(found), result.shape, strict=True)):
+            assert size == real or (size is None and axis in hidden)
 
 
 @pytest.mark.parametrize(
