@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ _SIZES |= {f"{name}_{more}": size for name, size in _SIZES.items() for more in (
 _SIZES |= {"past_sequence_length + sequence_length": 17, "past_sequence_length + 1": 17, "decoder_sequence_length": 12}
 _SIZES |= {"num_channels": 3, "image_batch_size": 2, "text_batch_size": 2}
 _BATCHES = 8
+_SHOWN = re.compile("\x1b\\[[0-9;]*m")  # colours of a terminal
 Feeds = dict[str, npt.NDArray[Any]]
 Exporter = Callable[[Path, Path], list[Path]]
 
@@ -236,8 +238,11 @@ def table(folder: Path) -> None:
         row = results.get(key, {})
         for kind in ("refused", "crash"):
             if kind in row:
-                reasons.setdefault(row[kind], []).append(" ".join(key))
-                return f"{kind} [{list(reasons).index(row[kind]) + 1}]"
+                reason = _SHOWN.sub("", row[kind])
+                reason = reason if len(reason) < 320 else f"{reason[:300]} …"
+                reasons.setdefault(reason, []).append(" ".join(filter(None, key)))
+                word = kind if key[3] != "export" or key[1] == "qcompile" else "not exported"
+                return f"{word} [{list(reasons).index(reason) + 1}]"
         return f"{row['sqnr']:.1f} dB, {row['coverage']:.0%}" if "sqnr" in row else ""
 
     for name, exporter, _, what in sorted(results):
