@@ -100,6 +100,7 @@ class Pass(ABC):
     families: of these it quantizes all weights it can, "MatMul" (and what multiplies like it) or "Conv": coverage of
     them is asked for where the user names no minimum.
     observer: by which ranges of activations are chosen, in a pass that reads them.
+    parts: the small passes that it is a list of, in their order, each with a line on what it does.
     """
 
     name: ClassVar[str]
@@ -110,6 +111,7 @@ class Pass(ABC):
     takes: ClassVar[Set[Fact]] = frozenset()
     families: ClassVar[Sequence[str]] = ("MatMul", "Conv")
     observer: str = ""
+    parts: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self) -> None:
         self.decisions: list[Decision] = []

@@ -11,7 +11,8 @@ from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
-_META = "qcompile.origin"
+# Node meta: its Origin. Model meta: those of all nodes of the source by name, while `prepare` runs.
+_META, _NOTED = "qcompile.origin", "qcompile.origins"
 # What may stand between a constant and the node that it is the weight of.
 _MOVES = {"Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "DequantizeLinear"}
 
@@ -24,15 +25,19 @@ class Origin:
     operator: str
 
 
-def origins(model: ir.Model) -> dict[str, Origin]:
-    """The origin of every node by its name; all nodes have one of their own by now."""
-    return {str(node.name): _origin(node) for node in model.graph.all_nodes() if node.op_type != "Constant"}
+def note_origins(model: ir.Model) -> None:
+    """Note what the source calls each node and the constants that it reads; nodes have names of their own by now."""
+    nodes = (node for node in model.graph.all_nodes() if node.op_type != "Constant")
+    model.meta[_NOTED] = {str(node.name): _origin(node) for node in nodes}
 
 
-def keep_origins(model: ir.Model, known: Mapping[str, Origin]) -> None:
-    """Note at every node of the prepared model what it comes from: the node of its name, or the gone one whose name
-    its own begins with, as of parts that a step took a node apart into (`fc_bias` of `fc`).
+def keep_origins(model: ir.Model) -> None:
+    """Keep at every node of the prepared model what was noted of the one that it comes from.
+
+    That is the node of its name, or the gone one whose name its own begins with, as of parts that a node was taken
+    apart into (`fc_bias` of `fc`).
     """
+    known: Mapping[str, Origin] = model.meta.pop(_NOTED, {})
     there = {node.name for node in model.graph.all_nodes()}
     for node in model.graph.all_nodes():
         found = next((known[name] for name in _stems(str(node.name), there) if name in known), None)

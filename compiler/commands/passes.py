@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     console, wrong = Console(highlight=False), list[str]()
     for name, kind in _rows(PASSES, wrong):
         _print(console, PASSES, name, kind, parameters(kind), "(needs calibration)" if needs_calibration(kind) else "")
+        if kind.parts:
+            _print_parts(console, name, kind.parts)
     console.print('\nexample  --passes "smooth(alpha=0.5),awq,gptq,pack"', markup=False)
     console.print("\nobservers of activation ranges")
     for name, observer in _rows(OBSERVERS, wrong):
@@ -70,3 +72,13 @@ def _print(
     console.print(f"{told} [dim]{escape(notes)}[/dim]" if notes else told, soft_wrap=True)
     if known:
         console.print(f"{'':{width}} {describe(known)}", soft_wrap=True, markup=False)
+
+
+def _print_parts(console: Console, name: str, parts: Mapping[str, str]) -> None:
+    """The small passes of a pass."""
+    first, second, *_ = parts
+    indent, width = " " * max(map(len, PASSES)), max(map(len, parts))
+    told = f"its small passes, in order; {name}(without={first}+{second}) switches these two off:"
+    console.print(f"{indent} {told}", soft_wrap=True, markup=False)
+    for part, line in parts.items():
+        console.print(f"{indent}   {part:<{width}}  {line}", soft_wrap=True, markup=False)

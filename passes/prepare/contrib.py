@@ -32,13 +32,13 @@ _ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
 
 
 def take_apart(model: ir.Model, decide: Decide) -> int:
-    """Write fused operators with constant weights as those they were fused from; how many.
+    """Write fused operators with constant weights as those they were fused from.
 
     Case 1: FusedMatMul (TransposeMatMul of older versions) becomes MatMul, with Transpose and Mul as it needs them.
     Case 2: FusedGemm and FusedConv become Gemm and Conv, with an Add for what FusedConv sums, and their activation.
     Case 3: Attention becomes a MatMul by its packed weights, an Add, a Split and MultiHeadAttention.
     Case 4: EmbedLayerNormalization becomes a Gather for each table, Adds and a LayerNormalization.
-    Forms that these operators cannot say stay, with their reason.
+    Forms that these operators cannot say stay, with their reason. Returns how many were taken apart.
     """
     names, fixed, changed = Names(model), decided(model), 0
     for node in list(model.graph.all_nodes()):

@@ -102,12 +102,13 @@ def _told(node: ir.Node) -> tuple[list[str], str]:
 
 
 def turn_einsums(model: ir.Model, decide: Decide) -> int:
-    """Write Einsums of one activation and one constant as MatMul with Transpose and Reshape; how many.
+    """Write Einsums of one activation and one constant as MatMul with Transpose and Reshape.
 
     Case 1: the constant is the second or the first operand; its indices may be in any order, several may be summed
             over (attention heads that are joined), several may be columns (heads that are parted).
     Case 2: an index of both operands and the result is a batch: a matrix for each index, (…, K, N).
     Others stay, with their reason. The weight is turned by nodes that `fold_constants` makes constants of.
+    Returns how many were changed.
     """
     names, fixed, changed = Names(model), decided(model), 0
     for node in list(model.graph.all_nodes()):

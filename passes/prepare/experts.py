@@ -17,7 +17,7 @@ _LEAST = 1024
 
 
 def split_experts(model: ir.Model, decide: Decide) -> int:
-    """Y = X W with a constant W of rank 3 and more becomes one MatMul for each matrix of W, and a Concat; how many Y.
+    """Y = X W with a constant W of rank 3 and more becomes one MatMul for each matrix of W, and a Concat.
 
     Runtimes have kernels for integer weights of rank 2 only, and experts see different activations: what is measured
     of one says nothing of another.
@@ -25,7 +25,7 @@ def split_experts(model: ir.Model, decide: Decide) -> int:
     Case 1: X has no axis for the experts, or one of size 1: every product reads X.
     Case 2: that axis has the size E: X is split along it. Of unknown size, it is expanded to E first.
     Case 3: W has several batch axes, or its matrices are small: left as it is (`inner` codes it as a whole).
-    W may also stand on the left. The parts are called `<name>.<e>`.
+    W may also stand on the left. The parts are called `<name>.<e>`. Returns how many Y there were.
     """
     names, matrices, changed = Names(model), dict[ir.Value, list[ir.Value]](), 0
     for node in list(model.graph.all_nodes()):

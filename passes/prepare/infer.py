@@ -25,7 +25,7 @@ def infer_anew(model: ir.Model, decide: Decide, ask: Oracle | None = None) -> No
             it says of inner values is stale, and is dropped.
     What onnx gets wrong where a default is left out is stated first.
     """
-    _state_defaults(model)
+    _state_defaults(model, decide)
     try:
         found = _from_scratch(model, ask)
     except UserError:
@@ -44,7 +44,7 @@ def infer_anew(model: ir.Model, decide: Decide, ask: Oracle | None = None) -> No
 
 
 def infer_shapes(model: ir.Model, decide: Decide, ask: Oracle | None = None) -> None:
-    """The same where values have none yet; what the model says itself is kept."""
+    """Types and shapes of values that have none yet; what the model says itself is kept."""
     try:
         proto = _serialized(model)
         found = _answered(proto, ask)
@@ -57,11 +57,19 @@ def infer_shapes(model: ir.Model, decide: Decide, ask: Oracle | None = None) -> 
         _adopt(value, new)
 
 
-def _state_defaults(model: ir.Model) -> None:
+def infer_new(model: ir.Model, decide: Decide) -> None:
+    """Types and shapes of values that were just written, as onnx alone infers them."""
+    infer_shapes(model, decide)
+
+
+def _state_defaults(model: ir.Model, decide: Decide) -> None:
     """An STFT is one-sided unless it says otherwise; onnx 1.23 infers two sides for one that says nothing."""
     for node in model.graph.all_nodes():
         if node.op_type == "STFT" and node.domain == "" and "onesided" not in node.attributes:
             node.attributes["onesided"] = ir.AttrInt64("onesided", 1)
+            decide(
+                node.name or "", "stated", "an STFT is one-sided where it says nothing, and inference has it otherwise"
+            )
 
 
 def _refused(decide: Decide, error: Exception) -> None:

@@ -20,19 +20,22 @@ _MIN_IR_VERSION = 10  # that of opset 21, whose int4 tensors older ones do not k
 _MAX_IR_VERSION = 13  # what ONNX Runtime loads
 
 
-def raise_opset(model: ir.Model, target: int, decide: Decide) -> None:
-    """Bring every graph and function of the model to `target`, unless it is there already."""
-    names = Names(model)
-    source = model.opset_imports.get("", target)
+def raise_opset(model: ir.Model, decide: Decide, opset: int) -> None:
+    """Bring every graph and function of the model to an opset, unless it has a newer one; and its IR version to 10."""
+    names, target = Names(model), opset
+    source, version = model.opset_imports.get("", target), model.ir_version
+    named = "" in model.opset_imports
     if source < MIN_OPSET:
         raise UserError(
             f"opset {source} is older than {MIN_OPSET}; export the model again with opset {target} or newer"
         )
     model.opset_imports.setdefault("", target)  # custom operators alone name none, and get company here
     converted: Counter[str] = Counter()
+    oldest = source
     unknown: Counter[str] = Counter()
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         imported = graph.opset_imports.get("", source)
+        oldest = min(oldest, imported)
         if imported < target:
             for node in list(graph.all_nodes()):
                 if node.domain == "" and _schema(node.op_type, target) is None:
@@ -41,9 +44,13 @@ def raise_opset(model: ir.Model, target: int, decide: Decide) -> None:
                     converted.update(_convert(node, imported, target, names))
             graph.opset_imports[""] = target
     model.ir_version = min(max(model.ir_version, _MIN_IR_VERSION), _MAX_IR_VERSION)
-    if source < target:
+    if oldest < target:
         changed = ", ".join(f"{count} {op_type}" for op_type, count in sorted(converted.items())) or "no node"
-        decide("", "converted", f"opset {source} to {target}: {changed} rewritten")
+        decide("", "converted", f"opset {oldest} to {target}: {changed} rewritten")
+    elif not named:
+        decide("", "converted", f"the file names no opset of ONNX: {target}")
+    elif version != model.ir_version:
+        decide("", "converted", f"IR version {version} to {model.ir_version}")
     for op_type, count in unknown.items():
         decide("", "kept", f"ONNX knows no {op_type}: left to ONNX Runtime as it is", nodes=count)
 

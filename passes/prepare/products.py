@@ -13,7 +13,7 @@ _MIN_OPSET = 13  # the first in which Squeeze and Unsqueeze take their axes as a
 
 
 def turn_products(model: ir.Model, decide: Decide) -> int:
-    """Bring MatMuls with a constant into the form x (…, K) times W (K, N); how many were changed.
+    """Bring MatMuls with a constant into the form x (…, K) times W (K, N).
 
     Case 1: leading axes of size 1 of a constant on the right go, (1, 1, K, N) is (K, N). Where they give the result
             more axes than x has, it gets them behind the product.
@@ -21,6 +21,7 @@ def turn_products(model: ir.Model, decide: Decide) -> int:
             goes with the ones this would add.
     Others stay, with their reason: x of an unknown rank, a vector, a matrix for each index of a batch on the left, a
     small matrix on the left. Weights are turned by nodes that `fold_constants` makes constants of.
+    Returns how many were changed.
     """
     names, fixed, changed = Names(model), decided(model), 0
     for node in list(model.graph.all_nodes()):

@@ -14,12 +14,15 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.graph import Decide
 
 
-def sort(model: ir.Model) -> None:
-    """Topological order, which old files do not always have."""
+def sort(model: ir.Model, decide: Decide) -> None:
+    """Bring nodes behind what they read, which old files do not always do."""
+    before = list(model.graph.all_nodes())
     try:
         model.graph.sort()
     except ValueError as error:
         raise UserError(f"the graph has a cycle ({error}); export the model again") from error
+    if before != list(model.graph.all_nodes()):
+        decide("", "sorted", "nodes stood before what they read")
 
 
 def inline_functions(model: ir.Model, decide: Decide) -> None:

@@ -42,6 +42,8 @@ def test_prepare_comes_first_and_the_order_is_kept(passes: str, built: list[str]
     [
         ("quantize", rf"unknown pass 'quantize'; the passes are {', '.join(PASSES)}"),
         ("pack,pack", r"pass 'pack' is listed twice"),
+        ("prepare(without=split_gem),pack", r"no small pass 'split_gem' to do without; did you mean split_gemms"),
+        ("prepare(without=1),pack", r"parameter without takes str, got 1"),
         ("smooth,prepare,pack", r"pass 'prepare' must come first"),
         ("pack,smooth", r"pass 'smooth' stands behind 'pack'"),
         ("pack,smooth,fuse", r"pass 'smooth' stands behind 'pack'"),
@@ -129,6 +131,7 @@ def test_every_pass_tells_its_parameters(capsys: pytest.CaptureFixture[str]) -> 
     for name, kind in PASSES.items():
         assert name in shown
         assert all(f"{parameter}=" in shown for parameter in parameters(kind))
+        assert all(f" {part} " in shown for part in kind.parts)
     assert issubclass(PASSES["pack"], Pack)
 
 

@@ -1,4 +1,4 @@
-"""Case 17 of `prepare`: what is linear by channel goes into the convolution before it, and what must stay says why."""
+"""passes/prepare/convolutions.py: what is linear by channel goes into the convolution before it; the rest says why."""
 
 import ml_dtypes
 import numpy as np

@@ -1,4 +1,4 @@
-"""Case 18 of `prepare`: hard swishes and hard sigmoids in every spelling, and what only looks like one."""
+"""passes/prepare/hard_swish.py: hard swishes and hard sigmoids in every spelling, and what only looks like one."""
 
 import numpy as np
 import onnx_ir as ir

@@ -1,4 +1,4 @@
-"""The simplifications of `prepare` (Cases 10 to 16): operators out, numbers as before, reasons for what stays."""
+"""`divide` to `group_heads` of `prepare`: operators out, numbers as before, reasons for what stays."""
 
 import numpy as np
 import onnx
@@ -54,7 +54,7 @@ def reasons(decisions: list[Decision], action: str) -> list[str]:
     return [decision.reason for decision in decisions if decision.action == action]
 
 
-# Case 10
+# divide
 
 RMS = """two = Constant <value = float {2}> () eps = Constant <value = float {1e-5}> ()
     axes = Constant <value = int64[1] {-1}> () p = Pow(x, two) m = ReduceMean(p, axes) e = Add(m, eps) s = Sqrt(e)
@@ -96,7 +96,7 @@ def test_reciprocal_of_others_stays(body, reason):
     assert reason in reasons(decisions, "kept")[0]
 
 
-# Case 11
+# transpose_keys
 
 TURN = """s = Shape(x) last = Constant <value = int64[1] {-1}> ()
     far = Constant <value = int64[1] {9223372036854775807}> ()
@@ -132,7 +132,7 @@ def test_other_reshapes_around_a_transpose_stay(change, reason):
     assert reason in reasons(decisions, "kept")[0]
 
 
-# Case 12
+# merge_sizes, merge_equal
 
 LENGTHS = """a = Shape <start = 1, end = 2> (p) b = Shape <start = 0, end = 1> (q) f = Shape(q)
     i = Constant <value = int64 {0}> () c = Gather(f, i) d = Squeeze(a) y = Concat <axis = 0> (a, b)
@@ -206,7 +206,7 @@ def test_nodes_with_subgraphs_stay():
     assert operators(model) == ["If", "If", "Mul"]
 
 
-# Case 13
+# remove_guards
 
 GUARD = """m = Where(keep, zero, low) u = Unsqueeze(m, axis) t = Add(x, u) s = Softmax <axis = -1> (t) n = IsNaN(s)
     y = Where(n, zero, s)"""
@@ -264,7 +264,7 @@ def test_guard_stays(low, dtype, body, reason):
     assert reason in reasons(decisions, "kept")[0]
 
 
-# Case 14
+# remove_neutral
 
 
 @pytest.mark.parametrize("step", ["And(true, a)", "And(a, true)", "Or(a, false)"])
@@ -296,7 +296,7 @@ def test_constants_that_change_something_stay(step):
     assert any("higher rank" in reason for reason in reasons(decisions, "kept")) == ("high" in step)
 
 
-# Case 15
+# sign_tables
 
 ROTATE = """{0}h, {0}l = Split <axis = -1, num_outputs = 2> ({0}) {0}n = Neg({0}l)
     {0}j = Concat <axis = -1> ({0}n, {0}h) {0}m = Mul({0}j, s) {0}k = Mul({0}, c) r{0} = Add({0}k, {0}m) """
@@ -335,7 +335,7 @@ def test_signs_stay_where_they_gain_nothing(values, change):
     assert not reasons(decisions, "simplified")
 
 
-# Case 16
+# group_heads
 
 HEADS_OF = """ku{n} = Unsqueeze(k, two) ke{n} = Expand(ku{n}, five) kr{n} = Reshape(ke{n}, four)
     kt{n} = Transpose <perm = [0, 1, 3, 2]> (kr{n}) kc{n} = Mul(kt{n}, c) vu{n} = Unsqueeze(v, two)
