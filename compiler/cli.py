@@ -132,6 +132,8 @@ def _run(arguments: list[str]) -> int:
     try:
         return _registered(module, args)
     except SystemExit as exit:  # nothing here calls it: a module of the user's, a library
+        if isinstance(exit.__context__, BrokenPipeError):  # rich, where the reader of a list went away
+            raise exit.__context__ from None
         raise UserError(f"code that {name} loaded ended it with sys.exit({exit.code!r}); nothing was done") from exit
 
 

@@ -184,10 +184,11 @@ def test_help_imports_no_numeric_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+@pytest.mark.parametrize("printer", ["print", "rich.print"])
+def test_a_reader_that_goes_away_is_no_error(printer: str) -> None:
     code = (
-        "import sys, types; from qcompile.compiler import cli\n"
-        "def run(args):\n    print('line ' * 100000)\n    return 0\n"
+        "import sys, types, rich; from qcompile.compiler import cli\n"
+        f"def run(args):\n    for _ in range(100): {printer}('line ' * 1000)\n    return 0\n"
         "add = lambda s: s.add_parser('inspect')\n"
         "cli._module = lambda name: types.SimpleNamespace(run=run, add_parser=add)\n"
         "sys.exit(cli.main(['inspect']))"
