@@ -14,6 +14,8 @@ endif
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+# A worker a core, each with whole files of tests: what several tests of a file read is made once.
+WORKERS ?= --numprocesses auto --dist loadfile
 PYTEST_ARGS ?=
 
 .PHONY: demo test fuzz test-slow lint types wheel clean
@@ -22,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 # Damaged models for FUZZ_SECONDS, from FUZZ_FIRST on, at most FUZZ_CASES; what fails is kept in fuzz-failures/.
 FUZZ_SECONDS ?= 3600

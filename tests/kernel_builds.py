@@ -1,5 +1,6 @@
 """Builds of runtime/kernels/kernel_check for tests; CMake rebuilds what has changed since the last run."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -22,11 +23,14 @@ def tool(name: str) -> str:
 
 
 def build_kernel_check(name: str, *options: str, target: str = "kernel_check") -> Path:
-    """Folder of the build, which lies in build/ and stays there for the next run."""
+    """Folder of the build, which lies in build/ and stays there for the next run; one process at a time builds there."""
     folder = ROOT / "build" / name
     cmake = tool("cmake")
-    run(cmake, "-S", ROOT / "runtime" / "kernels", "-B", folder, "-DQCOMPILE_CHECK=ON", *options)
-    run(cmake, "--build", folder, "--target", target, "--parallel", "2")
+    folder.parent.mkdir(exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(cmake, "-S", ROOT / "runtime" / "kernels", "-B", folder, "-DQCOMPILE_CHECK=ON", *options)
+        run(cmake, "--build", folder, "--target", target, "--parallel", "2")
     return folder
 
 
