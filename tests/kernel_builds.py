@@ -23,7 +23,7 @@ def tool(name: str) -> str:
 
 
 def build_kernel_check(name: str, *options: str, target: str = "kernel_check") -> Path:
-    """Folder of the build, which lies in build/ and stays there for the next run; one process at a time builds there."""
+    """Folder of the build, which stays in build/ for the next run; one process at a time builds there."""
     folder = ROOT / "build" / name
     cmake = tool("cmake")
     folder.parent.mkdir(exist_ok=True)
