@@ -6,7 +6,8 @@ Invariants, whoever is killed when:
 2. A model appears after its data, and data goes only when no model in the folder names it. None will, for whoever is
    about to publish data holds the lock. Data that was just replaced stays a moment longer: a reader may have opened
    its model, and be about to open it.
-3. What a process writes lies in a hidden folder that it holds a lock in; without a holder, the folder is litter.
+3. What a process writes lies in a hidden folder that it holds a lock in; without a holder, the folder is litter. What
+   it only tries a place with is empty, and anybody's to remove: nobody minds if it is gone.
 """
 
 import contextlib
@@ -26,8 +27,8 @@ from typing import BinaryIO
 from qcompile.compiler.files import locks
 from qcompile.passes.errors import UserError
 
-# Ends of the names of hidden folders, and the file in them whose lock says that their process lives.
-_STAGE, _ALIVE = ".stage.tmp", ".alive"
+# Ends of the names of hidden folders, and the file in those of the first kind whose lock says that their process lives.
+_STAGE, _PROBE, _ALIVE = ".stage.tmp", ".probe.tmp", ".alive"
 _MAX_PROTO = 2**31
 # Seconds from reading a model file to opening its data.
 _MOMENT = 0.25
@@ -63,7 +64,7 @@ def staging(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             with locks.exclusive(_lock(path)):  # or another might find the folder before its lock is held
                 remove_stale(path)
-                folder = _stage(path, path.parent)
+                folder = _hidden(path, path.parent, _STAGE)
                 stack.callback(_remove, folder)
                 stack.enter_context(locks.alive(folder / _ALIVE))
         yield folder / path.name
@@ -121,8 +122,7 @@ def check_replaceable(path: Path) -> None:
 def check_place(path: Path) -> None:
     """Raise UserError where a file at `path` cannot be made or replaced: said before the work, not behind it.
 
-    Only trying tells: modes say nothing to root, of /proc, or of a name that is too long. The folder that is tried with
-    would be litter as any other, if the process ended just now.
+    Only trying tells: modes say nothing to root, of /proc, or of a name that is too long.
     """
     check_replaceable(path)
     folder = path.absolute().parent
@@ -131,15 +131,15 @@ def check_place(path: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"cannot write {path}: {folder} is a file, not a folder; choose another place with -o")
     try:
-        _remove(_stage(path, folder))
+        _remove(_hidden(path, folder, _PROBE))
     except OSError as error:
         reason = "is read-only" if error.errno in _DENIED else f"takes no file of that name ({error.strerror or error})"
         raise UserError(f"cannot write {path}: the folder {folder} {reason}; choose another place with -o") from error
 
 
-def _stage(path: Path, folder: Path) -> Path:
+def _hidden(path: Path, folder: Path, end: str) -> Path:
     """A hidden folder for what goes to `path`, inside `folder`."""
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_STAGE, dir=folder))
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=end, dir=folder))
 
 
 def _lock(path: Path) -> Path:
@@ -185,7 +185,11 @@ def _settle_folder(folder: Path) -> None:
 
 
 def remove_stale(path: Path) -> None:
-    """Remove the hidden folders of the same output that killed processes left behind; under the output's lock."""
+    """Remove what killed processes left behind: hidden folders of the same output, under its lock, and of whatever
+    shares its stem (reports) what a place was tried with.
+    """
+    for folder in path.parent.glob(f".{glob.escape(path.stem)}.*{_PROBE}"):
+        _remove(folder)
     for folder in path.parent.glob(f".{glob.escape(path.name)}.*{_STAGE}"):
         if folder.is_dir() and not folder.is_symlink() and locks.is_free(folder / _ALIVE):
             _remove(folder)

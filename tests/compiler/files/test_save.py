@@ -324,6 +324,24 @@ def test_what_killed_processes_left_is_removed(tmp_path):
         living.wait()
 
 
+_TRYING = """
+import os, signal, sys
+from pathlib import Path
+from qcompile.compiler.files import publish
+publish._remove = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+publish.check_place(Path(sys.argv[1]))
+"""
+
+
+def test_what_a_killed_process_tried_a_place_with_is_removed(tmp_path):
+    """The report's place is tried, too, and nothing of its own name is ever staged."""
+    for name in ("model.onnx", "model.report.json", "model.report.html", "model"):
+        assert subprocess.run([sys.executable, "-c", _TRYING, str(tmp_path / name)], check=False).returncode == -9
+    assert len(_files(tmp_path)) == 4
+    report = save_model(_big(1), tmp_path / "model.onnx")
+    assert _files(tmp_path) == sorted(path.name for path in report.paths)
+
+
 def test_a_reader_of_the_replaced_model_finds_its_data(tmp_path, monkeypatch):
     """Whoever has opened a model file opens its data next: that goes a moment behind the model, and not at once."""
     path, there = tmp_path / "model.onnx", []
