@@ -16,8 +16,8 @@ from qcompile.passes.held import NOT_CONFIRMED, too_few
 from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.observers import OBSERVERS, Calibrator
 from qcompile.passes.observers.base import Observer
+from qcompile.passes.observers.kept_channels import Rest
 from qcompile.passes.observers.output_mse import OutputMse
-from qcompile.passes.observers.rest import Rest
 from qcompile.passes.policy import Policy
 from qcompile.passes.proxies import guessed
 from qcompile.passes.qdq.outliers import OUTLIERS, Choice, Outliers, choose, noise_of, price, row_power

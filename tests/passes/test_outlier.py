@@ -20,7 +20,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.formats.functions import OUTLIER, body
 from qcompile.passes.linears import as_linear
 from qcompile.passes.observers.extremes import MinMax
-from qcompile.passes.observers.rest import Rest
+from qcompile.passes.observers.kept_channels import Rest
 from qcompile.passes.outlier import Outlier
 from qcompile.passes.policy import Policy
 from qcompile.passes.proxies import guessed
