@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.models.trace import Signature
+from qcompile.models.trace import Arrays, Signature
 from qcompile.passes.errors import UserError
 
-Arrays = dict[str, npt.NDArray[Any]]
 # Opens a model file; what comes back runs it: inputs by name to outputs by name.
 OpenModel = Callable[[Path], Callable[[Arrays], Arrays]]
 

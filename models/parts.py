@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.models import kinds
-from qcompile.models.trace import Dims, Signature
+from qcompile.models.trace import Arrays, Dims, Signature
 from qcompile.passes.errors import UserError
 
-Arrays = dict[str, npt.NDArray[Any]]
 # Outputs of transformers' models that no graph gives: what the loss is made of, what debugging wants.
 _LEFT_OUT = {"loss", "hidden_states", "attentions", "past_key_values", "cross_attentions"}
 _PAST = "past_key_values"

@@ -15,7 +15,7 @@ OPSET = 21
 # The newest IR version that ONNX Runtime 1.24 and older tools read is higher; nothing in these graphs needs more.
 IR_VERSION = 10
 
-
+Arrays = dict[str, npt.NDArray[Any]]
 Dims = tuple[str | None, ...]
 
 

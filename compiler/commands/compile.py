@@ -218,7 +218,7 @@ class Bar:
     """A progress bar with the time left; plain lines now and then where the output is no terminal."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.started, self.told = console, time.monotonic(), 0.0
+        self.console, self.started, self.printed = console, time.monotonic(), 0.0
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
@@ -238,8 +238,8 @@ class Bar:
         """A new step of the job."""
         self.bar.update(self.task, description=name)
         now = time.monotonic()
-        if not self.console.is_terminal and (now - self.told > 15 or " of " not in name):
-            self.told = now
+        if not self.console.is_terminal and (now - self.printed > 15 or " of " not in name):
+            self.printed = now
             self.console.print(f"{now - self.started:5.0f} s  {name}", highlight=False)
 
     def total(self, rows: int) -> None:

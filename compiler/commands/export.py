@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qcompile.models import export, kinds, zoo
-from qcompile.models.check import Arrays
+from qcompile.models.trace import Arrays
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import run as run_session
 from qcompile.runtime.sessions import session

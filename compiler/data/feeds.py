@@ -11,7 +11,7 @@ import numpy as np
 from qcompile.compiler.data.array_files import array_sets
 from qcompile.compiler.data.inputs import InputPlan, PastPair, input_plan
 from qcompile.compiler.data.npz import (
-    Feeds,
+    Arrays,
     check_rows,
     conversions,
     has_rows,
@@ -26,7 +26,6 @@ from qcompile.passes.errors import UserError
 
 __all__ = [
     "Batch",
-    "Feeds",
     "InputPlan",
     "PastPair",
     "array_conversions",
@@ -49,12 +48,12 @@ class Batch:
     follows: the number of the batch whose present outputs are this one's past; `complete` puts them in.
     """
 
-    given: Feeds | Callable[[], Feeds]
+    given: Arrays | Callable[[], Arrays]
     rows: int
     follows: int | None = None
 
     @property
-    def feeds(self) -> Feeds:
+    def feeds(self) -> Arrays:
         """The arrays by input name, read anew where they are not in memory."""
         return self.given() if callable(self.given) else self.given
 
@@ -76,11 +75,11 @@ def token_batches(plan: InputPlan, windows: Sequence[Ids], *, decode_step: bool 
     return batches
 
 
-def token_feeds(plan: InputPlan, ids: Ids, *, past: int = 0, empty: bool = True) -> Feeds:
+def token_feeds(plan: InputPlan, ids: Ids, *, past: int = 0, empty: bool = True) -> Arrays:
     """Feeds for ids (batch, current) behind `past` tokens; with `empty`, the caches too, at zero length."""
     given = plan.require_tokens()
     batch, current = ids.shape
-    feeds: Feeds = {**plan.fillers(), given.name: ids.astype(given.dtype)}
+    feeds: Arrays = {**plan.fillers(), given.name: ids.astype(given.dtype)}
     if plan.mask:
         feeds[plan.mask.name] = np.ones((batch, past + current), plan.mask.dtype)
     if plan.positions:
@@ -98,7 +97,7 @@ def token_feeds(plan: InputPlan, ids: Ids, *, past: int = 0, empty: bool = True)
     return feeds
 
 
-def complete(plan: InputPlan, feeds: Feeds, outputs: Mapping[str, Any]) -> Feeds:
+def complete(plan: InputPlan, feeds: Arrays, outputs: Mapping[str, Any]) -> Arrays:
     """The feeds of a following batch with the present outputs, by name, of the batch before it."""
     return feeds | {pair.past.name: outputs[pair.present] for pair in plan.past}
 
@@ -130,7 +129,7 @@ def array_conversions(plan: InputPlan, paths: Sequence[Path]) -> list[str]:
     return list(dict.fromkeys(remark for remarks in told for remark in remarks))
 
 
-def completed(plan: InputPlan, arrays: Feeds, source: str) -> Feeds:
+def completed(plan: InputPlan, arrays: Arrays, source: str) -> Arrays:
     """Arrays that were checked, with what can be derived from the ids, empty caches, and what no node reads added."""
     derived = dict(plan.fillers())
     ids = arrays.get(plan.ids.name) if plan.ids else None
@@ -149,7 +148,7 @@ def completed(plan: InputPlan, arrays: Feeds, source: str) -> Feeds:
     return feeds
 
 
-def kept(spill: Spill, feeds: Feeds) -> Callable[[], Feeds]:
+def kept(spill: Spill, feeds: Arrays) -> Callable[[], Arrays]:
     """The feeds put aside; what is returned gives them back."""
     numbers = {name: spill.append(array) for name, array in feeds.items()}
     return lambda: {name: spill[number] for name, number in numbers.items()}
@@ -180,6 +179,6 @@ def _pieces(plan: InputPlan, ids: Ids, *, decode_step: bool) -> list[Ids]:
     return [ids[:, :-1], ids[:, -1:]] if decode_step and length > 1 else [ids]
 
 
-def _from_files(plan: InputPlan, paths: Sequence[Path]) -> Feeds:
+def _from_files(plan: InputPlan, paths: Sequence[Path]) -> Arrays:
     """The feeds of files that together fill the inputs; UserError where they do not fit."""
     return completed(plan, read_arrays(plan, paths), " and ".join(map(str, paths[:2])))

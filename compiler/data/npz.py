@@ -14,15 +14,13 @@ from qcompile.compiler.data.inputs import Input, InputPlan
 from qcompile.compiler.facts.memory import available
 from qcompile.passes.errors import UserError
 
-Arrays = dict[str, npt.NDArray[Any]]
-
 Array = npt.NDArray[Any]
-Feeds = dict[str, Array]
+Arrays = dict[str, Array]
 
 _KINDS = {"i": "integer", "u": "integer", "f": "float", "V": "float", "b": "bool", "U": "string", "S": "string"}
 
 
-def read_arrays(plan: InputPlan, paths: Sequence[Path]) -> Feeds:
+def read_arrays(plan: InputPlan, paths: Sequence[Path]) -> Arrays:
     """The arrays of files that together fill the inputs, in the element types of the inputs.
 
     A .npz holds arrays by input name; a .npy is named after its input, or is for the only one that needs data.
@@ -30,15 +28,15 @@ def read_arrays(plan: InputPlan, paths: Sequence[Path]) -> Feeds:
     return checked_all(plan, stored_arrays(plan, paths), " and ".join(map(str, paths[:2])))
 
 
-def stored_arrays(plan: InputPlan, paths: Sequence[Path]) -> Feeds:
+def stored_arrays(plan: InputPlan, paths: Sequence[Path]) -> Arrays:
     """The arrays of files that together fill the inputs, as they are stored."""
-    feeds: Feeds = {}
+    feeds: Arrays = {}
     for path in paths:
         feeds |= _load_npz(path) if path.suffix.lower() != ".npy" else {_input_of(plan, path): _load_npy(path)}
     return feeds
 
 
-def checked_all(plan: InputPlan, arrays: Mapping[str, Any], source: str) -> Feeds:
+def checked_all(plan: InputPlan, arrays: Mapping[str, Any], source: str) -> Arrays:
     """The arrays in their inputs' element types; UserError for a name that is no input, and for one that misfits."""
     by_name = {given.name: given for given in plan.inputs}
     for name in arrays:
@@ -62,7 +60,7 @@ def check_rows(rows: bool, source: str) -> None:
         raise UserError(f"{source}: its arrays hold no rows: the leading dimension is 0")
 
 
-def split(plan: InputPlan, feeds: Feeds) -> list[Feeds]:
+def split(plan: InputPlan, feeds: Arrays) -> list[Arrays]:
     """The feeds as batches of the graph's fixed leading dimension; as they are where it is free."""
     parts = {
         len(feeds[i.name]) // i.shape[0]
@@ -166,7 +164,7 @@ def _input_of(plan: InputPlan, path: Path) -> str:
     return needed[0].name
 
 
-def _load_npz(path: Path) -> Feeds:
+def _load_npz(path: Path) -> Arrays:
     loaded = _load(path, "npz file")
     if isinstance(loaded, np.ndarray):
         raise UserError(f"{path} holds a single array: name it .npy, or save a .npz with arrays by input name")

@@ -14,8 +14,8 @@ from qcompile.compiler.measure.loaded import Subject
 from qcompile.compiler.measure.metrics import OutputNoise, TokenScores, log_softmax_rows, mean_and_error, perplexity
 from qcompile.passes.errors import UserError
 
-# Told how many of how many steps are done.
-Told = Callable[[int, int], None]
+# Called with how many of how many steps are done.
+Counted = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def evaluate_many(
     accuracy_level: int = 0,
     provider: str = "cpu",
     kernels: str = "auto",
-    progress: Told | None = None,
+    progress: Counted | None = None,
 ) -> list[DecoderScores]:
     """Scores of decoders, the reference first if there is one; the reference runs once for each window.
 
@@ -116,7 +116,7 @@ def score_outputs(
     accuracy_level: int = 0,
     provider: str = "cpu",
     kernels: str = "auto",
-    progress: Told | None = None,
+    progress: Counted | None = None,
 ) -> list[OutputScores]:
     """SQNR and cosine of every output of every candidate, on the batches made for the reference's inputs.
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.compiler.data.feeds import Feeds, complete, token_feeds
+from qcompile.compiler.data.feeds import complete, token_feeds
 from qcompile.compiler.data.inputs import InputPlan
+from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.data.tokens import Tokenizer
 from qcompile.compiler.measure.loaded import Subject
 from qcompile.passes.errors import UserError
@@ -105,7 +106,7 @@ class _Cached:
     def logits(self, fresh: list[int]) -> npt.NDArray[Any]:
         """The scores (V,) of the token after all that was given so far."""
         ids = np.array([fresh], np.int64)
-        feeds: Feeds = token_feeds(self.plan, ids, past=self.done, empty=self.outputs is None)
+        feeds: Arrays = token_feeds(self.plan, ids, past=self.done, empty=self.outputs is None)
         if self.outputs is not None:
             feeds = complete(self.plan, feeds, self.outputs)
         self.outputs = dict(zip(self.names, run(self.subject.session, self.names, feeds), strict=True))

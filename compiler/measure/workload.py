@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.compiler.data.feeds import Feeds, token_feeds
+from qcompile.compiler.data.feeds import token_feeds
 from qcompile.compiler.data.inputs import Input, InputPlan
+from qcompile.compiler.data.npz import Arrays
 from qcompile.passes.errors import UserError
 from qcompile.runtime.bench import Case
 
@@ -89,7 +90,7 @@ def _random_case(plan: InputPlan, shapes: Shapes, vocabulary: int) -> Case:
     if unknown:
         raise UserError(f"--shape {unknown[0]}: no such input (inputs: {', '.join(sorted(names))})")
     generator = np.random.default_rng(0)
-    feeds: Feeds = {}
+    feeds: Arrays = {}
     for given in plan.inputs:
         shape = _shape(given, shapes.get(given.name))
         if given.is_float:

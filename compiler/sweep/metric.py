@@ -17,7 +17,7 @@ from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.data.tokens import Ids
 from qcompile.compiler.files import publish
 from qcompile.compiler.files.cache import write_atomically
-from qcompile.compiler.measure.evaluate import Told
+from qcompile.compiler.measure.evaluate import Counted
 from qcompile.compiler.measure.loaded import Subject
 from qcompile.compiler.measure.metrics import OutputNoise, TokenScores, log_softmax_rows, mean_and_error, perplexity
 from qcompile.passes.errors import UserError
@@ -48,11 +48,11 @@ class Metric(ABC):
     float_scores: Scores
 
     @abstractmethod
-    def prepare(self, progress: Told) -> None:
+    def prepare(self, progress: Counted) -> None:
         """Run the float model, unless that was done before."""
 
     @abstractmethod
-    def score(self, path: Path, progress: Told) -> Scores:
+    def score(self, path: Path, progress: Counted) -> Scores:
         """The scores of a compiled model; `prepare` must have run."""
 
     @abstractmethod
@@ -71,21 +71,21 @@ class TextMetric(Metric):
 
     def __init__(self, model: Path, windows: Sequence[Ids], running: Running, folder: Path, key: str) -> None:
         self.model, self.windows, self.running = model, windows, running
-        self.known, self.told = folder / f"reference-{key}.npy", folder / f"reference-{key}.json"
-        self.float_scores = json.loads(self.told.read_text(encoding="utf-8")) if self.told.exists() else {}
+        self.stored, self.scored = folder / f"reference-{key}.npy", folder / f"reference-{key}.json"
+        self.float_scores = json.loads(self.scored.read_text(encoding="utf-8")) if self.scored.exists() else {}
 
-    def prepare(self, progress: Told) -> None:
+    def prepare(self, progress: Counted) -> None:
         """Run the float model, unless its log-probabilities are there from a sweep that was interrupted."""
-        if self.known.exists() and self.told.exists():
+        if self.stored.exists() and self.scored.exists():
             return
         subject, scores = self.running.subject(self.model), TokenScores()
-        with publish.writing(self.known), publish.staging(self.known) as part:
+        with publish.writing(self.stored), publish.staging(self.stored) as part:
             self._fill(part, subject, scores, progress)
-            os.replace(part, self.known)
+            os.replace(part, self.stored)
         self.float_scores = {"perplexity": perplexity(mean_and_error(scores.nll)[0])}
-        write_atomically(self.told, json.dumps(self.float_scores) + "\n")
+        write_atomically(self.scored, json.dumps(self.float_scores) + "\n")
 
-    def _fill(self, part: Path, subject: Subject, scores: TokenScores, progress: Told) -> None:
+    def _fill(self, part: Path, subject: Subject, scores: TokenScores, progress: Counted) -> None:
         kept, start = None, 0
         for number, window in enumerate(self.windows, 1):
             logits = subject.logits(window)[: len(window) - 1]
@@ -98,10 +98,10 @@ class TextMetric(Metric):
             start += len(logits)
             progress(number, len(self.windows))
 
-    def score(self, path: Path, progress: Told) -> Scores:
+    def score(self, path: Path, progress: Counted) -> Scores:
         """kl and kl_error in nats per scored token, perplexity, agreement."""
         subject, scores, start = self.running.subject(path), TokenScores(), 0
-        known: Any = np.load(self.known, mmap_mode="r")
+        known: Any = np.load(self.stored, mmap_mode="r")
         for number, window in enumerate(self.windows, 1):
             logits = subject.logits(window)[: len(window) - 1]
             scores.add(logits, window[1 : len(logits) + 1], known[start : start + len(logits)])
@@ -118,7 +118,7 @@ class TextMetric(Metric):
 
     def close(self) -> None:
         """Remove the log-probabilities; the perplexity stays."""
-        self.known.unlink(missing_ok=True)
+        self.stored.unlink(missing_ok=True)
 
 
 class OutputMetric(Metric):
@@ -134,7 +134,7 @@ class OutputMetric(Metric):
         self.model, self.batches, self.running = model, batches, running
         self.float_scores, self.known = {}, list[Arrays]()
 
-    def prepare(self, progress: Told) -> None:
+    def prepare(self, progress: Counted) -> None:
         """Run the float model on all batches."""
         subject = self.running.subject(self.model)
         for number, batch in enumerate(self.batches, 1):
@@ -142,7 +142,7 @@ class OutputMetric(Metric):
             self.known.append({name: array for name, array in outputs.items() if array.dtype.kind in "fV"})
             progress(number, len(self.batches))
 
-    def score(self, path: Path, progress: Told) -> Scores:
+    def score(self, path: Path, progress: Counted) -> Scores:
         """relative_error, sqnr (dB) and cosine."""
         subject = self.running.subject(path)
         noise = {name: OutputNoise() for name in self.known[0]}

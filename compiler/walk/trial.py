@@ -8,7 +8,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.compiler.data.feeds import Batch
-from qcompile.compiler.data.npz import Feeds
+from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.files.disk_arrays import Spill
 from qcompile.compiler.walk.runner import Runner, Stream
 from qcompile.compiler.walk.segments import split
@@ -68,7 +68,7 @@ def quarters(rows: int) -> Mask:
     return np.asarray((number % 2 == 1) & (start + PARTS <= (number + 1) * rows))
 
 
-def _leading(feeds: Feeds) -> int:
+def _leading(feeds: Arrays) -> int:
     """The rows that all inputs have; 1 where they differ."""
     sizes = {array.shape[0] for array in feeds.values() if array.ndim}
     return sizes.pop() if len(sizes) == 1 else 1
