@@ -12,8 +12,9 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_linears
 from qcompile.passes.pairs import find_pairs
 from qcompile.passes.policy import Policy
-from qcompile.passes.rounding import CLIP, Rounding
+from qcompile.passes.rounding import Rounding
 from qcompile.passes.scale_search import Choice, Judge, Judges, fold_choice, normalized, search_all, weight_power
+from qcompile.passes.state import set_weight
 from qcompile.passes.statistics import Statistics
 
 _SAMPLES = 192
@@ -71,7 +72,7 @@ class Awq(Pass):
         vocabulary = region.vocabulary
         for linear in find_linears(region.live_nodes()):
             if not isinstance(self.policy.for_linear(linear, vocabulary), str):
-                linear.weight.meta[CLIP] = self.clip
+                set_weight(linear.weight, clip=self.clip)
 
     def _search(self, judge: Judge) -> Choice | None:
         power = weight_power(judge.pair)

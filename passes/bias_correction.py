@@ -18,7 +18,7 @@ from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.mean import Mean
 from qcompile.passes.qdq.biases import bias_behind, channel_bias, has_endless_bias
 from qcompile.passes.qdq.selection import PRODUCTS, weight_position
-from qcompile.passes.qdq.twin import TWIN, Twin
+from qcompile.passes.state import node_state, set_node
 
 Floats = npt.NDArray[np.float64]
 _LIMIT = 2**31 - 1
@@ -72,7 +72,7 @@ class BiasCorrection(WalksAgain):
     def walk_again(self, region: Region) -> Iterator[Mapping[ir.Value, Observer]]:
         """The means of the integer products' outputs, those first on which no other depends."""
         for nodes in levels(region.nodes):
-            types = {node: node.meta[TWIN].proto.op_type for node in nodes}
+            types = {node: twin.proto.op_type for node in nodes if (twin := node_state(node).twin) is not None}
             measured = {node: _mean(node.outputs[0], own, self._every) for node, own in types.items()}
             yield {node.outputs[0]: mean for node, mean in measured.items()}
             for node, mean in measured.items():
@@ -170,7 +170,7 @@ def levels(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
 
 
 def _is_integer(node: ir.Node) -> bool:
-    twin: Twin | None = node.meta.get(TWIN)
+    twin = node_state(node).twin
     return twin is not None and twin.weights > 0
 
 
@@ -257,6 +257,7 @@ def _insert(model: ir.Model, node: ir.Node, mean: Floats, names: Names) -> ir.No
     take_over(value, add.outputs[0], names)
     add.replace_input_with(0, value)
     node.append(add)
-    add.meta[TWIN] = node.meta.pop(TWIN)
+    set_node(add, twin=node_state(node).twin)
+    set_node(node, twin=None)
     node.name, add.name = add.name, node.name
     return add

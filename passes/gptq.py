@@ -1,5 +1,6 @@
 """Error-compensated rounding (GPTQ, Frantar et al. 2022) from the Gram matrix alone."""
 
+import itertools
 from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from qcompile.passes.base import Decision, Pass, Region
 from qcompile.passes.contract import Fact, Reads
 from qcompile.passes.errors import UserError
 from qcompile.passes.held import NOT_CONFIRMED, too_few
-from qcompile.passes.linears import PACKED, Linear, find_linears
+from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import (
     Fit,
@@ -27,6 +28,7 @@ from qcompile.passes.rounding import (
     round_with_clip,
 )
 from qcompile.passes.row_steps import Descent, Nearest, descent, nearest
+from qcompile.passes.state import set_weight, weight_state
 from qcompile.passes.statistics import Statistics
 
 # Rows rounded one by one before the rest follows in one matrix product.
@@ -34,7 +36,8 @@ _BLOCK = 32
 _THREADS = 2
 # The damping of endless data, and what is added by K / rows.
 _LEAST_DAMPING, _SHARE = 0.01, 0.5
-QUANTIZED = "qcompile.quantized"
+# A linear, the codes of its weight where they are kept, and what is told of it.
+_Rounded = tuple[Linear, Quantized | None, Decision]
 # What rounds rows of a (k, N) weight on its parameters.
 Rows = Callable[[QParams, Grid, int], Nearest]
 
@@ -128,7 +131,7 @@ class Gptq(Pass):
         return ErrorCompensated(self.rounding.damping, sweeps=0, refit=False)
 
     def call(self, region: Region) -> None:
-        """Leave the codes of every quantizable linear with statistics in its weight's meta, for `pack` to write."""
+        """Leave the codes of every linear with statistics in its weight's state, for the pass that stores them."""
         vocabulary = region.vocabulary
         together: dict[tuple[int, Grid], list[Linear]] = {}
         begun: set[tuple[ir.Value, bool]] = set()
@@ -137,13 +140,14 @@ class Gptq(Pass):
             if isinstance(spec, str):
                 self.decide(linear.name, "skipped", spec)
                 continue
-            if codes_key(linear) in linear.weight.meta:
+            known = weight_state(linear.weight)
+            if linear.transposed in known.codes:
                 self.decide(linear.name, "skipped", "its weight is rounded already, for a node of an earlier segment")
                 continue
             if (linear.weight, linear.transposed) in begun:
                 self.decide(linear.name, "skipped", "its weight is rounded for another node that reads it")
                 continue
-            if (spec, linear.transposed) in linear.weight.meta.get(PACKED, {}):
+            if (spec, linear.transposed) in known.packed:
                 self.decide(linear.name, "skipped", "its weight is packed already, for a node of an earlier segment")
                 continue
             if linear.activation not in region.statistics:
@@ -153,10 +157,13 @@ class Gptq(Pass):
             together.setdefault((id(linear.activation), spec), []).append(linear)
         with ThreadPoolExecutor(_THREADS) as pool:
             jobs = [(group, spec, region.statistics[group[0].activation]) for (_, spec), group in together.items()]
-            for decisions in pool.map(lambda job: self._round(*job), jobs):
-                self.decisions += decisions
+            for linear, codes, decision in itertools.chain.from_iterable(pool.map(lambda job: self._round(*job), jobs)):
+                self.decisions.append(decision)
+                if codes is not None:
+                    own = weight_state(linear.weight).codes
+                    set_weight(linear.weight, codes={**own, linear.transposed: codes})
 
-    def _round(self, linears: list[Linear], spec: Grid, statistics: Statistics) -> list[Decision]:
+    def _round(self, linears: list[Linear], spec: Grid, statistics: Statistics) -> list[_Rounded]:
         """Round the weights that share an input side by side: columns do not affect each other."""
         wanted = np.concatenate([linear.read() for linear in linears], axis=1)
         others: list[Fit] = [lambda rows: round_to_nearest(wanted, spec, rows)]
@@ -165,21 +172,16 @@ class Gptq(Pass):
         joint = fitted(wanted, statistics, lambda rows: self.rounding(wanted, spec, rows), others)
         if joint is None:
             reason = too_few(statistics) or NOT_CONFIRMED
-            return [Decision(linear.name, "skipped", reason) for linear in linears]
-        start, decisions = 0, []
+            return [(linear, None, Decision(linear.name, "skipped", reason)) for linear in linears]
+        start, found = 0, list[_Rounded]()
         for linear in linears:
             stop = start + linear.shape[1]
             part, w = _columns(joint, start, stop), wanted[:, start:stop]
-            linear.weight.meta[codes_key(linear)] = part
             error = relative_error(part.dequantize() - w, w, statistics.gram)
-            decisions.append(Decision(linear.name, "rounded", "error-compensated", {"relative_error": error}))
+            decision = Decision(linear.name, "rounded", "error-compensated", {"relative_error": error})
+            found.append((linear, part, decision))
             start = stop
-        return decisions
-
-
-def codes_key(linear: Linear) -> str:
-    """Weight meta under which the codes are left that this linear reads; others may read the weight turned round."""
-    return f"{QUANTIZED}.transposed" if linear.transposed else QUANTIZED
+        return found
 
 
 def _columns(q: Quantized, start: int, stop: int) -> Quantized:

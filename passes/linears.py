@@ -10,8 +10,6 @@ from qcompile.passes.affine import Array
 from qcompile.passes.tensors import read
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
-# Weight meta: the emitted initializers by (spec, transposed), for every later node that uses the same weight.
-PACKED = "qcompile.packed"
 # Node meta: why a node keeps a constant, or computes one, that `prepare` would have brought into a known form.
 LEFT = "qcompile.left"
 # Operators with a kernel (rows, columns / groups, …) or its transpose.

@@ -20,7 +20,8 @@ from qcompile.passes.observers.kept_channels import Rest
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.policy import Policy
 from qcompile.passes.proxies import guessed
-from qcompile.passes.qdq.outliers import OUTLIERS, Choice, Outliers, choose, noise_of, price, row_power
+from qcompile.passes.qdq.outliers import Choice, choose, noise_of, price, row_power
+from qcompile.passes.state import Outliers, set_node
 from qcompile.passes.statistics import Statistics
 
 
@@ -105,7 +106,7 @@ class Outlier(Pass):
         self._observers[value] = rest
         count, told = len(found.channels), f"{len(found.channels)} of {width} channels stay in float"
         for linear in linears:  # Case 1
-            linear.node.meta[OUTLIERS] = Outliers(found.channels, rest)
+            set_node(linear.node, outliers=Outliers(found.channels, rest))
             self.decide(linear.name, "marked", told, channels=count, of=width, relative_noise=found.noise)
 
     def _judged(

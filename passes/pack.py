@@ -1,6 +1,6 @@
 """Writing quantized weights into the graph."""
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -15,12 +15,10 @@ from qcompile.passes.contract import Fact
 from qcompile.passes.formats import emit
 from qcompile.passes.formats.base import Tensors
 from qcompile.passes.formats.decoded import Coded
-from qcompile.passes.gptq import codes_key
 from qcompile.passes.graph import is_constant
 from qcompile.passes.inner import Chosen, quantize_inner
 from qcompile.passes.linears import (
     LEFT,
-    PACKED,
     Embedding,
     Linear,
     as_linear,
@@ -30,11 +28,10 @@ from qcompile.passes.linears import (
 )
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.weights import WeightGrid, WeightStore
-from qcompile.passes.rounding import CLIP, round_to_nearest, round_with_clip
+from qcompile.passes.rounding import round_to_nearest, round_with_clip
 from qcompile.passes.spec import integers
+from qcompile.passes.state import set_node, set_weight, weight_state
 
-# Node meta: the float weight a packed node stands for, until the node is verified.
-REFERENCE = "qcompile.reference"
 _THREADS = 2
 # A weight as it is packed: its initializer, its spec, and whether it is read transposed.
 _Key = tuple[ir.Value, Grid, bool]
@@ -115,12 +112,9 @@ class Pack(Pass):
         if isinstance(spec, str):
             return spec
         spec = integers(spec)
-        stored = linear.weight.meta.setdefault(PACKED, {})
-        key = (spec, linear.transposed)
-        if key not in stored:
-            quantized = round_to_nearest(linear.read(), spec, None)
-            stored[key] = (quantized, emit.store(model, str(linear.weight.name), quantized))
-        quantized, own = stored[key]
+        quantized, own = _stored(
+            model, linear.weight, spec, linear.transposed, lambda: round_to_nearest(linear.read(), spec, None)
+        )
         parts = (own.codes, own.scale, own.zero_point)
         return Chosen(
             Coded(*parts, 0, own.block_size, linear.shape, quantized.dequantize), str(spec), own.nbytes, spec.format
@@ -135,15 +129,16 @@ class Pack(Pass):
         """The codes of every weight not packed yet; what `gptq` has not chosen is rounded here, side by side."""
         jobs: dict[_Key, Linear] = {}
         for linear, spec in specs.items():
-            if (spec, linear.transposed) not in linear.weight.meta.get(PACKED, {}):
+            if (spec, linear.transposed) not in weight_state(linear.weight).packed:
                 jobs.setdefault((linear.weight, spec, linear.transposed), linear)
 
         def one(key: _Key) -> Quantized:
             linear, spec = jobs[key], key[1]
-            known: Quantized | None = linear.weight.meta.get(codes_key(linear))
+            state = weight_state(linear.weight)
+            known = state.codes.get(linear.transposed)
             if known is not None and known.spec == spec:
                 return known
-            rounding = round_with_clip if linear.weight.meta.get(CLIP, True) else round_to_nearest
+            rounding = round_to_nearest if state.clip is False else round_with_clip
             return rounding(linear.read(), spec, region.statistics.get(linear.activation))
 
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -152,26 +147,19 @@ class Pack(Pass):
     def _pack_linear(
         self, region: Region, linear: Linear, spec: Grid, rounded: dict[_Key, Quantized], told: str
     ) -> None:
-        stored = linear.weight.meta.setdefault(PACKED, {})
-        key = (spec, linear.transposed)
-        if key not in stored:
-            quantized = rounded[linear.weight, spec, linear.transposed]
-            stored[key] = (quantized, emit.store(region.model, str(linear.weight.name), quantized))
-            linear.weight.meta.pop(codes_key(linear), None)
-        quantized, tensors = stored[key]
-        linear.node.meta[REFERENCE] = (linear.read(), quantized)
+        key = (linear.weight, spec, linear.transposed)
+        quantized, tensors = _stored(region.model, *key, lambda: rounded[key])
+        set_node(linear.node, reference=(linear.read(), quantized))
         emit.replace_matmul(region.model, linear, spec, tensors)
         self._quantized(linear, spec, linear.shape[0], tensors, told)
 
     def _pack_embedding(self, model: ir.Model, embedding: Embedding, spec: Grid) -> None:
         # A table (V, K) is the transpose of the (K, V) weight that a tied lm_head multiplies with.
-        stored = embedding.table.meta.setdefault(PACKED, {})
-        key = (spec, True)
-        if key not in stored:
+        def rounded() -> Quantized:
             w = np.ascontiguousarray(np.asarray(emit.floats(embedding.table)).T)
-            quantized = round_to_nearest(w, spec, None)
-            stored[key] = (quantized, emit.store(model, str(embedding.table.name), quantized))
-        _, tensors = stored[key]
+            return round_to_nearest(w, spec, None)
+
+        _, tensors = _stored(model, embedding.table, spec, True, rounded)
         emit.replace_embedding(model, embedding, spec, tensors)
         self._quantized(embedding, spec, embedding.shape[1], tensors)
 
@@ -187,6 +175,20 @@ class Pack(Pass):
             bytes=tensors.nbytes,
             bits_per_weight=spec.bits_per_weight(k),
         )
+
+
+def _stored(
+    model: ir.Model, weight: ir.Value, spec: Grid, transposed: bool, rounded: Callable[[], Quantized]
+) -> tuple[Quantized, Tensors]:
+    """Case 4: the codes of a weight, stored for the first one that reads it so; those chosen before are used up."""
+    known = weight_state(weight)
+    if (spec, transposed) not in known.packed:
+        quantized = rounded()
+        made = (quantized, emit.store(model, str(weight.name), quantized))
+        left = {turned: codes for turned, codes in known.codes.items() if turned != transposed}
+        set_weight(weight, codes=left, packed={**known.packed, (spec, transposed): made})
+        return made
+    return known.packed[spec, transposed]
 
 
 def _largest_constant(node: ir.Node) -> int:

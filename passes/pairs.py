@@ -10,7 +10,8 @@ from qcompile.passes.absorb import Absorber, Trace, other_consumers, trace, weig
 from qcompile.passes.affine import Array
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.channel_map import Indices, last_axis
-from qcompile.passes.linears import PACKED, Linear, find_linears
+from qcompile.passes.linears import Linear, find_linears
+from qcompile.passes.state import weight_state
 
 Kind = Literal["norm", "gate", "attention", "linear", "inserted"]
 
@@ -104,7 +105,7 @@ def _foreign_weight(linears: list[Linear]) -> str:
     for linear in linears:
         if linear.weight.is_graph_output():
             return f"the weight {linear.weight.name} is a graph output"
-        if linear.weight.meta.get(PACKED):
+        if weight_state(linear.weight).packed:
             return f"the weight {linear.weight.name} is packed already, for a node of an earlier segment"
         for node in weight_users(linear.weight):
             if node.op_type == "Gather":

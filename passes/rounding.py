@@ -10,8 +10,6 @@ from qcompile.passes.affine import Array, Grid, QParams, Quantized, output_error
 from qcompile.passes.held import confirmed, too_few
 from qcompile.passes.statistics import Statistics
 
-# Weight meta, set by `awq` for `pack`: whether ranges may be clipped.
-CLIP = "qcompile.clip"
 # Of so many rows one may be held aside and not be fitted to at all: the fit is as good.
 _SMALL_SHARE = 16
 

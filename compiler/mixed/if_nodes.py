@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from qcompile.compiler.walk.extract import Piece
 from qcompile.passes.graph import float_type
-from qcompile.passes.qdq.twin import TWIN, Twin
+from qcompile.passes.state import Twin, node_state
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def add_switches(piece: Piece, nodes: Sequence[ir.Node], whole: Mapping[str, ir.
     rounded = _rounded(graph, {str(value.name): name for name, value in whole.items()})
     ifs = {}
     for node in nodes:  # Case 1
-        twin: Twin | None = node.meta.get(TWIN)
+        twin = node_state(node).twin
         if twin is not None and not twin.weights_only and node.outputs[0].name in made:
             ifs[str(node.outputs[0].name)] = _node_switch(piece, node, twin, made, rounded)
     for value, (output, name) in rounded.items():  # Case 2

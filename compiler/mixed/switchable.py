@@ -14,7 +14,7 @@ from qcompile.compiler.walk.extract import extract
 from qcompile.compiler.walk.segments import Segment, split
 from qcompile.passes.base import Pass, Region, on_clone, values_by_name
 from qcompile.passes.linears import find_embeddings
-from qcompile.passes.qdq.twin import TWIN, remember
+from qcompile.passes.state import node_state, remember, set_node
 from qcompile.runtime.sessions import run
 
 
@@ -33,7 +33,7 @@ class Switched:
         outputs: Sequence[str],
         provider: str = "cpu",
     ) -> None:
-        targets = {node for node in model.graph if TWIN in node.meta and not node.meta[TWIN].weights_only}
+        targets = {node for node in model.graph if (kept := node_state(node).twin) and not kept.weights_only}
         self.batches, self.outputs = batches, outputs
         segments = split(model, targets.__contains__)
         self._parts = [_Part(model, segment, whole, outputs, provider) for segment in segments]
@@ -83,7 +83,7 @@ class _Part:
         own = set(segment.nodes)
         given = [value for value in model.graph.outputs if value.producer() in own or value in segment.light]
         ends = [value for value in given if value.name in outputs]
-        twins = [value for node in segment.nodes if TWIN in node.meta for value in node.meta[TWIN].activations]
+        twins = [value for node in segment.nodes if (kept := node_state(node).twin) for value in kept.activations]
         piece = extract(model, segment.carried, [*dict.fromkeys([*segment.made, *ends])], twins)
         add_switches(piece, segment.nodes, whole)
         self.carry = {str(value.name) for value in segment.carry}
@@ -130,5 +130,5 @@ def rewritten(late: Pass, model: ir.Model, values: Sequence[str]) -> tuple[ir.Mo
     made.call(Region.whole(clone))
     for node in looked_up:
         if node.op_type == "Gather":  # the pass left it as it is
-            del node.meta[TWIN]
+            set_node(node, twin=None)
     return clone, whole

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx import TensorProto, helper
 
 from qcompile.passes.bodies import bodies
-from qcompile.passes.qdq.twin import TWIN, Twin
+from qcompile.passes.state import node_state
 from qcompile.passes.tensors import chunks, read
 from qcompile.runtime.sessions import session
 
@@ -97,7 +97,7 @@ def captured(node: ir.Node) -> Iterator[ir.Value]:
 def reads(node: ir.Node) -> Iterator[ir.Value]:
     """Values that a node reads, and those that the float node it stands for reads: constants of that one left out."""
     yield from captured(node)
-    twin: Twin | None = node.meta.get(TWIN)
+    twin = node_state(node).twin
     if twin is not None:
         yield from twin.activations
 

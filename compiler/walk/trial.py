@@ -15,7 +15,7 @@ from qcompile.compiler.walk.segments import split
 from qcompile.passes.base import Decision, Region, WalksAgain, on_clone
 from qcompile.passes.linears import find_linears
 from qcompile.passes.observers.mean import PARTS
-from qcompile.passes.qdq.twin import TWIN
+from qcompile.passes.state import node_state
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -110,7 +110,7 @@ def tried(
 
 
 def _is_integer(node: ir.Node) -> bool:
-    return TWIN in node.meta
+    return node_state(node).twin is not None
 
 
 def graph_outputs(

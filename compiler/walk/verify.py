@@ -17,12 +17,11 @@ from qcompile.compiler.results.errors import NodeError, OutputError
 from qcompile.compiler.walk import verify_wide
 from qcompile.compiler.walk.extract import Piece
 from qcompile.passes import activations
-from qcompile.passes.affine import Array, Quantized
+from qcompile.passes.affine import Quantized
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.functions import is_native
 from qcompile.passes.observers import nodes as observers
-from qcompile.passes.pack import REFERENCE
-from qcompile.passes.qdq.twin import TWIN, Twin
+from qcompile.passes.state import Twin, node_state, set_node
 from qcompile.runtime.sessions import run
 
 # A packed node must compute with exactly its dequantized weights, but for the rounding of its element type.
@@ -39,7 +38,7 @@ def probe_nodes(piece: Piece, nodes: Sequence[ir.Node], *, int8: bool = False) -
     """
     names: list[str] = []
     for node in nodes:
-        reference: tuple[Array, Quantized] | None = node.meta.get(REFERENCE)
+        reference = node_state(node).reference
         if reference is None:
             continue
         y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
@@ -60,9 +59,10 @@ def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
     """Errors of the packed nodes, summed over batches; UserError where an operator does not compute what it should."""
     found = []
     for node in nodes:
-        reference: tuple[Array, Quantized] | None = node.meta.pop(REFERENCE, None)
+        reference = node_state(node).reference
         if reference is None:
             continue
+        set_node(node, reference=None)
         y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
         if verify_wide.is_wide(reference[1]):
             verify_wide.compare(y, x, *reference, outputs)
@@ -89,7 +89,7 @@ def probe_twins(piece: Piece, nodes: Sequence[ir.Node]) -> list[str]:
     """
     names: list[str] = []
     for node in nodes:
-        twin: Twin | None = node.meta.get(TWIN)
+        twin = node_state(node).twin
         if twin is None:
             continue
         y, made = str(node.outputs[0].name), onnx.NodeProto()
@@ -116,8 +116,9 @@ def twin_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[Nod
     """Errors of the integer nodes against the float ones on the same inputs."""
     found = []
     for node in nodes:
-        twin: Twin | None = node.meta.pop(TWIN, None)
+        twin = node_state(node).twin
         if twin is not None:
+            set_node(node, twin=None)
             error = _ratio([value.name for value in node.outputs if value.name], ".twin", outputs)
             bits = _activation_bits(node, twin)
             found.append(NodeError(node.name or "", error, 0.0, activation_bits=bits, weights=twin.weights))

@@ -7,7 +7,7 @@ from qcompile.compiler.results.errors import NodeError
 from qcompile.compiler.walk.extract import extract
 from qcompile.passes.affine import Array
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.decoded import DECODED, Decoded
+from qcompile.passes.state import node_state, set_node
 from qcompile.runtime.sessions import run
 
 # A code times its scale, in the element type of the scale: only that type's own rounding may differ.
@@ -21,9 +21,10 @@ def check_decoded(model: ir.Model, provider: str) -> list[NodeError]:
     """
     found = []
     for node in model.graph:
-        decoded: Decoded | None = node.meta.pop(DECODED, None)
+        decoded = node_state(node).decoded
         if decoded is None:
             continue
+        set_node(node, decoded=None)
         value = node.outputs[0]
         (given,) = run(extract(model, [], [value]).session(provider), [str(value.name)], {})
         own, wanted = decoded.dequantize(), decoded.wanted()

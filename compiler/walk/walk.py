@@ -32,7 +32,7 @@ from qcompile.passes.formats.functions import is_product
 from qcompile.passes.linears import Linear, find_linears, vocabulary_size
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.proxies import proxies
-from qcompile.passes.qdq.twin import TWIN
+from qcompile.passes.state import node_state
 from qcompile.passes.statistics import Statistics, held_aside
 
 
@@ -95,7 +95,7 @@ class Job:
         node is compared with its float twin, each decoded weight with its codes.
         """
         compiled = [compiled for compiled, _ in outputs]
-        targets = {node for node in self.model.graph if TWIN in node.meta}
+        targets = {node for node in self.model.graph if node_state(node).twin is not None}
         if self.changed:
             self.progress.step("checking integer nodes")
             self.report.nodes += check_decoded(self.model, self.recipe.provider)

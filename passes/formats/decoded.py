@@ -14,9 +14,7 @@ from qcompile.passes.bodies import Owners
 from qcompile.passes.formats.base import drop_unused, drop_weight
 from qcompile.passes.graph import Names, add_initializer, insert_before
 from qcompile.passes.linears import constant
-
-# Node meta of a DequantizeLinear: the Decoded that it gives, until it is verified.
-DECODED = "qcompile.decoded"
+from qcompile.passes.state import Decoded, set_node
 
 
 @dataclass(frozen=True)
@@ -33,15 +31,6 @@ class Coded:
     axis: int
     block_size: int
     shape: tuple[int, ...]
-    dequantize: Callable[[], Array]
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What a DequantizeLinear stands for. reader: a node that reads it. wanted: the float weight, as it is read."""
-
-    reader: str
-    wanted: Callable[[], Array]
     dequantize: Callable[[], Array]
 
 
@@ -72,7 +61,7 @@ def _decoding(reader: ir.Node, place: ir.Node, coded: Coded, wanted: Callable[[]
     value.type, value.shape = ir.TensorType(constant(coded.scale).dtype), ir.Shape(coded.shape)
     node = value.producer()
     assert node is not None
-    node.meta[DECODED] = Decoded(reader.name or "", wanted, coded.dequantize)
+    set_node(node, decoded=Decoded(reader.name or "", wanted, coded.dequantize))
     return value
 
 

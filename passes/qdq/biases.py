@@ -11,7 +11,7 @@ from qcompile.passes.graph import add_initializer, insert_before, is_constant, s
 from qcompile.passes.linears import CONVOLUTIONS, constant
 from qcompile.passes.masks import FILL
 from qcompile.passes.qdq.providers import Rule
-from qcompile.passes.qdq.twin import TWIN, Twin
+from qcompile.passes.state import Twin, node_state, set_node
 
 Floats = npt.NDArray[np.float64]
 _LIMIT = 2**31 - 1
@@ -139,7 +139,8 @@ def settle_bias(model: ir.Model, node: ir.Node, scale: Array) -> None:
 def _become_gemm(model: ir.Model, node: ir.Node, add: ir.Node, bias: ir.Value, scale: Array) -> None:
     """Case 2. The Add becomes the Gemm, so that its output stays the value it was."""
     inputs = [*node.inputs, bias]
-    twin = node.meta.pop(TWIN)
+    twin = node_state(node).twin
+    assert twin is not None
     add.resize_inputs(3)
     for i, value in enumerate(inputs):
         add.replace_input_with(i, value)
@@ -147,12 +148,11 @@ def _become_gemm(model: ir.Model, node: ir.Node, add: ir.Node, bias: ir.Value, s
         add.resize_inputs(2)
         add.replace_input_with(0, node.outputs[0])
         add.replace_input_with(1, bias)
-        node.meta[TWIN] = twin
         return
     add.op_type = "Gemm"
     _state_zero_point(model, add)
     proto = onnx.NodeProto(op_type="Gemm")
-    add.meta[TWIN] = Twin(proto, (*twin.inputs, bias), twin.transposed)
+    set_node(add, twin=Twin(proto, (*twin.inputs, bias), twin.transposed))
     model.graph.remove(node, safe=True)
     add.name = node.name
 

@@ -15,12 +15,11 @@ from qcompile.passes.linears import LEFT, Linear, constant, find_linears, vocabu
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import add_outliers, masked, split_weight, told
-from qcompile.passes.qdq.outliers import OUTLIERS, Outliers
 from qcompile.passes.qdq.providers import RULES, Rule, rule_of
 from qcompile.passes.qdq.selection import is_head, products
-from qcompile.passes.qdq.twin import remember
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore
 from qcompile.passes.spec import ActivationSpec
+from qcompile.passes.state import node_state, remember, set_node
 
 
 class Dynamic(IntegerPass):
@@ -84,7 +83,8 @@ class Dynamic(IntegerPass):
                 self._weight_alone(node, store, RULES["MatMul"])
                 continue
             remember(node)
-            marked: Outliers | None = node.meta.pop(OUTLIERS, None)
+            marked = node_state(node).outliers
+            set_node(node, outliers=None)
             x = linear.activation if marked is None else masked(model, linear, marked)
             if x not in codes:
                 codes[x] = _quantize(node, x, constant(linear.weight).dtype)

@@ -12,10 +12,10 @@ from qcompile.passes.formats.base import DOMAIN, drop_weight
 from qcompile.passes.formats.functions import OUTLIER, register
 from qcompile.passes.graph import Decide, add_initializer, insert_before
 from qcompile.passes.linears import Linear, as_linear, constant
-from qcompile.passes.qdq.outliers import OUTLIERS, Outliers
 from qcompile.passes.qdq.ranges import grid_of
 from qcompile.passes.qdq.weights import Stored, WeightGrid, quantize_weight
 from qcompile.passes.spec import ActivationSpec
+from qcompile.passes.state import Outliers, node_state, set_node
 
 
 def replace_outlier(model: ir.Model, node: ir.Node, grid: WeightGrid, spec: ActivationSpec, decide: Decide) -> None:
@@ -23,7 +23,8 @@ def replace_outlier(model: ir.Model, node: ir.Node, grid: WeightGrid, spec: Acti
 
     UserError where the channels that stay were never observed.
     """
-    linear, own = as_linear(node), node.meta.pop(OUTLIERS)
+    linear, own = as_linear(node), node_state(node).outliers
+    set_node(node, outliers=None)
     assert isinstance(linear, Linear)
     assert isinstance(own, Outliers)
     stored, outlying = split_weight(model, linear, own, grid)

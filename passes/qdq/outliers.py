@@ -1,4 +1,4 @@
-"""Outlier channels: which ones are worth keeping in float, and the mark that says so."""
+"""Outlier channels: which ones are worth keeping in float, by the noise that they cause."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,23 +7,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.passes.affine import Array
-from qcompile.passes.observers.base import Observer
 
-# Node meta: the Outliers of a linear.
-OUTLIERS = "qcompile.outliers"
 # Codes from one end of an activation's grid to the other, and from zero to the end of a weight's.
 _ACTIVATION_STEPS, _WEIGHT_STEPS = 255, 127
 # What having a float part counts as, in channels: it takes time of its own (docs/qdq.md).
 _FIXED = 3
 _Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
-class Outliers:
-    """Channels of an activation that stay in float. channels: int64 (k,), ascending. rest: observer of the others."""
-
-    channels: npt.NDArray[np.int64]
-    rest: Observer
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,12 @@ from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.biases import bias_behind, has_endless_bias, quantize_bias, settle_bias
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.outlier_emit import replace_outlier
-from qcompile.passes.qdq.outliers import OUTLIERS
 from qcompile.passes.qdq.providers import TYPES, Rule
 from qcompile.passes.qdq.ranges import bounds_of, grid_of, shared
 from qcompile.passes.qdq.selection import Selection, inputs_of, quantized_output, select, weight_position
-from qcompile.passes.qdq.twin import remember
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore, importance
 from qcompile.passes.spec import ActivationSpec
+from qcompile.passes.state import node_state, remember
 
 Readers = dict[ir.Value, list[tuple[ir.Node, int]]]
 _STARVED = "no row of the calibration data reached it"
@@ -233,7 +232,7 @@ class Qdq(IntegerPass):
         scales: dict[ir.Node, Array] = {}
         for node, rule in selection.nodes.items():
             x = node.inputs[0]
-            if OUTLIERS in node.meta:
+            if node_state(node).outliers is not None:
                 replace_outlier(model, node, self.grid, self.spec, self.decide)
                 continue
             if weight_position(node) is None or x is None:

@@ -11,8 +11,8 @@ from qcompile.passes.linears import as_linear, constant, dimensions, is_float_co
 from qcompile.passes.masks import masked
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.biases import bias_behind
-from qcompile.passes.qdq.outliers import OUTLIERS
 from qcompile.passes.qdq.providers import Provider, Rule, rule_of
+from qcompile.passes.state import node_state
 
 Operators = Literal["auto", "weights", "all"]
 # Operators with a weight.
@@ -123,7 +123,7 @@ def inputs_of(node: ir.Node, rule: Rule) -> Iterator[int]:
     """Positions of the inputs that must come out of a DequantizeLinear, the weight left out; none of a node with
     outliers, which rounds its input itself.
     """
-    if OUTLIERS in node.meta:
+    if node_state(node).outliers is not None:
         return
     positions = range(len(node.inputs)) if rule.activations == "all" else rule.activations
     weight = weight_position(node)
@@ -218,7 +218,7 @@ def _clamped(node: ir.Node) -> ir.Value | None:
 
     ONNX Runtime's CPU provider leaves such a product in float, unless a Q follows.
     """
-    if node.op_type not in PRODUCTS or OUTLIERS in node.meta:
+    if node.op_type not in PRODUCTS or node_state(node).outliers is not None:
         return None
     found, shape = bias_behind(node), node.outputs[0].shape
     end = found[0] if found is not None and shape is not None and len(shape) == 2 else node
@@ -265,7 +265,7 @@ def _add_between(
 def _wanted(found: Selection, candidates: Mapping[ir.Node, Rule]) -> set[ir.Node]:
     """Candidates whose output goes, through other candidates perhaps, into an integer operator."""
     wanted: set[ir.Node] = set()
-    integer = {node for node in found.nodes if OUTLIERS not in node.meta}
+    integer = {node for node in found.nodes if node_state(node).outliers is None}
     for node in reversed(list(candidates)):
         readers = {use.node for use in quantized_output(node).uses()}
         if readers & integer or readers & wanted:

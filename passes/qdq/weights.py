@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.affine import LEAST_SCALE, Array, QParams, Quantized
+from qcompile.passes.affine import LEAST_SCALE, Array, QParams
 from qcompile.passes.formats.base import drop_weight
-from qcompile.passes.gptq import QUANTIZED
 from qcompile.passes.graph import add_initializer, insert_before, stem
 from qcompile.passes.linears import as_linear, constant
 from qcompile.passes.qdq.biases import least_scales
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.spec import PerChannel, QuantSpec
+from qcompile.passes.state import set_weight, weight_state
 
 # Positive scales and no zero points: what integer kernels and TensorRT ask for.
 SPEC = QuantSpec(8, PerChannel(1), symmetric=True, signed_scale=False)
@@ -178,7 +178,9 @@ class WeightStore:
 
     def _compensated(self, value: ir.Value, transposed: bool) -> Codes | None:
         """The codes that `gptq` chose for a weight, where they are of this grid."""
-        known: Quantized | None = value.meta.pop(QUANTIZED, None)
+        codes = weight_state(value).codes
+        known = codes.get(False)
+        set_weight(value, codes={turned: own for turned, own in codes.items() if turned})
         if known is None or transposed or self.grid != WeightGrid() or known.spec.format != SPEC.format:
             return None
         return Codes(known.codes, known.qparams.scale[0], 1)

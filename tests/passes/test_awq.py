@@ -6,13 +6,14 @@ import onnxruntime as ort
 import pytest
 
 from qcompile.models.tiny.build import Builder
-from qcompile.passes.awq import CLIP, Awq, awq_factor
+from qcompile.passes.awq import Awq, awq_factor
 from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import relative_error, round_to_nearest, round_with_clip
 from qcompile.passes.spec import PerGroup, QuantSpec
+from qcompile.passes.state import weight_state
 from qcompile.passes.statistics import Statistics
 
 K, N = 64, 96
@@ -116,10 +117,10 @@ def test_insert_mul_only_on_request() -> None:
 def test_weights_say_whether_they_may_be_clipped(clip: bool) -> None:
     model, feeds = salient_model()
     Awq(POLICY, round_with_clip, clip=clip).call(observed(model, feeds))
-    assert [linear.weight.meta[CLIP] for linear in find_linears(model.graph)] == [clip]
+    assert [weight_state(linear.weight).clip for linear in find_linears(model.graph)] == [clip]
     model, feeds = salient_model()
     Awq(Policy(SPEC, None, None, exclude=("fc",)), round_with_clip).call(observed(model, feeds))
-    assert all(CLIP not in linear.weight.meta for linear in find_linears(model.graph))
+    assert all(weight_state(linear.weight).clip is None for linear in find_linears(model.graph))
 
 
 def test_factor_of_dead_channels_is_one() -> None:

@@ -16,7 +16,7 @@ from qcompile.passes.base import Region
 from qcompile.passes.bias_correction import BiasCorrection, levels
 from qcompile.passes.held import NOT_CONFIRMED
 from qcompile.passes.observers.mean import PARTS
-from qcompile.passes.qdq.twin import remember
+from qcompile.passes.state import remember
 from qcompile.runtime.sessions import run, session
 
 K, N, IMAGE = 32, 24, 12

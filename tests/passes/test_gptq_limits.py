@@ -9,11 +9,12 @@ import pytest
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.affine import Quantized
 from qcompile.passes.base import Region
-from qcompile.passes.gptq import QUANTIZED, ErrorCompensated, Gptq
+from qcompile.passes.gptq import ErrorCompensated, Gptq
 from qcompile.passes.linears import find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import round_to_nearest, round_with_clip
 from qcompile.passes.spec import PerGroup, QuantSpec
+from qcompile.passes.state import weight_state
 from qcompile.passes.statistics import Statistics
 
 K, N = 64, 16
@@ -116,7 +117,7 @@ def test_the_pass_leaves_codes_for_pack_and_reasons_for_the_rest() -> None:
     decisions = {decision.node: decision for decision in step.decisions}
     for linear in linears:
         if linear.name.endswith("v_proj"):
-            assert QUANTIZED not in linear.weight.meta
+            assert not weight_state(linear.weight).codes
             found = decisions[linear.name]
             assert (found.action, found.reason) == ("skipped", "excluded by '*v_proj*'")
         elif linear.name == "lm_head":
@@ -145,7 +146,7 @@ def test_every_linear_has_one_decision() -> None:
 def _check_rounded(region: Region, linear, error: float, spec: QuantSpec) -> None:
     """q, k, gate and up share inputs and are rounded side by side: each as it would be alone."""
     statistics, w = region.statistics[linear.activation], linear.read()
-    joint, alone = linear.weight.meta[QUANTIZED], ErrorCompensated()(w, spec, statistics)
+    joint, alone = weight_state(linear.weight).codes[False], ErrorCompensated()(w, spec, statistics)
     np.testing.assert_array_equal(joint.codes, alone.codes)
     assert isinstance(linear.weight, ir.Value)
     delta = alone.dequantize().astype(np.float64) - w

@@ -25,9 +25,10 @@ from qcompile.passes.outlier import Outlier
 from qcompile.passes.policy import Policy
 from qcompile.passes.proxies import guessed
 from qcompile.passes.qdq.outlier_emit import split_weight
-from qcompile.passes.qdq.outliers import Outliers, choose
+from qcompile.passes.qdq.outliers import choose
 from qcompile.passes.qdq.weights import SPEC, WeightGrid
 from qcompile.passes.spec import ActivationSpec
+from qcompile.passes.state import Outliers
 from qcompile.passes.statistics import Statistics
 
 POLICY = Policy(SPEC, None, None)

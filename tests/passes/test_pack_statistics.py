@@ -7,12 +7,13 @@ import pytest
 from qcompile.models.tiny import tiny_mlp
 from qcompile.passes.affine import Quantized
 from qcompile.passes.base import Decision, Region
-from qcompile.passes.gptq import QUANTIZED, ErrorCompensated
+from qcompile.passes.gptq import ErrorCompensated
 from qcompile.passes.linears import Linear, find_linears
-from qcompile.passes.pack import CLIP, REFERENCE, Pack
+from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import round_to_nearest, round_with_clip
 from qcompile.passes.spec import PerGroup, QuantSpec
+from qcompile.passes.state import node_state, set_weight, weight_state
 from qcompile.passes.statistics import Statistics
 
 SPEC = QuantSpec(4, PerGroup(16))
@@ -58,7 +59,7 @@ def test_statistics_bring_the_clip_search(spec) -> None:
 def test_awq_may_forbid_clipping() -> None:
     region, linear, _ = _region()
     w = linear.read()
-    linear.weight.meta[CLIP] = False
+    set_weight(linear.weight, clip=False)
     _pack(region)
     _stored(linear, round_to_nearest(w, SPEC, None))
 
@@ -68,16 +69,16 @@ def test_codes_of_gptq_are_written_as_they_are() -> None:
     w = linear.read()
     chosen = ErrorCompensated()(w, SPEC, statistics)
     assert (chosen.codes != round_with_clip(w, SPEC, statistics).codes).any()
-    linear.weight.meta[QUANTIZED] = chosen
+    set_weight(linear.weight, codes={False: chosen})
     _pack(region)
     _stored(linear, chosen)
-    assert QUANTIZED not in linear.weight.meta
+    assert not weight_state(linear.weight).codes
 
 
 def test_codes_for_another_grid_are_not_used() -> None:
     region, linear, statistics = _region()
     w = linear.read()
-    linear.weight.meta[QUANTIZED] = ErrorCompensated()(w, QuantSpec(4, PerGroup(32)), statistics)
+    set_weight(linear.weight, codes={False: ErrorCompensated()(w, QuantSpec(4, PerGroup(32)), statistics)})
     _pack(region)
     _stored(linear, round_with_clip(w, SPEC, statistics))
 
@@ -94,7 +95,9 @@ def test_the_node_keeps_its_reference_for_verification() -> None:
     region, linear, _ = _region()
     w = linear.read()
     _pack(region)
-    reference, quantized = linear.node.meta[REFERENCE]
+    kept = node_state(linear.node).reference
+    assert kept is not None
+    reference, quantized = kept
     np.testing.assert_array_equal(reference, w)
     _stored(linear, quantized)
 

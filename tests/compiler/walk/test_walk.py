@@ -26,7 +26,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_linears
 from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.prepare import Prepare
-from qcompile.passes.qdq.twin import TWIN
+from qcompile.passes.state import node_state
 from qcompile.runtime.sessions import run, session
 
 WIDTH = 32
@@ -105,7 +105,7 @@ def _check_pieces(model: ir.Model, segments: list[Segment]) -> None:
     """A piece holds or is fed whatever its nodes read, and is fed only what it takes."""
     for segment in segments:
         wanted = [value for node in segment.nodes for value in node.outputs if value.name]
-        twins = [value for node in segment.nodes if TWIN in node.meta for value in node.meta[TWIN].activations]
+        twins = [value for node in segment.nodes if (own := node_state(node).twin) for value in own.activations]
         graph = extract(model, segment.carried, wanted, twins).proto.graph
         known = {info.name for info in graph.input} | {tensor.name for tensor in graph.initializer}
         read: set[str] = set()
