@@ -24,7 +24,7 @@ from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.coverage import account, quantizers
 from qcompile.compiler.results.errors import ActivationRange, RowsSeen
 from qcompile.compiler.results.report import Report
-from qcompile.compiler.walk import saved_statistics
+from qcompile.compiler.walk import promises, saved_statistics
 from qcompile.compiler.walk.patterns import check_patterns
 from qcompile.compiler.walk.saved_statistics import SavedStatistics
 from qcompile.compiler.walk.walk import Job, observed
@@ -109,7 +109,7 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     report.source_bytes = file_size(source, graph)
     progress.step("preparing")
     for whole in (p for p in passes if p.stage == Stage.BEFORE):
-        whole.call(Region.whole(graph, told_by_runtime))
+        promises.run(whole, Region.whole(graph, told_by_runtime))
     randomness.settle(graph)
     check_patterns(recipe, graph)
     check_sizes(graph)
@@ -186,7 +186,7 @@ def finish(walked: Walked, progress: Progress) -> list[Arrays]:
         progress.step(late.name)
         if isinstance(late, WalksAgain):
             job.walk_again(late, walked.plan, walked.data, original)
-        late.call(Region.whole(walked.model))
+        promises.run(late, Region.whole(walked.model))
         report.ranges += activation_ranges(late, walked.watched)
     report.decisions = {p.name: p.decisions for p in walked.passes}
     _account(walked)

@@ -236,6 +236,20 @@ class WalksAgain(Pass):
         """Change nothing. tried: what the pass decided on the copy; empty where there was no data to judge it."""
 
 
+def contradiction(kind: type[Pass]) -> str:
+    """What a kind of pass declares that is not so, or does that it does not declare; empty where it is at one."""
+    ranges, outputs = (what in kind.reads for what in (Reads.RANGES, Reads.OUTPUTS))
+    if ranges != (kind.observed is not Pass.observed):
+        return f"it {'reads' if ranges else 'does not read'} RANGES and has {'no' if ranges else 'a'} method `observed`"
+    if outputs != issubclass(kind, WalksAgain):
+        return f"it {'reads' if outputs else 'does not read'} OUTPUTS and is {'no' if outputs else 'a'} WalksAgain"
+    if kind.stage != Stage.WALK and kind.reads & {Reads.SCALES, Reads.STATISTICS}:
+        return "it reads statistics, which come with segments, and its stage is not WALK"
+    if kind.stage != Stage.WALK and kind.call_rest is not Pass.call_rest:
+        return "it has a method `call_rest`, which comes behind the walk, and its stage is not WALK"
+    return ""
+
+
 def values_by_name(model: ir.Model) -> dict[str | None, ir.Value]:
     """What the nodes of the main graph read and give."""
     return {value.name: value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None}

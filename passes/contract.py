@@ -37,7 +37,7 @@ class Reads(Enum):
 class Fact(Enum):
     """What can hold of a model between two passes; the value names it in messages.
 
-    CANONICAL: every node has a name of its own and stands behind those that it reads; constants are initializers.
+    CANONICAL: every node has a name of its own and stands behind those that it reads.
     FLOAT: weights are floats. What takes this quantizes: its decisions say which weights became codes.
     CLIP, CODES: of each linear that it decided on, the pass left how its weight is to be rounded, or codes of it.
     OUTLIERS: of each linear that it marked, the pass left the channels that stay in float.

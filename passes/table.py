@@ -1,7 +1,7 @@
 """Every pass there is."""
 
 from qcompile.passes.awq import Awq
-from qcompile.passes.base import Pass
+from qcompile.passes.base import Pass, contradiction
 from qcompile.passes.bias_correction import BiasCorrection
 from qcompile.passes.extensions import Table, parameters
 from qcompile.passes.fuse import Fuse
@@ -19,6 +19,8 @@ def _check(kind: type[Pass]) -> None:
     for name, parameter in parameters(kind).items():
         if parameter.default is parameter.empty or parameter.annotation is parameter.empty:
             raise ValueError(f"its parameter {name} needs a type and a default")
+    if told := contradiction(kind):
+        raise ValueError(told)
 
 
 # By name, in the order in which a full list runs them, and those of other packages.

@@ -18,6 +18,7 @@ from qcompile.compiler.plan import build, effective, make_policy
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.coverage import quantizers
 from qcompile.compiler.stages import check_target
+from qcompile.compiler.walk import promises
 from qcompile.compiler.walk.patterns import check_patterns
 from qcompile.compiler.walk.segments import Segment, split
 from qcompile.passes.affine import Grid
@@ -36,7 +37,7 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     passes = build(recipe)
     for rewrite in passes:
         if rewrite.stage == Stage.BEFORE:
-            rewrite.call(Region.whole(model))
+            promises.run(rewrite, Region.whole(model))
     check_patterns(recipe, model)
     check_sizes(model)
     check_target(model, recipe)

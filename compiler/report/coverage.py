@@ -17,7 +17,7 @@ from qcompile.compiler.results.report import PRODUCTS, Report
 from qcompile.passes import lists
 from qcompile.passes.base import Decision, Pass
 from qcompile.passes.contract import Fact
-from qcompile.passes.errors import UserError
+from qcompile.passes.errors import BrokenPromise, UserError
 from qcompile.passes.linears import LEFT, as_linear
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.folding import ALREADY
@@ -45,10 +45,26 @@ def account(before: Sequence[FloatConstant], model: ir.Model, passes: Sequence[P
     made = [decision for p in quantizers(passes) for decision in p.decisions]
     known = {constant.name for constant in before}
     after = [constant for constant in census(model) if constant.name in known or _weight(constant, known)]
+    for p in quantizers(passes):
+        _check_codes(p, after)
     told = {d.node: d for d in reversed(made) if d.action != "quantized"}
     left = [_told(constant, told, policy, passes) for constant in after]
     left += _vanished(before, {constant.name for constant in after}, made)
     return list(_merged(made, left, {reader.name for constant in after for reader in constant.readers}))
+
+
+def _check_codes(made: Pass, after: Sequence[FloatConstant]) -> None:
+    """BrokenPromise where a pass says of a product or lookup that it is quantized, and of nothing in it that it is not,
+    and it reads a float weight.
+    """
+    actions: dict[str, set[str]] = {}
+    for decision in made.decisions:
+        actions.setdefault(decision.node, set()).add(decision.action)
+    for constant in (own for own in after if own.family != "other"):
+        for reader in constant.readers:
+            if actions.get(reader.name) == {"quantized"}:
+                told = f"node {reader.name} is said to be quantized and reads the float weight {constant.name}"
+                raise BrokenPromise(made.name, told)
 
 
 def _weight(constant: FloatConstant, known: set[str]) -> bool:

@@ -13,6 +13,7 @@ from qcompile.compiler.measure.predictions import predictions
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.errors import RowsSeen
 from qcompile.compiler.results.report import Report
+from qcompile.compiler.walk import promises
 from qcompile.compiler.walk.extract import Piece
 from qcompile.compiler.walk.runner import Runner, Stream, went_on
 from qcompile.compiler.walk.segments import Segment, split, targets
@@ -174,7 +175,7 @@ class Job:
         # The passes work on columns side by side in threads of their own; BLAS threads inside those only fight.
         with threadpool_limits(limits=1, user_api="blas"):
             for rewrite in self.passes:
-                rewrite.call(region)
+                promises.run(rewrite, region)
         segment.nodes[:] = region.live_nodes()
         int8 = int8 and self.recipe.target == "qcompile" and self.recipe.activations != 16
 
