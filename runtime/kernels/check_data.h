@@ -100,7 +100,8 @@ class Weight {
  public:
   Weight(const Case& c, Random& random)
       : codes_((c.k * c.n * c.of().bits + 7) / 8), zero_points_((c.groups() * c.n * c.of().bits + 7) / 8),
-        floats_(c.groups() * c.n), halves_(c.groups() * c.n), powers_(c.groups() * c.n), w(size_t(c.k * c.n)), case_(c) {
+        floats_(c.groups() * c.n), halves_(c.groups() * c.n), powers_(c.groups() * c.n), w(size_t(c.k * c.n)),
+        case_(c) {
     std::memset(codes_.data(), 0, size_t(codes_.size()));
     std::memset(zero_points_.data(), 0, size_t(zero_points_.size()));
     for (int64_t i = 0; i < floats_.size(); ++i) fill_group(i, random);

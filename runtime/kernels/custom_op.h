@@ -9,8 +9,8 @@
 
 namespace qcompile {
 
-// The products of every format that `has_kernel`, with a bias and without, for these elements and all types of codes. What
-// depends on the provider is left to fill in: GetExecutionProviderType, GetInputMemoryType, and what run_with fills in.
+// The products of every format that `has_kernel`, with a bias and without, for these elements and all types of codes.
+// What depends on the provider is left to fill in: GetExecutionProviderType, GetInputMemoryType, what run_with fills in.
 std::vector<Operator> all_operators(const ort::OrtApi& api,
                                     std::initializer_list<ort::ONNXTensorElementDataType> elements,
                                     const std::function<bool(int format)>& has_kernel);

@@ -1,8 +1,8 @@
-// The weight formats, one row each. Operators, layout, packing, checks, and the code of every instruction set follow from
-// the rows; nothing else tells one format from another.
+// The weight formats, one row each. Operators, layout, packing, checks, and the code of every instruction set follow
+// from the rows; nothing else tells one format from another.
 //
-// A code of the file becomes an integer 0 … 255, which products multiply by int8 activations: it is the code itself, or
-// the level that a table of 16 has for it. The integer that means 0, `middle`, is added to whatever is signed.
+// A code of the file becomes an integer 0 … 255, which products multiply by int8 activations: it is the code itself,
+// or the level that a table of 16 has for it. The integer that means 0, `middle`, is added to whatever is signed.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ struct Format {
   const char* word;       // the end of its operators' names: MatMul…, MatMulAdd…
   int bits;               // of a code: 4 or 8
   int middle;             // a power of two
-  bool affine;            // codes are numbers, maybe signed, and groups may have zero points; otherwise there is a table
+  bool affine;            // codes are numbers, maybe signed, with zero points or without; otherwise there is a table
   bool powers;            // scales of a file are bytes e, for 2^(e - 128), of the type that an attribute `dtype` says
   int8_t table[kLevels];  // the level of each code
 
@@ -44,14 +44,28 @@ constexpr Format kFormats[] = {
 };
 constexpr int kFormatCount = int(sizeof kFormats / sizeof kFormats[0]);
 
-// The integers of a table in the order of the codes, 16 bytes that are looked up with a shuffle.
+// Integers fit a byte, 0 is among them, and levels have a sign that can be turned.
+QCOMPILE_INLINE constexpr bool are_sound() {
+  for (const Format& format : kFormats) {
+    if (format.bits != 4 && (format.bits != 8 || !format.affine)) return false;
+    if (format.middle & (format.middle - 1) || format.largest() > 255) return false;
+    if (format.affine) continue;
+    for (const int level : format.table) {
+      if (level < -127 || level + format.middle < 0) return false;
+    }
+  }
+  return true;
+}
+static_assert(are_sound(), "a row of kFormats does not go with the kernels");
+
+// The integers of a table in the order of the codes, 16 bytes that are looked up with a shuffle; less some number.
 struct alignas(16) Levels {
   uint8_t of[kLevels];
 };
 
-QCOMPILE_INLINE constexpr Levels levels_of(const Format& format) {
+QCOMPILE_INLINE constexpr Levels levels_of(const Format& format, int less = 0) {
   Levels levels{};
-  for (int code = 0; code < kLevels; ++code) levels.of[code] = uint8_t(format.integer(code));
+  for (int code = 0; code < kLevels; ++code) levels.of[code] = uint8_t(format.integer(code) - less);
   return levels;
 }
 

@@ -120,11 +120,9 @@ constexpr int shift_of(int format) { return kFormats[format].largest() > 127 ? 1
 // The integers that products multiply, of a register that holds a code a byte.
 template <int kFormat>
 inline int8x16_t integers(uint8x16_t codes) {
-  static constexpr Levels kLevelsOf = levels_of(kFormats[kFormat]);
-  constexpr bool affine = kFormats[kFormat].affine;
-  uint8x16_t shifted = affine ? codes : vld1q_u8(kLevelsOf.of);
-  if (shift_of(kFormat)) shifted = veorq_u8(shifted, vdupq_n_u8(128));
-  return vreinterpretq_s8_u8(affine ? shifted : vqtbl1q_u8(shifted, codes));
+  static constexpr Levels kLevelsOf = levels_of(kFormats[kFormat], shift_of(kFormat));
+  if constexpr (!kFormats[kFormat].affine) return vreinterpretq_s8_u8(vqtbl1q_u8(vld1q_u8(kLevelsOf.of), codes));
+  return vreinterpretq_s8_u8(shift_of(kFormat) ? veorq_u8(codes, vdupq_n_u8(128)) : codes);
 }
 
 template <int kRows, int kFormat>

@@ -27,14 +27,14 @@ inline __m256i broadcast(const int8_t* codes) {
 // ---- codes ----
 
 // The integers that products multiply, one a byte, of half `kHalf` of a vector of a block: of codes of 4 bits 0 is the
-// low nibbles and 1 the high ones, 8 bits have one half.
-template <int kFormat, int kHalf>
+// low nibbles and 1 the high ones, 8 bits have one half. Those of a table are less `kLess`.
+template <int kFormat, int kHalf, int kLess = 0>
 inline __m256i integers(__m256i codes) {
   constexpr Format format = kFormats[kFormat];
   if constexpr (format.bits == 8) return codes;
   const __m256i nibbles = _mm256_and_si256(kHalf ? _mm256_srli_epi16(codes, 4) : codes, _mm256_set1_epi8(15));
   if constexpr (format.affine) return nibbles;
-  static constexpr Levels kLevelsOf = levels_of(format);
+  static constexpr Levels kLevelsOf = levels_of(format, kLess);
   const __m128i levels = _mm_load_si128(reinterpret_cast<const __m128i*>(kLevelsOf.of));
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles);
 }
@@ -114,13 +114,14 @@ struct Group {
   bool cold;                   // the panel comes from memory
 };
 
-// Sums of `kCount` vectors from `first` on start from minus the zero point's share, so that codes can stay unsigned.
-template <int kRows, int kFormat, int kCount>
+// Sums of `kCount` vectors from `first` on start from minus the zero point's share, so that codes can stay unsigned,
+// or less kLess.
+template <int kRows, int kFormat, int kCount, int kLess = 0>
 inline void start(const Group& group, int first, __m256i (&sums)[kRows][kCount]) {
   if (!group.zero_point) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m256i value = _mm256_set1_epi32(-kFormats[kFormat].middle * group.sum[r * group.groups]);
+      const __m256i value = _mm256_set1_epi32((kLess - kFormats[kFormat].middle) * group.sum[r * group.groups]);
 #pragma GCC unroll 8
       for (int j = 0; j < kCount; ++j) sums[r][j] = value;
     }

@@ -154,7 +154,7 @@ def test_a_recipe_says_which_packages_it_needs(add: Add) -> None:
         ("formats", "own = m:Own", GOOD["formats"].replace('"Own",', '"AddX",'), "MatMulAddX is read as a MatMulAdd"),
         ("formats", "own = m:Own", GOOD["formats"].replace("int = 16", "int"), "parameter of its grid needs a default"),
         ("formats", "own = m:Own", GOOD["formats"].replace('TableGrid("own"', 'TableGrid("my"'), "of format 'my'"),
-        ("formats", "own = m:Own", GOOD["formats"] + "    native = (\"Own\",)", "native must be empty"),
+        ("formats", "own = m:Own", GOOD["formats"] + '    native = ("Own",)', "native must be empty"),
         ("formats", "keep = m:Own", GOOD["formats"].replace('"own"', '"keep"'), "keep is the word for no format"),
     ],
 )  # fmt: skip

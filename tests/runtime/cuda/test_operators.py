@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from cuda_host import on_host
-from native_models import MALFORMED, OPERATORS, Case, bfloat16_model, native_library, open_session, relative
+from native_models import MALFORMED, OPERATORS, TABLES, Case, bfloat16_model, native_library, open_session, relative
 from onnx import TensorProto, helper
 
 from qcompile.models.tiny import tiny_decoder
@@ -175,6 +175,16 @@ def test_a_compiled_decoder(library: Path, bench, bits: int) -> None:
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     wanted = session(path, kernels="portable").run(None, feeds)[0]
     assert relative(open_session(path, library).run(None, feeds)[0], wanted) < 5e-3
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_format_without_a_kernel_is_not_registered_and_its_body_runs(library: Path, table: str) -> None:
+    case = Case(f"MatMulAdd{table}")
+    with pytest.raises(Exception, match="is not a registered function/op"):
+        open_session(case.model(), library)
+    case.body, x = True, case.x(1, 2)
+    (y,) = open_session(case.model(), library).run(None, {"x": x})
+    assert relative(y, case.expected(x)) < 2e-2, "ONNX Runtime rounds activations to int8 where it fuses the body"
 
 
 def test_bfloat16_has_no_operator_on_the_cpu() -> None:
