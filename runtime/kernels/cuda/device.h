@@ -141,5 +141,5 @@ QCOMPILE_HD uint32_t subtract_bfloats(uint32_t a, uint32_t b) {
 #if defined(__CUDACC__)
 #include "device_ptx.h"
 #else
-#include "emulator.h"
+#include "emulator/emulator.h"
 #endif

@@ -9,7 +9,7 @@
 #include "device.h"
 
 #if !defined(__CUDACC__)
-#include "emulator_sm90.h"
+#include "emulator/emulator_sm90.h"
 #else
 #include <cuda.h>
 

@@ -1,4 +1,4 @@
-"""The CUDA provider's operators inside ONNX Runtime without a GPU: on an emulated device (cuda/operators_check.cpp)."""
+"""The CUDA provider's operators inside ONNX Runtime without a GPU: on an emulated device (operators_check.cpp)."""
 
 import ctypes
 import re

@@ -1,4 +1,4 @@
-"""Weights of the CUDA side and their products on an emulated device (cuda/weight_check.cpp); the checks can fail."""
+"""Weights of the CUDA side and their products on an emulated device (checks/weight_check.cpp); the checks can fail."""
 
 import re
 import subprocess

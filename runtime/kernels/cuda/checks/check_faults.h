@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "emulator.h"
+#include "../emulator/emulator.h"
 
 namespace qcompile::cuda {
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <map>
 
-#include "device_sm90.h"
+#include "../device_sm90.h"
 
 namespace qcompile::cuda::sm90 {
 

@@ -2,7 +2,7 @@
 
 #include <cstdio>
 
-#include "device.h"
+#include "../device.h"
 
 namespace qcompile::cuda::emulator {
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "device_sm90.h"
+#include "../device_sm90.h"
 #include "emulator_wgmma.h"
 
 namespace qcompile::cuda::sm90 {

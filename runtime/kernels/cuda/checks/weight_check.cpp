@@ -16,13 +16,13 @@
 #include <string>
 #include <vector>
 
-#include "../check_data.h"
-#include "counters.h"
-#include "cublas.h"
-#include "device.h"
-#include "emulated/runtime.h"
-#include "pack.h"
-#include "weight.h"
+#include "../../check_data.h"
+#include "../counters.h"
+#include "../cublas.h"
+#include "../device.h"
+#include "../emulator/emulated/runtime.h"
+#include "../pack.h"
+#include "../weight.h"
 
 using namespace qcompile::cuda;
 using check::Random;

@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "../check_data.h"
-#include "device.h"
-#include "pack.h"
+#include "../../check_data.h"
+#include "../device.h"
+#include "../pack.h"
 
 namespace qcompile::cuda {
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../../half.h"
+#include "../../../half.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -12,10 +12,10 @@
 #include <string>
 #include <vector>
 
-#include "../check_data.h"
-#include "emulator.h"
-#include "pack.h"
-#include "rows.h"
+#include "../../check_data.h"
+#include "../emulator/emulator.h"
+#include "../pack.h"
+#include "../rows.h"
 
 using namespace qcompile::cuda;
 using check::Guarded;

@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <string>
 
-#include "dequant.h"
+#include "../dequant.h"
 
 namespace qcompile::cuda {
 

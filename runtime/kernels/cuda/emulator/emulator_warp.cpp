@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "device.h"
+#include "../device.h"
 
 namespace qcompile::cuda {
 

@@ -12,9 +12,9 @@
 #include <string>
 #include <vector>
 
-#include "../check_data.h"
-#include "hopper.h"
-#include "pack.h"
+#include "../../check_data.h"
+#include "../hopper.h"
+#include "../pack.h"
 
 using namespace qcompile::cuda;
 using check::Random;

@@ -9,8 +9,8 @@
 #include "check_dequant.h"
 #include "check_faults.h"
 #include "check_product.h"
-#include "decode_epilogue.h"
-#include "emulator.h"
+#include "../decode_epilogue.h"
+#include "../emulator/emulator.h"
 
 using namespace qcompile::cuda;
 using check::Random;

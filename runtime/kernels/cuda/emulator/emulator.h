@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "device.h"
+#include "../device.h"
 
 namespace qcompile::cuda::emulator {
 

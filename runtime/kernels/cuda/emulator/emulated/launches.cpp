@@ -3,11 +3,11 @@
 #include <functional>
 #include <mutex>
 
-#include "../decode.h"
-#include "../decode_epilogue.h"
-#include "../hopper.h"
-#include "../launch.h"
-#include "../rows.h"
+#include "../../decode.h"
+#include "../../decode_epilogue.h"
+#include "../../hopper.h"
+#include "../../launch.h"
+#include "../../rows.h"
 
 namespace qcompile::cuda {
 namespace {

@@ -6,10 +6,10 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../c_api.h"
-#include "cublas.h"
-#include "emulated/runtime.h"
-#include "operators.h"
+#include "../../c_api.h"
+#include "../cublas.h"
+#include "../emulator/emulated/runtime.h"
+#include "../operators.h"
 
 namespace qcompile::cuda {
 
