@@ -27,6 +27,7 @@ How it is measured
 - Each path (a value of QCOMPILE_KERNEL) has a process of its own, and so has ONNX Runtime's own operator.
 - floor = max(bytes of the packed weight / read bandwidth, 2·M·K·N / rate of int8 dot products; twice as many for a16).
   Bandwidth and rate are of as many threads as the row. Every variant is set against the floor of the packed layout.
+- Beside other work, short turns are sometimes undisturbed: `--copies 1 --turn 0 --rounds 100`, and ratios by minima.
 - A variant whose results are wrong is not timed: the script ends.
 """
 
@@ -272,10 +273,10 @@ def _unpack(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return codes
 
 
-def copies_of(layer: Layer, m: int, cold: int, variant: str) -> int:
-    """How many layers a run has: more than `cold` bytes of weights where these come from memory."""
+def copies_of(layer: Layer, m: int, cold: int, variant: str, most: int) -> int:
+    """How many layers a run has: more than `cold` bytes of weights where these come from memory, else `most`."""
     if m >= COLD_BELOW:
-        return min(16, max(1, (1 << 25) // (layer.k * layer.n)))
+        return min(most, max(1, (1 << 25) // (layer.k * layer.n)))
     size = 4 * layer.k * layer.n if variant == "float" else layer.packed_bytes
     return max(2, math.ceil(cold / size))
 
@@ -286,15 +287,15 @@ def copies_of(layer: Layer, m: int, cold: int, variant: str) -> int:
 class Bench:
     """The models of one layer in one process, built when first asked for."""
 
-    def __init__(self, layer: Layer, cold: int, turn: float) -> None:
-        self.layer, self.cold, self.turn = layer, cold, turn
+    def __init__(self, layer: Layer, cold: int, turn: float, copies: int) -> None:
+        self.layer, self.cold, self.turn, self.copies = layer, cold, turn, copies
         self.weights = Weights(layer)
         self.sessions: dict[tuple[str, int, int], Any] = {}
         self.bindings: dict[tuple[str, int, int], tuple[Any, Any, list[npt.NDArray[Any]]]] = {}
 
     def session(self, variant: str, threads: int, m: int) -> tuple[Any, int]:
         """(session, copies) for runs of m rows."""
-        copies = copies_of(self.layer, m, self.cold, variant)
+        copies = copies_of(self.layer, m, self.cold, variant, self.copies)
         key = (variant, threads, copies)
         if key not in self.sessions:
             self.sessions[key] = _session(self.weights.model(variant, copies), threads, native=variant in OURS)
@@ -387,7 +388,7 @@ class Ceilings:
         return {"bandwidth": size / seconds, "rate": rate}
 
 
-def serve(connection: Any, cold: int, turn: float) -> None:
+def serve(connection: Any, cold: int, turn: float, copies: int) -> None:
     """A worker: requests (name, arguments) one after the other; answers, or the text of a failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the parent, and that ends this process
     bench: Bench | None = None
@@ -401,7 +402,7 @@ def serve(connection: Any, cold: int, turn: float) -> None:
             answer: Any = None
             if name == "layer":
                 bench = None  # free the last one's memory first
-                bench = Bench(arguments[0], cold, turn)
+                bench = Bench(arguments[0], cold, turn, copies)
             elif name == "ceilings":
                 ceilings = ceilings or Ceilings(max(256, 2 * cold >> 20))
                 answer = ceilings.measure(*arguments)
@@ -426,11 +427,11 @@ def _kernel_in_use() -> tuple[str, str, str]:
 class Worker:
     """The other end of `serve`."""
 
-    def __init__(self, path: str, cold: int, turn: float) -> None:
+    def __init__(self, path: str, cold: int, turn: float, copies: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         os.environ["QCOMPILE_KERNEL"] = path  # which the process inherits: the library reads it once
-        self.process = context.Process(target=serve, args=(theirs, cold, turn), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, cold, turn, copies), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -716,6 +717,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=None, help="aim at this time in all (default 20)")
     parser.add_argument("--cold", type=int, default=128, help="megabytes of weights in a run with M < 64 (default 128)")
     parser.add_argument("--turn", type=float, default=0.02, help="seconds of a turn at least (default 0.02)")
+    parser.add_argument("--copies", type=int, default=16, help="layers of a run with M of 64 or more (default 16)")
     parser.add_argument("--quick", action="store_true", help="three shapes, few M, one thread: two minutes")
     parser.add_argument("--output", type=Path, help="write FILE.md and FILE.json")
     args = parser.parse_args(argv)
@@ -743,12 +745,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parse_arguments(argv)
     started = time.monotonic()
-    workers = {"": Worker("", args.cold << 20, args.turn)}
+    sizes = (args.cold << 20, args.turn, args.copies)
+    workers = {"": Worker("", *sizes)}
     chosen, available, instruction = workers[""].ask("kernel")
     paths = args.paths.split(",") if args.paths else [chosen]
     if unknown := set(paths) - set(available.split(",")):
         raise SystemExit(f"no path {sorted(unknown)[0]!r} here: there are {available}")
-    workers |= {path: Worker(path, args.cold << 20, args.turn) for path in paths}
+    workers |= {path: Worker(path, *sizes) for path in paths}
     ms = sorted(map(int, args.m.split(",")))
     shapes = [tuple(map(int, shape.lower().replace("×", "x").split("x"))) for shape in args.shapes.split(",")]
     layers = [Layer(k, n, g, args.zero_points) for g in map(int, args.groups.split(",")) for k, n in shapes]

@@ -229,6 +229,8 @@ def test_a_compile_inspects_as_it_was_told(bench: Any, capsys: pytest.CaptureFix
     assert any(d["action"] == "rounded" for d in report["decisions"]["gptq"])
     assert any(d["action"] == "folded" for d in report["decisions"]["awq"])
     assert {n["activation_bits"] for n in report["nodes"]} <= ({8, 16} if own.native else {16})
+    if target == "qcompile":  # what the choice is made from
+        assert {n["int8_error"] is not None for n in report["nodes"]} == {bool(own.native)}
     summary = inspect(bench.folder / "out" / "model.onnx")
     weights = [group for group in summary.weights if group.kind in ("linear", "embedding")]
     assert {group.kind for group in weights} == {"linear", "embedding"}
