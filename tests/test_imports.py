@@ -2,12 +2,16 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from rooms import floors, imports, rooms, table
+
+from qcompile.compiler.recipe import TARGETS
+from qcompile.passes.table import PASSES
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("compiler", "passes", "runtime", "models")
@@ -123,6 +127,66 @@ def test_the_command_line_starts_light() -> None:
 
 def test_the_probe_sees_a_loaded_runtime() -> None:
     assert "onnxruntime" in _loaded("import onnxruntime")
+
+
+# --- the driver and the passes ----------------------------------------------------------------------------------------
+
+# A target of a recipe has the name of a pass.
+ALSO_WORDS = {"compiler/recipe.py": set(TARGETS)}
+
+
+def named_passes(root: Path) -> list[str]:
+    """`path:line names pass` for every pass that the driver knows by its class or its name.
+
+    The table (passes/table.py) is where names become classes; what follows is asked of what passes declare. Docstrings
+    are for people, and so are help texts and examples of the command line.
+    """
+    kinds = list(PASSES.own())
+    names, classes = ({getattr(kind, which) for kind in kinds} for which in ("name", "__name__"))
+    modules, found = {kind.__module__ for kind in kinds}, []
+    for path in sorted((root / "compiler").rglob("*.py")):
+        place = path.relative_to(root).as_posix()
+        words = names - ALSO_WORDS.get(place, set())
+        spoken = set() if place.startswith("compiler/commands/") or place == "compiler/cli.py" else words
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documented = {id(own.value) for own in ast.walk(tree) if isinstance(own, ast.Expr)}
+        for node in ast.walk(tree):
+            told: set[str] = set()
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented:
+                told = set(re.findall("[a-z_]+", node.value)) & spoken
+            elif isinstance(node, ast.ImportFrom):
+                told = {node.module or ""} & modules | {own.name for own in node.names} & classes
+            elif isinstance(node, ast.Import):
+                told = {own.name for own in node.names} & modules
+            elif isinstance(node, ast.Attribute):
+                told = {node.attr} & classes
+            found += [f"{place}:{node.lineno} names {own}" for own in sorted(told)]  # type: ignore[attr-defined]
+    return found
+
+
+def test_the_driver_names_no_pass() -> None:
+    assert named_passes(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "named"),
+    [
+        ("compiler/walk/bad.py", "from qcompile.passes.pack import Pack", ["Pack", "qcompile.passes.pack"]),
+        ("compiler/commands/bad.py", "from qcompile.passes.prepare import Prepare", ["Prepare"]),
+        ("compiler/bad.py", "import qcompile.passes.qdq.qdq", ["qcompile.passes.qdq.qdq"]),
+        ("compiler/mixed/bad.py", "x = table.Dynamic", ["Dynamic"]),
+        ("compiler/bad.py", "x = name in ('qdq', 'other')", ["qdq"]),
+        ("compiler/report/bad.py", "x = f'add {y} or dynamic to it'", ["dynamic"]),
+        ("compiler/report/bad.py", "x = 'smooth,bias_correction'", ["bias_correction", "smooth"]),
+        ("compiler/recipe.py", "T = ('qcompile', 'qdq')\nx = 'pack'", ["pack"]),
+        ("compiler/good.py", "x = 'packed'\ndef f():\n    'What pack does.'", []),
+        ("compiler/commands/good.py", "HELP = 'smooth,pack'", []),
+    ],
+)
+def test_planted_names_are_found(tmp_path: Path, path: str, code: str, named: list[str]) -> None:
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(code + "\n", encoding="utf-8")
+    assert [told.split()[-1] for told in named_passes(tmp_path)] == named
 
 
 # --- the rooms of compiler/ -------------------------------------------------------------------------------------------

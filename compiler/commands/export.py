@@ -11,6 +11,7 @@ from rich.table import Table
 
 from qcompile.models import export, kinds, zoo
 from qcompile.models.trace import Arrays
+from qcompile.passes import lists
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import run as run_session
 from qcompile.runtime.sessions import session
@@ -87,16 +88,16 @@ def run(args: argparse.Namespace) -> int:
     for name in graphs:
         path = shlex.quote(str(done.path.with_name(name)))
         console.print(
-            f"next: qcompile {path} --passes {_NEXT.get(done.record.get('kind', ''), 'pack')}", highlight=False
+            f"next: qcompile {path} --passes {_NEXT.get(done.record.get('kind', ''), lists.PLAIN)}", highlight=False
         )
     return 0
 
 
-# Passes to try first: those of a text model need nothing but its tokenizer, `pack` needs nothing at all.
+# Passes to try first: those of a text model need nothing but its tokenizer, others nothing at all.
 _NEXT = {
-    kinds.DECODER: "smooth,awq,pack",
-    kinds.ENCODER: "smooth,awq,pack",
-    kinds.VISION: "smooth,qdq,bias_correction --calibration FOLDER_OF_IMAGES",
+    kinds.DECODER: lists.QUICK,
+    kinds.ENCODER: lists.QUICK,
+    kinds.VISION: f"{lists.CORRECTED} --calibration FOLDER_OF_IMAGES",
 }
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompile.compiler.facts.census import Family, FloatConstant, census
+from qcompile.compiler.plan import ensuring
+from qcompile.passes.contract import Fact
 from qcompile.passes.formats import BY_NAME, by_operator
 from qcompile.passes.formats.base import DOMAIN, EMBEDDING, MICROSOFT, PRODUCT, Format, grouped_by
 from qcompile.passes.formats.functions import OUTLIER
@@ -100,7 +102,7 @@ def _weights(node: ir.Node) -> Iterator[Weight]:
     elif node.domain == "" and node.op_type == "Gather":
         yield from _gathered_codes(node)
     elif node.domain == "" and node.op_type in CONVOLUTIONS:
-        yield from _operand(node, 1, "conv", "kept in float: `qdq` is for convolutions")
+        yield from _operand(node, 1, "conv", f"kept in float: `{ensuring(Fact.STATIC)}` is for convolutions")
     elif node.domain == "" and node.op_type in _RECURRENT:
         for position in (1, 2):
             yield from _operand(node, position, "weight", "kept in float")
@@ -198,14 +200,16 @@ def _product(node: ir.Node) -> Weight:
         if tensor is None or weight is None or len(tensor.shape) != 2:
             return Weight(name, node.op_type, "product", (), "", False, "no constant 2-D weight", ())
         shape = _dims(tensor)[::-1] if node.attributes.get_int("transB", 0) else _dims(tensor)
-        return _float(node, "linear", weight, shape, "a Gemm: the pass `prepare` makes a MatMul of it")
+        return _float(
+            node, "linear", weight, shape, f"a Gemm: the pass `{ensuring(Fact.CANONICAL)}` makes a MatMul of it"
+        )
     linear = as_linear(node)
     if not isinstance(linear, str):
         return _float(node, "linear", linear.weight, linear.shape, "kept in float")
     tensor = stored(weight) if weight is not None else None
     if tensor is not None and weight is not None:
-        held = "in a Constant node: the pass `prepare` lifts it" if weight.const_value is None else linear
-        return _float(node, "linear", weight, _dims(tensor), held)
+        lifted = f"in a Constant node: the pass `{ensuring(Fact.CANONICAL)}` lifts it"
+        return _float(node, "linear", weight, _dims(tensor), lifted if weight.const_value is None else linear)
     return Weight(name, node.op_type, "product", (), "", False, linear, ())
 
 
