@@ -70,7 +70,7 @@ def compile_model(
         activation_bits.write(graph, report.nodes)
     verified = finish(walked, progress)
     report.ladder = ladder.finished(rungs, walked, verified)
-    check_coverage(report, recipe, walked.passes)
+    check_coverage(report, recipe.min_coverage, walked.passes)
     progress.step("saving")
     randomness.release(graph)
     lower(graph, recipe.target)

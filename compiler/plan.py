@@ -4,7 +4,7 @@ import inspect
 import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qcompile.compiler.recipe import Recipe, Step
@@ -21,9 +21,25 @@ from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.table import PASSES
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What a recipe comes to: its passes, those first that always run, and which weight gets which grid."""
+
+    passes: Sequence[Pass]
+    policy: Policy
+
+    def ensures(self, fact: Fact) -> bool:
+        """Whether a pass makes it true."""
+        return any(fact in made.ensures for made in self.passes)
+
+
 def build(recipe: Recipe) -> list[Pass]:
-    """The passes of a recipe, those first that always run; UserError for an unknown pass or parameter, or an
-    impossible order.
+    """The passes of a recipe; UserError as in `planned`."""
+    return list(planned(recipe).passes)
+
+
+def planned(recipe: Recipe) -> Planned:
+    """What a recipe comes to; UserError for an unknown pass or parameter, or an impossible order.
 
     Invariant: whatever list is accepted, what a pass needs is ensured by one before it and taken by none in between,
     and what it leaves for others is taken by one behind it.
@@ -38,7 +54,7 @@ def build(recipe: Recipe) -> list[Pass]:
     made: list[Pass] = []
     for step in reversed(steps):
         made.insert(0, _make(step, made, recipe, policy))
-    return made
+    return Planned(made, policy)
 
 
 def always() -> list[str]:

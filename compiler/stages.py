@@ -19,7 +19,7 @@ from qcompile.compiler.facts.value_types import told_by_runtime
 from qcompile.compiler.files.load import check_finite, load_model, model_hash
 from qcompile.compiler.measure import randomness
 from qcompile.compiler.mixed.keep import check_metric
-from qcompile.compiler.plan import build, make_policy, packages, reading, steps_that
+from qcompile.compiler.plan import Planned, packages, planned, reading
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.coverage import account, quantizers
 from qcompile.compiler.results.errors import ActivationRange, RowsSeen
@@ -37,16 +37,21 @@ from qcompile.passes.masks import mark_infinite
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.histogram import Histogram
+from qcompile.passes.policy import Policy
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model as the walk takes it, with the passes of its recipe. constants: the large floats of it, for coverage."""
+    """A model as the walk takes it, with the passes of its recipe, and which weight gets which grid.
+
+    constants: the large floats of it, for coverage.
+    """
 
     source: Path
     recipe: Recipe
     model: ir.Model
     passes: Sequence[Pass]
+    policy: Policy
     plan: InputPlan
     report: Report
     job: Job
@@ -102,7 +107,8 @@ def walk_model(
 
 def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     """Load the model and canonicalize its graph. Raises UserError for a model or a recipe that cannot work."""
-    passes = build(recipe)
+    made = planned(recipe)
+    passes = made.passes
     graph = load_model(source)
     check_finite(graph)
     report = Report(str(source), model_hash(source), recipe.to_dict(), versions() | packages(recipe))
@@ -113,11 +119,12 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     randomness.settle(graph)
     check_patterns(recipe, graph)
     check_sizes(graph)
-    check_target(graph, recipe)
+    check_target(graph, recipe.target, made)
     plan = input_plan(graph)
     check_metric(recipe, plan)
-    job = Job(graph, recipe, passes, report, progress)
-    return Prepared(source, recipe, graph, passes, plan, report, job, census(graph))
+    int8 = recipe.target == "qcompile" and recipe.activations != 16
+    job = Job(graph, passes, report, progress, provider=recipe.provider, int8=int8)
+    return Prepared(source, recipe, graph, passes, made.policy, plan, report, job, census(graph))
 
 
 def load_statistics(prepared: Prepared, path: Path) -> SavedStatistics:
@@ -197,21 +204,21 @@ def _account(walked: Walked) -> None:
     """Have the quantizer's decisions name every large constant that is left in float."""
     report, own = walked.report, quantizers(walked.passes)
     report.quantizers = tuple(p.name for p in own) or ("float",)
-    policy = getattr(own[0], "policy", None) if own else None
-    policy = policy or make_policy(walked.prepared.recipe)
+    # That of the pass knows more: what was kept in float for its sensitivity, say.
+    policy = getattr(own[0], "policy", walked.prepared.policy) if own else walked.prepared.policy
     for other in report.quantizers[1:]:
         report.decisions[other] = []
     report.decisions[report.quantizers[0]] = account(walked.prepared.constants, walked.model, walked.passes, policy)
 
 
-def check_target(model: ir.Model, recipe: Recipe) -> None:
+def check_target(model: ir.Model, target: str, made: Planned) -> None:
     """Raise UserError where the target has no operator for a weight as it is to be stored, before any work is done."""
-    if not steps_that(recipe, ensure=Fact.PACKED):
+    if not made.ensures(Fact.PACKED):
         return
-    policy, vocabulary = make_policy(recipe), vocabulary_size(model)
+    vocabulary = vocabulary_size(model)
     for linear in find_linears(model.graph):
-        spec = policy.for_linear(linear, vocabulary)
-        if not isinstance(spec, str) and (told := named(spec.format).refusal(recipe.target, spec, linear.shape[0])):
+        spec = made.policy.for_linear(linear, vocabulary)
+        if not isinstance(spec, str) and (told := named(spec.format).refusal(target, spec, linear.shape[0])):
             raise UserError(told)
 
 

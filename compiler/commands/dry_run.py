@@ -14,7 +14,7 @@ from qcompile.compiler.facts.census import FloatConstant, census
 from qcompile.compiler.facts.memory import check_sizes
 from qcompile.compiler.facts.model import file_size
 from qcompile.compiler.files.load import load_model
-from qcompile.compiler.plan import build, effective, make_policy
+from qcompile.compiler.plan import effective, planned
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.coverage import quantizers
 from qcompile.compiler.stages import check_target
@@ -34,15 +34,16 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     """Print the nodes by decision, sizes before and after, and the memory that compiling will need."""
     model, recipe = load_model(path), effective(recipe)
     before = file_size(path, model)
-    passes = build(recipe)
+    work = planned(recipe)
+    passes = work.passes
     for rewrite in passes:
         if rewrite.stage == Stage.BEFORE:
             promises.run(rewrite, Region.whole(model))
     check_patterns(recipe, model)
     check_sizes(model)
-    check_target(model, recipe)
+    check_target(model, recipe.target, work)
     linears, vocabulary = find_linears(model.graph), vocabulary_size(model)
-    policy = make_policy(recipe)
+    policy = work.policy
     chosen = {linear: policy.for_linear(linear, vocabulary) for linear in linears}
     looked_up = {embedding: policy.for_embedding(embedding) for embedding in find_embeddings(model.graph)}
     packs = bool(quantizers(passes))

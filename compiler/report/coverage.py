@@ -12,7 +12,6 @@ import onnx_ir as ir
 
 from qcompile.compiler.console.numbers import percent
 from qcompile.compiler.facts.census import FloatConstant, Reader, census, family_of
-from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.report import PRODUCTS, Report
 from qcompile.passes import lists
 from qcompile.passes.base import Decision, Pass
@@ -151,23 +150,23 @@ class Shortfall:
     told: str
 
 
-def check_coverage(report: Report, recipe: Recipe, passes: Sequence[Pass]) -> None:
+def check_coverage(report: Report, least: float | None, passes: Sequence[Pass]) -> None:
     """Raise UserError where too little was quantized.
 
     Case 1: a list with a quantizer that quantized nothing, though not all is in float by the user's choice.
-    Case 2: `min_coverage` given: less of the MatMul-like weights, or of the convolutions', each by itself.
+    Case 2: `least` given: less of the MatMul-like weights, or of the convolutions', each by itself.
     Case 3: not given: less than 95 % of a family that the list has formats for, or less than half of all products.
     0 lets everything pass.
     """
     own = quantizers(passes)
-    if not own or recipe.min_coverage == 0:
+    if not own or least == 0:
         return
     if not any(d.action in ("quantized", "kept") for d in report.quantizing):  # Case 1
         raise UserError(_nothing(report, own[0].name))
-    for short in _shortfalls(report, recipe.min_coverage, {f for p in own for f in p.families}):
+    for short in _shortfalls(report, least, {f for p in own for f in p.families}):
         raise UserError(
             f"only {percent(short.share)} of the {short.told} weights were quantized, below "
-            f"{'--min-coverage ' if recipe.min_coverage is not None else ''}{short.least:g}; "
+            f"{'--min-coverage ' if least is not None else ''}{short.least:g}; "
             f"left in float: {'; '.join(_reasons(report))}{_better(report, own[0].name)}; "
             "--min-coverage 0 takes it so; nothing was written"
         )

@@ -10,7 +10,6 @@ from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.inputs import InputPlan
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.measure.predictions import predictions
-from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.errors import RowsSeen
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.walk import promises
@@ -43,10 +42,23 @@ def observed(passes: Sequence[Pass], model: ir.Model) -> dict[ir.Value, Observer
 
 
 class Job:
-    """One compile on its way through the segments."""
+    """One compile on its way through the segments.
 
-    def __init__(self, model: ir.Model, recipe: Recipe, passes: Sequence[Pass], report: Report, progress: Progress):
-        self.model, self.recipe, self.report, self.progress = model, recipe, report, progress
+    provider: what runs them. int8: whether kernels may take int8 activations, so that probes measure what these add.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        passes: Sequence[Pass],
+        report: Report,
+        progress: Progress,
+        *,
+        provider: str,
+        int8: bool,
+    ) -> None:
+        self.model, self.report, self.progress = model, report, progress
+        self.provider, self.int8 = provider, int8
         self.passes = [p for p in passes if p.stage == Stage.WALK]
         self.late = [p for p in passes if p.stage == Stage.BEHIND]
         self.guess = False
@@ -62,7 +74,7 @@ class Job:
         """
         self.guess, self.vocabulary = data.guess, vocabulary_size(self.model)
         segments = split(self.model, targets(self.model).__contains__)
-        runner = Runner(self.model, plan, self.recipe.provider, self.progress.advance)
+        runner = Runner(self.model, plan, self.provider, self.progress.advance)
         calibration, checks = Stream(data.calibration), Stream(data.checks)
         rows = 2 * sum(batch.rows for batch in (*data.calibration, *data.checks))
         self.progress.total(rows * len(segments))
@@ -99,7 +111,7 @@ class Job:
         targets = {node for node in self.model.graph if node_state(node).twin is not None}
         if self.changed:
             self.progress.step("checking integer nodes")
-            self.report.nodes += check_decoded(self.model, self.recipe.provider)
+            self.report.nodes += check_decoded(self.model, self.provider)
             packed = {node for node in self.model.graph if is_product(node)}
             compiled = self._run_checks(plan, data, split(self.model, (targets | packed).__contains__))
         self.tell(plan, data, compiled, [original for _, original in outputs])
@@ -134,7 +146,7 @@ class Job:
             late.refuse(verdict.reason, decisions)
 
     def _finished_runner(self, plan: InputPlan) -> Runner:
-        return Runner(self.model, plan, self.recipe.provider, optimize=self.optimize)
+        return Runner(self.model, plan, self.provider, optimize=self.optimize)
 
     def _run_checks(self, plan: InputPlan, data: Data, segments: Sequence[Segment]) -> list[Arrays]:
         runner, stream = self._finished_runner(plan), Stream(data.checks)
@@ -177,7 +189,7 @@ class Job:
             for rewrite in self.passes:
                 promises.run(rewrite, region)
         segment.nodes[:] = region.live_nodes()
-        int8 = int8 and self.recipe.target == "qcompile" and self.recipe.activations != 16
+        int8 = int8 and self.int8
 
         def probe(piece: Piece) -> list[str]:
             return probe_nodes(piece, segment.nodes, int8=int8)
