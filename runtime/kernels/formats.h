@@ -70,6 +70,10 @@ QCOMPILE_INLINE constexpr Levels levels_of(const Format& format, int less = 0) {
 }
 
 // n for 2^n
-QCOMPILE_INLINE constexpr int log2_of(int power) { return power > 1 ? 1 + log2_of(power / 2) : 0; }
+QCOMPILE_INLINE constexpr int log2_of(int power) {
+  int n = 0;
+  while (power > 1 << n) ++n;
+  return n;
+}
 
 }  // namespace qcompile
