@@ -20,7 +20,7 @@ from qcompile.passes.interrupts import uninterrupted
 COMMANDS: dict[str, tuple[str, str]] = {
     "compile": ("qcompile.compiler.commands.compile", "quantize a model (the default: qcompile MODEL.onnx …)"),
     "calibrate": ("qcompile.compiler.commands.calibrate", "save statistics of activations, for --statistics"),
-    "passes": ("qcompile.compiler.commands.passes", "list the passes and their parameters"),
+    "passes": ("qcompile.compiler.commands.passes", "list the passes, observers and weight formats"),
     "export": ("qcompile.compiler.commands.export", "export a Hugging Face or GGUF model to ONNX"),
     "eval": ("qcompile.compiler.commands.eval", "perplexity, KL divergence and agreement with a reference"),
     "sweep": ("qcompile.compiler.commands.sweep", "many settings: accuracy against bits per weight"),

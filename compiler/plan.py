@@ -92,7 +92,7 @@ def effective(recipe: Recipe) -> Recipe:
     """The recipe with a target that the step names which packs weights: pack(target=qdq) is --target qdq."""
     for step in steps_that(recipe, ensure=Fact.PACKED):
         if step.parameters.get("target") is not None:
-            return replace(recipe, target=str(step.parameters["target"]))
+            return replace(recipe, **{"target": step.parameters["target"]})
     return recipe
 
 

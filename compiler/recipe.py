@@ -1,159 +1,246 @@
-"""What to do with a model: an ordered list of passes and the settings around it."""
+"""What to do with a model: an ordered list of passes and the settings around it, each declared here alone."""
 
-import contextlib
-import math
-import re
-import reprlib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
+from qcompile.compiler.settings.setting import About, settings, shown
+from qcompile.compiler.settings.steps import Step, parse_passes, parse_step, split_list
 from qcompile.passes import lists
 from qcompile.passes.errors import UserError
 
-TARGETS = ("qcompile", "matmulnbits", "qdq")
-KEEP_AS = ("auto", "weights", "float")
-# Longer files are something else. Seeds and sizes beyond these are typing errors, or attacks.
-_LARGEST_FILE, _LARGEST_SEED, _MOST = 1 << 20, 2**63 - 1, 10**7
-# How files and options write a setting's None.
-_WORDS = {"lm_head": "keep", "embedding": "keep", "activations": "auto", "min_coverage": "auto"}
-# Settings that may be a weight format.
-_FORMATS = ("weights", "lm_head", "embedding")
+__all__ = [
+    "DATA",
+    "DEFAULT_PASSES",
+    "MIXED",
+    "SAFETY",
+    "SETTINGS",
+    "TARGETS",
+    "WHAT",
+    "WHICH",
+    "Recipe",
+    "Step",
+    "dump_recipe",
+    "load_recipe",
+    "parse_passes",
+    "parse_step",
+    "save_recipe",
+    "split_list",
+]
+DEFAULT_PASSES = parse_passes(lists.BEST)
+Target = Literal["qcompile", "matmulnbits", "qdq"]
+TARGETS: tuple[str, ...] = get_args(Target)
+Bits = Literal[4, 8]
+# The headings that options stand under. Commands that only look at a model have the middle ones.
+WHAT, WHICH, DATA = "what to do", "what to quantize", "calibration"
+MIXED, SAFETY = "mixed precision", "safety"
+# Sizes and seeds beyond these are typing errors, or attacks.
+_MOST, _LARGEST_SEED = 10**7, 2**63 - 1
+# Longer files are something else.
+_LARGEST_FILE = 1 << 20
 # Settings of which each alone says what stays in float; None by default.
 _MIXED = ("keep_worst", "max_kl", "min_sqnr")
-_ITEM = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\(([^()]*)\))?\s*$")
 
 
-@dataclass(frozen=True)
-class Step:
-    """One pass of the list, with the parameters given to it."""
-
-    name: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        given = ", ".join(f"{key}={_scalar(value)}" for key, value in self.parameters.items())
-        return f"{self.name}({given})" if given else self.name
+def _no_window(value: int) -> str:
+    """Of samples and context."""
+    if value > _MOST:
+        return f"samples and context must be at most {_MOST}, got {value}"
+    return f"samples must be at least 1 and context at least 2, got {value}"
 
 
-def parse_step(text: str, whole: str = "") -> Step:
-    """One name with its parameters, such as "smooth(alpha=auto)". whole: what it was taken from, for a message."""
-    match = _ITEM.match(text)
-    if match is None:
-        raise UserError(f"cannot read {text.strip()!r} in {whole or repr(text)}: expected name or name(key=value, …)")
-    pairs = [_pair(part, whole or repr(text)) for part in (match[2] or "").split(",") if part.strip()]
-    if len(parameters := dict(pairs)) < len(pairs):
-        raise UserError(f"cannot read {text.strip()!r} in {whole or repr(text)}: a parameter is there twice")
-    return Step(match[1], parameters)
+def _no_target(value: str) -> str:
+    return f"unknown target {value!r}; choose one of {', '.join(TARGETS)}"
 
 
-def parse_passes(text: str) -> tuple[Step, ...]:
-    """The steps of a list such as "smooth(alpha=auto),awq,pack(target=qdq)"."""
-    return tuple(parse_step(item, f"the pass list {text!r}") for item in split_list(text))
-
-
-def split_list(text: str) -> list[str]:
-    """The items of a list with commas between them, of which some may stand in an item's parentheses."""
-    return re.split(r",(?![^(]*\))", text)
-
-
-def _pair(text: str, whole: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip() or not value.strip():
-        raise UserError(f"cannot read {text.strip()!r} in {whole}: expected key=value")
-    return key.strip(), _value(value.strip())
-
-
-def _value(text: str) -> Any:
-    """true or false, an integer, a number (1e-3 too, which YAML takes for a word), or else a word."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
-def _scalar(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-_BITS = 4
-DEFAULT_PASSES = parse_passes(lists.BEST)
+def _no_group(value: int) -> str:
+    return f"group size {value} is not possible; give 8 to 4096, or 0 for one scale a column"
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the compiled bytes, beside the model and the calibration data.
 
-    passes: in order; `prepare` runs first whether listed or not. weights: the format of ordinary linears with its
-    parameters; None: integers of so many bits and so large groups, group_size 0 being one scale a column. lm_head,
-    embedding: a format, bits in such groups, or None to keep float. samples, context: calibration windows and their
-    tokens. min_coverage: share of the MatMul-like and of the convolutions' weights that must be
-    quantized, each, else compiling fails; None: 95 % of those the list has formats for, and half of all; 0: any.
-    min_cosine: of every output to the float model's on the check batches, else compiling fails; 0 for none.
-    activations: bits that kernels give the activations of packed products, 8 or 16, or None to choose node by node.
-    keep_worst, max_kl, min_sqnr: nodes that qdq or dynamic leave in float: so many of the most sensitive, or as few as
-    keep a decoder's KL (nats a token) below a bound, or the SQNR of other models' outputs (dB) above one. One of them.
-    keep_as: whether their MatMuls have int8 "weights" all the same, or are "float"; "auto" measures.
+    passes: in order; `prepare` runs first whether listed or not. weights: None: integers of so many bits and so large
+    groups. lm_head, embedding: None keeps float. min_coverage: None: what `told` says, by the list's own formats.
+    activations: None: chosen node by node. keep_worst, max_kl, min_sqnr: one of them at most.
     """
 
-    passes: tuple[Step, ...] = DEFAULT_PASSES
-    bits: int = _BITS
-    group_size: int = 128
-    symmetric: bool = False
-    weights: Step | None = None
-    target: str = "qcompile"
-    lm_head: int | Step | None = 8
-    embedding: int | Step | None = 8
-    activations: int | None = None
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    samples: int = 32
-    context: int = 512
-    min_coverage: float | None = None
-    min_cosine: float = 0.5
-    seed: int = 0
-    provider: str = "cpu"
-    keep_as: str = "auto"
-    keep_worst: int | None = None
-    max_kl: float | None = None
-    min_sqnr: float | None = None
+    passes: Annotated[
+        tuple[Step, ...],
+        About("ordered list of passes (default: {default})", WHAT, metavar="PASSES"),
+    ] = DEFAULT_PASSES
+    bits: Annotated[
+        Bits,
+        About(
+            "bits of ordinary weights (default: {default})",
+            WHAT,
+            wrong=lambda value: f"weights are quantized to 4 or 8 bits, got {value}",
+        ),
+    ] = 4
+    group_size: Annotated[
+        int,
+        About(
+            "weights that share a scale; 0: one scale a column (default: {default}); --weights has its own",
+            WHAT,
+            metavar="N",
+            least=8,
+            most=4096,
+            besides=(0,),
+            wrong=_no_group,
+        ),
+    ] = 128
+    symmetric: Annotated[
+        bool,
+        About(
+            "signed codes without zero points",
+            WHAT,
+            opposite=("--asymmetric", "unsigned codes with zero points (default)"),
+        ),
+    ] = False
+    weights: Annotated[
+        Step | None,
+        About(
+            'how ordinary weights are stored: {formats}; parameters go in parentheses, such as "int4(group=64)" '
+            "(default: what --bits, --group-size and --symmetric say)",
+            WHAT,
+            metavar="FORMAT",
+        ),
+    ] = None
+    target: Annotated[
+        Target,
+        About(
+            "operators of the output: qcompile functions (default), com.microsoft nodes, or plain ONNX",
+            WHAT,
+            wrong=_no_target,
+        ),
+    ] = "qcompile"
+    lm_head: Annotated[
+        Bits | Step | None,
+        About("bits or weight format of the output projection (default: {default})", WHICH, word="keep"),
+    ] = 8
+    embedding: Annotated[
+        Bits | Step | None,
+        About("bits or weight format of the token embedding (default: {default})", WHICH, word="keep"),
+    ] = 8
+    activations: Annotated[
+        Literal[8, 16] | None,
+        About(
+            "bits that qcompile's CPU kernels give activations: near-exact 16, int8, or chosen node by node from the "
+            "measured error (default: {default})",
+            WHAT,
+            word="auto",
+        ),
+    ] = None
+    include: Annotated[
+        tuple[str, ...],
+        About(
+            "quantize only nodes or weights of this name, or nodes of this operator; may repeat",
+            WHICH,
+            metavar="PATTERN",
+        ),
+    ] = ("*",)
+    exclude: Annotated[
+        tuple[str, ...],
+        About("keep these in float; may repeat", WHICH, metavar="PATTERN"),
+    ] = ()
+    samples: Annotated[
+        int,
+        About("calibration windows (default: {default})", DATA, metavar="N", least=1, most=_MOST, wrong=_no_window),
+    ] = 32
+    context: Annotated[
+        int,
+        About("tokens of a window (default: {default})", DATA, metavar="N", least=2, most=_MOST, wrong=_no_window),
+    ] = 512
+    min_coverage: Annotated[
+        float | None,
+        About(
+            "fail where less than this share of the MatMul-like weights or of the convolutions' is quantized (default: "
+            "0.95 of those that the list has formats for, and half of all; 0: never)",
+            SAFETY,
+            word="auto",
+            metavar="SHARE",
+            least=0,
+            most=1,
+        ),
+    ] = None
+    min_cosine: Annotated[
+        float,
+        About(
+            "fail where an output's cosine to the float model's is below this on the check batches: it is destroyed "
+            "(default: {default}; 0: never)",
+            SAFETY,
+            metavar="COSINE",
+            least=0,
+            most=1,
+        ),
+    ] = 0.5
+    seed: Annotated[
+        int,
+        About(
+            "of everything random: same input, seed and versions, same bytes (default: {default})",
+            DATA,
+            metavar="SEED",
+            least=0,
+            most=_LARGEST_SEED,
+        ),
+    ] = 0
+    provider: Annotated[
+        str,
+        About(
+            "execution provider for calibration and checks: cpu (default), or cuda (unverified on GPU)",
+            DATA,
+            metavar="PROVIDER",
+        ),
+    ] = "cpu"
+    keep_as: Annotated[
+        Literal["auto", "weights", "float"],
+        About(
+            "what nodes become that are left in float: float activations on int8 weights (MatMuls only), or float "
+            "altogether (default: {default}, the first unless it is clearly worse)",
+            MIXED,
+        ),
+    ] = "auto"
+    keep_worst: Annotated[
+        int | None,
+        About(
+            "leave the N nodes in float that change the output most when they are integer (`qcompile sensitivity` "
+            "lists them)",
+            MIXED,
+            metavar="N",
+            least=1,
+        ),
+    ] = None
+    max_kl: Annotated[
+        float | None,
+        About(
+            "leave the fewest nodes in float with which a decoder's KL to the float model stays below this, in nats a "
+            "token on windows of the calibration text that calibration does not use; the float and the integer weights "
+            "are in memory at once",
+            MIXED,
+            metavar="NATS",
+            positive=True,
+        ),
+    ] = None
+    min_sqnr: Annotated[
+        float | None,
+        About("the same for other models: signal to noise of their outputs", MIXED, metavar="DB", positive=True),
+    ] = None
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise UserError(f"unknown target {self.target!r}; choose one of {', '.join(TARGETS)}")
-        if self.group_size != 0 and not 8 <= self.group_size <= 4096:
-            raise UserError(
-                f"group size {self.group_size} is not possible; give 8 to 4096, or 0 for one scale a column"
-            )
-        if self.keep_as not in KEEP_AS:
-            raise UserError(f"keep_as takes {' or '.join(KEEP_AS)}, got {self.keep_as!r}")
-        if self.bits not in (4, 8):
-            raise UserError(f"weights are quantized to 4 or 8 bits, got {self.bits}")
-        for name, bits in (("lm_head", self.lm_head), ("embedding", self.embedding)):
-            if bits not in (4, 8, None) and not isinstance(bits, Step):
-                raise UserError(f"{name} takes 4, 8, a weight format or keep, got {bits}")
-        self._check_formats()
-        if self.activations not in (8, 16, None):
-            raise UserError(f"activations takes 8, 16 or auto, got {self.activations}")
+        for name, own in SETTINGS.items():
+            own.check(getattr(self, name))
+        if self.weights is not None and (self.bits != SETTINGS["bits"].default or self.symmetric):
+            raise UserError(f"weights: {self.weights} says all of bits and symmetric: leave these out")
         if self.activations == 8 and self.target != "qcompile":
             raise UserError(f"activations 8 needs target qcompile: the operators of {self.target} do not take it")
-        if self.min_coverage is not None and not 0 <= self.min_coverage <= 1:
-            raise UserError(f"min_coverage must lie between 0 and 1, got {self.min_coverage}")
-        if not 0 <= self.min_cosine <= 1:
-            raise UserError(f"min_cosine must lie between 0 and 1, got {self.min_cosine}")
-        if self.samples < 1 or self.context < 2:
-            raise UserError(f"samples must be at least 1 and context at least 2, got {self.samples} and {self.context}")
-        if max(self.samples, self.context) > _MOST:
-            raise UserError(f"samples and context must be at most {_MOST}, got {self.samples} and {self.context}")
-        if not 0 <= self.seed <= _LARGEST_SEED:
-            raise UserError(f"seed must be 0 to {_LARGEST_SEED}, got {self.seed}")
-        self._check_mixed()
+        given = [name for name in _MIXED if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} are two ways to choose what stays in float: give one")
 
     @property
     def mixed(self) -> str:
@@ -163,45 +250,26 @@ class Recipe:
     @property
     def formats(self) -> dict[str, Step]:
         """By setting, the weight formats that are given by name."""
-        own = {name: getattr(self, name) for name in _FORMATS}
+        own = {name: getattr(self, name) for name, setting in SETTINGS.items() if not setting.many}
         return {name: value for name, value in own.items() if isinstance(value, Step)}
-
-    def _check_formats(self) -> None:
-        if self.weights is not None and (self.bits != _BITS or self.symmetric):
-            raise UserError(f"weights: {self.weights} says all of bits and symmetric: leave these out")
-
-    def _check_mixed(self) -> None:
-        given = [name for name in _MIXED if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise UserError(f"{' and '.join(given)} are two ways to choose what stays in float: give one")
-        if self.keep_worst is not None and self.keep_worst < 1:
-            raise UserError(f"keep_worst must be at least 1, got {self.keep_worst}")
-        for name, value in (("max_kl", self.max_kl), ("min_sqnr", self.min_sqnr)):
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} must be a positive number, got {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a recipe file holds them."""
-        plain = asdict(self)
-        plain["passes"] = [str(step) for step in self.passes]
-        plain["include"], plain["exclude"] = list(self.include), list(self.exclude)
-        for name in _FORMATS:
-            value = getattr(self, name)
-            plain[name] = str(value) if isinstance(value, Step) else value
-        for name, word in _WORDS.items():
-            plain[name] = word if plain[name] is None else plain[name]
-        left = {name for name in (*_MIXED, "weights") if plain[name] is None}
-        left |= set() if self.mixed else {"keep_as"}
-        return {name: value for name, value in plain.items() if name not in left}
+        plain = {name: own.plain(getattr(self, name)) for name, own in SETTINGS.items()}
+        left = set() if self.mixed else {"keep_as"}
+        return {name: value for name, value in plain.items() if value is not None and name not in left}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any], source: str = "recipe") -> "Recipe":
         """The recipe of plain values; an unknown key or a value of the wrong type is an error."""
-        known = {f.name: f for f in fields(cls)}
         for key in plain:
-            if key not in known:
-                raise UserError(f"{source}: unknown key {_shown(key)}; known keys are {', '.join(known)}")
-        return cls(**{key: _converted(key, value, source) for key, value in plain.items()})
+            if key not in SETTINGS:
+                raise UserError(f"{source}: unknown key {shown(key)}; known keys are {', '.join(SETTINGS)}")
+        return cls(**{key: SETTINGS[key].read(value, source) for key, value in plain.items()})
+
+
+# What is declared above, by key.
+SETTINGS = settings(Recipe)
 
 
 class _Loader(yaml.SafeLoader):
@@ -223,13 +291,6 @@ class _Loader(yaml.SafeLoader):
             again = next(key for key, _ in node.value if keys.count(key.value) > 1)
             raise yaml.MarkedYAMLError(problem=f"key {again.value!r} is there twice", problem_mark=again.start_mark)
         return made
-
-
-def _shown(value: Any) -> str:
-    """A value of a file for a message, cut short."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 80
-    return short.repr(value)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -260,34 +321,3 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML text."""
     return str(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-
-
-def _converted(key: str, value: Any, source: str) -> Any:
-    expected: dict[str, tuple[type, ...]] = {
-        "bits": (int,), "group_size": (int,), "symmetric": (bool,), "target": (str,), "samples": (int,),
-        "context": (int,), "keep_as": (str,), "min_coverage": (int, float), "seed": (int,), "provider": (str,),
-        "min_cosine": (int, float),
-        "weights": (str,), "keep_worst": (int,), "max_kl": (int, float), "min_sqnr": (int, float),
-    }  # fmt: skip
-    if key == "passes":
-        items = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, str) for item in items):
-            raise UserError(f"{source}: passes must be a list of names, got {_shown(value)}")
-        return parse_passes(",".join(items))
-    if key in ("include", "exclude"):
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise UserError(f"{source}: {key} must be a list of patterns, got {_shown(value)}")
-        return tuple(items)
-    if key in _WORDS:
-        if value in (_WORDS[key], None):
-            return None
-        expected.setdefault(key, (int,))
-    if key in _FORMATS and isinstance(value, str):
-        return parse_step(value, f"{source}: {key}")
-    if key in (*_MIXED, "weights") and value is None:
-        return None
-    if not isinstance(value, expected[key]) or (isinstance(value, bool) and bool not in expected[key]):
-        kinds = " or ".join(kind.__name__ for kind in expected[key])
-        raise UserError(f"{source}: {key} must be {kinds}, got {_shown(value)}")
-    return value

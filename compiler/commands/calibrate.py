@@ -9,9 +9,11 @@ from rich.console import Console
 
 from qcompile.compiler.calibrate import DEFAULT_PASSES, Calibrated, Seen, calibrate_model, with_observer
 from qcompile.compiler.commands import compile as compiling
+from qcompile.compiler.commands.options import add_recipe, add_settings, recipe_of
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.terminal import console, table
 from qcompile.compiler.files.load import check_model_file
+from qcompile.compiler.recipe import WHICH
 
 _DESCRIPTION = """\
 Run the calibration data through a model and save what the observers of its activations learn.
@@ -32,20 +34,21 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="the float model")
     told = "the file of statistics (default: MODEL.statistics beside the model)"
     parser.add_argument("-o", "--output", type=Path, metavar="STATS", help=told)
-    add = parser.add_argument_group("what to observe").add_argument
+    group = parser.add_argument_group("what to observe")
+    add = group.add_argument
     add("--passes", help="ordered list of passes with qdq in it (default: smooth,qdq)")
     add("--observer", metavar="NAME", help="short for qdq(observer=NAME)")
-    compiling.add_choice(add)
-    add("--recipe", type=Path, metavar="FILE", help="settings from a YAML or TOML file; options given here win")
+    add_settings(group, WHICH)
+    add_recipe(add)
     compiling.add_calibration(parser)
-    parser.set_defaults(run=run, **dict.fromkeys(compiling.WEIGHTS_ONLY))
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate, and print what stands out."""
     if args.passes is None and args.recipe is None:
         args.passes = ",".join(map(str, DEFAULT_PASSES))
-    recipe = compiling.recipe_of(args)
+    recipe = recipe_of(args)
     if args.observer is not None:
         recipe = with_observer(recipe, args.observer)
     check_model_file(args.model)

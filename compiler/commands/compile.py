@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qcompile.compiler.commands.dry_run import print_plan
-from qcompile.compiler.commands.options import add_custom_ops
+from qcompile.compiler.commands.options import add_custom_ops, add_recipe, add_settings, recipe_of
 from qcompile.compiler.console.terminal import console as stdout
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import named
@@ -20,19 +20,15 @@ from qcompile.compiler.data.images import Pictures
 from qcompile.compiler.files.load import check_model_file, check_output_path, check_result_path
 from qcompile.compiler.files.publish import replace_file, staging, writing
 from qcompile.compiler.pipeline import compile_model, default_output, page_path, report_path
-from qcompile.compiler.recipe import KEEP_AS, TARGETS, Recipe, load_recipe, parse_passes, save_recipe
+from qcompile.compiler.recipe import DATA, MIXED, SAFETY, WHAT, WHICH, save_recipe
 from qcompile.compiler.report.terminal import print_report
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats import FORMATS
 
 _DESCRIPTION = """\
 Quantize the weights of an ONNX model. The result is one ONNX file (and its data file) that any ONNX Runtime
 application can load. Without --passes the best known list runs: smooth,awq,gptq,pack. `--passes pack` alone is
 plain rounding to nearest and needs no data. Parameters go in parentheses: "smooth(alpha=0.5),awq,pack(clip=false)";
 `qcompile passes` lists them."""
-_DEFAULTS = Recipe()
-# Settings of packed weights, that a command without them leaves None.
-WEIGHTS_ONLY = ("weights", "bits", "group_size", "symmetric", "target", "activations", "min_coverage", "min_cosine")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -46,65 +42,25 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="the float model")
     told = "the compiled model, or a folder for it (default: MODEL-int4.onnx beside it)"
     parser.add_argument("-o", "--output", help=told)
-    add = parser.add_argument_group("what to do").add_argument
-    add("--passes", help="ordered list of passes (default: smooth,awq,gptq,pack)")
-    told = f"how ordinary weights are stored: {', '.join(own.name for own in FORMATS)}; parameters go in parentheses, "
-    add("--weights", metavar="FORMAT", help=f"{told}such as \"int4(group=64)\" (default: what --bits, --group-size and "
-        "--symmetric say)")  # fmt: skip
-    add("--bits", type=int, help="bits of ordinary weights: 4 or 8 (default: 4)")
-    add("--group-size", type=int, metavar="N", help="weights that share a scale; 0: one scale a column (default: 128); "
-        "--weights has its own")  # fmt: skip
-    symmetry = parser.add_mutually_exclusive_group()
-    symmetry.add_argument("--symmetric", action="store_true", default=None, help="signed codes without zero points")
-    symmetry.add_argument(
-        "--asymmetric", dest="symmetric", action="store_false", help="unsigned codes with zero points (default)"
-    )
-    add_choice(add)
-    add("--activations", type=_activations, metavar="{8,16,auto}",
-        help="bits that qcompile's CPU kernels give activations: near-exact 16, int8, or chosen node by node from the "
-        "measured error (default: auto)")  # fmt: skip
-    add("--target", choices=TARGETS, help="operators of the output: qcompile functions (default), "
-        "com.microsoft nodes, or plain ONNX")  # fmt: skip
-    add("--recipe", type=Path, metavar="FILE", help="settings from a YAML or TOML file; options given here win")
-    add("--save-recipe", type=Path, metavar="FILE", help="write the settings used to a YAML file")
+    group = parser.add_argument_group("what to do")
+    add_settings(group, WHAT, WHICH)
+    add_recipe(group.add_argument)
+    group.add_argument("--save-recipe", type=Path, metavar="FILE", help="write the settings used to a YAML file")
     add = add_calibration(parser)
     add("--statistics", type=Path, metavar="FILE",
         help="ranges of activations from `qcompile calibrate` instead of a calibration run")  # fmt: skip
-    add = parser.add_argument_group("mixed precision, behind qdq or dynamic").add_argument
-    add("--keep-worst", type=int, metavar="N", help="leave the N nodes in float that change the output most when they "
-        "are integer (`qcompile sensitivity` lists them)")  # fmt: skip
-    add("--max-kl", type=float, metavar="NATS", help="leave the fewest nodes in float with which a decoder's KL to the "
-        "float model stays below this, in nats a token on windows of the calibration text that calibration does not "
-        "use; the float and the integer weights are in memory at once")  # fmt: skip
-    add("--min-sqnr", type=float, metavar="DB", help="the same for other models: signal to noise of their outputs")
-    add("--keep-as", choices=KEEP_AS, help="what such nodes become: float activations on int8 weights (MatMuls only), "
-        "or float altogether (default: auto, the first unless it is clearly worse)")  # fmt: skip
-    add = parser.add_argument_group("safety").add_argument
-    enough = (
-        "fail where less than this share of the MatMul-like weights or of the convolutions' is quantized (default: "
-        "0.95 of those that the list has formats for, and half of all; 0: never)"
-    )
-    add("--min-coverage", type=float, metavar="SHARE", help=enough)
-    add("--min-cosine", type=float, metavar="COSINE", help="fail where an output's cosine to the float model's is "
-        "below this on the check batches: it is destroyed (default: 0.5; 0: never)")  # fmt: skip
-    add("--dry-run", action="store_true", help="print the plan: nodes, sizes before and after, memory; write nothing")
+    add_settings(parser.add_argument_group(f"{MIXED}, behind qdq or dynamic"), MIXED)
+    group = parser.add_argument_group(SAFETY)
+    add_settings(group, SAFETY)
+    told = "print the plan: nodes, sizes before and after, memory; write nothing"
+    group.add_argument("--dry-run", action="store_true", help=told)
     parser.set_defaults(run=run)
-
-
-def add_choice(add: Callable[..., Any]) -> None:
-    """Add the options that say which weights are quantized."""
-    told = "bits or weight format of the {} (default: 8)"
-    add("--lm-head", type=_bits, metavar="{4,8,FORMAT,keep}", help=told.format("output projection"))
-    add("--embedding", type=_bits, metavar="{4,8,FORMAT,keep}", help=told.format("token embedding"))
-    add("--include", action="append", metavar="PATTERN",
-        help="quantize only nodes or weights of this name, or nodes of "
-        "this operator; may repeat")  # fmt: skip
-    add("--exclude", action="append", metavar="PATTERN", help="keep these in float; may repeat")
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     """Add the options of calibration data; returns what adds more to their group."""
-    add = parser.add_argument_group("calibration").add_argument
+    group = parser.add_argument_group(DATA)
+    add: Callable[..., Any] = group.add_argument
     sources = (
         "text, .jsonl, .npz, .npy or image files, folders of them, or module:name (a function that gives dicts of "
         "arrays, or a reader with get_next); or one word: self (tokens that the model generates), norms (no data: the "
@@ -116,11 +72,8 @@ def add_calibration(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     add("--image-std", type=_numbers, metavar="R,G,B", help="deviations, likewise")
     add("--image-size", type=_image_size, metavar="H,W", help="of images, where the model's input leaves it free")
     add("--tokenizer", type=Path, metavar="DIR", help="folder with tokenizer.json (default: beside the model)")
-    add("--samples", type=int, metavar="N", help="calibration windows (default: 32)")
-    add("--context", type=int, metavar="N", help="tokens of a window (default: 512)")
-    add("--seed", type=int, help="of everything random: same input, seed and versions, same bytes (default: 0)")
+    add_settings(group, DATA)
     add_custom_ops(add)
-    add("--provider", help="execution provider for calibration and checks: cpu (default), or cuda (unverified on GPU)")
     return add
 
 
@@ -143,35 +96,6 @@ def _image_size(text: str) -> tuple[int, int]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected height,width such as 224,224, got {text!r}") from error
     return height, width
-
-
-def _bits(text: str) -> int | str:
-    if text in ("4", "8"):
-        return int(text)
-    if text[:1].isalpha():
-        return text
-    raise argparse.ArgumentTypeError(f"expected 4, 8, a weight format or keep, got {text!r}")
-
-
-def _activations(text: str) -> int | str:
-    if text in ("8", "16", "auto"):
-        return text if text == "auto" else int(text)
-    raise argparse.ArgumentTypeError(f"expected 8, 16 or auto, got {text!r}")
-
-
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The recipe file's settings, overridden by the options given."""
-    plain = (load_recipe(args.recipe) if args.recipe else _DEFAULTS).to_dict()
-    names = ("weights", "bits", "group_size", "symmetric", "target", "samples", "context", "seed", "provider")
-    given = {
-        name: getattr(args, name)
-        for name in (*names, "min_coverage", "min_cosine", "lm_head", "embedding", "activations", "include", "exclude")
-    }
-    given |= {name: getattr(args, name, None) for name in ("keep_worst", "max_kl", "min_sqnr", "keep_as")}
-    plain |= {name: value for name, value in given.items() if value is not None}
-    if args.passes is not None:
-        plain["passes"] = [str(step) for step in parse_passes(args.passes)]
-    return Recipe.from_dict(plain, "options")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from qcompile.compiler.commands import compile as compiling
+from qcompile.compiler.commands.options import add_recipe, add_settings, recipe_of
 from qcompile.compiler.console.numbers import decibels
 from qcompile.compiler.console.progress import Progress
 from qcompile.compiler.console.terminal import console, table
@@ -21,7 +22,7 @@ from qcompile.compiler.mixed import keep
 from qcompile.compiler.mixed.ranking import Ranking, RankingCache
 from qcompile.compiler.mixed.sensitivity import Mixture
 from qcompile.compiler.plan import ensuring, packages, steps_that
-from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.recipe import WHICH, Recipe
 from qcompile.compiler.stages import walk_model
 from qcompile.passes import lists
 from qcompile.passes.contract import Fact
@@ -48,19 +49,20 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="the float model")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the whole ranking there")
-    add = parser.add_argument_group("what to rank").add_argument
+    group = parser.add_argument_group("what to rank")
+    add = group.add_argument
     add("--passes", help=f"ordered list of passes with qdq or dynamic in it (default: {_DEFAULT_PASSES})")
-    compiling.add_choice(add)
-    add("--recipe", type=Path, metavar="FILE", help="settings from a YAML or TOML file; options given here win")
+    add_settings(group, WHICH)
+    add_recipe(add)
     compiling.add_calibration(parser)
-    parser.set_defaults(run=run, **dict.fromkeys(compiling.WEIGHTS_ONLY))
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Rank, or read the ranking of an earlier call; print the worst."""
     if args.passes is None and args.recipe is None:
         args.passes = _DEFAULT_PASSES
-    recipe = replace(compiling.recipe_of(args), keep_worst=None, max_kl=None, min_sqnr=None)
+    recipe = replace(recipe_of(args), keep_worst=None, max_kl=None, min_sqnr=None)
     if args.output is not None:
         check_result_path([args.model], args.output, named(args.calibration))
     screen = console()

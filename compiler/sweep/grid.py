@@ -2,18 +2,18 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
 
 from qcompile.compiler.plan import build, effective, make_policy, needs_calibration
-from qcompile.compiler.recipe import Recipe, split_list
+from qcompile.compiler.recipe import SETTINGS, Recipe, split_list
 from qcompile.passes.errors import UserError
 
 CALIBRATION = "calibration"
 # Settings that are lists themselves: their alternatives are separated by semicolons.
-LISTS = ("passes", "include", "exclude", CALIBRATION)
+LISTS = (*(name for name, own in SETTINGS.items() if own.many), CALIBRATION)
 _WORDS: dict[tuple[str, Any], Any] = {("group_size", "channel"): 0, ("exclude", "none"): []}
 
 Grid = Mapping[str, Sequence[Any]]
@@ -54,7 +54,7 @@ def combinations(grid: Grid, base: Recipe, calibration: Sequence[str] = ()) -> l
     Case 2: settings that exclude each other: a combination without a recipe, but with the reason.
     Case 3: a value that every combination refuses: UserError with the first reason.
     """
-    known = [field.name for field in fields(Recipe)] + [CALIBRATION]
+    known = [*SETTINGS, CALIBRATION]
     for key, values in grid.items():
         if key not in known:  # Case 1
             raise UserError(f"--grid: unknown key {key!r}; known keys are {', '.join(known)}")

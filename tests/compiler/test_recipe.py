@@ -1,14 +1,31 @@
 """compiler/recipe.py: pass lists and recipe files; every mistake is told, none is guessed away."""
 
+import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.compiler.recipe import Recipe, Step, load_recipe, parse_passes, save_recipe
+from qcompile.compiler.commands.options import add_settings, recipe_of
+from qcompile.compiler.recipe import (
+    DATA,
+    MIXED,
+    SAFETY,
+    SETTINGS,
+    WHAT,
+    WHICH,
+    Recipe,
+    Step,
+    load_recipe,
+    parse_passes,
+    save_recipe,
+)
+from qcompile.compiler.settings.setting import Setting, table
 from qcompile.passes.errors import UserError
+from qcompile.passes.formats import FORMATS
 
 WORDS = st.from_regex(r"[A-Za-z_][\w-]{0,12}", fullmatch=True).filter(lambda w: w.isascii())
 # Words that read as numbers or truth values are not words any more.
@@ -123,3 +140,116 @@ def test_files_that_are_no_recipes(tmp_path: Path, name: str, text: str | None) 
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=rf"{name}.*(cannot be read|must be a table)"):
         load_recipe(tmp_path / name)
+
+
+# --- what follows from each declaration -------------------------------------------------------------------------------
+
+HEADINGS = (WHAT, WHICH, DATA, MIXED, SAFETY)
+_PATTERNS = st.lists(st.text("ab*[]./ ", min_size=1), min_size=1, max_size=3).map(tuple)
+
+
+def _legal(own: Setting) -> st.SearchStrategy[Any]:
+    """Values that a setting takes, by its declaration."""
+    about, found = own.about, [st.sampled_from(own.choices)] if own.choices else []
+    if own.many:
+        return st.lists(st.builds(Step, WORDS), min_size=1, max_size=3).map(tuple) if Step in own.kinds else _PATTERNS
+    if type(None) in own.kinds:
+        found.append(st.none())
+    if Step in own.kinds:
+        found.append(st.builds(Step, WORDS.filter(lambda word: word not in ("keep", "auto") and word[0].isalpha())))
+    if bool in own.kinds:
+        found.append(st.booleans())
+    if not own.choices and int in own.kinds:
+        ends = (about.least if about.least is not None else 1, about.most if about.most is not None else 10**6)
+        found.append(st.integers(*map(int, ends)) | st.sampled_from([*about.besides, int(ends[0])]))
+    if float in own.kinds:
+        least = about.least if about.least is not None else 1e-9
+        found.append(st.floats(least, about.most if about.most is not None else 1e9))
+    if own.kinds == (str,) and not own.choices:
+        found.append(st.sampled_from(["cpu", "cuda"]))
+    return st.one_of(found)
+
+
+@st.composite
+def _recipes(draw: st.DrawFn) -> Recipe:
+    """Recipes of any settings, but of those that exclude each other."""
+    names = draw(st.lists(st.sampled_from(list(SETTINGS)), unique=True))
+    given = {name: draw(_legal(SETTINGS[name])) for name in names}
+    mixed = [name for name in ("keep_worst", "max_kl", "min_sqnr") if given.get(name) is not None]
+    for name in mixed[1:] + (["bits", "symmetric"] if given.get("weights") else []):
+        given.pop(name, None)
+    if given.get("activations") == 8:
+        given.pop("target", None)
+    if not any(given.get(name) is not None for name in mixed):
+        given.pop("keep_as", None)  # of no use then, and left out of files
+    return Recipe(**given)
+
+
+def _options(recipe: Recipe) -> list[str]:
+    """The command line that says what differs from the defaults."""
+    given = []
+    for name, own in SETTINGS.items():
+        value = own.plain(getattr(recipe, name))
+        if value in (own.plain(own.default), None):
+            continue
+        if isinstance(value, bool):
+            given.append(own.option if value else str(own.about.opposite and own.about.opposite[0]))
+        elif isinstance(value, list) and name != "passes":
+            given += [f"{own.option}={pattern}" for pattern in value]
+        else:
+            given.append(f"{own.option}={','.join(value) if isinstance(value, list) else value}")
+    return given
+
+
+@given(_recipes())
+def test_files_dicts_and_options_say_the_same(recipe: Recipe) -> None:
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--recipe", type=Path)
+    add_settings(parser.add_argument_group("all"), *HEADINGS)
+    assert recipe_of(parser.parse_args(_options(recipe))) == recipe
+
+
+@given(
+    name=st.sampled_from(list(SETTINGS)),
+    value=st.one_of(VALUES, st.none(), st.lists(VALUES, max_size=2), st.binary(max_size=3), st.floats()),
+)
+@settings(max_examples=200)
+def test_a_value_is_taken_or_told_by_the_name_of_its_key(name: str, value: Any) -> None:
+    """Nothing else comes of any plain value: no other exception, and no value that a file cannot hold."""
+    own = {"bits": "weights are quantized", "group_size": "group size", "passes": "pass list"}
+    told, made = "", Recipe()
+    try:
+        made = Recipe.from_dict({name: value}, "here")
+    except UserError as error:
+        told = str(error)
+    assert told == "" or name in told or own[name] in told
+    assert "\n" not in told
+    assert Recipe.from_dict(made.to_dict() | {"keep_as": made.keep_as}) == made
+
+
+def test_values_of_another_type_are_told_in_python_too() -> None:
+    for given_, message in (
+        ({"passes": "smooth,pack"}, "passes must be a list of names, got 'smooth,pack'"),
+        ({"samples": "3"}, "samples must be int, got '3'"),
+        ({"exclude": "*down*"}, "exclude must be a list of patterns"),
+        ({"bits": 4.0}, "bits must be int, got 4.0"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            Recipe(**given_)
+    assert Recipe(exclude=["*down*"]).to_dict()["exclude"] == ["*down*"]  # type: ignore[arg-type]
+
+
+def test_every_setting_has_an_option_and_its_row_in_the_documentation() -> None:
+    assert {own.about.group for own in SETTINGS.values()} == set(HEADINGS)
+    text = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert table(Recipe, formats=", ".join(own.name for own in FORMATS)) in text
+    for own in SETTINGS.values():
+        assert "{" not in own.told(formats="")
+
+
+def test_readme_s_recipe_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(passes: .*?)```", text, re.DOTALL)
+    (tmp_path / "r.yaml").write_text(block)
+    assert load_recipe(tmp_path / "r.yaml") == Recipe(group_size=64, exclude=("*lm_head*",))
