@@ -1,13 +1,15 @@
 """compiler/plan.py: from pass lists to passes, their order, their parameters, the specs of each kind of weight."""
 
+from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import onnx_ir as ir
 import pytest
 
 from qcompile.compiler.cli import main
-from qcompile.compiler.plan import build, effective, make_policy, needs_calibration
-from qcompile.compiler.recipe import Recipe, parse_passes
+from qcompile.compiler.plan import build, check_order, effective, make_policy, needs_calibration
+from qcompile.compiler.recipe import Recipe, Step, parse_passes
 from qcompile.passes.errors import UserError
 from qcompile.passes.extensions import parameters
 from qcompile.passes.gptq import ErrorCompensated
@@ -74,6 +76,41 @@ def test_prepare_comes_first_and_the_order_is_kept(passes: str, built: list[str]
 def test_impossible_lists_are_told(passes: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         _build(passes)
+
+
+# Which lists make sense, told by names: the second way to say what follows from what passes declare.
+BEHIND = {"awq": {"pack"}, "gptq": {"pack", "qdq", "dynamic"}, "outlier": {"qdq", "dynamic"}}
+BEFORE = {"fuse": {"pack"}, "bias_correction": {"qdq"}}
+QUANTIZING, ON_FLOATS = {"pack", "qdq", "dynamic"}, {"smooth", "awq", "gptq", "outlier"}
+
+
+def _sensible(names: Sequence[str]) -> bool:
+    quantizers = [i for i, name in enumerate(names) if name in QUANTIZING]
+    return (
+        "prepare" not in names[1:]
+        and len(quantizers) <= 1
+        and all(i < quantizers[0] for i, name in enumerate(names) if quantizers and name in ON_FLOATS)
+        and all(BEHIND[name] & set(names[i:]) for i, name in enumerate(names) if name in BEHIND)
+        and all(BEFORE[name] & set(names[:i]) for i, name in enumerate(names) if name in BEFORE)
+    )
+
+
+def test_lists_are_accepted_where_they_make_sense() -> None:
+    """All lists of up to three passes, and of four behind `prepare`."""
+    own = [kind.name for kind in PASSES.own()]
+    lists = [names for count in (1, 2, 3) for names in permutations(own, count)]
+    lists += [("prepare", *names) for names in permutations(own[1:], 4)]
+    accepted = 0
+    for names in lists:
+        steps = [*([] if "prepare" in names else [Step("prepare")]), *map(Step, names)]
+        try:
+            check_order(steps)
+        except UserError:
+            assert not _sensible(names), names
+        else:
+            assert _sensible(names), names
+            accepted += 1
+    assert 50 < accepted < len(lists) / 4
 
 
 def test_parameters_reach_the_pass() -> None:
