@@ -1,4 +1,4 @@
-"""Small graph edits that the steps of `prepare` and the passes share."""
+"""Small graph edits that the small passes of `prepare` and the others share."""
 
 import hashlib
 from collections.abc import Sequence

@@ -97,7 +97,6 @@ ORDER: tuple[Small | Again, ...] = (
         infer_anew,
         after={
             "unique_names": "inference would take the values of one body for those of another",
-            "fix_defaults": "what a caller may replace has no known content",
             "load_small": "inference looks into axes, shapes and scalars",
         },
         ground="shapes are taken at their word",
@@ -124,7 +123,7 @@ ORDER: tuple[Small | Again, ...] = (
         after={
             "number_sizes": "the ends of a Slice of a weight are numbers behind it",
             "remove_unused": _DEAD,
-            "merge_duplicates": "equal constants are folded once",
+            "turn_tables": "a Transpose that goes there would be told to stay",
         },
     ),
     Small(split_gemms, after={"fold_constants": _COMPUTED}),

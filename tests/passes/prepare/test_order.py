@@ -5,6 +5,7 @@ the row is for: other operators (or whatever else the row looks at), and the sam
 relies on is refused where the graph is not so by itself.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,11 +122,21 @@ def _inputs(model: ir.Model, _: Sequence[Decision]) -> object:
 
 
 def _on_disk(model: ir.Model) -> None:
-    value = model.graph.initializers["b"]
+    _put_on_disk(model, "b")
+
+
+def _put_on_disk(model: ir.Model, name: str) -> None:
+    value = model.graph.initializers[name]
     array = np.asarray(value.const_value)
-    Path("b.data").write_bytes(array.tobytes())
+    Path(f"{name}.data").write_bytes(array.tobytes())
     value.const_value = ir.ExternalTensor(
-        "b.data", 0, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name="b", base_dir="."
+        f"{name}.data",
+        0,
+        array.nbytes,
+        ir.DataType.from_numpy(array.dtype),
+        shape=ir.Shape(array.shape),
+        name=name,
+        base_dir=".",
     )
 
 
@@ -299,6 +310,138 @@ EXAMPLES = {
 }  # fmt: skip
 
 
+def shapes(model: ir.Model, _: Sequence[Decision]) -> object:
+    """The shapes of all values that nodes compute, in bodies too."""
+    return [str(value.shape) for node in model.graph.all_nodes() for value in node.outputs]
+
+
+def names(model: ir.Model, _: Sequence[Decision]) -> object:
+    """How many names stand for two values of the main graph."""
+    found = [*model.graph.initializers, *(value.name for node in model.graph for value in node.outputs)]
+    return len(found) - len(set(found))
+
+
+def keeps(_: ir.Model, decisions: Sequence[Decision]) -> object:
+    """How many nodes are told to stay."""
+    return sum(decision.action == "kept" for decision in decisions)
+
+
+def skips(_: ir.Model, decisions: Sequence[Decision]) -> object:
+    """How many nodes are told to be left."""
+    return sum(decision.action == "skipped" for decision in decisions)
+
+
+def _shape_on_disk(model: ir.Model) -> None:
+    _put_on_disk(model, "s")
+
+
+CUT = "e = Slice(h, one, two) p = Slice(w, zero, e) "
+CUTS = {"w": floats(64, 48), "zero": np.int64([0]), "one": np.int64([1]), "two": np.int64([2])}
+RESHAPED = "r = Reshape(x, s) h = Shape(r) " + CUT + "y = MatMul(r, p)"
+DOUBLES: dict[str, Any] = {"weights": {"w": floats(32, 48, dtype=np.float64)}}
+DOUBLE = ("double[5,32] x", "double[5,48] y")
+NUMBERS = "{1,2,3,4,5,6,7,8,9,8,7,6}"
+
+# By small pass and one that it stands behind: a graph, and what is seen of it behind all small passes in their order.
+# Something else is seen where the first runs before the second.
+WITNESSES = {
+    ("note_origins", "name_nodes"): EXAMPLES["note_origins"],
+    ("infer_anew", "unique_names"): Example(
+        """y = If (flag) <then_branch = a () => (float[10,32] p) { h = Concat <axis = 0> (x, x) p = Neg(h) },
+        else_branch = b () => (float[5,32] q) { h = Abs(x) q = Neg(h) }>""", IN + ", bool flag", "float[n,32] y",
+        ["[n,32]", "[10,32]", "[10,32]", "[5,32]", "[5,32]"], see=shapes,
+    ),
+    ("infer_anew", "load_small"): Example(
+        RESHAPED, "float[160] x", OUT, "Reshape MatMul", weights={**CUTS, "s": np.int64([5, 32])}, change=_shape_on_disk
+    ),
+    ("raise_opset", "infer_anew"): Example(
+        "h = Relu(x) s = Softmax <axis = 1> (h) y = Neg(s)", "float[2,3,4] x", "float[2,3,4] y",
+        "Relu Shape Flatten Softmax Reshape Neg", opset=11,
+    ),
+    ("lift_constants", "unique_names"): Example(
+        """h = Relu(x) z = If (flag) <then_branch = a () => (float[2,2] p)
+        { h = Constant <value = float[2,2] {1,2,3,4}> () p = MatMul(x, h) },
+        else_branch = b () => (float[2,2] q) { q = Neg(x) }> y = Add(h, z)""", "float[2,2] x, bool flag",
+        "float[2,2] y", 0, see=names,
+    ),
+    ("name_casts", "infer_anew"): Example("h = Shape(x) y = CastLike(x, h)", IN, "int64[5,32] y", "Cast"),
+    ("number_steps", "lift_constants"): Example(
+        f"w = Constant <value = float[3,2,2] {NUMBERS}> () " + SCAN.replace("32", "2"), "float[5,2] x",
+        "float[5,2] s, float[3,5,2] y", "Scan Gather MatMul Relu", see=_in_bodies,
+    ),
+    ("take_apart", "remove_unused"): Example(
+        "y = FusedMatMul <alpha = 0.5> (x, w) d = MatMul(x, w)", IN, OUT, "MatMul", weights=W, change=_fused
+    ),
+    ("turn_tables", "merge_duplicates"): Example(
+        "a = Gather(w, ids) t = Transpose(v) b = Gather(t, ids) c = Gather(t, more) y = Concat <axis = 1> (a, b, c)",
+        "int64[3] ids, int64[3] more", "float[3,640] y", [(512, 64)],
+        weights={"w": np.ascontiguousarray(TABLE.T), "v": np.ascontiguousarray(TABLE.T)}, see=sizes,
+    ),
+    ("number_sizes", "infer_anew"): Example(
+        "r = Relu(x) h = Shape(r) " + CUT + "y = MatMul(r, p)", IN, OUT, "Relu MatMul", weights=CUTS
+    ),
+    ("fold_constants", "number_sizes"): Example(
+        "h = Shape(x) " + CUT + "y = Gemm(x, p)", IN, OUT, "MatMul", weights=CUTS
+    ),
+    ("fold_constants", "remove_unused"): Example(
+        "c = Cast <to = 1> (w) y = MatMul(x, c) d = Gather(w, ids)", "float[5,512] x, int64[3] ids", "float[5,64] y", 0,
+        weights={"w": TABLE.astype(np.float16)}, see=keeps,
+    ),
+    ("fold_constants", "turn_tables"): Example(
+        "t = Transpose(w) g = Gather(t, ids) h = Gather <axis = 1> (w, ids) y = MatMul(g, h)", "int64[3] ids",
+        "float[3,3] y", 0, weights={"w": np.ascontiguousarray(TABLE.T)}, see=keeps,
+    ),
+    ("split_gemms", "fold_constants"): Example(
+        "c = Cast <to = 1> (w) y = Gemm(x, c)", IN, OUT, "MatMul", weights={"w": floats(32, 48, dtype=np.float16)}
+    ),
+    ("pair_einsums", "fold_constants"): Example(
+        'c = Transpose(w) y = Einsum <equation = "bk,bk,kn->bn"> (x, x, c)', IN, OUT, "Einsum MatMul",
+        weights={"w": floats(48, 32)},
+    ),
+    ("turn_einsums", "pair_einsums"): EXAMPLES["pair_einsums"],
+    ("split_experts", "fold_constants"): Example(
+        "c = Transpose <perm = [0, 2, 1]> (w) y = MatMul(x, c)", IN, "float[2,5,48] y",
+        "MatMul Unsqueeze MatMul Unsqueeze Concat", weights={"w": floats(2, 48, 32)},
+    ),
+    ("turn_products", "fold_constants"): Example(
+        "c = Transpose(w) y = MatMul(c, x)", "float[64,32] x", "float[40,32] y", "Transpose MatMul Transpose",
+        weights={"w": floats(64, 40)},
+    ),
+    ("turn_products", "split_experts"): Example(
+        "y = MatMul(w, x)", "float[32,5] x", "float[2,40,5] y", 0, weights={"w": floats(2, 40, 32)}, see=skips
+    ),
+    ("tie_heads", "fold_constants"): Example(
+        "g = Gather(w, ids) r = Reshape(h, s) y = MatMul(g, r)", "int64[3] ids", "float[3,512] y",
+        "Gather Transpose MatMul", weights={"w": TABLE, "h": TABLE.T.reshape(-1), "s": np.int64([64, 512])},
+    ),
+    ("tie_heads", "split_gemms"): Example(
+        "g = Gather(w, ids) y = Gemm(g, h)", "int64[3] ids", "float[3,512] y", "Gather Transpose MatMul",
+        weights={"w": TABLE, "h": np.ascontiguousarray(TABLE.T)},
+    ),
+    ("group_heads", "remove_unused"): Example(
+        HEADS + " d = Relu(p)", "float[2,6,4,8] q, float[2,3,5,8] k, float[2,3,5,8] v", "float[2,6,4,8] y",
+        EXAMPLES["group_heads"].given, weights=HEADED,
+    ),
+    ("fold_convolutions", "name_hard_swishes"): Example(
+        "c = Conv(x, w) a = Add(c, three) b = Clip(a, zero, six) y = Div(b, six)", "float[1,2,5,5] x",
+        "float[1,3,3,3] y", "Conv HardSigmoid", weights={**LIMITS, "w": floats(3, 2, 3, 3)},
+    ),
+    ("narrow_doubles", "split_gemms"): Example("y = Gemm(x, w)", *DOUBLE, "Cast MatMul Cast", **DOUBLES),
+    ("narrow_doubles", "turn_products"): Example(
+        "y = MatMul(x, w)", "double[5,32] x", "double[1,5,48] y", "Cast MatMul Cast Unsqueeze",
+        weights={"w": floats(1, 32, 48, dtype=np.float64)},
+    ),
+    ("narrow_doubles", "turn_einsums"): Example(
+        'y = Einsum <equation = "bk,kn->bn"> (x, w)', *DOUBLE, "Cast MatMul Cast", **DOUBLES
+    ),
+    ("note_computed", "fold_constants"): Example(
+        "t = Transpose(w) y = MatMul(x, t)", IN, OUT, False, weights={"w": floats(48, 32)}, see=left
+    ),
+    ("keep_origins", "note_origins"): EXAMPLES["keep_origins"],
+    ("keep_origins", "name_nodes"): EXAMPLES["keep_origins"],
+}  # fmt: skip
+
+
 def _feeds(model: ir.Model) -> Arrays:
     """Numbers for every input; symbols are 6."""
     rng, made = np.random.default_rng(5), dict[str, Any]()
@@ -348,11 +491,28 @@ def test_the_table_of_them_is_true() -> None:
     assert f"\n\n{table()}\n" in text
 
 
-def test_small_passes_stand_behind_what_they_need() -> None:
-    names = [turn.name for turn in ORDER]
-    for small in SMALL.values():
-        for earlier, why in small.after.items():
-            assert names.index(earlier) < names.index(small.name), why
+def test_small_passes_stand_behind_what_they_need_and_each_reason_has_its_witness() -> None:
+    places = [turn.name for turn in ORDER]
+    pairs = [(small.name, earlier) for small in SMALL.values() for earlier in small.after]
+    assert sorted(pairs) == sorted(WITNESSES)
+    assert all(places.index(earlier) < places.index(name) for name, earlier in pairs)
+
+
+@pytest.mark.parametrize(("name", "earlier"), WITNESSES)
+def test_the_order_matters(name: str, earlier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another order, in which the first runs before the second, does less, or fails."""
+    monkeypatch.chdir(tmp_path)
+    witness, step = WITNESSES[name, earlier], Prepare()
+    model = witness.model()
+    step.call(Region.whole(model))
+    assert witness.see(model, step.decisions) == witness.given
+    order = [turn for turn in ORDER if turn is not SMALL[name]]
+    order.insert([turn.name for turn in order].index(earlier), SMALL[name])
+    monkeypatch.setattr("qcompile.passes.prepare.prepare.ORDER", order)
+    model, step = witness.model(), Prepare()
+    with contextlib.suppress(UserError):
+        step.call(Region.whole(model))
+        assert witness.see(model, step.decisions) != witness.given
 
 
 def test_what_runs_again_has_run_before_and_says_why() -> None:

@@ -1,4 +1,4 @@
-"""The steps of `prepare` on small graphs: operators out, numbers as before, reasons for what stays."""
+"""The small passes of `prepare` together, on small graphs: operators out, numbers as before, reasons for what stays."""
 
 from pathlib import Path
 
