@@ -62,6 +62,8 @@ from qcompile.runtime.library import library_path
 SHAPES = "576x1536,2048x2048,4096x4096,4096x11008,11008x4096"
 ROWS = "1,2,4,16,64,256,512"
 COLD_BELOW = 64  # rows; from here on a layer is bound by arithmetic
+# Layers of other runs, at most.
+COPIES = 16
 # Formats whose codes are looked up in a table, by name: their grids, and their operators.
 GRIDS = {own.name: grid for own in FORMATS if isinstance(grid := own.grid("qcompile"), TableGrid)}
 TABLES = {own.name: PRODUCT + own.native[0] for own in FORMATS if own.name in GRIDS}
@@ -273,7 +275,7 @@ def _unpack(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return codes
 
 
-def copies_of(layer: Layer, m: int, cold: int, variant: str, most: int) -> int:
+def copies_of(layer: Layer, m: int, cold: int, variant: str, most: int = COPIES) -> int:
     """How many layers a run has: more than `cold` bytes of weights where these come from memory, else `most`."""
     if m >= COLD_BELOW:
         return min(most, max(1, (1 << 25) // (layer.k * layer.n)))
@@ -287,7 +289,7 @@ def copies_of(layer: Layer, m: int, cold: int, variant: str, most: int) -> int:
 class Bench:
     """The models of one layer in one process, built when first asked for."""
 
-    def __init__(self, layer: Layer, cold: int, turn: float, copies: int) -> None:
+    def __init__(self, layer: Layer, cold: int, turn: float, copies: int = COPIES) -> None:
         self.layer, self.cold, self.turn, self.copies = layer, cold, turn, copies
         self.weights = Weights(layer)
         self.sessions: dict[tuple[str, int, int], Any] = {}
@@ -717,7 +719,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=None, help="aim at this time in all (default 20)")
     parser.add_argument("--cold", type=int, default=128, help="megabytes of weights in a run with M < 64 (default 128)")
     parser.add_argument("--turn", type=float, default=0.02, help="seconds of a turn at least (default 0.02)")
-    parser.add_argument("--copies", type=int, default=16, help="layers of a run with M of 64 or more (default 16)")
+    parser.add_argument(
+        "--copies", type=int, default=COPIES, help=f"layers of a run with M of 64 or more (default {COPIES})"
+    )
     parser.add_argument("--quick", action="store_true", help="three shapes, few M, one thread: two minutes")
     parser.add_argument("--output", type=Path, help="write FILE.md and FILE.json")
     args = parser.parse_args(argv)
