@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from qcompile.compiler.console.visible import visible
 from qcompile.passes.errors import UserError
-from qcompile.passes.interrupts import uninterrupted
+from qcompile.passes.interrupts import heeded, uninterrupted
 
 # Imported only when chosen, so that --help answers at once.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -72,7 +72,8 @@ def _guarded(arguments: list[str]) -> int:
     try:
         if sys.stdout is None:  # files opened from now on would take its number
             raise UserError("stdout is closed; send it to a file, or to /dev/null")
-        code = _run(arguments)
+        with heeded():
+            code = _run(arguments)
         sys.stdout.flush()
         return code
     except BrokenPipeError:

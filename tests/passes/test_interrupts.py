@@ -1,14 +1,15 @@
-"""passes/interrupts.py: Ctrl-C comes behind the block, once; whatever is loaded inside is loaded whole."""
+"""passes/interrupts.py: Ctrl-C behind a block that loads modules, and after a destructor that it would be lost in."""
 
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from qcompile.passes.interrupts import uninterrupted
+from qcompile.passes.interrupts import heeded, uninterrupted
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +77,41 @@ def test_onnxruntime_is_loaded_or_interrupted_but_never_broken(milliseconds: int
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert (done.stdout.strip() in ("loaded", "interrupted"), done.stderr) == (True, "")
+
+
+class _Interrupted:
+    """Ctrl-C comes while it is destroyed."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+class _Broken:
+    def __del__(self) -> None:
+        raise ValueError("a bug")
+
+
+def test_an_interrupt_in_a_destructor_comes_again() -> None:
+    lost, before = [], sys.unraisablehook
+
+    def working() -> None:
+        with heeded():
+            _Interrupted()
+            lost.append("it goes on")
+            time.sleep(10)
+            lost.append("to the end")
+
+    with pytest.raises(KeyboardInterrupt):
+        working()
+    assert lost == ["it goes on"]
+    assert sys.unraisablehook is before
+
+
+def test_no_interrupt_comes_behind_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = []
+    monkeypatch.setattr(sys, "unraisablehook", other.append)
+    with heeded():
+        _Broken()
+        _Interrupted()
+    time.sleep(0.2)
+    assert [type(what.exc_value) for what in other] == [ValueError]
