@@ -3,12 +3,14 @@
 import numpy as np
 
 from qcompile.passes.affine import Array
-from qcompile.passes.statistics import Statistics
+from qcompile.passes.statistics import Numbers, Statistics
 
 # Rows below which nothing is chosen: four to fit to and four to judge on.
 FEWEST = 8
 # Rows that each channel needs, so that the largest value of most is known.
 _EACH = 4
+# Rows below which no channel's largest value is taken as known.
+FEWEST_KNOWN = _EACH * FEWEST
 # Standard errors that a gain must exceed where there are fewer rows than channels.
 _DEVIATIONS = 2.0
 NOT_CONFIRMED = "rows held aside do not confirm a gain"
@@ -32,22 +34,47 @@ def too_few(statistics: Statistics, *, channels: bool = False) -> str:
 
 def known_channels(statistics: Statistics) -> int:
     """Of how many channels the largest value counts as known: so many may be made even before a fixed grid; all (K) of
-    guesses.
+    guesses, none below `FEWEST_KNOWN` rows.
+
+    Every 17th row to come goes beyond what 16 rows showed of a channel: tiny decoders lost up to 3.4 dB on 256 texts by
+    four channels that 16 tokens were to tell of, and gained in each of 16 draws of 32 and 48.
     """
     k = len(statistics.gram)
-    return k if statistics.sample is None else min(k, statistics.rows // _EACH)
+    if statistics.sample is None:
+        return k
+    return min(k, statistics.rows // _EACH) if statistics.rows >= FEWEST_KNOWN else 0
 
 
 def confirmed(before: Array, after: Array, statistics: Statistics) -> float:
-    """Loss after a choice relative to that before, on rows held aside: squared errors (h,) of each.
+    """Loss after a choice relative to that before, on the rows that `statistics.split` holds aside: squared errors (h,)
+    of each.
 
     It is an upper bound, so many standard errors above the mean of the rows, where rows are few against the channels
-    that were fitted. As rows come to be more than channels, fits become sound and the mean is enough.
+    that were fitted. As rows come to be more than channels, fits become sound and the mean is enough. What rows of one
+    text or picture have in common makes the error `alike` times as large, and all rows count as so many less.
     """
     total = float(before.mean(dtype=np.float64)) if len(before) else 0.0
     if not total > 0 or len(before) < 2:
         return 1.0
-    deviations = _DEVIATIONS * min(1.0, len(statistics.gram) / max(statistics.rows, 1))
+    more = alike(before, after, statistics.held_groups)
+    deviations = _DEVIATIONS * min(1.0, more**2 * len(statistics.gram) / max(statistics.rows, 1))
     change = after.astype(np.float64) - before
-    error = float(change.std(ddof=1)) / np.sqrt(len(change))
+    error = more * float(change.std(ddof=1)) / np.sqrt(len(change))
     return float((total + change.mean() + deviations * error) / total)
+
+
+def alike(before: Array, after: Array, groups: Numbers | None) -> float:
+    """How many times as large the standard error of after / before, of rows (h,), is by their groups (h,), which alone
+    are independent of each other, as it would be by single rows: 1 at least, the root of the design effect.
+
+    Of the ratio, so that a text that is louder does not count against a choice that gains there as elsewhere.
+    """
+    if groups is None:
+        return 1.0
+    residuals = after.astype(np.float64) - after.sum(dtype=np.float64) / before.sum(dtype=np.float64) * before
+    sums = np.bincount(np.unique(groups, return_inverse=True)[1], residuals)
+    if len(sums) < 2 or not residuals.any():
+        return 1.0
+    ratio = np.square(sums).sum() / np.square(residuals).sum()
+    share = len(sums) / (len(sums) - 1) * (len(residuals) - 1) / len(residuals)
+    return max(1.0, float(np.sqrt(share * ratio)))

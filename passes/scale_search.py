@@ -279,7 +279,7 @@ def _joined(parts: list[Columns]) -> Columns:
     return Columns(parts[0].spec, first, *rest)
 
 
-def search_all(pairs: list[Pair], judges: Judges, search: Callable[[Judge], Choice | None]) -> list[Choice | str]:
+def search_all(pairs: list[Pair], judges: Judges, search: Callable[[Judge], Choice | str | None]) -> list[Choice | str]:
     """For every pair its choice, or why it has none. Pairs are searched side by side; the order changes nothing."""
 
     def one(pair: Pair) -> Choice | str:

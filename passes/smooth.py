@@ -9,7 +9,7 @@ from qcompile.passes.affine import Array
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.contract import Reads
 from qcompile.passes.errors import UserError
-from qcompile.passes.held import known_channels
+from qcompile.passes.held import FEWEST_KNOWN, known_channels
 from qcompile.passes.pairs import find_pairs
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding
@@ -41,8 +41,8 @@ class Smooth(Pass):
     Case 3: no constant before the value can take the factor: with `insert` a Mul does, which costs run time, where it
             takes away half of the squared error and more. "auto" inserts where activations become integers.
     Case 4: before integers, and of fewer than four rows a channel, alpha "auto" brings channels that stand out down to
-            four times the next one, one for each four rows at most, and leaves all others. Made even, all K channels
-            would be cut off together by rows to come.
+            four times the next one, one for each four rows at most, and leaves all others; of fewer than 32 rows all.
+            Made even, all K channels would be cut off together by rows to come.
     """
 
     name: ClassVar[str] = "smooth"
@@ -76,14 +76,18 @@ class Smooth(Pass):
                 choice = f"a Mul would take away {1 - choice.relative_loss:.0%} of the squared error only"
             self.decisions.append(fold_choice(pair, choice, region, nothing=nothing))
 
-    def _search(self, judge: Judge) -> Choice | None:
-        weight = weight_peaks(judge.pair)
+    def _search(self, judge: Judge) -> Choice | str | None:
+        weight, most = weight_peaks(judge.pair), known_channels(judge.statistics)
         tried = _ALPHAS if self.activations is None else _INT8_ALPHAS
         alphas = tried if self.alpha == "auto" else (self.alpha,)
+        few = self.activations is not None and self.alpha == "auto" and most < len(weight)  # Case 4
+        if few and not most:
+            rows = judge.statistics.rows
+            return f"seen on {rows} rows, too few to know how far any channel goes (at least {FEWEST_KNOWN} rows)"
 
         def candidates(statistics: Statistics) -> dict[str, Array]:
-            activation, most = judge.pair.pool_max(statistics.reach), known_channels(judge.statistics)
-            if self.activations is not None and self.alpha == "auto" and most < len(weight):  # Case 4
+            activation = judge.pair.pool_max(statistics.reach)
+            if few:
                 counts = [2**i for i in range(most.bit_length()) if 2**i <= most]
                 return {f"the loudest {n} of {len(weight)} channels": levelled(activation, n) for n in counts}
             return {f"alpha={alpha:g}": smoothing_factor(activation, weight, float(alpha)) for alpha in alphas}

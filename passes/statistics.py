@@ -7,6 +7,8 @@ import numpy.typing as npt
 
 from qcompile.passes.affine import Array
 
+Numbers = npt.NDArray[np.int64]
+
 # Rows that every channel is taken to have had beforehand, at what is usual among the channels; and the share of them
 # that say what is usual.
 _PRIOR, _QUIET = 4, 0.9
@@ -25,6 +27,8 @@ class Statistics:
     sample: some of the rows, in the order of the data, float32 (n, K); all of them where there are few. None where
     none are known: in guesses, and in what `split` gives to fit with.
     rest: largest magnitudes of the rows that are not in the sample, float32 (K,); zeros where there are none.
+    groups: of each row of the sample the number of the text or picture that it is of, int64 (n,). None: each stands
+    alone.
     """
 
     rows: int
@@ -32,6 +36,7 @@ class Statistics:
     absmax: Array
     sample: Array | None = None
     rest: Array | None = None
+    groups: Numbers | None = None
 
     @property
     def mean_square(self) -> Array:
@@ -70,11 +75,11 @@ class Statistics:
     def split(self) -> "tuple[Statistics, Array] | None":
         """(statistics of all rows but some, those rows held aside (h, K)); None where fewer than two are known.
 
-        What is fitted to the first is judged on the second.
+        What is fitted to the first is judged on the second: `aside` says which they are.
         """
         if self.sample is None or len(self.sample) < 2:
             return None
-        aside = held_aside(len(self.sample))
+        aside = self.aside
         held, kept = self.sample[aside], self.sample[~aside]
         gram = self.gram - held.T @ held
         np.fill_diagonal(gram, np.maximum(np.diagonal(gram), 0))
@@ -82,6 +87,26 @@ class Statistics:
         if self.rest is not None:
             absmax = np.maximum(absmax, self.rest)
         return Statistics(self.rows - len(held), gram, absmax), held
+
+    @property
+    def aside(self) -> npt.NDArray[np.bool_]:
+        """Which rows of the sample are held aside (n,).
+
+        Whole texts or pictures where there are several: what is particular to one of them all its rows share, so that
+        they agree with each other about what is wrong for all others. Not more rows than are left.
+        """
+        rows = 0 if self.sample is None else len(self.sample)
+        if self.groups is None or len(groups := np.unique(self.groups)) < 2:
+            return held_aside(rows)
+        mask = held_aside(len(groups))[np.searchsorted(groups, self.groups)]
+        return ~mask if 2 * int(mask.sum()) > rows else mask
+
+    @property
+    def held_groups(self) -> Numbers | None:
+        """The groups of the rows held aside (h,); None where each stands alone, or all are of one."""
+        if self.groups is None or len(np.unique(self.groups)) < 2:
+            return None
+        return self.groups[self.aside]
 
     def rescale(self, factor: Array) -> None:
         """Follow a rewrite that divides channel k of the activation by factor[k] (K,)."""
@@ -101,6 +126,8 @@ class Statistics:
 
 
 def held_aside(count: int) -> npt.NDArray[np.bool_]:
-    """Which of so many rows in order are held aside (count,): every other or fourth run of them, none of one row."""
+    """Which of so many rows (or groups of them) in order are held aside (count,): every other or fourth run of them,
+    none of one.
+    """
     runs, every = (_RUNS, _EVERY) if count >= _FEW else (min(_FEW_RUNS, count - count % 2), 2)
     return np.asarray(np.arange(count) * runs // max(count, 1) % every == every - 1)

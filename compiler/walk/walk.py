@@ -33,7 +33,7 @@ from qcompile.passes.linears import Linear, find_linears, vocabulary_size
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.proxies import proxies
 from qcompile.passes.state import node_state
-from qcompile.passes.statistics import Statistics, held_aside
+from qcompile.passes.statistics import Statistics
 
 
 def observed(passes: Sequence[Pass], model: ir.Model) -> dict[ir.Value, Observer]:
@@ -205,7 +205,7 @@ class Job:
 
 
 def _rows(known: Statistics) -> RowsSeen:
-    held = 0 if known.sample is None else int(held_aside(len(known.sample)).sum())
+    held = int(known.aside.sum())
     return RowsSeen((known.rows, known.rows), (held, held))
 
 

@@ -12,9 +12,10 @@ from qcompile.passes.observers.base import Observer, Outputs, State
 from qcompile.passes.observers.builder import Builder
 from qcompile.passes.observers.nodes import add_outputs, constant, matrix
 from qcompile.passes.spec import ActivationSpec
-from qcompile.passes.statistics import Statistics
+from qcompile.passes.statistics import Numbers, Statistics
 
 _GRAM, _ABSMAX, _ROWS, _SAMPLE, _REST = ".gram", ".absmax", ".rows_seen", ".sample", ".rest_absmax"
+_SHAPE = ".shape_seen"
 # Rows of a sample at most, of a batch and of all: with K channels that takes less than the Gram matrix if K is more.
 CAPACITY = 1024
 
@@ -23,7 +24,8 @@ class Gram(Observer):
     """XᵀX (K, K), max |x| (K,) and the number of rows of an activation X (…, K), and some of its rows.
 
     The sample has all rows up to `CAPACITY`. Of more it has every 2nd, 4th, … in the order of the data: half of
-    `CAPACITY` at least, whatever batches they came in.
+    `CAPACITY` at least, whatever batches they came in. Rows of one batch are of one text or picture; where the
+    activation has more than two axes, those with one index on its first.
     others: more activations, whose rows are taken together with its own: those that the same weights multiply.
     """
 
@@ -37,19 +39,20 @@ class Gram(Observer):
         self._gram: Array | None = None
         self._absmax = self._rest = np.zeros(0, np.float32)
         self._sample: list[Array] = []  # parts (n, K)
-        self._stride, self._offered = 1, 0
+        self._groups: list[Numbers] = []  # their texts or pictures (n,)
+        self._stride, self._offered, self._begun = 1, 0, 0
 
     @property
     def statistics(self) -> Statistics | None:
         """Of everything so far; None before the first row."""
         if self._gram is None:
             return None
-        self._sample = [np.concatenate(self._sample)]
-        return Statistics(self.rows, self._gram, self._absmax, self._sample[0], self._rest)
+        self._sample, self._groups = [np.concatenate(self._sample)], [np.concatenate(self._groups)]
+        return Statistics(self.rows, self._gram, self._absmax, self._sample[0], self._rest, self._groups[0])
 
     def append(self, graph: onnx.GraphProto) -> None:
         """`value`.gram (K, K), .absmax (K,), .sample (n, K), and .rest_absmax (K,) of the rows that are not in the
-        sample, float32; `value`.rows_seen (1,), int64.
+        sample, float32; `value`.rows_seen (1,) and .shape_seen.N (rank,) of it and each other one, int64.
         """
         value = self.value
         rows, transposed = matrix(graph, value), f"{value}.transposed"
@@ -68,7 +71,9 @@ class Gram(Observer):
             ]
         )
         _append_sample(Builder(graph, value), rows, value + _ROWS, f"{value}.abs", axis0)
-        add_outputs(graph, [value + _ROWS], TensorProto.INT64)
+        shapes = {self._shape(number): own for number, own in enumerate((value, *self.others))}
+        graph.node.extend(helper.make_node("Shape", [own], [name]) for name, own in shapes.items())
+        add_outputs(graph, [value + _ROWS, *shapes], TensorProto.INT64)
         add_outputs(graph, [value + end for end in (_GRAM, _ABSMAX, _SAMPLE, _REST)])
 
     def update(self, outputs: Outputs) -> None:
@@ -86,7 +91,9 @@ class Gram(Observer):
             self._gram += gram
             self._absmax, self._rest = np.maximum(self._absmax, absmax), np.maximum(self._rest, rest)
         self.rows += rows
-        self._take(sample)
+        groups = [_groups(outputs[self._shape(number)]) for number in range(1 + len(self.others))]
+        self._take(sample, self._begun + np.concatenate(groups)[:: _step(rows)])
+        self._begun += 1 + max(int(own[-1]) for own in groups if len(own))
 
     def range(self, spec: ActivationSpec) -> tuple[Array, Array]:
         """Of each channel, symmetric: the sign of the largest value is not known."""
@@ -94,35 +101,52 @@ class Gram(Observer):
         return -self._absmax, self._absmax
 
     def state(self) -> State:
-        """gram, absmax, rows, sample, rest, and how far apart the sample's rows are."""
+        """gram, absmax, rows, sample, its groups, rest, and how far apart the sample's rows are."""
         own = self.statistics
-        if own is None or own.sample is None or own.rest is None:
+        if own is None or own.sample is None or own.rest is None or own.groups is None:
             return {}
         known = {"gram": own.gram, "absmax": own.absmax, "rows": np.array(own.rows), "sample": own.sample}
-        return known | {"rest": own.rest, "spread": np.array([self._stride, self._offered])}
+        spread = np.array([self._stride, self._offered, self._begun])
+        return known | {"rest": own.rest, "groups": own.groups, "spread": spread}
 
     def restore(self, state: State) -> None:
         """From `state`."""
         self.__init__(self.value, *self.others)  # type: ignore[misc]
         if state:
             self.rows, self._gram, self._absmax = int(state["rows"]), state["gram"], state["absmax"]
-            self._sample, self._rest = [state["sample"]], state["rest"]
-            self._stride, self._offered = map(int, state["spread"])
+            self._sample, self._groups, self._rest = [state["sample"]], [state["groups"]], state["rest"]
+            self._stride, self._offered, self._begun = map(int, state["spread"])
 
-    def _take(self, rows: Array) -> None:
-        """Add rows (n, K) of a batch to the sample, as many as are due."""
+    def _shape(self, number: int) -> str:
+        return f"{self.value}{_SHAPE}.{number}"
+
+    def _take(self, rows: Array, groups: Numbers) -> None:
+        """Add rows (n, K) of a batch, of those groups (n,), to the sample, as many as are due."""
         due = (self._offered + np.arange(len(rows))) % self._stride == 0
         self._offered += len(rows)
         self._drop(rows[~due])
         self._sample.append(rows[due])
+        self._groups.append(groups[due])
         while sum(map(len, self._sample)) > CAPACITY:
             whole = np.concatenate(self._sample)
             self._drop(whole[1::2])
             self._sample, self._stride = [np.ascontiguousarray(whole[::2])], 2 * self._stride
+            self._groups = [np.concatenate(self._groups)[::2]]
 
     def _drop(self, rows: Array) -> None:
         if len(rows):
             self._rest = np.maximum(self._rest, np.abs(rows).max(axis=0))
+
+
+def _groups(shape: Numbers) -> Numbers:
+    """Of each row of an activation of that shape (rank,) the text or picture of its batch that it is of (rows,)."""
+    rows, first = int(np.prod(shape[:-1])), int(shape[0]) if len(shape) > 2 else 1
+    return np.arange(first).repeat(rows // max(first, 1))
+
+
+def _step(rows: int) -> int:
+    """How far apart the rows are that a batch of so many gives to the sample."""
+    return 2 * (rows // (2 * CAPACITY)) + 1
 
 
 def _append_sample(build: Builder, rows: str, count: str, magnitudes: str, axis0: str) -> None:

@@ -22,7 +22,8 @@ from qcompile.compiler.walk.trial import Held, Verdict, held, judged, sample_err
 from qcompile.models.tiny import pictures, tiny_classifier
 from qcompile.passes.affine import output_error
 from qcompile.passes.bias_correction import confirmed_share
-from qcompile.passes.held import FEWEST, confirmed, too_few
+from qcompile.passes.gptq import ErrorCompensated
+from qcompile.passes.held import FEWEST, alike, confirmed, too_few
 from qcompile.passes.observers.entropy import Entropy
 from qcompile.passes.observers.extremes import MinMax, MovingAverage
 from qcompile.passes.observers.gram import CAPACITY, Gram
@@ -60,7 +61,9 @@ def _weight(n: int = 10, k: int = K, seed: int = 1) -> np.ndarray:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 200), st.lists(st.integers(1, 90), min_size=1, max_size=5), st.integers(0, 9))
 def test_every_row_is_fitted_to_or_held_aside(count: int, cuts: list[int], seed: int) -> None:
-    """However rows come in batches: both parts together are the whole, and neither knows the other's rows."""
+    """However rows come in batches: both parts together are the whole, neither knows the other's rows, and what one
+    batch has is in one of them.
+    """
     x = _rows(count, seed)
     starts = sorted({min(cut, count) for cut in cuts} | {0, count})
     batches = [x[a:b] for a, b in pairwise(starts)]
@@ -73,10 +76,15 @@ def test_every_row_is_fitted_to_or_held_aside(count: int, cuts: list[int], seed:
         return
     assert parts is not None
     fit, held = parts
-    aside = held_aside(count)
+    aside = statistics.aside
     np.testing.assert_array_equal(held, x[aside])
     assert fit.rows == count - len(held) > 0
-    assert count / 4 - 2 <= len(held) <= count / 2 + 1
+    assert 0 < len(held) <= count / 2 + 1
+    own = [aside[a:b] for a, b in pairwise(starts)]
+    if len(own) > 1:
+        assert all(part.all() or not part.any() for part in own)
+    if len({len(part) for part in own}) == 1:
+        assert count / 4 - 2 <= len(held)
     np.testing.assert_array_equal(fit.absmax, np.abs(x[~aside]).max(axis=0))
     wanted = x[~aside].T @ x[~aside]
     np.testing.assert_allclose(fit.gram, wanted, atol=1e-4 * np.abs(statistics.gram).max())
@@ -100,9 +108,46 @@ def test_of_many_rows_a_sample_is_kept(sizes: list[int]) -> None:
     others = np.delete(x, places, axis=0)
     np.testing.assert_array_equal(statistics.rest, np.abs(others).max(axis=0))
     fit, held = statistics.split()  # type: ignore[misc]
-    kept = np.delete(x, [places[i] for i in np.flatnonzero(held_aside(len(sample)))], axis=0)
+    kept = np.delete(x, [places[i] for i in np.flatnonzero(statistics.aside)], axis=0)
     np.testing.assert_array_equal(fit.absmax, np.abs(kept).max(axis=0))
-    assert len(held) == int(held_aside(len(sample)).sum())
+    assert len(held) == int(statistics.aside.sum())
+    batch = np.searchsorted(np.cumsum(sizes), places, side="right")
+    np.testing.assert_array_equal(statistics.groups, batch)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 24), st.integers(1, 9), st.booleans(), st.integers(1, 4))
+def test_a_text_is_held_aside_as_a_whole(texts: int, length: int, stacked: bool, others: int) -> None:
+    """Whether texts come in one batch or each in its own; those of several activations that share a weight, too."""
+    x = _rows(texts * length * others).reshape(others, texts, length, K)
+    observer = Gram("x", *(f"x{i}" for i in range(1, others)))
+    for part in [x] if stacked else np.split(x, texts, axis=1):
+        rows = part.reshape(-1, K)
+        outputs = {"x.gram": rows.T @ rows, "x.absmax": np.abs(rows).max(axis=0), "x.sample": rows,
+                   "x.rest_absmax": np.zeros(K, np.float32), "x.rows_seen": np.array([len(rows)])}  # fmt: skip
+        observer.update(outputs | {f"x.shape_seen.{i}": np.array(part.shape[1:]) for i in range(others)})
+    statistics = observer.statistics
+    assert statistics is not None
+    assert statistics.groups is not None
+    text = {tuple(row): i for i in range(texts) for row in x[:, i].reshape(-1, K).tolist()}
+    wanted = [text[tuple(row)] for row in statistics.sample.tolist()]  # type: ignore[union-attr]
+    np.testing.assert_array_equal(statistics.groups, wanted)
+    if texts == 1:
+        np.testing.assert_array_equal(statistics.aside, held_aside(length * others))
+        assert statistics.held_groups is None
+        return
+    aside = {i for i, held in zip(wanted, statistics.aside, strict=True) if held}
+    assert len(aside) == int(held_aside(texts).sum())
+    assert len(statistics.split()[1]) == len(aside) * length * others  # type: ignore[index]
+
+
+def test_the_observer_tells_texts_apart() -> None:
+    """By the first of three axes and more; a matrix, or a row, is of one."""
+    x = _rows(24).reshape(2, 3, 4, K)
+    known = observe(Gram("x"), [x, x[0], x[0, 0], x[0, 0, 0], x[:0], x[1]]).statistics
+    assert known is not None
+    sizes = [12, 12, 4, 4, 4, 4, 1, 4, 4, 4]
+    np.testing.assert_array_equal(known.groups, np.arange(len(sizes)).repeat(sizes))
 
 
 def test_rescaling_follows_in_the_sample() -> None:
@@ -125,6 +170,84 @@ def test_a_gain_must_exceed_its_error_where_rows_are_few() -> None:
     assert confirmed(before, after, many) < 0.95
     assert confirmed(before, 0.5 * before, few) == pytest.approx(0.5)
     assert confirmed(before[:1], 0 * before[:1], few) == 1.0
+
+
+def _texts(
+    rng: np.random.Generator, texts: int, length: int, shared: float, basis: np.ndarray, *, loud: bool = False
+) -> np.ndarray:
+    """Rows (texts * length, K) of a dozen directions and more, of whose variance texts have that share as a whole."""
+
+    def drawn(width: int) -> np.ndarray:
+        whole, own = rng.standard_normal((texts, 1, width)), rng.standard_normal((texts, length, width))
+        return np.sqrt(shared) * whole + np.sqrt(1 - shared) * own
+
+    x = np.maximum(drawn(len(basis)) @ basis + 0.2 * drawn(basis.shape[1]) - 0.5, 0)
+    x *= np.exp(0.7 * rng.standard_normal((texts, 1, 1))) if loud else 1
+    return x.reshape(texts * length, -1).astype(np.float32)
+
+
+def _in_texts(x: np.ndarray, texts: int) -> Statistics:
+    known = _statistics(x)
+    known.groups = np.arange(texts).repeat(len(x) // texts)
+    return known
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(4, 40), st.sampled_from([8, 64]), st.sampled_from([0.0, 0.5, 0.9]), st.booleans())
+def test_rows_of_one_text_confirm_no_chance(texts: int, length: int, shared: float, loud: bool) -> None:
+    """A choice that is no gain is taken for one about as seldom whether rows are alike within a text or not, and one
+    that is a gain throughout is told as that, however loud a text is: of 40 draws each.
+    """
+    chance, told = 0, 0
+    for seed in range(40):
+        rng = np.random.default_rng([seed, texts, length])
+        none, many = np.zeros((4000, 0), np.float32), np.zeros((texts * length, 1), np.float32)
+        known = Statistics(len(many), none, none[:, :0], many, groups=np.arange(texts).repeat(length))
+        groups = known.held_groups
+        assert groups is not None
+        power = np.exp((0.7 if loud else 0.1) * rng.standard_normal(texts))[groups] * rng.chisquare(9, len(groups))
+        change = np.sqrt(shared) * rng.standard_normal(texts)[groups]
+        change += np.sqrt(1 - shared) * rng.standard_normal(len(groups))
+        chance += confirmed(power, power * (1 + 0.2 * change), known) < 1
+        told += confirmed(power, 0.5 * power, known) < 1
+    assert told >= 39
+    assert chance <= (14 if texts < 16 else 9), "of two or three texts held aside the error is not known well"
+
+
+def test_texts_that_differ_make_rows_count_less() -> None:
+    """By the root of the design effect: rows that are all alike count as one; rows of their own as they are."""
+    rng = np.random.default_rng(0)
+    texts, length = 50, 16
+    before, groups = np.ones(texts * length), np.arange(texts).repeat(length)
+    same, own = rng.standard_normal(texts).repeat(length), rng.standard_normal(texts * length)
+    assert alike(before, 1 + 0.1 * same, groups) == pytest.approx(np.sqrt(length), rel=0.05)
+    assert alike(before, 1 + 0.1 * own, groups) == pytest.approx(1, abs=0.2)
+    mixed = alike(before, 1 + 0.1 * (np.sqrt(0.3) * same + np.sqrt(0.7) * own), groups)
+    assert mixed == pytest.approx(np.sqrt(1 + 0.3 * (length - 1)), rel=0.2)
+    assert alike(before, 1 + 0.1 * same, None) == alike(before, 0.5 * before, groups) == 1
+    assert alike(before[:8], own[:8], np.zeros(8, int)) == 1, "one text says nothing of how texts differ"
+
+
+@pytest.mark.parametrize(("texts", "length"), [(2, 196), (6, 64), (8, 32)])
+@pytest.mark.parametrize("loud", [False, True])
+def test_fits_to_few_texts_do_no_harm_on_others(texts: int, length: int, loud: bool) -> None:
+    """Rows that are alike within a text, and more of them than channels: without knowing texts, clip and gptq were kept
+    in nearly all of such cases and had up to 3.9 times the error on other texts. Rows that stand alone lose nothing.
+    """
+    spec, w, fits = QuantSpec(4, PerGroup(32)), _weight(24, 48), (round_with_clip, ErrorCompensated())
+    plainly = round_to_nearest(w, spec, None)
+    for shared, seed in [(0.9, 0), (0.9, 1), (0.9, 2), (0.0, 0)]:
+        rng = np.random.default_rng([seed, texts])
+        basis = rng.standard_normal((16, 48)) / 4
+        known = _in_texts(_texts(rng, texts, length, shared, basis, loud=loud), texts)
+        others = _texts(rng, 300, 8, shared, basis, loud=loud)
+        for fit in fits:
+            found = fitted(w, known, lambda rows, fit=fit: fit(w, spec, rows), [lambda rows: plainly])
+            if found is None:
+                assert shared, "what rows of their own confirm is kept"
+                continue
+            errors = [output_error(own.dequantize() - w, others.T @ others) for own in (found, plainly)]
+            assert 10 * np.log10(errors[0] / errors[1]) < BOUND
 
 
 def test_too_few_rows_choose_nothing() -> None:
@@ -458,6 +581,6 @@ def test_few_rows_do_no_harm(name: str, pair: str, tmp_path: Path) -> None:
 def test_no_choice_makes_unseen_rows_worse(name: str, tmp_path: Path) -> None:
     """Every pass that chooses by data, every observer; the two smallest real models, too."""
     trial = Trial((NETWORKS | REAL)[name], tmp_path)
-    bad = {(pair, rows): gain for rows in ROWS for pair in PAIRS if (gain := trial.gain(pair, rows)) <= -BOUND}
+    bad = {(pair, rows): gain for rows in ROWS for pair in PAIRS if (gain := trial.expected(pair, rows)) <= -BOUND}
     assert not bad
     assert len(NETWORKS) >= 20

@@ -11,6 +11,7 @@ from qcompile.models.tiny import tiny_decoder
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError
+from qcompile.passes.held import FEWEST_KNOWN
 from qcompile.passes.linears import find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import relative_error, round_to_nearest
@@ -155,7 +156,7 @@ def _with_sample(model: ir.Model, x: np.ndarray) -> Region:
     return region
 
 
-@pytest.mark.parametrize("rows", [16, 64, 200])
+@pytest.mark.parametrize("rows", [FEWEST_KNOWN, 64, 200])
 def test_few_rows_level_the_outliers_that_stand_out_in_each(rows: int) -> None:
     """Of fewer than four a channel; as many channels as four rows each tell of, and all others stay as they are."""
     model, x = outlier_model()
@@ -181,6 +182,9 @@ def test_few_rows_without_outliers_are_left_alone() -> None:
     smooth = Smooth(POLICY8, round_to_nearest, ActivationSpec())
     smooth.call(_with_sample(outlier_model()[0], x[:7]))
     assert "too few to hold any aside" in smooth.decisions[0].reason
+    smooth = Smooth(POLICY8, round_to_nearest, ActivationSpec())
+    smooth.call(_with_sample(outlier_model()[0], x[: FEWEST_KNOWN - 1]))
+    assert "seen on 31 rows, too few to know how far any channel goes (at least 32 rows)" in smooth.decisions[0].reason
 
 
 @settings(max_examples=50, deadline=None)
