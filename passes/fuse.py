@@ -45,13 +45,14 @@ class Fuse(Pass):
 
     def call(self, region: Region) -> None:
         """Fuse what can be fused, in place."""
+        names = Names(region.model)
         if self.bias:
             for node in _products(region.model):
-                self._add_bias(region.model, node)
+                self._add_bias(region.model, node, names)
         if self.inputs:
-            self._join_all(region.model)
+            self._join_all(region.model, names)
 
-    def _add_bias(self, model: ir.Model, node: ir.Node) -> None:  # Case 1
+    def _add_bias(self, model: ir.Model, node: ir.Node, names: Names) -> None:  # Case 1
         add = _only_reader(node)
         if isinstance(add, str):
             self.decide(_name(node), "kept", add)
@@ -65,11 +66,11 @@ class Fuse(Pass):
         inputs = [node.inputs[0], own.codes, own.scale, bias, *([own.zero_point] if own.zero_point else [])]
         made = self._made(model, node.op_type.replace(PRODUCT, BIASED, 1), inputs, [node], _name(node))
         self.decide(_name(node), "fused", f"with its bias, {_name(add)}", operator=made.op_type)
-        take_over(add.outputs[0], made.outputs[0], Names(model))
+        take_over(add.outputs[0], made.outputs[0], names)
         model.graph.remove(add, safe=True)
         model.graph.remove(node, safe=True)
 
-    def _join_all(self, model: ir.Model) -> None:  # Case 2
+    def _join_all(self, model: ir.Model, names: Names) -> None:  # Case 2
         readers: dict[ir.Value | None, list[ir.Node]] = {}
         for node in _products(model):
             readers.setdefault(node.inputs[0], []).append(node)
@@ -85,12 +86,12 @@ class Fuse(Pass):
                     alike.setdefault(_kind(node), []).append(node)
             for kind, group in alike.items():
                 if len(group) > 1:
-                    self._join(model, group)
+                    self._join(model, group, names)
                 else:
                     others = " and ".join(sorted(set(alike) - {kind})) or "shared weights"
                     self.decide(_name(group[0]), "kept", f"it is {kind}, beside {others}")
 
-    def _join(self, model: ir.Model, nodes: Sequence[ir.Node]) -> None:
+    def _join(self, model: ir.Model, nodes: Sequence[ir.Node], names: Names) -> None:
         parts, name = [operands(node) for node in nodes], joined_name([_name(node) for node in nodes])
         own = by_operator(nodes[0].op_type)
         assert own is not None, "a packed product is that of a format"
@@ -113,7 +114,6 @@ class Fuse(Pass):
         sizes = add_initializer(model.graph, f"{name}.split", ir.tensor(widths))
         split = ir.node("Split", [whole, sizes], {"axis": -1}, num_outputs=len(nodes), name=f"{name}.split")
         nodes[0].prepend(split)
-        names = Names(model)
         for node, output in zip(nodes, split.outputs, strict=True):
             take_over(node.outputs[0], output, names)
             model.graph.remove(node, safe=True)
