@@ -51,13 +51,15 @@ def confirmed(before: Array, after: Array, statistics: Statistics) -> float:
 
     It is an upper bound, so many standard errors above the mean of the rows, where rows are few against the channels
     that were fitted. As rows come to be more than channels, fits become sound and the mean is enough. What rows of one
-    text or picture have in common makes the error `alike` times as large, and all rows count as so many less.
+    text or picture have in common makes the error `alike` times as large, and all rows count as so many less. (By the
+    design effect they would count as the square of that less. SmolLM2 by `smooth,awq,pack` of 32 texts, KL on two
+    others: .146 and .133 with the square, .141 and .127 if all count, by which fits to few texts do harm.)
     """
     total = float(before.mean(dtype=np.float64)) if len(before) else 0.0
     if not total > 0 or len(before) < 2:
         return 1.0
     more = alike(before, after, statistics.held_groups)
-    deviations = _DEVIATIONS * min(1.0, more**2 * len(statistics.gram) / max(statistics.rows, 1))
+    deviations = _DEVIATIONS * min(1.0, more * len(statistics.gram) / max(statistics.rows, 1))
     change = after.astype(np.float64) - before
     error = more * float(change.std(ddof=1)) / np.sqrt(len(change))
     return float((total + change.mean() + deviations * error) / total)
