@@ -39,7 +39,7 @@ def _activation(shape: tuple[int, ...], dtype: type, seed: int = 0) -> np.ndarra
 def test_statistics_are_numpy_s(shape, dtype) -> None:
     model = _graph(["x"], len(shape), dtype)
     Gram("x").append(model.graph)
-    wanted = ["x.gram", "x.absmax", "x.rows_seen", "x.sample", "x.rest_absmax"]
+    wanted = ["x.gram", "x.absmax", "x.rows_seen", "x.sample", "x.rest_absmax", "x.shape_seen.0"]
     assert {output.name for output in model.graph.output} == set(wanted)
     x = _activation(shape, dtype)
     found = _run(model, wanted, {"x_in": -x})
@@ -48,6 +48,7 @@ def test_statistics_are_numpy_s(shape, dtype) -> None:
     np.testing.assert_allclose(found["x.gram"], rows.T @ rows, **limit)
     np.testing.assert_array_equal(found["x.absmax"], np.abs(rows).max(axis=0).astype(np.float32))
     assert found["x.rows_seen"].tolist() == [len(rows)]
+    assert found["x.shape_seen.0"].tolist() == list(shape)
     np.testing.assert_array_equal(found["x.sample"], rows.astype(np.float32))
     assert not found["x.rest_absmax"].any()
     assert {found["x.gram"].dtype, found["x.absmax"].dtype} == {np.dtype(np.float32)}
