@@ -4,6 +4,8 @@ import contextlib
 import os
 import select
 import signal
+import subprocess
+import sys
 import time
 
 import onnx
@@ -14,6 +16,8 @@ from qcompile.passes.errors import UserError
 _SECONDS, _NODES_A_SECOND = 5, 2000
 # Seconds on the clock for one of the processor, on a machine that is busy with others.
 _PATIENCE = 10
+# Seconds without an answer, each of which ends with the fork asleep, behind which it will not wake.
+_ASLEEP = 3
 # Bytes it may take beyond what this process has; propagating sizes as data takes 2^40 of them for forty Concats.
 _MEMORY = 1 << 30
 
@@ -22,7 +26,8 @@ def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The model with the types and shapes that onnx can tell; an exception of any kind where it fails.
 
     onnx's C++ aborts the process on some graphs (a Slice backwards through an axis of no elements, in onnx 1.23), so
-    the work is done by a fork of this process that computes, answers and ends. Where there is no fork, here.
+    the work is done by a fork of this process that computes, answers and ends. Where there is no fork, here. A fork may
+    stand still on a lock that another thread held when it was made; then a process that is started anew does the work.
     Sizes that a graph computes are followed as data, unless that fails. UserError where it does not end (some Einsums,
     in onnx 1.23).
     """
@@ -33,7 +38,7 @@ def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     failed: Exception | None = None
     for follow in (True, False):
         try:
-            return _in_a_fork(content, limit, follow=follow)
+            return _answered(content, limit, follow=follow)
         except (RuntimeError, TimeoutError) as error:
             failed = error
     if isinstance(failed, TimeoutError):
@@ -45,17 +50,15 @@ def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     raise failed
 
 
-def _in_a_fork(content: bytes, limit: int, *, follow: bool) -> onnx.ModelProto:
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _answer(content, limit, writing, follow=follow)
-    os.close(writing)
+class _Blocked(Exception):
+    """The fork waits for what nobody will give it."""
+
+
+def _answered(content: bytes, limit: int, *, follow: bool) -> onnx.ModelProto:
     try:
-        answer = _whole(reading, time.monotonic() + _PATIENCE * limit)
-    finally:
-        os.close(reading)
-        used = _ended(child)
+        answer, used = _in_a_fork(content, limit, follow=follow)
+    except _Blocked:
+        answer, used = _in_a_process(content, limit, follow=follow)
     if answer is None or (not answer and used > limit - 1):
         raise TimeoutError(f"onnx took more than {limit} s")
     if answer[:1] != b"+":
@@ -63,6 +66,38 @@ def _in_a_fork(content: bytes, limit: int, *, follow: bool) -> onnx.ModelProto:
     found = onnx.ModelProto()
     found.ParseFromString(answer[1:])
     return found
+
+
+def _in_a_fork(content: bytes, limit: int, *, follow: bool) -> tuple[bytes | None, float]:
+    """(what `_answer` says, None where it takes too long, processor seconds)."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _answer(content, limit, writing, follow=follow)
+    os.close(writing)
+    try:
+        answer = _whole(reading, child, time.monotonic() + _PATIENCE * limit)
+    finally:
+        os.close(reading)
+        used = _ended(child)
+    return answer, used
+
+
+_ANEW = """
+import sys
+from qcompile.passes.prepare import inference
+inference._answer(sys.stdin.buffer.read(), int(sys.argv[1]), 1, follow=sys.argv[2] == "True")
+"""
+
+
+def _in_a_process(content: bytes, limit: int, *, follow: bool) -> tuple[bytes | None, float]:
+    """The same by an interpreter of its own, which takes a second to start."""
+    command = [sys.executable, "-c", _ANEW, str(limit), str(follow)]
+    try:
+        done = subprocess.run(command, input=content, stdout=subprocess.PIPE, timeout=_PATIENCE * limit, check=False)
+    except subprocess.TimeoutExpired:
+        return None, 0.0
+    return done.stdout, float(limit) if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL) else 0.0
 
 
 def _ended(child: int) -> float:
@@ -109,12 +144,28 @@ def _limit_memory(more: int) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
 
 
-def _whole(pipe: int, end: float) -> bytes | None:
+def _whole(pipe: int, child: int, end: float) -> bytes | None:
     """All that comes through the pipe; None where the time is over before."""
     parts: list[bytes] = []
-    while select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
-        part = os.read(pipe, 1 << 20)
-        if not part:
-            return b"".join(parts)
-        parts.append(part)
+    asleep = 0
+    while time.monotonic() < end:
+        if select.select([pipe], [], [], 1.0)[0]:
+            part = os.read(pipe, 1 << 20)
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+            asleep = 0
+            continue
+        asleep = asleep + 1 if _sleeps(child) else 0
+        if asleep == _ASLEEP:
+            raise _Blocked
     return None
+
+
+def _sleeps(process: int) -> bool:
+    """Whether it waits, rather than for a processor; False where the system does not say."""
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"S"
+    except OSError:
+        return False

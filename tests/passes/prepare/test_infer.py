@@ -2,6 +2,7 @@
 contradicts it.
 """
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -112,6 +113,23 @@ def test_an_output_without_a_type_gets_one() -> None:
     found, _ = _inferred(model)
     assert found["y"].dtype == ir.DataType.FLOAT
     assert found["y"].shape == ir.Shape(["b", 64])
+
+
+def test_a_fork_that_stands_still_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a lock that a thread of its parent held: a test on a busy machine was refused after 100 seconds."""
+    forks = []
+
+    def waits(*_: object, **__: object) -> None:
+        lock = threading.Lock()
+        lock.acquire()
+        lock.acquire()
+
+    fork = inference._in_a_fork
+    monkeypatch.setattr(inference, "_in_a_fork", lambda *given, **more: forks.append(1) or fork(*given, **more))
+    monkeypatch.setattr(inference, "_answer", waits)
+    found, _ = _inferred(_model(MATMULS, []), ask=False)
+    assert found["y"].shape == ir.Shape(["b", 64])
+    assert forks == [1], "what is told in one turn is not asked again"
 
 
 def test_inference_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
