@@ -6,7 +6,8 @@ Invariant, for the main graph, the body of every If, Loop and Scan, and every mo
 2. Every value has one definition in its graph (input, initializer or node output), and every name that is read has one
    there or in a graph around it. Order and cycles: `store.load_model`, which sorts.
 3. Every node has an operator and outputs; where ONNX knows the operator, as many inputs and outputs as that takes, none
-   of the required ones left out, and attributes of the right types with the required ones among them.
+   of the required ones left out, and attributes of the right types with the required ones among them. Attributes that
+   count something are 1 at least.
 4. Every domain that nodes are of has one version; ONNX's own is named.
 5. Functions do not call themselves, and all of them put in place of their calls stay within bounds.
 6. Types that the file declares exist.
@@ -33,6 +34,8 @@ _HELD = {_Attribute.TENSOR: "t", _Attribute.GRAPH: "g", _Attribute.SPARSE_TENSOR
 _ALIAS = "ai.onnx"
 # Inputs that hold one number. ONNX Runtime reads it without asking whether it is there, and a process may die of that.
 _SINGLE = {"Loop": (0, 1), "If": (0,), "Range": (0, 1, 2), "TopK": (1,), "OneHot": (1,), "CumSum": (1,)}
+# Attributes that count something and are 1 at least: kernels divide by some of them, and a process dies of a 0.
+_COUNTS = {"group", "strides", "dilations", "kernel_shape", "blocksize", "num_groups", "num_outputs"}
 
 Imports = dict[str, int]
 
@@ -205,6 +208,8 @@ def _check_node(node: onnx.NodeProto, scope: _Scope, model: _Model) -> None:
     _distinct([attribute.name for attribute in node.attribute], f"node {where}: attribute")
     for attribute in node.attribute:
         _check_attribute(attribute, f"node {where}: attribute {attribute.name!r}", scope, model)
+        if domain in ("", "com.microsoft") and attribute.name in _COUNTS:
+            _check_count(attribute, f"node {where}: attribute {attribute.name!r}")
     function = model.functions.get((domain, node.op_type, node.overload))
     if function is not None:
         _check_call(node, function, where, model)
@@ -241,6 +246,12 @@ def _check_attribute(attribute: onnx.AttributeProto, where: str, scope: _Scope, 
         _check_graph(graph, where, scope, model)
     for given in [attribute.tp] if kind == _Attribute.TYPE_PROTO else attribute.type_protos:
         _check_type(given, where)
+
+
+def _check_count(attribute: onnx.AttributeProto, where: str) -> None:
+    numbers = [attribute.i] if attribute.type == _Attribute.INT and not attribute.ref_attr_name else attribute.ints
+    if any(number < 1 for number in numbers):
+        raise UserError(f"{where} is {min(numbers)}, and must be 1 at least; {_AGAIN}")
 
 
 @lru_cache(maxsize=4096)

@@ -401,6 +401,24 @@ def value_doubled_forty_times(model: onnx.ModelProto) -> None:
     model.graph.output.append(helper.make_tensor_value_info("d40", TensorProto.INT64, None))
 
 
+@damage(r"node ConvTranspose 'up': attribute 'group' is 0, and must be 1 at least")
+def no_groups(model: onnx.ModelProto) -> None:
+    """Found by fuzzing: ONNX Runtime died of the division."""
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((8, 4, 3, 3), np.float32), "kernel"))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((1, 8, 5, 5), np.float32), "picture"))
+    model.graph.node.append(helper.make_node("ConvTranspose", ["picture", "kernel"], ["wide"], name="up", group=0))
+    model.graph.output.append(helper.make_tensor_value_info("wide", TensorProto.FLOAT, None))
+
+
+@damage(r"node MaxPool 'down': attribute 'strides' is -1, and must be 1 at least")
+def backward_strides(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((1, 8, 5, 5), np.float32), "picture"))
+    model.graph.node.append(
+        helper.make_node("MaxPool", ["picture"], ["few"], name="down", kernel_shape=[2, 2], strides=[2, -1])
+    )
+    model.graph.output.append(helper.make_tensor_value_info("few", TensorProto.FLOAT, None))
+
+
 @damage(r"node If 'n_If\d+': input 'c9' is empty, and must hold a number")
 def condition_of_no_element(model: onnx.ModelProto) -> None:
     """Found by fuzzing: ONNX Runtime died of an empty trip count of a Loop."""
