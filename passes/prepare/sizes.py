@@ -130,10 +130,10 @@ def _broadcast(a: Size, b: Size) -> Size | None:
 
 
 def _state_sizes(model: ir.Model) -> None:
-    """Numbers into the shapes of what Tile, Expand and Transpose give."""
+    """Numbers into the shapes of what Tile, Expand and Transpose give. Graph outputs keep what the file says."""
     for node in model.graph:
         stated = _stated(node)
-        if stated is None:
+        if stated is None or node.outputs[0].is_graph_output():
             continue
         value = node.outputs[0]
         known = list(value.shape) if value.shape is not None else [ir.SymbolicDim(None)] * len(stated)
