@@ -90,14 +90,21 @@ def _rows(
     """(packed unsigned codes (N, bytes), scales (N, blocks), zero points (N, blocks) or None) of a (K, N) weight."""
     scales = np.ascontiguousarray(constant(scale).numpy().T)
     n, blocks = scales.shape
-    array = unpacked(codes, n)
-    if zero_point is None:
-        array = (array.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)  # MatMulNBits's own middle
+    array = _unsigned(codes, n, bits)
     padded = np.zeros((n, blocks * block_size), np.uint8)
     padded[:, : array.shape[0]] = array.T
     blob = padded if bits == 8 else pack_nibbles(padded).reshape(n, -1)
-    zeros = None if zero_point is None else np.ascontiguousarray(unpacked(zero_point, n).astype(np.uint8).T)
+    zeros = None if zero_point is None else np.ascontiguousarray(_unsigned(zero_point, n, bits).T)
     return blob, scales, zeros
+
+
+def _unsigned(value: ir.Value, n: int, bits: int) -> npt.NDArray[np.uint8]:
+    """Codes or zero points (rows, n). Signed ones are moved up by half of all codes, both alike: their difference
+    stays, and where there are no zero points that is the one which the operators take for granted.
+    """
+    array = unpacked(value, n)
+    middle = 1 << (bits - 1) if array.dtype == np.int8 else 0
+    return np.asarray(array.astype(np.int16) + middle, np.uint8)
 
 
 def _bit_pack(zeros: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:

@@ -10,6 +10,7 @@ from onnx.reference import ReferenceEvaluator
 
 from qcompile.passes.formats import functions
 from qcompile.passes.formats.base import DOMAIN, pack_nibbles
+from qcompile.passes.formats.lower import lower
 from qcompile.runtime.sessions import run, session
 
 
@@ -19,11 +20,14 @@ def _bytes(codes: np.ndarray) -> np.ndarray:
     return (even[:, ::2] | even[:, 1::2] << 4).astype(np.uint8)
 
 
-def _table(v: int, k: int, block: int, bits: int, *, rank: int, index: type = np.int64) -> tuple[bytes, np.ndarray]:
-    """(model of one lookup, the decoded (V, K) table in float64)."""
+def _table(
+    v: int, k: int, block: int, bits: int, *, rank: int, index: type = np.int64, signed: bool = False, target: str = ""
+) -> tuple[bytes, np.ndarray]:
+    """(model of one lookup, lowered to a target if one is given, the decoded (V, K) table in float64)."""
     rng, groups = np.random.default_rng(v + 100 * k), -(-k // block)
-    codes = rng.integers(0, 1 << bits, (k, v)).astype(np.uint8)
-    zero = rng.integers(0, 1 << bits, (groups, v)).astype(np.uint8)
+    least, dtype = (-(1 << (bits - 1)), np.int8) if signed else (0, np.uint8)
+    codes = rng.integers(least, least + (1 << bits), (k, v)).astype(dtype)
+    zero = rng.integers(least, least + (1 << bits), (groups, v)).astype(dtype)
     scale = rng.uniform(0.01, 1, (groups, v)).astype(np.float32)
     group = np.arange(k) // block
     decoded = (codes.astype(np.float64) - zero[group]) * scale[group]
@@ -38,6 +42,8 @@ def _table(v: int, k: int, block: int, bits: int, *, rank: int, index: type = np
     graph = ir.Graph([indices], node.outputs, nodes=[node], initializers=values, opset_imports={"": 21}, name="g")
     model = ir.Model(graph, ir_version=10)
     functions.register(model, node.op_type)
+    if target:
+        lower(model, target)
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto)
     return proto.SerializeToString(), decoded.T
@@ -59,6 +65,22 @@ def test_every_row_by_both_of_its_indices(v, k, block, bits) -> None:
     """Odd and even vocabularies, partial groups; -V … -1 count from the end as Gather's do."""
     model, table = _table(v, k, block or k, bits, rank=1)
     _check(model, table, np.arange(-v, v))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 70),
+    st.sampled_from([16, 32, 64]),
+    st.sampled_from([(4, False), (8, False), (8, True)]),
+    st.sampled_from(["qcompile", "qdq", "matmulnbits"]),
+)
+@example(33, 64, 64, (8, True), "matmulnbits")
+def test_every_target_looks_up_the_same_rows(v, k, block, codes, target) -> None:
+    """Signed codes have signed zero points: `qdq` and `dynamic` write such tables."""
+    bits, signed = codes
+    model, table = _table(v, k, block, bits, rank=1, signed=signed, target=target)
+    _check(model, table, np.arange(v))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
