@@ -9,8 +9,7 @@ from qcompile.compiler.facts.census import Family, FloatConstant, census
 from qcompile.compiler.plan import ensuring
 from qcompile.passes.contract import Fact
 from qcompile.passes.formats import BY_NAME, by_operator
-from qcompile.passes.formats.base import DOMAIN, EMBEDDING, MICROSOFT, PRODUCT, Format, grouped_by
-from qcompile.passes.formats.functions import OUTLIER
+from qcompile.passes.formats.base import DOMAIN, EMBEDDING, MICROSOFT, PRODUCT, Operators, grouped_by
 from qcompile.passes.linears import CONVOLUTIONS, as_linear, find_embeddings, stored
 
 # Quantized products of ONNX itself: slots of (codes, scale, zero point), -1 where there is none.
@@ -87,8 +86,6 @@ def _weights(node: ir.Node) -> Iterator[Weight]:
     own = by_operator(node.op_type) if node.domain in (DOMAIN, MICROSOFT) else None
     if own is not None and node.op_type.startswith((PRODUCT, EMBEDDING)):
         yield _own(node, own)
-    elif node.op_type == OUTLIER:
-        yield _outlier(node)
     elif node.op_type == "MatMulNBits":
         yield _nbits(node)
     elif node.op_type == "GatherBlockQuantized":
@@ -134,7 +131,7 @@ def _left(constant: FloatConstant) -> Weight:
     return Weight(reader.name, reader.node.op_type, kind, _dims(tensor), form, False, reason, (tensor,))
 
 
-def _own(node: ir.Node, own: Format) -> Weight:
+def _own(node: ir.Node, own: Operators) -> Weight:
     """The weight of an operator of a format: of qcompile's, or one of com.microsoft that only it is lowered to."""
     weight, linear = own.read(node), node.op_type.startswith(PRODUCT)
     if weight is None:
@@ -142,12 +139,6 @@ def _own(node: ir.Node, own: Format) -> Weight:
     tensors = tuple(tensor for value in weight.values if (tensor := stored(value)) is not None)
     shape, kind = (weight.shape, "linear") if linear else (weight.shape[::-1], "embedding")
     return Weight(node.name or "", node.op_type, kind, shape, weight.form, True, "", tensors)
-
-
-def _outlier(node: ir.Node) -> Weight:
-    tensors = tuple(tensor for v in node.inputs[1:3] if v is not None and (tensor := stored(v)) is not None)
-    shape, form = _dims(tensors[0]), f"{tensors[0].dtype.name.lower()} per-column sym"
-    return Weight(node.name or "", node.op_type, "linear", shape, form, True, "", tensors)
 
 
 def _nbits(node: ir.Node) -> Weight:

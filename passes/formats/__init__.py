@@ -1,6 +1,7 @@
 """Weight formats: for each the ONNX functions that are its specification, and how it is put into a graph.
 
-A format is one file and one row of `FORMATS`; nothing else names it.
+A format is one file and one row of `FORMATS`; nothing else names it. Operators of a form that no recipe names, but a
+pass writes, are a row of `OTHERS`.
 """
 
 import inspect
@@ -12,13 +13,15 @@ import onnx_ir as ir
 from qcompile.passes.affine import Grid
 from qcompile.passes.errors import UserError
 from qcompile.passes.extensions import Table
-from qcompile.passes.formats.base import DOMAIN, Format, role
+from qcompile.passes.formats.base import DOMAIN, Format, Operators, role
+from qcompile.passes.formats.columns import StaticColumns
 from qcompile.passes.formats.integers import Int4, Int8
 from qcompile.passes.formats.mxfp4 import MXFP4
 from qcompile.passes.formats.nf4 import NF4
 
 FORMATS: tuple[Format, ...] = (Int4(), Int8(), NF4(), MXFP4())
-_OPERATORS = {name: own for own in FORMATS for name in (*own.operators, *own.foreign)}
+OTHERS: tuple[Operators, ...] = (StaticColumns(),)
+_OPERATORS = {name: own for own in (*FORMATS, *OTHERS) for name in (*own.operators, *own.foreign)}
 
 
 def _check(own: Format) -> None:
@@ -50,9 +53,11 @@ def named(name: str) -> Format:
     return BY_NAME.required(name)
 
 
-def by_operator(op_type: str) -> Format | None:
-    """The format of an operator of its own, or of com.microsoft that is made of its products alone."""
-    found = [_OPERATORS[op_type]] if op_type in _OPERATORS else _operators_outside().get(op_type, [])
+def by_operator(op_type: str) -> Operators | None:
+    """What an operator of the domain, or one of com.microsoft that is made of such alone, belongs to."""
+    if op_type in _OPERATORS:
+        return _OPERATORS[op_type]
+    found = _operators_outside().get(op_type, [])
     if len(found) > 1:
         told = " and ".join(f"{own.name} of {BY_NAME.origin(own.name)}" for own in found)
         raise UserError(f"operator {op_type} is that of two weight formats, {told}: uninstall one of them")
@@ -69,7 +74,7 @@ def _operators_outside() -> Mapping[str, list[Format]]:
     return found
 
 
-def format_of(node: ir.Node) -> Format | None:
+def format_of(node: ir.Node) -> Operators | None:
     """The format of the weight that a node of domain qcompile reads; None for any other node."""
     return by_operator(node.op_type) if node.domain == DOMAIN else None
 

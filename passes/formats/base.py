@@ -75,28 +75,20 @@ class Stored:
 Cache = dict[tuple[ir.Value, str], list[ir.Value]]
 
 
-class Format(ABC):
-    """A weight format: its grid, its operators, what is stored, and what becomes of it for other runtimes.
+class Operators(ABC):
+    """Operators of the domain that read weights of one form, and what becomes of them for other runtimes.
 
-    name: how recipes call it. kinds, words: the names of its operators begin with the one and end in the other; `word`
-    says which a grid has. bits: of a code. native: the words whose products the kernel library has, where it has a row
-    for them (runtime/kernels/formats.h); of the others the bodies run.
+    name: of the form. kinds, words: the names of the operators begin with the one and end in the other. native: the
+    words whose products the kernel library has, where it has a row for them (runtime/kernels/formats.h); of the others
+    the bodies run.
     foreign: operators of com.microsoft that `lower` makes of its products and that no other format is read from.
     """
 
     name: ClassVar[str]
     words: ClassVar[Sequence[str]]
-    bits: ClassVar[int]
     native: ClassVar[Sequence[str]] = ()
     kinds: ClassVar[Sequence[str]] = (PRODUCT, BIASED, EMBEDDING)
     foreign: ClassVar[Sequence[str]] = ()
-
-    @abstractmethod
-    def grid(self, target: str) -> Grid:
-        """The grid of the keyword-only parameters that a recipe gives, as a target's operators have it.
-
-        UserError for values without a meaning.
-        """
 
     @abstractmethod
     def body(self, kind: str, word: str) -> onnx.FunctionProto:
@@ -106,6 +98,30 @@ class Format(ABC):
     def operators(self) -> dict[str, tuple[str, str]]:
         """(kind, word) of its operators by name."""
         return {kind + word: (kind, word) for word in self.words for kind in self.kinds}
+
+    @abstractmethod
+    def lower(self, model: ir.Model, node: ir.Node, cache: Cache) -> None:
+        """Make com.microsoft's operators of one of its nodes; a node left as it is has its body inlined."""
+
+    @abstractmethod
+    def read(self, node: ir.Node) -> Stored | None:
+        """The weight of a node of its own operators, or of a foreign one; None where it is no constant."""
+
+
+class Format(Operators):
+    """A weight format that a recipe names: its grid, what is stored, and its operators.
+
+    `word` says the end of whose names a grid has. bits: of a code.
+    """
+
+    bits: ClassVar[int]
+
+    @abstractmethod
+    def grid(self, target: str) -> Grid:
+        """The grid of the keyword-only parameters that a recipe gives, as a target's operators have it.
+
+        UserError for values without a meaning.
+        """
 
     def word(self, spec: Grid) -> str:
         """The end of the names of the operators that read codes of a grid."""
@@ -126,14 +142,6 @@ class Format(ABC):
     def refusal(self, target: str, spec: Grid, k: int) -> str:
         """Why a target has no operator for the products of a (k, N) weight, and what to do; empty where it has one."""
         return ""
-
-    @abstractmethod
-    def lower(self, model: ir.Model, node: ir.Node, cache: Cache) -> None:
-        """Make com.microsoft's operators of one of its nodes; a node left as it is has its body inlined."""
-
-    @abstractmethod
-    def read(self, node: ir.Node) -> Stored | None:
-        """The weight of a node of its own operators, or of a foreign one; None where it is no constant."""
 
     def looks_up(self, levels: npt.NDArray[Any]) -> bool:
         """Whether its bodies look codes up in this table."""

@@ -20,34 +20,18 @@ GatherInt… look up whole matrices, those of experts, along axis 0; blocks lie 
 An embedding reads columns of the very tensor that a tied lm_head multiplies with, so both can share one copy; 4-bit
 tables are read as bytes because ONNX Runtime gathers no 4-bit types.
 """
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,valid-type,misc,untyped-decorator"
 
 from functools import cache
 
 import onnx
 import onnx_ir as ir
-import onnxscript
-from onnxscript import INT64
-from onnxscript import opset21 as op
 
 from qcompile.passes.formats import by_operator, format_of
-from qcompile.passes.formats.base import DOMAIN, OPSET, PRODUCT, VERSION
-
-# The product whose scale is that of whole columns, not of blocks.
-OUTLIER = "MatMulInt8Outlier"
-
-
-@onnxscript.script(OPSET, default_opset=op)
-def MatMulInt8Outlier(x, w, scale, x_scale, x_zero_point, channels: INT64, w_outlier):
-    rest = op.DequantizeLinear(op.QuantizeLinear(x, x_scale, x_zero_point), x_scale, x_zero_point)
-    product = op.MatMul(rest, op.DequantizeLinear(w, scale, axis=1))
-    return op.Add(product, op.MatMul(op.Gather(x, channels, axis=-1), w_outlier))
+from qcompile.passes.formats.base import DOMAIN, PRODUCT, VERSION
 
 
 @cache
 def _proto(name: str) -> bytes:
-    if name == OUTLIER:
-        return bytes(MatMulInt8Outlier.to_function_proto().SerializeToString())
     own = by_operator(name)
     if own is None:
         raise KeyError(name)

@@ -9,12 +9,13 @@ import onnx_ir as ir
 from qcompile.passes.base import IntegerNodes, IntegerPass, Reason, Region
 from qcompile.passes.contract import Fact
 from qcompile.passes.formats.base import drop_weight
+from qcompile.passes.formats.columns import Columns
 from qcompile.passes.graph import add_initializer, insert_before
 from qcompile.passes.inner import int8, quantize_inner
 from qcompile.passes.linears import LEFT, Linear, constant, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
+from qcompile.passes.qdq.columns import split_weight, told
 from qcompile.passes.qdq.embeddings import quantize_embeddings
-from qcompile.passes.qdq.outlier_emit import add_outliers, masked, split_weight, told
 from qcompile.passes.qdq.providers import RULES, Rule, rule_of
 from qcompile.passes.qdq.selection import is_head, products
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore
@@ -83,19 +84,20 @@ class Dynamic(IntegerPass):
                 self._weight_alone(node, store, RULES["MatMul"])
                 continue
             remember(node)
-            marked = node_state(node).outliers
+            marked, form = node_state(node).outliers, f"{self.grid} dynamic, uint8 asym"
             set_node(node, outliers=None)
-            x = linear.activation if marked is None else masked(model, linear, marked)
+            columns = None if marked is None else Columns(form, marked.channels)
+            x = linear.activation if columns is None else columns.masked(model, linear)
             if x not in codes:
                 codes[x] = _quantize(node, x, constant(linear.weight).dtype)
-            if marked is not None:  # Case 3
-                stored, outlying = split_weight(model, linear, marked, self.grid)
+            if columns is not None:  # Case 3
+                stored, outlying = split_weight(model, linear, columns, self.grid)
                 _replace(model, linear, stored, codes[x])
-                add_outliers(model, linear, marked, outlying)
-                told(linear, stored, outlying, f"{self.grid} dynamic, uint8 asym", self.decide)
+                columns.add(model, linear, outlying)
+                told(linear, stored, outlying, columns, self.decide)
                 continue
             stored = store.store(linear.weight, linear.read(), 1, transposed=linear.transposed)
-            self._told(node, stored, f"{self.grid} dynamic, uint8 asym")
+            self._told(node, stored, form)
             _replace(model, linear, stored, codes[x])
         for node, reason in kept.items():
             self.decide(node.name or "", "kept", reason, kind=node.op_type, weights=0, weight=node.name)

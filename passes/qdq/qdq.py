@@ -22,8 +22,8 @@ from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.biases import bias_behind, has_endless_bias, quantize_bias, settle_bias
+from qcompile.passes.qdq.columns import replace_static
 from qcompile.passes.qdq.embeddings import quantize_embeddings
-from qcompile.passes.qdq.outlier_emit import replace_outlier
 from qcompile.passes.qdq.providers import TYPES, Rule
 from qcompile.passes.qdq.ranges import bounds_of, grid_of, shared
 from qcompile.passes.qdq.selection import Selection, inputs_of, quantized_output, select, weight_position
@@ -233,7 +233,7 @@ class Qdq(IntegerPass):
         for node, rule in selection.nodes.items():
             x = node.inputs[0]
             if node_state(node).outliers is not None:
-                replace_outlier(model, node, self.grid, self.spec, self.decide)
+                replace_static(model, node, self.grid, self.spec, self.decide)
                 continue
             if weight_position(node) is None or x is None:
                 self.decide(

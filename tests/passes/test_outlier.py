@@ -17,23 +17,24 @@ from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.functions import OUTLIER, body
+from qcompile.passes.formats.columns import Columns
+from qcompile.passes.formats.functions import body
 from qcompile.passes.linears import as_linear
 from qcompile.passes.observers.extremes import MinMax
 from qcompile.passes.observers.kept_channels import Rest
 from qcompile.passes.outlier import Outlier
 from qcompile.passes.policy import Policy
 from qcompile.passes.proxies import guessed
-from qcompile.passes.qdq.outlier_emit import split_weight
+from qcompile.passes.qdq.columns import split_weight
 from qcompile.passes.qdq.outliers import choose
 from qcompile.passes.qdq.weights import SPEC, WeightGrid
 from qcompile.passes.spec import ActivationSpec
-from qcompile.passes.state import Outliers
 from qcompile.passes.statistics import Statistics
 
 POLICY = Policy(SPEC, None, None)
 K, LOUD = 96, (7, 50)
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
+OUTLIER = "MatMulInt8Outlier"
 SPLIT = "outlier(most=0.05,threshold=0.3)"
 
 
@@ -345,8 +346,8 @@ def test_codes_are_for_the_scales_that_are_stored(size) -> None:
     w = (np.random.default_rng(3).standard_normal((K, 24)) * size).astype(np.float16).astype(np.float32)
     b = Builder(opset=21, dtype="fp16")
     model = b.model({"y": b.MatMul(b.input("x", b.dtype, ["b", K]), b.weight("w", w), name="linear")})
-    own = Outliers(np.array(LOUD), Rest("x", MinMax("x.rest"), np.delete(np.arange(K), LOUD)))
-    stored, _ = split_weight(model, as_linear(model.graph.node("linear")), own, WeightGrid())
+    linear = as_linear(model.graph.node("linear"))
+    stored, _ = split_weight(model, linear, Columns("int8", np.array(LOUD)), WeightGrid())
     scale = stored.scale.const_value.numpy().astype(np.float32)
     assert (scale > 0).all()
     w[list(LOUD)] = 0
