@@ -18,7 +18,7 @@ STAMP := .venv/.installed
 WORKERS ?= --numprocesses auto --dist loadfile
 PYTEST_ARGS ?=
 
-.PHONY: demo test fuzz test-slow lint types wheel clean
+.PHONY: demo test fuzz mutants test-slow lint types wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -34,6 +34,13 @@ FUZZ_CASES ?= 1000000000
 fuzz: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m fuzz.run --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --first $(FUZZ_FIRST) \
 	    --cases $(FUZZ_CASES) --keep fuzz-failures
+
+# How many small faults in passes/ the tests see; which tests run which lines is kept in build/mutation/.
+MUTANTS ?= 120
+MUTANTS_SEED ?= 0
+mutants: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[mutation]" $(addprefix --config-settings=,$(KERNELS))
+	PYTHONPATH=tests:benchmarks $(BIN)/python -m mutation.run --number $(MUTANTS) --seed $(MUTANTS_SEED)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -1,0 +1,1 @@
+"""How many planted faults the tests catch: mutants of passes/, each against the tests that run its line."""

@@ -1,0 +1,125 @@
+"""tests/mutation/: which faults are planted, which are seen and which not, and the share that the tests catch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("cosmic_ray", reason="pip install -e .[mutation]")
+
+from mutation import run
+from mutation.mutants import Mutant, mutants
+from mutation.record import Record
+
+_ROUNDING = "passes/rounding.py"
+_TYPES = '''"""Text."""
+from functools import cache
+Pair = dict[str, int | float]
+
+@cache
+def f(x: int | None, *, y: "Pair | None" = None) -> int | float:
+    assert x > 0
+    raise ValueError(f"{x + 1}")
+'''
+
+
+def _changed(text: str) -> set[str]:
+    return {line for one in mutants("x.py", text) for line in one.changed(text) if line[0] == "+"}
+
+
+def test_types_errors_and_caches_are_left_alone() -> None:
+    assert _changed(_TYPES) == set()
+
+
+@pytest.mark.parametrize(
+    ("line", "faults"),
+    [
+        ("y = a + 1", {"+y = a - 1", "+y = a + 2", "+y = a + 0"}),
+        ("y = a < b", {"+y = a <= b"}),
+        ("y = a and not b", {"+y = a or not b", "+y = a and  b"}),
+        ("f(*a, **b)", set()),
+        ("def f(a, *, b): return -a", {"+def f(a, *, b): return a"}),
+    ],
+)
+def test_faults_of_a_line(line: str, faults: set[str]) -> None:
+    assert _changed(line + "\n") == faults
+
+
+def test_a_fault_is_in_the_lines_of_its_statement() -> None:
+    text = "LEAST = 1\ndef f(a=2):\n    if (a and\n        f(a)):\n        return g(a,\n            3)\n"
+    found = {one.start[0]: one.lines for one in mutants("x.py", text)}
+    assert found == {1: None, 2: None, 3: (3, 4), 6: (5, 6)}
+
+
+def test_every_mutant_is_python_and_differs() -> None:
+    path = run.ROOT / _ROUNDING
+    text = path.read_text("utf-8")
+    found = list(mutants(_ROUNDING, text))
+    assert len(found) > 20
+    for mutant in found:
+        compile(mutant.source(text), _ROUNDING, "exec")
+        assert mutant.source(text) != text
+
+
+def test_a_sample_is_decided_by_its_seed() -> None:
+    found = list(mutants(_ROUNDING, (run.ROOT / _ROUNDING).read_text("utf-8")))
+    assert run.sample(found, 20, 3) == run.sample(found, 20, 3) != run.sample(found, 20, 4)
+    assert len({one.place for one in run.sample(found, 20, 3)}) == 20
+
+
+_PLANT = """
+import sys
+from mutation.forked import ROOT, in_fork
+from mutation.run import Chosen
+text = (ROOT / "passes/affine.py").read_text("utf-8")
+found = "    return np.repeat(per_group, "
+assert found in text
+fault = ("passes/affine.py", text.replace(found, sys.argv[1] + found))
+test = "tests/passes/test_affine.py::test_dequantize_is_code_minus_zero_times_scale"
+code, seconds, said = in_fork(["tests/passes/test_affine.py"], Chosen([test]), limit=4, fault=fault)
+print(code, "1 passed" in said, "1 failed" in said)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen"),
+    [
+        ("    per_group = per_group + 0\n", "0 True False"),
+        ("    per_group = per_group + 1\n", "1 False True"),
+        ("    while True: pass\n", "None False False"),
+        ("    __import__('os').abort()\n", "None False False"),
+    ],
+)
+def test_the_watcher_tells_harmless_faults_from_others(fault: str, seen: str) -> None:
+    paths = os.pathsep.join(str(run.ROOT / folder) for folder in ("tests", "benchmarks"))
+    command = [sys.executable, "-c", _PLANT, fault]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.stdout.strip() == seen, done.stderr
+
+
+def test_tests_are_chosen_by_the_lines_that_they_run() -> None:
+    path = "passes/awq.py"
+    own = Record({}, {"tests/passes/test_awq.py::a": 1.0, "tests/passes/test_awq.py::b": 9.0}, {path: {"5": 3, "6": 2}})
+    other = Record({}, {"tests/test_graphs.py::c": 0.5}, {path: {"5": 1}})
+    ids = [*own.seconds, *other.seconds]
+    for line, budget, wanted in [
+        (5, 20, ids),
+        (5, 10, ids[:2]),
+        (5, 0, ids[:1]),
+        (6, 20, ids[1:2]),
+        (7, 20, []),
+        (0, 20, ids),
+    ]:
+        mutant = Mutant(path, "AddNot", 0, (line, 0), (line, 9), (line, line) if line else None)
+        assert run.chosen(mutant, [other, own], budget=budget) == wanted
+
+
+@pytest.mark.slow
+def test_nine_faults_of_ten_are_caught() -> None:
+    paths = os.pathsep.join(str(run.ROOT / folder) for folder in ("tests", "benchmarks"))
+    command = [sys.executable, "-m", "mutation.run"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
