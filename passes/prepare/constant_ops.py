@@ -62,6 +62,8 @@ def _reshape(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
         return None
     if not node.attributes.get_int("allowzero", 0):
         wanted = [source.shape[i] if size == 0 else size for i, size in enumerate(wanted)]
+    if wanted.count(-1) > 1:
+        return None
     known = prod(size for size in wanted if size != -1)
     shape = tuple(prod(source.shape) // known if size == -1 else size for size in wanted)
     return _shaped(source, shape)
@@ -78,7 +80,7 @@ def _squeeze(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     if "axes" in node.attributes:  # before opset 13
         return None
     rank = len(source.shape)
-    gone = [i for i, n in enumerate(source.shape) if n == 1] if axes is None else [axis_of(axis, rank) for axis in axes]
+    gone = [axis_of(axis, rank) for axis in axes] if axes else [i for i, n in enumerate(source.shape) if n == 1]
     return _shaped(source, tuple(size for i, size in enumerate(source.shape) if i not in gone))
 
 
@@ -88,11 +90,15 @@ def _unsqueeze(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None
         return None
     rank = len(source.shape) + len(axes)
     new, left = {axis_of(axis, rank) for axis in axes}, iter(source.shape)
+    if len(new) < len(axes):
+        return None
     return _shaped(source, tuple(1 if i in new else next(left) for i in range(rank)))
 
 
 def _flatten(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     source, axis = _first(operands), node.attributes.get_int("axis", 1) or 0
+    if abs(axis) > len(source.shape):
+        return None
     axis = axis % len(source.shape) if axis < 0 else axis
     return _shaped(source, (prod(source.shape[:axis]), prod(source.shape[axis:])))
 
