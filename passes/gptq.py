@@ -14,6 +14,7 @@ from qcompile.passes.algebra import damped, inverse_factor
 from qcompile.passes.base import Decision, Pass, Region
 from qcompile.passes.contract import Fact, Reads
 from qcompile.passes.errors import UserError
+from qcompile.passes.formats.columns import coded
 from qcompile.passes.held import NOT_CONFIRMED, too_few
 from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.policy import Policy
@@ -165,7 +166,7 @@ class Gptq(Pass):
 
     def _round(self, linears: list[Linear], spec: Grid, statistics: Statistics) -> list[_Rounded]:
         """Round the weights that share an input side by side: columns do not affect each other."""
-        wanted = np.concatenate([linear.read() for linear in linears], axis=1)
+        wanted = np.concatenate([coded(linear) for linear in linears], axis=1)
         others: list[Fit] = [lambda rows: round_to_nearest(wanted, spec, rows)]
         if not spec.fine:  # else `pack` and `qdq` do not clip
             others.append(lambda rows: round_with_clip(wanted, spec, rows))

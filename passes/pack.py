@@ -14,6 +14,7 @@ from qcompile.passes.bodies import body_nodes
 from qcompile.passes.contract import Fact
 from qcompile.passes.formats import emit
 from qcompile.passes.formats.base import Tensors
+from qcompile.passes.formats.columns import Columns, coded
 from qcompile.passes.formats.decoded import Coded
 from qcompile.passes.graph import is_constant
 from qcompile.passes.inner import Chosen, quantize_inner
@@ -22,6 +23,7 @@ from qcompile.passes.linears import (
     Embedding,
     Linear,
     as_linear,
+    constant,
     find_embeddings,
     find_linears,
     vocabulary_size,
@@ -44,12 +46,13 @@ class Pack(Pass):
     Case 2: with statistics, ranges are clipped by E[x²]-weighted search where that lowers the exact output error.
     Case 3: otherwise plain rounding to nearest on the range of each group.
     Case 4: a weight that several nodes share, a tied embedding among them, is stored once.
+    Case 7: a linear that `outlier` marked: codes of the other channels, and a float product of these (`Columns`).
     target: the operators of the output, as the option --target; None leaves it to that option.
     """
 
     name: ClassVar[str] = "pack"
     ensures: ClassVar[Set[Fact]] = frozenset({Fact.PACKED})
-    takes: ClassVar[Set[Fact]] = frozenset({Fact.FLOAT, Fact.CLIP, Fact.CODES})
+    takes: ClassVar[Set[Fact]] = frozenset({Fact.FLOAT, Fact.CLIP, Fact.CODES, Fact.OUTLIERS})
     families: ClassVar[tuple[str, ...]] = ("MatMul",)
 
     def __init__(self, policy: Policy, *, target: Literal["qcompile", "matmulnbits", "qdq"] | None = None) -> None:
@@ -139,7 +142,7 @@ class Pack(Pass):
             if known is not None and known.spec == spec:
                 return known
             rounding = round_to_nearest if state.clip is False else round_with_clip
-            return rounding(linear.read(), spec, region.statistics.get(linear.activation))
+            return rounding(coded(linear), spec, region.statistics.get(linear.activation))
 
         with ThreadPoolExecutor(_THREADS) as pool:
             return dict(zip(jobs, pool.map(one, jobs), strict=True))
@@ -147,11 +150,23 @@ class Pack(Pass):
     def _pack_linear(
         self, region: Region, linear: Linear, spec: Grid, rounded: dict[_Key, Quantized], told: str
     ) -> None:
-        key = (linear.weight, spec, linear.transposed)
+        key, columns = (linear.weight, spec, linear.transposed), Columns.of(linear, str(spec))
         quantized, tensors = _stored(region.model, *key, lambda: rounded[key])
-        set_node(linear.node, reference=(linear.read(), quantized))
+        reference = (coded(linear), quantized)
+        set_node(linear.node, reference=reference, outliers=None)
+        if columns is None:
+            emit.replace_matmul(region.model, linear, spec, tensors)
+            self._quantized(linear, spec, linear.shape[0], tensors, told)
+            return
+        outlying, place = columns.outlying(region.model, linear), region.nodes.index(linear.node)  # Case 7
         emit.replace_matmul(region.model, linear, spec, tensors)
-        self._quantized(linear, spec, linear.shape[0], tensors, told)
+        made = columns.add(region.model, linear, outlying)
+        self._quantized(linear, spec, linear.shape[0], tensors, told, columns, constant(outlying).nbytes)
+        # The name and what is to be checked go with the packed product.
+        made[0].name, linear.node.name = linear.name, f"{linear.name}.sum"
+        set_node(made[0], reference=reference)
+        set_node(linear.node, reference=None)
+        region.nodes[place:place] = made
 
     def _pack_embedding(self, model: ir.Model, embedding: Embedding, spec: Grid) -> None:
         # A table (V, K) is the transpose of the (K, V) weight that a tied lm_head multiplies with.
@@ -163,17 +178,28 @@ class Pack(Pass):
         emit.replace_embedding(model, embedding, spec, tensors)
         self._quantized(embedding, spec, embedding.shape[1], tensors)
 
-    def _quantized(self, site: Linear | Embedding, spec: Grid, k: int, tensors: Tensors, told: str = "") -> None:
+    def _quantized(
+        self,
+        site: Linear | Embedding,
+        spec: Grid,
+        k: int,
+        tensors: Tensors,
+        told: str = "",
+        columns: Columns | None = None,
+        extra: int = 0,
+    ) -> None:
+        """extra: bytes of what stays in float."""
+        added = columns.extra_bits(site) if columns is not None and isinstance(site, Linear) else 0.0
         self.decide(
             site.name,
             "quantized",
-            Reason(str(spec), told),
+            Reason(str(columns or spec), told),
             format=spec.format,
             kind="MatMul" if isinstance(site, Linear) else "Gather",
             weights=int(np.prod(site.shape)),
             weight=_weight_name(site),
-            bytes=tensors.nbytes,
-            bits_per_weight=spec.bits_per_weight(k),
+            bytes=tensors.nbytes + extra,
+            bits_per_weight=spec.bits_per_weight(k) + added,
         )
 
 

@@ -67,10 +67,13 @@ class Twin:
 
 @dataclass(frozen=True, eq=False)
 class Outliers:
-    """Channels of an activation that stay in float. channels: int64 (k,), ascending. rest: observer of the others."""
+    """Channels of an activation that stay in float. channels: int64 (k,), ascending.
+
+    rest: observer of the others; None where activations are not rounded.
+    """
 
     channels: npt.NDArray[np.int64]
-    rest: Observer
+    rest: Observer | None = None
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import onnx_ir as ir
 from qcompile.passes.base import STATIC
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.base import DOMAIN, PRODUCT, become, drop_weight
-from qcompile.passes.formats.columns import Columns, StaticColumns, once
+from qcompile.passes.formats.columns import Columns, once
 from qcompile.passes.formats.functions import register
+from qcompile.passes.formats.static_columns import StaticColumns
 from qcompile.passes.graph import Decide, add_initializer
 from qcompile.passes.linears import Linear, as_linear, constant
 from qcompile.passes.observers.base import Observer
@@ -28,6 +29,7 @@ def replace_static(model: ir.Model, node: ir.Node, grid: WeightGrid, spec: Activ
     set_node(node, outliers=None)
     assert isinstance(linear, Linear)
     assert isinstance(own, Outliers)
+    assert own.rest is not None
     columns, read = Columns(f"{grid} static, {spec}", own.channels), node.inputs[1]
     stored, outlying = split_weight(model, linear, columns, grid)
     inputs = [linear.activation, stored.codes, stored.scale, *_grid(model, linear, own.rest, spec)]

@@ -20,7 +20,7 @@ from qcompile.passes.qdq.providers import RULES, Rule, rule_of
 from qcompile.passes.qdq.selection import is_head, products
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore
 from qcompile.passes.spec import ActivationSpec
-from qcompile.passes.state import node_state, remember, set_node
+from qcompile.passes.state import remember, set_node
 
 
 class Dynamic(IntegerPass):
@@ -84,9 +84,9 @@ class Dynamic(IntegerPass):
                 self._weight_alone(node, store, RULES["MatMul"])
                 continue
             remember(node)
-            marked, form = node_state(node).outliers, f"{self.grid} dynamic, uint8 asym"
+            form = f"{self.grid} dynamic, uint8 asym"
+            columns = Columns.of(linear, form)
             set_node(node, outliers=None)
-            columns = None if marked is None else Columns(form, marked.channels)
             x = linear.activation if columns is None else columns.masked(model, linear)
             if x not in codes:
                 codes[x] = _quantize(node, x, constant(linear.weight).dtype)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,52 @@ class Choice:
     noise: float
 
 
+class Judge(Protocol):
+    """Chooses the channels that stay in float, and judges them by rows that it has not seen.
+
+    reach (K,): largest magnitude of each channel. power (K,): its mean square.
+    """
+
+    def choose(self, reach: Array, power: Array, *, most: int, threshold: float) -> Choice:
+        """At most so many channels."""
+
+    def noise(self, channels: npt.NDArray[np.int64], reach: Array, power: Array) -> float:
+        """Noise with these channels in float, over that without."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded(Judge):
+    """Where the activation is rounded to 8 bits as all `weights` (K, N) are that multiply it."""
+
+    weights: Sequence[Array]
+
+    def choose(self, reach: Array, power: Array, *, most: int, threshold: float) -> Choice:
+        return choose(reach, power, self.weights, most=most, threshold=threshold)
+
+    def noise(self, channels: npt.NDArray[np.int64], reach: Array, power: Array) -> float:
+        return noise_of(channels, reach, power, self.weights)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightsAlone(Judge):
+    """Where the activation stays in float. errors (K,): squared rounding errors of each row, over all columns.
+
+    Errors of rows are taken as independent: their noise is Σ power_k · errors_k. That the scales of what stays become
+    smaller with what they are shared with is not counted.
+    """
+
+    errors: _Floats
+
+    def choose(self, reach: Array, power: Array, *, most: int, threshold: float) -> Choice:
+        noise = self.errors * power
+        order = np.argsort(-noise, kind="stable")[: most + 1]
+        return _cheapest(order, _left(noise, order), threshold)
+
+    def noise(self, channels: npt.NDArray[np.int64], reach: Array, power: Array) -> float:
+        noise = self.errors * power
+        return float(np.delete(noise, channels).sum() / noise.sum()) if noise.any() else 1.0
+
+
 def choose(reach: Array, power: Array, weights: Sequence[Array], *, most: int, threshold: float) -> Choice:
     """The channels that stay in float of an activation which all `weights` (K, N) multiply.
 
@@ -38,7 +85,11 @@ def choose(reach: Array, power: Array, weights: Sequence[Array], *, most: int, t
     energy = row_power(weights)
     steps = 2 * reach[order].astype(np.float64) / _ACTIVATION_STEPS
     spread = np.sum([_spread(w, order[:-1]) for w in weights], axis=0)
-    noise = (steps**2 * _left(energy, order) + _left(power, order) * spread) / 12
+    return _cheapest(order, (steps**2 * _left(energy, order) + _left(power, order) * spread) / 12, threshold)
+
+
+def _cheapest(order: npt.NDArray[np.int64], noise: _Floats, threshold: float) -> Choice:
+    """As many channels of the order as make noise / (1 - threshold) ** cost least; noise: with 0, 1, … of them out."""
     if not noise[0] > 0:
         return Choice(np.zeros(0, np.int64), 1.0)
     prices = np.array([price(count) for count in range(len(order))]) * -np.log1p(-threshold)

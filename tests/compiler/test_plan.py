@@ -57,7 +57,7 @@ def test_prepare_comes_first_and_the_order_is_kept(passes: str, built: list[str]
         ("qdq,pack", r"passes 'qdq' and 'pack' both quantize the weights: choose one"),
         ("qdq,fuse", r"pass 'fuse' must stand behind pack: add it to --passes before fuse"),
         ("dynamic,bias_correction", r"pass 'bias_correction' must stand behind qdq: add it to --passes before bias_c"),
-        ("outlier,pack", r"pass 'outlier' must be followed by qdq or dynamic: add it to --passes behind outlier"),
+        ("outlier", r"pass 'outlier' must be followed by pack or qdq or dynamic: add it to --passes behind outlier"),
         ("awq,qdq", r"pass 'awq' must be followed by pack: add it to --passes behind awq"),
         ("pack,gptq", r"pass 'gptq' must be followed by pack or qdq or dynamic: add it to --passes behind gptq"),
         ("smooth,awq", r"pass 'awq' must be followed by pack"),
@@ -79,7 +79,7 @@ def test_impossible_lists_are_told(passes: str, message: str) -> None:
 
 
 # Which lists make sense, told by names: the second way to say what follows from what passes declare.
-BEHIND = {"awq": {"pack"}, "gptq": {"pack", "qdq", "dynamic"}, "outlier": {"qdq", "dynamic"}}
+BEHIND = {"awq": {"pack"}, "gptq": {"pack", "qdq", "dynamic"}, "outlier": {"pack", "qdq", "dynamic"}}
 BEFORE = {"fuse": {"pack"}, "bias_correction": {"qdq"}}
 QUANTIZING, ON_FLOATS = {"pack", "qdq", "dynamic"}, {"smooth", "awq", "gptq", "outlier"}
 
