@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -35,6 +36,9 @@ from qcompile.passes.statistics import Statistics
 # Rows rounded one by one before the rest follows in one matrix product.
 _BLOCK = 32
 _THREADS = 2
+# For each direction that rows lie in, so many channels and rows make it one of few: of fewer channels, codes that keep
+# one direction give others away.
+_CHANNELS, _ROWS = 32, 8
 # The damping of endless data, and what is added by K / rows.
 _LEAST_DAMPING, _SHARE = 0.01, 0.5
 # A linear, the codes of its weight where they are kept, and what is told of it.
@@ -84,6 +88,27 @@ def default_damping(k: int, rows: int) -> float:
     Measured in docs/architecture.md: 0.01 after 2048 rows at K = 1536 is worse than rounding with clip.
     """
     return _LEAST_DAMPING + _SHARE * k / max(rows, 1)
+
+
+def round_by_rows(w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
+    """How `pack` rounds what `gptq` has not: the parameters of groups by the rows, codes to the nearest.
+
+    Case 1: the rows lie in few directions and show each often: a constant input, copies of one row. The clip search
+            takes channels as unrelated, and errors of channels that go together add up instead of cancelling: the whole
+            Gram matrix must tell, and so it does in error-compensated rounding, which leaves other directions their
+            precision by its damping. Kept where rows held aside confirm it.
+    Case 2: all others: `round_with_clip`.
+    """
+    if statistics is None or not _few_directions(statistics):
+        return round_with_clip(w, spec, statistics)
+    others: list[Fit] = [partial(rounding, w, spec) for rounding in (round_to_nearest, round_with_clip)]
+    found = fitted(w, statistics, lambda rows: ErrorCompensated()(w, spec, rows), others)
+    return found or round_with_clip(w, spec, statistics)
+
+
+def _few_directions(statistics: Statistics) -> bool:
+    most = min(len(statistics.gram) // _CHANNELS, statistics.rows // _ROWS)
+    return statistics.sample is not None and 1 <= statistics.directions(most) <= most
 
 
 class _Candidate:

@@ -16,6 +16,7 @@ from qcompile.passes.formats import emit
 from qcompile.passes.formats.base import Tensors
 from qcompile.passes.formats.columns import Columns, coded
 from qcompile.passes.formats.decoded import Coded
+from qcompile.passes.gptq import round_by_rows
 from qcompile.passes.graph import is_constant
 from qcompile.passes.inner import Chosen, quantize_inner
 from qcompile.passes.linears import (
@@ -30,7 +31,7 @@ from qcompile.passes.linears import (
 )
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.weights import WeightGrid, WeightStore
-from qcompile.passes.rounding import round_to_nearest, round_with_clip
+from qcompile.passes.rounding import round_to_nearest
 from qcompile.passes.spec import integers
 from qcompile.passes.state import set_node, set_weight, weight_state
 
@@ -43,7 +44,8 @@ class Pack(Pass):
     """Replace float weights by integer codes and scales: MatMul by MatMulInt4, MatMulInt8, …, lookups by Embedding…
 
     Case 1: codes chosen by an earlier pass (`gptq`) are written as they are.
-    Case 2: with statistics, ranges are clipped by E[x²]-weighted search where that lowers the exact output error.
+    Case 2: with statistics, ranges are clipped by E[x²]-weighted search where that lowers the exact output error; rows
+            of few directions have codes as of `gptq` (`round_by_rows`).
     Case 3: otherwise plain rounding to nearest on the range of each group.
     Case 4: a weight that several nodes share, a tied embedding among them, is stored once.
     Case 7: a linear that `outlier` marked: codes of the other channels, and a float product of these (`Columns`).
@@ -141,7 +143,7 @@ class Pack(Pass):
             known = state.codes.get(linear.transposed)
             if known is not None and known.spec == spec:
                 return known
-            rounding = round_to_nearest if state.clip is False else round_with_clip
+            rounding = round_to_nearest if state.clip is False else round_by_rows
             return rounding(coded(linear), spec, region.statistics.get(linear.activation))
 
         with ThreadPoolExecutor(_THREADS) as pool:

@@ -16,6 +16,8 @@ _PRIOR, _QUIET = 4, 0.9
 # Neighbours in a text or a picture are alike, so single rows would not be unseen.
 _RUNS, _EVERY = 8, 4
 _FEW_RUNS, _FEW = 4, 16
+# The share of a channel's energy that `directions` may leave untold.
+_UNTOLD = 1e-3
 
 
 @dataclass
@@ -71,6 +73,22 @@ class Statistics:
         """The square of the channels' mean magnitude, the loudest tenth left out."""
         magnitudes = np.sort(np.sqrt(np.maximum(self.mean_square, 0)))
         return np.float32(np.square(magnitudes[: max(1, int(_QUIET * len(magnitudes)))].mean()))
+
+    def directions(self, most: int) -> int:
+        """In how many directions the rows lie, for every channel, but for a thousandth of its energy: 0 of rows of
+        zeros, 1 of rows that are all alike but for their size; `most` + 1 where they are more than `most`.
+
+        By Cholesky's factors of the channels' correlations, the channel that is told least first.
+        """
+        diagonal = np.diagonal(self.gram).astype(np.float64)
+        size = np.sqrt(np.maximum(diagonal, np.finfo(np.float32).tiny))
+        left, factors = np.where(diagonal > 0, 1.0, 0.0), np.zeros((0, len(size)))
+        while left.max(initial=0.0) > _UNTOLD and len(factors) <= most:
+            pivot = int(np.argmax(left))
+            row = (self.gram[pivot] / size[pivot] / size - factors[:, pivot] @ factors) / np.sqrt(left[pivot])
+            factors, left = np.vstack([factors, row]), left - np.square(row)
+            left[pivot] = 0.0
+        return len(factors)
 
     def split(self) -> "tuple[Statistics, Array] | None":
         """(statistics of all rows but some, those rows held aside (h, K)); None where fewer than two are known.

@@ -7,7 +7,7 @@ import pytest
 from qcompile.models.tiny import tiny_mlp
 from qcompile.passes.affine import Quantized
 from qcompile.passes.base import Decision, Region
-from qcompile.passes.gptq import ErrorCompensated
+from qcompile.passes.gptq import ErrorCompensated, round_by_rows
 from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
@@ -53,6 +53,18 @@ def test_statistics_bring_the_clip_search(spec) -> None:
     w = linear.read()
     wanted = round_with_clip(w, spec, statistics)
     _pack(region, spec)
+    _stored(linear, wanted)
+
+
+def test_copies_of_one_row_are_followed_as_gptq_does() -> None:
+    region, linear, _ = _region()
+    w = linear.read()
+    x = np.tile(np.random.default_rng(1).standard_normal((1, len(w))), (64, 1)).astype(np.float32)
+    known = Statistics(64, x.T @ x, np.abs(x).max(axis=0), x, np.zeros(len(w), np.float32))
+    region.statistics[linear.activation] = known
+    wanted = round_by_rows(w, SPEC, known)
+    assert not np.array_equal(wanted.codes, round_with_clip(w, SPEC, known).codes)
+    _pack(region)
     _stored(linear, wanted)
 
 
