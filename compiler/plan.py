@@ -203,7 +203,13 @@ def _make(step: Step, later: Sequence[Pass], recipe: Recipe, policy: Policy) -> 
     given: dict[str, Any] = dict(step.parameters)
     if "seed" in parameters(kind):
         given.setdefault("seed", recipe.seed)
-    facts = {"policy": policy, "rounding": following_rounding(later), "activations": following_grid(later)}
+    storing = next((own for own in later if Fact.CODES in own.takes), None)
+    facts = {
+        "policy": policy,
+        "rounding": following_rounding(later),
+        "activations": following_grid(later),
+        "refused": storing.refuses_codes if storing is not None else None,
+    }
     asked = inspect.signature(kind.__init__).parameters.values()
     own = [p.name for p in asked if p.name in facts and p.kind is not inspect.Parameter.KEYWORD_ONLY]
     return kind(*(facts[name] for name in own), **given)

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.passes.contract import WEIGHTS, Fact, Reads, Stage
-from qcompile.passes.linears import vocabulary_size
+from qcompile.passes.linears import Linear, vocabulary_size
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding, round_to_nearest
@@ -125,6 +125,13 @@ class Pass(ABC):
     def activation_grid(self) -> ActivationSpec | None:
         """The grid that it rounds activations to, if it does."""
         return None
+
+    def refuses_codes(self, linear: Linear) -> str:
+        """Why a pass that takes codes would not store those that one before it chooses for a linear; empty if it would.
+
+        Asked before they are chosen, for linears that are to be quantized.
+        """
+        return ""
 
     @property
     def fused(self) -> bool:

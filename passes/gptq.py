@@ -43,6 +43,8 @@ _CHANNELS, _ROWS = 32, 8
 _LEAST_DAMPING, _SHARE = 0.01, 0.5
 # A linear, the codes of its weight where they are kept, and what is told of it.
 _Rounded = tuple[Linear, Quantized | None, Decision]
+# Why codes of a linear would not be stored; empty where they would.
+Refused = Callable[[Linear], str]
 # What rounds rows of a (k, N) weight on its parameters.
 Rows = Callable[[QParams, Grid, int], Nearest]
 
@@ -129,7 +131,10 @@ _MOST_DAMPING, _MOST_SWEEPS = 1000, 1000
 
 
 class Gptq(Pass):
-    """Choose codes by error-compensated rounding on the Gram matrix (act-order, static groups, refit scales)."""
+    """Choose codes by error-compensated rounding on the Gram matrix (act-order, static groups, refit scales).
+
+    Where the pass behind would not store them (`refuses_codes`), none are chosen.
+    """
 
     name: ClassVar[str] = "gptq"
     reads: Set[Reads] = frozenset({Reads.STATISTICS})
@@ -138,6 +143,7 @@ class Gptq(Pass):
     def __init__(
         self,
         policy: Policy,
+        refused: Refused | None = None,
         *,
         damping: float | Literal["auto"] = "auto",
         sweeps: int = 2,
@@ -148,7 +154,7 @@ class Gptq(Pass):
             raise UserError(f"gptq: damping must be 'auto' or a number from 0 to {_MOST_DAMPING}, got {damping}")
         if not 0 <= sweeps <= _MOST_SWEEPS:
             raise UserError(f"gptq: sweeps must be 0 to {_MOST_SWEEPS}, got {sweeps}")
-        self.policy = policy
+        self.policy, self.refused = policy, refused or (lambda linear: "")
         self.rounding = ErrorCompensated(None if damping == "auto" else damping, sweeps, refit)
 
     @property
@@ -169,6 +175,9 @@ class Gptq(Pass):
             known = weight_state(linear.weight)
             if linear.transposed in known.codes:
                 self.decide(linear.name, "skipped", "its weight is rounded already, for a node of an earlier segment")
+                continue
+            if reason := self.refused(linear):
+                self.decide(linear.name, "skipped", reason)
                 continue
             if (linear.weight, linear.transposed) in begun:
                 self.decide(linear.name, "skipped", "its weight is rounded for another node that reads it")

@@ -18,7 +18,7 @@ from qcompile.passes.qdq.columns import split_weight, told
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.providers import RULES, Rule, rule_of
 from qcompile.passes.qdq.selection import is_head, products
-from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore
+from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore, refused_codes
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.state import remember, set_node
 
@@ -57,6 +57,10 @@ class Dynamic(IntegerPass):
     def activation_grid(self) -> ActivationSpec:
         """That of DynamicQuantizeLinear."""
         return ActivationSpec()
+
+    def refuses_codes(self, linear: Linear) -> str:
+        """Those of another grid, of tables, and of linears with outliers."""
+        return refused_codes(linear, self.grid)
 
     def integer_nodes(self, model: ir.Model, policy: Policy) -> IntegerNodes:
         """Linears, Case 1."""

@@ -14,7 +14,7 @@ from qcompile.passes.contract import Fact, Reads
 from qcompile.passes.errors import UserError
 from qcompile.passes.graph import Names, add_initializer, stem, take_over
 from qcompile.passes.inner import int8, quantize_inner
-from qcompile.passes.linears import CONVOLUTIONS
+from qcompile.passes.linears import CONVOLUTIONS, Linear
 from qcompile.passes.observers import AUTO, OBSERVERS, CalibratorOrAuto
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
@@ -27,7 +27,7 @@ from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.providers import TYPES, Rule
 from qcompile.passes.qdq.ranges import bounds_of, grid_of, shared
 from qcompile.passes.qdq.selection import Selection, inputs_of, quantized_output, select, weight_position
-from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore, importance
+from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore, importance, refused_codes
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.state import node_state, remember
 
@@ -89,6 +89,10 @@ class Qdq(IntegerPass):
     def activation_grid(self) -> ActivationSpec:
         """That of all activations."""
         return self.spec
+
+    def refuses_codes(self, linear: Linear) -> str:
+        """Those of another grid, of tables, and of linears with outliers."""
+        return refused_codes(linear, self.grid)
 
     @property
     def fused(self) -> bool:

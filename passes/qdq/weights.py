@@ -12,11 +12,11 @@ import onnx_ir as ir
 from qcompile.passes.affine import LEAST_SCALE, Array, QParams
 from qcompile.passes.formats.base import drop_weight
 from qcompile.passes.graph import add_initializer, insert_before, stem
-from qcompile.passes.linears import as_linear, constant
+from qcompile.passes.linears import Linear, as_linear, constant
 from qcompile.passes.qdq.biases import least_scales
 from qcompile.passes.qdq.providers import Rule
 from qcompile.passes.spec import PerChannel, QuantSpec
-from qcompile.passes.state import set_weight, weight_state
+from qcompile.passes.state import node_state, set_weight, weight_state
 
 # Positive scales and no zero points: what integer kernels and TensorRT ask for.
 SPEC = QuantSpec(8, PerChannel(1), symmetric=True, signed_scale=False)
@@ -146,6 +146,15 @@ class Stored:
         return constant(self.codes).nbytes + constant(self.scale).nbytes
 
 
+def refused_codes(linear: Linear, grid: WeightGrid) -> str:
+    """Why a `WeightStore` of this grid does not store codes that are chosen for a linear; empty where it does."""
+    if node_state(linear.node).outliers is not None:
+        return "some of its channels stay in float, the weights of the others are rounded to nearest"
+    if linear.transposed:
+        return "its weight is stored turned round, as a table of lookups is, and rounded to nearest"
+    return "" if grid == WeightGrid() else f"weights are {grid}, and rounded to nearest"
+
+
 class WeightStore:
     """Quantizes every weight once, however many nodes read it, unless their biases need other scales."""
 
@@ -177,7 +186,7 @@ class WeightStore:
         return found
 
     def _compensated(self, value: ir.Value, transposed: bool) -> Codes | None:
-        """The codes that `gptq` chose for a weight, where they are of this grid."""
+        """The codes that `gptq` chose for a weight, where they are of this grid; see `refused_codes`."""
         codes = weight_state(value).codes
         known = codes.get(False)
         set_weight(value, codes={turned: own for turned, own in codes.items() if turned})
