@@ -440,13 +440,11 @@ def _quantize(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     if zero.dtype not in (ir.DataType.INT8, ir.DataType.UINT8) or "block_size" in node.attributes:
         return None
     place = [1] * len(source.shape)
-    if len(scale.shape) == 1 and len(source.shape) > 0:
+    if scale.shape not in ((), (1,)):
         axis = axis_of(node.attributes.get_int("axis", 1) or 0, len(source.shape))
-        if scale.shape[0] not in (1, source.shape[axis]):
+        if scale.shape != (source.shape[axis],):
             return None
         place[axis] = scale.shape[0]
-    elif scale.shape not in ((), (1,)):
-        return None
     limits, kind = np.iinfo(zero.dtype.numpy()), zero.dtype.numpy()
 
     def codes(arrays: Sequence[Array]) -> Sequence[Array]:
