@@ -2,12 +2,13 @@
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qcompile.passes.affine import QParams, Quantized, expand, storable
-from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
+from qcompile.passes.affine import QParams, Quantized, expand, range_qparams, storable
+from qcompile.passes.spec import ActivationSpec, PerChannel, PerGroup, QuantSpec
 
 GRIDS = {
     "sym": {"symmetric": True},
@@ -186,3 +187,28 @@ def test_dequantize_is_code_minus_zero_times_scale() -> None:
     codes = np.array([[0], [15], [0], [15]], np.uint8)
     values = QuantSpec(4, PerGroup(2)).decode(codes, qparams)
     np.testing.assert_array_equal(values, [[-1.5], [6.0], [-30.0], [0.0]])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(*[st.floats(-1e4, 1e4, width=32)] * 2).map(sorted),
+    st.sampled_from([ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16]),
+    st.booleans(),
+    st.sampled_from([np.float32, np.float16]),
+)
+@example([-1.0, 3.0], ir.DataType.INT8, False, np.float32)
+def test_an_activation_grid_spans_its_range_and_no_more(ends, dtype, symmetric, scale_dtype) -> None:
+    """Zero is a code; both ends are within half a step of one; the grid is not wider than it must be."""
+    spec = ActivationSpec(dtype, symmetric=symmetric)
+    low, high = (np.float32(end) for end in ends)
+    found = range_qparams(np.asarray(low), np.asarray(high), spec, scale_dtype=scale_dtype)
+    scale, zero = float(found.scale), float(found.zero_point)
+    assert zero == round(zero)
+    assert spec.qmin <= zero <= spec.qmax
+    first, last = (scale * (code - zero) for code in (spec.qmin, spec.qmax))
+    slack = (0.5 + 1e-3) * scale
+    assert first - slack <= low
+    assert high <= last + slack
+    width = 2 * max(-low, high, 0) if symmetric else max(high, 0) - min(low, 0)
+    if width > 1e-2:  # float16 scales of narrower ones are no normal numbers
+        assert last - first <= float(width) * (1 + 2**-9 + 1 / spec.qmax * symmetric)

@@ -13,7 +13,7 @@ from observing import UINT8, observe
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
 from qcompile.compiler.files.load import load_model
 from qcompile.passes.errors import UserError
-from qcompile.passes.masks import holds_fill, masked
+from qcompile.passes.masks import holds_fill, masked, reaches_product
 from qcompile.passes.observers import OBSERVERS
 from qcompile.runtime.sessions import run, session
 
@@ -60,6 +60,29 @@ def test_what_joins_scores_is_a_mask_whatever_it_holds() -> None:
 )
 def test_constants(array: np.ndarray, wanted: bool) -> None:
     assert holds_fill(ir.Value(name="c", const_value=ir.tensor(array))) is wanted
+
+
+@pytest.mark.parametrize(
+    ("body", "reached"),
+    [
+        ("y = MatMul(m, x)", True),
+        ("a = Add(m, x) b = Neg(a) y = MatMul(b, x)", True),
+        ("a = Where(k, m, x) y = MatMul(a, x)", True),
+        ("a = Add(x, m) s = Softmax(a) y = MatMul(s, x)", False),
+        ("c = Cast <to = 9> (m) a = Where(c, x, x) y = MatMul(a, x)", False),
+        ("i = Cast <to = 7> (m) f = Cast <to = 1> (i) y = MatMul(f, x)", False),
+        ("y = Add(m, x)", False),
+        ("c = Cast <to = 9> (m) y = Where(c, m, x)", False),
+    ],
+)
+@pytest.mark.parametrize("typed", [True, False])
+def test_which_infinities_meet_a_product(body: str, reached: bool, typed: bool) -> None:
+    """Along floats, of known type or not; a condition, an integer and what bounds it end them."""
+    text = f"(float[3, 3] x, float[3, 3] m, bool[3, 3] k) => (float[3, 3] y) {{ {body} }}"
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g {text}')
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto) if typed else proto)
+    unknown = not typed and "to = 7" in body  # nobody says that it is no float
+    assert reaches_product(model.graph.inputs[1]) is (reached or unknown)
 
 
 def _table(tmp_path: Path, number: float) -> Path:

@@ -22,6 +22,7 @@ ROUTERS = {
     ),
     "one expert": ("i = ArgMax(a) y = Identity(i)", "it chooses by ArgMax"),
     "scaled": ("b = Mul(a, c) d = Cast <to = 10> (b) v, i = TopK(d, two) y = Identity(i)", "it chooses by TopK"),
+    "a part of the scores": ("s = Slice(a, n0i, two, , one) v, i = TopK(s, two) y = Identity(i)", "it chooses by TopK"),
     "dense": ("s = Softmax(a) t = Transpose(s) u = Unsqueeze(t, two) y = Mul(u, x)", "its softmax weighs experts"),
     "MoE": ("y = com.microsoft.MoE(x, a, e, , e)", "a router of MoE"),
 }
@@ -29,6 +30,7 @@ OTHERS = {
     "a classifier": "s = Softmax(a) y = Identity(s)",
     "an answer": "y = ArgMax(a)",
     "a gate": "s = Sigmoid(a) y = Mul(a, s)",
+    "a part, by computed places": "n = Shape(x) s = Gather(a, n) v, i = TopK(s, two) y = Identity(i)",
     "hidden": "r = Relu(a) b = MatMul(r, w2) v, i = TopK(b, two) y = Identity(v)",
 }
 
@@ -41,6 +43,7 @@ def _linear(body: str):
     text = "a = MatMul(x, w) " + body
     square = _weight(8, 8)
     constants = {"w": _weight(96, 8), "w2": square, "c": np.ones(8, "f"), "two": np.array([2]), "e": square}
+    constants |= {"n0i": np.array([0]), "one": np.array([1])}
     constants |= {"grouped": np.array([-1, 4, 2]), "mask": np.ones(8, bool), "n0": np.zeros(8, "f")}
     model = parse(text, inputs="float[M,96] x", outputs="float[M,8] y", **constants)
     return model, find_linears(model.graph)[0]

@@ -13,6 +13,7 @@ from preparing import check, operators, reasons
 from qcompile.compiler.data.graph_inputs import caches
 from qcompile.passes.base import Decision
 from qcompile.passes.linears import LEFT, find_embeddings, find_linears
+from qcompile.passes.prepare import contrib_attention
 
 MS = "com.microsoft"
 B, S, D, N, P = 2, 5, 32, 4, 3
@@ -196,6 +197,19 @@ def test_attention_that_stays(mask, reason):
     assert operators(model) == ["Attention"]
     assert reasons(decisions, "skipped") == [f"Attention cannot be taken apart: {reason}"]
     assert reason in model.graph[0].meta[LEFT]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "length"),
+    [((4, 2), False), ((2, 2), True), ((8, 2), True), (("b", "b"), True), (("n", "b"), False), ((None, "b"), False)],
+)
+def test_masks_of_one_axis(sizes, length):
+    """(B,) and (3 B + 2,) are lengths, (2 B,) are starts and ends; of unlike names nothing is known."""
+    mask, x = (
+        ir.Value(name=name, shape=ir.Shape(shape)) for name, shape in [("m", sizes[:1]), ("x", (sizes[1], 5, 8))]
+    )
+    assert contrib_attention._is_length(mask, x) is length
+    assert contrib_attention._is_length(mask, None) is False
 
 
 def test_attention_of_computed_weights_is_none_of_ours():

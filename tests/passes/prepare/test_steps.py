@@ -11,6 +11,7 @@ import pytest
 
 from qcompile.models.tiny import tiny_branch, tiny_conv, tiny_decoder
 from qcompile.passes.base import Decision, Region
+from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_embeddings, find_linears
 from qcompile.passes.prepare import Prepare
 
@@ -323,6 +324,13 @@ def test_unsorted_graphs_are_sorted():
     model.graph.append(first)
     prepare(model)
     assert operators(model) == ["Relu", "MatMul"]
+
+
+def test_a_cycle_is_told_in_one_line():
+    model = parse("u = Relu(x) v = Add(u, x) y = MatMul(v, w)", w=weight(K, N))
+    model.graph[0].replace_input_with(0, model.graph[1].outputs[0])
+    with pytest.raises(UserError, match="the graph has a cycle"):
+        Prepare().call(Region.whole(model))
 
 
 def test_model_local_functions_are_inlined():
