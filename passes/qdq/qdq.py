@@ -21,6 +21,7 @@ from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.output_mse import OutputMse
 from qcompile.passes.policy import Policy
+from qcompile.passes.qdq.apart import Use, by_axis, stays_float
 from qcompile.passes.qdq.biases import bias_behind, has_endless_bias, quantize_bias, settle_bias
 from qcompile.passes.qdq.columns import replace_static
 from qcompile.passes.qdq.embeddings import quantize_embeddings
@@ -52,6 +53,7 @@ class Qdq(IntegerPass):
     Case 7: 16-bit activations of a float16 product with a bias: weights alone. ONNX Runtime 1.32 makes an int32 bias of
             it, whose scale, the product of two small ones, float16 rounds to a few steps or to 0.
     Case 8: a product whose bias holds an infinity, or what is next to one: weights alone; see `has_endless_bias`.
+    Case 9: products that stay in float read what ONNX Runtime takes for no input of an integer one; see `apart`.
     lm_head: "weights" leaves its input in float: its error meets the logits as it is (SmolLM2: two fifths of the KL).
     provider: whose fusions and types are aimed at. weights: one scale a channel, or one a tensor.
     activations: "auto" is what the provider wants; 16 bits and float8 run as Q, DQ and float operators on the CPU.
@@ -261,11 +263,18 @@ class Qdq(IntegerPass):
     def _insert(self, model: ir.Model, selection: Selection, readers: Readers, grids: dict[ir.Value, QParams]) -> None:
         names = Names(model)
         for value, wanting in readers.items():
+            apart: list[Use] = []
             if value in selection.whole:
-                wanting = [(use.node, use.idx) for use in value.uses()]
+                uses = [(use.node, use.idx) for use in value.uses()]
+                apart = [use for use in uses if use not in wanting and stays_float(*use)]
+                wanting = [use for use in uses if use not in apart]
             dequantized = self._pair(model, value, grids[value], names)
             for node, i in wanting:
                 node.replace_input_with(i, dequantized)
+            if apart and self.provider != "tensorrt":
+                again = by_axis(model, value, dequantized.producer(), grids[value])  # type: ignore[arg-type]
+                for node, i in apart if again is not None else ():
+                    node.replace_input_with(i, again)
             if value in selection.whole and value.is_graph_output():
                 quantize = dequantized.producer().inputs[0].producer()  # type: ignore[union-attr]
                 take_over(value, dequantized, names)
