@@ -8,12 +8,15 @@
 // in 32 bits: codes 0 … 255 do not fit. They and the activations are taken apart into even and odd rows k of 16 bits, the
 //             codes in registers, the activations once a group in memory, and vpmaddwd multiplies them exactly.
 //
-// A tile is up to 4 int8 rows. Its panel is walked once with 1 row, in two halves with 2, in quarters with 3 and 4:
-// with 8 registers of sums, 16 suffice for codes, activations and constants.
+// A tile is up to 4 int8 rows, of looked-up levels up to 32, which avx2_many.h multiplies from 5 on. Here a panel is walked
+// once with 1 row, in two halves with 2, in quarters with 3 and 4: with 8 registers of sums, 16 suffice for codes,
+// activations and constants.
 
 #include <cpuid.h>
 
-#include "vector256.h"
+#include <type_traits>
+
+#include "avx2_many.h"
 
 namespace qcompile {
 namespace {
@@ -205,9 +208,30 @@ inline void multiply_group(const Layout& layout, const Group& group, float* out)
   }
 }
 
+template <int kFormat>
+void multiply_levels(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
+  using Small = SmallLevels<kFormat, run_blocks(kFormat)>;
+  using Decoded = std::conditional_t<(run_blocks(kFormat) > 0), Small, LargeLevels<kFormat>>;
+  if (tile.rows <= kTileRows) return multiply_rows<kTileRows, kFormat>(layout, panel, tile, out);
+  const auto multiply = tile.wide ? multiply_many<true, Decoded> : multiply_many<false, Decoded>;
+  multiply(layout, panel, tile, out);
+}
+
+template <int kFormat>
+constexpr Product product_of() {
+  if constexpr (!kFormats[kFormat].affine) return {multiply_levels<kFormat>, kMaxRows, kTileRows};
+  return {multiply_rows<kTileRows, kFormat>, kTileRows, kTileRows};
+}
+
+template <int... kFormat>
+constexpr Products avx2_products(std::integer_sequence<int, kFormat...>) {
+  return {{product_of<kFormat>()...}};
+}
+
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", available, kTileRows, quantize, kProducts<kTileRows>, from_half, to_half};
+const Kernels kAvx2 = {
+    "avx2", available, quantize, avx2_products(std::make_integer_sequence<int, kFormatCount>()), from_half, to_half};
 
 }  // namespace qcompile

@@ -22,7 +22,7 @@ const char* qcompile_formats() {
   const Kernels* kernels = chosen_kernels();
   words.clear();
   for (int format = 0; kernels && format < kFormatCount; ++format) {
-    if (kernels->products.of[format]) words += std::string(words.empty() ? "" : ",") + kFormats[format].word;
+    if (kernels->products.of[format].multiply) words += std::string(words.empty() ? "" : ",") + kFormats[format].word;
   }
   return words.c_str();
 }
@@ -34,7 +34,7 @@ void* qcompile_weight_create(const char* kernel, int64_t k, int64_t n, int64_t b
   const Kernels* kernels = named_kernels(kernel);
   int row = 0;
   while (row < kFormatCount && std::strcmp(kFormats[row].word, format) != 0) ++row;
-  if (!kernels || row == kFormatCount || !kernels->products.of[row] || k < 1 || n < 1 || block_size < 1) return nullptr;
+  if (!kernels || row == kFormatCount || !kernels->products.of[row].multiply || k < 1 || n < 1 || block_size < 1) return nullptr;
   if (!kFormats[row].affine && (is_signed || zero_point)) return nullptr;
   if (k > limit || n > limit || block_size > limit) return nullptr;
   const Source source = {static_cast<const uint8_t*>(codes), scale, scale_is_half != 0,

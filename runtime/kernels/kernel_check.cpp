@@ -112,7 +112,7 @@ void check_unpacked(const PackedWeight& packed, const Weight& weight, const Case
 }
 
 void check_product(const Kernels* kernels, const Case& c, Report& report) {
-  if (!kernels->products.of[c.format]) return;
+  if (!kernels->products.of[c.format].multiply) return;
   Random random(c.seed);
   Weight weight(c, random);
   Activations x(c, random);
@@ -222,7 +222,7 @@ bool same(const Guarded<T>& a, const Guarded<T>& b) {
 }
 
 void check_tile(const Kernels* reference, const Kernels* kernels, const Case& c, int rows, bool wide, Report& report) {
-  if (!kernels->products.of[c.format]) return;
+  if (!kernels->products.of[c.format].multiply) return;
   Random random(c.seed + uint64_t(rows));
   const Weight weight(c, random);
   const Source source = weight.source();
@@ -247,9 +247,9 @@ void check_tile(const Kernels* reference, const Kernels* kernels, const Case& c,
   const uint8_t* panel = packed.data() + (layout.panels() - 1) * layout.panel_bytes();
   const bool cold = c.seed % 2;
   const Tile reference_tile = {expected.codes.data(), expected.scale.data(), expected.sum.data(), rows, wide, cold};
-  reference->products.of[c.format](layout, panel, reference_tile, wanted.data());
-  kernels->products.of[c.format](layout, panel, {tile.codes.data(), tile.scale.data(), tile.sum.data(), rows, wide, cold},
-                    out.data());
+  reference->products.of[c.format].multiply(layout, panel, reference_tile, wanted.data());
+  const Tile own_tile = {tile.codes.data(), tile.scale.data(), tile.sum.data(), rows, wide, cold};
+  kernels->products.of[c.format].multiply(layout, panel, own_tile, out.data());
   for (int row = 0; row < rows / step; ++row) {
     const float *a = out.data() + row * kPanel, *b = wanted.data() + row * kPanel, *in = x.data() + row * c.k;
     std::vector<double> error(kPanel);
@@ -263,7 +263,8 @@ void check_tile(const Kernels* reference, const Kernels* kernels, const Case& c,
 void check_tiles(const Kernels* reference, const Kernels* kernels, Report& report) {
   for (const Case& c : products()) {
     if (c.seed > 72 * kFormatCount) break;
-    const int rows = 1 + int(c.seed % uint64_t(kernels->rows));
+    const int most = kernels->products.of[c.format].rows;
+    const int rows = most ? 1 + int(c.seed / kFormatCount % uint64_t(most)) : 0;
     check_tile(reference, kernels, c, rows, false, report);
     check_tile(reference, kernels, c, (rows + 1) / 2 * 2, true, report);
   }

@@ -8,16 +8,24 @@ namespace qcompile {
 // Groups of activations below 2^-100 are taken for zeros: 127 / amax must stay finite.
 constexpr float kTiny = 7.88860905221011805e-31f;
 
-// For each row of kFormats: out (rows of the model, 64) = tile times one panel of packed weights. nullptr: the instruction
-// set has none, so no operator of that format is registered, and its body runs.
+// out (rows of the model, 64) = tile times one panel of packed weights.
+struct Product {
+  void (*multiply)(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out);
+  int rows;  // int8 rows of a tile at most; even, and kMaxRows at most
+  int few;   // the same where the whole product has less than kManyRows
+};
+
+constexpr int kMaxRows = 32, kManyRows = 8;
+
+// For each row of kFormats. nullptr: the instruction set has no product of that format, so no operator of it is
+// registered, and its body runs.
 struct Products {
-  void (*of[kFormatCount])(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out);
+  Product of[kFormatCount];
 };
 
 struct Kernels {
   const char* name;
   bool (*available)();
-  int rows;  // int8 rows of a tile at most; even
 
   // x (k,) -> one model row of a tile, written at int8 row `row` of `rows` (and row + 1 when wide).
   // codes, sum: as in Tile, of the whole tile; scale: (groups,) of this row; sum points at (groups,) of int8 row `row`,

@@ -14,7 +14,6 @@ namespace qcompile {
 namespace {
 
 constexpr int64_t kChunk = 512;           // rows quantized at a time: bounds the scratch, costs one more read of the weight
-constexpr int kMaxRows = 16;              // int8 rows of a tile, over all instruction sets
 constexpr int64_t kSmallQuantize = 32768; // elements below which quantizing rows is not worth waking threads
 constexpr int64_t kSmallMultiply = 1 << 20;  // multiply-adds below which the product is not
 constexpr float kSmallRow = 8.470329472543003e-22f;  // 2^-70: rows below are computed in floats
@@ -121,7 +120,8 @@ void PackedWeight::multiply(const void* x, Element element, int64_t m, void* y, 
   job.half = element == Element::kHalf;
   job.wide = activation_bits == 16;
   job.bias = static_cast<const uint8_t*>(bias);
-  job.tile_rows = kernels_->rows / job.step();
+  const Product& product = kernels_->products.of[layout_.format];
+  job.tile_rows = (m * job.step() < kManyRows ? product.few : product.rows) / job.step();
   const int64_t rows = std::min(m, kChunk), groups = layout_.groups();
   const size_t codes = align(size_t(rows * job.step() * layout_.padded_k())), scale = align(size_t(rows * groups) * 4),
                sum = align(size_t(rows * job.step() * groups) * 4), flags = align(size_t(rows));
@@ -180,7 +180,7 @@ void PackedWeight::quantize_tile(const Job& job, int64_t tile) const {
 
 void PackedWeight::multiply_unit(const Job& job, int64_t unit) const {
   alignas(64) float out[kMaxRows * kPanel];
-  const auto multiply = kernels_->products.of[layout_.format];
+  const auto multiply = kernels_->products.of[layout_.format].multiply;
   const int64_t panels = layout_.panels(), tiles = job.tiles(), groups = layout_.groups();
   const int64_t panel_unit = unit / job.row_units, row_unit = unit % job.row_units;
   const int64_t panel_end = panels * (panel_unit + 1) / job.panel_units, tile_end = tiles * (row_unit + 1) / job.row_units;

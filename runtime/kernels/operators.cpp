@@ -57,7 +57,7 @@ class Kernel : public Node {
 };
 
 Kernel::Kernel(const Operator& op, const OrtKernelInfo* info) : Node(op, info), kernels_(chosen_kernels()) {
-  if (!kernels_ || !kernels_->products.of[op.format]) {
+  if (!kernels_ || !kernels_->products.of[op.format].multiply) {
     refuse("QCOMPILE_KERNEL was changed since the library was registered: it may be %s", kernel_names());
   }
   const Given given = given_at_load(info);
@@ -105,7 +105,7 @@ std::vector<Operator> operators(const OrtApi& api) {
   const Kernels* kernels = chosen_kernels();
   std::vector<Operator> all =
       all_operators(api, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
-                    [&](int format) { return kernels && kernels->products.of[format]; });
+                    [&](int format) { return kernels && kernels->products.of[format].multiply; });
   for (Operator& op : all) {
     op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
     op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };

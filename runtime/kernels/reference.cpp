@@ -117,13 +117,13 @@ void to_half(const float* x, uint16_t* y, int64_t n) {
 // The same code for all formats.
 template <int... kFormat>
 constexpr Products products(std::integer_sequence<int, kFormat...>) {
-  return {{(void(kFormat), multiply)...}};
+  return {{(void(kFormat), Product{multiply, 4, 4})...}};
 }
 
 }  // namespace
 
 extern const Kernels kReference;
 const Kernels kReference = {
-    "reference", always, 4, quantize, products(std::make_integer_sequence<int, kFormatCount>()), from_half, to_half};
+    "reference", always, quantize, products(std::make_integer_sequence<int, kFormatCount>()), from_half, to_half};
 
 }  // namespace qcompile

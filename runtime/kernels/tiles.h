@@ -64,7 +64,7 @@ inline void multiply_rows(const Layout& layout, const uint8_t* panel, const Tile
 
 template <int kRows, int... kFormat>
 constexpr Products products_of(std::integer_sequence<int, kFormat...>) {
-  return {{multiply_rows<kRows, kFormat>...}};
+  return {{Product{multiply_rows<kRows, kFormat>, kRows, kRows}...}};
 }
 
 // Of all formats, for tiles of up to kRows int8 rows.

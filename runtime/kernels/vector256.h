@@ -114,6 +114,14 @@ struct Group {
   bool cold;                   // the panel comes from memory
 };
 
+// Group g of a panel, which begins at `packed`.
+inline Group group_of(const Layout& layout, const uint8_t* packed, const Tile& tile, int64_t g) {
+  const uint8_t* zero_point = packed + layout.scale_bytes();
+  const int8_t* activations = tile.codes + g * layout.depth() * tile.rows;
+  return {packed, layout.zero_points ? zero_point : nullptr, zero_point + layout.zero_point_bytes(), activations,
+          layout.depth(g), tile.scale + g, tile.sum + g, layout.groups(), tile.cold};
+}
+
 // Sums of `kCount` vectors from `first` on start from minus the zero point's share, so that codes can stay unsigned,
 // or less kLess.
 template <int kRows, int kFormat, int kCount, int kLess = 0>
@@ -182,12 +190,10 @@ void multiply_group(const Layout& layout, const Group& group, float* out);
 
 template <int kRows, int kFormat, bool kWide>
 void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
-  const int64_t groups = layout.groups(), depth = layout.depth(), bytes = layout.group_bytes();
+  const int64_t groups = layout.groups(), bytes = layout.group_bytes();
   for (int i = 0; i < kRows / (kWide ? 2 : 1) * kPanel; i += kLanes) _mm256_storeu_ps(out + i, _mm256_setzero_ps());
   for (int64_t g = 0; g < groups; ++g, panel += bytes) {
-    const uint8_t* zero_point = panel + layout.scale_bytes();
-    const Group group = {panel, layout.zero_points ? zero_point : nullptr, zero_point + layout.zero_point_bytes(),
-                         tile.codes + g * depth * kRows, layout.depth(g), tile.scale + g, tile.sum + g, groups, tile.cold};
+    const Group group = group_of(layout, panel, tile, g);
     if (tile.cold) {  // scales and zero points lie between the codes of two groups
       const uint8_t* from = fetch_from(layout, group, kVectors);
       fetch<4>(from);

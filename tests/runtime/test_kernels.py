@@ -217,9 +217,11 @@ def test_int8_products_are_those_of_the_rounded_activations(library, names, bits
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("block_size", [32, 128])
-def test_int8_products_of_looked_up_codes(library, names, table: str, block_size: int) -> None:
+@pytest.mark.parametrize("m", [7, 45])
+def test_int8_products_of_looked_up_codes(library, names, table: str, block_size: int, m: int) -> None:
+    """Few rows, and tiles of many (32 and 13), whose groups are decoded once."""
     weight = _looked_up(table, (300, 70), block_size, 2, half=False)
-    x, w = np.random.default_rng(3).normal(size=(7, 300)).astype(np.float32), weight.decoded()
+    x, w = np.random.default_rng(3).normal(size=(m, 300)).astype(np.float32), weight.decoded()
     seen = _seen(x, weight)
     for name in names:
         with Packed(library, name, weight) as packed:
