@@ -7,11 +7,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array
+from qcompile.passes.state import node_state
 from qcompile.passes.tensors import read
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
-# Node meta: why a node keeps a constant, or computes one, that `prepare` would have brought into a known form.
-LEFT = "qcompile.left"
 # Operators with a kernel (rows, columns / groups, …) or its transpose.
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 # What may stand between the last MatMul of a decoder and its logits.
@@ -120,8 +119,8 @@ def as_linear(node: ir.Node) -> Linear | str:
         transposed, weight = True, producer.inputs[0]
     if is_weight(weight):
         return Linear(node, left, weight, transposed)
-    if LEFT in node.meta:
-        return str(node.meta[LEFT])
+    if told := node_state(node).left:
+        return told
     if left.const_value is not None and right.const_value is None:
         return "the constant is the left operand"
     if right.const_value is None:

@@ -13,14 +13,12 @@ from qcompile.passes.base import Pass, Reason, Region
 from qcompile.passes.bodies import body_nodes
 from qcompile.passes.contract import Fact
 from qcompile.passes.formats import emit
-from qcompile.passes.formats.base import Tensors
 from qcompile.passes.formats.columns import Columns, coded
 from qcompile.passes.formats.decoded import Coded
 from qcompile.passes.gptq import round_by_rows
 from qcompile.passes.graph import is_constant
 from qcompile.passes.inner import Chosen, quantize_inner
 from qcompile.passes.linears import (
-    LEFT,
     Embedding,
     Linear,
     as_linear,
@@ -33,7 +31,7 @@ from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.weights import WeightGrid, WeightStore
 from qcompile.passes.rounding import round_to_nearest
 from qcompile.passes.spec import integers
-from qcompile.passes.state import set_node, set_weight, weight_state
+from qcompile.passes.state import Tensors, node_state, set_node, set_weight, weight_state
 
 _THREADS = 2
 # A weight as it is packed: its initializer, its spec, and whether it is read transposed.
@@ -103,11 +101,12 @@ class Pack(Pass):
                     self.decide(name, "skipped", reason, kind="MatMul", weights=weights)
             elif node.op_type in {"Conv", "ConvTranspose", "Gemm"} and node not in done:
                 refused = self.policy.refusal(node, *(value for value in node.inputs if is_constant(value)))
-                reason = str(node.meta.get(LEFT, f"no packed format for {node.op_type} weights"))
+                left = node_state(node).left
+                reason = left or f"no packed format for {node.op_type} weights"
                 told: dict[str, Any] = {
                     "kind": node.op_type,
                     "weights": _largest_constant(node),
-                    "computed": LEFT in node.meta,
+                    "computed": bool(left),
                 }
                 self.decide(name, "kept" if refused else "skipped", refused or reason, **told)
 

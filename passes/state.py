@@ -14,11 +14,32 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array, Grid, Quantized
-from qcompile.passes.formats.base import Tensors
-from qcompile.passes.linears import constant
 from qcompile.passes.observers.base import Observer
 
 _WEIGHT, _NODE = "qcompile.weight", "qcompile.node"
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The initializers of one quantized weight (K, N).
+
+    codes: (K, N) of the grid's type. scale: (G, N). zero_point: (G, N) of the codes' type, None when symmetric.
+    block_size: rows that share a scale.
+    """
+
+    codes: ir.Value
+    scale: ir.Value
+    zero_point: ir.Value | None
+    block_size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them together."""
+        return sum(value.const_value.nbytes for value in self.values() if value.const_value is not None)
+
+    def values(self) -> list[ir.Value]:
+        """Those that are there, in the order of the operators."""
+        return [value for value in (self.codes, self.scale, self.zero_point) if value is not None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +82,8 @@ class Twin:
 
     def array(self, value: ir.Value) -> Array:
         """A constant input as the node reads it."""
-        array = np.asarray(constant(value).numpy())
+        assert value.const_value is not None
+        array = np.asarray(value.const_value.numpy())
         return np.ascontiguousarray(array.T) if self.transposed and value is self.inputs[1] else array
 
 
@@ -87,12 +109,15 @@ class Decoded:
 
 @dataclass(frozen=True)
 class NodeState:
-    """Of a node. outliers: what is marked for the pass that quantizes. The others are there until they are verified:
+    """Of a node.
 
+    left: why it keeps a constant, or computes one, that `prepare` would have brought into a known form; "" where it
+    does not. outliers: what is marked for the pass that quantizes. The others are there until they are verified.
     reference: the float weight (K, N) that a packed node stands for, and its codes. twin: the float node that an
     integer one stands for. decoded: the float weight that a DequantizeLinear stands for.
     """
 
+    left: str = ""
     outliers: Outliers | None = None
     reference: tuple[Array, Quantized] | None = None
     twin: Twin | None = None

@@ -17,9 +17,10 @@ from qcompile.passes import lists
 from qcompile.passes.base import Decision, Pass
 from qcompile.passes.contract import Fact
 from qcompile.passes.errors import BrokenPromise, UserError
-from qcompile.passes.linears import LEFT, as_linear
+from qcompile.passes.linears import as_linear
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare.folding import ALREADY
+from qcompile.passes.state import node_state
 
 # Without --min-coverage: what must be quantized of the families that the list has formats for, and of all products.
 DEFAULT, DEFAULT_OF_ALL = 0.95, 0.5
@@ -77,7 +78,7 @@ def _told(constant: FloatConstant, told: Mapping[str, Decision], policy: Policy,
     verdicts = [(reader, *_verdict(reader, constant, told, policy, passes)) for reader in constant.readers]
     reader, action, reason = next((v for v in verdicts if v[1] != "kept"), verdicts[0])
     detail = {"kind": reader.node.op_type, "weights": constant.size, "weight": constant.name, "bytes": constant.nbytes}
-    computed = {"computed": True} if LEFT in reader.node.meta else {}
+    computed = {"computed": True} if node_state(reader.node).left else {}
     return Decision(reader.name, action, reason, detail | computed | {"family": constant.family})
 
 
@@ -90,8 +91,8 @@ def _verdict(
     known = told.get(reader.name)
     if known is not None:
         return known.action, known.reason
-    if (reason := reader.node.meta.get(LEFT)) is not None:
-        return "skipped", str(reason)
+    if left := node_state(reader.node).left:
+        return "skipped", left
     return "skipped", _reason(reader, [p.name for p in quantizers(passes)])
 
 

@@ -14,6 +14,7 @@ import onnxscript
 from qcompile.passes.affine import Codes, Grid, Quantized
 from qcompile.passes.graph import add_initializer
 from qcompile.passes.linears import constant, dimensions, stored
+from qcompile.passes.state import Tensors
 
 DOMAIN = "qcompile"
 VERSION = 1
@@ -23,29 +24,6 @@ MICROSOFT = "com.microsoft"
 ACTIVATION_BITS = "activation_bits"
 # What operators do: how their names begin. The format's own word follows.
 PRODUCT, BIASED, EMBEDDING, LOOKUP = "MatMul", "MatMulAdd", "Embedding", "Gather"
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """The initializers of one quantized weight (K, N).
-
-    codes: (K, N) of the grid's type. scale: (G, N). zero_point: (G, N) of the codes' type, None when symmetric.
-    block_size: rows that share a scale.
-    """
-
-    codes: ir.Value
-    scale: ir.Value
-    zero_point: ir.Value | None
-    block_size: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of them together."""
-        return sum(constant(value).nbytes for value in self.values())
-
-    def values(self) -> list[ir.Value]:
-        """Those that are there, in the order of the operators."""
-        return [value for value in (self.codes, self.scale, self.zero_point) if value is not None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,9 @@ import onnx_ir as ir
 
 from qcompile.passes.affine import Array, Grid, Quantized
 from qcompile.passes.formats import functions, named, operator
-from qcompile.passes.formats.base import DOMAIN, EMBEDDING, PRODUCT, Tensors, become, drop_unused, drop_weight
+from qcompile.passes.formats.base import DOMAIN, EMBEDDING, PRODUCT, become, drop_unused, drop_weight
 from qcompile.passes.linears import Embedding, Linear, constant
+from qcompile.passes.state import Tensors
 from qcompile.passes.tensors import read
 
 

@@ -25,7 +25,6 @@ from qcompile.passes.formats.base import (
     Cache,
     Format,
     Stored,
-    Tensors,
     add_codes,
     alias,
     as_bytes,
@@ -37,6 +36,7 @@ from qcompile.passes.formats.base import (
 from qcompile.passes.graph import add_initializer
 from qcompile.passes.linears import stored
 from qcompile.passes.spec import QuantSpec, granularity
+from qcompile.passes.state import Tensors
 
 
 @onnxscript.script(OPSET, default_opset=op)

@@ -24,7 +24,6 @@ from qcompile.passes.formats.base import (
     PRODUCT,
     Format,
     Stored,
-    Tensors,
     add_codes,
     alias,
     as_bytes,
@@ -33,6 +32,7 @@ from qcompile.passes.formats.base import (
 )
 from qcompile.passes.graph import add_initializer
 from qcompile.passes.spec import Granularity, QuantSpec
+from qcompile.passes.state import Tensors
 
 # Codes of the columns that an embedding looks up: element 2j of a row is the low nibble of byte j, element 2j + 1 the
 # high one. Negative indices count from V, not from the end of the bytes. The scales, by `flat`, check the bounds.

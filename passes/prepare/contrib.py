@@ -11,9 +11,9 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile.passes.graph import Decide, Names, decided, float_type
-from qcompile.passes.linears import LEFT
 from qcompile.passes.prepare.contrib_attention import take_attention_apart, take_embeddings_apart
 from qcompile.passes.prepare.writer import Writer
+from qcompile.passes.state import set_node
 
 DOMAIN = "com.microsoft"
 _MIN_OPSET = 13
@@ -50,8 +50,9 @@ def take_apart(model: ir.Model, decide: Decide) -> int:
             continue
         reason = rule(node, names, model.graph, fixed)
         if reason:
-            node.meta[LEFT] = f"{node.op_type} cannot be taken apart: {reason}"
-            decide(node.name or "", "skipped", node.meta[LEFT])
+            left = f"{node.op_type} cannot be taken apart: {reason}"
+            set_node(node, left=left)
+            decide(node.name or "", "skipped", left)
         else:
             changed += 1
             decide(node.name or "", "split", f"{node.op_type} taken apart, so that its weights are of their own")

@@ -8,9 +8,10 @@ from string import ascii_letters
 import onnx_ir as ir
 
 from qcompile.passes.graph import Decide, Names, decided, is_constant
-from qcompile.passes.linears import LEFT, dimensions
+from qcompile.passes.linears import dimensions
 from qcompile.passes.prepare.constant_types import FLOATS
 from qcompile.passes.prepare.writer import Writer
+from qcompile.passes.state import set_node
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def turn_einsums(model: ir.Model, decide: Decide) -> int:
         found = _product(node)
         if isinstance(found, str):
             reason = f"the Einsum {node.attributes['equation'].as_string()!r} is no matrix product: {found}"
-            node.meta[LEFT] = reason
+            set_node(node, left=reason)
             decide(node.name or "", "skipped", reason)
         else:
             _write(Writer(node, names, model.graph), *found)

@@ -24,9 +24,9 @@ import onnx_ir as ir
 
 from qcompile.passes.bodies import bodies
 from qcompile.passes.graph import Decide, add_initializer, decided, is_constant
-from qcompile.passes.linears import LEFT
 from qcompile.passes.prepare.constant_ops import made_of
 from qcompile.passes.prepare.constant_types import Array, Made, Operand
+from qcompile.passes.state import node_state, set_node
 from qcompile.passes.tensors import computed, read
 
 # A second copy of less than this may be made; above, a weight exists once.
@@ -174,8 +174,8 @@ def fold_constants(model: ir.Model, decide: Decide) -> None:
         if computed_here and node.graph is not None and not any(output.uses() for output in node.outputs):
             node.graph.remove(node, safe=True)
     for node, reason in (slow | plan.kept).items():
-        if node.graph is not None and node.meta.get(LEFT) != reason:
-            node.meta[LEFT] = reason
+        if node.graph is not None and node_state(node).left != reason:
+            set_node(node, left=reason)
             decide(node.name or "", "kept", reason)
 
 
@@ -195,14 +195,19 @@ def note_computed(model: ir.Model) -> None:
     fixed, parts = decided(model), dict[ir.Value, str]()
     for node in model.graph.all_nodes():
         _note_choice(node, fixed, parts)
-        if node.op_type not in _PRODUCTS or node.domain != "" or fixed.issuperset(node.outputs) or LEFT in node.meta:
+        if (
+            node.op_type not in _PRODUCTS
+            or node.domain != ""
+            or fixed.issuperset(node.outputs)
+            or node_state(node).left
+        ):
             continue
         for value in node.inputs:
             if value in parts:
-                node.meta[LEFT] = parts[value]
+                set_node(node, left=parts[value])
             elif value is not None and value in fixed and value.producer() is not None:
-                node.meta[LEFT] = _why_computed(value)
-            if LEFT in node.meta:
+                set_node(node, left=_why_computed(value))
+            if node_state(node).left:
                 break
 
 
@@ -234,8 +239,8 @@ def _why_computed(value: ir.Value) -> str:
             continue
         if node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
             return f"its weight is quantized already, to {node.inputs[0].dtype}"
-        if LEFT in node.meta:
-            return f"its weight is computed from constants: {node.meta[LEFT]}"
+        if left := node_state(node).left:
+            return f"its weight is computed from constants: {left}"
         if all(read is None or read.producer() is None for read in node.inputs):
             culprit = node
         waiting += node.inputs

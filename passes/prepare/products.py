@@ -3,9 +3,10 @@
 import onnx_ir as ir
 
 from qcompile.passes.graph import Decide, Names, decided, is_constant, take_over
-from qcompile.passes.linears import LEFT, dimensions
+from qcompile.passes.linears import dimensions
 from qcompile.passes.prepare.constant_types import FLOATS
 from qcompile.passes.prepare.writer import Writer
+from qcompile.passes.state import set_node
 
 # A weight with a smaller side is not worth two Transposes of what it meets on the right.
 _WORTH = 32
@@ -37,7 +38,7 @@ def turn_products(model: ir.Model, decide: Decide) -> int:
         else:
             continue
         if reason:
-            node.meta[LEFT] = reason
+            set_node(node, left=reason)
             decide(node.name or "", "skipped", reason)
         elif reason is not None:
             changed += 1

@@ -12,7 +12,7 @@ from qcompile.passes.formats.base import drop_weight
 from qcompile.passes.formats.columns import Columns
 from qcompile.passes.graph import add_initializer, insert_before
 from qcompile.passes.inner import int8, quantize_inner
-from qcompile.passes.linears import LEFT, Linear, constant, find_linears, vocabulary_size
+from qcompile.passes.linears import Linear, constant, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.columns import split_weight, told
 from qcompile.passes.qdq.embeddings import quantize_embeddings
@@ -20,7 +20,7 @@ from qcompile.passes.qdq.providers import RULES, Rule, rule_of
 from qcompile.passes.qdq.selection import is_head, products
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore, refused_codes
 from qcompile.passes.spec import ActivationSpec
-from qcompile.passes.state import remember, set_node
+from qcompile.passes.state import node_state, remember, set_node
 
 
 class Dynamic(IntegerPass):
@@ -111,11 +111,12 @@ class Dynamic(IntegerPass):
 
     def _other(self, node: ir.Node, store: WeightStore) -> None:
         """A product that is no linear: its weight alone, or why not."""
-        reason = str(node.meta.get(LEFT, "")) or rule_of(node)
+        left = node_state(node).left
+        reason = left or rule_of(node)
         if isinstance(reason, Rule):
             self._weight_alone(node, store, reason)
         else:
-            self.decide(node.name or "", "skipped", reason, kind=node.op_type, weights=0, computed=LEFT in node.meta)
+            self.decide(node.name or "", "skipped", reason, kind=node.op_type, weights=0, computed=bool(left))
 
     def _weight_alone(self, node: ir.Node, store: WeightStore, rule: Rule) -> None:
         remember(node, weights_only=True)

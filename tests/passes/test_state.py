@@ -23,6 +23,7 @@ from qcompile.passes.state import (
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHT: dict[str, Any] = {"clip": False, "codes": {True: "chosen"}, "packed": {("grid", False): "stored"}}
 NODE: dict[str, Any] = {
+    "left": "its weight is chosen when the model runs",
     "outliers": Outliers(np.array([3]), MinMax("x")),
     "reference": (np.ones((2, 2), np.float32), "codes"),
     "twin": Twin(onnx.NodeProto(op_type="MatMul"), ()),

@@ -12,8 +12,9 @@ from preparing import check, operators, reasons
 
 from qcompile.compiler.data.graph_inputs import caches
 from qcompile.passes.base import Decision
-from qcompile.passes.linears import LEFT, find_embeddings, find_linears
+from qcompile.passes.linears import find_embeddings, find_linears
 from qcompile.passes.prepare import contrib_attention
+from qcompile.passes.state import node_state
 
 MS = "com.microsoft"
 B, S, D, N, P = 2, 5, 32, 4, 3
@@ -80,7 +81,7 @@ def test_fused_matmul_that_stays():
     assert operators(model) == ["FusedMatMul"] * 2
     reason = "FusedMatMul cannot be taken apart: it turns its batch axes round"
     assert reasons(decisions, "skipped") == [reason]
-    assert [node.meta.get(LEFT) for node in model.graph] == [reason, None]
+    assert [node_state(node).left for node in model.graph] == [reason, ""]
 
 
 ACTIVATIONS = {
@@ -196,7 +197,7 @@ def test_attention_that_stays(mask, reason):
     model, decisions = _checked(make, *_attention(make, _given(make, mask)))
     assert operators(model) == ["Attention"]
     assert reasons(decisions, "skipped") == [f"Attention cannot be taken apart: {reason}"]
-    assert reason in model.graph[0].meta[LEFT]
+    assert reason in node_state(model.graph[0]).left
 
 
 @pytest.mark.parametrize(

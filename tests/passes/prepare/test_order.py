@@ -20,11 +20,11 @@ from small_passes import table
 
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.errors import UserError
-from qcompile.passes.linears import LEFT
 from qcompile.passes.origins import operators_of
 from qcompile.passes.prepare import Prepare
 from qcompile.passes.prepare.folding import ALREADY
 from qcompile.passes.prepare.order import ORDER, SMALL, Small
+from qcompile.passes.state import node_state
 
 
 def floats(*shape: int, dtype: Any = np.float32) -> np.ndarray:
@@ -52,7 +52,7 @@ def sources(model: ir.Model, _: Sequence[Decision]) -> object:
 
 def left(model: ir.Model, _: Sequence[Decision]) -> object:
     """Whether a product says why its weight stays computed."""
-    return any(LEFT in node.meta for node in model.graph if node.op_type == "MatMul")
+    return any(node_state(node).left for node in model.graph if node.op_type == "MatMul")
 
 
 def coded(_: ir.Model, decisions: Sequence[Decision]) -> object:

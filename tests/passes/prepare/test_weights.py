@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from preparing import check, operators, prepare, reasons
 
 from qcompile.passes.base import Decision
-from qcompile.passes.linears import LEFT, as_linear, find_embeddings, find_linears
+from qcompile.passes.linears import as_linear, find_embeddings, find_linears
 from qcompile.passes.prepare.constant_types import Operand
 from qcompile.passes.prepare.sizes import number_sizes
+from qcompile.passes.state import node_state
 from qcompile.passes.tensors import read
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -39,9 +40,9 @@ def _all_canonical(model: ir.Model) -> None:
         constants = [value for value in node.inputs if value is not None and value.const_value is not None]
         if node.op_type == "MatMul" and constants:
             found = as_linear(node)
-            assert not isinstance(found, str) or LEFT in node.meta or found.startswith("the weight has rank"), found
+            assert not isinstance(found, str) or node_state(node).left or found.startswith("the weight has rank"), found
         if node.op_type in ("Einsum", "Gemm") and constants:
-            assert LEFT in node.meta
+            assert node_state(node).left
 
 
 # Ways to write a constant of a shape, by name: each asks for other constants by `make_one`.
@@ -264,7 +265,7 @@ def test_every_product_of_a_constant_is_canonical(data):
     kind = data.draw(st.sampled_from([_with_matmul, _with_left, _with_gemm, _with_einsum]))
     model, _ = _checked(make, kind(make, data.draw))
     _all_canonical(model)
-    assert "Einsum" not in operators(model) or any(LEFT in node.meta for node in model.graph)
+    assert "Einsum" not in operators(model) or any(node_state(node).left for node in model.graph)
 
 
 @QUICK
@@ -532,7 +533,7 @@ def test_other_einsums_have_their_reason(equation, shapes, reason):
     model, decisions = _checked(make, make.one("Einsum", *operands, equation=equation))
     assert operators(model) == ["Einsum"]
     assert reason in reasons(decisions, "skipped")[0]
-    assert reason in model.graph[0].meta[LEFT]
+    assert reason in node_state(model.graph[0]).left
 
 
 @pytest.mark.parametrize(
