@@ -12,8 +12,9 @@ import pytest
 from qcompile.models.tiny import tiny_branch, tiny_conv, tiny_decoder
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.errors import UserError
-from qcompile.passes.linears import find_embeddings, find_linears
+from qcompile.passes.linears import LEFT, find_embeddings, find_linears
 from qcompile.passes.prepare import Prepare
+from qcompile.passes.prepare.folding import note_computed
 
 K, N = 96, 200  # a float32 weight is over 64 KiB, where a second copy counts
 
@@ -324,6 +325,41 @@ def test_unsorted_graphs_are_sorted():
     model.graph.append(first)
     prepare(model)
     assert operators(model) == ["Relu", "MatMul"]
+
+
+_IF = (
+    f"p = Identity(c) g = If (p) <then_branch = t () => (float[{K},{N}] a) {{ a = Identity(w) }}, "
+    f"else_branch = e () => (float[{K},{N}] b) {{ b = Identity(v) }}>"
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (f"{_IF} y = MatMul(x, g)", "its weight is chosen by If If_node when the model runs"),
+        (
+            f"{_IF} r = Transpose(g) t = Transpose(r) y = MatMul(x, t)",
+            "its weight is chosen by If If_node",
+        ),
+        (
+            "p = Cast <to = 7> (c) q = Unsqueeze(p, z) s = Slice(w, z, q) y = MatMul(x, s)",
+            "its weight is a part of a constant",
+        ),
+        ("u = MatMul(x, w) t = Transpose(x) y = MatMul(t, u)", ""),
+        (f"{_IF} u = MatMul(x, w) t = Transpose(x) y = MatMul(t, u)", ""),
+    ],
+)
+def test_products_of_chosen_weights_say_so(body: str, reason: str) -> None:
+    """Those of two activations have nothing to say."""
+    model = parse(
+        body, inputs=f"float[M,{K}] x, bool c", outputs="float[A,B] y", w=weight(K, N), v=weight(K, N), z=np.array([0])
+    )
+    for node in model.graph:
+        node.name = f"{node.op_type}_node"
+    note_computed(model)
+    told = next(node for node in reversed(model.graph) if node.op_type == "MatMul").meta.get(LEFT, "")
+    assert told.startswith(reason)
+    assert bool(told) is bool(reason)
 
 
 def test_a_cycle_is_told_in_one_line():

@@ -300,6 +300,18 @@ def test_slices_of_one_packed_weight_are_weights_of_their_own():
     assert len(reasons(decisions, "folded")) == 3
 
 
+@pytest.mark.parametrize(("ways", "folded"), [(1, True), (2, True), (3, False)])
+def test_what_comes_of_one_weight_is_weighed_together(ways: int, folded: bool) -> None:
+    """Two weights for products may take the place of one that all come of; three may not."""
+    make = Graph()
+    x, weight = make.input(2, 200), make.floats(200, 200)
+    parts = [make.one("Mul", weight, make.constant(np.full(200, n + 2, np.float32))) for n in range(ways)]
+    model, decisions = _checked(make, *(make.one("MatMul", x, part) for part in parts), tolerance=1e-4)
+    assert operators(model).count("Mul") == (0 if folded else ways)
+    told = "what is computed from w2 takes more than w2 itself"
+    assert reasons(decisions, "kept") == ([] if folded else [told] * ways)
+
+
 def test_a_packed_weight_that_another_reads_keeps_its_one_copy():
     make = Graph()
     x, packed = make.input(2, 256), make.floats(600, 256)
