@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from qcompile.models.tiny import tiny_decoder
 from qcompile.models.tiny.build import Builder
+from qcompile.passes.absorb import other_consumers
 from qcompile.passes.base import Region
 from qcompile.passes.fold import fold
 from qcompile.passes.pairs import Pair, find_pairs
@@ -289,3 +290,12 @@ def test_tiny_decoders(norm: str) -> None:
     for pair in pairs:
         fold(pair, random_factor(pair), region)
     np.testing.assert_allclose(logits(), before, atol=1e-4 * np.abs(before).max())
+
+
+def test_others_that_read_a_value_are_all_but_one_input_and_those_that_ask_for_its_shape() -> None:
+    b, x = start()
+    v = b.Relu(x)
+    twice, other, _ = b.Mul(v, v).producer(), b.Neg(v).producer(), (b.Shape(v), b.Size(v))
+    assert twice is not None
+    assert other_consumers(v, twice, 0) == [twice, other]
+    assert other_consumers(v, other, 0) == [twice, twice]

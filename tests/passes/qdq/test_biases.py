@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from preparing import parse
 from qdq_graphs import Tiny
 from qdq_runs import DQ, Made, quantized, session
 
-from qcompile.passes.qdq.biases import channel_bias
+from qcompile.passes.qdq.biases import bias_behind, channel_bias
 from qcompile.passes.qdq.weights import WeightGrid, quantize_weight
 
 CHANNELS = 12
@@ -189,3 +190,25 @@ def test_one_number_for_each_channel(bias, wanted) -> None:
     assert (None if found is None else found.tolist()) == wanted
     assert channel_bias(node, None, 2) is None
     assert channel_bias(node, 0, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "position"),
+    [
+        ("p = MatMul(x, w) y = Add(p, b)", 1),
+        ("p = MatMul(x, w) y = Add(b, p)", 0),
+        ("p = MatMul(x, w) y = Add(p, row)", None),
+        ("p = MatMul(x, w) y = Add(p, x)", None),
+        ("p = MatMul(x, w) y = Sub(p, b)", None),
+        ("p = MatMul(x, w) a = Add(p, b) y = Mul(a, p)", None),
+        ("y = MatMul(x, w) z = Add(y, b)", None),
+        ("p = Gemm(x, w) y = Add(p, b)", None),
+    ],
+)
+def test_the_bias_behind_a_product_is_all_that_is_done_to_it(body, position) -> None:
+    square, b = np.eye(3, dtype="f"), np.ones(3, "f")
+    model = parse(body, inputs="float[3,3] x", outputs="float[3,3] y", w=square, b=b, row=b.reshape(1, 3))
+    found = bias_behind(model.graph[0])
+    assert (None if found is None else found[1]) == position
+    if found is not None:
+        assert found[0] is model.graph[1]

@@ -246,3 +246,15 @@ def test_a_softmax_behind_a_mask_stays_in_float() -> None:
     assert masked
     assert not found.nodes.keys() & set(masked)
     assert {found.kept[node] for node in masked if node in found.kept} == {("skipped", MASKED)}
+
+
+@pytest.mark.parametrize("lm_head", [None, SPEC])
+def test_an_lm_head_is_integer_unless_it_is_kept(lm_head) -> None:
+    """And no other product hangs on it."""
+    model = tiny_decoder(tied=False)
+    Prepare().call(Region.whole(model))
+    found = select(model, Policy(SPEC, lm_head, None), "cpu", "all", slower=True)
+    products = [node for node in model.graph if node.op_type == "MatMul" and node.inputs[1].is_initializer()]
+    left = [found.kept[node][1] for node in products if node in found.kept]
+    assert left == ([] if lm_head is not None else ["lm_head is kept in float"])
+    assert sum(node in found.nodes or node in found.heads for node in products) == len(products) - len(left) > 2
