@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import logging
 import os
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 from qcompile.compiler.console.visible import visible
 from qcompile.passes.errors import UserError
 from qcompile.passes.interrupts import heeded, uninterrupted
+from qcompile.passes.near import did_you_mean
 
 # Imported only when chosen, so that --help answers at once.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -194,8 +194,7 @@ def _top_level(rest: list[str]) -> int:
 def _default_command(first: str) -> str:
     """compile, unless the word looks like a mistyped command."""
     if not first.startswith("-") and "." not in first and os.sep not in first and not os.path.exists(first):
-        close = difflib.get_close_matches(first, COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}; or give a MODEL.onnx"
+        hint = did_you_mean(first, COMMANDS, f"commands: {', '.join(COMMANDS)}; or give a MODEL.onnx")
         raise UserError(f"no command {first!r} and no such file: {hint}")
     return "compile"
 

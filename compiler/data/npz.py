@@ -1,7 +1,6 @@
 """Arrays by input name, from files or from a program: read, checked against the inputs of a graph, converted."""
 
 import contextlib
-import difflib
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from qcompile.compiler.data.inputs import Input, InputPlan
 from qcompile.compiler.facts.memory import available
 from qcompile.passes.errors import UserError
+from qcompile.passes.near import did_you_mean
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -41,8 +41,7 @@ def checked_all(plan: InputPlan, arrays: Mapping[str, Any], source: str) -> Arra
     by_name = {given.name: given for given in plan.inputs}
     for name in arrays:
         if name not in by_name:
-            near = difflib.get_close_matches(name, by_name, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"inputs: {', '.join(by_name)}"
+            hint = did_you_mean(name, by_name, f"inputs: {', '.join(by_name)}")
             raise UserError(f"{source}: array {name!r} is no input of the model ({hint})")
     return {name: checked(by_name[name], np.asarray(array), source) for name, array in arrays.items()}
 

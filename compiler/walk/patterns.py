@@ -1,12 +1,12 @@
 """--include and --exclude mean something in the model at hand, or are refused with the names that come nearest."""
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
 from qcompile.compiler.recipe import Recipe
 from qcompile.passes.errors import UserError
+from qcompile.passes.near import nearest
 from qcompile.passes.origins import matches, names_of, operators_of
 
 _SHOWN = 3
@@ -53,5 +53,5 @@ def _nearest(pattern: str, names: Iterable[str]) -> list[str]:
         lower.setdefault(name.lower(), name)
     word = max(pattern.lower().replace("?", "*").split("*"), key=len)
     holding = sorted((name for name in lower if word and word in name), key=len)
-    close = difflib.get_close_matches(pattern.lower().replace("*", ""), list(lower)[:2000], n=_SHOWN, cutoff=0.0)
+    close = nearest(pattern.lower().replace("*", ""), lower, _SHOWN, alike=0.0)
     return [lower[name] for name in dict.fromkeys([*holding, *close])][:_SHOWN]

@@ -17,16 +17,15 @@ from qcompile.compiler.plan import always
 from qcompile.compiler.recipe import Step
 from qcompile.passes.contract import Stage
 from qcompile.passes.errors import UserError
-from qcompile.passes.observers.base import Observer, State
+from qcompile.passes.observers import OBSERVERS
+from qcompile.passes.observers.base import Observer, State, same_state
+from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.histogram import Histogram
 from qcompile.passes.table import PASSES
 
 # To be raised when an observer's state means something else, or a histogram has other bins.
 VERSION = 4
 _HEADER = "qcompile"
-# Observers that learn the same, whatever range they make of it; and what all but Gram know.
-SAME_STATE = {"mse", "percentile", "entropy"}
-_EXTREMES = {"low", "high", "row_counts", "row_sums"}
 # Elements of an initializer that its fingerprint looks at, and how far two fingerprints of one graph may lie apart:
 # another machine rounds sums otherwise, another smoothing factor changes far more.
 _SAMPLED, _SAME = 65536, 1e-3
@@ -95,8 +94,9 @@ class SavedStatistics:
             if not state:
                 continue  # no row reached it
             made_with = self.observers[observer.value]
-            if observer.name != made_with and not {observer.name, made_with} <= SAME_STATE:
-                state = {key: array for key, array in state.items() if key in _EXTREMES}
+            maker = OBSERVERS.get(made_with, Observer)
+            if not same_state(type(observer), maker):
+                state = {key: array for key, array in state.items() if key in Extremes.keys}
             _restore(observer, state, self.path, made_with)
 
 

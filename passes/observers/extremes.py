@@ -1,5 +1,6 @@
 """Observers of the smallest and the largest number of an activation: min-max, and its moving average."""
 
+from collections.abc import Set
 from typing import ClassVar
 
 import numpy as np
@@ -20,10 +21,12 @@ class Extremes(Observer):
 
     low, high: float32, () or (channels,); None before the first batch. A batch without rows gives +inf and -inf, which
     changes neither. row_extremes: how the extremes of single rows vary, for a range of the whole tensor.
+    keys: of its state, which mean the same in that of any class derived from it.
     bounds: what no number of the value can be beyond, as the operator that gives it says. channels_first: a value of
     rank 3 is (N, C, L), as one-dimensional convolutions have it, and not tokens of C numbers each.
     """
 
+    keys: ClassVar[Set[str]] = frozenset({"low", "high", "row_counts", "row_sums"})
     bounds: tuple[float, float] = (-np.inf, np.inf)
     channels_first: bool = False
 

@@ -1,6 +1,5 @@
 """The pass itself: the small passes of `order`, one after another."""
 
-import difflib
 from collections.abc import Mapping, Set
 from functools import partial
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ import onnx_ir as ir
 from qcompile.passes.base import Decision, Pass, Region
 from qcompile.passes.contract import WEIGHTS, Fact, Stage
 from qcompile.passes.errors import UserError
+from qcompile.passes.near import did_you_mean
 from qcompile.passes.prepare.opset import MAX_OPSET, MIN_OPSET
 from qcompile.passes.prepare.order import ORDER, SMALL, Small
 
@@ -73,7 +73,6 @@ def _names(without: str) -> tuple[str, ...]:
     names = () if without == _NONE else tuple(dict.fromkeys(name.strip() for name in without.split("+")))
     for name in names:
         if name not in SMALL:
-            near = difflib.get_close_matches(name, SMALL, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(near)}?" if near else "`qcompile passes` lists them"
+            hint = did_you_mean(name, SMALL, "`qcompile passes` lists them", 3, alike=0.4)
             raise UserError(f"prepare: there is no small pass {name!r} to do without; {hint}")
     return names

@@ -44,7 +44,7 @@ def test_prepare_comes_first_and_the_order_is_kept(passes: str, built: list[str]
     [
         ("quantize", rf"unknown pass 'quantize'; the passes are {', '.join(PASSES)}"),
         ("pack,pack", r"pass 'pack' is listed twice"),
-        ("prepare(without=split_gem),pack", r"no small pass 'split_gem' to do without; did you mean split_gemms"),
+        ("prepare(without=split_gem),pack", r"no small pass 'split_gem' to do without; did you mean 'split_gemms'"),
         ("prepare(without=1),pack", r"parameter without takes str, got 1"),
         ("smooth,prepare,pack", r"pass 'prepare' must come first"),
         ("pack,smooth", r"pass 'smooth' stands behind 'pack'"),

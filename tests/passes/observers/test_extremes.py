@@ -10,9 +10,11 @@ from observing import GRIDS, UINT8, observe
 from qcompile.passes.affine import range_qparams
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers import OBSERVERS
+from qcompile.passes.observers.base import same_state
 from qcompile.passes.observers.cross_entropy import CrossEntropy
 from qcompile.passes.observers.extremes import Extremes, MinMax, MovingAverage
 from qcompile.passes.observers.gram import Gram
+from qcompile.passes.observers.histogram import Histogram
 from qcompile.passes.observers.percentile import Percentile
 
 
@@ -185,3 +187,27 @@ def _assert_same(own: dict, other: dict) -> None:
     assert own
     for key, array in own.items():
         np.testing.assert_array_equal(array, other[key], err_msg=key)
+
+
+def test_observers_without_nodes_of_their_own_learn_the_same() -> None:
+    """Which read each other's saved statistics follows from the classes."""
+
+    class Rule(Histogram):
+        name = "rule"
+
+        def range(self, spec):
+            return self.low, self.high
+
+    kinds = [*OBSERVERS.own(), Rule, _documented()]
+    same = {frozenset((a.name, b.name)) for a in kinds for b in kinds if same_state(a, b) and a is not b}
+    rules = ("mse", "percentile", "entropy", "rule")
+    assert same == {frozenset((a, b)) for a in rules for b in rules if a != b}
+
+
+def test_extremes_are_in_the_state_of_what_derives_from_them() -> None:
+    for kind in (own for own in OBSERVERS.own() if issubclass(own, Extremes)):
+        seen = observe(kind("x"), [np.arange(12, dtype=np.float32).reshape(4, 3)])
+        assert Extremes.keys <= seen.state().keys()
+        plain = observe(MinMax("x"), [np.arange(12, dtype=np.float32).reshape(4, 3)]).state()
+        for key in Extremes.keys:
+            np.testing.assert_array_equal(seen.state()[key], plain[key])

@@ -534,7 +534,7 @@ def test_every_decision_names_its_small_pass() -> None:
 @pytest.mark.parametrize(
     ("without", "message"),
     [
-        ("split_gem", r"no small pass 'split_gem' to do without; did you mean split_gemms"),
+        ("split_gem", r"no small pass 'split_gem' to do without; did you mean 'split_gemms'"),
         ("divide+fold", r"no small pass 'fold' to do without; did you mean .*fold_co"),
         ("none+divide", r"no small pass 'none'"),
         ("divide+", r"no small pass ''"),
