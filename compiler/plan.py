@@ -51,6 +51,7 @@ def planned(recipe: Recipe) -> Planned:
     policy = make_policy(recipe)
     for step in steps:
         _check_parameters(f"pass {step.name!r}", step, parameters(PASSES[step.name]))
+    steps += [Step(name) for name in added(recipe) if name not in {step.name for step in steps}]
     made: list[Pass] = []
     for step in reversed(steps):
         made.insert(0, _make(step, made, recipe, policy))
@@ -60,6 +61,18 @@ def planned(recipe: Recipe) -> Planned:
 def always() -> list[str]:
     """The passes that run whether listed or not: those that bring a file's graph into the form that all others need."""
     return [kind.name for kind in PASSES.own() if Fact.CANONICAL in kind.ensures]
+
+
+def added(recipe: Recipe) -> list[str]:
+    """The passes that a setting of the recipe adds behind its list (`Pass.added`)."""
+    return [
+        kind.name
+        for kind in PASSES.own()
+        if (own := kind.added) is not None
+        and getattr(recipe, own.setting) == own.value
+        and effective(recipe).target in own.targets
+        and steps_that(recipe, ensure=own.behind)
+    ]
 
 
 def steps_that(recipe: Recipe, *, ensure: Fact | None = None, read: Reads | None = None) -> list[Step]:

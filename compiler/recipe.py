@@ -136,6 +136,14 @@ class Recipe:
             word="auto",
         ),
     ] = None
+    attention: Annotated[
+        Literal["fused", "plain"],
+        About(
+            "attention of decoders with caches and packed weights: ONNX Runtime's GroupQueryAttention (default), "
+            "or standard operators",
+            WHAT,
+        ),
+    ] = "fused"
     include: Annotated[
         tuple[str, ...],
         About(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import onnx
 import onnx_ir as ir
 
-from qcompile.passes.contract import WEIGHTS, Fact, Reads, Stage
+from qcompile.passes.contract import WEIGHTS, Added, Fact, Reads, Stage
 from qcompile.passes.linears import Linear, vocabulary_size
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.policy import Policy
@@ -99,6 +99,7 @@ class Pass(ABC):
     holds; who takes the float weights quantizes.
     families: of these it quantizes all weights it can, "MatMul" (and what multiplies like it) or "Conv": coverage of
     them is asked for where the user names no minimum.
+    added: when lists have it that do not name it; None: never.
     observer: by which ranges of activations are chosen, in a pass that reads them.
     parts: the small passes that it is a list of, in their order, each with a line on what it does.
     """
@@ -110,6 +111,7 @@ class Pass(ABC):
     ensures: ClassVar[Set[Fact]] = frozenset()
     takes: ClassVar[Set[Fact]] = frozenset()
     families: ClassVar[Sequence[str]] = ("MatMul", "Conv")
+    added: ClassVar[Added | None] = None
     observer: str = ""
     parts: ClassVar[Mapping[str, str]] = {}
 

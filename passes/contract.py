@@ -4,6 +4,8 @@ A list of passes is checked by these facts before any work is done (`compiler/pl
 it ensures while it runs (`compiler/walk/promises.py`).
 """
 
+from collections.abc import Set
+from dataclasses import dataclass
 from enum import Enum, IntEnum
 
 
@@ -54,6 +56,19 @@ class Fact(Enum):
     PACKED = "packed products"
     INTEGER = "integer products"
     STATIC = "fixed ranges"
+
+
+@dataclass(frozen=True)
+class Added:
+    """What adds a pass to lists that do not name it: a setting of the recipe of this value, for these targets.
+
+    It comes last, in lists that ensure `behind`.
+    """
+
+    setting: str
+    value: str
+    behind: Fact
+    targets: Set[str]
 
 
 # What is left for a later pass to take; without one, it would be lost.

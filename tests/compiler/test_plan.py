@@ -36,7 +36,25 @@ def _build(passes: str, **settings: Any) -> list[Any]:
     ],
 )
 def test_prepare_comes_first_and_the_order_is_kept(passes: str, built: list[str]) -> None:
-    assert [p.name for p in _build(passes)] == built
+    assert [p.name for p in _build(passes, attention="plain")] == built
+
+
+@pytest.mark.parametrize(
+    ("passes", "settings", "there"),
+    [
+        ("pack", {}, True),
+        ("smooth,pack,fuse", {"target": "matmulnbits"}, True),
+        ("fuse_attention,pack", {}, True),
+        ("pack", {"attention": "plain"}, False),
+        ("pack", {"target": "qdq"}, False),
+        ("pack(target=qdq)", {}, False),
+        ("smooth,qdq", {}, False),
+        ("smooth", {}, False),
+    ],
+)
+def test_attention_is_fused_behind_packed_weights(passes: str, settings: dict[str, Any], there: bool) -> None:
+    """Unless the recipe says otherwise, or its target has no operator for it."""
+    assert [p.name for p in _build(passes, **settings)].count("fuse_attention") == there
 
 
 @pytest.mark.parametrize(
@@ -114,7 +132,7 @@ def test_lists_are_accepted_where_they_make_sense() -> None:
 
 
 def test_parameters_reach_the_pass() -> None:
-    _, smooth, awq, gptq, _ = _build("smooth(alpha=0.5),awq(insert_mul=true),gptq(damping=1e-3,sweeps=1),pack")
+    _, smooth, awq, gptq, *_ = _build("smooth(alpha=0.5),awq(insert_mul=true),gptq(damping=1e-3,sweeps=1),pack")
     assert isinstance(smooth, Smooth)
     assert smooth.alpha == 0.5
     assert awq.insert_mul is True

@@ -1,0 +1,158 @@
+"""Cached attention that exporters write out becomes GroupQueryAttention of ONNX Runtime."""
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.contract import Added, Fact, Stage
+from qcompile.passes.contrib.around import Around
+from qcompile.passes.contrib.cuts import packed
+from qcompile.passes.contrib.inputs import Inputs
+from qcompile.passes.contrib.masking import Lets, lets
+from qcompile.passes.contrib.norms import fuse_norms
+from qcompile.passes.contrib.rotary import Rotated, rotated
+from qcompile.passes.contrib.written import Written, written
+from qcompile.passes.graph import Names, take_over
+from qcompile.passes.prepare.sizes import named_sizes
+
+DOMAIN = "com.microsoft"
+_STEP = 8  # GroupQueryAttention of ONNX Runtime 1.32 refuses other widths of heads and rotations
+
+
+class FuseAttention(Pass):
+    """Replace cached attention, its rotary embeddings and residual norms by ONNX Runtime's fused operators.
+
+    Case 1: Softmax(scale q kᵀ + mask) v over caches becomes a GroupQueryAttention. What its mask lets through and how
+    positions turn q and k is told by their numbers on small inputs (`probing`), however they are written.
+    Case 2: queries, keys and values that one product gives go there without being cut apart.
+    Case 3: norms by the root mean square become SimplifiedLayerNormalization, with the sum before them
+    SkipSimplifiedLayerNormalization. In decoders with caches alone, as all of this.
+
+    padding: sequences of a batch may be padded, anywhere: a mask of that is added to the scores, and position_ids are
+    looked at (`around.Around.positions`). Without, a sequence ends where the sum of its attention_mask says, and
+    positions are counted from the begin of the caches: the contract of onnxruntime-genai.
+    ONNX Runtime takes several rows behind cached ones for one sequence at a time only.
+    """
+
+    name: ClassVar[str] = "fuse_attention"
+    stage: ClassVar[Stage] = Stage.BEHIND
+    needs: ClassVar[Set[Fact]] = frozenset({Fact.CANONICAL})
+    added: ClassVar[Added | None] = Added("attention", "fused", Fact.PACKED, frozenset({"qcompile", "matmulnbits"}))
+
+    def __init__(self, *, padding: bool = True) -> None:
+        super().__init__()
+        self.padding = padding
+
+    def call(self, region: Region) -> None:
+        """Fuse what can be fused, in place."""
+        model = region.model
+        inputs = Inputs.of(model.graph)
+        if isinstance(inputs, str):
+            if Inputs.cached(model.graph):
+                self.decide("", "kept", inputs)
+            return
+        fuse_norms(model, self.decide)
+        around = Around(model.graph, inputs, Names(model), self.padding)
+        masks: dict[ir.Value | None, Lets | str] = {}
+        for own in written(model.graph):
+            if isinstance(own, tuple):
+                self.decide(own[0], "kept", own[1])
+                continue
+            if own.mask not in masks:
+                masks[own.mask] = lets(own.mask, inputs)
+            found = _Cached.of(own, inputs, masks[own.mask])
+            if isinstance(found, str):
+                self.decide(own.name, "kept", found)
+            else:
+                _replace(found, around)
+                self.decide(own.name, "fused", "GroupQueryAttention")
+        RemoveUnusedNodesPass()(model)
+        model.graph.sort()
+
+
+@dataclass(frozen=True, eq=False)
+class _Cached:
+    """An attention that GroupQueryAttention computes.
+
+    q, key: before they are turned, (batch, heads or groups, rows, width); value as they; pasts: the caches they go to.
+    """
+
+    own: Written
+    q: Rotated
+    key: Rotated
+    value: ir.Value
+    pasts: Sequence[ir.Value]
+    heads: int
+    groups: int
+    width: int
+    lets: Lets
+
+    @classmethod
+    def of(cls, own: Written, inputs: Inputs, through: Lets | str) -> "_Cached | str":
+        """What is needed of an attention, or why it stays."""
+        key, value = (_appended(present, inputs) for present in (own.k, own.v))
+        if key is None or value is None:
+            return "its keys and values are not appended to caches"
+        if isinstance(through, str):
+            return through
+        q, k = (rotated(turned, inputs) for turned in (own.q, key[1]))
+        if isinstance(q, str) or isinstance(k, str):
+            return q if isinstance(q, str) else str(k)
+        if (q.cos, q.sin, q.interleaved) != (k.cos, k.sin, k.interleaved):
+            return "its queries and keys are not turned alike"
+        heads, (_, groups, _, width) = named_sizes(own.q)[1], named_sizes(own.k)
+        if not (isinstance(heads, int) and isinstance(groups, int) and isinstance(width, int)):
+            return "how many heads it has is not known"
+        if q.pairs % _STEP or width % _STEP:
+            told = f"not {width} and {q.pairs}"
+            return f"GroupQueryAttention takes heads and halves of rotations in multiples of {_STEP}, {told}"
+        return cls(own, q, k, value[1], (key[0], value[0]), heads, groups, width, through)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Of the node."""
+        found: dict[str, Any] = {"num_heads": self.heads, "kv_num_heads": self.groups, "scale": self.own.scale}
+        if self.q.cos is not None:
+            found |= {"do_rotary": 1, "rotary_interleaved": int(self.q.interleaved)}
+        found |= {"softcap": self.own.softcap} if self.own.softcap else {}
+        return found | ({"local_window_size": self.lets.window} if self.lets.window else {})
+
+
+def _appended(value: ir.Value, inputs: Inputs) -> tuple[ir.Value, ir.Value] | None:
+    """(the cache, what is appended to it) of a value that is an output of the graph."""
+    node = value.producer()
+    if node is None or node.op_type != "Concat" or not value.is_graph_output() or len(node.inputs) != 2:
+        return None
+    past, new = node.inputs
+    fits = past in inputs.pasts and node.attributes.get_int("axis", 0) in (2, -2)
+    return (past, new) if fits and past is not None and new is not None else None
+
+
+def _replace(found: _Cached, around: Around) -> None:
+    own, groups, width = found.own, found.groups, found.width
+    place = own.result.producer()
+    assert place is not None
+    around.place = place
+    widths = [found.heads * width, groups * width, groups * width]
+    parts = [
+        around.flat(value, size) for value, size in zip((found.q.x, found.key.x, found.value), widths, strict=True)
+    ]
+    whole = packed(parts, widths)  # Case 2
+    operands: list[ir.Value | None] = [*parts] if whole is None else [whole, None, None]
+    operands += [*found.pasts, around.seqlens, around.length, *around.tables(found.q)]
+    operands.append(around.bias(own.q.dtype or ir.DataType.FLOAT) if found.lets.padding else None)
+    while operands[-1] is None:
+        operands.pop()
+    made = ir.node("GroupQueryAttention", operands, found.attributes, domain=DOMAIN, num_outputs=3, name=own.name)
+    place.prepend(made)
+    result = made.outputs[0]
+    if len(own.result.shape or ()) == 2:
+        result.name = around.names.fresh(f"{own.result.name}.wide")
+        result = around.op("Reshape", [result, around.constant([-1, widths[0]])], f"{own.result.name}.rows")
+    for old, new in zip((own.result, own.k, own.v), (result, *made.outputs[1:]), strict=True):
+        take_over(old, new, around.names)
+    around.graph.opset_imports[DOMAIN] = 1

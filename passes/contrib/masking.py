@@ -1,0 +1,77 @@
+"""What a mask lets through, told by its numbers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.contrib.inputs import Inputs
+from qcompile.passes.contrib.probing import Array, evaluate
+from qcompile.passes.masks import FILL
+
+_FAR = 200_000  # cached positions at which a window shows, if there is one
+# batch, rows, past: a prompt, a prompt behind another, one token.
+_CASES = ((2, 5, 0), (2, 3, 4), (3, 1, 6))
+
+
+@dataclass(frozen=True)
+class Lets:
+    """A mask lets position t through to row s: t <= s, t > s - window (0: all), and if `padding`, where t is none."""
+
+    window: int
+    padding: bool
+
+
+def lets(mask: ir.Value | None, inputs: Inputs) -> Lets | str:
+    """What the mask of an attention lets through, or why it is none of that kind."""
+    if mask is None:
+        return "it has no mask: every row sees all positions"
+    far = _seen(mask, inputs, 1, 2, _FAR)
+    if far is None:
+        return "its mask cannot be computed from the inputs' sizes and the padding mask"
+    counts = far.reshape(2, -1).sum(1)
+    window = 0 if counts[1] == _FAR + 2 else int(counts[1])
+    if not np.array_equal(far, _expected(1, 2, _FAR, window, None)):
+        return "its mask is neither causal nor a window"
+    for padding in (True, False):
+        if all(_agrees(mask, inputs, case, window, padding=padding) for case in _CASES):
+            return Lets(window, padding)
+    return "its mask is neither causal nor a window"
+
+
+def _agrees(mask: ir.Value, inputs: Inputs, case: tuple[int, int, int], window: int, *, padding: bool) -> bool:
+    """Whether the mask lets through what it should, with padding on the left, on the right, and in between."""
+    batch, rows, past = case
+    padded = np.ones((batch, past + rows), bool)
+    if inputs.mask is not None:
+        padded[0, 0] = padded[1, -1] = padded[1, past // 2] = False
+    found = _seen(mask, inputs, batch, rows, past, padded)
+    if found is None:
+        return False
+    wanted = _expected(batch, rows, past, window, padded if padding else None)
+    # A row that nothing is let through to is padding itself; what it holds does not matter.
+    rows_seen = wanted.any(-1)
+    return np.array_equal(found[rows_seen], wanted[rows_seen])
+
+
+def _seen(
+    mask: ir.Value, inputs: Inputs, batch: int, rows: int, past: int, padded: Array | None = None
+) -> Array | None:
+    """What the mask lets through, (batch, rows, past + rows); None where floats are neither zero nor fill."""
+    given = evaluate([mask], inputs.at(batch, rows, past, padded))
+    if given is None or given[0].ndim not in (2, 3, 4) or given[0].dtype.kind not in "fb":
+        return None
+    numbers = given[0].reshape(-1, *given[0].shape[-2:])
+    seen = numbers if numbers.dtype.kind == "b" else numbers == 0
+    if not (seen | (numbers <= -FILL) | (numbers.dtype.kind == "b")).all() or numbers.shape[0] not in (1, batch):
+        return None
+    try:
+        return np.broadcast_to(seen, (batch, rows, past + rows))
+    except ValueError:
+        return None
+
+
+def _expected(batch: int, rows: int, past: int, window: int, padded: Array | None) -> Array:
+    row, position = np.arange(past, past + rows)[:, None], np.arange(past + rows)[None]
+    causal = (position <= row) & ((position > row - window) if window else True)
+    return np.broadcast_to(causal & (padded[:, None] if padded is not None else True), (batch, rows, past + rows))

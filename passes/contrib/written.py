@@ -1,0 +1,197 @@
+"""Attention as exporters write it out, operator by operator."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.graph import small_array
+from qcompile.passes.masks import FILL
+from qcompile.passes.prepare.sizes import named_sizes
+
+_SWAP = ((0, 1, 3, 2), (0, 1, 2, 4, 3))
+_GROUPS = ("Unsqueeze", "Reshape")
+_MERGE = ((0, 2, 1, 3), (0, 3, 1, 2, 4))
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """result = Softmax(cap(scale q kᵀ) + mask) v, heads side by side.
+
+    q: (batch, heads, rows, width). k, v: (batch, groups of heads, positions, width).
+    result: (batch, rows, heads width) or (batch rows, heads width). mask: added to the scores, or False where they are
+    replaced by its fill.
+    """
+
+    name: str
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    scale: float
+    softcap: float
+    mask: ir.Value | None
+    result: ir.Value
+
+
+def written(graph: ir.Graph) -> Iterator[Written | tuple[str, str]]:
+    """Every attention of a graph in order, or (name, why it cannot be told) for a Softmax over scores that is none."""
+    for node in list(graph):
+        if (node.op_type, node.domain) == ("Softmax", ""):
+            found = _around(node)
+            if found is not None:
+                yield (node.name or "", found) if isinstance(found, str) else found
+
+
+@dataclass(frozen=True)
+class _Operand:
+    value: ir.Value
+    scale: float = 1.0
+    swaps: int = 0
+
+
+def _around(softmax: ir.Node) -> Written | str | None:
+    """The attention of a Softmax; None where no product is before or behind it."""
+    last = _only_reader(softmax.outputs[0], "MatMul")
+    if last is None or last.inputs[0] is not softmax.outputs[0]:
+        return "no product reads its probabilities" if len(softmax.outputs[0].shape or ()) > 3 else None
+    before = _scores(softmax.inputs[0])
+    if before is None:
+        return "what makes its scores is not known"
+    product, mask, scale, softcap = before
+    q, k, v = (_stripped(value) for value in (product.inputs[0], product.inputs[1], last.inputs[1]))
+    if q is None or k is None or v is None:
+        return "an operand of its products is missing"
+    if q.swaps or v.swaps or k.swaps != 1 or v.scale != 1:
+        return "its keys are not transposed once"
+    rank = len(softmax.outputs[0].shape or ())
+    if softmax.attributes.get_int("axis", -1) not in (-1, rank - 1):
+        return "its Softmax is not over the positions"
+    merged = _only_reader(_in_heads(last.outputs[0], q.value), "Transpose")
+    if merged is None or tuple(merged.attributes.get_ints("perm", ())) not in _MERGE:
+        return "its heads are not put side by side"
+    joined = _only_reader(merged.outputs[0], "Reshape")
+    if joined is None or joined.outputs[0].shape is None or len(joined.outputs[0].shape) not in (2, 3):
+        return "its heads are not put side by side"
+    return Written(
+        softmax.name or "", q.value, k.value, v.value, scale * q.scale * k.scale, softcap, mask, joined.outputs[0]
+    )
+
+
+def _scores(value: ir.Value | None) -> tuple[ir.Node, ir.Value | None, float, float] | None:
+    """(product of queries and keys, mask, scale, softcap) of what a Softmax reads; None where no product is found."""
+    node = value.producer() if value is not None else None
+    mask: ir.Value | None = None
+    if node is not None and (node.op_type, node.domain) == ("Add", ""):
+        sides = [own for own in node.inputs if own is not None]
+        products = [_scores_of(own) for own in sides]
+        if (products[0] is None) == (products[-1] is None):
+            return None
+        i = 0 if products[0] is not None else 1
+        value, mask = sides[i], _unwidened(sides[1 - i])
+    elif node is not None and (node.op_type, node.domain) == ("Where", ""):
+        fill = small_array(node.inputs[2], 1)
+        if fill is None or fill.size != 1 or not fill.reshape(-1)[0] <= -FILL or node.inputs[0] is None:
+            return None
+        value, mask = node.inputs[1], _unwidened(node.inputs[0])
+    found = _scores_of(value)
+    return (found[0], mask, found[1], found[2]) if found is not None else None
+
+
+def _scores_of(value: ir.Value | None) -> tuple[ir.Node, float, float] | None:
+    """(product, scale, softcap) of a value cap(scale · product)."""
+    scale, softcap = 1.0, 0.0
+    for _ in range(8):
+        node = value.producer() if value is not None else None
+        if value is None or node is None or node.domain != "" or len(value.uses()) != 1 or value.is_graph_output():
+            return None
+        if node.op_type == "MatMul":
+            return node, scale, softcap
+        if node.op_type == "Tanh" and softcap == 0 and scale > 0:
+            value, softcap = node.inputs[0], scale  # cap tanh(x / cap): what is inside makes up the rest of the scale
+            continue
+        step = _scaled(node)
+        if step is None:
+            return None
+        value, scale = step[0], scale * step[1]
+    return None
+
+
+def _scaled(node: ir.Node) -> tuple[ir.Value, float] | None:
+    """(x, c) of a node x · c, c a number."""
+    if node.op_type not in ("Mul", "Div") or node.domain != "":
+        return None
+    for i in (1, 0) if node.op_type == "Mul" else (1,):
+        number, other = small_array(node.inputs[i], 1), node.inputs[1 - i]
+        if number is not None and other is not None and number.dtype.kind == "f" and number.size == 1:
+            c = float(number.reshape(-1)[0])
+            return other, c if node.op_type == "Mul" else 1 / c
+    return None
+
+
+def _stripped(value: ir.Value | None) -> _Operand | None:
+    """What an operand of a product is before it is scaled, grouped, repeated and turned."""
+    own = _Operand(value) if value is not None else None
+    while own is not None and (node := own.value.producer()) is not None and node.domain == "":
+        single = _single(own.value)
+        if single is not None:
+            own = replace(own, value=single)
+            continue
+        given, rank = (node.inputs[0] if node.inputs else None), len(own.value.shape or ())
+        step = _scaled(node)
+        if step is not None:
+            own = replace(own, value=step[0], scale=own.scale * step[1])
+        elif given is None:
+            break
+        elif node.op_type == "Transpose" and tuple(node.attributes.get_ints("perm", ())) in _SWAP:
+            own = replace(own, value=given, swaps=own.swaps + 1)
+        elif node.op_type == "Identity" or (
+            node.op_type in ("Unsqueeze", "Reshape") and (len(given.shape or ()), rank) == (4, 5)
+        ):
+            own = replace(own, value=given)
+        else:
+            break
+    return own
+
+
+def _single(value: ir.Value) -> ir.Value | None:
+    """(batch, groups, rows, width) of which value is Reshape(Expand(Unsqueeze(…, 2))): each head so many times."""
+    made: list[ir.Value] = []
+    for op_type in ("Reshape", "Expand", "Unsqueeze"):
+        node = value.producer()
+        if node is None or (node.op_type, node.domain) != (op_type, "") or node.inputs[0] is None:
+            return None
+        made.append(value)
+        value = node.inputs[0]
+    joined, wide, single = (named_sizes(own) for own in made)
+    sizes = (joined[1:2], wide[1:3], single[1:3]) if len(joined) == 4 and len(wide) == 5 and len(single) == 5 else ()
+    if not sizes or not all(isinstance(size, int) for own in sizes for size in own) or joined[3] != wide[4]:
+        return None
+    repeats = wide[1] == single[1] and single[2] == 1 and joined[1] == np.prod(np.array(wide[1:3], np.int64))
+    return value if repeats else None
+
+
+def _in_heads(value: ir.Value, q: ir.Value) -> ir.Value:
+    """The product with the values, behind what gives it the heads that the query has."""
+    while (join := _only_reader(value, "Reshape")) is not None:
+        sizes, heads = named_sizes(join.outputs[0]), named_sizes(q)
+        if len(sizes) != 4 or len(heads) != 4 or sizes[1] != heads[1] or sizes[3] != named_sizes(value)[-1]:
+            break
+        value = join.outputs[0]
+    return value
+
+
+def _unwidened(mask: ir.Value) -> ir.Value:
+    """A mask without the axis that groups of heads gave it."""
+    node = mask.producer()
+    if node is not None and node.op_type == "Unsqueeze" and len(mask.shape or ()) == 5 and node.inputs[0] is not None:
+        return node.inputs[0]
+    return mask
+
+
+def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
+    readers = [use.node for use in value.uses()]
+    fits = (
+        len(readers) == 1 and not value.is_graph_output() and (readers[0].op_type, readers[0].domain) == (op_type, "")
+    )
+    return readers[0] if fits else None
