@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from preparing import parse
+from preparing import run as run_model
 
 from qcompile.compiler.calibrate import calibrate_model
 from qcompile.compiler.files.load import load_model
@@ -13,7 +15,7 @@ from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.models.tiny import tiny_decoder
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.base import Region
-from qcompile.passes.bias_correction import BiasCorrection, levels
+from qcompile.passes.bias_correction import BiasCorrection, _own_bias, levels
 from qcompile.passes.held import NOT_CONFIRMED
 from qcompile.passes.observers.mean import PARTS
 from qcompile.passes.state import remember
@@ -224,3 +226,35 @@ def test_a_correction_that_the_other_half_refutes_is_taken_back(bench, tmp_path)
     assert all("do not confirm a gain" in d.reason for d in report.decisions["bias_correction"])
     assert corrected == plain
     assert report.trials == [f"bias_correction: {report.decisions['bias_correction'][0].reason}"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("y = Gemm(x, w, row)", ""),
+        ("y = Gemm(x, w, flat)", ""),
+        ("y = Gemm(x, w, one)", ""),
+        ("y = Gemm(x, w, rows)", "its bias differs from row to row"),
+        ("c = Neg(row) y = Gemm(x, w, c)", "its bias is no constant"),
+        ("y = Gemm(x, w)", "a product of rank 2 with a float bias would be computed in float"),
+        ("k = DequantizeLinear <axis = 0> (codes, scales) y = Gemm(x, w, k)", ""),
+        (
+            "k = DequantizeLinear <axis = 0> (large, scales) y = Gemm(x, w, k)",
+            "the corrected bias does not fit 32 bits",
+        ),
+    ],
+)
+def test_the_bias_of_a_product_takes_the_error_or_says_why_not(body: str, reason: str) -> None:
+    """Outputs move by the mean error, channel by channel, or not at all."""
+    mean = np.array([1.0, -2.0, 0.5])
+    arrays = {"w": np.eye(3, dtype="f"), "row": np.ones((1, 3), "f"), "flat": np.ones(3, "f"), "one": np.ones((), "f")}
+    arrays |= {"rows": np.arange(6, dtype="f").reshape(2, 3), "scales": np.full(3, 0.25, "f")}
+    arrays |= {"codes": np.array([4, 8, 12], np.int32), "large": np.array([-(2**31), 0, 0], np.int32)}
+    read = {name: array for name, array in arrays.items() if f"{name})" in body or f"{name}," in body}
+    model = parse(body, inputs="float[2,3] x", outputs="float[2,3] y", **read)
+    feeds = {"x": np.ones((2, 3), np.float32)}
+    before = run_model(model, feeds)[0]
+    said = _own_bias(model, next(node for node in model.graph if node.op_type == "Gemm"), mean)
+    assert said.startswith(reason)
+    assert bool(said) is bool(reason)
+    np.testing.assert_allclose(run_model(model, feeds)[0], before if reason else before - mean.astype("f"), rtol=1e-6)

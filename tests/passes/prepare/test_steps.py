@@ -8,13 +8,15 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 
 from qcompile.models.tiny import tiny_branch, tiny_conv, tiny_decoder
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.errors import UserError
-from qcompile.passes.linears import LEFT, find_embeddings, find_linears
+from qcompile.passes.linears import find_embeddings, find_linears
 from qcompile.passes.prepare import Prepare
-from qcompile.passes.prepare.folding import note_computed
+from qcompile.passes.prepare.folding import _CODES, ALREADY, note_computed, report_quantized
+from qcompile.passes.state import node_state
 
 K, N = 96, 200  # a float32 weight is over 64 KiB, where a second copy counts
 
@@ -357,7 +359,7 @@ def test_products_of_chosen_weights_say_so(body: str, reason: str) -> None:
     for node in model.graph:
         node.name = f"{node.op_type}_node"
     note_computed(model)
-    told = next(node for node in reversed(model.graph) if node.op_type == "MatMul").meta.get(LEFT, "")
+    told = node_state(next(node for node in reversed(model.graph) if node.op_type == "MatMul")).left
     assert told.startswith(reason)
     assert bool(told) is bool(reason)
 
@@ -463,3 +465,20 @@ def test_more_than_two_gigabytes(tmp_path):
     assert len(model.graph.initializers) == count
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 200_000, "kilobytes: no weight was brought into memory"
+
+
+@pytest.mark.parametrize("operator", _CODES)
+def test_weights_that_come_as_codes_are_told_of(operator: str) -> None:
+    """Where the operator's own definition has its weight; codes anywhere else are none."""
+    names = {"b", "w", "weight", "data", "fc1_experts_weights"} | ({"x"} if operator == "DequantizeLinear" else set())
+    known = [one for one in get_all_operator_schema() if one.name == operator and one.domain in ("", "com.microsoft")]
+    schema = max(known, key=lambda one: one.since_version)
+    (own,) = [place for place, one in enumerate(schema.inputs) if one.name.lower() in names][:1]
+    for place in range(4):
+        values = [ir.Value(name=f"v{i}") for i in range(4)]
+        node, codes = ir.node(operator, values, domain=schema.domain), values.pop(place)
+        codes.const_value = ir.tensor(np.zeros((4, 4), np.int8))
+        graph = ir.Graph(values, node.outputs, nodes=[node], initializers=[codes])
+        step = Prepare()
+        report_quantized(ir.Model(graph, ir_version=10), step.decide)
+        assert reasons(step.decisions, "skipped") == [ALREADY] * (place == own)
