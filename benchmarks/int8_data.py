@@ -87,12 +87,11 @@ def token_block(model: Path, rows: int, columns: int) -> Feeds:
 
 def text_calibration(model: Path, windows: int) -> list[Feeds]:
     """The very batches that qcompile calibrates this model on by default: windows of 512 tokens of the bundled text."""
-    from qcompile.compiler.data.calibration import gather
+    from qcompile.compiler.data.calibration import Calibration, Sampling, gather
     from qcompile.compiler.data.inputs import input_plan
     from qcompile.compiler.files.load import load_model
-    from qcompile.compiler.recipe import Recipe
 
-    data = gather(input_plan(load_model(model)), model, Recipe(samples=windows), [], None, needed=True)
+    data = gather(input_plan(load_model(model)), model, Sampling(windows, 512), Calibration(), needed=True)
     return [batch.feeds for batch in data.calibration]
 
 

@@ -18,10 +18,9 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
-from qcompile.compiler.data.calibration import gather
+from qcompile.compiler.data.calibration import Calibration, Sampling, gather
 from qcompile.compiler.data.inputs import input_plan
 from qcompile.compiler.files.load import load_model
-from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.walk.extract import extract
 from qcompile.passes.linears import find_linears
 from qcompile.passes.observers import OBSERVERS
@@ -60,8 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     model = load_model(args.model)
     plan = input_plan(model)
-    recipe = Recipe(samples=args.rounds + 1, context=args.context)
-    batches = gather(plan, args.model, recipe, (), None, needed=True).calibration
+    sampling = Sampling(args.rounds + 1, args.context)
+    batches = gather(plan, args.model, sampling, Calibration(), needed=True).calibration
     values = list(dict.fromkeys(linear.activation for linear in find_linears(model.graph)))
     steps, observed = {}, {}
     for own in (Plain, *(OBSERVERS[name] for name in args.observers.split(","))):

@@ -21,7 +21,7 @@ from qcompile.compiler.recipe import Recipe, dump_recipe
 from qcompile.compiler.report.coverage import check_coverage
 from qcompile.compiler.report.page import to_html
 from qcompile.compiler.results.report import Report
-from qcompile.compiler.stages import finish, gather_data, load_statistics, prepare_model, walk
+from qcompile.compiler.stages import finish, gather_data, load_statistics, prepare_model, walk, wish
 from qcompile.compiler.walk import activation_bits
 from qcompile.compiler.walk.verify import check_outputs, check_reloaded, run_file, silent
 from qcompile.compiler.walk.verify_saved import check_saved
@@ -63,8 +63,8 @@ def compile_model(
     rungs = ladder.climb(source, recipe, prepared.passes, data, progress) if data.data_free and saved is None else []
     walked = walk(prepared, data, saved)
     if recipe.mixed:
-        rankings = RankingCache(source, report.source_hash, recipe, report.versions, calibration, statistics)
-        report.mixed = keep(graph, walked.passes, plan, data, source, recipe, progress, rankings)
+        rankings = RankingCache(source, report.source_hash, recipe.to_dict(), report.versions, calibration, statistics)
+        report.mixed = keep(graph, walked.passes, plan, data, source, wish(recipe), recipe.provider, progress, rankings)
     if recipe.target == "qcompile":
         report.nodes = activation_bits.choose(report.nodes, recipe.activations, activation_bits.native(graph))
         activation_bits.write(graph, report.nodes)

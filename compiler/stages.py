@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.compiler.console.progress import Progress
-from qcompile.compiler.data.calibration import Calibration, Data, gather
+from qcompile.compiler.data.calibration import Calibration, Data, Sampling, gather
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.data.npz import Arrays
@@ -18,7 +18,7 @@ from qcompile.compiler.facts.model import file_size, versions
 from qcompile.compiler.facts.value_types import told_by_runtime
 from qcompile.compiler.files.load import check_finite, load_model, model_hash
 from qcompile.compiler.measure import randomness
-from qcompile.compiler.mixed.keep import check_metric
+from qcompile.compiler.mixed.keep import Wish, check_metric
 from qcompile.compiler.plan import Planned, packages, planned, reading
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.coverage import account, quantizers
@@ -117,14 +117,19 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     for whole in (p for p in passes if p.stage == Stage.BEFORE):
         promises.run(whole, Region.whole(graph, told_by_runtime))
     randomness.settle(graph)
-    check_patterns(recipe, graph)
+    check_patterns(recipe.include, recipe.exclude, graph)
     check_sizes(graph)
     check_target(graph, recipe.target, made)
     plan = input_plan(graph)
-    check_metric(recipe, plan)
+    check_metric(wish(recipe), plan)
     int8 = recipe.target == "qcompile" and recipe.activations != 16
     job = Job(graph, passes, report, progress, provider=recipe.provider, int8=int8)
     return Prepared(source, recipe, graph, passes, made.policy, plan, report, job, census(graph))
+
+
+def wish(recipe: Recipe) -> Wish:
+    """What is to stay in float for its sensitivity."""
+    return Wish(recipe.keep_worst, recipe.max_kl, recipe.min_sqnr, recipe.keep_as)
 
 
 def load_statistics(prepared: Prepared, path: Path) -> SavedStatistics:
@@ -144,7 +149,7 @@ def gather_data(prepared: Prepared, calibration: Calibration, saved: SavedStatis
     data = gather(
         prepared.plan,
         prepared.source,
-        recipe,
+        Sampling(recipe.samples, recipe.context, bool(recipe.mixed), recipe.seed, recipe.provider),
         calibration,
         needed=bool(recipe.mixed) or needed,
         learnt=saved is not None,

@@ -39,7 +39,7 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     for rewrite in passes:
         if rewrite.stage == Stage.BEFORE:
             promises.run(rewrite, Region.whole(model))
-    check_patterns(recipe, model)
+    check_patterns(recipe.include, recipe.exclude, model)
     check_sizes(model)
     check_target(model, recipe.target, work)
     linears, vocabulary = find_linears(model.graph), vocabulary_size(model)

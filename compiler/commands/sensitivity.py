@@ -81,7 +81,7 @@ def ranked(model: Path, recipe: Recipe, calibration: Calibration, progress: Prog
     if not steps_that(recipe, ensure=Fact.INTEGER):
         raise UserError(f"sensitivity: no pass of the list makes nodes integer: add {ensuring(Fact.INTEGER)}")
     progress.step("loading")
-    cache = RankingCache(model, model_hash(model), recipe, versions() | packages(recipe), calibration)
+    cache = RankingCache(model, model_hash(model), recipe.to_dict(), versions() | packages(recipe), calibration)
     known = cache.get()
     if known is not None:
         return known

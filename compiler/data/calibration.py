@@ -17,7 +17,6 @@ from qcompile.compiler.data.picture_batches import picture_batches
 from qcompile.compiler.data.readers import Reader, is_reference, read_batches
 from qcompile.compiler.data.sampling import sample_windows
 from qcompile.compiler.data.tokens import Ids, Tokenizer, find_tokenizer, load_tokenizer
-from qcompile.compiler.recipe import Recipe
 from qcompile.models.text import calibration_text, read_texts
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import session
@@ -41,7 +40,7 @@ class Data:
     """Batches for statistics, batches to check the result on, and a sentence that says where both come from.
 
     real: the checks are what the model may meet, not random numbers. unseen: batches of the same data beside those of
-    the statistics, where a recipe chooses by its own errors. data_free: nothing came from the user or the bundle.
+    the statistics, for choices by measured errors. data_free: nothing came from the user or the bundle.
     guess: passes have their statistics from the scales of norms (`proxies`), not from a run.
     """
 
@@ -52,6 +51,21 @@ class Data:
     unseen: Sequence[Batch] = ()
     data_free: bool = False
     guess: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How much is taken of the data, for `gather`.
+
+    samples: windows of text, or images. context: tokens of a window. aside: some of it, or more, is held aside for
+    choices by measured errors. seed, provider: of what the model samples itself, and where it runs.
+    """
+
+    samples: int
+    context: int
+    aside: bool = False
+    seed: int = 0
+    provider: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,7 @@ Given = Calibration | Sequence[str] | Reader | Iterable[Mapping[str, Any]]
 
 
 def gather(
-    plan: InputPlan, model: Path, recipe: Recipe, given: Calibration, *, needed: bool, learnt: bool = False
+    plan: InputPlan, model: Path, sampling: Sampling, given: Calibration, *, needed: bool, learnt: bool = False
 ) -> Data:
     """The calibration data of a model; with `needed` False only what the checks take.
 
@@ -100,11 +114,11 @@ def gather(
     if given.reader is not None and given.files:
         raise UserError("give calibration files or a reader, not both")
     if len(given.files) == 1 and given.files[0] in (SELF, NORMS) and not Path(given.files[0]).exists():
-        return _data_free(plan, model, recipe, given.files[0], needed=needed)
+        return _data_free(plan, model, sampling, given.files[0], needed=needed)
     files = Files.of(given.files)
     if files.arrays or files.images or files.reference or given.reader is not None:
-        batches, described = _batches_given(plan, model, recipe, given, files)
-        taken, others = apart(plan, batches) if recipe.mixed and not learnt else (batches, [])
+        batches, described = _batches_given(plan, model, sampling, given, files)
+        taken, others = apart(plan, batches) if sampling.aside and not learnt else (batches, [])
         described += f", {len(others)} more held aside to choose nodes by" if others else ""
         return Data(taken if needed else [], batches[:_CHECKS], described, unseen=others)
     if plan.floats or plan.unknown or plan.ids is None:
@@ -117,12 +131,12 @@ def gather(
             f"--calibration {files.texts[0]} is text, but no tokenizer.json lies beside {model}: give --tokenizer"
         )
     if found is not None:
-        return _from_text(plan, recipe, found, files.texts, needed=needed)
-    return _data_free(plan, model, recipe, SELF, needed=needed, why=" (no tokenizer beside it)")
+        return _from_text(plan, sampling, found, files.texts, needed=needed)
+    return _data_free(plan, model, sampling, SELF, needed=needed, why=" (no tokenizer beside it)")
 
 
 def _batches_given(
-    plan: InputPlan, model: Path, recipe: Recipe, given: Calibration, files: Files
+    plan: InputPlan, model: Path, sampling: Sampling, given: Calibration, files: Files
 ) -> tuple[list[Batch], str]:
     """(batches, what they are) of arrays, images, or a program."""
     if files.arrays:
@@ -130,7 +144,7 @@ def _batches_given(
         return batches, "; ".join([f"{len(batches)} batches of {_names(files.arrays)}", *remarks])
     if files.images:
         picture_input(plan).check(given.pictures.size)
-        return picture_batches(plan, files.images, given.pictures.beside(model), recipe.samples)
+        return picture_batches(plan, files.images, given.pictures.beside(model), sampling.samples)
     label = files.reference or type(given.reader).__name__
     batches, remarks = read_batches(plan, files.reference or given.reader, label)
     return batches, "; ".join([f"{len(batches)} batches of {label}", *remarks])
@@ -195,21 +209,23 @@ def _rows_of(batch: Batch, start: int, stop: int) -> Batch:
     return Batch(lambda: {name: array[start:stop] for name, array in batch.feeds.items()}, stop - start)
 
 
-def _from_text(plan: InputPlan, recipe: Recipe, tokenizer: Tokenizer, texts: Sequence[Path], *, needed: bool) -> Data:
+def _from_text(
+    plan: InputPlan, sampling: Sampling, tokenizer: Tokenizer, texts: Sequence[Path], *, needed: bool
+) -> Data:
     documents = read_texts(texts) if texts else [calibration_text()]
     source = _names(texts) if texts else "the bundled text (speeches and a novel, English)"
     ids = [token for document in documents for token in tokenizer.encode(document)]
     tokenizer.check_vocabulary(plan.vocabulary, ids)
-    context = plan.sequence or recipe.context
-    windows = spread(ids, context, recipe.samples)
+    context = plan.sequence or sampling.context
+    windows = spread(ids, context, sampling.samples)
     if not windows:
         raise UserError(f"the calibration text has {len(ids)} tokens: give at least two")
-    if needed and len(windows) < recipe.samples:
+    if needed and len(windows) < sampling.samples:
         _log.warning(
-            "the calibration text holds %d windows of %d tokens, not %d", len(windows), context, recipe.samples
+            "the calibration text holds %d windows of %d tokens, not %d", len(windows), context, sampling.samples
         )
-    others = unseen(ids, context, recipe.samples, _UNSEEN * (plan.batch or 1)) if recipe.mixed else []
-    if recipe.mixed and not others and len(windows) >= 2 * (plan.batch or 1):  # a text that is all windows
+    others = unseen(ids, context, sampling.samples, _UNSEEN * (plan.batch or 1)) if sampling.aside else []
+    if sampling.aside and not others and len(windows) >= 2 * (plan.batch or 1):  # a text that is all windows
         stacks = min(_UNSEEN, max(len(windows) // (plan.batch or 1) // 4, 1))
         cut = len(windows) - stacks * (plan.batch or 1)
         windows, others = windows[:cut], windows[cut:]
@@ -248,7 +264,7 @@ def _batches(plan: InputPlan, windows: Sequence[Ids]) -> list[Batch]:
     return token_batches(plan, decoded, decode_step=True) + (token_batches(plan, rest) if rest else [])
 
 
-def _data_free(plan: InputPlan, model: Path, recipe: Recipe, kind: str, *, needed: bool, why: str = "") -> Data:
+def _data_free(plan: InputPlan, model: Path, sampling: Sampling, kind: str, *, needed: bool, why: str = "") -> Data:
     """Case 1: nothing is needed: random checks. Case 2: "norms". Case 3: tokens sampled from the model.
 
     Checks are sampled, too, but by another seed, so that statistics have not seen them.
@@ -262,17 +278,17 @@ def _data_free(plan: InputPlan, model: Path, recipe: Recipe, kind: str, *, neede
             "no tokenizer lies beside the model, and it is no decoder to sample text from: give --tokenizer, or "
             "--calibration norms for passes that need no more"
         )
-    running = session(model, providers=(recipe.provider,), kernels="portable")
+    running = session(model, providers=(sampling.provider,), kernels="portable")
     count = _CHECKS * (plan.batch or 1)
-    checks = _checks(plan, sample_windows(running, plan, count, _CHECK_TOKENS, recipe.seed + 1))
+    checks = _checks(plan, sample_windows(running, plan, count, _CHECK_TOKENS, sampling.seed + 1))
     if kind == NORMS:
         return Data([], checks, "none: scales of norms stand in", data_free=True, guess=True)
-    windows = sample_windows(running, plan, recipe.samples, recipe.context, recipe.seed)
+    windows = sample_windows(running, plan, sampling.samples, sampling.context, sampling.seed)
     described = f"{len(windows)} windows of {len(windows[0])} tokens sampled from the model itself{why}"
     held: list[Batch] = []
-    if recipe.mixed:
+    if sampling.aside:
         count = _UNSEEN * (plan.batch or 1)
-        held = token_batches(plan, sample_windows(running, plan, count, recipe.context, recipe.seed + 2))
+        held = token_batches(plan, sample_windows(running, plan, count, sampling.context, sampling.seed + 2))
     return Data(_batches(plan, windows), checks, described, data_free=True, unseen=held)
 
 

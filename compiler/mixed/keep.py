@@ -11,7 +11,6 @@ from qcompile.compiler.data.feeds import InputPlan
 from qcompile.compiler.mixed.ranking import Ranking, RankingCache
 from qcompile.compiler.mixed.sensitivity import Mixture, Steps, finished_distance, stored_bytes
 from qcompile.compiler.plan import ensuring
-from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.mixed import Kept, Mixed
 from qcompile.passes.base import IntegerPass, Pass, Reason, Region, on_clone
 from qcompile.passes.contract import Fact
@@ -22,17 +21,31 @@ from qcompile.passes.policy import Policy
 _ENOUGH = 0.75
 
 
+@dataclass(frozen=True)
+class Wish:
+    """What is to stay in float: so many of the worst nodes, or the fewest that a bound takes; one of three is given.
+
+    max_kl: nats a token. min_sqnr: dB. keep_as: "float", "weights" or "auto", see `keep`.
+    """
+
+    keep_worst: int | None
+    max_kl: float | None
+    min_sqnr: float | None
+    keep_as: str
+
+
 def keep(
     model: ir.Model,
     passes: Sequence[Pass],
     plan: InputPlan,
     data: Data,
     source: Path,
-    recipe: Recipe,
+    wish: Wish,
+    provider: str,
     progress: Steps,
     cache: RankingCache,
 ) -> Mixed:
-    """Tell the pass behind the walk which nodes to keep in float, as the recipe wants it.
+    """Tell the pass behind the walk which nodes to keep in float, as is wished.
 
     Case 1: keep_worst: so many of the most sensitive nodes.
     Case 2: max_kl, min_sqnr: the fewest, in the order of the ranking, with which the bound holds. The distance falls
@@ -40,18 +53,18 @@ def keep(
     Case 3: keep_as "weights": MatMuls that are kept have int8 weights all the same, for which ONNX Runtime's CPU
             provider has a kernel (MatMulNBits); it would decode the weight of a Conv in every run. "auto": so, unless
             floats gain clearly more, or they alone meet the bound.
-    The graph is not changed. Raises UserError where the recipe asks for what the model has not, or no choice is enough.
+    The graph is not changed. Raises UserError where the model has not what is asked for, or no choice is enough.
     """
     late = integer_pass(passes)
     progress.step("sensitivity: float outputs and switches")
-    mixture = Mixture(model, late, plan, data, source, recipe.provider)
+    mixture = Mixture(model, late, plan, data, source, provider)
     ranking = cache.get()
     if ranking is None:
         ranking = mixture.rank(progress)
         cache.put(ranking)
     progress.step("choosing nodes to keep in float")
-    choose = _fewest if recipe.keep_worst is None else _worst
-    made = choose(mixture, ranking, recipe)
+    choose = _fewest if wish.keep_worst is None else _worst
+    made = choose(mixture, ranking, wish)
     late.policy = _keeping(late.policy, made.kept)
     ends = (ranking.all_integer, made.distance, mixture.nbytes, made.size)
     return Mixed(ranking.metric, mixture.windows, len(ranking.nodes), made.kept, *ends)
@@ -66,11 +79,11 @@ class _Tried:
     size: int
 
 
-def check_metric(recipe: Recipe, plan: InputPlan) -> None:
+def check_metric(wish: Wish, plan: InputPlan) -> None:
     """Raise UserError where the bound is not one for this kind of model."""
-    if recipe.max_kl is not None and plan.logits is None:
+    if wish.max_kl is not None and plan.logits is None:
         raise UserError("max_kl is for decoders, and this model has no logits: give min_sqnr in dB")
-    if recipe.min_sqnr is not None and plan.logits is not None:
+    if wish.min_sqnr is not None and plan.logits is not None:
         raise UserError("min_sqnr is for models without logits, and this one is a decoder: give max_kl in nats a token")
 
 
@@ -82,17 +95,17 @@ def integer_pass(passes: Sequence[Pass]) -> IntegerPass:
     return found
 
 
-def _worst(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> _Tried:
+def _worst(mixture: Mixture, ranking: Ranking, wish: Wish) -> _Tried:
     """Case 1."""
-    count = recipe.keep_worst or 0
+    count = wish.keep_worst or 0
     if _nothing_left(mixture, ranking, count):
         raise UserError(f"keep_worst {count} leaves nothing to quantize: the model has {len(ranking.nodes)} nodes")
-    return _tried(mixture, ranking, count, recipe)
+    return _tried(mixture, ranking, count, wish)
 
 
-def _fewest(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> _Tried:
+def _fewest(mixture: Mixture, ranking: Ranking, wish: Wish) -> _Tried:
     """Case 2."""
-    bound, told = _bound(recipe)
+    bound, told = _bound(wish)
     most, nodes = len(ranking.nodes), [ranked.node for ranked in ranking.nodes]
     if ranking.all_float > bound:
         raise UserError(
@@ -100,10 +113,10 @@ def _fewest(mixture: Mixture, ranking: Ranking, recipe: Recipe) -> _Tried:
             f"({mixture.windows}); the passes before change that much"
         )
     count = smallest(lambda k: mixture.distance(mixture.without(nodes[:k])) <= bound, most)
-    made = _tried(mixture, ranking, count, recipe, bound)
+    made = _tried(mixture, ranking, count, wish, bound)
     while made.distance > bound and count < most:  # one more, where values that shared a scale went apart
         count += 1
-        made = _tried(mixture, ranking, count, recipe, bound)
+        made = _tried(mixture, ranking, count, wish, bound)
     if _nothing_left(mixture, ranking, count):
         raise UserError(
             f"{told} is met only with all {most} nodes in float: nothing would be quantized; with none of them it is "
@@ -132,31 +145,31 @@ def smallest(holds: Callable[[int], bool], most: int) -> int:
     return high
 
 
-def _bound(recipe: Recipe) -> tuple[float, str]:
+def _bound(wish: Wish) -> tuple[float, str]:
     """The largest distance allowed, and the setting in words."""
-    if recipe.max_kl is not None:
-        return recipe.max_kl, f"max_kl {recipe.max_kl:g}"
-    assert recipe.min_sqnr is not None
-    return 10 ** (-recipe.min_sqnr / 20), f"min_sqnr {recipe.min_sqnr:g}"
+    if wish.max_kl is not None:
+        return wish.max_kl, f"max_kl {wish.max_kl:g}"
+    assert wish.min_sqnr is not None
+    return 10 ** (-wish.min_sqnr / 20), f"min_sqnr {wish.min_sqnr:g}"
 
 
-def _tried(mixture: Mixture, ranking: Ranking, count: int, recipe: Recipe, bound: float = 0.0) -> _Tried:
+def _tried(mixture: Mixture, ranking: Ranking, count: int, wish: Wish, bound: float = 0.0) -> _Tried:
     """The graph that the pass makes with so many nodes kept; Case 3."""
     late = mixture.late
-    light = _kept(mixture, ranking, count, weights_only=late.light and recipe.keep_as != "float")
-    made = _finished(mixture, light, recipe)
-    if recipe.keep_as != "auto" or made.distance <= bound or not any(own.weights_only for own in light):
+    light = _kept(mixture, ranking, count, weights_only=late.light and wish.keep_as != "float")
+    made = _finished(mixture, light)
+    if wish.keep_as != "auto" or made.distance <= bound or not any(own.weights_only for own in light):
         return made
-    in_float = _finished(mixture, _kept(mixture, ranking, count, weights_only=False), recipe)
+    in_float = _finished(mixture, _kept(mixture, ranking, count, weights_only=False))
     gains = [ranking.all_integer - tried.distance for tried in (made, in_float)]
     return in_float if in_float.distance <= bound or gains[0] < _ENOUGH * gains[1] else made
 
 
-def _finished(mixture: Mixture, kept: tuple[Kept, ...], recipe: Recipe) -> _Tried:
+def _finished(mixture: Mixture, kept: tuple[Kept, ...]) -> _Tried:
     made, clone = on_clone(mixture.late, mixture.model)
     made.policy = _keeping(made.policy, kept)
     made.call(Region.whole(clone))
-    return _Tried(kept, finished_distance(mixture, clone, recipe.provider), stored_bytes(clone))
+    return _Tried(kept, finished_distance(mixture, clone), stored_bytes(clone))
 
 
 def _kept(mixture: Mixture, ranking: Ranking, count: int, *, weights_only: bool) -> tuple[Kept, ...]:

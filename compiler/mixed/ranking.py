@@ -9,7 +9,6 @@ from typing import Any
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.tokens import find_tokenizer
 from qcompile.compiler.files.cache import Cache, digest, files_digest
-from qcompile.compiler.recipe import Recipe
 from qcompile.models.cache import cache_dir
 from qcompile.passes.errors import UserError
 
@@ -75,13 +74,14 @@ class RankingCache:
     """The place of one ranking. Nothing is kept of data whose content no digest of files tells: a function's, say.
 
     Where there is no place to write, the ranking is made anew each time: no reason to lose one that is made.
+    settings: all that a recipe says.
     """
 
     def __init__(
         self,
         model: Path,
         source_hash: str,
-        recipe: Recipe,
+        settings: Mapping[str, Any],
         versions: dict[str, str],
         calibration: Calibration,
         statistics: Path | str | None = None,
@@ -96,8 +96,8 @@ class RankingCache:
             return
         beside = find_tokenizer(calibration.tokenizer or model)
         read = [*calibration.files, *([beside] if beside else []), *([statistics] if statistics else [])]
-        settings = {name: value for name, value in recipe.to_dict().items() if name not in _LATER}
-        content = {"version": _VERSION, "model": source_hash, "recipe": settings, "data": files_digest(read)}
+        own = {name: value for name, value in settings.items() if name not in _LATER}
+        content = {"version": _VERSION, "model": source_hash, "recipe": own, "data": files_digest(read)}
         self._key = digest(content | {"versions": versions})
 
     def get(self) -> Ranking | None:

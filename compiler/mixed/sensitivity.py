@@ -48,7 +48,7 @@ class Mixture:
     def __init__(
         self, model: ir.Model, late: IntegerPass, plan: InputPlan, data: Data, source: Path, provider: str
     ) -> None:
-        self.model, self.late = model, late
+        self.model, self.late, self.provider = model, late, provider
         self.batches, self.windows = check_windows(plan, data)
         self.sites, full = _sites(late, model), chosen(late, model, {})
         if not self.sites:
@@ -128,13 +128,13 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
     return producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
 
 
-def finished_distance(mixture: "Mixture", model: ir.Model, provider: str) -> float:
+def finished_distance(mixture: "Mixture", model: ir.Model) -> float:
     """How far the outputs of a model that is done are from the float model's, as an application will run it: ONNX
     Runtime's own level for MatMulNBits, which rounds activations to int8 in blocks.
     """
     values = [value for value in model.graph.outputs if value.name in mixture.effect.outputs]
     piece = extract(model, [], values)
-    running = piece.session(provider, accuracy_level=_ORT_DEFAULT)
+    running = piece.session(mixture.provider, accuracy_level=_ORT_DEFAULT)
     given = [{name: array for name, array in batch.feeds.items() if name in piece.inputs} for batch in mixture.batches]
     found = [dict(zip(piece.outputs, run(running, piece.outputs, feeds), strict=True)) for feeds in given]
     return mixture.effect.distance(found)

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
-from qcompile.compiler.recipe import Recipe
 from qcompile.passes.errors import UserError
 from qcompile.passes.near import nearest
 from qcompile.passes.origins import matches, names_of, operators_of
@@ -12,13 +11,13 @@ from qcompile.passes.origins import matches, names_of, operators_of
 _SHOWN = 3
 
 
-def check_patterns(recipe: Recipe, model: ir.Model) -> None:
+def check_patterns(include: Sequence[str], exclude: Sequence[str], model: ir.Model) -> None:
     """Raise UserError for a pattern that stands for no node of the prepared model: one with a constant to quantize, or,
     excluded, any node.
     """
     nodes = {node: _constants(node) for node in model.graph.all_nodes() if node.op_type != "Constant"}
     weighted = {node: weights for node, weights in nodes.items() if weights}
-    for option, patterns, among in (("include", recipe.include, weighted), ("exclude", recipe.exclude, nodes)):
+    for option, patterns, among in (("include", include, weighted), ("exclude", exclude, nodes)):
         for pattern in patterns:
             if not any(matches(pattern, node, *weights) for node, weights in among.items()) and pattern != "*":
                 raise UserError(_told(option, pattern, weighted or nodes))

@@ -13,17 +13,16 @@ from hypothesis import given as given_data
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from qcompile.compiler.data.calibration import Calibration, Data, apart, gather, spread
+from qcompile.compiler.data.calibration import Calibration, Data, Sampling, apart, gather, spread
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import input_plan
 from qcompile.compiler.data.tokens import load_tokenizer
 from qcompile.compiler.mixed.windows import check_windows
-from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.models.text import calibration_text
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
 from qcompile.passes.errors import UserError
 
-RECIPE = Recipe(samples=4, context=16)
+SAMPLING = Sampling(4, 16)
 
 
 def _gather(
@@ -36,7 +35,7 @@ def _gather(
 ) -> Data:
     path = bench.save(model, tokenizer=beside)
     given = Calibration([str(f) for f in files], tokenizer)
-    return gather(input_plan(model), path, RECIPE, given, needed=needed)
+    return gather(input_plan(model), path, SAMPLING, given, needed=needed)
 
 
 def _ids(data: Data) -> list[list[int]]:
@@ -95,8 +94,8 @@ def test_windows_for_choices(bench: Any, samples: int, windows: int, others: int
     while len(tokenizer.encode(" ".join(words))) >= 21 * 16:
         words.pop()
     text.write_text(" ".join(words))
-    recipe = Recipe(parse_passes("qdq"), samples=samples, context=16, keep_worst=1)
-    data = gather(input_plan(model), path, recipe, Calibration([str(text)]), needed=True)
+    sampling = Sampling(samples, 16, aside=True)
+    data = gather(input_plan(model), path, sampling, Calibration([str(text)]), needed=True)
     assert (len(data.calibration), len(data.unseen)) == (windows, others)
     seen, held = ({tuple(b.feeds["input_ids"].ravel()) for b in part} for part in (data.calibration, data.unseen))
     assert not seen & held
@@ -104,9 +103,9 @@ def test_windows_for_choices(bench: Any, samples: int, windows: int, others: int
 
 def test_a_model_that_samples_its_own_data_samples_more_for_choices(bench: Any) -> None:
     model = tiny_decoder()
-    recipe = Recipe(parse_passes("qdq"), samples=2, context=8, keep_worst=1)
+    sampling = Sampling(2, 8, aside=True)
     given = Calibration(["self"])
-    data = gather(input_plan(model), bench.save(model), recipe, given, needed=True)
+    data = gather(input_plan(model), bench.save(model), sampling, given, needed=True)
     seen, held = ({tuple(b.feeds["input_ids"].ravel()) for b in part} for part in (data.calibration, data.unseen))
     assert len(held) == 2
     assert not seen & held
@@ -125,8 +124,8 @@ def test_the_bundled_text_where_a_tokenizer_lies_beside_the_model(bench: Any) ->
 def test_an_encoder_sees_texts_of_five_lengths(bench: Any) -> None:
     """Each half as long as the one before, special tokens and all; the first ids are those of the windows."""
     path, model = bench.save(tiny_encoder()), tiny_encoder()
-    recipe = Recipe(samples=12, context=64)
-    data = gather(input_plan(model), path, recipe, Calibration([]), needed=True)
+    sampling = Sampling(12, 64)
+    data = gather(input_plan(model), path, sampling, Calibration([]), needed=True)
     tokenizer = load_tokenizer(bench.folder / "in")
     windows = spread(tokenizer.encode(calibration_text()), 64, 12)
     before, behind = tokenizer.around()

@@ -12,10 +12,9 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from qcompile.compiler.cli import main
-from qcompile.compiler.data.calibration import Calibration, Data, gather
+from qcompile.compiler.data.calibration import Calibration, Data, Sampling, gather
 from qcompile.compiler.data.images import Pictures
 from qcompile.compiler.data.inputs import InputPlan, input_plan
-from qcompile.compiler.recipe import Recipe
 from qcompile.models.tiny import tiny_conv
 from qcompile.passes.errors import UserError
 
@@ -29,7 +28,7 @@ def _plan(shape: list[Any], kind: int = TensorProto.FLOAT) -> InputPlan:
 
 def _data(plan: InputPlan, folder: Path, *, samples: int = 32, pictures: Pictures = Pictures()) -> Data:  # noqa: B008
     given = Calibration([str(folder)], pictures=pictures)
-    return gather(plan, folder / "model.onnx", Recipe(samples=samples), given, needed=True)
+    return gather(plan, folder / "model.onnx", Sampling(samples, 512), given, needed=True)
 
 
 @pytest.fixture

@@ -17,12 +17,13 @@ from onnx import TensorProto, helper, numpy_helper
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
 from qcompile.compiler.cli import main
 from qcompile.compiler.data import readers
-from qcompile.compiler.data.calibration import gather
+from qcompile.compiler.data.calibration import Sampling, gather
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.models.tiny import tiny_decoder, tiny_mlp
 from qcompile.passes.errors import UserError
 
+SAMPLING = Sampling(128, 512)
 TYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
@@ -44,7 +45,7 @@ def _plan(**inputs: tuple[str, list[Any]]) -> InputPlan:
 
 
 def _gathered(plan: InputPlan, given: Calibration) -> list[Batch]:
-    return gather(plan, Path("model.onnx"), Recipe(), given, needed=True).calibration
+    return gather(plan, Path("model.onnx"), SAMPLING, given, needed=True).calibration
 
 
 def _array(kind: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, Any]:
@@ -147,7 +148,7 @@ def test_a_reader_read_to_its_end_is_rewound() -> None:
 def test_wider_types_are_converted_and_told_and_numbers_are_never_lost(tmp_path: Path) -> None:
     plan = _plan(x=("float32", ["n"]), i=("int32", ["n"]))
     np.savez(tmp_path / "a.npz", x=np.ones(2), i=np.ones(2, np.int64))
-    data = gather(plan, tmp_path / "m.onnx", Recipe(), Calibration([str(tmp_path / "a.npz")]), needed=True)
+    data = gather(plan, tmp_path / "m.onnx", SAMPLING, Calibration([str(tmp_path / "a.npz")]), needed=True)
     assert data.description == "1 batches of a.npz; 'x' converted from float64 to float32"
     for name, array in (("x", np.full(2, 1e300)), ("i", np.full(2, 1 << 40))):
         np.savez(tmp_path / "b.npz", **{"x": np.ones(2), "i": np.ones(2, np.int64), name: array})
@@ -219,7 +220,7 @@ def test_a_reader_without_end_is_refused(program: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(readers, "_MOST", 5)
     program.write_text("import itertools\nf = itertools.repeat({'x': [[1.0] * 48]})\n")
     with pytest.raises(UserError, match="gave 5 batches and does not end"):
-        gather(input_plan(tiny_mlp()), Path("m.onnx"), Recipe(), Calibration(["user_data:f"]), needed=True)
+        gather(input_plan(tiny_mlp()), Path("m.onnx"), SAMPLING, Calibration(["user_data:f"]), needed=True)
 
 
 @pytest.mark.parametrize("name", ["R", "r", "maker", "listed", "Raises"])
@@ -231,7 +232,7 @@ def test_readers_of_a_module(bench: Any, program: Path, name: str) -> None:
         "r = R()\nmaker = lambda: R()\nlisted = [{'x': np.ones((2, 48))}] * 2\n"
         "class Raises:\n    left = iter(listed)\n    def get_next(self):\n        return next(self.left)\n"
     )
-    data = gather(input_plan(tiny_mlp()), Path("m.onnx"), Recipe(), Calibration([f"user_data:{name}"]), needed=True)
+    data = gather(input_plan(tiny_mlp()), Path("m.onnx"), SAMPLING, Calibration([f"user_data:{name}"]), needed=True)
     assert [batch.rows for batch in data.calibration] == [2, 2]
 
 
@@ -316,5 +317,5 @@ def test_random_checks_give_a_named_dimension_one_size() -> None:
     plan = _plan(
         cache=("float32", ["b", 4, "s", 16]), mask=("int64", ["b", "s"]), image=("float32", ["b", 3, "h", "w"])
     )
-    (batch,) = gather(plan, Path("model.onnx"), Recipe(), Calibration(), needed=False).checks
+    (batch,) = gather(plan, Path("model.onnx"), SAMPLING, Calibration(), needed=False).checks
     assert [array.shape for array in batch.feeds.values()] == [(1, 4, 16, 16), (1, 16), (1, 3, 64, 64)]

@@ -48,7 +48,7 @@ def _finished(mixture: Mixture, kept: list[str]) -> float:
     late, clone = on_clone(mixture.late, mixture.model)
     late.policy = replace(late.policy, kept=dict.fromkeys(kept, "kept"))  # type: ignore[attr-defined]
     late.call(Region.whole(clone))
-    return finished_distance(mixture, clone, "cpu")
+    return finished_distance(mixture, clone)
 
 
 CASES = {
@@ -171,7 +171,7 @@ def test_a_damaged_cache_is_measured_anew(bench: Any, cache: Path) -> None:
     assert again.nodes == first.nodes
     for content in ("{", "[]", '{"metric": "KL", "nodes": 1}'):
         kept.write_text(content)
-        assert RankingCache(source, model_hash(source), recipe, versions(), calibration).get() is None
+        assert RankingCache(source, model_hash(source), recipe.to_dict(), versions(), calibration).get() is None
 
 
 @pytest.mark.parametrize("where", ["a file is in the way", "nobody has a home"])
