@@ -83,6 +83,12 @@ class Calibration:
     pictures: Pictures = field(default_factory=Pictures)
 
     @property
+    def word(self) -> str:
+        """SELF or NORMS, where that is given and no file of the name is there; else empty."""
+        alone = self.files[0] if len(self.files) == 1 else ""
+        return alone if alone in (SELF, NORMS) and not Path(alone).exists() else ""
+
+    @property
     def only_files(self) -> bool:
         """Whether the content of the files tells all: no program, no folders, no images, which have settings."""
         plain = (Path(file).suffix.lower() not in IMAGES and not Path(file).is_dir() for file in self.files)
@@ -113,8 +119,8 @@ def gather(
     """
     if given.reader is not None and given.files:
         raise UserError("give calibration files or a reader, not both")
-    if len(given.files) == 1 and given.files[0] in (SELF, NORMS) and not Path(given.files[0]).exists():
-        return _data_free(plan, model, sampling, given.files[0], needed=needed)
+    if given.word:
+        return _data_free(plan, model, sampling, given.word, needed=needed)
     files = Files.of(given.files)
     if files.arrays or files.images or files.reference or given.reader is not None:
         batches, described = _batches_given(plan, model, sampling, given, files)

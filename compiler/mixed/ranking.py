@@ -95,10 +95,11 @@ class RankingCache:
             _log.warning("the ranking is not kept: %s", error)
             return
         beside = find_tokenizer(calibration.tokenizer or model)
-        read = [*calibration.files, *([beside] if beside else []), *([statistics] if statistics else [])]
+        files, word = ((), calibration.word) if calibration.word else (calibration.files, "")
+        read = [*files, *([beside] if beside else []), *([statistics] if statistics else [])]
         own = {name: value for name, value in settings.items() if name not in _LATER}
         content = {"version": _VERSION, "model": source_hash, "recipe": own, "data": files_digest(read)}
-        self._key = digest(content | {"versions": versions})
+        self._key = digest(content | {"versions": versions} | ({"word": word} if word else {}))
 
     def get(self) -> Ranking | None:
         """The ranking that is there; None without one."""

@@ -174,6 +174,18 @@ def test_a_damaged_cache_is_measured_anew(bench: Any, cache: Path) -> None:
         assert RankingCache(source, model_hash(source), recipe.to_dict(), versions(), calibration).get() is None
 
 
+def test_rankings_on_what_the_model_samples_are_kept_too(bench: Any, cache: Path) -> None:
+    """The word self is no file; a ranking on text is another one."""
+    source, recipe = bench.save(bad_decoder()), Recipe(parse_passes("qdq(lm_head=static)"), samples=4, context=32)
+    first = command.ranked(source, recipe, Calibration(["self"]), Silent())
+    assert command.ranked(source, recipe, Calibration(["self"]), Silent()).seconds == first.seconds
+    command.ranked(source, recipe, Calibration([str(bench.text)]), Silent())
+    assert len(list((cache / "sensitivity").glob("*.json"))) == 2
+    report = bench.compile(source, "qdq(lm_head=static)", calibration=["self"], keep_worst=1, samples=4, context=32)
+    assert report.mixed is not None
+    assert len(report.mixed.kept) == 1
+
+
 @pytest.mark.parametrize("where", ["a file is in the way", "nobody has a home"])
 def test_a_ranking_that_cannot_be_kept_is_not_lost(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
