@@ -3,7 +3,7 @@
     make mutants MUTANTS=120 MUTANTS_SEED=0
 
 A mutant that no test fails for has survived; its change is printed. Tests of the file's own module come first, then
-those of modules that run most of the file, within a budget of CPU seconds. A fault that makes the tests hang, or the
+short ones, within a budget of CPU seconds. A fault that makes the tests hang, or the
 process die, is seen too.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from mutation.equivalent import EQUIVALENT
 from mutation.forked import ROOT, in_fork
 from mutation.mutants import Mutant, population
 from mutation.record import Record, recorded
@@ -58,11 +59,21 @@ def sample(mutants: Iterable[Mutant], number: int, seed: int) -> list[Mutant]:
     return [draw.choice(same) for same in draw.sample(places, min(number, len(places)))]
 
 
+def equivalent(mutant: Mutant, text: str) -> bool:
+    """Whether a mutant of a file was looked at, and need not be seen."""
+    changed = mutant.changed(text)
+    return any(mutant.path == own.path and changed == [f"-{own.line}", f"+{own.fault}"] for own in EQUIVALENT)
+
+
 def chosen(mutant: Mutant, records: Sequence[Record], *, budget: float) -> list[str]:
-    """Node ids of tests that run the mutant's lines, as many as take `budget` seconds; empty where there is none."""
+    """Node ids of tests that run the mutant's lines, as many as take `budget` seconds; empty where there is none.
+
+    Those of the file's own module first, then short ones, which ask for one thing. What an import runs is run by all:
+    then those first whose module runs most of the file.
+    """
     found = []
     for record in records:
-        rank = -record.inside(mutant.path)
+        rank = 0 if mutant.lines else -record.inside(mutant.path)
         for test, seconds in record.of(mutant.path, mutant.lines):
             found.append((not mirrors(test, mutant.path), rank, seconds, test))
     tests: list[str] = []
@@ -114,6 +125,7 @@ def main() -> int:
     args = parser.parse_args()
     records = recorded(args.record)
     mutants = [one for one in sample(population(ROOT), args.number, args.seed) if one.path.startswith(args.only)]
+    mutants = [one for one in mutants if not equivalent(one, (ROOT / one.path).read_text("utf-8"))]
     verdicts = []
     for verdict in run(mutants, records, budget=args.budget):
         verdicts.append(verdict)

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.passes.errors import UserError
-from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
+from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec, granularity
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,9 @@ def test_partial_groups_count(k, group_size, groups) -> None:
 
 
 def test_per_column_is_one_group_of_all_rows() -> None:
-    spec = QuantSpec(8, PerChannel(axis=1))
+    assert granularity(0) == PerChannel(axis=1)
+    assert granularity(32) == PerGroup(32)
+    spec = QuantSpec(8, granularity(0))
     assert (spec.group_size(7), spec.groups(7)) == (7, 1)
 
 

@@ -201,6 +201,32 @@ def test_attention_that_stays(mask, reason):
 
 
 @pytest.mark.parametrize(
+    ("shape", "producer", "reason"),
+    [
+        ((2, 5), "", ""),
+        ((2, 5, 5), "", ""),
+        ((2, 1, 5, 5), "", "its mask has 4 axes"),
+        ((4,), "", "its mask may hold starts and ends"),
+        (None, "", "the form of its mask is unknown"),
+        (None, "Cast", "the form of its mask is unknown"),
+        (None, "EmbedLayerNormalization", ""),
+        ((2, 1, 5, 5), "EmbedLayerNormalization", "its mask has 4 axes"),
+    ],
+)
+def test_which_masks_an_attention_is_taken_apart_with(shape, producer, reason):
+    x, weight, mask = (ir.Value(name=name) for name in ("x", "w", "m"))
+    x.shape = ir.Shape((2, 5, 8))
+    node = ir.node("Attention", [x, weight, None, mask], {"num_heads": 2}, domain=MS)
+    if producer:
+        mask = ir.node(producer, [x], num_outputs=2, domain=MS).outputs[1]
+    mask.shape = None if shape is None else ir.Shape(shape)
+    assert contrib_attention._problem(node, weight, mask, {weight}) == reason
+    assert contrib_attention._problem(node, weight, None, {weight}) == ""
+    assert contrib_attention._problem(node, weight, mask, set()) == "its weights are computed"
+    assert contrib_attention._problem(node, None, mask, set()) == "its weights are computed"
+
+
+@pytest.mark.parametrize(
     ("sizes", "length"),
     [((4, 2), False), ((2, 2), True), ((8, 2), True), (("b", "b"), True), (("n", "b"), False), ((None, "b"), False)],
 )

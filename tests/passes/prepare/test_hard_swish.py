@@ -195,3 +195,10 @@ def test_doubles_stay():
     decisions = check(model, {"x": X["x"].reshape(-1).astype(np.float64)})
     assert operators(model) == ["Add", "Clip", "Mul", "Div"]
     assert reasons(decisions, "kept") == ["no HardSwish: ONNX Runtime computes none of type DOUBLE"]
+
+
+@pytest.mark.parametrize("least", ["zero", "three"])
+def test_a_clip_to_one_number_is_no_gate(least):
+    model = graph(f"a = Add(x, three) r = Clip(a, {least}, {least}) p = Mul(x, r) y = Div(p, six)")
+    check(model, X)
+    assert "Clip" in operators(model)

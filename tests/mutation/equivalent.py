@@ -1,0 +1,62 @@
+"""Mutants that were looked at and change nothing that a caller could see: file, line, what becomes of it, and why."""
+
+from typing import NamedTuple
+
+
+class Equivalent(NamedTuple):
+    """line, fault: without what they are indented by."""
+
+    path: str
+    line: str
+    fault: str
+    why: str
+
+
+_NEVER = "the two differ only where the other operand decides already"
+_LIMIT = "a limit of effort or a threshold of real numbers: nobody is promised on which side its last element falls"
+
+EQUIVALENT = (
+    Equivalent("passes/absorb.py", "if most <= 0:", "if most <= 1:", _LIMIT),
+    Equivalent(
+        "passes/formats/decoded.py",
+        "if place is None or not isinstance(graph, ir.Graph):",
+        "if place is None and not isinstance(graph, ir.Graph):",
+        _NEVER,
+    ),
+    Equivalent(
+        "passes/observers/counting.py",
+        "TENSOR, CHANNEL = Bins(64, 32), Bins(16, 24)",
+        "TENSOR, CHANNEL = Bins( 65, 32), Bins(16, 24)",
+        _LIMIT,
+    ),
+    Equivalent(
+        "passes/prepare/constant_ops.py",
+        "if repeats is None or len(repeats) != len(source.shape) or min(repeats, default=1) < 0:",
+        "if repeats is None or len(repeats) != len(source.shape) or min(repeats, default= 0) < 0:",
+        _NEVER,
+    ),
+    Equivalent(
+        "passes/prepare/folding.py",
+        "if extra <= limit and (extra <= 0 or grown + extra <= budget):",
+        "if extra <= limit and (extra <= 1 or grown + extra <= budget):",
+        _LIMIT,
+    ),
+    Equivalent(
+        "passes/prepare/sizes.py",
+        "return (int(number),) * length[0] if 0 <= length[0] <= _LOOKS else None",
+        "return (int(number),) * length[0] if 0 <= length[0] < _LOOKS else None",
+        _LIMIT,
+    ),
+    Equivalent(
+        "passes/routers.py",
+        "if indices is not None and slot == 0 and len(node.outputs) > indices and node.outputs[indices].uses():",
+        "if indices is not None and slot == 0 and len(node.outputs) >= indices and node.outputs[indices].uses():",
+        "TopK has two outputs and ArgMax one, by their definition",
+    ),
+    Equivalent(
+        "passes/smooth.py",
+        'if pair.kind == "inserted" and isinstance(choice, Choice) and choice.relative_loss > _WORTH_A_MUL:  # Case 3',
+        'if pair.kind == "inserted" and isinstance(choice, Choice) and choice.relative_loss >= _WORTH_A_MUL:  # Case 3',
+        _LIMIT,
+    ),
+)
