@@ -21,6 +21,7 @@ Pair = dict[str, int | float]
 @cache
 def f(x: int | None, *, y: "Pair | None" = None) -> int | float:
     assert x > 0
+    zip(x, y, strict=True)
     raise ValueError(f"{x + 1}")
 '''
 

@@ -7,7 +7,8 @@ Left out by rule, since no test can or should see them:
 - `assert`: it fails by no input;
 - what an error says behind `raise`: tests read it where it says what to do, not each number in it;
 - caches: without them the same comes out, later;
-- what forbids and computes nothing: flags of `dataclass` (frozen, slots), `abstractmethod`, `overload`.
+- what forbids and computes nothing: flags of `dataclass` (frozen, slots), `abstractmethod`, `overload`, the flags
+  `safe` (of a removal from a graph) and `strict` (of zip).
 """
 
 import ast
@@ -118,6 +119,8 @@ def _quiet(tree: ast.Module) -> Iterator[tuple[Position, Position]]:
                 yield _span(kept)
             case ast.Assert():
                 yield _span(node)
+            case ast.keyword(arg="safe" | "strict", value=flag):
+                yield _span(flag)
             case ast.Raise(exc=ast.Call() as call):
                 yield _span(call)
             case ast.FunctionDef(returns=returns, decorator_list=decorators):

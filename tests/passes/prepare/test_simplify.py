@@ -9,6 +9,7 @@ import pytest
 
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.prepare import Prepare
+from qcompile.passes.prepare.simplify import sign_tables
 
 X = np.random.default_rng(0).standard_normal((2, 3, 4, 8)).astype(np.float32)
 F32_LOW = "-3.4028234663852886e38"
@@ -105,12 +106,15 @@ TURN = """s = Shape(x) last = Constant <value = int64[1] {-1}> ()
     first = Concat <axis = 0> (last, m, n) second = Concat <axis = 0> (lead, n, m) """
 
 
-def test_transpose_between_reshapes():
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_transpose_between_reshapes(lead):
     body = TURN + "a = Reshape(x, first) b = Transpose <perm = [0, 2, 1]> (a) y = Reshape(b, second)"
-    model = parse(body, "float[A,3,C,8] x", "float[A,3,8,C] y")
-    decisions = check(model, {"x": X}, tolerance=0)
+    shapes = (",".join(map(str, ("A", *lead, *last))) for last in (("C", 8), (8, "C")))
+    model = parse(body, *(f"float[{shape}] {name}" for name, shape in zip("xy", shapes, strict=True)))
+    decisions = check(model, {"x": X if lead else X[:, 0]}, tolerance=0)
     assert operators(model) == ["Transpose"]
-    assert model.graph[0].attributes["perm"].as_ints() == (0, 1, 3, 2)
+    rank = len(lead) + 3
+    assert model.graph[0].attributes["perm"].as_ints() == (*range(rank - 2), rank - 1, rank - 2)
     assert reasons(decisions, "simplified") == ["1 Transposes between Reshapes became plain ones"]
 
 
@@ -333,6 +337,20 @@ def test_signs_stay_where_they_gain_nothing(values, change):
     decisions = check(model, FEEDS, tolerance=0)
     assert operators(model).count("Neg") == len(values)
     assert not reasons(decisions, "simplified")
+
+
+@pytest.mark.parametrize("unknown", ["aj", "s", "an", "ah"])
+def test_signs_stay_where_a_shape_is_not_known(unknown):
+    """Of what meets the table, of the table, of a part; the other product alone has nothing to gain."""
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(rotary("a", "b"))))
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name == unknown:
+                value.shape = None
+    step = Prepare()
+    sign_tables(model, step.decide)
+    assert not step.decisions
+    assert operators(model).count("Neg") == 2
 
 
 # group_heads
