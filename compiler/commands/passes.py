@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qcompile.compiler.plan import describe, needs_calibration, summary
+from qcompile.passes.base import Pass
 from qcompile.passes.errors import UserError
 from qcompile.passes.extensions import Table, parameters
 from qcompile.passes.formats import BY_NAME
@@ -24,19 +25,28 @@ def add_parser(subparsers: Any) -> None:
     """Add the command."""
     told = "list the passes, observers and weight formats"
     parser = subparsers.add_parser("passes", help=told, description=_DESCRIPTION)
+    parser.add_argument(
+        "name", nargs="?", metavar="PASS", help="this one alone, with the small passes that it is made of"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print each pass, in the order in which a full list runs them; then each observer, and each format.
+    """Print each pass, in the order in which a full list runs them; then each observer, and each format. Or one pass.
 
-    Raises UserError behind the lists where a row of another package cannot be used.
+    Raises UserError behind the lists where a row of another package cannot be used, and for a pass that there is not.
     """
     console, wrong = Console(highlight=False), list[str]()
+    if args.name is not None:
+        kind = PASSES.required(args.name)
+        _print_pass(console, args.name, kind)
+        _print_parts(console, args.name, kind.parts)
+        return 0
     for name, kind in _rows(PASSES, wrong):
-        _print(console, PASSES, name, kind, parameters(kind), "(needs calibration)" if needs_calibration(kind) else "")
+        _print_pass(console, name, kind)
         if kind.parts:
-            _print_parts(console, name, kind.parts)
+            told = f"{len(kind.parts)} small passes; `qcompile passes {name}` lists them"
+            console.print(f"{'':{max(map(len, PASSES))}} {told}", soft_wrap=True, markup=False)
     console.print('\nexample  --passes "smooth(alpha=0.5),awq,gptq,pack"', markup=False)
     console.print("\nobservers of activation ranges")
     for name, observer in _rows(OBSERVERS, wrong):
@@ -63,6 +73,10 @@ def _rows(table: Table[T], wrong: list[str]) -> Iterator[tuple[str, T]]:
             yield name, row
 
 
+def _print_pass(console: Console, name: str, kind: type[Pass]) -> None:
+    _print(console, PASSES, name, kind, parameters(kind), "(needs calibration)" if needs_calibration(kind) else "")
+
+
 def _print(
     console: Console, table: Table[Any], name: str, kind: type, known: Mapping[str, Any], note: str = ""
 ) -> None:
@@ -75,7 +89,9 @@ def _print(
 
 
 def _print_parts(console: Console, name: str, parts: Mapping[str, str]) -> None:
-    """The small passes of a pass."""
+    """The small passes of a pass, if it has any."""
+    if not parts:
+        return
     first, second, *_ = parts
     indent, width = " " * max(map(len, PASSES)), max(map(len, parts))
     told = f"its small passes, in order; {name}(without={first}+{second}) switches these two off:"

@@ -149,18 +149,22 @@ def _packed(made: Pass, decided: Sequence[Decision], nodes: _Nodes, region: Regi
             yield f"node {decision.node} has no float weight to be checked against"
 
 
+def _producers(node: ir.Node) -> Iterable[ir.Node]:
+    """The nodes that give a node its inputs."""
+    given = (value.producer() for value in node.inputs if value is not None)
+    return (one for one in given if one is not None)
+
+
 def _integer(made: Pass, decided: Sequence[Decision], nodes: _Nodes, region: Region) -> Iterable[str]:
     for decision, node in _quantized(decided, nodes):
-        producers = [value.producer() for value in node.inputs if value is not None]
-        decoded = any(one is not None and node_state(one).decoded is not None for one in producers)
+        decoded = any(node_state(one).decoded is not None for one in _producers(node))
         if node_state(node).twin is None and not decoded:
             yield f"node {decision.node} has no float form to be checked against"
 
 
 def _static(made: Pass, decided: Sequence[Decision], nodes: _Nodes, region: Region) -> Iterable[str]:
     for decision, node in _quantized(decided, nodes):
-        producers = [value.producer() for value in node.inputs if value is not None]
-        behind = any(one is not None and one.op_type == "DequantizeLinear" for one in producers)
+        behind = any(one.op_type == "DequantizeLinear" for one in _producers(node))
         if decision.format == STATIC and not behind and node.domain != DOMAIN:
             yield f"node {decision.node} is said to be on a fixed range, and no input of it is"
 

@@ -73,6 +73,6 @@ def _names(without: str) -> tuple[str, ...]:
     names = () if without == _NONE else tuple(dict.fromkeys(name.strip() for name in without.split("+")))
     for name in names:
         if name not in SMALL:
-            hint = did_you_mean(name, SMALL, "`qcompile passes` lists them", 3, alike=0.4)
+            hint = did_you_mean(name, SMALL, "`qcompile passes prepare` lists them", 3, alike=0.4)
             raise UserError(f"prepare: there is no small pass {name!r} to do without; {hint}")
     return names

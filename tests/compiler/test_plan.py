@@ -186,8 +186,24 @@ def test_every_pass_tells_its_parameters(capsys: pytest.CaptureFixture[str]) -> 
     for name, kind in PASSES.items():
         assert name in shown
         assert all(f"{parameter}=" in shown for parameter in parameters(kind))
-        assert all(f" {part} " in shown for part in kind.parts)
+        assert not kind.parts or f"{len(kind.parts)} small passes; `qcompile passes {name}` lists them" in shown
     assert issubclass(PASSES["pack"], Pack)
+    assert len(shown.splitlines()) < 60, "the list is one to read"
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_is_told_alone_with_its_small_passes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["passes", name]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{name} ")
+    assert all(f"{parameter}=" in shown for parameter in parameters(PASSES[name]))
+    assert all(f" {part} " in shown for part in PASSES[name].parts)
+    assert not any(line.split()[0] in PASSES for line in shown.splitlines()[1:])
+
+
+def test_an_unknown_pass_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["passes", "packs"]) == 2
+    assert "unknown pass 'packs'; the passes are prepare, " in capsys.readouterr().err
 
 
 def test_every_pass_that_reads_calibration_data_says_so(capsys: pytest.CaptureFixture[str]) -> None:

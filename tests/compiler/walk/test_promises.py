@@ -273,6 +273,6 @@ def _declared() -> Iterator[type[Pass]]:
 
 
 def test_qcompiles_own_passes_declare_what_they_are() -> None:
-    assert [contradiction(kind) for kind in _declared()] == [""] * 10
+    assert {contradiction(kind) for kind in _declared()} == {""}
     made = build(Recipe(passes=parse_passes("outlier(source=norms),qdq")))
     assert [p.reads for p in made] == [frozenset(), frozenset(), frozenset({Reads.RANGES})]

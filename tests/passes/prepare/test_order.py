@@ -538,7 +538,7 @@ def test_every_decision_names_its_small_pass() -> None:
         ("divide+fold", r"no small pass 'fold' to do without; did you mean .*fold_co"),
         ("none+divide", r"no small pass 'none'"),
         ("divide+", r"no small pass ''"),
-        ("zzz", r"no small pass 'zzz' to do without; `qcompile passes` lists them"),
+        ("zzz", r"no small pass 'zzz' to do without; `qcompile passes prepare` lists them"),
     ],
 )
 def test_unknown_small_passes_are_told(without: str, message: str) -> None:
