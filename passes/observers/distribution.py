@@ -24,6 +24,12 @@ class Distribution:
         """How many numbers there are."""
         return float(self.counts.sum())
 
+    @property
+    def power(self) -> float:
+        """E x² of numbers spread evenly in bins."""
+        left, right = self.edges[:-1], self.edges[1:]
+        return float((left**2 + left * right + right**2) @ self.counts / (3 * max(self.total, 1.0)))
+
     @cached_property
     def cumulative(self) -> Numbers:
         """How many numbers lie below each edge, (n + 1,)."""

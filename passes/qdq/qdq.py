@@ -25,6 +25,7 @@ from qcompile.passes.qdq.apart import Use, by_axis, stays_float
 from qcompile.passes.qdq.biases import bias_behind, has_endless_bias, quantize_bias, settle_bias
 from qcompile.passes.qdq.columns import replace_static
 from qcompile.passes.qdq.embeddings import quantize_embeddings
+from qcompile.passes.qdq.islands import coarse_islands
 from qcompile.passes.qdq.providers import TYPES, Rule
 from qcompile.passes.qdq.ranges import bounds_of, grid_of, shared
 from qcompile.passes.qdq.selection import Selection, inputs_of, quantized_output, select, weight_position
@@ -36,6 +37,7 @@ Readers = dict[ir.Value, list[tuple[ir.Node, int]]]
 _STARVED = "no row of the calibration data reached it"
 _ROUNDED_BIAS = "the scale of its int32 bias would be too small for float16"
 _ENDLESS_BIAS = "its bias holds a number so large that codes leave no room for others"
+_COARSE = "eight bits tell its output coarsely, and nothing else in integers reads it"
 _NO_RECURRENT = "tensorrt decodes no weights of recurrent layers"
 _TYPES = {"float8": ir.DataType.FLOAT8E4M3FN}
 
@@ -54,6 +56,8 @@ class Qdq(IntegerPass):
             it, whose scale, the product of two small ones, float16 rounds to a few steps or to 0.
     Case 8: a product whose bias holds an infinity, or what is next to one: weights alone; see `has_endless_bias`.
     Case 9: products that stay in float read what ONNX Runtime takes for no input of an integer one; see `apart`.
+    Case 10: a convolution of the graph's input whose rounding serves nothing else and costs much: weights alone; see
+            `islands`.
     lm_head: "weights" leaves its input in float: its error meets the logits as it is (SmolLM2: two fifths of the KL).
     provider: whose fusions and types are aimed at. weights: one scale a channel, or one a tensor.
     activations: "auto" is what the provider wants; 16 bits and float8 run as Q, DQ and float operators on the CPU.
@@ -204,7 +208,11 @@ class Qdq(IntegerPass):
                 (kept if weight_position(node) is None else alone)[str(node.name)] = _STARVED
             self.policy = replace(self.policy, weights_only=alone, kept=kept)
             selection = self._select(model)
-        return selection
+        if self.provider != "cpu" or self.spec.is_float:
+            return selection
+        coarse = {str(node.name): _COARSE for node in coarse_islands(selection, self.observers, self.spec)}  # Case 10
+        self.policy = replace(self.policy, weights_only={**self.policy.weights_only, **coarse})
+        return self._select(model) if coarse else selection
 
     def _without_lost_biases(self, model: ir.Model, selection: Selection) -> Selection:
         """Cases 7 and 8."""
