@@ -1,5 +1,6 @@
 """Tokenizers (a tokenizer.json beside the model) and windows of token ids."""
 
+import hashlib
 import json
 import logging
 import os
@@ -22,6 +23,10 @@ _log = logging.getLogger(__name__)
 # Embedding tables are padded to round sizes, by a few percent. A tokenizer with fewer ids than this is another model's.
 _SMALLEST_SHARE = 0.75
 
+# Characters from which a text is long, and how many long texts' ids are kept: (tokenizer, text, special) -> ids.
+_LONG, _KEPT = 1 << 15, 3
+_LATEST: dict[tuple[bytes, bytes, bool], npt.NDArray[np.uint32]] = {}
+
 
 class Tokenizer:
     """A tokenizer.json, with truncation and padding off, and the end-of-text ids of the files beside it."""
@@ -34,9 +39,26 @@ class Tokenizer:
             self._inner: Any = tokenizers.Tokenizer.from_file(str(path))
             self._inner.no_truncation()
             self._inner.no_padding()
+            self._content = hashlib.sha256(path.read_bytes()).digest()
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of the text. special: add what the tokenizer puts around a text (BOS, [CLS] … [SEP])."""
+        """Token ids of the text. special: add what the tokenizer puts around a text (BOS, [CLS] … [SEP]).
+
+        Those of the last long texts are kept, for every tokenizer of the same file content: the bundled text takes half
+        a second, and every compile of a process asks for it.
+        """
+        if len(text) < _LONG:
+            return self._encoded(text, special)
+        key = (self._content, hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), special)
+        ids = _LATEST.pop(key, None)
+        if ids is None:
+            ids = np.asarray(self._encoded(text, special), np.uint32)
+        _LATEST[key] = ids  # behind the others
+        for oldest in list(_LATEST)[:-_KEPT]:
+            _LATEST.pop(oldest, None)
+        return list(ids.tolist())
+
+    def _encoded(self, text: str, special: bool) -> list[int]:
         with _told(f"{self.path} cannot encode a text of {len(text)} characters"):
             return list(self._inner.encode(text, add_special_tokens=special).ids)
 

@@ -8,6 +8,7 @@ be so by itself, or is refused.
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import onnx_ir as ir
@@ -66,9 +67,13 @@ class Small:
 
     def __call__(self, model: ir.Model, **given: Any) -> object:
         """Rewrite the model in place. given: all that a small pass may take."""
-        return self.function(
-            model, **{name: given[name] for name in list(inspect.signature(self.function).parameters)[1:]}
-        )
+        return self.function(model, **{name: given[name] for name in _taken(self.function)})
+
+
+@cache
+def _taken(function: Callable[..., object]) -> tuple[str, ...]:
+    """What a small pass takes beside the model."""
+    return tuple(inspect.signature(function).parameters)[1:]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qcompile.compiler.data import tokens
 from qcompile.compiler.data.tokens import Tokenizer, find_tokenizer, load_tokenizer, read_text, windows
+from qcompile.models.tiny import tiny_tokenizer
 from qcompile.passes.errors import UserError
 
 
@@ -33,6 +35,27 @@ def test_encodes_without_truncation_padding_or_special_tokens(folder: Path) -> N
     assert tokenizer.encode("a b", special=True) == [4, 1, 2]
     assert tokenizer.decode([4, 1, 2]) == "a b"
     assert (tokenizer.size, tokenizer.base_size) == (6, 5)
+
+
+def test_long_texts_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tokenizers of one content, each special or not; the ids are those of the library, and the caller's own."""
+    monkeypatch.setattr(tokens, "_LATEST", {})
+    text, encoded = "".join(map(chr, range(32, 127))) * 400, []
+    whole = Tokenizer._encoded
+    monkeypatch.setattr(Tokenizer, "_encoded", lambda *given: encoded.append(given[1:]) or whole(*given))
+    first, again, other = (tiny_tokenizer(size, tmp_path / str(i)) for i, size in enumerate((256, 256, 120)))
+    expected = whole(Tokenizer(first), text, False)
+    Tokenizer(first).encode(text).clear()
+    assert Tokenizer(again).encode(text) == Tokenizer(first).encode(text) == expected
+    assert Tokenizer(first).encode(text, special=True) == expected
+    assert Tokenizer(other).encode(text) == whole(Tokenizer(other), text, False) != expected
+    assert encoded == [(text, False), (text, True), (text, False)]
+    assert Tokenizer(first).encode(text + "!") == [*expected, expected[1]]
+    assert Tokenizer(first).encode(text) == expected
+    assert [special for _, special in encoded] == [False, True, False, False, False]  # the last three are kept
+    short = text[: tokens._LONG - 1]
+    assert Tokenizer(first).encode(short) == Tokenizer(first).encode(short) == expected[: len(short)]
+    assert len(tokens._LATEST) == 3
 
 
 def test_eos_ids_come_from_every_config(folder: Path) -> None:
