@@ -148,8 +148,8 @@ class Integers(Format):
     def lower(self, model: ir.Model, node: ir.Node, cache: Cache) -> None:
         if node.op_type.startswith("MatMul"):
             nbits.lower_product(model, node, self.bits, cache)
-        elif role(node.op_type) == EMBEDDING:
-            nbits.lower_embedding(model, node, self.bits, cache)
+        elif role(node.op_type) == EMBEDDING and not nbits.refusal(node.attributes["block_size"].as_int()):
+            nbits.lower_embedding(model, node, self.bits, cache)  # a table of one scale a row may have any size
 
     def read(self, node: ir.Node) -> Stored | None:
         if role(node.op_type) == EMBEDDING:

@@ -71,15 +71,18 @@ def test_every_row_by_both_of_its_indices(v, k, block, bits) -> None:
 @given(
     st.integers(1, 40),
     st.integers(1, 70),
-    st.sampled_from([16, 32, 64]),
+    st.sampled_from([16, 32, 64, None]),
     st.sampled_from([(4, False), (8, False), (8, True)]),
     st.sampled_from(["qcompile", "qdq", "matmulnbits"]),
 )
 @example(33, 64, 64, (8, True), "matmulnbits")
+@example(33, 48, None, (8, True), "matmulnbits")
 def test_every_target_looks_up_the_same_rows(v, k, block, codes, target) -> None:
-    """Signed codes have signed zero points: `qdq` and `dynamic` write such tables."""
+    """Signed codes have signed zero points, and one scale a row: `qdq` and `dynamic` write such tables. What has no
+    operator there is inlined.
+    """
     bits, signed = codes
-    model, table = _table(v, k, block, bits, rank=1, signed=signed, target=target)
+    model, table = _table(v, k, block or k, bits, rank=1, signed=signed, target=target)
     _check(model, table, np.arange(v))
 
 
