@@ -30,10 +30,22 @@ EQUIVALENT = (
         _LIMIT,
     ),
     Equivalent(
+        "passes/observers/grids.py",
+        "numbers = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)",
+        "numbers = np.arange( 257, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)",
+        "the numbers of 256 bytes, the first one twice, of which `unique` leaves one",
+    ),
+    Equivalent(
         "passes/prepare/constant_ops.py",
         "if repeats is None or len(repeats) != len(source.shape) or min(repeats, default=1) < 0:",
         "if repeats is None or len(repeats) != len(source.shape) or min(repeats, default= 0) < 0:",
         _NEVER,
+    ),
+    Equivalent(
+        "passes/prepare/doubles.py",
+        'if node.op_type == "Cast" and node.graph is place.graph and node.attributes.get_int("to", 0) == 1:',
+        'if node.op_type == "Cast" and node.graph is place.graph and node.attributes.get_int("to", 1) == 1:',
+        "a Cast without `to` is none",
     ),
     Equivalent(
         "passes/prepare/folding.py",
@@ -46,6 +58,12 @@ EQUIVALENT = (
         "return (int(number),) * length[0] if 0 <= length[0] <= _LOOKS else None",
         "return (int(number),) * length[0] if 0 <= length[0] < _LOOKS else None",
         _LIMIT,
+    ),
+    Equivalent(
+        "passes/qdq/biases.py",
+        "if bias is None or value is None or constant(value).dtype != ir.DataType.FLOAT:",
+        "if bias is None and value is None or constant(value).dtype != ir.DataType.FLOAT:",
+        _NEVER,
     ),
     Equivalent(
         "passes/routers.py",

@@ -15,8 +15,8 @@ import pytest
 
 from mutation.forked import ROOT, in_fork
 
-# What is asked whether it sees a fault of passes/: its own tests, and whole compiles of small graphs.
-MODULES = ("tests/passes/**/test_*.py", "tests/test_graphs.py")
+# What is asked whether it sees a fault of passes/: its own tests, and compiles of small graphs.
+MODULES = ("tests/passes/**/test_*.py", "tests/compiler/test_ladder.py", "tests/test_graphs.py")
 # CPU seconds a module may take, watched.
 _MOST = 400
 

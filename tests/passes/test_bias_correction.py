@@ -177,6 +177,8 @@ def test_a_shared_bias_is_not_changed_for_others() -> None:
                 totals, counts = np.full((PARTS, PARTS, N), value), np.ones((PARTS, PARTS), np.int64)
                 observer.restore({"totals": totals, "counts": counts, "batches": np.array(PARTS)})
     assert [float(model.graph.node(f"a{i}").inputs[1].const_value.numpy()[0]) for i in range(2)] == [-0.5, 0.0]
+    told = [decision.detail["shift"] for decision in correction.decisions if decision.action == "corrected"]
+    assert told == [pytest.approx(0.5)], "as a share of the mean in float, 1.0"
 
 
 def test_products_are_measured_behind_those_they_depend_on() -> None:

@@ -482,3 +482,18 @@ def test_weights_that_come_as_codes_are_told_of(operator: str) -> None:
         step = Prepare()
         report_quantized(ir.Model(graph, ir_version=10), step.decide)
         assert reasons(step.decisions, "skipped") == [ALREADY] * (place == own)
+
+
+def test_a_matrix_that_a_scan_also_gives_out_is_looked_up():
+    """Its body hands the matrix of each step on, beside reading it; ONNX Runtime gives zeros for what is no node's."""
+    body = f"""s, y, z = Scan <num_scan_inputs = 1, body = step
+        (float[5,{K}] c, float[{K},{K}] m) => (float[5,{K}] n, float[5,{K}] o, float[{K},{K}] m)
+        {{ n = MatMul(c, m) o = Relu(n) }}> (x, w)"""
+    matrices = weight(3, K, K) / np.float32(10)
+    model = parse(body, inputs=f"float[5,{K}] x", outputs=f"float[3,5,{K}] y, float[3,{K},{K}] z", w=matrices)
+    before = run(model, X)
+    prepare(model)
+    after = run(model, X)
+    assert "Gather" in [node.op_type for node in model.graph.all_nodes()]
+    np.testing.assert_allclose(after[0], before[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(after[1], matrices)
