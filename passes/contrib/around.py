@@ -158,12 +158,11 @@ class Around:
         return cos, sin, self._once("picked", self._picked) if self._told else None
 
     def _table(self, value: ir.Value, turned: Rotated) -> ir.Value:
-        return self._once(("table", value, turned.interleaved), lambda: self._made_table(value, turned))
+        return self._once(("table", value, turned.first), lambda: self._made_table(value, turned))
 
     def _made_table(self, value: ir.Value, turned: Rotated) -> ir.Value:
         own, name, pairs = self._copied(value), f"attention.{value.name}", turned.pairs
-        first, step = (1, 2) if turned.interleaved else (pairs, 1)
-        ends = [self.constant([number]) for number in (first, 2 * pairs, -1, step)]
+        ends = [self.constant([number]) for number in (turned.first, 2**31 - 1, -1, turned.step)]
         rows = self.op("Reshape", [self.op("Slice", [own, *ends], f"{name}.pairs"), self.constant([-1, pairs])], name)
         count = self.total if self._told else self.past
         shape = self.op("Concat", [count, self.constant([pairs])], f"{name}.rest_shape", axis=0)

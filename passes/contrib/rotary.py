@@ -1,7 +1,7 @@
 """Rotary position embeddings as exporters write them out (Su et al. 2021, arXiv:2104.09864)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -19,8 +19,9 @@ _NEAR = 60  # values that are looked at before a query or key
 class Rotated:
     """What turns x (batch, heads, rows, width) by the position of a row.
 
-    cos, sin: (…, rows, size) of the rows' positions, of which row r has pairs' cosines at `columns`.
-    Without rotation cos and sin are None.
+    cos, sin: (…, rows, size), of which each row has those of its pairs from column `first` on, in steps of `step`:
+    tables hold each pair once, or twice, of which the second one has sines without signs. None without rotation.
+    interleaved: neighbours are a pair, not the i-th of both halves.
     """
 
     x: ir.Value
@@ -28,6 +29,8 @@ class Rotated:
     sin: ir.Value | None = None
     interleaved: bool = False
     pairs: int = 0
+    first: int = 0
+    step: int = 1
 
 
 def rotated(y: ir.Value, inputs: Inputs) -> Rotated | str:
@@ -89,11 +92,20 @@ def _turned_from(x: ir.Value, y: ir.Value, inputs: Inputs) -> Rotated | str:
     if found is None:
         return ""
     turned, c, s = found
-    for interleaved in (False, True):
-        expected = _turn(probe, c, s, interleaved=interleaved)
-        if expected is not None and np.allclose(expected, turned, atol=1e-5 if kind == np.float32 else 5e-3):
-            return Rotated(x, cos, sin, interleaved, c.shape[-1] // 2)
+    tolerance = 1e-5 if kind == np.float32 else 5e-3
+    for own in _layouts(Rotated(x, cos, sin), c.shape[-1]):
+        expected = _turn(own, probe, c, s)
+        if expected is not None and np.allclose(expected, turned, atol=tolerance):
+            return own
     return "it is turned in none of the two usual ways"
+
+
+def _layouts(own: Rotated, size: int) -> Iterator[Rotated]:
+    """Both ways to turn by tables of this size, with every pair in them once or twice."""
+    for interleaved in (False, True):
+        twice = (1, 2) if interleaved else (size // 2, 1)
+        for pairs, first, step in ((size // 2, *twice), (size, 0, 1)):
+            yield replace(own, interleaved=interleaved, pairs=pairs, first=first, step=step)
 
 
 def _tables(nodes: list[ir.Node], x: ir.Value) -> tuple[ir.Value, ir.Value] | None:
@@ -112,22 +124,17 @@ def _tables(nodes: list[ir.Node], x: ir.Value) -> tuple[ir.Value, ir.Value] | No
     return (found["Cos"][0], found["Sin"][0]) if len(found["Cos"]) == len(found["Sin"]) == 1 else None
 
 
-def _turn(x: Array, cos: Array, sin: Array, *, interleaved: bool) -> Array | None:
-    """x turned by tables whose pairs are given twice, signs of the sines or not."""
-    size = cos.shape[-1]
-    if size % 2 or sin.shape[-1] != size or size > x.shape[-1] or cos.ndim > 4:
+def _turn(own: Rotated, x: Array, cos: Array, sin: Array) -> Array | None:
+    """x turned as `own` says; None where it is too narrow."""
+    size = 2 * own.pairs
+    if not 0 < size <= x.shape[-1] or sin.shape[-1] != cos.shape[-1] or cos.ndim > 4:
         return None
-    c, s = (halves(table, interleaved=interleaved) for table in (cos, sin))
+    c, s = (table[..., own.first :: own.step] for table in (cos, sin))
     part, rest = x[..., :size], x[..., size:]
-    first, second = (part[..., ::2], part[..., 1::2]) if interleaved else np.split(part, 2, -1)
+    left, right = (part[..., ::2], part[..., 1::2]) if own.interleaved else np.split(part, 2, -1)
     try:
-        ends = first * c - second * s, second * c + first * s
+        ends = left * c - right * s, right * c + left * s
     except ValueError:
         return None
-    turned = np.stack(ends, -1).reshape(part.shape) if interleaved else np.concatenate(ends, -1)
+    turned = np.stack(ends, -1).reshape(part.shape) if own.interleaved else np.concatenate(ends, -1)
     return np.concatenate([turned, rest], -1)
-
-
-def halves(table: Array, *, interleaved: bool) -> Array:
-    """Of a table that holds every pair twice, the second one of each, where sines with signs are positive."""
-    return table[..., 1::2] if interleaved else table[..., table.shape[-1] // 2 :]

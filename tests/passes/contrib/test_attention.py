@@ -1,75 +1,16 @@
 """Pass fuse_attention: the same numbers as the attention that it replaces, whatever is padded and however it is run."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import pytest
+from fusing import Running, check_same, fuse_attention, nodes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.models.tiny import tiny_decoder
-from qcompile.passes.base import Decision, Region
-from qcompile.passes.contrib.attention import FuseAttention
-from qcompile.passes.prepare import Prepare
-from qcompile.runtime.sessions import session
-
-Array = npt.NDArray[Any]
-_VOCABULARY = 256
-
-
-def _fused(model: ir.Model, **parameters: Any) -> tuple[ir.Model, list[Decision]]:
-    """The model with its attention fused, and what was decided."""
-    made = model.clone()
-    Prepare().call(Region.whole(made))
-    own = FuseAttention(**parameters)
-    own.call(Region.whole(made))
-    return made, own.decisions
-
-
-def _nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
-    return [node for node in model.graph if node.op_type == op_type]
-
-
-class _Running:
-    """A decoder in ONNX Runtime, and the caches of the sequences it has seen."""
-
-    def __init__(self, model: ir.Model, batch: int) -> None:
-        self.own = session(ir.to_proto(model).SerializeToString())
-        self.caches: dict[str, Array] = {}
-        for value in self.own.get_inputs():
-            if value.name.startswith("past"):
-                kind = np.float16 if "16" in value.type else np.float32
-                self.caches[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), kind)
-
-    def __call__(self, ids: Array, mask: Array, positions: Array) -> Array:
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **self.caches}
-        names = [value.name for value in self.own.get_outputs()]
-        taken = {value.name for value in self.own.get_inputs()}
-        found = dict(zip(names, self.own.run(None, {n: a for n, a in feeds.items() if n in taken}), strict=True))
-        self.caches = {name: found[name.replace("past_key_values", "present")] for name in self.caches}
-        return np.asarray(found["logits"])
-
-
-def _logits(model: ir.Model, mask: Array, rows: list[int], seed: int) -> Array:
-    """Of the tokens that are no padding: a prompt, padded as `mask` says, and so many rows behind it, run by run."""
-    random, batch = np.random.default_rng(seed), len(mask)
-    run = _Running(model, batch)
-    ids = random.integers(0, _VOCABULARY, mask.shape)
-    found = [run(ids, mask, np.maximum(np.cumsum(mask, 1) - 1, 0))[mask == 1]]
-    for count in rows:
-        mask = np.concatenate([mask, np.ones((batch, count), np.int64)], 1)
-        ids = random.integers(0, _VOCABULARY, (batch, count))
-        positions = (np.cumsum(mask, 1) - 1)[:, -count:]
-        found.append(run(ids, mask, positions).reshape(batch * count, -1))
-    return np.concatenate(found)
-
-
-def _check_same(model: ir.Model, fused: ir.Model, mask: Array, rows: list[int], *, tolerance: float = 1e-5) -> None:
-    expected, found = (_logits(own, mask, rows, seed=3) for own in (model, fused))
-    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+from qcompile.models.tiny import decoder, tiny_decoder
+from qcompile.models.tiny.build import Builder
 
 
 def _grouped() -> ir.Model:
@@ -95,9 +36,9 @@ _KINDS: dict[str, Callable[[], ir.Model]] = {
 def both(request: pytest.FixtureRequest) -> tuple[ir.Model, ir.Model]:
     """A decoder, and the same with its attention fused."""
     model = _KINDS[request.param]()
-    fused, _ = _fused(model)
-    assert len(_nodes(fused, "GroupQueryAttention")) == 2
-    assert not _nodes(fused, "Softmax")
+    fused, _ = fuse_attention(model)
+    assert len(nodes_of(fused, "GroupQueryAttention")) == 2
+    assert not nodes_of(fused, "Softmax")
     return model, fused
 
 
@@ -113,15 +54,15 @@ def test_sequences_of_a_batch_may_be_padded_on_either_side(
         left = data.draw(st.integers(0, tokens - 1))
         right = data.draw(st.integers(0, tokens - 1 - left))
         row[:left], row[tokens - right :] = 0, 0
-    _check_same(*both, mask, [1, 1, 1])
+    check_same(*both, mask, [1, 1, 1])
 
 
 def test_one_sequence_may_go_on_by_several_rows(both: tuple[ir.Model, ir.Model]) -> None:
-    _check_same(*both, np.ones((1, 5), np.int64), [3, 1, 4])
+    check_same(*both, np.ones((1, 5), np.int64), [3, 1, 4])
 
 
 def test_caches_hold_the_same(both: tuple[ir.Model, ir.Model]) -> None:
-    runs = [_Running(model, 2) for model in both]
+    runs = [Running(model, 2) for model in both]
     for run in runs:
         run(np.arange(10).reshape(2, 5), np.ones((2, 5), np.int64), np.tile(np.arange(5), (2, 1)))
     for name, cache in runs[0].caches.items():
@@ -132,47 +73,112 @@ def test_any_position_ids_of_one_sequence_count(both: tuple[ir.Model, ir.Model])
     """A cache from which old positions were dropped, say: positions go on beyond its length."""
     found = []
     for model in both:
-        run = _Running(model, 1)
+        run = Running(model, 1)
         run(np.arange(6)[None], np.ones((1, 6), np.int64), np.arange(6)[None])
         run.caches = {name: cache[:, :, -4:] for name, cache in run.caches.items()}
         found.append(run(np.array([[7]]), np.ones((1, 5), np.int64), np.array([[6]])))
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
 
 
+def test_windows_and_interleaved_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions see four behind them (Mistral, Gemma), and neighbours are turned together (GPT-J, Cohere)."""
+    whole = decoder._mask
+
+    def window(b: Builder, past: ir.Value, sequence: ir.Value, attention_mask: ir.Value) -> ir.Value:
+        total = b.Add(past, sequence)
+        keys, queries = b.Range(np.int64(0), total, np.int64(1)), b.Range(past, total, np.int64(1))
+        near = b.Greater(b.Unsqueeze(keys, [0]), b.Sub(b.Unsqueeze(queries, [1]), np.int64(4)))
+        return b.And(whole(b, past, sequence, attention_mask), near)
+
+    def pairs(own: decoder._Decoder, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
+        b, ends = own.b, [2**31 - 1]
+        even, odd = b.Slice(x, [0], ends, [3], [2]), b.Slice(x, [1], ends, [3], [2])
+        cos, sin = (b.Slice(table, [0], [own.head_dim // 2], [3], [1]) for table in (cos, sin))
+        turned = b.Sub(b.Mul(even, cos), b.Mul(odd, sin)), b.Add(b.Mul(odd, cos), b.Mul(even, sin))
+        joined = b.Concat(*(b.Unsqueeze(part, [4]) for part in turned), axis=4)
+        return b.Reshape(joined, b.Shape(x))
+
+    monkeypatch.setattr(decoder, "_mask", window)
+    monkeypatch.setattr(decoder._Decoder, "rotate", pairs)
+    model = _grouped()
+    fused, decisions = fuse_attention(model)
+    assert {decision.action for decision in decisions} == {"fused"}
+    made = nodes_of(fused, "GroupQueryAttention")
+    assert [node.attributes.get_int("local_window_size", 0) for node in made] == [4, 4]
+    assert [node.attributes.get_int("rotary_interleaved", 0) for node in made] == [1, 1]
+    check_same(model, fused, np.array([[0, 1, 1, 1, 1, 1, 1], [1] * 7]), [1, 1])
+    check_same(model, fused, np.ones((1, 7), np.int64), [3, 1])
+
+
+@pytest.mark.parametrize("order", ["qkv", "kqv"])
+def test_what_one_product_gives_is_not_cut_apart(order: str) -> None:
+    """Where queries, keys and values lie side by side in that order, and there alone."""
+    model = _grouped()
+    for layer in range(2):
+        products = [
+            node for node in model.graph if f"layers.{layer}.self_attn" in str(node.name) and node.op_type == "MatMul"
+        ]
+        _join(model, {node.name.rsplit(".", 1)[1][0]: node for node in products[:3]}, order)
+    fused, _ = fuse_attention(model)
+    assert [node.inputs[1] is None for node in nodes_of(fused, "GroupQueryAttention")] == [order == "qkv"] * 2
+    assert bool(nodes_of(fused, "Split")) == (order != "qkv")
+    check_same(model, fused, np.ones((2, 6), np.int64), [1])
+
+
+def _join(model: ir.Model, products: dict[str, ir.Node], order: str) -> None:
+    """One product for all three, and a Split."""
+    nodes = [products[letter] for letter in order]
+    weights = [node.inputs[1].const_value.numpy() for node in nodes]
+    joined = ir.Value(name=f"{nodes[0].name}.joined", const_value=ir.tensor(np.concatenate(weights, 1)))
+    widths = ir.Value(name=f"{nodes[0].name}.widths", const_value=ir.tensor(np.array([w.shape[1] for w in weights])))
+    for value in (joined, widths):
+        value.shape, value.dtype = ir.Shape(value.const_value.shape.numpy()), value.const_value.dtype
+        model.graph.register_initializer(value)
+    product = ir.node("MatMul", [nodes[0].inputs[0], joined], name=f"{nodes[0].name}.whole")
+    split = ir.node("Split", [product.outputs[0], widths], {"axis": -1}, num_outputs=3, name=f"{nodes[0].name}.split")
+    first = min(nodes, key=list(model.graph).index)
+    model.graph.insert_before(first, [product, split])
+    product.outputs[0].name = f"{nodes[0].name}.whole.out"
+    for node, output in zip(nodes, split.outputs, strict=True):
+        output.name = f"{node.name}.cut"
+        ir.convenience.replace_all_uses_with(node.outputs[0], output)
+        model.graph.remove(node, safe=True)
+
+
 def test_half_precision_stays_half_precision() -> None:
     model = tiny_decoder(kv_cache=True, dtype="fp16", outliers=False)
-    fused, _ = _fused(model)
-    assert len(_nodes(fused, "GroupQueryAttention")) == 2
+    fused, _ = fuse_attention(model)
+    assert len(nodes_of(fused, "GroupQueryAttention")) == 2
     mask = np.array([[0, 1, 1, 1], [1, 1, 1, 1]])
-    _check_same(model, fused, mask, [1, 1], tolerance=2e-2)
+    check_same(model, fused, mask, [1, 1], tolerance=2e-2)
 
 
 def test_norms_take_the_sum_before_them_along() -> None:
-    fused, decisions = _fused(_grouped())
-    assert len(_nodes(fused, "SkipSimplifiedLayerNormalization")) == 4
-    assert len(_nodes(fused, "SimplifiedLayerNormalization")) == 1
-    assert not _nodes(fused, "ReduceMean")
+    fused, decisions = fuse_attention(_grouped())
+    assert len(nodes_of(fused, "SkipSimplifiedLayerNormalization")) == 4
+    assert len(nodes_of(fused, "SimplifiedLayerNormalization")) == 1
+    assert not nodes_of(fused, "ReduceMean")
     assert {decision.action for decision in decisions} == {"fused"}
 
 
 def test_without_padding_no_mask_is_read() -> None:
     """The contract of onnxruntime-genai: the sum of attention_mask says where a sequence ends."""
     model = _grouped()
-    fused, _ = _fused(model, padding=False)
-    assert all(len(node.inputs) == 9 for node in _nodes(fused, "GroupQueryAttention"))
-    _check_same(model, fused, np.ones((2, 6), np.int64), [1, 1])
+    fused, _ = fuse_attention(model, padding=False)
+    assert all(len(node.inputs) == 9 for node in nodes_of(fused, "GroupQueryAttention"))
+    check_same(model, fused, np.ones((2, 6), np.int64), [1, 1])
 
 
 def test_decoders_without_caches_stay() -> None:
     model = tiny_decoder()
-    fused, decisions = _fused(model)
-    assert not _nodes(fused, "GroupQueryAttention")
-    assert _nodes(fused, "ReduceMean")
+    fused, decisions = fuse_attention(model)
+    assert not nodes_of(fused, "GroupQueryAttention")
+    assert nodes_of(fused, "ReduceMean")
     assert decisions == []
 
 
 def _without(model: ir.Model, op_type: str, replacement: str) -> ir.Model:
-    for node in _nodes(model, op_type):
+    for node in nodes_of(model, op_type):
         node.op_type = replacement
     return model
 
@@ -187,7 +193,7 @@ def _without(model: ir.Model, op_type: str, replacement: str) -> ir.Model:
 )
 def test_what_is_no_such_attention_stays_with_its_reason(change: Callable[[ir.Model], ir.Model], reason: str) -> None:
     model = change(_grouped())
-    fused, decisions = _fused(model)
-    assert not _nodes(fused, "GroupQueryAttention")
+    fused, decisions = fuse_attention(model)
+    assert not nodes_of(fused, "GroupQueryAttention")
     assert [decision.reason for decision in decisions if decision.action == "kept"] == [reason] * 2
-    _check_same(model, fused, np.ones((2, 6), np.int64), [1])
+    check_same(model, fused, np.ones((2, 6), np.int64), [1])

@@ -1,0 +1,67 @@
+"""Decoders with their attention fused, and what they compute run by run."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.passes.base import Decision, Region
+from qcompile.passes.contrib.attention import FuseAttention
+from qcompile.passes.prepare import Prepare
+from qcompile.runtime.sessions import session
+
+Array = npt.NDArray[Any]
+_VOCABULARY = 256
+
+
+def fuse_attention(model: ir.Model, **parameters: Any) -> tuple[ir.Model, list[Decision]]:
+    """The model with its attention fused, and what was decided."""
+    made = model.clone()
+    Prepare().call(Region.whole(made))
+    own = FuseAttention(**parameters)
+    own.call(Region.whole(made))
+    return made, own.decisions
+
+
+def nodes_of(model: ir.Model, op_type: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == op_type]
+
+
+class Running:
+    """A decoder in ONNX Runtime, and the caches of the sequences it has seen."""
+
+    def __init__(self, model: ir.Model, batch: int) -> None:
+        self.own = session(ir.to_proto(model).SerializeToString())
+        self.caches: dict[str, Array] = {}
+        for value in self.own.get_inputs():
+            if value.name.startswith("past"):
+                kind = np.float16 if "16" in value.type else np.float32
+                self.caches[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), kind)
+
+    def __call__(self, ids: Array, mask: Array, positions: Array) -> Array:
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **self.caches}
+        names = [value.name for value in self.own.get_outputs()]
+        taken = {value.name for value in self.own.get_inputs()}
+        found = dict(zip(names, self.own.run(None, {n: a for n, a in feeds.items() if n in taken}), strict=True))
+        self.caches = {name: found[name.replace("past_key_values", "present")] for name in self.caches}
+        return np.asarray(found["logits"])
+
+
+def _logits(model: ir.Model, mask: Array, rows: list[int], seed: int) -> Array:
+    """Of the tokens that are no padding: a prompt, padded as `mask` says, and so many rows behind it, run by run."""
+    random, batch = np.random.default_rng(seed), len(mask)
+    run = Running(model, batch)
+    ids = random.integers(0, _VOCABULARY, mask.shape)
+    found = [run(ids, mask, np.maximum(np.cumsum(mask, 1) - 1, 0))[mask == 1]]
+    for count in rows:
+        mask = np.concatenate([mask, np.ones((batch, count), np.int64)], 1)
+        ids = random.integers(0, _VOCABULARY, (batch, count))
+        positions = (np.cumsum(mask, 1) - 1)[:, -count:]
+        found.append(run(ids, mask, positions).reshape(batch * count, -1))
+    return np.concatenate(found)
+
+
+def check_same(model: ir.Model, fused: ir.Model, mask: Array, rows: list[int], *, tolerance: float = 1e-5) -> None:
+    expected, found = (_logits(own, mask, rows, seed=3) for own in (model, fused))
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
