@@ -21,8 +21,9 @@ from typing import Any
 import numpy.typing as npt
 
 from qcompile.passes.errors import UserError
+from qcompile.runtime.caches import Caches, Decoder
 from qcompile.runtime.library import chosen_kernel, library_path
-from qcompile.runtime.sessions import custom_operators, ort_version, readable, registered_libraries, session
+from qcompile.runtime.sessions import custom_operators, ort_version, registered_libraries, session
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 
@@ -46,7 +47,8 @@ class Subject:
 class Case:
     """Something to time: one run with `feeds`; or, where there are steps, those, and the run before them is not timed.
 
-    carried: input of a step → output of the run before it that it takes (past → present).
+    caches: those that a step takes of the run before it. room: for how many tokens there is some in a shared buffer, as
+    an application that knows how long it goes on makes it.
     amount: tokens, or rows, that the timed runs handle. unit: what its result is told in, "tokens/s" or "ms".
     """
 
@@ -55,7 +57,8 @@ class Case:
     amount: int
     unit: str = "tokens/s"
     steps: tuple[Feeds, ...] = ()
-    carried: Mapping[str, str] = field(default_factory=dict)
+    caches: Caches = field(default_factory=Caches)
+    room: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,39 +108,39 @@ class Runner:
         """Seconds of the case: all steps together, or the median of its run repeated; first runs warm up, untimed."""
         if case.steps:
             return self.decode(case)[0]
-        times = [self._run(case.feeds, {})[0]]
+        times = [self._run(case.feeds)]
         if times[0] < _TURN:
             times.clear()
             while sum(times) < _TURN:
-                times.append(self._run(case.feeds, {})[0])
+                times.append(self._run(case.feeds))
         return statistics.median(times)
 
     def decode(self, case: Case) -> tuple[float, dict[str, Any]]:
-        """(seconds of all steps, outputs of the last as OrtValues); caches go from run to run without a copy."""
-        _, outputs = self._run(case.feeds, {})
+        """(seconds of all steps, OrtValues that the last gives beside caches); binding the values is not timed."""
+        presents = set(case.caches.presents.values())
+        names = [name for name in self.outputs if name not in presents]
+        decoder = Decoder(self.session, case.caches, names, room=case.room)
         total = 0.0
-        for feeds in case.steps:
-            past = {name: outputs[present] for name, present in case.carried.items()}
-            seconds, outputs = self._run(feeds, past)
-            total += seconds
-        return total, outputs
+        with self._named():
+            found = decoder.step(case.feeds)
+            for feeds in case.steps:
+                found = decoder.step(feeds)
+                total += decoder.seconds
+        return total, dict(zip(names, found, strict=True))
 
-    def _run(self, feeds: Feeds, past: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-        """(seconds inside ONNX Runtime, outputs as OrtValues) of one run; binding the values is not timed."""
+    def _run(self, feeds: Feeds) -> float:
+        """Seconds inside ONNX Runtime of one run, caches computed and all."""
+        decoder = Decoder(self.session, Caches(), self.outputs)
+        with self._named():
+            decoder.step(feeds)
+        return decoder.seconds
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
         try:
-            binding = self.session.io_binding()
-            for name, array in feeds.items():
-                binding.bind_cpu_input(name, array)
-            for name, value in past.items():
-                binding.bind_ortvalue_input(name, value)
-            for name in self.outputs:
-                binding.bind_output(name, "cpu")
-            started = time.perf_counter()
-            self.session.run_with_iobinding(binding)
-            seconds = time.perf_counter() - started
-            return seconds, dict(zip(self.outputs, binding.get_outputs(), strict=True))
-        except Exception as error:  # ORT's exception classes share no base but Exception
-            raise UserError(f"{self.subject.label}: ONNX Runtime failed: {readable(error)}") from error
+            yield
+        except UserError as error:
+            raise UserError(f"{self.subject.label}: {error}") from error
 
 
 class _Worker:

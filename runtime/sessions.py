@@ -174,12 +174,29 @@ def run(session: Any, outputs: Sequence[str] | None, feeds: Mapping[str, Any]) -
 
     A sequence of tensors, or of maps, comes as one row of all its numbers: enough to compare two models by.
     """
-    try:
+    with failures(feeds):
         found = session.run(None if outputs is None else list(outputs), dict(feeds))
         return [output if isinstance(output, np.ndarray) else _row(output) for output in found]
+
+
+@contextmanager
+def failures(feeds: Mapping[str, Any]) -> Iterator[None]:
+    """Tell a failure inside ONNX Runtime, on these feeds, in one line: a UserError."""
+    try:
+        yield
     except Exception as error:  # ORT's exception classes share no base but Exception
         shapes = ", ".join(f"{name} {getattr(array, 'shape', '?')}" for name, array in list(feeds.items())[:6])
         raise UserError(f"ONNX Runtime failed on inputs {shapes}: {readable(error)}") from error
+
+
+def on_device(session: Any) -> str:
+    """Where a session's provider keeps what it works on: "cpu" or "cuda"."""
+    return "cuda" if session.get_providers()[0] == _ALIASES["cuda"] else "cpu"
+
+
+def ort_value(array: npt.NDArray[Any], device: str) -> Any:
+    """An OrtValue of an array: on the CPU the array's own memory, elsewhere a copy."""
+    return _runtime().OrtValue.ortvalue_from_numpy(array, device)
 
 
 def _row(output: Any) -> npt.NDArray[Any]:

@@ -97,6 +97,25 @@ def caches(graph: ir.Graph) -> Iterator[tuple[ir.Value, str, int]]:
                 yield value, *found
 
 
+def in_one_buffer(value: ir.Value, graph: ir.Graph) -> bool:
+    """Whether a cache and what becomes of it may share a buffer with room behind what is filled.
+
+    So where a GroupQueryAttention alone reads the cache, and hands it to an output that no node reads: its lengths,
+    and all else, come from other inputs.
+    """
+    uses = tuple(value.uses())
+    if len(uses) != 1 or value in graph.outputs:
+        return False
+    node, slot = uses[0].node, uses[0].idx
+    if (node.domain, node.op_type) != ("com.microsoft", "GroupQueryAttention") or slot not in (3, 4):
+        return False
+    present = node.outputs[slot - 2] if slot - 2 < len(node.outputs) else None
+    while present is not None and present not in graph.outputs:
+        readers = [use.node for use in present.uses()]
+        present = readers[0].outputs[0] if [reader.op_type for reader in readers] == ["Identity"] else None
+    return present is not None and not present.uses()
+
+
 def cache_sizes(value: ir.Value) -> dict[int, int]:
     """Heads and width, by axis, of a cache that an attention operator reads: they follow from its attributes and its
     query, whatever the graph calls them.

@@ -6,9 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.compiler.data.graph_inputs import cache_sizes, caches, logits_output, token_ids
+from qcompile.compiler.data.graph_inputs import cache_sizes, caches, in_one_buffer, logits_output, token_ids
 from qcompile.passes.errors import UserError
 from qcompile.passes.masks import reaches_product
+from qcompile.runtime.caches import Caches
 
 Dim = int | str | None
 
@@ -45,11 +46,15 @@ class Input:
 
 @dataclass(frozen=True)
 class PastPair:
-    """A cache: the input `past` that the output `present` continues, longer along `axis`."""
+    """A cache: the input `past` that the output `present` continues, longer along `axis`.
+
+    shared: both may be one buffer (batch, heads, room, width): see `graph_inputs.in_one_buffer`.
+    """
 
     past: Input
     present: str
     axis: int
+    shared: bool = False
 
     def empty(self, batch: int) -> npt.NDArray[np.generic]:
         """The cache before the first token: zero-length along `axis`, `batch` along the free dimension."""
@@ -106,6 +111,13 @@ class InputPlan:
         """Names of the inputs that hold a cache."""
         return {pair.past.name for pair in self.past}
 
+    @property
+    def caches(self) -> Caches:
+        """How a session is to keep them from run to run."""
+        shared = bool(self.past) and self.ids is not None and all(pair.shared for pair in self.past)
+        presents = {pair.past.name: pair.present for pair in self.past}
+        return Caches(presents, shared, self.ids.name if self.ids is not None else "")
+
     def require_tokens(self) -> Input:
         """The ids input of a model that can be fed from text; otherwise the error says what is in the way."""
         for given in (*self.floats, *self.unknown):
@@ -131,7 +143,10 @@ def input_plan(model: ir.Model) -> InputPlan:
     """The roles of the model's inputs."""
     graph = model.graph
     inputs = {value: _input(value) for value in graph.inputs if not value.is_initializer()}
-    past = tuple(PastPair(_cache(value, inputs[value]), present, axis) for value, present, axis in caches(graph))
+    past = tuple(
+        PastPair(_cache(value, inputs[value]), present, axis, in_one_buffer(value, graph))
+        for value, present, axis in caches(graph)
+    )
     ids_value, vocabulary = token_ids(graph)
     roles: dict[str, Input] = {} if ids_value is None else {"ids": inputs[ids_value]}
     taken = {pair.past.name for pair in past} | {given.name for given in roles.values()}

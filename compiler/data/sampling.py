@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.compiler.data.feeds import complete, token_feeds
+from qcompile.compiler.data.decoding import Decoding
+from qcompile.compiler.data.feeds import token_feeds
 from qcompile.compiler.data.inputs import InputPlan
 from qcompile.compiler.data.tokens import Ids
 from qcompile.passes.errors import UserError
@@ -55,7 +56,7 @@ def sample_windows(
         missing = -(-(wanted * context - sum(rows.size for rows in tokens)) // length)
         start = generator.integers(vocabulary, size=(plan.batch or min(_BATCH, missing), 1))
         if plan.past:
-            tokens.append(_with_cache(session, plan, logits, start, length, generator))
+            tokens.append(_with_cache(session, plan, start, length, generator))
         elif plan.sequence:
             tokens.append(_resampled(session, plan, logits, start, generator))
         else:
@@ -72,16 +73,10 @@ def draw(logits: npt.NDArray[Any], generator: np.random.Generator, temperature: 
     return np.asarray(np.argmax(logits.astype(np.float32) / temperature + noise, axis=-1), np.int64)
 
 
-def _with_cache(
-    session: Any, plan: InputPlan, logits: str, start: Ids, length: int, generator: np.random.Generator
-) -> Ids:
-    names = [logits, *(pair.present for pair in plan.past)]
-    columns, outputs = [start], None
-    for done in range(length - 1):
-        feeds = token_feeds(plan, columns[-1], past=done, empty=outputs is None)
-        feeds = feeds if outputs is None else complete(plan, feeds, outputs)
-        outputs = dict(zip(names, run(session, names, feeds), strict=True))
-        columns.append(draw(outputs[logits][:, -1:], generator))
+def _with_cache(session: Any, plan: InputPlan, start: Ids, length: int, generator: np.random.Generator) -> Ids:
+    decoding, columns = Decoding(session, plan), [start]
+    for _ in range(length - 1):
+        columns.append(draw(decoding.logits(columns[-1])[:, -1:], generator))
     return np.concatenate(columns, axis=1)
 
 

@@ -1,19 +1,21 @@
 """Text from a decoder: with its cache if the graph has one, else by running the growing text again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.compiler.data.feeds import complete, token_feeds
-from qcompile.compiler.data.inputs import InputPlan
-from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.data.decoding import Decoding
+from qcompile.compiler.data.feeds import token_feeds
 from qcompile.compiler.data.tokens import Tokenizer
 from qcompile.compiler.measure.loaded import Subject
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import run
+
+# New tokens to the scores (V,) of the one after all that was given so far.
+Scores = Callable[[list[int]], npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,14 @@ def generate_ids(
     if (plan.batch or 1) != 1 or (plan.sequence and (plan.past or plan.sequence < len(prompt) + count)):
         given = list(plan.ids.shape) if plan.ids else []
         raise UserError(f"the graph's input has the fixed shape {given}: it cannot take {len(prompt) + count} tokens")
-    return _generate(_Cached(subject) if plan.past else _Rerun(subject), prompt, count, sampling, stop)
+    return _generate(_cached(subject) if plan.past else _Rerun(subject).logits, prompt, count, sampling, stop)
 
 
-def _generate(
-    step: "_Cached | _Rerun", prompt: list[int], count: int, sampling: Sampling, stop: frozenset[int]
-) -> Iterator[int]:
+def _generate(scores: Scores, prompt: list[int], count: int, sampling: Sampling, stop: frozenset[int]) -> Iterator[int]:
     generator = np.random.default_rng(sampling.seed)
     fresh = prompt
     for _ in range(count):
-        token = sampling.choose(step.logits(fresh), generator)
+        token = sampling.choose(scores(fresh), generator)
         if token in stop:
             return
         yield token
@@ -93,26 +93,10 @@ def stream(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
     yield rest[len(shown) :] if rest.startswith(shown) else ""
 
 
-class _Cached:
-    """Each run takes the new tokens and the caches of the run before."""
-
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
-        self.plan: InputPlan = subject.plan
-        self.names = [self.plan.require_decoder(), *(pair.present for pair in self.plan.past)]
-        self.outputs: dict[str, Any] | None = None
-        self.done = 0
-
-    def logits(self, fresh: list[int]) -> npt.NDArray[Any]:
-        """The scores (V,) of the token after all that was given so far."""
-        ids = np.array([fresh], np.int64)
-        feeds: Arrays = token_feeds(self.plan, ids, past=self.done, empty=self.outputs is None)
-        if self.outputs is not None:
-            feeds = complete(self.plan, feeds, self.outputs)
-        self.outputs = dict(zip(self.names, run(self.subject.session, self.names, feeds), strict=True))
-        self.done += len(fresh)
-        scores: npt.NDArray[Any] = self.outputs[self.names[0]][0, -1]
-        return scores
+def _cached(subject: Subject) -> Scores:
+    """Each run takes the new tokens alone, behind the caches."""
+    decoding = Decoding(subject.session, subject.plan)
+    return lambda fresh: decoding.logits(np.array([fresh], np.int64))[0, -1]
 
 
 class _Rerun:

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.compiler.data.feeds import Batch, complete, token_batches
+from qcompile.compiler.data.feeds import Batch, token_batches
 from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.data.tokens import Ids, Tokenizer, read_text, windows
 from qcompile.compiler.files.load import load_model
 from qcompile.compiler.measure.metrics import check_finite_output
 from qcompile.compiler.measure.randomness import repeatable
 from qcompile.passes.errors import UserError
+from qcompile.runtime.caches import Decoder
 from qcompile.runtime.sessions import run
 
 
@@ -40,16 +41,13 @@ class Subject:
             raise UserError(
                 f"{self.path}: token id {window.max()} in the text, {self.plan.vocabulary} in the vocabulary"
             )
-        presents = [pair.present for pair in self.plan.past]
-        parts: list[npt.NDArray[Any]] = []
-        previous: dict[str, Any] = {}
-        for batch in token_batches(self.plan, [window] * (self.plan.batch or 1)):
-            feeds = batch.feeds if batch.follows is None else complete(self.plan, batch.feeds, previous)
-            # Caches are fetched only where a graph of fixed length needs them again.
-            names = [name, *presents] if self.plan.sequence else [name]
-            previous = dict(zip(names, run(self.session, names, feeds), strict=True))
-            parts.append(previous[name][0])
-        logits = np.concatenate(parts)
+        batches = token_batches(self.plan, [window] * (self.plan.batch or 1))
+        if len(batches) == 1:  # caches are computed, and never fetched
+            parts = [run(self.session, [name], batches[0].feeds)[0]]
+        else:
+            decoder = Decoder(self.session, self.plan.caches, [name])
+            parts = [decoder.run(batch.feeds)[0] for batch in batches]
+        logits = np.concatenate([part[0] for part in parts])
         check_finite_output(logits, name, str(self.path))
         if len(logits) < min(2, len(window)):
             raise UserError(

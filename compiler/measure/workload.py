@@ -61,7 +61,8 @@ class Workload:
             token_feeds(plan, ids[:, :after]),
             self.decode * (plan.batch or 1),
             steps=steps,
-            carried={pair.past.name: pair.present for pair in plan.past},
+            caches=plan.caches,
+            room=after + self.decode,
         )
 
 
