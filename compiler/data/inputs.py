@@ -159,7 +159,7 @@ def input_plan(model: ir.Model) -> InputPlan:
     for given in inputs.values():
         if given.name in taken or given in unread:
             continue
-        role = _role_by_name(given, rank)
+        role = role_by_name(given, rank)
         if role and role not in roles:
             roles[role] = given
         else:
@@ -205,7 +205,7 @@ def _dim(dim: Dim) -> Dim:
     return None if isinstance(dim, int) and dim < 0 else dim
 
 
-def _role_by_name(given: Input, rank: int) -> str | None:
+def role_by_name(given: Input, rank: int) -> str | None:
     """mask, positions, types or ids, of an input of fitting rank: that of the ids."""
     name, own = given.name.lower(), len(given.shape) if given.ranked else rank
     if "mask" in name and own == rank and not given.is_string:

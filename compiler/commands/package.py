@@ -1,0 +1,51 @@
+"""`qcompile package`: the folder that an application copies."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qcompile.compiler.console.terminal import console
+from qcompile.compiler.package.folder import KINDS, Packaged, package
+from qcompile.runtime.sessions import KERNELS
+
+_DESCRIPTION = """\
+Put a decoder with caches, compiled or float, into a folder that onnxruntime-genai loads as it is:
+onnxruntime_genai.Model(DIR). It gets model.onnx and its weights, genai_config.json (names and sizes of the graph, the
+rest of the files beside the model), the tokenizer, the chat template, native kernels and licences. docs/genai.md.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `package` to the command line."""
+    parser = subparsers.add_parser(
+        "package",
+        help="the folder that an application copies",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="a compiled decoder, or a float one")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", required=True, help="the folder to write")
+    parser.add_argument("--for", dest="kind", choices=KINDS, required=True, help="what is to run it")
+    told = "folder with tokenizer.json, config.json and generation_config.json (default: beside the model)"
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help=told)
+    told = (
+        "native kernels: those of this machine where there are any (auto), an error without (native), none (portable)"
+    )
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help=told)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the folder, and say what is in it."""
+    tell(package(args.model, args.output, tokenizer=args.tokenizer, kernels=args.kernels), args.output)
+    return 0
+
+
+def tell(done: Packaged, folder: Path) -> None:
+    """Print what was written, and what is missing."""
+    screen = console()
+    size = sum(path.stat().st_size for path in done.files)
+    names = ", ".join(path.name for path in done.files)
+    if done.lacking:
+        screen.print(f"no native kernels: {done.lacking}", soft_wrap=True, highlight=False)
+    screen.print(f"wrote {folder} ({size / 1e6:.0f} MB): {names}", soft_wrap=True, highlight=False)
+    screen.print(f'next: onnxruntime_genai.Model("{folder}"), see docs/genai.md', soft_wrap=True, highlight=False)

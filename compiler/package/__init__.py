@@ -1,0 +1,1 @@
+"""Shipped how? The folder that an application copies."""

@@ -1,0 +1,70 @@
+"""What lies beside a model: its configuration, its tokenizer, its licence."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qcompile.compiler.data.tokens import Tokenizer, load_tokenizer
+from qcompile.models.hf import COMPANIONS
+from qcompile.passes.errors import UserError
+
+GENAI = "genai_config.json"
+_MORE = ("chat_template.json", "vocab.json", "merges.txt", "tokenizer.model")
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The files in a model's folder that say what the graph does not."""
+
+    tokenizer: Tokenizer
+
+    @classmethod
+    def of(cls, path: Path) -> "Beside":
+        """Those in the folder of the tokenizer at `path`: a folder, or a model file beside it."""
+        return cls(load_tokenizer(path))
+
+    @property
+    def folder(self) -> Path:
+        """Where they lie."""
+        return self.tokenizer.path.parent
+
+    def told(self, name: str) -> Mapping[str, Any]:
+        """The table in a JSON file; empty where there is no such file, UserError where it is no table."""
+        path = self.folder / name
+        if not path.is_file():
+            return {}
+        try:
+            table = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON ({str(error)[:200]}); copy it from the model again") from error
+        if not isinstance(table, dict):
+            raise UserError(f"{path} is no table of keys and values; copy it from the model again")
+        return table
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """config.json, what it says of the text model of several in front of the rest."""
+        own = self.told("config.json")
+        text = own.get("text_config")
+        return {**own, **text} if isinstance(text, dict) else own
+
+    def number(self, *names: str) -> int | None:
+        """The first positive number that config.json has under one of these names."""
+        found = (self.config.get(name) for name in names)
+        return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
+
+    @property
+    def files(self) -> list[Path]:
+        """What an application needs beside the graph: configuration, tokenizer, chat template, licences."""
+        named = [self.folder / name for name in dict.fromkeys((*COMPANIONS, *_MORE))]
+        return [path for path in named if path.is_file()] + self.licences
+
+    @property
+    def licences(self) -> list[Path]:
+        """The model's own licence and notices."""
+        own = (path for path in self.folder.iterdir() if path.name.upper().startswith(_LICENCES) and path.is_file())
+        return sorted(own)
