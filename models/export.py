@@ -17,6 +17,7 @@ from qcompile.models import cache, check, hf, kinds, parts, publish, tidy, trace
 from qcompile.passes.errors import UserError
 
 DTYPES = ("fp32", "fp16")
+LOGITS = ("all", "last")
 MODEL, RECORD = "model.onnx", publish.RECORD
 
 Say = Callable[[str], None]
@@ -39,6 +40,7 @@ def export_model(
     open_model: check.OpenModel,
     kv_cache: bool = False,
     dtype: str = "fp32",
+    logits: str = "all",
     max_layers: int | None = None,
     progress: Say | None = None,
 ) -> Exported:
@@ -46,7 +48,8 @@ def export_model(
 
     source: a Hugging Face folder, a .gguf file, or a zoo name. Decoders: input_ids, attention_mask (batch, sequence) to
     logits; with `kv_cache` also position_ids and past_key_values.{i}.key / .value (batch, kv_heads, past_sequence,
-    head_dim) to present.{i}.key / .value. Encoders: to last_hidden_state. Opset 21, dynamic batch and sequence.
+    head_dim) to present.{i}.key / .value. logits: "last" for the last row of each sequence only, (batch, 1, V), see
+    trace.score_last_row. Encoders: to last_hidden_state. Opset 21, dynamic batch and sequence.
     Other models (docs/export.md): vision and speech as model.onnx, CLIP and its like as text_model.onnx and
     vision_model.onnx, encoders with decoders as encoder.onnx and decoder.onnx (and decoder_with_past.onnx).
     open_model runs a model file in ONNX Runtime: the graph must agree with torch before anything appears in
@@ -54,6 +57,10 @@ def export_model(
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {' or '.join(DTYPES)}, got {dtype!r}")
+    if logits not in LOGITS:
+        raise UserError(f"--logits is {' or '.join(LOGITS)}, got {logits!r}")
+    if logits != "all" and not kv_cache:
+        raise UserError(f"--logits {logits} is for decoders that keep caches: add --kv-cache")
     started, say, target = time.monotonic(), progress or (lambda step: None), Path(output_dir)
     with publish.staging(target, source) as work:
         if str(source) in zoo.ZOO and zoo.find(str(source)).is_onnx:
@@ -62,7 +69,7 @@ def export_model(
             record = _copy_onnx(str(source), work, say)
         else:
             checkpoint = _checkpoint(source, say)
-            record = _export(checkpoint, work, open_model, kv_cache, dtype, max_layers, say)
+            record = _export(checkpoint, work, open_model, kv_cache, dtype, logits, max_layers, say)
         (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         say(f"writing {target}")
         written = [name for graph in publish.graphs(work) for name in (graph, f"{graph}.data")]
@@ -94,18 +101,21 @@ def _export(
     open_model: check.OpenModel,
     kv_cache: bool,
     dtype: str,
+    logits: str,
     max_layers: int | None,
     say: Say,
 ) -> dict[str, Any]:
     say("loading the model in torch")
     config = hf.load_config(checkpoint)
     kind = kinds.kind_of(config)
+    if logits != "all" and kind != kinds.DECODER:
+        raise UserError(f"{config.model_type} is no decoder of text alone: --logits {logits} does not apply")
     hf.cut_layers(config, max_layers)
     model = hf.load_model(checkpoint, config, kind=kind, dtype=dtype)
     hf.copy_companions(checkpoint, config, work)
     run = Exporting(work, open_model, dtype, say)
     if kind in (kinds.DECODER, kinds.ENCODER):
-        checks = {MODEL: run.text(model, decoder=kind == kinds.DECODER, kv_cache=kv_cache)}
+        checks = {MODEL: run.text(model, decoder=kind == kinds.DECODER, kv_cache=kv_cache, last_row=logits == "last")}
     else:
         made = parts.parts_of(model, kind, checkpoint.folder, kv_cache=kv_cache, dtype=dtype)
         checks = {f"{part.name}.onnx": run.part(part) for part in made}
@@ -117,6 +127,7 @@ def _export(
         "kind": kind,
         "dtype": dtype,
         "kv_cache": kv_cache,
+        "logits": logits,
         "layers": max_layers,
         "opset": trace.OPSET,
         "check": worst.as_dict(),
@@ -134,9 +145,11 @@ class Exporting:
     dtype: str
     say: Say
 
-    def text(self, model: Any, *, decoder: bool, kv_cache: bool) -> check.Checked:
+    def text(self, model: Any, *, decoder: bool, kv_cache: bool, last_row: bool) -> check.Checked:
         """A text model as model.onnx, checked on a prompt."""
-        signature = trace.signature_of(model, decoder=decoder, kv_cache=kv_cache)
+        if last_row:
+            trace.score_last_row(model)
+        signature = trace.signature_of(model, decoder=decoder, kv_cache=kv_cache, last_row=last_row)
         module = trace.wrap(model, signature, decoder=decoder)
         prompt, ids = check.prompt_ids(self.work, int(model.config.vocab_size))
         first = check.batch(ids, signature) | trace.empty_past(model, signature)

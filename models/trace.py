@@ -16,16 +16,17 @@ OPSET = 21
 IR_VERSION = 10
 
 Arrays = dict[str, npt.NDArray[Any]]
-Dims = tuple[str | None, ...]
+Dims = tuple[str | int | None, ...]
 
 
 @dataclass(frozen=True)
 class Signature:
     """Names and symbolic dimensions of a graph's inputs and outputs.
 
-    Dimensions are names, or None for those that the exporter knows. With a cache of L layers the last 2 L
-    inputs are past_key_values.{i}.key / .value and the last 2 L outputs present.{i}.key / .value; the decoder behind
-    an encoder has `a_layer` 4 of them. listed_all: the module takes all its inputs as one list, not the caches alone.
+    Dimensions are names, fixed numbers, or None for those that the exporter knows. With a cache of L layers the
+    last 2 L inputs are past_key_values.{i}.key / .value and the last 2 L outputs present.{i}.key / .value; the decoder
+    behind an encoder has `a_layer` 4 of them. listed_all: the module takes all its inputs as one list, not the
+    caches alone.
     """
 
     inputs: dict[str, Dims]
@@ -40,9 +41,9 @@ class Signature:
         return len(self.inputs) if self.listed_all else self.a_layer * self.cache_layers
 
 
-def decoder_signature(layers: int, *, kv_cache: bool) -> Signature:
-    """input_ids, attention_mask (and position_ids, past) to logits (and present)."""
-    tokens, logits = ("batch", "sequence"), ("batch", "sequence", None)
+def decoder_signature(layers: int, *, kv_cache: bool, last_row: bool = False) -> Signature:
+    """input_ids, attention_mask (and position_ids, past) to logits (and present); last_row: see `score_last_row`."""
+    tokens, logits = ("batch", "sequence"), ("batch", 1 if last_row else "sequence", None)
     if not kv_cache:
         return Signature({"input_ids": tokens, "attention_mask": tokens}, {"logits": logits})
     parts = [f"{i}.{part}" for i in range(layers) for part in ("key", "value")]
@@ -65,11 +66,11 @@ def encoder_signature(*, token_types: bool, pooler: bool) -> Signature:
     return Signature(dict.fromkeys(names, ("batch", "sequence")), outputs)
 
 
-def signature_of(model: Any, *, decoder: bool, kv_cache: bool) -> Signature:
+def signature_of(model: Any, *, decoder: bool, kv_cache: bool, last_row: bool = False) -> Signature:
     """The signature that a transformers model is exported with."""
     config = model.config
     if decoder:
-        return decoder_signature(int(config.num_hidden_layers), kv_cache=kv_cache)
+        return decoder_signature(int(config.num_hidden_layers), kv_cache=kv_cache, last_row=last_row)
     if kv_cache:
         raise UserError(f"{config.model_type} is an encoder: it has no KV cache")
     token_types = int(getattr(config, "type_vocab_size", 0) or 0) > 1
@@ -110,6 +111,21 @@ def wrap(model: Any, signature: Signature, *, decoder: bool) -> Any:
 
     module = (CachedDecoder if signature.cache_layers else Decoder) if decoder else Encoder
     return module().eval()
+
+
+def score_last_row(model: Any) -> None:
+    """Have a decoder's head compute the last row (batch, 1, V) of each sequence only, by its place, as transformers'
+    logits_to_keep=1 does: where a batch is padded on the right, that of the padding.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda module, given: (given[0][:, -1:], *given[1:]))
+    with torch.no_grad():
+        rows = model(input_ids=torch.zeros((1, 2), dtype=torch.int64)).logits.shape[1]
+    if rows != 1:
+        raise UserError(f"the head of {model.config.model_type} is no layer of its own: export it with --logits all")
 
 
 def to_onnx(module: Any, signature: Signature, examples: Sequence[Any]) -> ir.Model:

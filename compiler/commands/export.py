@@ -30,6 +30,7 @@ _EXAMPLES = """\
 examples:
   qcompile export smollm2-135m -o smollm2
   qcompile export ./my-model -o my-model-onnx --kv-cache --dtype fp16
+  qcompile export ./my-model -o my-model-onnx --for genai
 """
 
 
@@ -53,6 +54,15 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="past keys and values as inputs, present ones as outputs: generates token by token",
     )
+    parser.add_argument(
+        "--logits",
+        choices=export.LOGITS,
+        help="rows that a decoder with caches scores: all, or the last of each sequence only, which spares prompts the "
+        "work of the others (default: all; with --for genai: last). Batches are then padded on the left, if at all",
+    )
+    parser.add_argument(
+        "--for", dest="application", choices=("genai",), help="genai: --kv-cache --logits last, unless told otherwise"
+    )
     parser.add_argument("--dtype", choices=export.DTYPES, default="fp32", help="type of weights and activations (fp32)")
     parser.add_argument("--layers", metavar="N", type=int, help="keep only the first N layers, for tests and trials")
     parser.add_argument("--list", action="store_true", help="list the zoo and stop")
@@ -72,8 +82,9 @@ def run(args: argparse.Namespace) -> int:
             args.source,
             args.output,
             open_model=open_model,
-            kv_cache=args.kv_cache,
+            kv_cache=args.kv_cache or args.application is not None,
             dtype=args.dtype,
+            logits=args.logits or ("all" if args.application is None else "last"),
             max_layers=args.layers,
             progress=steps.begin,
         )

@@ -51,7 +51,8 @@ class Subject:
         check_finite_output(logits, name, str(self.path))
         if len(logits) < min(2, len(window)):
             raise UserError(
-                f"{self.path}: output {name!r} scores {len(logits)} of {len(window)} tokens; all are needed"
+                f"{self.path}: output {name!r} scores {len(logits)} of {len(window)} tokens, all are needed: evaluate "
+                "the same model exported with --logits all"
             )
         return logits
 

@@ -113,6 +113,27 @@ def test_cache_prefills_from_nothing_and_decodes(llama: Path, tmp_path: Path) ->
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+def test_the_head_of_a_decoder_for_genai_scores_the_last_row(llama: Path, tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["export", str(llama), "-o", str(tmp_path / "last"), "--for", "genai"])
+    assert args.run(args) == 0
+    record = json.loads((tmp_path / "last" / "export.json").read_text())
+    assert (record["kv_cache"], record["logits"]) == (True, "last")
+    opened = session(tmp_path / "last" / "model.onnx")
+    assert opened.get_outputs()[0].shape == ["batch", 1, 256]
+    ids, found = ids_of(2, 9), []
+    past = {value.name: np.zeros((2, 2, 0, 16), np.float32) for value in opened.get_inputs()[3:]}
+    for start, stop in ((0, 4), (4, 5), (5, 9)):
+        feeds = {"input_ids": ids[:, start:stop], "attention_mask": np.ones((2, stop), np.int64)}
+        positions = np.tile(np.arange(start, stop), (2, 1))
+        logits, *present = opened.run(None, feeds | {"position_ids": positions} | past)
+        past = dict(zip(past, present, strict=True))
+        found.append(logits)
+    expected = logits_of_torch(llama, ids)[:, [3, 4, 8]]
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
 def test_command_exports_fp16_and_says_what_to_type_next(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
