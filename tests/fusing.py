@@ -40,9 +40,10 @@ class Running:
                 self.caches[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), kind)
 
     def __call__(self, ids: Array, mask: Array, positions: Array) -> Array:
+        taken = {value.name: value.type for value in self.own.get_inputs()}
+        mask = mask.astype(np.int32 if "int32" in taken["attention_mask"] else np.int64)
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **self.caches}
         names = [value.name for value in self.own.get_outputs()]
-        taken = {value.name for value in self.own.get_inputs()}
         found = dict(zip(names, self.own.run(None, {n: a for n, a in feeds.items() if n in taken}), strict=True))
         self.caches = {name: found[name.replace("past_key_values", "present")] for name in self.caches}
         return np.asarray(found["logits"])

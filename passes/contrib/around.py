@@ -101,6 +101,38 @@ class Around:
         return self._once("past", lambda: self.op("Sub", [self.total, self.rows], "attention.past"))
 
     @property
+    def first(self) -> ir.Value:
+        """(1,): the first position that a row of this run may have.
+
+        GroupQueryAttention counts a sequence's positions by `seqlens`. Where those end apart, the next rows of the
+        shortest one stand before `past`; a first prompt has all of its positions, padded or not.
+        """
+        if self._ends_together:
+            return self.past
+        return self._once("first", self._first)
+
+    def _first(self) -> ir.Value:
+        shortest = self.op("ReduceMin", [self._lengths], "attention.shortest", keepdims=1)
+        before = self.op("Sub", [shortest, self.rows], "attention.before_rows")
+        return self.op("Max", [before, self.constant([0])], "attention.first")
+
+    @property
+    def _ends_together(self) -> bool:
+        """Whether all sequences of a batch count as equally long."""
+        return self.padding or self.inputs.mask is None
+
+    @property
+    def _lengths(self) -> ir.Value:
+        """(batch,): positions of each sequence, where its mask says them."""
+        return self._once("lengths", self._summed)
+
+    def _summed(self) -> ir.Value:
+        mask = self.inputs.mask
+        if mask is not None and mask.dtype != ir.DataType.INT64:
+            mask = self.op("Cast", [mask], "attention.mask", to=_INT64)
+        return self.op("ReduceSum", [mask, self.constant([1])], "attention.lengths", keepdims=0)
+
+    @property
     def length(self) -> ir.Value:
         """total_sequence_length: a number, int32."""
         number = self._once("number", lambda: self.op("Squeeze", [self.total], "attention.total_number"))
@@ -113,13 +145,12 @@ class Around:
 
     def _seqlens(self) -> ir.Value:
         one = self.constant([1])
-        if self.padding or self.inputs.mask is None:
+        if self._ends_together:
             batch = self.op("Shape", [self.inputs.tokens[0]], "attention.batch", start=0, end=1)
             last = self.op("Sub", [self.total, one], "attention.last")
             ends = self.op("Expand", [last, batch], "attention.ends")
         else:
-            lengths = self.op("ReduceSum", [self.inputs.mask, one], "attention.lengths", keepdims=0)
-            ends = self.op("Sub", [lengths, one], "attention.ends")
+            ends = self.op("Sub", [self._lengths, one], "attention.ends")
         return self.op("Cast", [ends], "attention.seqlens_k", to=_INT32)
 
     # Padding
@@ -149,7 +180,7 @@ class Around:
     def tables(self, turned: Rotated) -> tuple[ir.Value | None, ir.Value | None, ir.Value | None]:
         """cos_cache, sin_cache (at least total, pairs) and position_ids: which of their rows a row of this run takes.
 
-        They hold the rows of this run alone, and zeros for others, which are never read: a table of all positions that
+        They hold the rows from the first one of this run, and zeros for others, which are never read: a table of all positions that
         a model may meet would be long, and its end is not in the graph.
         """
         if turned.cos is None or turned.sin is None:
@@ -164,7 +195,7 @@ class Around:
         own, name, pairs = self._copied(value), f"attention.{value.name}", turned.pairs
         ends = [self.constant([number]) for number in (turned.first, 2**31 - 1, -1, turned.step)]
         rows = self.op("Reshape", [self.op("Slice", [own, *ends], f"{name}.pairs"), self.constant([-1, pairs])], name)
-        count = self.total if self._told else self.past
+        count = self.total if self._told else self.first
         shape = self.op("Concat", [count, self.constant([pairs])], f"{name}.rest_shape", axis=0)
         zero = ir.tensor(np.zeros(1, (value.dtype or ir.DataType.FLOAT).numpy()))
         rest = self.op("ConstantOfShape", [shape], f"{name}.rest", value=zero)
@@ -191,7 +222,7 @@ class Around:
         given, mask = self.inputs.positions, self.inputs.mask
         if self._told and given is not None and mask is None:
             return given
-        ends = [self.op("Squeeze", [own], "attention.end") for own in (self.past, self.total)]
+        ends = [self.op("Squeeze", [own], "attention.end") for own in (self.first, self.total)]
         counted = self.op("Range", [*ends, self.constant(1)], "attention.counted")
         counted = self.op("Unsqueeze", [counted, self.constant([0])], "attention.counted_rows")
         if not self._told or given is None:

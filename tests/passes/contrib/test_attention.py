@@ -169,6 +169,26 @@ def test_without_padding_no_mask_is_read() -> None:
     check_same(model, fused, np.ones((2, 6), np.int64), [1, 1])
 
 
+@pytest.fixture(scope="module", params=[ir.DataType.INT64, ir.DataType.INT32], ids=["int64", "int32"])
+def ending_apart(request: pytest.FixtureRequest) -> tuple[ir.Model, ir.Model]:
+    """A decoder, and the same with its attention fused for sequences that end where their masks do."""
+    model = _grouped()
+    mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
+    for value in (mask, *(use.node.outputs[0] for use in mask.uses())):
+        value.dtype = request.param
+    return model, fuse_attention(model, padding=False)[0]
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_without_padding_sequences_of_a_batch_end_where_their_masks_do(
+    ending_apart: tuple[ir.Model, ir.Model], lengths: list[int]
+) -> None:
+    """As onnxruntime-genai pads: behind each sequence. What follows a short one takes the next of its own positions."""
+    mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
+    check_same(*ending_apart, mask, [1, 1, 1])
+
+
 def test_decoders_without_caches_stay() -> None:
     model = tiny_decoder()
     fused, decisions = fuse_attention(model)
