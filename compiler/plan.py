@@ -75,6 +75,17 @@ def added(recipe: Recipe) -> list[str]:
     ]
 
 
+def for_application(recipe: Recipe, application: str) -> Recipe:
+    """The recipe of a model that one application alone is to run, with what it adds written out as that one needs it
+    (`Added.applications`).
+    """
+    own = {name: PASSES[name].added for name in added(recipe)}
+    needed = {name: {} if told is None else told.applications.get(application, {}) for name, told in own.items()}
+    listed = {step.name for step in recipe.passes}
+    steps = (Step(name, dict(given)) for name, given in needed.items() if name not in listed)
+    return replace(recipe, passes=(*recipe.passes, *steps))
+
+
 def steps_that(recipe: Recipe, *, ensure: Fact | None = None, read: Reads | None = None) -> list[Step]:
     """The steps of a recipe whose passes make a fact true, or read this of the calibration data."""
     kinds = {step.name: PASSES.required(step.name) for step in recipe.passes}

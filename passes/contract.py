@@ -4,8 +4,8 @@ A list of passes is checked by these facts before any work is done (`compiler/pl
 it ensures while it runs (`compiler/walk/promises.py`).
 """
 
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
 
@@ -62,13 +62,15 @@ class Fact(Enum):
 class Added:
     """What adds a pass to lists that do not name it: a setting of the recipe of this value, for these targets.
 
-    It comes last, in lists that ensure `behind`.
+    It comes last, in lists that ensure `behind`. applications: its parameters in a model that one application alone is
+    to run, by what the command line calls that.
     """
 
     setting: str
     value: str
     behind: Fact
     targets: Set[str]
+    applications: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
 # What is left for a later pass to take; without one, it would be lost.

@@ -78,9 +78,10 @@ def _model(bench: Bench, model: ir.Model) -> Path:
         ("pack,fuse", {}),
         ("pack", {"attention": "plain"}),
         ("pack", {"target": "matmulnbits"}),
+        ("pack,fuse,fuse_attention(padding=false)", {}),
         ("", {}),
     ],
-    ids=["fused", "joined", "plain", "matmulnbits", "float"],
+    ids=["fused", "joined", "plain", "matmulnbits", "by lengths", "float"],
 )
 def test_the_text_is_that_of_generate(
     bench: Bench, genai: Path, passes: str, settings: dict[str, str], dtype: str, *, batch: bool

@@ -13,14 +13,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from qcompile.compiler.commands.dry_run import print_plan
 from qcompile.compiler.commands.options import add_custom_ops, add_recipe, add_settings, recipe_of
+from qcompile.compiler.commands.package import tell
 from qcompile.compiler.console.terminal import console as stdout
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.data.images import Pictures
 from qcompile.compiler.files.load import check_model_file, check_output_path, check_result_path
 from qcompile.compiler.files.publish import replace_file, staging, writing
+from qcompile.compiler.package.folder import KINDS, MODEL, check_package, package
 from qcompile.compiler.pipeline import compile_model, default_output, page_path, report_path
-from qcompile.compiler.recipe import DATA, MIXED, SAFETY, WHAT, WHICH, save_recipe
+from qcompile.compiler.plan import for_application
+from qcompile.compiler.recipe import DATA, MIXED, SAFETY, WHAT, WHICH, Recipe, save_recipe
 from qcompile.compiler.report.terminal import print_report
 from qcompile.passes.errors import UserError
 
@@ -45,6 +48,8 @@ def add_parser(subparsers: Any) -> None:
     group = parser.add_argument_group("what to do")
     add_settings(group, WHAT, WHICH)
     add_recipe(group.add_argument)
+    told = "make -o the folder that an application copies, as qcompile package does (docs/genai.md)"
+    group.add_argument("--for", dest="kind", choices=KINDS, help=told)
     group.add_argument("--save-recipe", type=Path, metavar="FILE", help="write the settings used to a YAML file")
     add = add_calibration(parser)
     add("--statistics", type=Path, metavar="FILE",
@@ -103,7 +108,9 @@ def run(args: argparse.Namespace) -> int:
     recipe = recipe_of(args)
     check_model_file(args.model)
     output = Path(args.output) if args.output else default_output(args.model, recipe)
-    if output.is_dir() or (args.output or "").endswith(("/", os.sep)):
+    if args.kind is not None:
+        recipe, output = _for_application(args, recipe)
+    elif output.is_dir() or (args.output or "").endswith(("/", os.sep)):
         output = output / args.model.name
     screen = stdout()
     check_output_path(args.model, output, [args.recipe] if args.recipe is not None else [])
@@ -127,7 +134,18 @@ def run(args: argparse.Namespace) -> int:
     print_report(report, screen)
     for file in report.files:
         screen.print(f"wrote     {output.with_name(file)}", soft_wrap=True)
+    if args.kind is not None:
+        tell(package(output, output.parent, tokenizer=args.tokenizer or args.model), output.parent)
     return 0
+
+
+def _for_application(args: argparse.Namespace, recipe: Recipe) -> tuple[Recipe, Path]:
+    """(the recipe, the model file) of --for; what its folder cannot hold is said before the work."""
+    if not args.output:
+        raise UserError(f"--for {args.kind} writes a folder: name it with -o DIR")
+    folder = Path(args.output)
+    check_package(args.model, folder, args.tokenizer)
+    return for_application(recipe, args.kind), folder / MODEL
 
 
 def _check_recipe_path(args: argparse.Namespace, output: Path) -> None:

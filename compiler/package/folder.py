@@ -86,6 +86,17 @@ def package(
     return Packaged((*files, *(target.with_name(path.name) for path in others)), contents.lacking)
 
 
+def check_package(source: Path | str, folder: Path | str, tokenizer: Path | None = None) -> None:
+    """Raise UserError where `package` would refuse what is compiled of a source: said before the work."""
+    source = Path(source)
+    check_model_file(source)
+    model = load_model(source)
+    with _of(source):
+        contents = _contents(model, source, Path(folder), tokenizer, "auto")
+    for name in contents.names:
+        check_output_path(source, Path(folder) / name, contents.copied)
+
+
 @contextmanager
 def _of(source: Path) -> Iterator[None]:
     """Errors about a model with its file in front, unless they name another."""

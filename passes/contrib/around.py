@@ -180,8 +180,8 @@ class Around:
     def tables(self, turned: Rotated) -> tuple[ir.Value | None, ir.Value | None, ir.Value | None]:
         """cos_cache, sin_cache (at least total, pairs) and position_ids: which of their rows a row of this run takes.
 
-        They hold the rows from the first one of this run, and zeros for others, which are never read: a table of all positions that
-        a model may meet would be long, and its end is not in the graph.
+        They hold the rows from the first one of this run, and zeros for others, which are never read: a table of all
+        positions that a model may meet would be long, and its end is not in the graph.
         """
         if turned.cos is None or turned.sin is None:
             return None, None, None

@@ -41,7 +41,13 @@ class FuseAttention(Pass):
     name: ClassVar[str] = "fuse_attention"
     stage: ClassVar[Stage] = Stage.BEHIND
     needs: ClassVar[Set[Fact]] = frozenset({Fact.CANONICAL})
-    added: ClassVar[Added | None] = Added("attention", "fused", Fact.PACKED, frozenset({"qcompile", "matmulnbits"}))
+    added: ClassVar[Added | None] = Added(
+        "attention",
+        "fused",
+        Fact.PACKED,
+        frozenset({"qcompile", "matmulnbits"}),
+        {"genai": {"padding": False}},  # which saves a prompt a mask of rows × positions
+    )
 
     def __init__(self, *, padding: bool = True) -> None:
         super().__init__()

@@ -266,3 +266,31 @@ def test_a_session_that_fails_leaves_the_folder_as_it_was(bench: Bench, monkeypa
     with pytest.raises(UserError):
         package(model, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_compile_may_make_the_folder(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `package` does behind it, but that attention has the contract of genai."""
+    model, out = _model(bench), bench.folder / "app"
+    assert bench.run(model, "--passes", "pack", "--for", "genai", "-o", str(out)) == 0
+    assert "libqcompile_kernels" in capsys.readouterr().out
+    compiled = onnx.load(out / "model.onnx", load_external_data=False)
+    attention = [node for node in compiled.graph.node if node.op_type == "GroupQueryAttention"]
+    assert {len(node.input) for node in attention} == {9}
+    assert json.loads((out / "genai_config.json").read_text())["search"]["past_present_share_buffer"]
+    assert (out / "model.report.json").exists()
+    assert bench.run(model, "--passes", "pack", "--for", "genai", "-o", str(out)) == 0  # again, over itself
+
+
+def test_plain_attention_stays_plain(bench: Bench) -> None:
+    model, out = _model(bench), bench.folder / "app"
+    assert bench.run(model, "--passes", "pack", "--attention", "plain", "--for", "genai", "-o", str(out)) == 0
+    assert not json.loads((out / "genai_config.json").read_text())["search"]["past_present_share_buffer"]
+
+
+def test_what_genai_cannot_run_is_said_before_the_compile(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    model = _beside(bench.save(tiny_decoder()))
+    bench.refuses(capsys, model, ["--for", "genai", "-o", str(bench.folder / "app")], "no caches.*--kv-cache")
+    (model.parent / "config.json").unlink()
+    cached = bench.save(tiny_decoder(kv_cache=True))
+    bench.refuses(capsys, cached, ["--for", "genai", "-o", str(bench.folder / "app")], r"no config\.json")
+    bench.refuses(capsys, _beside(cached), ["--for", "genai", "-o", str(cached.parent)], "is the input file")
