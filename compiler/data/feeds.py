@@ -72,6 +72,11 @@ def token_batches(plan: InputPlan, windows: Sequence[Ids], *, decode_step: bool 
             feeds = token_feeds(plan, piece, past=done, empty=previous is None)
             batches.append(Batch(feeds, piece.size, previous))
             done, previous = done + piece.shape[1], len(batches) - 1
+    if not batches:
+        raise UserError(
+            f"the model takes {plan.sequence} tokens at a time, got a window of {len(windows[0])}: "
+            f"use --context {plan.sequence} or more, and a longer text"
+        )
     return batches
 
 

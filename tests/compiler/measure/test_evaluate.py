@@ -13,10 +13,14 @@ from graphs.inputs import strings_that_become_rows_of_a_table
 
 from qcompile.compiler.cli import main
 from qcompile.compiler.data.feeds import npz_batches
+from qcompile.compiler.data.inputs import input_plan
 from qcompile.compiler.measure.evaluate import evaluate, evaluate_many, score_outputs
 from qcompile.compiler.measure.metrics import OutputNoise, log_softmax
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
+from qcompile.passes.base import Region
+from qcompile.passes.contrib.attention import FuseAttention
 from qcompile.passes.errors import UserError
+from qcompile.passes.prepare import Prepare
 
 WINDOWS = list(np.random.default_rng(3).integers(0, 256, size=(3, 20)))
 
@@ -79,17 +83,24 @@ def test_the_reference_runs_once_for_each_window(pair: tuple[Path, Path]) -> Non
     assert steps[-1] == (9, 9)
 
 
-def test_cache_graphs_free_and_of_fixed_length_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", ["plain", "fused"])
+def test_cache_graphs_free_and_of_fixed_length_agree(tmp_path: Path, attention: str) -> None:
     """A graph that takes 4 tokens at a time is fed its own caches, and scores as one that takes all at once."""
-    free = tiny_decoder(kv_cache=True)
-    fixed = tiny_decoder(kv_cache=True)
+    free = tiny_decoder(kv_cache=True, outliers=False)
+    if attention == "fused":
+        Prepare().call(Region.whole(free))
+        FuseAttention().call(Region.whole(free))
+    fixed = free.clone()
     for value in fixed.graph.inputs:
         if value.name in ("input_ids", "position_ids"):
             value.shape = ir.Shape(["batch", 4])
+    assert input_plan(fixed).caches.shared == (attention == "fused")
     a = evaluate(_saved(free, tmp_path / "a.onnx"), WINDOWS)
     b = evaluate(_saved(fixed, tmp_path / "b.onnx"), WINDOWS)
     assert b.nll == pytest.approx(a.nll, rel=1e-5)
     assert b.scored == 57
+    with pytest.raises(UserError, match="takes 4 tokens at a time, got a window of 3"):
+        evaluate(tmp_path / "b.onnx", [WINDOWS[0][:3]])
 
 
 def test_fixed_batches_score_like_free_ones(pair: tuple[Path, Path], tmp_path: Path) -> None:
