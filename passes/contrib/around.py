@@ -11,6 +11,7 @@ import onnx_ir as ir
 from qcompile.passes.contrib.inputs import Inputs
 from qcompile.passes.contrib.rotary import Rotated
 from qcompile.passes.graph import Names, add_initializer
+from qcompile.passes.prepare.sizes import named_sizes
 
 _INT32, _INT64, _BOOL = (kind.value for kind in (ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL))
 
@@ -255,3 +256,18 @@ def _before_turn(x: ir.Value | None) -> ir.Value | None:
     if node is None or node.op_type != "Transpose" or tuple(node.attributes.get_ints("perm", ())) != (0, 2, 1, 3):
         return None
     return node.inputs[0]
+
+
+def heads_of(x: ir.Value, width: int | str | None) -> int | None:
+    """How many heads (batch, heads, rows, width) has, by its shape or by that of what is cut into them."""
+    told = named_sizes(x)[1]
+    if isinstance(told, int):
+        return told
+    apart = _before_turn(x)
+    node = apart.producer() if apart is not None else None
+    if node is not None and node.op_type == "SimplifiedLayerNormalization" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    whole = named_sizes(node.inputs[0]) if node is not None and node.op_type == "Reshape" and node.inputs[0] else []
+    if len(whole) != 3 or not isinstance(whole[2], int) or not isinstance(width, int) or whole[2] % width:
+        return None
+    return whole[2] // width

@@ -9,7 +9,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.contract import Added, Fact, Stage
-from qcompile.passes.contrib.around import Around
+from qcompile.passes.contrib.around import Around, heads_of
 from qcompile.passes.contrib.cuts import packed
 from qcompile.passes.contrib.inputs import Inputs
 from qcompile.passes.contrib.masking import Lets, lets
@@ -69,7 +69,7 @@ class FuseAttention(Pass):
                 self.decide(own[0], "kept", own[1])
                 continue
             if own.mask not in masks:
-                masks[own.mask] = lets(own.mask, inputs)
+                masks[own.mask] = lets(own.mask, own.k, inputs)
             found = _Cached.of(own, inputs, masks[own.mask])
             if isinstance(found, str):
                 self.decide(own.name, "kept", found)
@@ -110,7 +110,8 @@ class _Cached:
             return q if isinstance(q, str) else str(k)
         if (q.cos, q.sin, q.interleaved) != (k.cos, k.sin, k.interleaved):
             return "its queries and keys are not turned alike"
-        heads, (_, groups, _, width) = named_sizes(own.q)[1], named_sizes(own.k)
+        _, groups, _, width = named_sizes(own.k)
+        heads = heads_of(q.x, width)
         if not (isinstance(heads, int) and isinstance(groups, int) and isinstance(width, int)):
             return "how many heads it has is not known"
         if q.pairs % _STEP or width % _STEP:

@@ -51,9 +51,9 @@ class Inputs:
 
     def at(self, batch: int, rows: int, past: int, padded: Array | None = None) -> Mapping[ir.Value, Array]:
         """Arrays for all: so many rows behind so many cached ones; padded (batch, past + rows), False for padding."""
-        feeds = {value: _filled(value, [batch, rows], 1) for value in self.tokens}
+        feeds = {value: filled(value, [batch, rows], 1) for value in self.tokens}
         for value in self.pasts:
-            feeds[value] = _filled(value, [batch, None, past, None], 0)
+            feeds[value] = filled(value, [batch, None, past, None], 0)
         if self.mask is not None:
             seen = np.ones((batch, past + rows), bool) if padded is None else padded
             feeds[self.mask] = seen.astype(_numpy(self.mask))
@@ -63,7 +63,7 @@ class Inputs:
         return feeds
 
 
-def _filled(value: ir.Value, sizes: Sequence[int | None], number: int) -> Array:
+def filled(value: ir.Value, sizes: Sequence[int | None], number: int) -> Array:
     """An array of one number; sizes that are not given are the value's own."""
     own = [size if isinstance(size, int) else 1 for size in named_sizes(value)]
     given = [*sizes, *[None] * (len(own) - len(sizes))]

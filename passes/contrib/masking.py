@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.contrib.inputs import Inputs
-from qcompile.passes.contrib.probing import Array, evaluate
+from qcompile.passes.contrib.inputs import Inputs, filled
+from qcompile.passes.contrib.probing import Array, Given, evaluate
 from qcompile.passes.masks import FILL
 
 _FAR = 200_000  # cached positions at which a window shows, if there is one
@@ -22,11 +22,15 @@ class Lets:
     padding: bool
 
 
-def lets(mask: ir.Value | None, inputs: Inputs) -> Lets | str:
-    """What the mask of an attention lets through, or why it is none of that kind."""
+def lets(mask: ir.Value | None, keys: ir.Value, inputs: Inputs) -> Lets | str:
+    """What the mask of an attention lets through, or why it is none of that kind.
+
+    keys: what it is long, (batch, heads, past and rows, width); some masks are cut to that.
+    """
     if mask is None:
         return "it has no mask: every row sees all positions"
-    far = _seen(mask, inputs, 1, 2, _FAR)
+    own = _Mask(mask, keys, inputs)
+    far = own.seen(1, 2, _FAR)
     if far is None:
         return "its mask cannot be computed from the inputs' sizes and the padding mask"
     counts = far.reshape(2, -1).sum(1)
@@ -34,41 +38,45 @@ def lets(mask: ir.Value | None, inputs: Inputs) -> Lets | str:
     if not np.array_equal(far, _expected(1, 2, _FAR, window, None)):
         return "its mask is neither causal nor a window"
     for padding in (True, False):
-        if all(_agrees(mask, inputs, case, window, padding=padding) for case in _CASES):
+        if all(own.agrees(case, window, padding=padding) for case in _CASES):
             return Lets(window, padding)
     return "its mask is neither causal nor a window"
 
 
-def _agrees(mask: ir.Value, inputs: Inputs, case: tuple[int, int, int], window: int, *, padding: bool) -> bool:
-    """Whether the mask lets through what it should, with padding on the left, on the right, and in between."""
-    batch, rows, past = case
-    padded = np.ones((batch, past + rows), bool)
-    if inputs.mask is not None:
-        padded[0, 0] = padded[1, -1] = padded[1, past // 2] = False
-    found = _seen(mask, inputs, batch, rows, past, padded)
-    if found is None:
-        return False
-    wanted = _expected(batch, rows, past, window, padded if padding else None)
-    # A row that nothing is let through to is padding itself; what it holds does not matter.
-    rows_seen = wanted.any(-1)
-    return np.array_equal(found[rows_seen], wanted[rows_seen])
+@dataclass(frozen=True, eq=False)
+class _Mask:
+    value: ir.Value
+    keys: ir.Value
+    inputs: Inputs
 
+    def agrees(self, case: tuple[int, int, int], window: int, *, padding: bool) -> bool:
+        """Whether it lets through what it should, with padding on the left, on the right, and in between."""
+        batch, rows, past = case
+        padded = np.ones((batch, past + rows), bool)
+        if self.inputs.mask is not None:
+            padded[0, 0] = padded[1, -1] = padded[1, past // 2] = False
+        found = self.seen(batch, rows, past, padded)
+        if found is None:
+            return False
+        wanted = _expected(batch, rows, past, window, padded if padding else None)
+        # A row that nothing is let through to is padding itself; what it holds does not matter.
+        somewhere = wanted.any(-1)
+        return np.array_equal(found[somewhere], wanted[somewhere])
 
-def _seen(
-    mask: ir.Value, inputs: Inputs, batch: int, rows: int, past: int, padded: Array | None = None
-) -> Array | None:
-    """What the mask lets through, (batch, rows, past + rows); None where floats are neither zero nor fill."""
-    given = evaluate([mask], inputs.at(batch, rows, past, padded))
-    if given is None or given[0].ndim not in (2, 3, 4) or given[0].dtype.kind not in "fb":
-        return None
-    numbers = given[0].reshape(-1, *given[0].shape[-2:])
-    seen = numbers if numbers.dtype.kind == "b" else numbers == 0
-    if not (seen | (numbers <= -FILL) | (numbers.dtype.kind == "b")).all() or numbers.shape[0] not in (1, batch):
-        return None
-    try:
-        return np.broadcast_to(seen, (batch, rows, past + rows))
-    except ValueError:
-        return None
+    def seen(self, batch: int, rows: int, past: int, padded: Array | None = None) -> Array | None:
+        """What it lets through, (batch, rows, past + rows); None where floats are neither zero nor fill."""
+        keys = {self.keys: filled(self.keys, [batch, None, past + rows, None], 0)}
+        given = evaluate([self.value], Given.of({**self.inputs.at(batch, rows, past, padded), **keys}))
+        if given is None or given[0].ndim not in (2, 3, 4) or given[0].dtype.kind not in "fb":
+            return None
+        numbers = given[0].reshape(-1, *given[0].shape[-2:])
+        seen = numbers if numbers.dtype.kind == "b" else numbers == 0
+        if numbers.dtype.kind == "f" and not (seen | (numbers <= -FILL)).all():
+            return None
+        try:
+            return np.broadcast_to(seen, (batch, rows, past + rows))
+        except ValueError:
+            return None
 
 
 def _expected(batch: int, rows: int, past: int, window: int, padded: Array | None) -> Array:

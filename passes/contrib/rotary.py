@@ -1,13 +1,13 @@
 """Rotary position embeddings as exporters write them out (Su et al. 2021, arXiv:2104.09864)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.contrib.inputs import Inputs
-from qcompile.passes.contrib.probing import Array, ancestors, evaluate
+from qcompile.passes.contrib.probing import Array, Given, ancestors, evaluate
 from qcompile.passes.graph import is_constant
 from qcompile.passes.prepare.sizes import named_sizes
 
@@ -68,7 +68,7 @@ def _before(y: ir.Value) -> Iterator[ir.Value]:
     """Values before y of its own sizes, the nearest first."""
     waiting, seen = [y], {y}
     for value in waiting:  # it grows
-        if value is not y and len(value.shape or ()) == 4 and named_sizes(value)[1::2] == named_sizes(y)[1::2]:
+        if value is not y and _alike(named_sizes(value), named_sizes(y)):
             yield value
         node = value.producer()
         if node is None or len(waiting) > _NEAR:
@@ -78,17 +78,25 @@ def _before(y: ir.Value) -> Iterator[ir.Value]:
         waiting += onward
 
 
+def _alike(a: Sequence[int | str | None], b: Sequence[int | str | None]) -> bool:
+    """Whether these may be the sizes of the same heads: as many where that is known, and as wide."""
+    heads = [own[1] for own in (a, b) if len(own) == 4]
+    counted = all(isinstance(count, int) for count in heads)
+    return len(heads) == 2 and a[3] == b[3] and (heads[0] == heads[1] or not counted)
+
+
 def _turned_from(x: ir.Value, y: ir.Value, inputs: Inputs) -> Rotated | str:
     """The rotation that makes y of x; why there is none, empty where x is but a part of it."""
     nodes = ancestors(y, frozenset({x}))
     tables = _tables(nodes, x) if nodes is not None else None
     heads, _, width = named_sizes(x)[1:]
-    if tables is None or not isinstance(heads, int) or not isinstance(width, int):
+    if tables is None or not isinstance(width, int):
         return ""
     cos, sin = tables
     kind = (x.dtype or ir.DataType.FLOAT).numpy()
-    probe = np.random.default_rng(0).standard_normal((_BATCH, heads, _ROWS, width)).astype(kind)
-    found = evaluate([y, cos, sin], {**inputs.at(_BATCH, _ROWS, _PAST), x: probe})
+    probe = np.random.default_rng(0).standard_normal((_BATCH, heads if isinstance(heads, int) else 1, _ROWS, width))
+    probe = probe.astype(kind)
+    found = evaluate([y, cos, sin], Given.of({**inputs.at(_BATCH, _ROWS, _PAST), x: probe}))
     if found is None:
         return ""
     turned, c, s = found

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.graph import small_array
@@ -52,8 +51,9 @@ class _Operand:
 
 def _around(softmax: ir.Node) -> Written | str | None:
     """The attention of a Softmax; None where no product is before or behind it."""
-    last = _only_reader(softmax.outputs[0], "MatMul")
-    if last is None or last.inputs[0] is not softmax.outputs[0]:
+    weights = _guarded(softmax.outputs[0])
+    last = _only_reader(weights, "MatMul")
+    if last is None or last.inputs[0] is not weights:
         return "no product reads its probabilities" if len(softmax.outputs[0].shape or ()) > 3 else None
     before = _scores(softmax.inputs[0])
     if before is None:
@@ -76,6 +76,18 @@ def _around(softmax: ir.Node) -> Written | str | None:
     return Written(
         softmax.name or "", q.value, k.value, v.value, scale * q.scale * k.scale, softcap, mask, joined.outputs[0]
     )
+
+
+def _guarded(weights: ir.Value) -> ir.Value:
+    """Probabilities behind Where(IsNaN(p), 0, p), which makes zeros of rows that nothing is let through to."""
+    readers = [use.node for use in weights.uses()]
+    where = next((node for node in readers if (node.op_type, node.domain) == ("Where", "")), None)
+    test = next((node for node in readers if (node.op_type, node.domain) == ("IsNaN", "")), None)
+    if where is None or test is None or len(readers) != 2 or where.inputs[2] is not weights:
+        return weights
+    zero = small_array(where.inputs[1], 1)
+    guards = where.inputs[0] is test.outputs[0] and zero is not None and not zero.any()
+    return where.outputs[0] if guards else weights
 
 
 def _scores(value: ir.Value | None) -> tuple[ir.Node, ir.Value | None, float, float] | None:
@@ -164,11 +176,11 @@ def _single(value: ir.Value) -> ir.Value | None:
         made.append(value)
         value = node.inputs[0]
     joined, wide, single = (named_sizes(own) for own in made)
-    sizes = (joined[1:2], wide[1:3], single[1:3]) if len(joined) == 4 and len(wide) == 5 and len(single) == 5 else ()
-    if not sizes or not all(isinstance(size, int) for own in sizes for size in own) or joined[3] != wide[4]:
+    if (len(joined), len(wide), len(single)) != (4, 5, 5) or single[2] != 1 or joined[3] != wide[4]:
         return None
-    repeats = wide[1] == single[1] and single[2] == 1 and joined[1] == np.prod(np.array(wide[1:3], np.int64))
-    return value if repeats else None
+    heads, groups = joined[1], wide[1]
+    counted = isinstance(heads, int) and isinstance(groups, int) and groups == single[1]
+    return value if counted and int(heads or 0) % int(groups or 1) == 0 else None
 
 
 def _in_heads(value: ir.Value, q: ir.Value) -> ir.Value:
@@ -190,7 +202,8 @@ def _unwidened(mask: ir.Value) -> ir.Value:
 
 
 def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
-    readers = [use.node for use in value.uses()]
+    """The node that alone reads what a value holds; its shape may be read too."""
+    readers = [use.node for use in value.uses() if use.node.op_type != "Shape"]
     fits = (
         len(readers) == 1 and not value.is_graph_output() and (readers[0].op_type, readers[0].domain) == (op_type, "")
     )

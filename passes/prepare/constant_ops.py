@@ -411,11 +411,16 @@ def _einsum(node: ir.Node, operands: Sequence[Operand | None]) -> Made | None:
     letters: dict[str, int] = {}
     for term, operand in zip(terms.split(","), known, strict=True):
         for letter, size in zip(term, operand.shape, strict=True):
-            if letters.setdefault(letter, size) != size:
+            known_size = letters.get(letter, 1)
+            if size != known_size and 1 not in (size, known_size):
                 return None
+            letters[letter] = size if known_size == 1 else known_size  # ones are repeated, as by the runtime
     if "->" not in equation:
         result = "".join(sorted(letter for letter in letters if terms.count(letter) == 1))
-    function = _wide(lambda *arrays: np.einsum(f"{terms}->{result}", *arrays, optimize=len(arrays) > 1), dtype)
+    sizes = [[letters[letter] for letter in term] for term in terms.split(",")]
+    plain = all(list(operand.shape) == own for operand, own in zip(known, sizes, strict=True))
+    optimize = len(known) > 1 and plain  # which repeats none
+    function = _wide(lambda *arrays: np.einsum(f"{terms}->{result}", *arrays, optimize=optimize), dtype)
     return Made((tuple(letters[letter] for letter in result),), dtype, function, work=prod(letters.values()) // 8)
 
 

@@ -6,7 +6,7 @@ from qcompile.passes.graph import Decide, small_array
 
 
 def remove_identities(model: ir.Model, decide: Decide) -> None:
-    """Bypass Identity, and Dropout outside of training, in bodies too; one that names an output stays."""
+    """Bypass Identity, Casts to the type that is there, Dropout outside of training; one that names an output stays."""
     removed = 0
     for node in list(model.graph.all_nodes()):
         if not _does_nothing(node):
@@ -19,7 +19,7 @@ def remove_identities(model: ir.Model, decide: Decide) -> None:
         node.graph.remove(node, safe=True)
         removed += 1
     if removed:
-        decide("", "removed", f"{removed} Identity and Dropout nodes", nodes=removed)
+        decide("", "removed", f"{removed} Identity, Cast and Dropout nodes", nodes=removed)
 
 
 def name_casts(model: ir.Model, decide: Decide) -> None:
@@ -44,4 +44,6 @@ def _does_nothing(node: ir.Node) -> bool:
         training = node.inputs[2] if len(node.inputs) > 2 else None
         mode = small_array(training)
         return not mask_used and (training is None or (mode is not None and not mode.any()))
+    if node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype is not None:
+        return node.inputs[0].dtype == node.attributes.get_int("to", ir.DataType.UNDEFINED)
     return node.op_type == "Identity"

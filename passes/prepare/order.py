@@ -113,7 +113,7 @@ ORDER: tuple[Small | Again, ...] = (
         ground="what is written into the graph is of its opset and IR version",
     ),
     Small(lift_constants, after={"unique_names": "names must not meet in the main graph"}),
-    Small(remove_identities),
+    Small(remove_identities, after={"infer_anew": "it reads types"}),
     Small(name_casts, after={"infer_anew": "it reads types"}),
     Small(number_steps, after={"lift_constants": "what a Scan goes along has to be an initializer"}),
     Small(remove_unused),

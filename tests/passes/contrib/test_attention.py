@@ -129,11 +129,8 @@ def _join(model: ir.Model, products: dict[str, ir.Node], order: str) -> None:
     """One product for all three, and a Split."""
     nodes = [products[letter] for letter in order]
     weights = [node.inputs[1].const_value.numpy() for node in nodes]
-    joined = ir.Value(name=f"{nodes[0].name}.joined", const_value=ir.tensor(np.concatenate(weights, 1)))
-    widths = ir.Value(name=f"{nodes[0].name}.widths", const_value=ir.tensor(np.array([w.shape[1] for w in weights])))
-    for value in (joined, widths):
-        value.shape, value.dtype = ir.Shape(value.const_value.shape.numpy()), value.const_value.dtype
-        model.graph.register_initializer(value)
+    joined = _constant(model, f"{nodes[0].name}.joined", np.concatenate(weights, 1))
+    widths = _constant(model, f"{nodes[0].name}.widths", [w.shape[1] for w in weights])
     product = ir.node("MatMul", [nodes[0].inputs[0], joined], name=f"{nodes[0].name}.whole")
     split = ir.node("Split", [product.outputs[0], widths], {"axis": -1}, num_outputs=3, name=f"{nodes[0].name}.split")
     first = min(nodes, key=list(model.graph).index)
@@ -143,6 +140,40 @@ def _join(model: ir.Model, products: dict[str, ir.Node], order: str) -> None:
         output.name = f"{node.name}.cut"
         ir.convenience.replace_all_uses_with(node.outputs[0], output)
         model.graph.remove(node, safe=True)
+
+
+def test_masks_cut_to_the_keys_and_guards_against_rows_of_nothing() -> None:
+    """As TorchScript writes scaled_dot_product_attention: a mask is cut to what the keys' shape says, NaN becomes 0."""
+    model = _grouped()
+    for softmax in nodes_of(model, "Softmax"):
+        where = softmax.inputs[0].producer()
+        scores = where.inputs[1].producer().inputs[0].producer()
+        numbers = [_constant(model, f"{softmax.name}.{n}", [n]) for n in (0, 3, -1)]
+        length = ir.node("Shape", [scores.inputs[1]], {"start": 3, "end": 4}, name=f"{softmax.name}.length")
+        cut = ir.node("Slice", [where.inputs[0], numbers[0], length.outputs[0], numbers[1]], name=f"{softmax.name}.cut")
+        where.prepend([length, cut])
+        where.replace_input_with(0, cut.outputs[0])
+        test = ir.node("IsNaN", [softmax.outputs[0]], name=f"{softmax.name}.test")
+        zero = _constant(model, f"{softmax.name}.zero", np.zeros(1, np.float32))
+        guard = ir.node("Where", [test.outputs[0], zero, softmax.outputs[0]], name=f"{softmax.name}.guard")
+        readers = [(use.node, use.idx) for use in softmax.outputs[0].uses() if use.node not in (test, guard)]
+        softmax.append([test, guard])
+        for node in (length, cut, test, guard):
+            node.outputs[0].name = f"{node.name}.out"
+        for reader, place in readers:
+            reader.replace_input_with(place, guard.outputs[0])
+    fused, decisions = fuse_attention(model)
+    assert {decision.action for decision in decisions} == {"fused"}
+    check_same(model, fused, np.array([[0, 0, 1, 1, 1], [1] * 5]), [1, 1])
+
+
+def _constant(model: ir.Model, name: str, numbers: object) -> ir.Value:
+    tensor = ir.tensor(np.asarray(numbers))
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    model.graph.register_initializer(value)
+    return value
 
 
 def test_half_precision_stays_half_precision() -> None:

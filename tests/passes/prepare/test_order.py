@@ -364,6 +364,9 @@ WITNESSES = {
         else_branch = b () => (float[2,2] q) { q = Neg(x) }> y = Add(h, z)""", "float[2,2] x, bool flag",
         "float[2,2] y", 0, see=names,
     ),
+    ("remove_identities", "infer_anew"): Example(
+        "h = Relu(x) c = Cast <to = 1> (h) y = Relu(c)", IN, "float[5,32] y", "Relu Relu"
+    ),
     ("name_casts", "infer_anew"): Example("h = Shape(x) y = CastLike(x, h)", IN, "int64[5,32] y", "Cast"),
     ("number_steps", "lift_constants"): Example(
         f"w = Constant <value = float[3,2,2] {NUMBERS}> () " + SCAN.replace("32", "2"), "float[5,2] x",

@@ -290,6 +290,14 @@ def test_outputs_keep_their_names_through_identities():
     assert operators(model) == ["MatMul", "Identity", "Identity"]
 
 
+def test_casts_to_the_type_that_is_there_go():
+    model = parse(
+        "a = Cast <to = 1> (x) b = Cast <to = 10> (a) c = Cast <to = 1> (b) y = Relu(c)", outputs="float[M,K] y"
+    )
+    check(model, X)
+    assert operators(model) == ["Cast", "Cast", "Relu"]
+
+
 def test_dropout_in_training_and_used_masks_stay():
     body = "r = Constant <value = float {0.5}> () t = Constant <value = bool {1}> () d = Dropout(x, r, t) y = Relu(d)"
     model = parse(body, outputs="float[M,K] y")
