@@ -101,13 +101,15 @@ def in_one_buffer(value: ir.Value, graph: ir.Graph) -> bool:
     """Whether a cache and what becomes of it may share a buffer with room behind what is filled.
 
     So where a GroupQueryAttention alone reads the cache, and hands it to an output that no node reads: its lengths,
-    and all else, come from other inputs.
+    and all else, come from other inputs. Not where what is filled slides (`cache_window`).
     """
     uses = tuple(value.uses())
     if len(uses) != 1 or value in graph.outputs:
         return False
     node, slot = uses[0].node, uses[0].idx
     if (node.domain, node.op_type) != ("com.microsoft", "GroupQueryAttention") or slot not in (3, 4):
+        return False
+    if cache_window(value):
         return False
     present = node.outputs[slot - 2] if slot - 2 < len(node.outputs) else None
     while present is not None and present not in graph.outputs:
@@ -116,21 +118,49 @@ def in_one_buffer(value: ir.Value, graph: ir.Graph) -> bool:
     return present is not None and not present.uses()
 
 
-def cache_sizes(value: ir.Value) -> dict[int, int]:
-    """Heads and width, by axis, of a cache that an attention operator reads: they follow from its attributes and its
-    query, whatever the graph calls them.
+def cache_window(value: ir.Value) -> int:
+    """Tokens that a cache must have room for from the first run on: those of a window that slides over it, whose
+    GroupQueryAttention drops the oldest where it is full; 0 for caches that grow.
     """
+    windows = (
+        use.node.attributes.get_int("local_window_size", 0)
+        for use in value.uses()
+        if use.node.domain == "com.microsoft" and use.node.attributes.get_int("sliding_window_cache", 0) == 1
+    )
+    return max(0, *windows, 0)
+
+
+def cache_sizes(value: ir.Value) -> dict[int, int]:
+    """Sizes, by axis, of a cache that follow from what its readers do with it, whatever the graph calls them: heads and
+    width from an attention operator's attributes and query, all but what grows from what a Concat appends.
+    """
+    found: dict[int, int] = {}
     for use in value.uses():
-        node, heads = use.node, use.node.attributes.get_int("num_heads", 0)
-        if node.domain != "com.microsoft" or node.op_type not in ("GroupQueryAttention", "MultiHeadAttention"):
-            continue
-        cached = node.attributes.get_int("kv_num_heads", heads)
-        query = node.inputs[0]
-        wide = query.shape[-1] if query is not None and query.shape is not None and len(query.shape) == 3 else None
-        packed = node.op_type == "GroupQueryAttention" and node.inputs[1] is None
-        if heads and isinstance(wide, int):
-            return {1: cached, 3: wide // (heads + 2 * cached if packed else heads)}
-    return {}
+        found |= _of_attention(use.node) or _of_appended(use.node, value)
+    return found
+
+
+def _of_appended(node: ir.Node, cache: ir.Value) -> dict[int, int]:
+    if node.op_type != "Concat" or node.domain != "":
+        return {}
+    shapes = [own.shape for own in node.inputs if own is not None and own is not cache and own.shape is not None]
+    axis = node.attributes.get_int("axis", 0)
+    return {
+        i: dim for shape in shapes for i, dim in enumerate(shape) if isinstance(dim, int) and i != axis % len(shape)
+    }
+
+
+def _of_attention(node: ir.Node) -> dict[int, int]:
+    heads = node.attributes.get_int("num_heads", 0)
+    if node.domain != "com.microsoft" or node.op_type not in ("GroupQueryAttention", "MultiHeadAttention"):
+        return {}
+    cached = node.attributes.get_int("kv_num_heads", heads)
+    query = node.inputs[0]
+    wide = query.shape[-1] if query is not None and query.shape is not None and len(query.shape) == 3 else None
+    packed = node.op_type == "GroupQueryAttention" and node.inputs[1] is None
+    if not heads or not isinstance(wide, int):
+        return {}
+    return {1: cached, 3: wide // (heads + 2 * cached if packed else heads)}
 
 
 def _grown_output(value: ir.Value, rank: int, outputs: set[ir.Value]) -> tuple[str, int] | None:

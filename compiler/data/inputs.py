@@ -6,7 +6,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.compiler.data.graph_inputs import cache_sizes, caches, in_one_buffer, logits_output, token_ids
+from qcompile.compiler.data.graph_inputs import (
+    cache_sizes,
+    cache_window,
+    caches,
+    in_one_buffer,
+    logits_output,
+    token_ids,
+)
 from qcompile.passes.errors import UserError
 from qcompile.passes.masks import reaches_product
 from qcompile.runtime.caches import Caches
@@ -49,20 +56,24 @@ class PastPair:
     """A cache: the input `past` that the output `present` continues, longer along `axis`.
 
     shared: both may be one buffer (batch, heads, room, width): see `graph_inputs.in_one_buffer`.
+    window: see `graph_inputs.cache_window`.
     """
 
     past: Input
     present: str
     axis: int
     shared: bool = False
+    window: int = 0
 
     def empty(self, batch: int) -> npt.NDArray[np.generic]:
-        """The cache before the first token: zero-length along `axis`, `batch` along the free dimension."""
+        """The cache before the first token: zero-length along `axis` (`window` zeros where one slides over it), `batch`
+        along the free dimension.
+        """
         shape = list(self.past.shape)
         fixed = shape[self.axis]
         if isinstance(fixed, int) and fixed > 0:
             raise UserError(f"input {self.past.name!r} has a fixed past of {fixed} tokens: give its contents in a .npz")
-        shape[self.axis] = 0
+        shape[self.axis] = self.window
         free = [axis for axis, dim in enumerate(shape) if not isinstance(dim, int)]
         if len(free) > 1:
             raise UserError(f"input {self.past.name!r} {self.past.shape}: its heads and width must be fixed numbers")
@@ -144,7 +155,7 @@ def input_plan(model: ir.Model) -> InputPlan:
     graph = model.graph
     inputs = {value: _input(value) for value in graph.inputs if not value.is_initializer()}
     past = tuple(
-        PastPair(_cache(value, inputs[value]), present, axis, in_one_buffer(value, graph))
+        PastPair(_cache(value, inputs[value]), present, axis, in_one_buffer(value, graph), cache_window(value))
         for value, present, axis in caches(graph)
     )
     ids_value, vocabulary = token_ids(graph)

@@ -27,14 +27,13 @@ _LENGTH = 2048
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 _ATTENTION = ("com.microsoft", "GroupQueryAttention")
-_CACHE_SLOTS = (3, 4)
 
 
 @dataclass(frozen=True)
 class Caches:
     """Those of all layers: the names with %d for the layer, heads and width.
 
-    shared: whether one buffer may be past and present at once: GroupQueryAttention alone reads and writes them.
+    shared: whether one buffer may be past and present at once, in all layers.
     """
 
     past_key: str
@@ -55,7 +54,7 @@ def genai_config(model: ir.Model, plan: InputPlan, beside: Beside, library: str 
     library: the file of native kernels in the same folder. UserError for what genai cannot run.
     """
     logits = plan.require_decoder()
-    caches = _caches(model.graph, plan)
+    caches = _caches(plan)
     given = beside.told(GENAI)
     config: dict[str, Any] = deepcopy(dict(given)) if given else _written(beside)
     own = config.setdefault("model", {})
@@ -156,7 +155,7 @@ def _filled(plan: InputPlan) -> Iterator[tuple[str, Input]]:
             yield names.get(role_by_name(given, 2) or "", "input_ids"), given
 
 
-def _caches(graph: ir.Graph, plan: InputPlan) -> Caches:
+def _caches(plan: InputPlan) -> Caches:
     if not plan.past:
         told = "the graph has no caches, and onnxruntime-genai runs decoders with caches"
         raise UserError(f"{told}: export it with qcompile export --kv-cache")
@@ -169,7 +168,7 @@ def _caches(graph: ir.Graph, plan: InputPlan) -> Caches:
         raise UserError(f"{told}: onnxruntime-genai needs (batch, heads, tokens, width), the same in all layers")
     (past_key, present_key), (past_value, present_value) = _names(plan)
     heads, width = sizes
-    shared = _shared(graph, {pair.past.name for pair in plan.past})
+    shared = all(pair.shared or pair.window for pair in plan.past)
     assert isinstance(heads, int)
     assert isinstance(width, int)
     return Caches(past_key, past_value, present_key, present_value, len(plan.past) // 2, heads, width, shared)
@@ -192,8 +191,3 @@ def _names(plan: InputPlan) -> Sequence[tuple[str, str]]:
 
 
 _ASKED = "onnxruntime-genai needs one for the keys and one for the values of each layer, numbered from 0"
-
-
-def _shared(graph: ir.Graph, names: set[str]) -> bool:
-    uses = [use for value in graph.inputs if value.name in names for use in value.uses()]
-    return all((use.node.domain, use.node.op_type) == _ATTENTION and use.idx in _CACHE_SLOTS for use in uses)

@@ -19,7 +19,6 @@ from qcompile.passes.contract import Fact
 from qcompile.passes.errors import BrokenPromise, UserError
 from qcompile.passes.linears import as_linear
 from qcompile.passes.policy import Policy
-from qcompile.passes.prepare.folding import ALREADY
 from qcompile.passes.state import node_state
 
 # Without --min-coverage: what must be quantized of the families that the list has formats for, and of all products.
@@ -198,10 +197,11 @@ def _reasons(report: Report) -> list[str]:
 
 def _nothing(report: Report, name: str) -> str:
     if not report.quantizing:
-        coded = sum(d.reason == ALREADY for own in report.decisions.values() for d in own)
-        told = f"its {coded} weights are quantized already" if coded else "it has no constant weight"
+        told = report.coded or "it has no constant weight"
         return f"{name} quantizes nothing of this model: {told}; nothing was written"
     reasons = _reasons(report) or list(dict.fromkeys(d.reason for d in report.quantizing))[:4]
+    if report.coded and not report.skipped_products:
+        reasons.insert(0, report.coded)
     told = "; ".join(reasons)
     return f"{name} quantizes nothing of this model: {told}{_better(report, name)}; nothing was written"
 

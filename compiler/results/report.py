@@ -14,6 +14,7 @@ from qcompile.compiler.results.errors import ActivationRange, NodeError, OutputE
 from qcompile.compiler.results.ladder import Ladder
 from qcompile.compiler.results.mixed import Mixed
 from qcompile.passes.base import Decision
+from qcompile.passes.prepare.folding import ALREADY
 
 # Families of weights that coverage is about: of MatMul and whatever multiplies like it, and of convolutions.
 PRODUCTS: tuple[Family, ...] = ("MatMul", "Conv")
@@ -113,8 +114,15 @@ class Report:
         parts = [f"{percent(share)} of the {family} weights" for family, share in shares if share is not None]
         if not parts:
             kept = any(self.elements(family, "kept") for family in PRODUCTS)
-            return f"there was no weight of a product {'but those kept in float' if kept else 'to quantize'}"
+            left = "but those kept in float" if kept else "to quantize"
+            return f"there was no weight of a product {left}{f': {self.coded}' if self.coded else ''}"
         return f"{parts[0]} quantized{''.join(f', {part}' for part in parts[1:])}"
+
+    @property
+    def coded(self) -> str:
+        """That weights came as codes, in words; empty where none did."""
+        count = sum(d.reason == ALREADY for own in self.decisions.values() for d in own)
+        return f"its {count} weights are quantized already" if count else ""
 
     @property
     def bits_per_weight(self) -> float | None:

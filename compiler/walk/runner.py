@@ -128,10 +128,11 @@ class Runner:
         """
         if pair.present in presents:
             return presents[pair.present]
-        known = next(other for other in self.plan.past if other.present in presents)
+        there = [other for other in self.plan.past if other.present in presents]
+        known = next((other for other in there if not other.window), there[0])
         made = presents[known.present]
         shape = list(pair.empty(made.shape[0]).shape)
-        shape[pair.axis] = made.shape[known.axis]
+        shape[pair.axis] = pair.window or made.shape[known.axis]
         return np.zeros(shape, pair.past.dtype)
 
     def _outputs(self, segment: Segment) -> list[ir.Value]:

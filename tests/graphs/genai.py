@@ -23,8 +23,11 @@ def _weight(make: Graph, rows: int, columns: int) -> str:
     return make.constant((make.random.standard_normal((rows, columns)) / rows**0.5).astype(make.dtype), "w")
 
 
-def _decoder(make: Graph, layers: int = 2, *, packed: bool = False) -> None:
-    """input_ids and attention_mask, caches ("b", heads, "past", "width") to logits and caches, no value_info."""
+def _decoder(make: Graph, layers: int = 2, *, packed: bool = False, window: int = 0) -> None:
+    """input_ids and attention_mask, caches ("b", heads, "past", "width") to logits and caches, no value_info.
+
+    window: over the cache of the first layer, which holds no more.
+    """
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(make.dtype))
     make.opsets[_MS] = 1
     for name, shape in (("input_ids", ("b", "s")), ("attention_mask", ("b", "total"))):
@@ -43,7 +46,7 @@ def _decoder(make: Graph, layers: int = 2, *, packed: bool = False) -> None:
         q, k, v = _projected(make, n, packed=packed)
         a, *present = make.op(
             "GroupQueryAttention", q, k, v, *caches, lengths, total, *tables, outputs=3, domain=_MS,
-            num_heads=_HEADS, kv_num_heads=_CACHED, do_rotary=1, scale=_HEAD**-0.5,
+            num_heads=_HEADS, kv_num_heads=_CACHED, do_rotary=1, scale=_HEAD**-0.5, **_sliding(window, layer),
         )  # fmt: skip
         for own, end in zip(present, ("key", "value"), strict=True):
             make.nodes.append(helper.make_node("Identity", [own], [f"present.{layer}.{end}"]))
@@ -57,6 +60,10 @@ def _decoder(make: Graph, layers: int = 2, *, packed: bool = False) -> None:
     head = make.one("MatMul", n, make.one("Transpose", table, perm=[1, 0]))
     make.nodes.append(helper.make_node("Identity", [head], ["logits"]))
     make.outputs.insert(0, helper.make_tensor_value_info("logits", kind, ["b", "s", _VOCABULARY]))
+
+
+def _sliding(window: int, layer: int) -> dict[str, int]:
+    return {"local_window_size": window, "sliding_window_cache": 1} if window and layer == 0 else {}
 
 
 def _lengths(make: Graph) -> tuple[str, str]:
