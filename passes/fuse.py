@@ -20,6 +20,7 @@ from qcompile.passes.formats.base import (
     element_type,
     operands,
 )
+from qcompile.passes.gates import fuse_gates, gates
 from qcompile.passes.graph import Names, add_initializer, take_over
 from qcompile.passes.linears import constant, dimensions
 
@@ -32,6 +33,8 @@ class Fuse(Pass):
     zero points become one node whose weights are concatenated along N, and a Split into the outputs they had. It takes
     activations at 16 bits where one of them does.
     Case 3: a product whose weight another node reads too keeps its own copy: it joins no other.
+    Case 4 (gates): silu(a) b becomes a SwiGLU where a and b are the halves that a Split makes of one value, such as the
+    product that Case 2 made of them, and nothing else reads a half (`gates`). For that a gate is joined before others.
     Names of values stay; a joined node is named after those it replaces.
     """
 
@@ -39,9 +42,9 @@ class Fuse(Pass):
     stage: ClassVar[Stage] = Stage.BEHIND
     needs: ClassVar[Set[Fact]] = frozenset({Fact.PACKED})
 
-    def __init__(self, *, bias: bool = True, inputs: bool = True) -> None:
+    def __init__(self, *, bias: bool = True, inputs: bool = True, gates: bool = True) -> None:
         super().__init__()
-        self.bias, self.inputs = bias, inputs
+        self.bias, self.inputs, self.gates = bias, inputs, gates
 
     def call(self, region: Region) -> None:
         """Fuse what can be fused, in place."""
@@ -51,6 +54,8 @@ class Fuse(Pass):
                 self._add_bias(region.model, node, names)
         if self.inputs:
             self._join_all(region.model, names)
+        if self.gates:
+            fuse_gates(region.model, names, self.decide)
 
     def _add_bias(self, model: ir.Model, node: ir.Node, names: Names) -> None:  # Case 1
         add = _only_reader(node)
@@ -86,7 +91,7 @@ class Fuse(Pass):
                     alike.setdefault(_kind(node), []).append(node)
             for kind, group in alike.items():
                 if len(group) > 1:
-                    self._join(model, group, names)
+                    self._join(model, sorted(group, key=lambda node: not gates(node.outputs[0])), names)
                 else:
                     others = " and ".join(sorted(set(alike) - {kind})) or "shared weights"
                     self.decide(_name(group[0]), "kept", f"it is {kind}, beside {others}")

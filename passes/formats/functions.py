@@ -10,12 +10,14 @@ The body is the specification, the oracle of the tests, and what runs where no k
 | MatMulInt8Outlier | x; w int8; scale (N,); x_scale (); x_zero_point (); channels (C,); w_outlier (C, N) | (…, N) |
 | GatherInt4 | indices (…) int; w (E, …, K / 2) uint8; scale (E, …, G); zero_point (E, …, G) uint8 | (…, …, K) |
 | GatherInt8 | indices (…) int; w (E, …, K); scale (E, …, G); zero_point (E, …, G) | (…, …, K) |
+| SwiGLU | x (…, 2 n) | (…, n) |
 
 F is the word of a format (Int4, Int8, …); its bodies lie in the format's file.
 The outliers' rows of w are zero, so what rounding makes of these channels of x adds nothing; see docs/formats.md.
 G = ceil(K / block_size); C = ceil(V / 2) bytes of two codes each, the even column's in the low nibble.
 The attribute `activation_bits` of products with native kernels, 16 where it is absent, is for these: what they may
 round x to. The bodies compute in the type of x and do not read it.
+SwiGLU is silu of the first half of x times the second.
 GatherInt… look up whole matrices, those of experts, along axis 0; blocks lie along the last axis.
 An embedding reads columns of the very tensor that a tied lm_head multiplies with, so both can share one copy; 4-bit
 tables are read as bytes because ONNX Runtime gathers no 4-bit types.
@@ -28,10 +30,13 @@ import onnx_ir as ir
 
 from qcompile.passes.formats import by_operator, format_of
 from qcompile.passes.formats.base import DOMAIN, PRODUCT, VERSION
+from qcompile.passes.formats.gated import SWIGLU, SwiGLU
 
 
 @cache
 def _proto(name: str) -> bytes:
+    if name == SWIGLU:
+        return bytes(SwiGLU.to_function_proto().SerializeToString())
     own = by_operator(name)
     if own is None:
         raise KeyError(name)

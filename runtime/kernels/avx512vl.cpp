@@ -22,6 +22,6 @@ inline __m256i dot(__m256i sums, __m256i codes, __m256i activations) {
 }  // namespace
 
 extern const Kernels kAvx512Vl;
-const Kernels kAvx512Vl = {"avx512vl", available, quantize, kProducts<kTileRows>, from_half, to_half};
+const Kernels kAvx512Vl = {"avx512vl", available, quantize, kProducts<kTileRows>, from_half, to_half, swiglu};
 
 }  // namespace qcompile

@@ -236,6 +236,6 @@ void to_half(const float* x, uint16_t* y, int64_t n) {
 }  // namespace
 
 extern const Kernels kAvx512Vnni;
-const Kernels kAvx512Vnni = {"avx512vnni", available, quantize, kProducts<kRows>, from_half, to_half};
+const Kernels kAvx512Vnni = {"avx512vnni", available, quantize, kProducts<kRows>, from_half, to_half, swiglu};
 
 }  // namespace qcompile

@@ -35,26 +35,10 @@ OrtStatus* infer_shape(const OrtCustomOp* op, OrtShapeInferContext* context) {
     Shape y = shape_of(api, x_info);
     const Shape w = shape_of(api, w_info);
     if (y.rank == 0 || w.rank != 2 || w[1] < 0) return;
-    std::array<const char*, kMaxRank> names{};
-    check(api.call<GetSymbolicDimensions>(x_info, names.data(), y.rank));
     y.dims[y.rank - 1] = w[1];
-    names[y.rank - 1] = "";
-    std::vector<std::string> made(y.rank);
-    for (size_t i = 0; i < y.rank; ++i) {
-      if (y[i] >= 0 || *names[i]) continue;  // without a name, −1 would be taken for a size, equal to any other −1
-      static std::atomic<unsigned> count{0};
-      made[i] = "qcompile_" + std::to_string(count++);
-      names[i] = made[i].c_str();
-    }
     ONNXTensorElementDataType type;
     check(api.call<GetTensorElementType>(x_info, &type));
-    OrtTensorTypeAndShapeInfo* y_info;
-    check(api.call<CreateTensorTypeAndShapeInfo>(&y_info));
-    const InfoOwner owner = own(api, y_info);
-    check(api.call<SetTensorElementType>(y_info, type));
-    check(api.call<SetDimensions>(y_info, y.dims.data(), y.rank));
-    check(api.call<SetSymbolicDimensions>(y_info, names.data(), y.rank));
-    check(api.call<ShapeInferContext_SetOutputTypeShape>(context, size_t(0), y_info));
+    infer_output(api, context, x_info, y.rank - 1, y, type);
   });
 }
 
@@ -85,6 +69,27 @@ Operator make(const OrtApi& api, int format, bool bias, ONNXTensorElementDataTyp
 }
 
 }  // namespace
+
+void infer_output(const OrtApi& api, OrtShapeInferContext* context, const OrtTensorTypeAndShapeInfo* like, size_t kept,
+                  Shape y, ONNXTensorElementDataType type) {
+  std::array<const char*, kMaxRank> names{};
+  if (kept > 0) check(api.call<GetSymbolicDimensions>(like, names.data(), shape_of(api, like).rank));
+  std::vector<std::string> made(y.rank);
+  for (size_t i = 0; i < y.rank; ++i) {
+    if (i >= kept) names[i] = "";
+    if (y[i] >= 0 || *names[i]) continue;  // without a name, −1 would be taken for a size, equal to any other −1
+    static std::atomic<unsigned> count{0};
+    made[i] = "qcompile_" + std::to_string(count++);
+    names[i] = made[i].c_str();
+  }
+  OrtTensorTypeAndShapeInfo* info;
+  check(api.call<CreateTensorTypeAndShapeInfo>(&info));
+  const InfoOwner owner = own(api, info);
+  check(api.call<SetTensorElementType>(info, type));
+  check(api.call<SetDimensions>(info, y.dims.data(), y.rank));
+  check(api.call<SetSymbolicDimensions>(info, names.data(), y.rank));
+  check(api.call<ShapeInferContext_SetOutputTypeShape>(context, size_t(0), info));
+}
 
 Input input_at(const Operator& op, size_t index) { return !op.bias && index == kBias ? kZeroPoint : Input(index); }
 

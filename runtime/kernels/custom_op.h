@@ -18,13 +18,18 @@ std::vector<Operator> all_operators(const ort::OrtApi& api,
 // Which input the index of one is.
 Input input_at(const Operator& op, size_t index);
 
-// Has the operator's nodes made and run as `Kernel`: a class with a constructor of (const Operator&, const
+// Tells the shape of output 0: the first `kept` dimensions of y are those of `like`, with their names where they are unknown;
+// of others −1 stands for one that is not known.
+void infer_output(const ort::OrtApi& api, ort::OrtShapeInferContext* context, const ort::OrtTensorTypeAndShapeInfo* like,
+                  size_t kept, Shape y, ort::ONNXTensorElementDataType type);
+
+// Has the operator's nodes made and run as `Kernel`: a class with a constructor of (const Op&, const
 // OrtKernelInfo*), compute(OrtKernelContext*) const, and api().
-template <typename Kernel>
-void run_with(Operator& op) {
+template <typename Kernel, typename Op>
+void run_with(Op& op) {
   using namespace ort;
   op.CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-    return guarded(*api, [&] { *kernel = new Kernel(*static_cast<const Operator*>(op), info); });
+    return guarded(*api, [&] { *kernel = new Kernel(*static_cast<const Op*>(op), info); });
   };
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     const auto& mine = *static_cast<const Kernel*>(kernel);

@@ -24,7 +24,7 @@ constexpr double kLimitReference = 1e-6;  // a tile against the reference: only 
 std::string sabotage;
 
 struct Report {
-  int products = 0, tiles = 0, conversions = 0, failures = 0;
+  int products = 0, tiles = 0, conversions = 0, gates = 0, failures = 0;
   double worst16 = 0, worst_codes = 0, worst_reference = 0;
 
   void fail(const std::string& where, const std::string& what) {
@@ -345,6 +345,31 @@ void check_half(const Kernels* kernels, Report& report) {
   }
 }
 
+// Against float64, over every exponent and every tail; infinities have their sign and a NaN stays one.
+void check_swiglu(const Kernels* kernels, Report& report) {
+  std::vector<float> values = {0.0f, INFINITY, std::nanf("")};
+  for (int exponent = -40; exponent < 8; ++exponent) {
+    for (int step = 0; step < 16; ++step) values.push_back(std::ldexp(1.0f + float(step) / 16, exponent));
+  }
+  for (size_t i = 0, count = values.size(); i < count; ++i) values.push_back(-values[i]);
+  for (int64_t n = 0; n <= int64_t(values.size()); n += n < 70 ? 1 : 97) {
+    Guarded<float> gate(n), up(n), y(n);
+    for (int64_t i = 0; i < n; ++i) {
+      gate[i] = values[values.size() - 1 - size_t(i)];
+      up[i] = i % 5 == 1 ? -3.0f : 0.75f;
+    }
+    kernels->swiglu(gate.data(), up.data(), y.data(), n);
+    report.gates += int(n);
+    for (int64_t i = 0; i < n; ++i) {
+      const double x = gate[i], wanted = x / (1 + std::exp(-x)) * up[i];
+      const bool right = std::isnan(x)   ? std::isnan(y[i])
+                         : std::isinf(x) ? std::isinf(y[i]) && std::signbit(y[i]) == std::signbit(x * up[i])
+                                         : std::fabs(y[i] - wanted) <= 5e-7 * std::fabs(wanted) + 1e-34;
+      if (!right) return report.fail("swiglu", std::to_string(x) + " becomes " + std::to_string(y[i]));
+    }
+  }
+}
+
 int check_kernels(const Kernels* reference, const Kernels* kernels) {
   Report report;
   if (sabotage == "guard") {
@@ -352,6 +377,7 @@ int check_kernels(const Kernels* reference, const Kernels* kernels) {
     kernels->from_half(reinterpret_cast<const uint16_t*>(x.data() + 1), std::vector<float>(600).data(), 600);
   }
   check_half(kernels, report);
+  check_swiglu(kernels, report);
   check_not_finite(kernels, report);
   check_tiles(reference, kernels, report);
   for (const Case& c : products()) check_product(kernels, c, report);
@@ -359,7 +385,7 @@ int check_kernels(const Kernels* reference, const Kernels* kernels) {
   std::printf("%-10s %d products: a16 %.1e (limit %.0e), of codes %.1e (%.0e); %d tiles: %.1e (%.0e); ", kernels->name,
               report.products, report.worst16, kLimit16, report.worst_codes, kLimitCodes, report.tiles,
               report.worst_reference, kLimitReference);
-  std::printf("%d fp16; %d failures\n", report.conversions, report.failures);
+  std::printf("%d fp16, %d gates; %d failures\n", report.conversions, report.gates, report.failures);
   std::fflush(stdout);
   return report.failures;
 }

@@ -38,6 +38,9 @@ struct Kernels {
 
   void (*from_half)(const uint16_t* x, float* y, int64_t n);
   void (*to_half)(const float* x, uint16_t* y, int64_t n);
+
+  // y = silu(gate) * up, each (n,): swiglu.h
+  void (*swiglu)(const float* gate, const float* up, float* y, int64_t n);
 };
 
 // nullptr-terminated, slowest first; entries that this build holds, available or not.

@@ -242,6 +242,6 @@ void to_half(const float* x, uint16_t* y, int64_t n) {
 }  // namespace
 
 extern const Kernels kNeon;
-const Kernels kNeon = {"neon", available, quantize, kProducts<kTileRows>, from_half, to_half};
+const Kernels kNeon = {"neon", available, quantize, kProducts<kTileRows>, from_half, to_half, swiglu};
 
 }  // namespace qcompile

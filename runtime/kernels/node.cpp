@@ -84,6 +84,13 @@ void* data_of(const OrtApi& api, const OrtValue* value) {
 
 // ---- Name and attributes
 
+void check_version(const std::string& label, int64_t version) {
+  if (version <= kOperatorVersion) return;
+  throw Refusal(label + "the model needs operators version " + std::to_string(version) +
+                " of domain qcompile, this library knows " + std::to_string(kOperatorVersion) +
+                ": upgrade qcompile-onnx, or load the model without the library");
+}
+
 Node::Node(const Operator& op, const OrtKernelInfo* info) : op_(op), api_(*op.api), name_(node_name(info)) {
   check_attributes(info);
 }
@@ -114,10 +121,7 @@ int64_t Node::attribute(const OrtKernelInfo* info, const char* name, std::option
 void Node::check_attributes(const OrtKernelInfo* info) {
   // Written by compilers of later versions: ONNX Runtime shows no operator the opset imports of its model.
   const int64_t version = attribute(info, "version", 1);
-  if (version > kOperatorVersion) {
-    refuse("the model needs operators version %lld of domain qcompile, this library knows %d: upgrade qcompile-onnx, "
-           "or load the model without the library", (long long)version, kOperatorVersion);
-  }
+  check_version(label(), version);
   block_size_ = attribute(info, "block_size", std::nullopt);
   if (block_size_ < 1 || block_size_ > kMaxSize) {
     refuse("block_size is %lld, it must be 1 to %lld: compile the model again", (long long)block_size_,

@@ -75,6 +75,9 @@ void* data_of(const ort::OrtApi& api, const ort::OrtValue* value);
 
 // ---- One node
 
+// Refuses a node of a later version of the operators than this library computes.
+void check_version(const std::string& label, int64_t version);
+
 // Base of the kernels. What it refuses, it refuses in one line that names the node.
 class Node {
  public:

@@ -21,6 +21,18 @@ struct Operator : ort::OrtCustomOp {
   const Format& of() const { return kFormats[format]; }
 };
 
+// One that packs nothing when it is loaded (light.cpp).
+struct LightOperator : ort::OrtCustomOp {
+  const ort::OrtApi* api;
+  std::string name;
+  int format;                              // of the table that it reads: a row of kFormats
+  ort::ONNXTensorElementDataType element;  // of what it computes: fp32 or fp16
+  ort::ONNXTensorElementDataType index;    // of what it looks up: int32 or int64
+};
+
+// SwiGLU and EmbeddingF of the CPU provider, the only ones there are, for one ONNX Runtime.
+std::vector<LightOperator> light_operators(const ort::OrtApi& api);
+
 // Those of the CPU provider, for one ONNX Runtime. cuda/operators.h has those of the CUDA provider.
 std::vector<Operator> operators(const ort::OrtApi& api);
 

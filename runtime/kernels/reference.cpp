@@ -6,6 +6,7 @@
 
 #include "half.h"
 #include "kernels.h"
+#include "swiglu.h"
 
 namespace qcompile {
 namespace {
@@ -124,6 +125,7 @@ constexpr Products products(std::integer_sequence<int, kFormat...>) {
 
 extern const Kernels kReference;
 const Kernels kReference = {
-    "reference", always, quantize, products(std::make_integer_sequence<int, kFormatCount>()), from_half, to_half};
+    "reference", always, quantize, products(std::make_integer_sequence<int, kFormatCount>()), from_half, to_half,
+    swiglu};
 
 }  // namespace qcompile

@@ -11,6 +11,7 @@
 #include "operators.h"
 
 #if defined(QCOMPILE_CUDA)
+#include "cuda/c_api.h"
 #include "cuda/operators.h"
 #endif
 
@@ -25,6 +26,7 @@ constexpr const char* kDomain = "qcompile";
 struct Registration {
   const OrtApi* api;
   std::vector<Operator> operators;
+  std::vector<LightOperator> light;
   OrtCustomOpDomain* domain;
 };
 
@@ -35,6 +37,15 @@ std::vector<Operator> operators_of_all_providers(const OrtApi& api) {
   for (const Operator& op : cuda::cuda_operators(api)) all.push_back(op);
 #endif
   return all;
+}
+
+// They have no kernel on a GPU, where their bodies run: one on the CPU in the midst of a graph would have its input and output
+// copied. A library does not know which provider a session will ask for.
+std::vector<LightOperator> light_operators_here(const OrtApi& api) {
+#if defined(QCOMPILE_CUDA)
+  if (qcompile_cuda_devices() > 0) return {};
+#endif
+  return light_operators(api);
 }
 
 // Finds or makes the domain for this ONNX Runtime (a process may have more than one).
@@ -48,9 +59,13 @@ OrtStatus* domain_for(const OrtApi& api, OrtCustomOpDomain** out) {
       return nullptr;
     }
   }
-  auto made = std::make_unique<Registration>(Registration{&api, operators_of_all_providers(api), nullptr});
+  auto made = std::make_unique<Registration>(Registration{
+      &api, operators_of_all_providers(api), light_operators_here(api), nullptr});
   if (OrtStatus* status = api.call<CreateCustomOpDomain>(kDomain, &made->domain)) return status;
   for (const Operator& op : made->operators) {
+    if (OrtStatus* status = api.call<CustomOpDomain_Add>(made->domain, &op)) return status;
+  }
+  for (const LightOperator& op : made->light) {
     if (OrtStatus* status = api.call<CustomOpDomain_Add>(made->domain, &op)) return status;
   }
   *out = made->domain;

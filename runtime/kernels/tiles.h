@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "swiglu.h"
 
 namespace qcompile {
 namespace {
