@@ -30,7 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "what is in a model: types, sizes, what is quantized and why not",
     ),
     "generate": ("qcompile.compiler.commands.generate", "text from a decoder"),
-    "package": ("qcompile.compiler.commands.package", "the folder that an application copies (onnxruntime-genai)"),
+    "package": (
+        "qcompile.compiler.commands.package",
+        "the folder that an application copies (onnxruntime-genai, transformers.js)",
+    ),
     "bench": ("qcompile.compiler.commands.bench", "speed and memory of models, against each other"),
 }
 _GLOBAL = {"-v", "-vv", "--verbose", "--traceback"}

@@ -20,7 +20,7 @@ from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.data.images import Pictures
 from qcompile.compiler.files.load import check_model_file, check_output_path, check_result_path
 from qcompile.compiler.files.publish import replace_file, staging, writing
-from qcompile.compiler.package.folder import KINDS, MODEL, check_package, package
+from qcompile.compiler.package.folder import MODEL, check_package, package
 from qcompile.compiler.pipeline import compile_model, default_output, page_path, report_path
 from qcompile.compiler.plan import for_application
 from qcompile.compiler.recipe import DATA, MIXED, SAFETY, WHAT, WHICH, Recipe, save_recipe
@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     add_settings(group, WHAT, WHICH)
     add_recipe(group.add_argument)
     told = "make -o the folder that an application copies, as qcompile package does (docs/genai.md)"
-    group.add_argument("--for", dest="kind", choices=KINDS, help=told)
+    group.add_argument("--for", dest="kind", choices=("genai",), help=told)
     group.add_argument("--save-recipe", type=Path, metavar="FILE", help="write the settings used to a YAML file")
     add = add_calibration(parser)
     add("--statistics", type=Path, metavar="FILE",
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     for file in report.files:
         screen.print(f"wrote     {output.with_name(file)}", soft_wrap=True)
     if args.kind is not None:
-        tell(package(output, output.parent, tokenizer=args.tokenizer or args.model), output.parent)
+        tell(package(output, output.parent, tokenizer=args.tokenizer or args.model), output.parent, args.kind)
     return 0
 
 

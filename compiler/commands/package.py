@@ -5,14 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.console.terminal import console
-from qcompile.compiler.package.folder import KINDS, Packaged, package
+from qcompile.compiler.package.folder import Packaged
+from qcompile.compiler.package.kinds import KINDS
 from qcompile.runtime.sessions import KERNELS
 
 _DESCRIPTION = """\
-Put a decoder with caches, compiled or float, into a folder that onnxruntime-genai loads as it is:
-onnxruntime_genai.Model(DIR). It gets model.onnx and its weights, genai_config.json (names and sizes of the graph, the
-rest of the files beside the model), the tokenizer, the chat template, native kernels and licences. docs/genai.md.
+Put a model, compiled or float, into a folder that an application loads as it is.
+genai: a decoder with caches for onnxruntime_genai.Model(DIR). DIR gets model.onnx and its weights, genai_config.json
+(names and sizes of the graph, the rest of the files beside the model), the tokenizer, the chat template, native kernels
+and licences (docs/genai.md).
+transformers.js: DIR gets config.json, the tokenizer and onnx/model_q4.onnx or the like (docs/web.md).
 """
+_NEXT = {
+    "genai": 'onnxruntime_genai.Model("{}"), see docs/genai.md',
+    "transformers.js": "env.localModelPath, see docs/web.md",
+}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,11 +43,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the folder, and say what is in it."""
-    tell(package(args.model, args.output, tokenizer=args.tokenizer, kernels=args.kernels), args.output)
+    done = KINDS[args.kind](args.model, args.output, tokenizer=args.tokenizer, kernels=args.kernels)
+    tell(done, args.output, args.kind)
     return 0
 
 
-def tell(done: Packaged, folder: Path) -> None:
+def tell(done: Packaged, folder: Path, kind: str) -> None:
     """Print what was written, and what is missing."""
     screen = console()
     size = sum(path.stat().st_size for path in done.files)
@@ -48,4 +56,4 @@ def tell(done: Packaged, folder: Path) -> None:
     if done.lacking:
         screen.print(f"no native kernels: {done.lacking}", soft_wrap=True, highlight=False)
     screen.print(f"wrote {folder} ({size / 1e6:.0f} MB): {names}", soft_wrap=True, highlight=False)
-    screen.print(f'next: onnxruntime_genai.Model("{folder}"), see docs/genai.md', soft_wrap=True, highlight=False)
+    screen.print(f"next: {_NEXT[kind].format(folder)}", soft_wrap=True, highlight=False)

@@ -90,6 +90,27 @@ def publish(staged: Sequence[Path], path: Path, beside: Sequence[Path] = ()) -> 
     return (path, *targets)
 
 
+def publish_named(staged: Sequence[Path], path: Path) -> tuple[Path, ...]:
+    """Move a staged model and data files whose names its readers fix to `path`.
+
+    The old model goes first and the new one comes last: at no moment does a model lie beside data that is not its own.
+    Earlier data files of such names ("model.onnx_data_1") that the new model has not are removed.
+    """
+    model, *data = staged
+    targets = [path.with_name(file.name) for file in data]
+    with writing(path), locks.exclusive(_lock(path)):
+        for target in (path, *targets):
+            check_replaceable(target)
+        path.unlink(missing_ok=True)
+        for old in path.parent.glob(f"{glob.escape(path.name)}_data*"):
+            old.unlink()
+        for file, target in zip(data, targets, strict=True):
+            os.replace(file, target)
+        os.replace(model, path)
+        _settle_folder(path.parent)
+    return (path, *targets)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that names no data, whole or not at all."""
     with staging(path) as staged:

@@ -33,17 +33,8 @@ class Beside:
         return self.tokenizer.path.parent
 
     def told(self, name: str) -> Mapping[str, Any]:
-        """The table in a JSON file; empty where there is no such file, UserError where it is no table."""
-        path = self.folder / name
-        if not path.is_file():
-            return {}
-        try:
-            table = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not valid JSON ({str(error)[:200]}); copy it from the model again") from error
-        if not isinstance(table, dict):
-            raise UserError(f"{path} is no table of keys and values; copy it from the model again")
-        return table
+        """`table` of a file in the folder."""
+        return table(self.folder / name)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -68,3 +59,16 @@ class Beside:
         """The model's own licence and notices."""
         own = (path for path in self.folder.iterdir() if path.name.upper().startswith(_LICENCES) and path.is_file())
         return sorted(own)
+
+
+def table(path: Path) -> Mapping[str, Any]:
+    """The table in a JSON file; empty where there is no such file, UserError where it is no table."""
+    if not path.is_file():
+        return {}
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({str(error)[:200]}); copy it from the model again") from error
+    if not isinstance(read, dict):
+        raise UserError(f"{path} is no table of keys and values; copy it from the model again")
+    return read

@@ -20,7 +20,6 @@ from qcompile.runtime.library import DOMAIN, check_version, library_path
 from qcompile.runtime.sessions import session
 
 MODEL, LICENCES, TOKENIZER = "model.onnx", "LICENSES.txt", "tokenizer_config.json"
-KINDS = ("genai",)
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Packaged:
 
 
 @dataclass(frozen=True)
-class _Contents:
+class Contents:
     """What goes beside the graph: files that are copied, and texts by name."""
 
     copied: tuple[Path, ...]
@@ -56,7 +55,7 @@ class _Contents:
 def package(
     source: Path | str, folder: Path | str, *, tokenizer: Path | None = None, kernels: str = "auto"
 ) -> Packaged:
-    """Write what onnxruntime-genai runs of a decoder into `folder`: graph, weights, configuration, tokenizer, kernels.
+    """--for genai: write what it runs of a decoder into `folder`: graph, weights, configuration, tokenizer, kernels.
 
     source: a compiled model or a float one; it may be model.onnx of `folder` itself, and stays as it is then.
     tokenizer: the folder with tokenizer.json and config.json, where they do not lie beside the model.
@@ -66,11 +65,11 @@ def package(
     source, target = Path(source), Path(folder).absolute() / MODEL
     check_model_file(source)
     model = load_model(source)
-    with _of(source):
-        contents = _contents(model, source, target.parent, tokenizer, kernels)
+    with about(source):
+        contents = genai_contents(model, source, target.parent, tokenizer, kernels)
     inside = target.exists() and target.samefile(source)
-    if target.exists() and not inside and not target.with_name(LICENCES).exists():
-        raise UserError(f"{target} is no earlier package, and would be replaced: choose another folder with -o")
+    if not inside:
+        check_replaced(target, target.parent)
     for name in [*contents.names, *([] if inside else [MODEL])]:
         check_output_path(source, target.with_name(name), contents.copied)
     with publish.staging(target) as staged, publish.writing(target):
@@ -81,7 +80,7 @@ def package(
             files: tuple[Path, ...] = (target,)
         else:
             written = save_model(model, staged).paths
-            session(staged, kernels="auto" if kernels == "auto" and not contents.lacking else "portable")
+            session(staged, kernels="portable" if contents.lacking else "auto")
             files = publish.publish(written, target, others)
     return Packaged((*files, *(target.with_name(path.name) for path in others)), contents.lacking)
 
@@ -91,14 +90,20 @@ def check_package(source: Path | str, folder: Path | str, tokenizer: Path | None
     source = Path(source)
     check_model_file(source)
     model = load_model(source)
-    with _of(source):
-        contents = _contents(model, source, Path(folder), tokenizer, "auto")
+    with about(source):
+        contents = genai_contents(model, source, Path(folder), tokenizer, "auto")
     for name in contents.names:
         check_output_path(source, Path(folder) / name, contents.copied)
 
 
+def check_replaced(target: Path, folder: Path) -> None:
+    """Raise UserError where a model in a folder is none that was packaged there."""
+    if target.exists() and not (folder / LICENCES).exists():
+        raise UserError(f"{target} is no earlier package, and would be replaced: choose another folder with -o")
+
+
 @contextmanager
-def _of(source: Path) -> Iterator[None]:
+def about(source: Path) -> Iterator[None]:
     """Errors about a model with its file in front, unless they name another."""
     try:
         yield
@@ -106,19 +111,19 @@ def _of(source: Path) -> Iterator[None]:
         raise UserError(f"{source}: {error}") from error
 
 
-def _contents(model: ir.Model, source: Path, folder: Path, tokenizer: Path | None, kernels: str) -> _Contents:
+def genai_contents(model: ir.Model, source: Path, folder: Path, tokenizer: Path | None, kernels: str) -> Contents:
     plan = input_plan(model)
     plan.require_decoder()
     beside = Beside.of(tokenizer or source)
     library, lacking = _library(model, source, kernels)
     config = genai_config(model, plan, beside, library.name if library else None)
     beside.tokenizer.check_vocabulary(plan.vocabulary)
-    texts = {GENAI: json.dumps(config, indent=2) + "\n", LICENCES: _licences(beside, library)}
+    texts = {GENAI: json.dumps(config, indent=2) + "\n", LICENCES: licences(beside, library)}
     if not (beside.folder / TOKENIZER).is_file():  # genai asks for the file, whatever it says
         texts[TOKENIZER] = '{"tokenizer_class": "PreTrainedTokenizerFast"}\n'
     there = folder.is_dir() and folder.samefile(beside.folder)
     copied = ([] if there else beside.files) + ([library] if library else [])
-    return _Contents(tuple(copied), texts, lacking)
+    return Contents(tuple(copied), texts, lacking)
 
 
 def _library(model: ir.Model, source: Path, kernels: str) -> tuple[Path | None, str]:
@@ -137,7 +142,7 @@ def _library(model: ir.Model, source: Path, kernels: str) -> tuple[Path | None, 
     return library, ""
 
 
-def _licences(beside: Beside, library: Path | None) -> str:
+def licences(beside: Beside, library: Path | None) -> str:
     """What is in the folder, and under whose terms."""
     own = ", ".join(path.name for path in beside.licences)
     told = f"see {own}" if own else "no licence lay beside the model; see where it came from"

@@ -1,7 +1,7 @@
 """genai_config.json: what onnxruntime-genai is told of a decoder."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +166,7 @@ def _caches(plan: InputPlan) -> Caches:
         own = (odd or [pair.past for pair in plan.past])[0]
         told = f"cache {own.name!r} has the shape {list(own.shape)}"
         raise UserError(f"{told}: onnxruntime-genai needs (batch, heads, tokens, width), the same in all layers")
-    (past_key, present_key), (past_value, present_value) = _names(plan)
+    (past_key, present_key), (past_value, present_value) = cache_names(plan)
     heads, width = sizes
     shared = all(pair.shared or pair.window for pair in plan.past)
     assert isinstance(heads, int)
@@ -174,7 +174,7 @@ def _caches(plan: InputPlan) -> Caches:
     return Caches(past_key, past_value, present_key, present_value, len(plan.past) // 2, heads, width, shared)
 
 
-def _names(plan: InputPlan) -> Sequence[tuple[str, str]]:
+def cache_names(plan: InputPlan) -> list[tuple[str, str]]:
     """(past, present) of keys and of values, with %d where the number of the layer stands."""
     layers: dict[tuple[str, str], list[str]] = {}
     for pair in plan.past:
