@@ -25,6 +25,7 @@ from qcompile.compiler.stages import finish, gather_data, load_statistics, prepa
 from qcompile.compiler.walk import activation_bits
 from qcompile.compiler.walk.verify import check_outputs, check_reloaded, run_file, silent
 from qcompile.compiler.walk.verify_saved import check_saved
+from qcompile.passes.activations import INT8
 from qcompile.passes.contract import Fact
 from qcompile.passes.formats.lower import lower
 
@@ -65,22 +66,26 @@ def compile_model(
     if recipe.mixed:
         rankings = RankingCache(source, report.source_hash, recipe.to_dict(), report.versions, calibration, statistics)
         report.mixed = keep(graph, walked.passes, plan, data, source, wish(recipe), recipe.provider, progress, rankings)
-    if recipe.target == "qcompile":
-        report.nodes = activation_bits.choose(report.nodes, recipe.activations, activation_bits.native(graph))
+    if recipe.target in INT8:
+        taking = activation_bits.taking(graph, INT8[recipe.target])
+        report.nodes = activation_bits.choose(report.nodes, recipe.activation_bits, taking)
         activation_bits.write(graph, report.nodes)
     verified = finish(walked, progress)
     report.ladder = ladder.finished(rungs, walked, verified)
     check_coverage(report, recipe.min_coverage, walked.passes)
     progress.step("saving")
     randomness.release(graph)
+    given = activation_bits.leveled(graph)  # of the source, so the verified graph has them, too
     lower(graph, recipe.target)
+    int8 = activation_bits.leveled(graph) - given
     with publish.staging(target) as staged:
         written = save_model(graph, staged, metadata=_metadata(report, recipe))
         progress.step("running the saved file")
         reloaded = run_file(staged, plan, data.checks, recipe.provider, job.optimize)
+        same = run_file(staged, plan, data.checks, recipe.provider, job.optimize, floats=int8) if int8 else reloaded
         integer = any(Fact.INTEGER in p.ensures for p in walked.passes)
         rounding = math.inf if integer else report.rounding
-        report.reload_error = check_reloaded(reloaded, verified, element_type(graph), rounding=rounding)
+        report.reload_error = check_reloaded(same, verified, element_type(graph), rounding=rounding)
         check_saved(staged, graph)
         original = [original for _, original in walked.outputs]
         job.tell(plan, data, reloaded, original)

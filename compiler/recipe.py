@@ -67,7 +67,7 @@ class Recipe:
 
     passes: in order; `prepare` runs first whether listed or not. weights: None: integers of so many bits and so large
     groups. lm_head, embedding: None keeps float. min_coverage: None: what `told` says, by the list's own formats.
-    activations: None: chosen node by node. keep_worst, max_kl, min_sqnr: one of them at most.
+    activations, accuracy_level: None: chosen node by node. keep_worst, max_kl, min_sqnr: one of them at most.
     """
 
     passes: Annotated[
@@ -132,6 +132,15 @@ class Recipe:
         About(
             "bits that qcompile's CPU kernels give activations: near-exact 16, int8, or chosen node by node from the "
             "measured error (default: {default})",
+            WHAT,
+            word="auto",
+        ),
+    ] = None
+    accuracy_level: Annotated[
+        Literal[0, 4] | None,
+        About(
+            "what MatMulNBits, of target matmulnbits, makes of activations: 0 floats, slow with 8-bit weights, 4 int8 "
+            "in blocks, or chosen node by node from the measured error (default: {default})",
             WHAT,
             word="auto",
         ),
@@ -256,6 +265,13 @@ class Recipe:
         return next((name for name in _MIXED if getattr(self, name) is not None), "")
 
     @property
+    def activation_bits(self) -> int | None:
+        """Bits that packed products are to give activations, as the target has them; None: chosen node by node."""
+        if self.target == "matmulnbits":
+            return None if self.accuracy_level is None else 8 if self.accuracy_level else 16
+        return self.activations
+
+    @property
     def formats(self) -> dict[str, Step]:
         """By setting, the weight formats that are given by name."""
         own = {name: getattr(self, name) for name, setting in SETTINGS.items() if not setting.many}
@@ -265,6 +281,7 @@ class Recipe:
         """Plain values, as a recipe file holds them."""
         plain = {name: own.plain(getattr(self, name)) for name, own in SETTINGS.items()}
         left = set() if self.mixed else {"keep_as"}
+        left |= {"accuracy_level"} if self.accuracy_level is None and self.target != "matmulnbits" else set()
         return {name: value for name, value in plain.items() if value is not None and name not in left}
 
     @classmethod

@@ -28,6 +28,7 @@ from qcompile.compiler.walk import promises, saved_statistics
 from qcompile.compiler.walk.patterns import check_patterns
 from qcompile.compiler.walk.saved_statistics import SavedStatistics
 from qcompile.compiler.walk.walk import Job, observed
+from qcompile.passes.activations import INT8
 from qcompile.passes.base import Pass, Region, WalksAgain
 from qcompile.passes.contract import Fact, Reads, Stage
 from qcompile.passes.errors import UserError
@@ -122,7 +123,7 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     check_target(graph, recipe.target, made)
     plan = input_plan(graph)
     check_metric(wish(recipe), plan)
-    int8 = recipe.target == "qcompile" and recipe.activations != 16
+    int8 = INT8.get(recipe.target) if recipe.activation_bits != 16 else None
     job = Job(graph, passes, report, progress, provider=recipe.provider, int8=int8)
     return Prepared(source, recipe, graph, passes, made.policy, plan, report, job, census(graph))
 

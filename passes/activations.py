@@ -1,28 +1,37 @@
-"""What int8 activations cost: the rounding that the kernels do, as standard nodes beside a product.
+"""What int8 activations cost: the rounding that runtimes do, as standard nodes beside a product.
 
-A kernel with `activation_bits` 8 rounds each row of x within each packed group to -127 … 127, the largest magnitude of
-the group at the end of the grid. Packed groups are those of runtime/kernels/layout.h: a group of the weight, cut into
-equal parts of at most 128 rows.
+Each rounds a row of x within each of its parts to -127 … 127, the largest magnitude of the part at the end of the grid;
+they differ in the parts, and in the products that they do it for (`INT8`, by target).
 """
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 from onnx import helper, numpy_helper
 
+from qcompile.passes.formats.functions import is_native, product_bits, takes_level
 from qcompile.passes.observers import nodes
 
 # Rows of a packed group at most, and what their number is a multiple of: kMaxDepth and the blocks of layout.h.
 _MOST, _STEP = 128, 8
+# Rows of a part at most in ONNX Runtime's MatMulNBits (1.32, bit for bit with 4 and 8 bits, blocks of 16 to 1024 rows).
+_NBITS_MOST = 256
 _LEVELS = np.float32(127)
 # Where a group is smaller than this it is rounded to zeros; no division by zero.
 _TINY = np.float32(2.0**-100)
 
 
 def packed_rows(k: int, block_size: int) -> npt.NDArray[np.int64]:
-    """Rows of a (k, N) weight by packed group, (groups, depth); k, one behind the last, where a group lacks rows."""
+    """Rows of a (k, N) weight by packed group, (groups, depth); k, one behind the last, where a group lacks rows.
+
+    Packed groups are those of runtime/kernels/layout.h: a group of the weight, cut into equal parts of at most
+    128 rows.
+    """
     size = min(block_size, k)
     splits = math.ceil(size / _MOST)
     depth = _STEP * math.ceil(size / splits / _STEP)
@@ -32,21 +41,49 @@ def packed_rows(k: int, block_size: int) -> npt.NDArray[np.int64]:
     return np.where(rows < np.repeat(ends, splits)[:, None], rows, k)
 
 
+def nbits_rows(k: int, block_size: int) -> npt.NDArray[np.int64]:
+    """The same as MatMulNBits at accuracy level 4 cuts them: a block of the weight, every 256 rows of a larger one."""
+    depth = min(block_size, _NBITS_MOST)
+    rows = np.arange(math.ceil(k / depth) * depth).reshape(-1, depth)
+    return np.where(rows < k, rows, k)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Int8 activations of a target.
+
+    takes: whether a packed product may have them. rows: the parts, as `packed_rows`. alone: whether nothing else is
+    fast: with float activations the runtime decodes the whole weight of such a product in every run.
+    """
+
+    takes: Callable[[ir.Node], bool]
+    rows: Callable[[int, int], npt.NDArray[np.int64]]
+    alone: Callable[[ir.Node], bool]
+
+
+INT8: Mapping[str, Int8] = {
+    # Kernels, by the attribute `activation_bits`.
+    "qcompile": Int8(is_native, packed_rows, lambda _: False),
+    # MatMulNBits, by its accuracy_level. 1.32 on a CPU has no float kernel for codes of 8 bits.
+    "matmulnbits": Int8(takes_level, nbits_rows, lambda node: takes_level(node) and product_bits(node) == 8),
+}
+
+
 def change_name(x: str, block_size: int) -> str:
     """The name of Q8(x) - x that `int8_change` adds."""
     return f"{x}.int8.g{block_size}.delta"
 
 
-def int8_change(graph: onnx.GraphProto, x: str, k: int, block_size: int) -> str:
+def int8_change(graph: onnx.GraphProto, x: str, k: int, block_size: int, rounding: Int8) -> str:
     """Append Q8(x) - x for an activation x (…, k), a float32 matrix (rows, k), to a graph; returns its name.
 
-    It is made once for all products of x with this group size.
+    It is made once for all products of x with this group size; all roundings in a graph are of one target.
     """
     base = f"{x}.int8.g{block_size}"
     delta = change_name(x, block_size)
     if nodes.has(graph, delta):
         return delta
-    index = packed_rows(k, block_size)
+    index = rounding.rows(k, block_size)
     where = np.empty(k + 1, np.int64)
     where[index.reshape(-1)] = np.arange(index.size)
     constants = {

@@ -23,7 +23,7 @@ class Subject:
     def __init__(self, path: Path, *, accuracy_level: int = 0, provider: str = "cpu", kernels: str = "auto") -> None:
         self.path = path
         self.plan: InputPlan = input_plan(load_model(path))
-        settings = {"providers": (provider,), "accuracy_level": accuracy_level, "kernels": kernels}
+        settings: dict[str, Any] = {"providers": (provider,), "accuracy_level": accuracy_level, "kernels": kernels}
         self.session: Any = repeatable(path, **settings)
         self.outputs: list[str] = [output.name for output in self.session.get_outputs()]
 

@@ -8,7 +8,7 @@ drawn, so that the graph and its saved file (`repeatable`) draw alike. `release`
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,16 @@ def release(model: ir.Model) -> None:
             del node.attributes["seed"]
 
 
-def repeatable(path: Path, **settings: Any) -> Any:
-    """A session of a model file, as `runtime.session` opens it, in which what has no seed gets that of `settle`."""
+def repeatable(path: Path, *, edit: Callable[[onnx.ModelProto], bool] | None = None, **settings: Any) -> Any:
+    """A session of a model file, as `runtime.session` opens it, in which what has no seed gets that of `settle`.
+
+    edit: changes the model, without its external data, on its way into the session, and says whether it did.
+    """
     if not path.is_file():
         return session(path, **settings)  # which says so
     proto = onnx.load(path, format="protobuf", load_external_data=False)
-    drawing = list(_drawing_nodes(proto))
-    if not drawing:
+    edited, drawing = edit is not None and edit(proto), list(_drawing_nodes(proto))
+    if not drawing and not edited:
         return session(path, **settings)
     for node in drawing:
         if not any(attribute.name == "seed" for attribute in node.attribute):

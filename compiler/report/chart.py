@@ -112,7 +112,7 @@ def _hit(row: NodeRow, pitch: int) -> str:
     if row.error is not None:
         error, added = row.error.error, row.error.int8_error
         lines.append(f"error {number(error)}" + (f", int8 adds {number(added)}" if added is not None else ""))
-        lines.append(f"{row.error.activation_bits} bit activations")
+        lines.append(f"activations {row.rounding}")
     told = "\n".join(text(line) for line in lines)
     x = (row.number - 1) * pitch
     return f'<path d="M{x} 0h{pitch}v{_TOP + _HEIGHT}h-{pitch}z"><title>{told}</title></path>\n'
@@ -140,10 +140,9 @@ def _ticks(rows: Sequence[NodeRow], pitch: int) -> Iterator[str]:
 def _legend(rows: Sequence[NodeRow]) -> Markup:
     present = {row.kind for row in rows}
     items = [f'<li><i class="k-{kind}"></i>{told}' for kind, told in KINDS.items() if kind in present]
-    measured = {row.error.activation_bits for row in rows if row.error and row.error.int8_error is not None}
-    for bits, name, told in ((8, "taken", "added by int8 activations"), (16, "open", "would be added; 16 bit kept")):
-        if bits in measured:
-            items.append(f'<li><i class="dot {name}"></i>{told}')
+    measured = {r.error.activation_bits: r.rounding for r in rows if r.error and r.error.int8_error is not None}
+    told = {8: ("taken", "added by int8 activations"), 16: ("open", f"would be added; {measured.get(16)} kept")}
+    items += [f'<li><i class="dot {told[bits][0]}"></i>{told[bits][1]}' for bits in (8, 16) if bits in measured]
     return Markup(
         "<p>Relative error of each packed node by itself. A stub at the bottom is a node without a measured error.</p>"
         f'<ul class="legend">{"".join(items)}</ul>\n'

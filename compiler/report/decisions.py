@@ -17,7 +17,7 @@ def decisions(report: Report) -> Markup:
     """Every pass in order. Those of the pass that quantizes are the list of nodes already."""
     parts = [_pass(name, made) for name, made in report.decisions.items() if name not in report.quantizers and made]
     if measured := [node for node in report.nodes if node.int8_error is not None or node.activation_bits == 8]:
-        parts.append(_activations(report.nodes, measured))
+        parts.append(_activations(report, measured))
     if report.quantizing:
         parts.append(paragraph(f"The decisions of {report.quantizer} are those in the list of nodes."))
     return section("decisions", "Decisions of each pass", *(parts or [paragraph("No pass made a decision.")]))
@@ -48,20 +48,23 @@ def _value(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, Iterable) and not isinstance(value, str) else str(value)
 
 
-def _activations(nodes: Sequence[NodeError], measured: Sequence[NodeError]) -> Markup:
+def _activations(report: Report, measured: Sequence[NodeError]) -> Markup:
     """How many nodes take 8 or 16 bits, and what int8 adds to the squared error of the weights."""
+    nodes, roundings = report.nodes, report.roundings
     whole, work = sum(node.error**2 for node in nodes), sum(node.weights for node in nodes)
     rows = []
     for bits in (8, 16):
         chosen = [node for node in nodes if node.activation_bits == bits]
         adds = sum(node.int8_error**2 for node in chosen if node.int8_error is not None)
         share = sum(node.weights for node in chosen) / work if work else None
-        rows.append([f"{bits} bit", f"{len(chosen):,}", percent(share), percent(adds / whole) if whole else "–"])
+        rows.append([roundings[bits], f"{len(chosen):,}", percent(share), percent(adds / whole) if whole else "–"])
     columns = ["Activations", "Nodes", "Multiply-adds", "Int8 adds or would add"]
     told = paragraph(
         "Int8 goes to as many multiply-adds as the budget of added squared error allows, as a share of the squared "
-        "error of all packed weights. The list of nodes has the figures of each."
+        "error of all packed weights, and to products that nothing else is fast for. The list of nodes has the "
+        "figures of each."
     )
     count = sum(node.activation_bits == 8 for node in nodes)
-    summary = f"activations: {count:,} nodes at 8 bit, {len(nodes) - count:,} at 16, {len(measured):,} measured"
+    left = len(nodes) - count
+    summary = f"activations: {count:,} nodes {roundings[8]}, {left:,} {roundings[16]}, {len(measured):,} measured"
     return details(summary, Markup(table("Bits of activations", columns, rows, numbers=3) + told))

@@ -22,13 +22,17 @@ KINDS = {
 
 @dataclass(frozen=True)
 class NodeRow:
-    """A node with weights, in graph order. kind: of KINDS. size: bytes as stored; None for those of another node."""
+    """A node with weights, in graph order. kind: of KINDS. size: bytes as stored; None for those of another node.
+
+    rounding: what is done to its activations (`Report.roundings`); empty where that is not known.
+    """
 
     number: int
     decision: Decision
     kind: str
     size: int | None
     error: NodeError | None
+    rounding: str = ""
 
     @property
     def operator(self) -> str:
@@ -61,9 +65,14 @@ def node_rows(report: Report) -> list[NodeRow]:
         found.setdefault(error.node, Decision(error.node, "quantized", "quantized", {"weights": error.weights}))
     seen: set[str] = set()
     return [
-        NodeRow(i, decision, _kind(decision), _size(decision, seen), errors.get(decision.node))
+        NodeRow(i, decision, _kind(decision), _size(decision, seen), error, _rounding(report, error))
         for i, decision in enumerate(found.values(), 1)
+        for error in (errors.get(decision.node),)
     ]
+
+
+def _rounding(report: Report, error: NodeError | None) -> str:
+    return "" if error is None else report.roundings.get(error.activation_bits, f"{error.activation_bits} bit")
 
 
 def _deciding(report: Report) -> Iterator[Decision]:
@@ -141,8 +150,8 @@ def node_list(rows: Sequence[NodeRow]) -> Markup:
         numbers=5, name="all-nodes")  # fmt: skip
     note = Markup(
         "<p>Error: ‖y - x W‖ / ‖x W‖ on the check batches, W the float weight. Int8 adds: what rounding the "
-        "activations to int8 would add to that, where it was measured. Activations: the bits chosen for a kernel. "
-        "Long names are cut in the middle; the JSON report has them whole.</p>\n"
+        "activations to int8 would add to that, where it was measured. Activations: the bits chosen for a kernel, or "
+        "the accuracy level of MatMulNBits. Long names are cut in the middle; the JSON report has them whole.</p>\n"
     )
     return section("nodes", "Nodes", note, search("all-nodes", "name, operator, decision"), made)
 
@@ -150,7 +159,7 @@ def node_list(rows: Sequence[NodeRow]) -> Markup:
 def _cells(row: NodeRow) -> list[object]:
     error = row.error
     measured = ["–", "–", "–"] if error is None else [
-        number(error.error), number(error.int8_error), f"{error.activation_bits} bit"
+        number(error.error), number(error.int8_error), row.rounding
     ]  # fmt: skip
     bits = number(row.decision.detail.get("bits_per_weight"))
     weights = f"{row.weights:,}" if row.weights else "–"

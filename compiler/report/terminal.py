@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from qcompile.compiler.console.terminal import table
+from qcompile.compiler.report.nodes import node_rows
 from qcompile.compiler.results.errors import NodeError
 from qcompile.compiler.results.report import Report
 
@@ -70,6 +71,7 @@ def _print_errors(report: Report, console: Console) -> None:
             f"nodes     relative error: median {middle.error:.3f}, worst {worst[0].error:.3f} ({worst[0].node})"
         )
     _print_activations(report, console)
+    _print_slow(report, console)
     for output in report.outputs[:4]:
         console.print(f"output    {output.name}: relative error {output.relative:.3g}, cosine {output.cosine:.5f}")
     if report.predictions is not None:
@@ -79,14 +81,21 @@ def _print_errors(report: Report, console: Console) -> None:
 
 
 def _print_activations(report: Report, console: Console) -> None:
-    """How many packed products take int8 activations in a kernel, and what that adds to their error."""
+    """How many packed products take int8 activations, and what that adds to their error."""
     measured = [node for node in report.nodes if node.int8_error is not None]
     int8 = [node for node in report.nodes if node.activation_bits == 8]
     if not measured and not int8:
         return
-    console.print(
-        f"activations  {len(int8)} nodes int8, {len(report.nodes) - len(int8)} nodes 16 bit{_added(report, int8)}"
-    )
+    names, left = report.roundings, len(report.nodes) - len(int8)
+    console.print(f"activations  {len(int8)} nodes {names[8]}, {left} nodes {names[16]}{_added(report, int8)}")
+
+
+def _print_slow(report: Report, console: Console) -> None:
+    """Products that ONNX Runtime has no float kernel for."""
+    slow = [row for row in node_rows(report) if row.kind == "int8" and row.error and row.error.activation_bits == 16]
+    if slow and report.recipe.get("target") == "matmulnbits":
+        told = "nodes of 8-bit weights at accuracy level 0: ONNX Runtime decodes the whole weight in every run"
+        console.print(f"slow      {len(slow)} {told} (--accuracy-level)", soft_wrap=True)
 
 
 def _added(report: Report, int8: Sequence[NodeError]) -> str:

@@ -57,6 +57,13 @@ class Report:
     peak_memory: int = 0
 
     @property
+    def roundings(self) -> dict[int, str]:
+        """What `activation_bits` are called: of MatMulNBits they are accuracy levels."""
+        if self.recipe.get("target") == "matmulnbits":
+            return {8: "level 4 (int8)", 16: "level 0 (float)"}
+        return {8: "int8", 16: "16 bit"}
+
+    @property
     def quantizer(self) -> str | None:
         """The pass that made codes of weights; the one of several that has the decisions."""
         return next((name for name in self.quantizers if name in self.decisions), None)

@@ -19,7 +19,7 @@ from qcompile.compiler.walk.extract import Piece
 from qcompile.passes import activations
 from qcompile.passes.affine import Quantized
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.functions import is_native
+from qcompile.passes.formats.nbits import ACCURACY_LEVEL
 from qcompile.passes.observers import nodes as observers
 from qcompile.passes.state import Twin, node_state, set_node
 from qcompile.runtime.sessions import run
@@ -30,11 +30,11 @@ _EXACT = {ir.DataType.FLOAT: 1e-4, ir.DataType.DOUBLE: 1e-4, ir.DataType.FLOAT16
 _MOVES = ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Cast")
 
 
-def probe_nodes(piece: Piece, nodes: Sequence[ir.Node], *, int8: bool = False) -> list[str]:
+def probe_nodes(piece: Piece, nodes: Sequence[ir.Node], *, int8: activations.Int8 | None = None) -> list[str]:
     """Add to a piece, beside each packed node, products with its float and dequantized weights, and compare.
 
     For a wide weight only what `node_errors` needs for that is added, see `wide_probe`.
-    int8: measure what activations rounded to int8 would add, too, where a kernel does that.
+    int8: measure what activations rounded to int8 would add, too, for the products that take them.
     """
     names: list[str] = []
     for node in nodes:
@@ -42,14 +42,15 @@ def probe_nodes(piece: Piece, nodes: Sequence[ir.Node], *, int8: bool = False) -
         if reference is None:
             continue
         y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
-        graph, quantized, rounded = piece.proto.graph, reference[1], int8 and is_native(node)
+        graph, quantized = piece.proto.graph, reference[1]
+        rounded = int8 if int8 is not None and int8.takes(node) else None
         if verify_wide.is_wide(quantized):
             names += verify_wide.watch(graph, y, x, quantized, int8=rounded)
             continue
         exact = piece.add_weight(y + ".exact", quantized.dequantize())
         wanted = piece.add_weight(y + ".wanted", reference[0])
         k = len(quantized.codes)
-        change = activations.int8_change(graph, x, k, quantized.spec.group_size(k)) if rounded else None
+        change = activations.int8_change(graph, x, k, quantized.spec.group_size(k), rounded) if rounded else None
         names += observers.compare_product(graph, y, x, exact, ".exact", change=change)
         names += observers.compare_product(graph, y, x, wanted, ".wanted")
     return names
@@ -258,18 +259,32 @@ def run_file(
     batches: Sequence[Batch],
     provider: str,
     optimize: bool = True,
+    *,
+    floats: Collection[str] = (),
 ) -> list[Arrays]:
     """Every output of a saved model for each batch; `optimize` as in `runtime.session`.
 
     What it draws at random is what the graph drew that it was saved from, see `randomness`.
+    floats: nodes that compute in floats here whatever accuracy level the file gives them.
     """
-    running = repeatable(path, providers=(provider,), kernels="portable", optimize=optimize)
+    settings = {"providers": (provider,), "kernels": "portable", "optimize": optimize}
+    running = repeatable(path, edit=lambda proto: _drop_levels(proto, floats), **settings)
     names = [output.name for output in running.get_outputs()]
     results: list[Arrays] = []
     for batch in batches:
         feeds = batch.feeds if batch.follows is None else complete(plan, batch.feeds, results[batch.follows])
         results.append(dict(zip(names, run(running, names, feeds), strict=True)))
     return results
+
+
+def _drop_levels(proto: onnx.ModelProto, names: Collection[str]) -> bool:
+    """Have nodes of these names compute in floats; whether there were any."""
+    chosen = [node for node in proto.graph.node if node.name in names]
+    for node in chosen:
+        kept = [attribute for attribute in node.attribute if attribute.name != ACCURACY_LEVEL]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    return bool(chosen)
 
 
 def check_reloaded(

@@ -21,12 +21,12 @@ def is_wide(quantized: Quantized) -> bool:
     return bool(quantized.codes.shape[1] > COLUMNS)
 
 
-def watch(graph: onnx.GraphProto, y: str, x: str, quantized: Quantized, *, int8: bool) -> list[str]:
+def watch(graph: onnx.GraphProto, y: str, x: str, quantized: Quantized, *, int8: activations.Int8 | None) -> list[str]:
     """Append what `compare` reads as outputs: the rows of x and y and, with int8, Q8(x) - x; the names that are new."""
     names = [observers.matrix(graph, x), observers.matrix(graph, y)]
-    if int8:
+    if int8 is not None:
         k = len(quantized.codes)
-        names.append(activations.int8_change(graph, x, k, quantized.spec.group_size(k)))
+        names.append(activations.int8_change(graph, x, k, quantized.spec.group_size(k), int8))
     known = {output.name for output in graph.output}
     new = [name for name in dict.fromkeys(names) if name not in known]
     observers.add_outputs(graph, new)

@@ -26,6 +26,7 @@ from qcompile.compiler.walk.verify import (
     twin_errors,
 )
 from qcompile.compiler.walk.verify_decoded import check_decoded
+from qcompile.passes.activations import Int8
 from qcompile.passes.base import Pass, Region, WalksAgain
 from qcompile.passes.contract import Fact, Reads, Stage
 from qcompile.passes.formats.functions import is_product
@@ -44,7 +45,8 @@ def observed(passes: Sequence[Pass], model: ir.Model) -> dict[ir.Value, Observer
 class Job:
     """One compile on its way through the segments.
 
-    provider: what runs them. int8: whether kernels may take int8 activations, so that probes measure what these add.
+    provider: what runs them. int8: how products may round activations, so that probes measure what that adds; None
+    where none does, or where that is settled.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Job:
         progress: Progress,
         *,
         provider: str,
-        int8: bool,
+        int8: Int8 | None,
     ) -> None:
         self.model, self.report, self.progress = model, report, progress
         self.provider, self.int8 = provider, int8
@@ -189,10 +191,10 @@ class Job:
             for rewrite in self.passes:
                 promises.run(rewrite, region)
         segment.nodes[:] = region.live_nodes()
-        int8 = int8 and self.int8
+        rounding = self.int8 if int8 else None
 
         def probe(piece: Piece) -> list[str]:
-            return probe_nodes(piece, segment.nodes, int8=int8)
+            return probe_nodes(piece, segment.nodes, int8=rounding)
 
         after = runner.outputs(segment, checks, original=False, prepare=probe)
         self.report.nodes += node_errors(segment.nodes, after)

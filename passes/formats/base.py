@@ -60,6 +60,7 @@ class Operators(ABC):
     words whose products the kernel library has, where it has a row for them (runtime/kernels/formats.h); of the others
     the bodies run.
     foreign: operators of com.microsoft that `lower` makes of its products and that no other format is read from.
+    leveled: whether it makes MatMulNBits of them, whose accuracy_level says what `ACTIVATION_BITS` says.
     """
 
     name: ClassVar[str]
@@ -67,6 +68,7 @@ class Operators(ABC):
     native: ClassVar[Sequence[str]] = ()
     kinds: ClassVar[Sequence[str]] = (PRODUCT, BIASED, EMBEDDING)
     foreign: ClassVar[Sequence[str]] = ()
+    leveled: ClassVar[bool] = False
 
     @abstractmethod
     def body(self, kind: str, word: str) -> onnx.FunctionProto:

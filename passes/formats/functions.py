@@ -29,7 +29,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.passes.formats import by_operator, format_of
-from qcompile.passes.formats.base import DOMAIN, PRODUCT, VERSION
+from qcompile.passes.formats.base import DOMAIN, PRODUCT, VERSION, Format
 from qcompile.passes.formats.gated import SWIGLU, SwiGLU
 
 
@@ -67,6 +67,18 @@ def is_native(node: ir.Node) -> bool:
     """Whether the kernel library computes the product; it takes `ACTIVATION_BITS` then."""
     own = format_of(node)
     return own is not None and is_product(node) and own.operators[node.op_type][1] in own.native
+
+
+def takes_level(node: ir.Node) -> bool:
+    """Whether target matmulnbits makes a MatMulNBits of the product, which has an accuracy level."""
+    own = format_of(node)
+    return own is not None and is_product(node) and own.leveled
+
+
+def product_bits(node: ir.Node) -> int:
+    """Bits of a code of a packed product; 0 for any other node."""
+    own = format_of(node)
+    return own.bits if isinstance(own, Format) and is_product(node) else 0
 
 
 def register(model: ir.Model, name: str, *, zero_points: bool = True) -> None:

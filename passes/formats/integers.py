@@ -119,7 +119,7 @@ _BODIES = {
 class Integers(Format):
     """Affine grids of 4 and 8 bits: what their native kernels, com.microsoft's operators and plain ONNX compute."""
 
-    kinds = (PRODUCT, BIASED, EMBEDDING, LOOKUP)
+    kinds, leveled = (PRODUCT, BIASED, EMBEDDING, LOOKUP), True
 
     def body(self, kind: str, word: str) -> onnx.FunctionProto:
         return _BODIES[kind + word].to_function_proto()

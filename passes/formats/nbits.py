@@ -9,9 +9,21 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.base import MICROSOFT, Cache, become, drop_unused, operands, pack_nibbles, unpacked
+from qcompile.passes.formats.base import (
+    ACTIVATION_BITS,
+    MICROSOFT,
+    Cache,
+    become,
+    drop_unused,
+    operands,
+    pack_nibbles,
+    unpacked,
+)
 from qcompile.passes.graph import add_initializer
 from qcompile.passes.linears import constant, dimensions
+
+# Of MatMulNBits: what it may round activations to. Without it (0) it computes in floats; 4 is int8, in blocks.
+ACCURACY_LEVEL, INT8_LEVEL = "accuracy_level", 4
 
 
 def refusal(block_size: int) -> str:
@@ -32,7 +44,7 @@ def _block_size(node: ir.Node) -> int:
 
 
 def lower_product(model: ir.Model, node: ir.Node, bits: int, cache: Cache) -> None:
-    """Make MatMulNBits of a product."""
+    """Make MatMulNBits of a product, at level 4 where it takes int8 activations."""
     block_size, own = _block_size(node), operands(node)
     k, n = dimensions(own.codes)
     key = (own.codes, "product")
@@ -48,7 +60,10 @@ def lower_product(model: ir.Model, node: ir.Node, bits: int, cache: Cache) -> No
     inputs: list[ir.Value | None] = [node.inputs[0], *cache[key]]
     if own.bias is not None:  # slot 5, behind the zero points and the unused order of groups
         inputs += [None] * (5 - len(inputs)) + [own.bias]
-    become(node, "MatMulNBits", inputs, {"K": k, "N": n, "bits": bits, "block_size": block_size}, domain=MICROSOFT)
+    attributes = {"K": k, "N": n, "bits": bits, "block_size": block_size}
+    if node.attributes.get_int(ACTIVATION_BITS, 16) == 8:
+        attributes[ACCURACY_LEVEL] = INT8_LEVEL
+    become(node, "MatMulNBits", inputs, attributes, domain=MICROSOFT)
     for value in own.values():
         drop_unused(model, value)
 

@@ -119,6 +119,8 @@ def test_activation_bits_are_counted_in_a_line() -> None:
     assert "activations  1 nodes int8, 1 nodes 16 bit (int8 adds 0.12% of the squared weight error; at most 0.0050" in (
         _shown(report)
     )
+    report.recipe["target"] = "matmulnbits"
+    assert "activations  1 nodes level 4 (int8), 1 nodes level 0 (float) (int8 adds 0.12%" in _shown(report)
     report.nodes = [NodeError("a", 0.1, 0.0)]
     assert "activations" not in _shown(report)
 
