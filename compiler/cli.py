@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("qcompile.compiler.commands.generate", "text from a decoder"),
     "package": (
         "qcompile.compiler.commands.package",
-        "the folder that an application copies (onnxruntime-genai, transformers.js)",
+        "the folder that an application copies (onnxruntime-genai, transformers.js, ORT)",
     ),
     "bench": ("qcompile.compiler.commands.bench", "speed and memory of models, against each other"),
 }

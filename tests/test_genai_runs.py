@@ -11,7 +11,7 @@ from conftest import Bench
 
 from qcompile.compiler.measure.generate import Sampling, generate_ids
 from qcompile.compiler.measure.loaded import Subject
-from qcompile.compiler.package.folder import package
+from qcompile.compiler.package.genai import package
 from qcompile.models.tiny import tiny_decoder
 from qcompile.models.tiny.tokenizer import tiny_tokenizer
 

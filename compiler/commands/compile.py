@@ -20,7 +20,8 @@ from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.data.images import Pictures
 from qcompile.compiler.files.load import check_model_file, check_output_path, check_result_path
 from qcompile.compiler.files.publish import replace_file, staging, writing
-from qcompile.compiler.package.folder import MODEL, check_package, package
+from qcompile.compiler.package.folder import MODEL
+from qcompile.compiler.package.genai import check_package, package
 from qcompile.compiler.pipeline import compile_model, default_output, page_path, report_path
 from qcompile.compiler.plan import for_application
 from qcompile.compiler.recipe import DATA, MIXED, SAFETY, WHAT, WHICH, Recipe, save_recipe

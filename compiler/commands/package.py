@@ -14,10 +14,12 @@ Put a model, compiled or float, into a folder that an application loads as it is
 genai: a decoder with caches for onnxruntime_genai.Model(DIR). DIR gets model.onnx and its weights, genai_config.json
 (names and sizes of the graph, the rest of the files beside the model), the tokenizer, the chat template, native kernels
 and licences (docs/genai.md).
+ort: any model, its weights inside model.onnx where they are small, native kernels and how to register them.
 transformers.js: DIR gets config.json, the tokenizer and onnx/model_q4.onnx or the like (docs/web.md).
 """
 _NEXT = {
     "genai": 'onnxruntime_genai.Model("{}"), see docs/genai.md',
+    "ort": "{}/README.md, see docs/deploy.md",
     "transformers.js": "env.localModelPath, see docs/web.md",
 }
 

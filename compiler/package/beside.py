@@ -11,7 +11,7 @@ from qcompile.compiler.data.tokens import Tokenizer, load_tokenizer
 from qcompile.models.hf import COMPANIONS
 from qcompile.passes.errors import UserError
 
-GENAI = "genai_config.json"
+GENAI, LICENCES = "genai_config.json", "LICENSES.txt"
 _MORE = ("chat_template.json", "vocab.json", "merges.txt", "tokenizer.model")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 
@@ -57,8 +57,13 @@ class Beside:
     @property
     def licences(self) -> list[Path]:
         """The model's own licence and notices."""
-        own = (path for path in self.folder.iterdir() if path.name.upper().startswith(_LICENCES) and path.is_file())
-        return sorted(own)
+        return licence_files(self.folder)
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """A model's own licence and notices in a folder; what a package says of them (`LICENCES`) is none."""
+    own = (path for path in folder.iterdir() if path.name.upper().startswith(_LICENCES) and path.is_file())
+    return sorted(path for path in own if path.name != LICENCES)
 
 
 def table(path: Path) -> Mapping[str, Any]:

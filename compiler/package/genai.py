@@ -1,15 +1,19 @@
-"""genai_config.json: what onnxruntime-genai is told of a decoder."""
+"""The folder that onnxruntime-genai loads: a decoder, and in genai_config.json what it is told of it."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from qcompile.compiler.data.inputs import Input, InputPlan, role_by_name
-from qcompile.compiler.package.beside import GENAI, Beside
+from qcompile.compiler.data.inputs import Input, InputPlan, input_plan, role_by_name
+from qcompile.compiler.files.load import check_model_file, check_output_path, load_model
+from qcompile.compiler.package.beside import GENAI, LICENCES, Beside
+from qcompile.compiler.package.folder import MODEL, Contents, Packaged, about, licences, native_library, write_folder
 from qcompile.passes.errors import UserError
 
 # Types that onnxruntime-genai 0.18 runs by the inputs that Hugging Face's decoders have, each by its model_type there.
@@ -22,6 +26,7 @@ TYPES = {
     )
 } | {"gpt_oss": "gptoss", "hunyuan_v1_dense": "hunyuandensev1"}  # fmt: skip
 _OTHERS = "decoder"
+_TOKENIZER = "tokenizer_config.json"
 # Tokens that a text has where the application does not say: the shared buffer is made for so many.
 _LENGTH = 2048
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
@@ -46,6 +51,50 @@ class Caches:
     shared: bool
 
 
+def package(
+    source: Path | str, folder: Path | str, *, tokenizer: Path | None = None, kernels: str = "auto"
+) -> Packaged:
+    """--for genai: write what it runs of a decoder into `folder`: graph, weights, configuration, tokenizer, kernels.
+
+    source: a compiled model or a float one; it may be model.onnx of `folder` itself, and stays as it is then.
+    tokenizer: the folder with tokenizer.json and config.json, where they do not lie beside the model.
+    kernels: "portable" leaves the native kernels out, "native" makes their absence an error.
+    UserError for what genai cannot run; nothing is written then.
+    """
+    source, target = Path(source), Path(folder).absolute() / MODEL
+    check_model_file(source)
+    model = load_model(source)
+    with about(source):
+        contents = _contents(model, source, target.parent, tokenizer, kernels)
+    return write_folder(model, source, target, contents)
+
+
+def check_package(source: Path | str, folder: Path | str, tokenizer: Path | None = None) -> None:
+    """Raise UserError where `package` would refuse what is compiled of a source: said before the work."""
+    source = Path(source)
+    check_model_file(source)
+    model = load_model(source)
+    with about(source):
+        contents = _contents(model, source, Path(folder), tokenizer, "auto")
+    for name in contents.names:
+        check_output_path(source, Path(folder) / name, contents.copied)
+
+
+def _contents(model: ir.Model, source: Path, folder: Path, tokenizer: Path | None, kernels: str) -> Contents:
+    plan = input_plan(model)
+    plan.require_decoder()
+    beside = Beside.of(tokenizer or source)
+    library, lacking = native_library(model, source, kernels)
+    config = genai_config(model, plan, beside, library.name if library else None)
+    beside.tokenizer.check_vocabulary(plan.vocabulary)
+    texts = {GENAI: json.dumps(config, indent=2) + "\n", LICENCES: licences(beside.licences, library)}
+    if not (beside.folder / _TOKENIZER).is_file():  # genai asks for the file, whatever it says
+        texts[_TOKENIZER] = '{"tokenizer_class": "PreTrainedTokenizerFast"}\n'
+    there = folder.is_dir() and folder.samefile(beside.folder)
+    copied = ([] if there else beside.files) + ([library] if library else [])
+    return Contents(tuple(copied), texts, lacking)
+
+
 def genai_config(model: ir.Model, plan: InputPlan, beside: Beside, library: str | None) -> dict[str, Any]:
     """The configuration of a decoder, from its graph and from the files beside the model.
 
@@ -61,7 +110,7 @@ def genai_config(model: ir.Model, plan: InputPlan, beside: Beside, library: str 
     own |= {"vocab_size": _vocabulary(model.graph, plan, logits)}
     decoder = own.setdefault("decoder", {})
     decoder |= {
-        "filename": "model.onnx",
+        "filename": MODEL,
         "session_options": _session_options(decoder.get("session_options", {}), library),
         "head_size": caches.width,
         "num_attention_heads": _heads(model.graph, beside, caches),

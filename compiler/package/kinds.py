@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
-from qcompile.compiler.package.folder import Packaged, package
+from qcompile.compiler.package.folder import Packaged
+from qcompile.compiler.package.genai import package
+from qcompile.compiler.package.ort import package_ort
 from qcompile.compiler.package.web import package_web
 
-KINDS: dict[str, Callable[..., Packaged]] = {"genai": package, "transformers.js": package_web}
+KINDS: dict[str, Callable[..., Packaged]] = {"genai": package, "ort": package_ort, "transformers.js": package_web}

@@ -12,8 +12,8 @@ from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.facts.model import element_type
 from qcompile.compiler.files import publish
 from qcompile.compiler.files.load import check_model_file, check_output_path, load_model, save_model
-from qcompile.compiler.package.beside import Beside, table
-from qcompile.compiler.package.folder import LICENCES, Contents, Packaged, about, check_replaced, licences
+from qcompile.compiler.package.beside import LICENCES, Beside, table
+from qcompile.compiler.package.folder import Contents, Packaged, about, check_replaced, licences
 from qcompile.compiler.package.genai import cache_names
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import session
@@ -61,7 +61,7 @@ def package_web(
         data = _in_chunks(*written) if len(written) > 1 else []
         session(staged, kernels="portable")
         config = json.dumps(_config(beside, folder, kind, target.name, len(data)), indent=2) + "\n"
-        contents = Contents(tuple(copied), {_CONFIG: config, LICENCES: licences(beside, None)}, "")
+        contents = Contents(tuple(copied), {_CONFIG: config, LICENCES: licences(beside.licences, None)}, "")
         others = contents.write(staged.parent)
         files = publish.publish_named((staged, *data), target)
         for path in others:

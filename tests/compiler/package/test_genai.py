@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qcompile.compiler import cli
 from qcompile.compiler.package import folder
-from qcompile.compiler.package.folder import package
+from qcompile.compiler.package.genai import package
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
 from qcompile.passes.errors import UserError
 from qcompile.runtime.library import library_path
@@ -148,6 +148,9 @@ def test_a_folder_may_be_packaged_where_it_lies(bench: Bench) -> None:
     first = (out / "genai_config.json").read_bytes()
     package(out / "model.onnx", out)  # by the files that lie there now
     assert (out / "genai_config.json").read_bytes() == first
+    package(out / "model.onnx", bench.folder / "copy")
+    assert (bench.folder / "copy" / "genai_config.json").read_bytes() == first
+    assert "see LICENSES" not in (bench.folder / "copy" / "LICENSES.txt").read_text()
     assert all(hashlib.sha256(path.read_bytes()).hexdigest() == digest for path, digest in before.items())
 
 
