@@ -15,12 +15,15 @@ from qcompile.compiler.recipe import Recipe, Step, parse_passes
 from qcompile.compiler.stages import walk_model
 from qcompile.compiler.walk import saved_statistics
 from qcompile.passes import lists
+from qcompile.passes.affine import Array
 from qcompile.passes.contract import Reads
 from qcompile.passes.errors import UserError
+from qcompile.passes.extensions import parameters
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.histogram import Histogram
 from qcompile.passes.spec import ActivationSpec
+from qcompile.passes.table import PASSES
 
 DEFAULT_PASSES = parse_passes(lists.INTEGER)
 
@@ -76,7 +79,7 @@ def calibrate_model(
     progress.step("loading")
     walked = walk_model(source, recipe, calibration, progress, checks=False)
     chosen = next(p for p in walked.passes if Reads.RANGES in p.reads)
-    if not walked.watched or chosen.activation_grid is None:
+    if not walked.watched:
         raise UserError(f"calibrate: the model has no activation that {chosen.name} would quantize")
     header = saved_statistics.Header(
         walked.report.source_hash,
@@ -89,29 +92,37 @@ def calibrate_model(
     progress.step("saving")
     size = saved_statistics.save(target, header, walked.watched)
     observers = {own.value: own for own in walked.watched.values()}
-    return Calibrated(size, walked.report.data, seen(observers, chosen.activation_grid))
+    return Calibrated(size, walked.report.data, seen(observers, chosen.activation_grid or ActivationSpec()))
 
 
 def with_observer(recipe: Recipe, observer: str) -> Recipe:
-    """The recipe with another observer for the pass that takes ranges."""
-    own = {step.name for step in steps_that(recipe, read=Reads.RANGES)}
-    steps = [
+    """The recipe with another observer for the passes that take ranges by one of the user's choice."""
+    steps = steps_that(recipe, read=Reads.RANGES)
+    own = {step.name for step in steps if "observer" in parameters(PASSES[step.name])}
+    if steps and not own:
+        raise UserError(f"calibrate: {steps[0].name} has its own way to learn ranges: leave --observer out")
+    changed = [
         Step(step.name, {**step.parameters, "observer": observer}) if step.name in own else step
         for step in recipe.passes
     ]
-    return replace(recipe, passes=tuple(steps))
+    return replace(recipe, passes=tuple(changed))
 
 
 def seen(observers: Mapping[str, Observer], spec: ActivationSpec) -> list[Seen]:
     """What each observer saw, and its range for the grid; before values that share a scale are joined."""
     found = []
     for name, observer in observers.items():
-        low, high = (float(end) for end in observer.expected(spec))
+        low, high = _ends(*observer.expected(spec))
         known = isinstance(observer, Extremes) and observer.low is not None and observer.high is not None
-        ends = (float(observer.low), float(observer.high)) if known else (low, high)  # type: ignore[attr-defined]
+        ends = _ends(observer.low, observer.high) if known else (low, high)  # type: ignore[attr-defined]
         clipped = _clipped(observer, low, high) if isinstance(observer, Histogram) else None
         found.append(Seen(name, *ends, low, high, clipped))
     return found
+
+
+def _ends(low: Array, high: Array) -> tuple[float, float]:
+    """Of all channels together."""
+    return float(np.min(low)), float(np.max(high))
 
 
 def _clipped(observer: Histogram, low: float, high: float) -> float:

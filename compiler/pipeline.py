@@ -70,7 +70,7 @@ def compile_model(
         taking = activation_bits.taking(graph, INT8[recipe.target])
         report.nodes = activation_bits.choose(report.nodes, recipe.activation_bits, taking)
         activation_bits.write(graph, report.nodes)
-    verified = finish(walked, progress)
+    verified, plan = finish(walked, progress), walked.plan
     report.ladder = ladder.finished(rungs, walked, verified)
     check_coverage(report, recipe.min_coverage, walked.passes)
     progress.step("saving")

@@ -46,12 +46,12 @@ def planned(recipe: Recipe) -> Planned:
     """
     steps = list(recipe.passes)
     steps[:0] = [Step(name) for name in always() if name not in {step.name for step in steps}]
+    for step in steps:
+        _check_parameters(f"pass {step.name!r}", step, parameters(PASSES.required(step.name)))
+    steps = with_added(steps, recipe)
     check_order(steps)
     check_settings(recipe)
     policy = make_policy(recipe)
-    for step in steps:
-        _check_parameters(f"pass {step.name!r}", step, parameters(PASSES[step.name]))
-    steps += [Step(name) for name in added(recipe) if name not in {step.name for step in steps}]
     made: list[Pass] = []
     for step in reversed(steps):
         made.insert(0, _make(step, made, recipe, policy))
@@ -79,11 +79,19 @@ def for_application(recipe: Recipe, application: str) -> Recipe:
     """The recipe of a model that one application alone is to run, with what it adds written out as that one needs it
     (`Added.applications`).
     """
-    own = {name: PASSES[name].added for name in added(recipe)}
-    needed = {name: {} if told is None else told.applications.get(application, {}) for name, told in own.items()}
-    listed = {step.name for step in recipe.passes}
-    steps = (Step(name, dict(given)) for name, given in needed.items() if name not in listed)
-    return replace(recipe, passes=(*recipe.passes, *steps))
+    return replace(recipe, passes=tuple(with_added(recipe.passes, recipe, application)))
+
+
+def with_added(steps: Sequence[Step], recipe: Recipe, application: str = "") -> list[Step]:
+    """The steps and those that are `added`, each at the end, but before the first that needs what it ensures."""
+    made = list(steps)
+    for name in added(recipe):
+        if name not in {step.name for step in made}:
+            own, ensured = PASSES[name].added, PASSES[name].ensures
+            given = {} if own is None else own.applications.get(application, {})
+            needing = (i for i, step in enumerate(made) if PASSES[step.name].needs & ensured)
+            made.insert(next(needing, len(made)), Step(name, dict(given)))
+    return made
 
 
 def steps_that(recipe: Recipe, *, ensure: Fact | None = None, read: Reads | None = None) -> list[Step]:

@@ -88,8 +88,8 @@ class Walked:
 
     @property
     def plan(self) -> InputPlan:
-        """What the graph's inputs are for."""
-        return self.prepared.plan
+        """What the graph's inputs are for, as it is now."""
+        return self.prepared.plan.with_caches_of(self.model)
 
     @property
     def report(self) -> Report:

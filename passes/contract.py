@@ -46,6 +46,8 @@ class Fact(Enum):
     PACKED: quantized products are operators of a weight format, each with its float weight to be checked against.
     INTEGER: quantized products compute in integers, each with its float form to be checked against.
     STATIC: nodes told to be so read activations on fixed grids, behind QuantizeLinear and DequantizeLinear.
+    FUSED: attention over caches is a GroupQueryAttention where it can be one; others have their reason.
+    CACHES: caches told to be so are codes, which the graph takes and gives.
     """
 
     CANONICAL = "canonical nodes"
@@ -56,14 +58,16 @@ class Fact(Enum):
     PACKED = "packed products"
     INTEGER = "integer products"
     STATIC = "fixed ranges"
+    FUSED = "fused attention"
+    CACHES = "coded caches"
 
 
 @dataclass(frozen=True)
 class Added:
     """What adds a pass to lists that do not name it: a setting of the recipe of this value, for these targets.
 
-    It comes last, in lists that ensure `behind`. applications: its parameters in a model that one application alone is
-    to run, by what the command line calls that.
+    It comes last, in lists that ensure `behind`, but before those that need what it ensures. applications: its
+    parameters in a model that one application alone is to run, by what the command line calls that.
     """
 
     setting: str

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from qcompile.passes.contrib.codes import codes_of
 from qcompile.passes.graph import small_array
 
 _INTEGERS = {ir.DataType.INT32, ir.DataType.INT64}
@@ -91,7 +92,8 @@ def caches(graph: ir.Graph) -> Iterator[tuple[ir.Value, str, int]]:
     """(past input, name of the present output, axis that grows) of every cache."""
     outputs = set(graph.outputs)
     for value in graph.inputs:
-        if value.dtype in _FLOATS and value.shape is not None and not value.is_initializer():
+        floats = value.dtype in _FLOATS or codes_of(value) is not None
+        if floats and value.shape is not None and not value.is_initializer():
             found = _grown_output(value, len(value.shape), outputs)
             if found is not None:
                 yield value, *found

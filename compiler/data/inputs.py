@@ -1,6 +1,7 @@
 """What each graph input is for: token ids and caches by their edges, the small integers beside them by their names."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +15,13 @@ from qcompile.compiler.data.graph_inputs import (
     logits_output,
     token_ids,
 )
+from qcompile.passes.contrib.codes import CacheCodes, codes_of
 from qcompile.passes.errors import UserError
 from qcompile.passes.masks import reaches_product
 from qcompile.runtime.caches import Caches
 
 Dim = int | str | None
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class PastPair:
 
     shared: both may be one buffer (batch, heads, room, width): see `graph_inputs.in_one_buffer`.
     window: see `graph_inputs.cache_window`.
+    codes: how floats are stored in it, where it holds codes.
     """
 
     past: Input
@@ -64,6 +68,7 @@ class PastPair:
     axis: int
     shared: bool = False
     window: int = 0
+    codes: CacheCodes | None = None
 
     def empty(self, batch: int) -> npt.NDArray[np.generic]:
         """The cache before the first token: zero-length along `axis` (`window` zeros where one slides over it), `batch`
@@ -129,6 +134,30 @@ class InputPlan:
         presents = {pair.past.name: pair.present for pair in self.past}
         return Caches(presents, shared, self.ids.name if self.ids is not None else "")
 
+    def coded(self, feeds: Arrays) -> Arrays:
+        """Feeds whose caches hold floats as the graph takes them: in codes where it does."""
+        found = {pair.past.name: pair.codes for pair in self.past if pair.codes is not None}
+        return feeds | {
+            name: codes.encode(feeds[name])
+            for name, codes in found.items()
+            if name in feeds and feeds[name].dtype.kind == "f"
+        }
+
+    def decoded(self, outputs: Arrays) -> Arrays:
+        """Outputs with caches in floats, whatever the graph gives."""
+        found = {pair.present: pair.codes for pair in self.past if pair.codes is not None}
+        return outputs | {name: codes.decode(outputs[name]) for name, codes in found.items() if name in outputs}
+
+    def with_caches_of(self, model: ir.Model) -> "InputPlan":
+        """The plan of a graph that a pass left whose caches may be of another type; nothing else is asked anew."""
+        codes = {value.name: own for value in model.graph.inputs if (own := codes_of(value)) is not None}
+
+        def typed(given: Input) -> Input:
+            return replace(given, dtype=codes[given.name].dtype.numpy()) if given.name in codes else given
+
+        past = (replace(pair, past=typed(pair.past), codes=codes.get(pair.past.name)) for pair in self.past)
+        return replace(self, past=tuple(past), inputs=tuple(map(typed, self.inputs)))
+
     def require_tokens(self) -> Input:
         """The ids input of a model that can be fed from text; otherwise the error says what is in the way."""
         for given in (*self.floats, *self.unknown):
@@ -155,7 +184,14 @@ def input_plan(model: ir.Model) -> InputPlan:
     graph = model.graph
     inputs = {value: _input(value) for value in graph.inputs if not value.is_initializer()}
     past = tuple(
-        PastPair(_cache(value, inputs[value]), present, axis, in_one_buffer(value, graph), cache_window(value))
+        PastPair(
+            _cache(value, inputs[value]),
+            present,
+            axis,
+            in_one_buffer(value, graph),
+            cache_window(value),
+            codes_of(value),
+        )
         for value, present, axis in caches(graph)
     )
     ids_value, vocabulary = token_ids(graph)

@@ -43,7 +43,8 @@ def checked_all(plan: InputPlan, arrays: Mapping[str, Any], source: str) -> Arra
         if name not in by_name:
             hint = did_you_mean(name, by_name, f"inputs: {', '.join(by_name)}")
             raise UserError(f"{source}: array {name!r} is no input of the model ({hint})")
-    return {name: checked(by_name[name], np.asarray(array), source) for name, array in arrays.items()}
+    given = plan.coded({name: np.asarray(array) for name, array in arrays.items()})
+    return {name: checked(by_name[name], array, source) for name, array in given.items()}
 
 
 def has_rows(plan: InputPlan, feeds: Mapping[str, Array]) -> bool:

@@ -57,8 +57,9 @@ class Subject:
         return logits
 
     def run(self, batch: Batch, names: list[str]) -> dict[str, npt.NDArray[Any]]:
-        """The named outputs of a batch that follows none."""
-        outputs = dict(zip(names, run(self.session, names, batch.feeds), strict=True))
+        """The named outputs of a batch that follows none; caches in floats."""
+        found = run(self.session, names, self.plan.coded(batch.feeds))
+        outputs = self.plan.decoded(dict(zip(names, found, strict=True)))
         for name, array in outputs.items():
             check_finite_output(array, name, str(self.path))
         return outputs

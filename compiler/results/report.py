@@ -29,7 +29,8 @@ class Report:
     sensitivity, where the recipe wants that. ladder: what each step without data gained, where there was no data.
     predictions: of a decoder, on real tokens. rounding: what integer nodes changed in the outputs at most, relative.
     rows: of the activations that passes fitted to, the fewest and the most rows that one was seen on, and how many of
-    them were held aside for judging. trials: what samples held aside said of a pass behind the walk.
+    them were held aside for judging. trials: what samples held aside said of a pass behind the walk. caches: what
+    storing them in codes changed, beside what all other passes did.
     sizes in bytes, seconds, peak_memory in bytes.
     """
 
@@ -49,6 +50,7 @@ class Report:
     rounding: float = 0.0
     rows: RowsSeen | None = None
     trials: list[str] = field(default_factory=list)
+    caches: str = ""
     reload_error: float | None = None
     files: list[str] = field(default_factory=list)
     source_bytes: int = 0

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qcompile.passes.base import STATIC, Decision, Pass, Region
 from qcompile.passes.contract import PENDING, Fact, Stage
+from qcompile.passes.contrib.codes import codes_of
 from qcompile.passes.errors import BrokenPromise
 from qcompile.passes.formats.base import DOMAIN
 from qcompile.passes.formats.functions import is_product
@@ -169,6 +170,20 @@ def _static(made: Pass, decided: Sequence[Decision], nodes: _Nodes, region: Regi
             yield f"node {decision.node} is said to be on a fixed range, and no input of it is"
 
 
+def _fused(made: Pass, decided: Sequence[Decision], nodes: _Nodes, region: Region) -> Iterable[str]:
+    for own in decided:
+        if own.action == "fused" and (own.node not in nodes or nodes[own.node].op_type != own.reason):
+            yield f"node {own.node} is said to be a {own.reason} and is none"
+
+
+def _caches(made: Pass, decided: Sequence[Decision], nodes: _Nodes, region: Region) -> Iterable[str]:
+    for own in (decision for decision in decided if decision.action == "coded"):
+        node = nodes.get(own.node)
+        pasts = [value for value in node.inputs if value is not None and value.is_graph_input()] if node else []
+        if not any(codes_of(value) is not None for value in pasts):
+            yield f"node {own.node} is said to have coded caches, and has none"
+
+
 def _nothing(made: Pass, decided: Sequence[Decision], nodes: _Nodes, region: Region) -> Iterable[str]:
     """Float weights are what a file has."""
     return ()
@@ -184,4 +199,6 @@ _UNKEPT = {
     Fact.PACKED: _packed,
     Fact.INTEGER: _integer,
     Fact.STATIC: _static,
+    Fact.FUSED: _fused,
+    Fact.CACHES: _caches,
 }

@@ -184,7 +184,7 @@ class Runner:
             past = stream.presents[batch.follows]
             feeds |= {p.past.name: self._past(p, past) for p in self.plan.past if p.past.name in inputs}
         names = inputs & {str(value.name) for value in segment.carried}
-        return feeds | {name: stream.quantized[name][number] for name in names}
+        return self.plan.coded(feeds) | {name: stream.quantized[name][number] for name in names}
 
 
 def _forget(presents: Arrays, names: set[str]) -> None:

@@ -264,7 +264,8 @@ def run_file(
 ) -> list[Arrays]:
     """Every output of a saved model for each batch; `optimize` as in `runtime.session`.
 
-    What it draws at random is what the graph drew that it was saved from, see `randomness`.
+    Caches are told in floats, whatever it stores them in. What it draws at random is what the graph drew that it was
+    saved from, see `randomness`.
     floats: nodes that compute in floats here whatever accuracy level the file gives them.
     """
     settings = {"providers": (provider,), "kernels": "portable", "optimize": optimize}
@@ -272,9 +273,10 @@ def run_file(
     names = [output.name for output in running.get_outputs()]
     results: list[Arrays] = []
     for batch in batches:
-        feeds = batch.feeds if batch.follows is None else complete(plan, batch.feeds, results[batch.follows])
+        own = plan.coded(batch.feeds)
+        feeds = own if batch.follows is None else complete(plan, own, results[batch.follows])
         results.append(dict(zip(names, run(running, names, feeds), strict=True)))
-    return results
+    return [plan.decoded(outputs) for outputs in results]
 
 
 def _drop_levels(proto: onnx.ModelProto, names: Collection[str]) -> bool:

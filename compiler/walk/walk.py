@@ -65,7 +65,7 @@ class Job:
         self.late = [p for p in passes if p.stage == Stage.BEHIND]
         self.guess = False
         # Behind the walk, so that the outputs that it gave are not those of the finished graph.
-        self.changed = any(Fact.FLOAT in p.takes for p in self.late)
+        self.changed = any(Fact.FLOAT in p.takes or Fact.CACHES in p.ensures for p in self.late)
         self.sigmoids = probabilities(model)
         self.vocabulary: int | None = None
 
@@ -106,16 +106,19 @@ class Job:
     def verify(self, plan: InputPlan, data: Data, outputs: list[tuple[Arrays, Arrays]]) -> list[Arrays]:
         """The outputs of the graph as it is on the check batches, compared with the float ones.
 
-        Where something was made integer behind the walk, the check batches go through the graph once more. Each integer
-        node is compared with its float twin, each decoded weight with its codes.
+        Where something was made integer or coded behind the walk, the check batches go through the graph once more.
+        Each integer node is compared with its float twin, each decoded weight with its codes.
         """
-        compiled = [compiled for compiled, _ in outputs]
+        walked = compiled = [compiled for compiled, _ in outputs]
         targets = {node for node in self.model.graph if node_state(node).twin is not None}
         if self.changed:
             self.progress.step("checking integer nodes")
             self.report.nodes += check_decoded(self.model, self.provider)
             packed = {node for node in self.model.graph if is_product(node)}
-            compiled = self._run_checks(plan, data, split(self.model, (targets | packed).__contains__))
+            found = self._run_checks(plan, data, split(self.model, (targets | packed).__contains__))
+            compiled = [plan.decoded(outputs) for outputs in found]
+            if not any(Fact.FLOAT in p.takes for p in self.late):
+                self.report.caches = told_of_caches(plan, data, compiled, walked)
         self.tell(plan, data, compiled, [original for _, original in outputs])
         self.report.rounding = max((o.relative for o in self.report.outputs), default=0.0)
         return compiled
@@ -204,6 +207,18 @@ class Job:
         for kept, a, b in zip(outputs, after, before, strict=True):
             kept[0].update((name, array) for name, array in a.items() if name in own)
             kept[1].update((name, array) for name, array in b.items() if name in own)
+
+
+def told_of_caches(plan: InputPlan, data: Data, coded: Sequence[Arrays], floats: Sequence[Arrays]) -> str:
+    """What codes in caches change in the outputs of a model with float ones; empty where no cache is codes."""
+    count = sum(pair.codes is not None for pair in plan.past)
+    compared = compare_outputs(coded, floats) if count else []
+    first = next((own for own in compared if own.name == plan.logits), compared[0] if compared else None)
+    if first is None:
+        return ""
+    found = predictions(plan, data.checks, coded, floats) if data.real else None
+    added = f", {found.kl:.2g} nats a token of KL" if found is not None else ""
+    return f"{count} of {len(plan.past)} in codes, which alone change {first.name} by {first.relative:.2g}{added}"
 
 
 def _rows(known: Statistics) -> RowsSeen:

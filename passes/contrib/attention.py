@@ -41,6 +41,7 @@ class FuseAttention(Pass):
     name: ClassVar[str] = "fuse_attention"
     stage: ClassVar[Stage] = Stage.BEHIND
     needs: ClassVar[Set[Fact]] = frozenset({Fact.CANONICAL})
+    ensures: ClassVar[Set[Fact]] = frozenset({Fact.FUSED})
     added: ClassVar[Added | None] = Added(
         "attention",
         "fused",

@@ -98,7 +98,7 @@ def test_impossible_lists_are_told(passes: str, message: str) -> None:
 
 # Which lists make sense, told by names: the second way to say what follows from what passes declare.
 BEHIND = {"awq": {"pack"}, "gptq": {"pack", "qdq", "dynamic"}, "outlier": {"pack", "qdq", "dynamic"}}
-BEFORE = {"fuse": {"pack"}, "bias_correction": {"qdq"}}
+BEFORE = {"fuse": {"pack"}, "bias_correction": {"qdq"}, "kv": {"fuse_attention"}}
 QUANTIZING, ON_FLOATS = {"pack", "qdq", "dynamic"}, {"smooth", "awq", "gptq", "outlier"}
 
 

@@ -1,0 +1,176 @@
+"""Pass kv: a decoder's caches in codes, for GroupQueryAttention."""
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.contract import Fact, Reads, Stage
+from qcompile.passes.contrib.attention import FuseAttention
+from qcompile.passes.contrib.codes import ATTENTION, DOMAIN, SCALES, CacheCodes, codes_of
+from qcompile.passes.errors import UserError
+from qcompile.passes.graph import add_initializer
+from qcompile.passes.observers.base import Observer
+from qcompile.passes.observers.caches import CachePeaks
+from qcompile.passes.prepare.sizes import named_sizes
+from qcompile.passes.spec import ActivationSpec
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+_GRID = ActivationSpec(ir.DataType.INT8, True)
+
+
+class Kv(Pass):
+    """Store a decoder's caches as int8: a quarter of their memory, and of what a step reads of them.
+
+    Case 1: the keys and values that a GroupQueryAttention appends to its caches become int8 codes there, symmetric
+            around zero, with the scales of what calibration saw: one for each channel of each head, or one a cache.
+    Case 2: keys that are turned by their position: the scales hold what was seen turned by any angle (`CachePeaks`).
+    Case 3: caches that anything else reads or gives stay in float, with the reason. UserError where all would.
+    The graph's inputs and outputs for caches are int8 then, and empty ones of no length, too.
+    """
+
+    name: ClassVar[str] = "kv"
+    stage: ClassVar[Stage] = Stage.BEHIND
+    reads: Set[Reads] = frozenset({Reads.RANGES})
+    needs: ClassVar[Set[Fact]] = frozenset({Fact.CANONICAL, Fact.FUSED})
+    ensures: ClassVar[Set[Fact]] = frozenset({Fact.CACHES})
+
+    def __init__(self, *, bits: Literal[8] = 8, scales: Literal["channel", "tensor"] = "channel") -> None:
+        super().__init__()
+        self.bits, self.channels = bits, scales == "channel"
+        self.observers: dict[str, CachePeaks] | None = None  # by the name of the output
+
+    def observed(self, model: ir.Model) -> dict[ir.Value, Observer]:
+        """Peaks of what is appended, shown with the caches that the graph gives back.
+
+        UserError where none can become codes: as `fuse_attention` will leave the graph, which is tried on a copy.
+        """
+        if self.observers is None:
+            self.observers = {own.presents[i]: own.observer(i) for own in _fused(model) for i in (0, 1)}
+        return {value: self.observers[str(value.name)] for value in model.graph.outputs if value.name in self.observers}
+
+    def call(self, region: Region) -> None:
+        """Make the caches int8, in place."""
+        graph, known = region.model.graph, self.observers or {}
+        done: set[ir.Value | None] = set()
+        for node in attentions(graph):
+            own = _Cached.of(node)
+            if isinstance(own, str):
+                self.decide(node.name or "", "kept", own)
+                continue
+            done |= {node.inputs[slot] for slot in SCALES}
+            seen = [known[name] for name in own.presents if name in known and known[name].rows]
+            if len(seen) < len(own.presents):
+                raise UserError(f"kv: cache {own.presents[0]} was never seen on the calibration data: is it empty?")
+            peaks = [np.asarray(observer.expected(_GRID)[1], np.float32) for observer in seen]
+            store(node, [CacheCodes.spanning(own, self.bits, channels=self.channels) for own in peaks])
+            self.decide(node.name or "", "coded", f"int{self.bits} caches, a scale for each {self._unit}")
+        for value in graph.inputs:
+            if _is_cache(value, graph) and value not in done:
+                self.decide(str(value.name), "kept", f"{_readers(value)} reads it, which takes no codes")
+
+    @property
+    def _unit(self) -> str:
+        return "channel" if self.channels else "cache"
+
+
+def attentions(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes that lengthen caches and can hold them in codes."""
+    return [node for node in graph if (node.domain, node.op_type) == (DOMAIN, ATTENTION)]
+
+
+def store(node: ir.Node, codes: Sequence[CacheCodes]) -> None:
+    """Have an attention store its keys and values in codes."""
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    node.resize_inputs(max(SCALES.values()) + 1)
+    for (slot, place), own, kind in zip(SCALES.items(), codes, ("k", "v"), strict=True):
+        past, present = node.inputs[slot], node.outputs[slot - 2]
+        assert past is not None
+        scale = add_initializer(graph, f"{present.name}.scale", ir.tensor(own.tensor))
+        node.replace_input_with(place, scale)
+        node.attributes[f"{kind}_quant_type"] = ir.AttrString(f"{kind}_quant_type", own.per)
+        past.type, present.type = ir.TensorType(own.dtype), ir.TensorType(own.dtype)
+    node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", codes[0].bits)
+
+
+@dataclass(frozen=True, eq=False)
+class _Cached:
+    """A GroupQueryAttention whose caches can be codes. presents: names of the outputs of keys and values."""
+
+    node: ir.Node
+    presents: tuple[str, str]
+    width: int
+
+    @classmethod
+    def of(cls, node: ir.Node) -> "_Cached | str":
+        """Of a node, or why its caches stay."""
+        if len(node.inputs) <= max(SCALES) or len(node.outputs) < 3:
+            return "it has no caches"
+        for slot in SCALES:
+            past, present = node.inputs[slot], node.outputs[slot - 2]
+            if past is None or not past.is_graph_input() or not present.is_graph_output():
+                return "its caches are no inputs and outputs of the graph"
+            if codes_of(past) is not None or past.dtype not in _FLOATS:
+                return "its caches are no floats"
+            others = [use.node.op_type for use in past.uses() if use.node is not node and use.node.op_type != "Shape"]
+            others += [use.node.op_type for use in present.uses() if use.node.op_type != "Shape"]
+            if others:
+                return f"a {others[0]} reads its caches, too"
+        key, value = (str(node.outputs[slot - 2].name) for slot in SCALES)
+        width = _width(node)
+        return cls(node, (key, value), width) if width is not None else "how wide its heads are is not known"
+
+    def observer(self, number: int) -> CachePeaks:
+        """Of keys (0) or values (1)."""
+        turned = number == 0 and self.node.attributes.get_int("do_rotary", 0) == 1
+        cos = self.node.inputs[7] if turned and len(self.node.inputs) > 7 else None
+        pairs = named_sizes(cos)[-1] if cos is not None and cos.shape is not None else 0
+        interleaved = bool(self.node.attributes.get_int("rotary_interleaved", 0))
+        own = pairs if isinstance(pairs, int) else self.width // 2
+        return CachePeaks(self.presents[number], self.width, own, interleaved=interleaved)
+
+
+def _width(node: ir.Node) -> int | None:
+    """Of a head: as its cache says, else as its queries do, which keys and values may lie beside."""
+    past, query = node.inputs[min(SCALES)], node.inputs[0]
+    width = named_sizes(past)[3] if past is not None and len(past.shape or ()) == 4 else None
+    if isinstance(width, int):
+        return width
+    heads, groups = (node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
+    whole = named_sizes(query)[-1] if query is not None and query.shape is not None else None
+    packed = node.inputs[1] is None
+    return whole // (heads + 2 * groups * packed) if isinstance(whole, int) and heads else None
+
+
+def _fused(model: ir.Model) -> list[_Cached]:
+    """The attentions of a model, fused, whose caches can be codes; UserError where there is none."""
+    if not any(_is_cache(value, model.graph) for value in model.graph.inputs):
+        raise UserError("kv: the model has no caches to store in codes: export it with --kv-cache, or leave kv out")
+    copy, fuse = model.clone(), FuseAttention()
+    fuse.call(Region.whole(copy))
+    tried = [_Cached.of(node) for node in attentions(copy.graph)]
+    found = [own for own in tried if isinstance(own, _Cached)]
+    if not found:
+        reasons = [decision.reason for decision in fuse.decisions if decision.action == "kept"]
+        told = next((own for own in tried if isinstance(own, str)), "") or (reasons or ["it is written unusually"])[0]
+        raise UserError(f"kv: no cache of the model can become codes: it has no {ATTENTION}: {told}; leave kv out")
+    return found
+
+
+def _is_cache(value: ir.Value, graph: ir.Graph) -> bool:
+    """Whether a graph input is of a cache's form, and an output goes on from it."""
+    return len(value.shape or ()) == 4 and not value.is_initializer() and any(_appends(*use) for use in value.uses())
+
+
+def _appends(node: ir.Node, slot: int) -> bool:
+    if (node.domain, node.op_type) == (DOMAIN, ATTENTION):
+        return slot in SCALES
+    return node.op_type == "Concat" and slot == 0 and node.outputs[0].is_graph_output()
+
+
+def _readers(value: ir.Value) -> str:
+    return next(iter(use.node.op_type for use in value.uses() if use.node.op_type != "Shape"), "nothing")
