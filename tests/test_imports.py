@@ -153,7 +153,7 @@ def named_passes(root: Path) -> list[str]:
         for node in ast.walk(tree):
             told: set[str] = set()
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented:
-                told = set(re.findall("[a-z_]+", node.value)) & spoken
+                told = set(re.findall("[a-z_]+(?:-[a-z_]+)*", node.value)) & spoken  # --kv-cache is another word
             elif isinstance(node, ast.ImportFrom):
                 told = {node.module or ""} & modules | {own.name for own in node.names} & classes
             elif isinstance(node, ast.Import):
