@@ -114,14 +114,29 @@ def wrap(model: Any, signature: Signature, *, decoder: bool) -> Any:
 
 
 def score_last_row(model: Any) -> None:
-    """Have a decoder's head compute the last row (batch, 1, V) of each sequence only, by its place, as transformers'
-    logits_to_keep=1 does: where a batch is padded on the right, that of the padding.
+    """Have a decoder's head compute the last row (batch, 1, V) of each sequence only: the last one of a run that is no
+    padding. Batches may be padded on the left, as transformers does, or on the right, as onnxruntime-genai does.
     """
     import torch
 
+    masks: list[Any] = [None]
+
+    def keep_mask(module: Any, given: Any, named: dict[str, Any]) -> None:
+        masks[0] = named.get("attention_mask")
+
+    def keep_row(module: Any, given: Any) -> Any:
+        hidden, mask = given[0], masks[0]
+        if mask is None:
+            return (hidden[:, -1:], *given[1:])
+        rows = hidden.shape[1]
+        seen = mask[:, mask.shape[1] - rows :].ne(0).to(torch.int64)
+        last = (seen * torch.arange(rows)).argmax(1)
+        return (hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2])), *given[1:])
+
     head = model.get_output_embeddings()
     if head is not None:
-        head.register_forward_pre_hook(lambda module, given: (given[0][:, -1:], *given[1:]))
+        model.register_forward_pre_hook(keep_mask, with_kwargs=True)
+        head.register_forward_pre_hook(keep_row)
     with torch.no_grad():
         rows = model(input_ids=torch.zeros((1, 2), dtype=torch.int64)).logits.shape[1]
     if rows != 1:

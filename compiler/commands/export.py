@@ -58,7 +58,7 @@ def add_parser(subparsers: Any) -> None:
         "--logits",
         choices=export.LOGITS,
         help="rows that a decoder with caches scores: all, or the last of each sequence only, which spares prompts the "
-        "work of the others (default: all; with --for genai: last). Batches are then padded on the left, if at all",
+        "work of the others (default: all; with --for genai: last)",
     )
     parser.add_argument(
         "--for", dest="application", choices=("genai",), help="genai: --kv-cache --logits last, unless told otherwise"

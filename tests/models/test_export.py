@@ -134,6 +134,29 @@ def test_the_head_of_a_decoder_for_genai_scores_the_last_row(llama: Path, tmp_pa
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+def test_the_last_row_is_the_last_one_that_is_no_padding(llama: Path, tmp_path: Path) -> None:
+    """Padded on the left as transformers does, on the right as onnxruntime-genai; then a token behind both."""
+    export_model(llama, tmp_path / "last", open_model=command.open_model, kv_cache=True, logits="last")
+    opened = session(tmp_path / "last" / "model.onnx")
+    ids, empty = ids_of(3, 7), np.zeros((3, 2, 0, 16), np.float32)
+    mask = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1] * 7], np.int64)
+    past = {value.name: empty for value in opened.get_inputs()[3:]}
+    texts = [[int(own) for own in row[seen == 1]] for row, seen in zip(ids, mask, strict=True)]
+    for _ in range(2):
+        rows = ids.shape[1]
+        positions = np.maximum(np.cumsum(mask, 1) - 1, 0)[:, -rows:]
+        found, *present = opened.run(None, {"input_ids": ids, "attention_mask": mask, "position_ids": positions} | past)
+        for own, text in zip(found, texts, strict=True):
+            expected = logits_of_torch(llama, np.array([text]))[0, -1]
+            np.testing.assert_allclose(own[0], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+        past, ids, mask = (
+            dict(zip(past, present, strict=True)),
+            ids_of(3, 1),
+            np.pad(mask, ((0, 0), (0, 1)), constant_values=1),
+        )
+        texts = [[*text, int(own[0])] for text, own in zip(texts, ids, strict=True)]
+
+
 def test_command_exports_fp16_and_says_what_to_type_next(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
