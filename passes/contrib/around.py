@@ -200,9 +200,7 @@ class Around:
         shape = self.op("Concat", [count, self.constant([pairs])], f"{name}.rest_shape", axis=0)
         zero = ir.tensor(np.zeros(1, (value.dtype or ir.DataType.FLOAT).numpy()))
         rest = self.op("ConstantOfShape", [shape], f"{name}.rest", value=zero)
-        whole = self.op("Concat", [rows, rest] if self._told else [rest, rows], f"{name}.cache", axis=0)
-        whole.type, whole.shape = value.type, ir.Shape([None, pairs])
-        return whole
+        return self.op("Concat", [rows, rest] if self._told else [rest, rows], f"{name}.cache", axis=0)
 
     def _picked(self) -> ir.Value:
         """(batch, rows): the numbers of the first rows of `_table`, one after the other."""

@@ -12,7 +12,7 @@ from qcompile.passes.contract import Fact, Reads, Stage
 from qcompile.passes.contrib.attention import FuseAttention
 from qcompile.passes.contrib.codes import ATTENTION, DOMAIN, SCALES, CacheCodes, codes_of
 from qcompile.passes.errors import UserError
-from qcompile.passes.graph import add_initializer
+from qcompile.passes.graph import add_initializer, small_array
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.caches import CachePeaks
 from qcompile.passes.prepare.sizes import named_sizes
@@ -128,10 +128,9 @@ class _Cached:
         """Of keys (0) or values (1)."""
         turned = number == 0 and self.node.attributes.get_int("do_rotary", 0) == 1
         cos = self.node.inputs[7] if turned and len(self.node.inputs) > 7 else None
-        pairs = named_sizes(cos)[-1] if cos is not None and cos.shape is not None else 0
+        pairs = _pairs(cos, self.width // 2) if cos is not None else 0
         interleaved = bool(self.node.attributes.get_int("rotary_interleaved", 0))
-        own = pairs if isinstance(pairs, int) else self.width // 2
-        return CachePeaks(self.presents[number], self.width, own, interleaved=interleaved)
+        return CachePeaks(self.presents[number], self.width, pairs, interleaved=interleaved)
 
 
 def _width(node: ir.Node) -> int | None:
@@ -144,6 +143,17 @@ def _width(node: ir.Node) -> int | None:
     whole = named_sizes(query)[-1] if query is not None and query.shape is not None else None
     packed = node.inputs[1] is None
     return whole // (heads + 2 * groups * packed) if isinstance(whole, int) and heads else None
+
+
+def _pairs(table: ir.Value, most: int) -> int:
+    """How many pairs a table of cosines (positions, pairs) is for: as its shape says, or those of the rows that
+    `around` puts into it; all there are, where neither is known.
+    """
+    own, node = named_sizes(table)[-1:], table.producer()
+    parts = [value.producer() for value in node.inputs if value is not None] if node is not None else []
+    shapes = [small_array(part.inputs[1]) for part in parts if part is not None and part.op_type == "Reshape"]
+    told = [*own, *(int(shape[-1]) for shape in shapes if shape is not None)]
+    return next((size for size in told if isinstance(size, int) and 0 < size <= most), most)
 
 
 def _fused(model: ir.Model) -> list[_Cached]:

@@ -18,6 +18,7 @@ from qcompile.passes.base import Region
 from qcompile.passes.contrib.codes import CacheCodes, codes_of
 from qcompile.passes.contrib.kv import Kv
 from qcompile.passes.errors import UserError
+from qcompile.passes.graph import add_initializer
 from qcompile.passes.observers.caches import CachePeaks
 from qcompile.passes.prepare import Prepare
 from qcompile.runtime.sessions import session
@@ -176,6 +177,31 @@ def test_logits_and_caches_are_near_those_of_floats(make: Callable[[], ir.Model]
         assert codes[pair.present].dtype == np.int8
         a, b = plan.decoded(codes)[pair.present], floats[pair.present]
         assert np.linalg.norm(a - b) <= 2 * tolerance * np.linalg.norm(b), pair.present
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_it_is_known_which_channels_of_keys_are_turned_together(interleaved: bool) -> None:
+    model = tiny_decoder(kv_cache=True, outliers=False)
+    Prepare().call(Region.whole(model))
+    if interleaved:
+        model, _ = fuse_attention(model)
+        for node in nodes_of(model, "GroupQueryAttention"):
+            node.attributes["rotary_interleaved"] = ir.AttrInt64("rotary_interleaved", 1)
+    for value, observer in Kv().observed(model).items():
+        assert isinstance(observer, CachePeaks)
+        keys = str(value.name).endswith("key")
+        assert (observer.pairs, observer.interleaved) == ((8, interleaved) if keys else (0, interleaved))
+
+
+def test_half_of_a_rotation_is_the_width_of_its_tables() -> None:
+    """Of a head of which a half is turned, as GPT-NeoX has it, the rest keeps ranges of its own."""
+    model, _ = fuse_attention(tiny_decoder(kv_cache=True, outliers=False))
+    for node in nodes_of(model, "GroupQueryAttention"):
+        for slot in (7, 8):
+            zeros = ir.tensor(np.zeros((64, 4), np.float32))
+            node.replace_input_with(slot, add_initializer(model.graph, f"{node.name}.{slot}", zeros))
+    found = Kv().observed(model)
+    assert {own.pairs for own in found.values() if isinstance(own, CachePeaks)} == {0, 4}
 
 
 def test_the_operator_rounds_as_it_is_told() -> None:
