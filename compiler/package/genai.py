@@ -1,6 +1,7 @@
 """The folder that onnxruntime-genai loads: a decoder, and in genai_config.json what it is told of it."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -106,12 +107,12 @@ def genai_config(model: ir.Model, plan: InputPlan, beside: Beside, library: str 
     caches = _caches(plan)
     given = beside.told(GENAI)
     config: dict[str, Any] = deepcopy(dict(given)) if given else _written(beside)
-    own = config.setdefault("model", {})
+    own = _part(config, "model", beside)
     own |= {"vocab_size": _vocabulary(model.graph, plan, logits)}
-    decoder = own.setdefault("decoder", {})
+    decoder = _part(own, "decoder", beside)
     decoder |= {
         "filename": MODEL,
-        "session_options": _session_options(decoder.get("session_options", {}), library),
+        "session_options": _session_options(_part(decoder, "session_options", beside), library),
         "head_size": caches.width,
         "num_attention_heads": _heads(model.graph, beside, caches),
         "num_key_value_heads": caches.heads,
@@ -123,8 +124,16 @@ def genai_config(model: ir.Model, plan: InputPlan, beside: Beside, library: str 
             "present_value_names": caches.present_value,
         },
     }
-    config.setdefault("search", {})["past_present_share_buffer"] = caches.shared
+    _part(config, "search", beside)["past_present_share_buffer"] = caches.shared
     return config
+
+
+def _part(table: dict[str, Any], name: str, beside: Beside) -> dict[str, Any]:
+    """The table of that name in another one, an empty one where there is none."""
+    own = table.setdefault(name, {})
+    if not isinstance(own, dict):
+        raise UserError(f"{beside.folder / GENAI}: {name} is no table of keys and values; copy it from the model again")
+    return own
 
 
 def _written(beside: Beside) -> dict[str, Any]:
@@ -132,7 +141,7 @@ def _written(beside: Beside) -> dict[str, Any]:
     config, generation = beside.config, beside.told("generation_config.json")
     if not config:
         raise UserError(f"no config.json in {beside.folder}: give the model's own folder with --tokenizer DIR")
-    told = str(config.get("model_type", ""))
+    told = str(config.get("model_type"))
     context = beside.number(*_CONTEXT) or _tokenizer_length(beside)
     own: dict[str, Any] = {"type": TYPES.get(told, _OTHERS), "context_length": context}
     ends = sorted(beside.tokenizer.eos_ids)
@@ -146,7 +155,8 @@ def _written(beside: Beside) -> dict[str, Any]:
         own |= {} if found is None else {name: found}
     hidden = beside.number("hidden_size", "n_embd", "d_model")
     own["decoder"] = {} if hidden is None else {"hidden_size": hidden}
-    chosen = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
+    numbers = {name: generation[name] for name in _SAMPLING if isinstance(generation.get(name), (int, float))}
+    chosen = {name: number for name, number in numbers.items() if math.isfinite(number)}
     return {"model": own, "search": {"do_sample": False, **chosen, "max_length": min(context, _LENGTH)}}
 
 

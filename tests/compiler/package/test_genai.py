@@ -17,8 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompile.compiler import cli
+from qcompile.compiler.data.inputs import input_plan
+from qcompile.compiler.files.load import load_model
 from qcompile.compiler.package import folder
-from qcompile.compiler.package.genai import package
+from qcompile.compiler.package.beside import Beside
+from qcompile.compiler.package.genai import genai_config, package
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
 from qcompile.passes.errors import UserError
 from qcompile.runtime.library import library_path
@@ -231,6 +234,48 @@ def test_files_that_are_missing_or_broken(bench: Bench, name: str, text: str | N
     model = _model(bench)
     (model.parent / name).unlink() if text is None else (model.parent / name).write_text(text)
     _refused(bench, model, message)
+
+
+_ODD = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=3) | st.sampled_from([[], {}])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json", "genai_config.json"]),
+    key=st.sampled_from(
+        ["model_type", "max_position_embeddings", "hidden_size", "num_attention_heads", "text_config", "eos_token_id",
+         "bos_token_id", "pad_token_id", "temperature", "model_max_length", "model", "search"]
+    ),
+    value=_ODD,
+)  # fmt: skip
+def test_odd_values_are_left_out_or_refused(odd: Bench, name: str, key: str, value: Any) -> None:
+    """Whatever a file says: a configuration that can be read back, or one line."""
+    files = {path: path.read_bytes() for path in (odd.folder / "in").glob("*.json")}
+    path = odd.folder / "in" / name
+    table = json.loads(files[path]) if path in files else {}
+    path.write_text(json.dumps(table | {key: value}))
+    plan = input_plan(load_model(odd.folder / "in" / "model.onnx"))
+    told = ""
+    try:
+        model = load_model(odd.folder / "in" / "model.onnx")
+        found = genai_config(model, plan, Beside.of(path.parent), None)
+        if name != "genai_config.json":  # which is kept as it is
+            json.dumps(found, allow_nan=False)
+    except UserError as error:
+        told = str(error)
+    finally:
+        path.unlink()
+        for file, content in files.items():
+            file.write_bytes(content)
+    assert "\n" not in told
+
+
+@pytest.fixture(scope="module")
+def odd(make_bench: Callable[[str], Bench]) -> Bench:
+    """A model whose files a test may change."""
+    bench = make_bench("odd")
+    _model(bench)
+    return bench
 
 
 def test_a_context_that_only_the_tokenizer_tells(bench: Bench) -> None:
