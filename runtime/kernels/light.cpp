@@ -219,7 +219,8 @@ void Embedding::decode(const Table& table, const int64_t* columns, int64_t count
   const bool half = op_.element == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, nibbles = format.bits == 4;
   const int64_t bytes = nibbles ? div_up(table.v, 2) : table.v;
   const auto code_at = [&](const uint8_t* row, int64_t v) -> int {
-    return nibbles ? row[v / 2] >> (v % 2 * 4) & 15 : row[v];
+    if (nibbles) return row[v / 2] >> (v % 2 * 4) & 15;
+    return op_.is_signed ? int8_t(row[v]) : row[v];
   };
   float scale[kTogether];
   int zero[kTogether];
@@ -247,7 +248,8 @@ void Embedding::decode(const Table& table, const int64_t* columns, int64_t count
 
 ONNXTensorElementDataType embedding_input(const OrtCustomOp* self, size_t index) {
   const LightOperator& op = *static_cast<const LightOperator*>(self);
-  return index == kIndices ? op.index : index == kScales ? op.element : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+  const auto codes = op.is_signed ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+  return index == kIndices ? op.index : index == kScales ? op.element : codes;
 }
 
 OrtStatus* infer_embedding(const OrtCustomOp* self, OrtShapeInferContext* context) {
@@ -296,10 +298,11 @@ LightOperator make_swiglu(const OrtApi& api, ONNXTensorElementDataType element) 
 }
 
 LightOperator make_embedding(const OrtApi& api, int format, ONNXTensorElementDataType element,
-                             ONNXTensorElementDataType index) {
+                             ONNXTensorElementDataType index, bool is_signed) {
   LightOperator op = make(api, std::string("Embedding") + kFormats[format].word, element);
   op.format = format;
   op.index = index;
+  op.is_signed = is_signed;
   op.GetInputType = embedding_input;
   op.GetInputTypeCount = [](const OrtCustomOp* op) {
     return size_t(kFormats[static_cast<const LightOperator*>(op)->format].affine ? 4 : 3);
@@ -318,7 +321,9 @@ std::vector<LightOperator> light_operators(const OrtApi& api) {
     for (int format = 0; format < kFormatCount; ++format) {
       if (kFormats[format].powers) continue;  // an attribute says the type of the output: no inputs tell it
       for (auto index : {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}) {
-        all.push_back(make_embedding(api, format, element, index));
+        all.push_back(make_embedding(api, format, element, index, false));
+        const bool bytes = kFormats[format].affine && kFormats[format].bits == 8;  // tables of qdq and dynamic are signed
+        if (bytes) all.push_back(make_embedding(api, format, element, index, true));
       }
     }
   }

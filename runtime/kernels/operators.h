@@ -28,6 +28,7 @@ struct LightOperator : ort::OrtCustomOp {
   int format;                              // of the table that it reads: a row of kFormats
   ort::ONNXTensorElementDataType element;  // of what it computes: fp32 or fp16
   ort::ONNXTensorElementDataType index;    // of what it looks up: int32 or int64
+  bool is_signed;                          // w and zero_point are int8 instead of uint8
 };
 
 // SwiGLU and EmbeddingF of the CPU provider, the only ones there are, for one ONNX Runtime.
