@@ -165,6 +165,8 @@ def check_settings(recipe: Recipe) -> None:
     if integer and given:
         name, (setting, value) = integer[0].name, next(iter(given.items()))
         raise UserError(f"{setting}: {value} is for {ensuring(Fact.PACKED)}; {name} makes int8 of all weights")
+    if recipe.accuracy_level is not None and not steps_that(recipe, ensure=Fact.PACKED):
+        raise UserError(f"accuracy_level {recipe.accuracy_level} is for the MatMulNBits of {ensuring(Fact.PACKED)}")
     if recipe.accuracy_level is not None and (target := effective(recipe).target) != "matmulnbits":
         raise UserError(f"accuracy_level {recipe.accuracy_level} needs target matmulnbits: {target} has no such level")
     if recipe.mixed and not integer:

@@ -118,6 +118,17 @@ def test_points_show_what_int8_activations_add() -> None:
     assert "would be added; 16 bit kept" in drawn
 
 
+def test_levels_of_matmulnbits_are_told_as_such() -> None:
+    report = _report(node("a", "int4 g32 asym"), node("b", "int4 g32 asym"))
+    report.recipe["target"] = "matmulnbits"
+    report.nodes = [NodeError("a", 0.1, 0.0, 0.005, 8), NodeError("b", 0.1, 0.0, 0.05, 16)]
+    page = to_html(report)
+    assert "would be added; level 0 (float) kept" in page
+    assert "activations: 1 nodes level 4 (int8), 1 level 0 (float), 2 measured" in page
+    assert page.count("activations level 4 (int8)") == page.count("activations level 0 (float)") == 1
+    assert "16 bit" not in page
+
+
 def test_without_errors_there_is_no_chart() -> None:
     assert "<svg" not in chart(node_rows(_report(node("a", "excluded", action="kept"))))
 

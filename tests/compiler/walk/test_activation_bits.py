@@ -296,6 +296,8 @@ def test_a_level_needs_the_target_that_has_it(level: int) -> None:
             build(Recipe(accuracy_level=level, target=target))
     build(Recipe(accuracy_level=level, target="matmulnbits"))
     build(Recipe(parse_passes("pack(target=matmulnbits)"), accuracy_level=level))
+    with pytest.raises(UserError, match=f"accuracy_level {level} is for the MatMulNBits of pack"):
+        build(Recipe(parse_passes("qdq"), accuracy_level=level, target="matmulnbits"))
     with pytest.raises(UserError, match="accuracy_level takes 0, 4 or auto, got 2"):
         Recipe(accuracy_level=2, target="matmulnbits")
 
