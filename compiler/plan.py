@@ -153,8 +153,9 @@ def _check_place(name: str, earlier: Sequence[str], later: Sequence[str]) -> Non
             raise UserError(f"pass {name!r} must stand behind {ensuring(fact)}: add it to --passes before {name}")
         if fact in PASSES[last].ensures:
             continue
-        if fact in kind.takes and fact == Fact.FLOAT:
-            raise UserError(f"passes {last!r} and {name!r} both quantize the weights: choose one")
+        if fact in kind.takes & PASSES[last].needs:
+            told = "quantize the weights" if fact == Fact.FLOAT else f"need {fact.value} to themselves"
+            raise UserError(f"passes {last!r} and {name!r} both {told}: choose one")
         told = f"stands behind {last!r}, where no {fact.value} are left: move it before {last}"
         raise UserError(f"pass {name!r} {told}")
 

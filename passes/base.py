@@ -197,7 +197,7 @@ class IntegerPass(Pass):
     """
 
     stage: ClassVar[Stage] = Stage.BEHIND
-    takes: ClassVar[Set[Fact]] = frozenset({Fact.FLOAT, Fact.CODES, Fact.OUTLIERS})
+    takes: ClassVar[Set[Fact]] = frozenset({Fact.FLOAT, Fact.CODES, Fact.OUTLIERS, Fact.PARTS})
     policy: Policy
 
     @property

@@ -46,6 +46,7 @@ class Fact(Enum):
     PACKED: quantized products are operators of a weight format, each with its float weight to be checked against.
     INTEGER: quantized products compute in integers, each with its float form to be checked against.
     STATIC: nodes told to be so read activations on fixed grids, behind QuantizeLinear and DequantizeLinear.
+    PARTS: attention is as the file wrote it. What computes in integers ends it: its float twins read the parts.
     FUSED: attention over caches is a GroupQueryAttention where it can be one; others have their reason.
     CACHES: caches told to be so are codes, which the graph takes and gives.
     """
@@ -58,6 +59,7 @@ class Fact(Enum):
     PACKED = "packed products"
     INTEGER = "integer products"
     STATIC = "fixed ranges"
+    PARTS = "parts of attention"
     FUSED = "fused attention"
     CACHES = "coded caches"
 

@@ -185,7 +185,7 @@ def _caches(made: Pass, decided: Sequence[Decision], nodes: _Nodes, region: Regi
 
 
 def _nothing(made: Pass, decided: Sequence[Decision], nodes: _Nodes, region: Region) -> Iterable[str]:
-    """Float weights are what a file has."""
+    """Float weights, and the parts of attention, are what a file has."""
     return ()
 
 
@@ -199,6 +199,7 @@ _UNKEPT = {
     Fact.PACKED: _packed,
     Fact.INTEGER: _integer,
     Fact.STATIC: _static,
+    Fact.PARTS: _nothing,
     Fact.FUSED: _fused,
     Fact.CACHES: _caches,
 }

@@ -40,8 +40,9 @@ class FuseAttention(Pass):
 
     name: ClassVar[str] = "fuse_attention"
     stage: ClassVar[Stage] = Stage.BEHIND
-    needs: ClassVar[Set[Fact]] = frozenset({Fact.CANONICAL})
+    needs: ClassVar[Set[Fact]] = frozenset({Fact.CANONICAL, Fact.PARTS})
     ensures: ClassVar[Set[Fact]] = frozenset({Fact.FUSED})
+    takes: ClassVar[Set[Fact]] = frozenset({Fact.PARTS})
     added: ClassVar[Added | None] = Added(
         "attention",
         "fused",

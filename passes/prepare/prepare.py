@@ -29,7 +29,7 @@ class Prepare(Pass):
     name: ClassVar[str] = "prepare"
     stage: ClassVar[Stage] = Stage.BEFORE
     needs: ClassVar[Set[Fact]] = frozenset()
-    ensures: ClassVar[Set[Fact]] = WEIGHTS
+    ensures: ClassVar[Set[Fact]] = WEIGHTS | {Fact.PARTS}
     parts: ClassVar[Mapping[str, str]] = {small.name: small.summary for small in SMALL.values()}
 
     def __init__(self, *, opset: int = 21, without: str = _NONE) -> None:

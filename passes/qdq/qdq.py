@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qcompile.passes.affine import Array, QParams
 from qcompile.passes.base import STATIC, IntegerNodes, IntegerPass, Reason, Region
-from qcompile.passes.contract import Fact, Reads
+from qcompile.passes.contract import WEIGHTS, Fact, Reads
 from qcompile.passes.errors import UserError
 from qcompile.passes.graph import Names, add_initializer, stem, take_over
 from qcompile.passes.inner import int8, quantize_inner
@@ -65,6 +65,7 @@ class Qdq(IntegerPass):
 
     name: ClassVar[str] = "qdq"
     reads: Set[Reads] = frozenset({Reads.RANGES})
+    needs: ClassVar[Set[Fact]] = WEIGHTS | {Fact.PARTS}  # it rounds the activations that it had observed in them
     ensures: ClassVar[Set[Fact]] = frozenset({Fact.INTEGER, Fact.STATIC})
 
     def __init__(

@@ -82,6 +82,9 @@ def test_attention_is_fused_behind_packed_weights(passes: str, settings: dict[st
         ("gptq", r"pass 'gptq' must be followed by pack"),
         ("pack(size=3)", r"pass 'pack' has no parameter 'size'; it has target"),
         ("pack(target=gguf)", r"parameter target takes .*got 'gguf'"),
+        ("fuse_attention,qdq", "'fuse_attention' and 'qdq' both need parts of attention to themselves: choose one"),
+        ("qdq,fuse_attention,kv", "'qdq' and 'fuse_attention' both need parts of attention to themselves: choose one"),
+        ("dynamic,fuse_attention", "'fuse_attention' stands behind 'dynamic', where no parts of attention are left"),
         ("smooth(alpha=high),pack", r"parameter alpha takes float or .*'auto'.*got 'high'"),
         ("smooth(alpha=2),pack", r"alpha must be 'auto' or a number from 0 to 1, got 2"),
         ("smooth(alpha=true),pack", r"parameter alpha takes"),
@@ -110,6 +113,8 @@ def _sensible(names: Sequence[str]) -> bool:
         and all(i < quantizers[0] for i, name in enumerate(names) if quantizers and name in ON_FLOATS)
         and all(BEHIND[name] & set(names[i:]) for i, name in enumerate(names) if name in BEHIND)
         and all(BEFORE[name] & set(names[:i]) for i, name in enumerate(names) if name in BEFORE)
+        and not {"fuse_attention", "qdq"} <= set(names)
+        and "fuse_attention" not in names[names.index("dynamic") if "dynamic" in names else len(names) :]
     )
 
 
