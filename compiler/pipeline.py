@@ -69,7 +69,7 @@ def compile_model(
     if recipe.target in INT8:
         taking = activation_bits.taking(graph, INT8[recipe.target])
         report.nodes = activation_bits.choose(report.nodes, recipe.activation_bits, taking)
-        activation_bits.write(graph, report.nodes)
+        activation_bits.write(graph, report.nodes, recipe.activation_bits)
     verified, plan = finish(walked, progress), walked.plan
     report.ladder = ladder.finished(rungs, walked, verified)
     check_coverage(report, recipe.min_coverage, walked.passes)

@@ -3,9 +3,11 @@
 import inspect
 import math
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
+
+import onnx_ir as ir
 
 from qcompile.compiler.recipe import Recipe, Step
 from qcompile.passes.affine import Grid
@@ -14,6 +16,7 @@ from qcompile.passes.contract import PENDING, Fact, Reads, Stage
 from qcompile.passes.errors import UserError
 from qcompile.passes.extensions import OneOf, Table, parameters
 from qcompile.passes.formats import BY_NAME, named
+from qcompile.passes.formats.functions import is_product
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.weights import SPEC
 from qcompile.passes.rounding import Rounding, round_with_clip
@@ -38,18 +41,19 @@ def build(recipe: Recipe) -> list[Pass]:
     return list(planned(recipe).passes)
 
 
-def planned(recipe: Recipe) -> Planned:
-    """What a recipe comes to; UserError for an unknown pass or parameter, or an impossible order.
+def planned(recipe: Recipe, held: Set[Fact] = frozenset()) -> Planned:
+    """What a recipe comes to for a file of which the facts `held` are true (`facts_of`).
 
-    Invariant: whatever list is accepted, what a pass needs is ensured by one before it and taken by none in between,
-    and what it leaves for others is taken by one behind it.
+    UserError for an unknown pass or parameter, or an impossible order.
+    Invariant: whatever list is accepted, what a pass needs holds of the file or is ensured by one before it, and is
+    taken by none in between; what it leaves for others is taken by one behind it.
     """
     steps = list(recipe.passes)
     steps[:0] = [Step(name) for name in always() if name not in {step.name for step in steps}]
     for step in steps:
         _check_parameters(f"pass {step.name!r}", step, parameters(PASSES.required(step.name)))
     steps = with_added(steps, recipe)
-    check_order(steps)
+    check_order(steps, held)
     check_settings(recipe)
     policy = make_policy(recipe)
     made: list[Pass] = []
@@ -83,14 +87,20 @@ def for_application(recipe: Recipe, application: str) -> Recipe:
 
 
 def with_added(steps: Sequence[Step], recipe: Recipe, application: str = "") -> list[Step]:
-    """The steps and those that are `added`, each at the end, but before the first that needs what it ensures."""
-    made = list(steps)
-    for name in added(recipe):
-        if name not in {step.name for step in made}:
-            own, ensured = PASSES[name].added, PASSES[name].ensures
-            given = {} if own is None else own.applications.get(application, {})
-            needing = (i for i, step in enumerate(made) if PASSES[step.name].needs & ensured)
-            made.insert(next(needing, len(made)), Step(name, dict(given)))
+    """The steps and those that are `added`, each at the end, but before the first that needs what it ensures, or that
+    is such a pass itself and stands behind it in the table.
+    """
+    made, order = list(steps), [kind.name for kind in PASSES.own() if kind.added is not None]
+    for name in reversed(added(recipe)):
+        own, ensured, later = PASSES[name].added, PASSES[name].ensures, order[order.index(name) + 1 :]
+        if own is None or name in {step.name for step in made}:
+            continue
+        first = 1 + max((i for i, step in enumerate(made) if own.behind in PASSES[step.name].ensures), default=-1)
+        behind = (
+            i for i, step in enumerate(made[first:], first) if step.name in later or PASSES[step.name].needs & ensured
+        )
+        given = {**own.parameters, **own.applications.get(application, {})}
+        made.insert(next(behind, len(made)), Step(name, given))
     return made
 
 
@@ -128,7 +138,16 @@ def effective(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def check_order(steps: Sequence[Step]) -> None:
+def facts_of(model: ir.Model) -> Set[Fact]:
+    """What holds of a file's graph that a pass may need: of one that was compiled, its packed products."""
+    return frozenset({Fact.PACKED}) if any(is_product(node) for node in model.graph) else frozenset()
+
+
+# What `facts_of` may tell of some file: a list that is impossible for all of them is told before any is read.
+HELD = frozenset({Fact.PACKED})
+
+
+def check_order(steps: Sequence[Step], held: Set[Fact] = frozenset()) -> None:
     """Raise UserError for an unknown pass, a repeated one, or one that lacks what it needs, or whom it works for."""
     names = [step.name for step in steps]
     for i, name in enumerate(names):
@@ -139,16 +158,18 @@ def check_order(steps: Sequence[Step]) -> None:
         if PASSES[name].stage == Stage.BEFORE and any(PASSES[earlier].stage > Stage.BEFORE for earlier in names[:i]):
             raise UserError(f"pass {name!r} must come first")
     for i, name in enumerate(names):
-        _check_place(name, names[:i], names[i + 1 :])
+        _check_place(name, names[:i], names[i + 1 :], held)
 
 
-def _check_place(name: str, earlier: Sequence[str], later: Sequence[str]) -> None:
+def _check_place(name: str, earlier: Sequence[str], later: Sequence[str], held: Set[Fact]) -> None:
     kind = PASSES[name]
     for fact in (own for own in PENDING if own in kind.ensures):
         if not any(fact in PASSES[own].takes for own in later):
             raise UserError(f"pass {name!r} must be followed by {taking(fact)}: add it to --passes behind {name}")
     for fact in (own for own in Fact if own in kind.needs):
         last = next((own for own in reversed(earlier) if fact in PASSES[own].ensures | PASSES[own].takes), None)
+        if last is None and fact in held:
+            continue
         if last is None:
             raise UserError(f"pass {name!r} must stand behind {ensuring(fact)}: add it to --passes before {name}")
         if fact in PASSES[last].ensures:

@@ -148,8 +148,8 @@ class Recipe:
     attention: Annotated[
         Literal["fused", "plain"],
         About(
-            "attention of decoders with caches and packed weights: ONNX Runtime's GroupQueryAttention (default), "
-            "or standard operators",
+            "attention of decoders with caches and packed weights: ONNX Runtime's GroupQueryAttention (default) "
+            "behind joined products, or standard operators",
             WHAT,
         ),
     ] = "fused"

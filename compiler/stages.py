@@ -19,7 +19,7 @@ from qcompile.compiler.facts.value_types import told_by_runtime
 from qcompile.compiler.files.load import check_finite, load_model, model_hash
 from qcompile.compiler.measure import randomness
 from qcompile.compiler.mixed.keep import Wish, check_metric
-from qcompile.compiler.plan import Planned, packages, planned, reading
+from qcompile.compiler.plan import HELD, Planned, facts_of, packages, planned, reading
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.coverage import account, quantizers
 from qcompile.compiler.results.errors import ActivationRange, RowsSeen
@@ -108,9 +108,10 @@ def walk_model(
 
 def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     """Load the model and canonicalize its graph. Raises UserError for a model or a recipe that cannot work."""
-    made = planned(recipe)
-    passes = made.passes
+    planned(recipe, HELD)
     graph = load_model(source)
+    made = planned(recipe, facts_of(graph))
+    passes = made.passes
     check_finite(graph)
     report = Report(str(source), model_hash(source), recipe.to_dict(), versions() | packages(recipe))
     report.source_bytes = file_size(source, graph)

@@ -68,14 +68,16 @@ class Fact(Enum):
 class Added:
     """What adds a pass to lists that do not name it: a setting of the recipe of this value, for these targets.
 
-    It comes last, in lists that ensure `behind`, but before those that need what it ensures. applications: its
-    parameters in a model that one application alone is to run, by what the command line calls that.
+    It comes last, in lists that ensure `behind`, but before those that need what it ensures; of several such passes in
+    the order of the table. parameters: those that it has then. applications: those it has beside in a model that one
+    application alone is to run, by what the command line calls that.
     """
 
     setting: str
     value: str
     behind: Fact
     targets: Set[str]
+    parameters: Mapping[str, object] = field(default_factory=dict)
     applications: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 

@@ -14,7 +14,7 @@ from qcompile.compiler.facts.census import FloatConstant, census
 from qcompile.compiler.facts.memory import check_sizes
 from qcompile.compiler.facts.model import file_size
 from qcompile.compiler.files.load import load_model
-from qcompile.compiler.plan import effective, planned
+from qcompile.compiler.plan import effective, facts_of, planned
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.coverage import quantizers
 from qcompile.compiler.stages import check_target
@@ -34,7 +34,7 @@ def print_plan(path: Path, output: Path, recipe: Recipe, calibration: Calibratio
     """Print the nodes by decision, sizes before and after, and the memory that compiling will need."""
     model, recipe = load_model(path), effective(recipe)
     before = file_size(path, model)
-    work = planned(recipe)
+    work = planned(recipe, facts_of(model))
     passes = work.passes
     for rewrite in passes:
         if rewrite.stage == Stage.BEFORE:

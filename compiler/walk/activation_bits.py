@@ -47,12 +47,15 @@ def taking(model: ir.Model, int8: Int8) -> dict[str, bool]:
     return {node.name or "": int8.alone(node) for node in model.graph if int8.takes(node)}
 
 
-def write(model: ir.Model, errors: Sequence[NodeError]) -> None:
-    """Set the attribute of every packed product that has a kernel to what was chosen for it."""
+def write(model: ir.Model, errors: Sequence[NodeError], wanted: int | None) -> None:
+    """Set the attribute of every packed product that has a kernel to what was chosen for it.
+
+    One that came with the file has no error here: it keeps what it says, unless the user wants something else.
+    """
     bits = {error.node: error.activation_bits for error in errors}
-    for node in model.graph:
-        if is_native(node):
-            node.attributes[ACTIVATION_BITS] = ir.AttrInt64(ACTIVATION_BITS, bits.get(node.name or "", 16))
+    for node in (own for own in model.graph if is_native(own)):
+        before = wanted or node.attributes.get_int(ACTIVATION_BITS) or 16
+        node.attributes[ACTIVATION_BITS] = ir.AttrInt64(ACTIVATION_BITS, bits.get(node.name or "", before))
 
 
 def leveled(model: ir.Model) -> set[str]:

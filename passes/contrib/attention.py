@@ -48,7 +48,7 @@ class FuseAttention(Pass):
         "fused",
         Fact.PACKED,
         frozenset({"qcompile", "matmulnbits"}),
-        {"genai": {"padding": False}},  # which saves a prompt a mask of rows × positions
+        applications={"genai": {"padding": False}},  # which saves a prompt a mask of rows × positions
     )
 
     def __init__(self, *, padding: bool = True) -> None:

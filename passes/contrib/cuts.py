@@ -24,6 +24,24 @@ def packed(parts: Sequence[ir.Value], widths: Sequence[int]) -> ir.Value | None:
     return value if named_sizes(value)[-1:] == [int(starts[-1])] else None
 
 
+def feed_whole(graph: ir.Graph) -> None:
+    """Give a GroupQueryAttention undivided what its queries, keys and values are cut out of, in this order."""
+    for node in list(graph):
+        parts = [value for value in node.inputs[:3] if value is not None]
+        if (node.op_type, node.domain) != ("GroupQueryAttention", "com.microsoft") or len(parts) != 3:
+            continue
+        widths = [named_sizes(part)[-1:] for part in parts]
+        sizes = [own[0] for own in widths if own and isinstance(own[0], int)]
+        whole = packed(parts, sizes) if len(sizes) == 3 else None
+        if whole is None:
+            continue
+        for i, value in enumerate((whole, None, None)):
+            node.replace_input_with(i, value)
+        for cut in {part.producer() for part in parts}:
+            if cut is not None and not any(own.uses() or own.is_graph_output() for own in cut.outputs):
+                graph.remove(cut, safe=True)
+
+
 def _cut(part: ir.Value) -> tuple[ir.Value, int, int] | None:
     """(whole, first, end) of what Split or Slice cuts out of the last axis of (batch, rows, width)."""
     node = part.producer()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
+from qcompile.passes.formats.base import DOMAIN, EMBEDDING
 from qcompile.passes.graph import Decide, is_constant
 from qcompile.passes.tensors import chunks
 
@@ -16,7 +17,8 @@ _SAMPLE = 1 << 16
 def merge_duplicates(model: ir.Model, decide: Decide) -> None:
     """Let every use of an initializer over 1 KiB go to the first one of the same type, shape and bytes.
 
-    Bytes are read in two rounds, a sample of each tensor and then only those whose samples agree.
+    Bytes are read in two rounds, a sample of each tensor and then only those whose samples agree. What an embedding of
+    a compiled file reads is the head's under a name of its own, and stays so (`formats.base.alias`).
     """
     for group in _groups(_candidates(model.graph), _sample):
         for equal in _groups(group, _content):
@@ -36,6 +38,7 @@ def _candidates(graph: ir.Graph) -> list[ir.Value]:
         and value.const_value is not None
         and value.const_value.dtype != ir.DataType.STRING
         and value.const_value.nbytes > _MIN_BYTES
+        and not any(use.node.domain == DOMAIN and use.node.op_type.startswith(EMBEDDING) for use in value.uses())
     ]
 
 

@@ -8,8 +8,9 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.compiler.cli import main
-from qcompile.compiler.plan import build, check_order, effective, make_policy, needs_calibration
+from qcompile.compiler.plan import build, check_order, effective, make_policy, needs_calibration, planned
 from qcompile.compiler.recipe import Recipe, Step, parse_passes
+from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError
 from qcompile.passes.extensions import parameters
 from qcompile.passes.gptq import ErrorCompensated
@@ -55,6 +56,37 @@ def test_prepare_comes_first_and_the_order_is_kept(passes: str, built: list[str]
 def test_attention_is_fused_behind_packed_weights(passes: str, settings: dict[str, Any], there: bool) -> None:
     """Unless the recipe says otherwise, or its target has no operator for it."""
     assert [p.name for p in _build(passes, **settings)].count("fuse_attention") == there
+
+
+@pytest.mark.parametrize(
+    ("passes", "target", "built"),
+    [
+        ("pack", "qcompile", ["pack", "fuse(faster)", "fuse_attention"]),
+        ("pack,fuse", "qcompile", ["pack", "fuse", "fuse_attention"]),
+        ("pack,fuse_attention", "qcompile", ["pack", "fuse(faster)", "fuse_attention"]),
+        ("pack,fuse_attention,fuse", "qcompile", ["pack", "fuse_attention", "fuse"]),
+        ("pack", "matmulnbits", ["pack", "fuse_attention"]),
+        ("pack", "qdq", ["pack"]),
+    ],
+)
+def test_what_is_added_comes_in_the_order_of_the_table(passes: str, target: str, built: list[str]) -> None:
+    found = _build(passes, target=target)[1:]
+    assert [f"{own.name}(faster)" if getattr(own, "faster", False) else own.name for own in found] == built
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ("bias_correction", "pass 'bias_correction' must stand behind qdq"),
+        ("gptq,fuse", "pass 'gptq' must be followed by pack or qdq or dynamic"),
+    ],
+)
+def test_what_a_file_holds_serves_the_passes_that_need_it_alone(passes: str, message: str) -> None:
+    held = frozenset({Fact.PACKED})
+    for listed in ("fuse", "prepare,fuse", "fuse,fuse_attention"):
+        assert "fuse" in [own.name for own in planned(Recipe(passes=parse_passes(listed)), held).passes]
+    with pytest.raises(UserError, match=message):
+        planned(Recipe(passes=parse_passes(passes)), held)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,136 @@
+"""Files that qcompile compiled, compiled again: what late passes make of them is what they make at once."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from qcompile.models.tiny import tiny_decoder, tiny_encoder
+from qcompile.passes.formats.base import ACTIVATION_BITS
+
+FUSED = "fuse(faster=true),fuse_attention"
+
+
+def _decoder(bench: Any) -> Path:
+    return bench.save(tiny_decoder(kv_cache=True, outliers=False))
+
+
+def _count(path: Path) -> int:
+    return len(onnx.load(path, load_external_data=False).graph.node)
+
+
+def _nodes(path: Path) -> Counter[str]:
+    """Operators that are no standard ones, with their activation bits, products by name; what joins leave behind."""
+    found: Counter[str] = Counter()
+    for node in onnx.load(path, load_external_data=False).graph.node:
+        if not node.domain and node.op_type not in ("MatMul", "Split", "Sigmoid", "Softmax"):
+            continue
+        bits = [a.i for a in node.attribute if a.name == ACTIVATION_BITS]
+        found[f"{node.domain}.{node.op_type} {node.name if bits else ''} {bits}"] += 1
+    return found
+
+
+def _weights(path: Path) -> dict[str, bytes]:
+    return {tensor.name: tensor.raw_data for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 2}
+
+
+def _again(bench: Any, source: Path, lists: Sequence[str], **settings: Any) -> Path:
+    """The file that the first list makes of the source, taken through the others, one by one."""
+    for i, passes in enumerate(lists):
+        bench.compile(source, passes, output=f"in/again{i}.onnx", **(settings if i == 0 else {}))
+        source = bench.folder / "in" / f"again{i}.onnx"
+    return source
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        ["pack", FUSED],
+        ["pack", "fuse(faster=true)", "fuse_attention"],
+        ["pack", "fuse_attention", "fuse(faster=true)"],
+        ["pack", "fuse_attention", "prepare,fuse(faster=true)"],
+    ],
+)
+def test_late_passes_make_of_a_compiled_file_what_they_make_at_once(bench: Any, lists: list[str]) -> None:
+    """In whatever order they come, codes and nodes are the same."""
+    source = _decoder(bench)
+    bench.compile(source, "pack")
+    again = _again(bench, source, lists, attention="plain")
+    at_once = bench.folder / "out" / "model.onnx"
+    assert _nodes(again) == _nodes(at_once)
+    assert _count(again) <= _count(at_once), "what lengths and positions are made of is looked through once more"
+    assert _weights(again) == _weights(at_once)
+
+
+def test_the_default_joins_nothing_in_models_without_caches(bench: Any) -> None:
+    for i, make in enumerate((tiny_decoder, tiny_encoder)):
+        source = bench.save(make(), f"{i}.onnx")
+        bench.compile(source, "pack", output=f"out/{i}.onnx")
+        bench.compile(source, "pack", output=f"plain/{i}.onnx", attention="plain")
+        graphs = [onnx.load(bench.folder / f"{own}/{i}.onnx").graph for own in ("out", "plain")]
+        assert graphs[0].SerializeToString() == graphs[1].SerializeToString()
+
+
+def test_a_decoder_with_caches_has_one_product_an_input(bench: Any) -> None:
+    bench.compile(_decoder(bench), "pack", activations=16)
+    nodes = onnx.load(bench.folder / "out" / "model.onnx", load_external_data=False).graph.node
+    assert Counter(node.op_type for node in nodes if node.op_type in ("MatMulInt4", "SwiGLU", "Split", "Sigmoid")) == {
+        "MatMulInt4": 8,  # of two layers: queries, keys and values; the output; gate and up; down
+        "SwiGLU": 2,
+    }
+
+
+@pytest.mark.parametrize("told", [None, 8, 16])
+def test_products_that_came_with_the_file_keep_their_activations(bench: Any, told: int | None) -> None:
+    """Nothing is measured of them again; who asks for other bits gets these."""
+    source = _decoder(bench)
+    bench.compile(source, "pack", output="in/plain.onnx", attention="plain")
+    compiled = bench.folder / "in" / "plain.onnx"
+    model = onnx.load(compiled, load_external_data=False)
+    products = [node for node in model.graph.node if node.op_type.startswith("MatMulInt")]
+    for i, node in enumerate(products):
+        next(a for a in node.attribute if a.name == ACTIVATION_BITS).i = (8, 16)[i % 2]
+    compiled.write_bytes(model.SerializeToString())
+    bench.compile(compiled, "prepare", output="out/again.onnx", activations=told)
+    again = onnx.load(bench.folder / "out" / "again.onnx", load_external_data=False).graph.node
+    bits = {node.name: a.i for node in again for a in node.attribute if a.name == ACTIVATION_BITS}
+    assert bits == {node.name: told or (8, 16)[i % 2] for i, node in enumerate(products)}
+
+
+def test_products_of_other_bits_stay_apart_where_that_is_slower(bench: Any) -> None:
+    source = _decoder(bench)
+    bench.compile(source, "pack", output="in/plain.onnx", attention="plain", activations=8)
+    compiled = bench.folder / "in" / "plain.onnx"
+    model = onnx.load(compiled, load_external_data=False)
+    for node in model.graph.node:
+        if "up_proj" in node.name:
+            next(a for a in node.attribute if a.name == ACTIVATION_BITS).i = 16
+    compiled.write_bytes(model.SerializeToString())
+    report = bench.compile(compiled, "fuse(faster=true)", output="out/again.onnx")
+    kept = {d.node for d in report.decisions["fuse"] if d.reason.endswith("take activations of other bits")}
+    assert len(kept) == 4
+    assert all("gate_proj" in name or "up_proj" in name for name in kept)
+    bench.compile(compiled, "fuse", output="out/joined.onnx")
+    assert not [name for name in _nodes(bench.folder / "out" / "joined.onnx") if "gate_proj" in name and "[8]" in name]
+
+
+def test_a_file_without_packed_products_has_nothing_to_fuse(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    source = bench.save(tiny_encoder())
+    bench.refuses(capsys, source, ["--passes", "fuse"], "pass 'fuse' must stand behind pack: add it to --passes before")
+    bench.compile(source, "pack", output="in/packed.onnx", target="matmulnbits")
+    packed = bench.folder / "in" / "packed.onnx"
+    bench.refuses(capsys, packed, ["--passes", "fuse"], "pass 'fuse' must stand behind pack")
+
+
+def test_an_encoder_is_fused_later_for_any_target(bench: Any) -> None:
+    bench.compile(bench.save(tiny_encoder()), "pack", output="in/packed.onnx")
+    for target, settings in {"qcompile": {}, "matmulnbits": {"accuracy_level": 0}, "qdq": {}}.items():
+        given: dict[str, Any] = {"output": f"out/{target}.onnx", "target": target, **settings}
+        report = bench.compile(bench.folder / "in" / "packed.onnx", "fuse", **given)
+        assert len([d for d in report.decisions["fuse"] if d.action == "fused"]) > 1
+        assert max(o.relative for o in report.outputs) < 1e-5
+    assert np.sum([name.count("MatMulAddInt4") for name in _nodes(bench.folder / "out" / "qcompile.onnx")]) > 0
