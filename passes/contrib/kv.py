@@ -23,7 +23,7 @@ _GRID = ActivationSpec(ir.DataType.INT8, True)
 
 
 class Kv(Pass):
-    """Store a decoder's caches as int8: a quarter of their memory, and of what a step reads of them.
+    """Store a decoder's caches as int8: a quarter of their memory, for long contexts; prompts are slower.
 
     Case 1: the keys and values that a GroupQueryAttention appends to its caches become int8 codes there, symmetric
             around zero, with the scales of what calibration saw: one for each channel of each head, or one a cache.
