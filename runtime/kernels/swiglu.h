@@ -24,7 +24,7 @@ inline float limited_exp(float t) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  int32_t bits;
+  uint32_t bits;  // of a NaN they overflow, and what comes out is a NaN whatever they are
   __builtin_memcpy(&bits, &shifted, 4);
   bits = (bits - 0x4B400000 + 127) << 23;  // less the bits of kRounding: n
   float power;
