@@ -111,6 +111,28 @@ def test_float_weights_may_have_coded_caches(bench: Any) -> None:
     assert all(output.relative < 0.02 for output in report.outputs)
 
 
+def test_a_compiled_file_may_have_its_caches_coded(made: Any) -> None:
+    """Its weights are what they were; its caches alone are other ones."""
+    bench = made[0]
+    report = bench.compile(
+        bench.folder / "out" / "float.onnx", "fuse_attention,kv", output="out/late.onnx", calibration=()
+    )
+    assert "4 of 4 in codes" in report.caches
+    assert report.outputs[0].name == "logits"
+    assert report.outputs[0].relative < 0.02
+    paths = [bench.folder / "out" / f"{name}.onnx" for name in ("float", "late")]
+    stored = [
+        {
+            name: v.const_value.numpy().tobytes()
+            for name, v in load_model(path).graph.initializers.items()
+            if "proj" in name
+        }
+        for path in paths
+    ]
+    assert stored[0] == stored[1]
+    assert len(stored[0]) > 14
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
