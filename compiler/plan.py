@@ -54,7 +54,7 @@ def planned(recipe: Recipe, held: Set[Fact] = frozenset()) -> Planned:
         _check_parameters(f"pass {step.name!r}", step, parameters(PASSES.required(step.name)))
     steps = with_added(steps, recipe)
     check_order(steps, held)
-    check_settings(recipe)
+    check_settings(recipe, held)
     policy = make_policy(recipe)
     made: list[Pass] = []
     for step in reversed(steps):
@@ -181,13 +181,14 @@ def _check_place(name: str, earlier: Sequence[str], later: Sequence[str], held: 
         raise UserError(f"pass {name!r} {told}")
 
 
-def check_settings(recipe: Recipe) -> None:
+def check_settings(recipe: Recipe, held: Set[Fact] = frozenset()) -> None:
     """Raise UserError for settings that no pass of the list takes, or that its passes exclude."""
     integer, given = steps_that(recipe, ensure=Fact.INTEGER), recipe.formats
     if integer and given:
         name, (setting, value) = integer[0].name, next(iter(given.items()))
         raise UserError(f"{setting}: {value} is for {ensuring(Fact.PACKED)}; {name} makes int8 of all weights")
-    if recipe.accuracy_level is not None and not steps_that(recipe, ensure=Fact.PACKED):
+    packed = Fact.PACKED in held or bool(steps_that(recipe, ensure=Fact.PACKED))
+    if recipe.accuracy_level is not None and not packed:
         raise UserError(f"accuracy_level {recipe.accuracy_level} is for the MatMulNBits of {ensuring(Fact.PACKED)}")
     if recipe.accuracy_level is not None and (target := effective(recipe).target) != "matmulnbits":
         raise UserError(f"accuracy_level {recipe.accuracy_level} needs target matmulnbits: {target} has no such level")
