@@ -40,6 +40,9 @@ from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.histogram import Histogram
 from qcompile.passes.policy import Policy
 
+# Batches of calibration data beside the check batches, by which it is told what a model will meet.
+_LOOKED_AT = 8
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -198,6 +201,9 @@ def finish(walked: Walked, progress: Progress) -> list[Arrays]:
     original = walked.model.clone() if again else walked.model
     for late in (p for p in walked.passes if p.stage == Stage.BEHIND):
         progress.step(late.name)
+        if reason := _unfit(late, walked):
+            late.decide("", "kept", reason)
+            continue
         if isinstance(late, WalksAgain):
             job.walk_again(late, walked.plan, walked.data, original)
         promises.run(late, Region.whole(walked.model))
@@ -205,6 +211,22 @@ def finish(walked: Walked, progress: Progress) -> list[Arrays]:
     report.decisions = {p.name: p.decisions for p in walked.passes}
     _account(walked)
     return job.verify(walked.plan, walked.data, walked.outputs)
+
+
+def _unfit(late: Pass, walked: Walked) -> str:
+    """Why a pass that the recipe does not list must not run: the data is what the model will meet, and would not fit.
+
+    Raises UserError for one that it lists.
+    """
+    if type(late).unfit is Pass.unfit:
+        return ""
+    for batch in (*walked.data.checks, *walked.data.calibration[:_LOOKED_AT]):
+        reason = late.unfit(walked.model, batch.feeds)
+        if reason and late.name in {step.name for step in walked.prepared.recipe.passes}:
+            raise UserError(f"pass {late.name}: {reason}: leave it out, or give other data")
+        if reason:
+            return reason
+    return ""
 
 
 def _account(walked: Walked) -> None:

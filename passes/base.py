@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
@@ -157,6 +158,10 @@ class Pass(ABC):
         was asked: behind a Mul that came before a linear, say.
         """
         return {}
+
+    def unfit(self, model: ir.Model, feeds: Mapping[str, npt.NDArray[Any]]) -> str:
+        """Why the graph that it makes of the model could not take these inputs, by name; empty where it can."""
+        return ""
 
     def on_copy(self, values: Mapping[str | None, ir.Value]) -> Self:
         """The pass for a copy of the model, with nothing decided; `values`: those of the copy, by name."""

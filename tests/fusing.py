@@ -49,20 +49,28 @@ class Running:
         return np.asarray(found["logits"])
 
 
-def _logits(model: ir.Model, mask: Array, rows: list[int], seed: int) -> Array:
+def _positions(mask: Array, *, counted: bool) -> Array:
+    """position_ids of all tokens: padding is left out, as transformers does, or counted as well."""
+    return np.tile(np.arange(mask.shape[1]), (len(mask), 1)) if counted else np.maximum(np.cumsum(mask, 1) - 1, 0)
+
+
+def _logits(model: ir.Model, mask: Array, rows: list[int], seed: int, *, counted: bool) -> Array:
     """Of the tokens that are no padding: a prompt, padded as `mask` says, and so many rows behind it, run by run."""
     random, batch = np.random.default_rng(seed), len(mask)
     run = Running(model, batch)
     ids = random.integers(0, _VOCABULARY, mask.shape)
-    found = [run(ids, mask, np.maximum(np.cumsum(mask, 1) - 1, 0))[mask == 1]]
+    found = [run(ids, mask, _positions(mask, counted=counted))[mask == 1]]
     for count in rows:
         mask = np.concatenate([mask, np.ones((batch, count), np.int64)], 1)
         ids = random.integers(0, _VOCABULARY, (batch, count))
-        positions = (np.cumsum(mask, 1) - 1)[:, -count:]
+        positions = _positions(mask, counted=counted)[:, -count:]
         found.append(run(ids, mask, positions).reshape(batch * count, -1))
     return np.concatenate(found)
 
 
-def check_same(model: ir.Model, fused: ir.Model, mask: Array, rows: list[int], *, tolerance: float = 1e-5) -> None:
-    expected, found = (_logits(own, mask, rows, seed=3) for own in (model, fused))
+def check_same(
+    model: ir.Model, fused: ir.Model, mask: Array, rows: list[int], *, tolerance: float = 1e-5, counted: bool = False
+) -> None:
+    """Both give the same logits for tokens that are no padding. counted: position_ids count padding."""
+    expected, found = (_logits(own, mask, rows, seed=3, counted=counted) for own in (model, fused))
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)

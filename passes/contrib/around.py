@@ -214,8 +214,8 @@ class Around:
         """By which rows are turned, (batch or 1, rows).
 
         GroupQueryAttention turns all sequences of a first prompt alike: row r by the r-th entry of the first one. So
-        positions count padding in front of a sequence, which position_ids leave out; what else these leave out or add
-        stays. Scores depend on differences alone: they are the same.
+        positions count padding in front of a sequence, which position_ids leave out, or count as well; what else these
+        leave out or add stays. Scores depend on differences alone: they are the same.
         """
         return self._once("positions", self._positions)
 
@@ -231,6 +231,9 @@ class Around:
         seen = self.op("Cast", [mask], "attention.seen_number", to=_INT64)
         lead = self.op("ArgMax", [seen], "attention.lead", axis=1, keepdims=1)
         moved = self.op("Add", [given, lead], "attention.moved")
+        padded = self.op("Cast", [lead], "attention.padded_in_front", to=_BOOL)
+        least = self.op("Min", [moved, counted], "attention.moved_at_most")
+        moved = self.op("Where", [padded, least, moved], "attention.moved_by")
         new = self.op("Slice", [seen, self.past, self.total, self.constant([1])], "attention.seen_rows")
         real = self.op("Cast", [new], "attention.real", to=_BOOL)
         return self.op("Where", [real, moved, counted], "attention.turned_by")

@@ -1,6 +1,6 @@
 """Cached attention that exporters write out becomes GroupQueryAttention of ONNX Runtime."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from qcompile.passes.contrib.cuts import packed
 from qcompile.passes.contrib.inputs import Inputs
 from qcompile.passes.contrib.masking import Lets, lets
 from qcompile.passes.contrib.norms import fuse_norms
+from qcompile.passes.contrib.probing import Array
 from qcompile.passes.contrib.rotary import Rotated, rotated
 from qcompile.passes.contrib.written import Written, written
 from qcompile.passes.graph import Names, take_over
@@ -54,6 +55,26 @@ class FuseAttention(Pass):
     def __init__(self, *, padding: bool = True) -> None:
         super().__init__()
         self.padding = padding
+
+    def unfit(self, model: ir.Model, feeds: Mapping[str, Array]) -> str:
+        """Several rows behind cached ones of several sequences; padding.
+
+        Tokens beside padding have the same logits, but what padding itself gives differs, and is looked at.
+        """
+        inputs = Inputs.of(model.graph)
+        if isinstance(inputs, str):
+            return ""
+        mask = feeds.get(str(inputs.mask.name)) if inputs.mask is not None else None
+        if mask is not None and not mask.all():
+            return "the data has padding, of which caches and outputs would hold other numbers"
+        tokens, past = (feeds.get(str(values[0].name)) for values in (inputs.tokens, inputs.pasts))
+        if tokens is None or past is None or tokens.ndim < 2 or past.ndim < 4:
+            return ""
+        (sequences, rows), cached = tokens.shape[:2], past.shape[2]
+        if sequences > 1 and rows > 1 and cached:
+            told = f"the data has {rows} rows behind {cached} cached ones for {sequences} sequences"
+            return f"{told}, which GroupQueryAttention takes for one sequence only"
+        return ""
 
     def call(self, region: Region) -> None:
         """Fuse what can be fused, in place."""
