@@ -27,8 +27,9 @@ _SAMPLES = 96
 _WORTH_A_MUL = 0.5
 _FINALISTS = 2
 # Where few rows are to tell, what outliers are brought down to, in times of the largest value seen of other channels,
-# which then are as far from the end of the grid; and by how much more an outlier stands out at least. With 1 instead of
-# 4, and 2, a network of three linears lost 7 dB on rows to come: channels in the middle were cut off.
+# which then are as far from the end of the grid; and by how much more the loudest stands out at least. With 1 instead
+# of 4, and 2, a network of three linears lost 7 dB on rows to come: channels in the middle were cut off. So were they
+# in a classifier of 192 channels, where outliers were as many as rows tell of, whether they stood out or not: 10 dB.
 _SLACK, _STANDS_OUT = 4.0, 2.0
 
 
@@ -40,9 +41,9 @@ class Smooth(Pass):
     Case 2: alpha is "auto": the alpha of least output error after `rounding`, and none where that is no gain.
     Case 3: no constant before the value can take the factor: with `insert` a Mul does, which costs run time, where it
             takes away half of the squared error and more. "auto" inserts where activations become integers.
-    Case 4: before integers, and of fewer than four rows a channel, alpha "auto" brings channels that stand out down to
-            four times the next one, one for each four rows at most, and leaves all others; of fewer than 32 rows all.
-            Made even, all K channels would be cut off together by rows to come.
+    Case 4: before integers, and of fewer than four rows a channel, alpha "auto" brings channels that stand out, by four
+            times from the next one, down to that, one for each four rows at most, and leaves all others; of fewer than
+            32 rows all. Made even, all K channels would be cut off together by rows to come.
     """
 
     name: ClassVar[str] = "smooth"
@@ -85,14 +86,25 @@ class Smooth(Pass):
             rows = judge.statistics.rows
             return f"seen on {rows} rows, too few to know how far any channel goes (at least {FEWEST_KNOWN} rows)"
 
+        counts = standing_out(judge.pair.pool_max(judge.fitted.reach), most) if few else []
+        if few and not counts:
+            return (
+                f"seen on {judge.statistics.rows} rows, and no channels stand out by {_SLACK:g} times from all others"
+            )
+
         def candidates(statistics: Statistics) -> dict[str, Array]:
             activation = judge.pair.pool_max(statistics.reach)
             if few:
-                counts = [2**i for i in range(most.bit_length()) if 2**i <= most]
                 return {f"the loudest {n} of {len(weight)} channels": levelled(activation, n) for n in counts}
             return {f"alpha={alpha:g}": smoothing_factor(activation, weight, float(alpha)) for alpha in alphas}
 
         return judge.best(candidates, finalists=_FINALISTS)
+
+
+def standing_out(activation: Array, most: int) -> list[int]:
+    """The numbers n, at most so many, of which each of the n loudest channels is over `_SLACK` times the next one."""
+    peaks = -np.sort(-activation)
+    return [n for n in range(1, min(most, len(peaks) - 1) + 1) if 0 < np.float32(_SLACK) * peaks[n] < peaks[n - 1]]
 
 
 def levelled(activation: Array, count: int) -> Array:

@@ -15,7 +15,7 @@ from qcompile.passes.held import FEWEST_KNOWN
 from qcompile.passes.linears import find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import relative_error, round_to_nearest
-from qcompile.passes.smooth import Smooth, levelled, smoothing_factor
+from qcompile.passes.smooth import Smooth, levelled, smoothing_factor, standing_out
 from qcompile.passes.spec import ActivationSpec, PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
 
@@ -185,6 +185,20 @@ def test_few_rows_without_outliers_are_left_alone() -> None:
     smooth = Smooth(POLICY8, round_to_nearest, ActivationSpec())
     smooth.call(_with_sample(outlier_model()[0], x[: FEWEST_KNOWN - 1]))
     assert "seen on 31 rows, too few to know how far any channel goes (at least 32 rows)" in smooth.decisions[0].reason
+
+
+@pytest.mark.parametrize(
+    ("peaks", "most", "counts"),
+    [
+        ([1, 1, 30, 1, 25], 4, [2]),
+        ([1, 1, 30, 1, 25], 1, []),
+        ([27, 11, 5, 4.9, 4, 3, 2], 6, []),  # one is left as near to the end as the one before was brought
+        ([100, 20, 1, 1], 3, [1, 2]),
+        ([5, 0, 0], 2, []),
+    ],
+)
+def test_channels_that_stand_out_from_all_others(peaks: list[float], most: int, counts: list[int]) -> None:
+    assert standing_out(np.array(peaks, np.float32), most) == counts
 
 
 @settings(max_examples=50, deadline=None)
