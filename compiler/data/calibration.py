@@ -82,6 +82,9 @@ class Calibration:
     reader: Reader | Iterable[Mapping[str, Any]] | None = None
     pictures: Pictures = field(default_factory=Pictures)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", [str(file) for file in self.files])  # programs have paths
+
     @property
     def word(self) -> str:
         """SELF or NORMS, where that is given and no file of the name is there; else empty."""

@@ -42,6 +42,13 @@ def _ids(data: Data) -> list[list[int]]:
     return [batch.feeds["input_ids"][0].tolist() for batch in data.calibration]
 
 
+def test_paths_are_files_too(tmp_path: Path) -> None:
+    """A program has paths; they ended in a TypeError."""
+    given = Calibration(files=[tmp_path / "a.npz"])  # type: ignore[list-item]
+    assert given == Calibration.of([tmp_path / "a.npz"]) == Calibration([str(tmp_path / "a.npz")])
+    assert given.only_files
+
+
 def test_windows_are_disjoint_and_spread_over_the_whole_text() -> None:
     windows = spread(range(1000), 16, 4)
     assert [len(w) for w in windows] == [16] * 4
