@@ -159,6 +159,7 @@ def gather_data(prepared: Prepared, calibration: Calibration, saved: SavedStatis
         needed=bool(recipe.mixed) or needed,
         learnt=saved is not None,
     )
+    _check_fit(prepared, data)
     mark_infinite(prepared.model, _infinite(prepared.plan, (*data.calibration, *data.checks)))
     if data.guess:
         refused = [p.name for p in prepared.passes if p.reads & {Reads.OUTPUTS, Reads.STATISTICS}]
@@ -201,7 +202,7 @@ def finish(walked: Walked, progress: Progress) -> list[Arrays]:
     original = walked.model.clone() if again else walked.model
     for late in (p for p in walked.passes if p.stage == Stage.BEHIND):
         progress.step(late.name)
-        if reason := _unfit(late, walked):
+        if reason := _unfit(late, walked.model, walked.data):
             late.decide("", "kept", reason)
             continue
         if isinstance(late, WalksAgain):
@@ -213,20 +214,22 @@ def finish(walked: Walked, progress: Progress) -> list[Arrays]:
     return job.verify(walked.plan, walked.data, walked.outputs)
 
 
-def _unfit(late: Pass, walked: Walked) -> str:
-    """Why a pass that the recipe does not list must not run: the data is what the model will meet, and would not fit.
+def _check_fit(prepared: Prepared, data: Data) -> None:
+    """Raise UserError, before any work, where the data does not fit a pass that is listed, or needed by one that is."""
+    names = {step.name for step in prepared.recipe.passes}
+    needed = frozenset[Fact]().union(*(p.needs for p in prepared.passes if p.name in names))
+    for own in prepared.passes:
+        asked = own.name in names or bool(own.ensures & needed)
+        if asked and (reason := _unfit(own, prepared.model, data)):
+            raise UserError(f"pass {own.name}: {reason}: leave it out, or give other data")
 
-    Raises UserError for one that it lists.
-    """
-    if type(late).unfit is Pass.unfit:
+
+def _unfit(own: Pass, model: ir.Model, data: Data) -> str:
+    """Why a pass must not run: the data is what the model will meet, and would not fit the graph that it makes."""
+    if type(own).unfit is Pass.unfit:
         return ""
-    for batch in (*walked.data.checks, *walked.data.calibration[:_LOOKED_AT]):
-        reason = late.unfit(walked.model, batch.feeds)
-        if reason and late.name in {step.name for step in walked.prepared.recipe.passes}:
-            raise UserError(f"pass {late.name}: {reason}: leave it out, or give other data")
-        if reason:
-            return reason
-    return ""
+    reasons = (own.unfit(model, batch.feeds) for batch in (*data.checks, *data.calibration[:_LOOKED_AT]))
+    return next(filter(None, reasons), "")
 
 
 def _account(walked: Walked) -> None:

@@ -10,7 +10,6 @@ from qcompile.passes.masks import FILL
 from qcompile.passes.prepare.sizes import named_sizes
 
 _SWAP = ((0, 1, 3, 2), (0, 1, 2, 4, 3))
-_GROUPS = ("Unsqueeze", "Reshape")
 _MERGE = ((0, 2, 1, 3), (0, 3, 1, 2, 4))
 
 

@@ -6,7 +6,7 @@ from qcompile.passes.graph import Decide, small_array
 
 
 def remove_identities(model: ir.Model, decide: Decide) -> None:
-    """Bypass Identity, Casts to the type that is there, Dropout outside of training; one that names an output stays."""
+    """Bypass Identity, idle Casts, and Dropout outside of training, in bodies too; one that names an output stays."""
     removed = 0
     for node in list(model.graph.all_nodes()):
         if not _does_nothing(node):

@@ -8,6 +8,7 @@ import pytest
 
 from qcompile.compiler import Recipe, compile_model, parse_passes
 from qcompile.compiler.results.report import Report
+from qcompile.compiler.walk.walk import Job
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.errors import UserError
 
@@ -63,7 +64,12 @@ def test_all_else_is_fused(tmp_path: Path, batch: int, rows: int, past: int) -> 
     assert "GroupQueryAttention" in _operators(tmp_path)
 
 
-def test_a_listed_pass_is_refused_instead(tmp_path: Path) -> None:
+@pytest.mark.parametrize("passes", ["pack,fuse_attention", "pack,kv"])
+def test_a_pass_that_is_listed_or_needed_is_refused_instead(
+    tmp_path: Path, passes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the walk, which may take hours."""
+    monkeypatch.setattr(Job, "walk", lambda *given: pytest.fail("it was walked"))
     with pytest.raises(UserError, match="pass fuse_attention: the data has 4 rows behind 3 cached ones"):
-        _compiled(tmp_path, "pack,fuse_attention", 2, 4, 3)
+        _compiled(tmp_path, passes, 2, 4, 3)
     assert not (tmp_path / "out.onnx").exists()

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -101,16 +103,23 @@ def test_cache_prefills_from_nothing_and_decodes(llama: Path, tmp_path: Path) ->
     inputs = {value.name: value.shape for value in opened.get_inputs()}
     assert inputs["past_key_values.1.value"] == ["batch", 2, "past_sequence", 16]
     ids = ids_of(2, 9)
-    past = {name: np.zeros((2, 2, 0, 16), np.float32) for name in inputs if name.startswith("past")}
+    expected = logits_of_torch(llama, ids)
+    found = _in_pieces(opened, ids, ((0, 4), (4, 5), (5, 9)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def _in_pieces(opened: Any, ids: np.ndarray, pieces: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Logits of one run for each piece of ids (batch, …), which takes the caches of the run before."""
+    inputs = [value for value in opened.get_inputs() if value.name.startswith("past")]
+    past = {value.name: np.zeros((len(ids), value.shape[1], 0, value.shape[3]), np.float32) for value in inputs}
     found = []
-    for start, stop in ((0, 4), (4, 5), (5, 9)):
-        feeds = {"input_ids": ids[:, start:stop], "attention_mask": np.ones((2, stop), np.int64)}
-        positions = np.tile(np.arange(start, stop), (2, 1))
+    for start, stop in pieces:
+        feeds = {"input_ids": ids[:, start:stop], "attention_mask": np.ones((len(ids), stop), np.int64)}
+        positions = np.tile(np.arange(start, stop), (len(ids), 1))
         logits, *present = opened.run(None, feeds | {"position_ids": positions} | past)
         past = dict(zip(past, present, strict=True))
         found.append(logits)
-    expected = logits_of_torch(llama, ids)
-    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    return np.concatenate(found, axis=1)
 
 
 def test_the_head_of_a_decoder_for_genai_scores_the_last_row(llama: Path, tmp_path: Path) -> None:
@@ -122,16 +131,10 @@ def test_the_head_of_a_decoder_for_genai_scores_the_last_row(llama: Path, tmp_pa
     assert (record["kv_cache"], record["logits"]) == (True, "last")
     opened = session(tmp_path / "last" / "model.onnx")
     assert opened.get_outputs()[0].shape == ["batch", 1, 256]
-    ids, found = ids_of(2, 9), []
-    past = {value.name: np.zeros((2, 2, 0, 16), np.float32) for value in opened.get_inputs()[3:]}
-    for start, stop in ((0, 4), (4, 5), (5, 9)):
-        feeds = {"input_ids": ids[:, start:stop], "attention_mask": np.ones((2, stop), np.int64)}
-        positions = np.tile(np.arange(start, stop), (2, 1))
-        logits, *present = opened.run(None, feeds | {"position_ids": positions} | past)
-        past = dict(zip(past, present, strict=True))
-        found.append(logits)
+    ids = ids_of(2, 9)
     expected = logits_of_torch(llama, ids)[:, [3, 4, 8]]
-    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    found = _in_pieces(opened, ids, ((0, 4), (4, 5), (5, 9)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def test_the_last_row_is_the_last_one_that_is_no_padding(llama: Path, tmp_path: Path) -> None:
