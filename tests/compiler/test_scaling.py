@@ -41,8 +41,8 @@ class Calls:
 def _calls(bench: Any, layers: int, passes: str) -> Counter[CodeType]:
     model = tiny_decoder(layers=layers, hidden=32, heads=2, kv_heads=1, ffn=64)
     path = bench.save(model, f"{layers}.onnx")
-    with Calls() as calls:
-        bench.compile(path, passes, output=f"out/{layers}.onnx", samples=2, context=16, min_cosine=0)
+    with Calls() as calls:  # rows enough for smooth and outlier to act on every layer, not on what chance leaves them
+        bench.compile(path, passes, output=f"out/{layers}.onnx", samples=8, context=32, min_cosine=0)
     return calls.counts
 
 
