@@ -1,11 +1,14 @@
 """What `qcompile package --for genai` writes runs in onnxruntime-genai, and writes the text that `generate` writes."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from conftest import Bench
 
@@ -98,3 +101,29 @@ def test_the_text_is_that_of_generate(
     subject = Subject(source, accuracy_level=0 if source is model else 4)
     expected = [list(generate_ids(subject, ids, _TOKENS, Sampling())) for ids in given]
     assert found == expected
+
+
+def test_a_program_in_cpp_gives_the_same_tokens(bench: Bench, genai: Path, tmp_path: Path) -> None:
+    """The library's own loop, without Python: what C++, C#, Java and Swift programs call."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    model = _model(bench, tiny_decoder(kv_cache=True, outliers=False))
+    bench.compile(model)
+    source, folder = bench.folder / "out" / "model.onnx", bench.folder / "packaged"
+    package(source, folder, tokenizer=model.parent)
+    program, library = tmp_path / "main", genai / "onnxruntime_genai" / "libonnxruntime-genai.so"
+    text = Path(__file__).with_name("genai_main.cpp")
+    command = [compiler, "-std=c++17", str(text), str(library), f"-Wl,-rpath,{library.parent}", "-o", str(program)]
+    subprocess.run(command, check=True)
+    (onnx_runtime,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so*")
+    done = subprocess.run(
+        [str(program), str(folder), str(_TOKENS), _PROMPTS[0]],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ORT_LIB_PATH": str(onnx_runtime)},
+    )
+    assert done.returncode == 0, done.stderr
+    given, _ = _generated(genai, folder, _PROMPTS[:1])
+    expected = list(generate_ids(Subject(source, accuracy_level=4), given[0], _TOKENS, Sampling()))
+    assert [int(token) for token in done.stdout.split()] == expected
