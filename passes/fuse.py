@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence, Set
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from qcompile.passes.formats import by_operator, functions
 from qcompile.passes.formats.base import (
     ACTIVATION_BITS,
     BIASED,
+    COLUMNS_AT_8,
     DOMAIN,
     PRODUCT,
     add_codes,
@@ -32,14 +33,14 @@ class Fuse(Pass):
 
     Case 1 (bias): a MatMulInt… whose only reader is an Add of a constant (N,) becomes a MatMulAddInt….
     Case 2 (inputs): products that read one value, of the same operator, group size, code type, scale type and kind of
-    zero points become one node whose weights are concatenated along N, and a Split into the outputs they had. It takes
-    activations at 16 bits where one of them does.
+    zero points become one node whose weights are concatenated along N, and a Split into the outputs they had. Columns
+    take activations at the bits that they had (COLUMNS_AT_8): kernels compute the same bit for bit, where what takes 8
+    fills whole panels.
     Case 3: a product whose weight another node reads too keeps its own copy: it joins no other.
     Case 4 (gates): silu(a) b becomes a SwiGLU where a and b are the halves that a Split makes of one value, such as the
     product that Case 2 made of them, and nothing else reads a half (`gates`). For that a gate is joined before others.
     Case 5: a GroupQueryAttention whose queries, keys and values are cut out of one product reads that whole.
-    faster: only what is known to save time is done: in decoders with caches, and of products that take activations of
-    the same bits, since a long prompt pays for 16 in the place of 8.
+    faster: only what is known to save time is done: in decoders with caches.
     Names of values stay; a joined node is named after those it replaces.
     """
 
@@ -99,10 +100,7 @@ class Fuse(Pass):
                 else:
                     alike.setdefault(_kind(node), []).append(node)
             for kind, group in alike.items():
-                if self.faster and len({_bits(node) for node in group}) > 1:
-                    for node in group:
-                        self.decide(_name(node), "kept", "products of its input take activations of other bits")
-                elif len(group) > 1:
+                if len(group) > 1:
                     self._join(model, sorted(group, key=lambda node: not gates(node.outputs[0])), names)
                 else:
                     others = " and ".join(sorted(set(alike) - {kind})) or "shared weights"
@@ -141,10 +139,14 @@ class Fuse(Pass):
         self, model: ir.Model, operator: str, inputs: Sequence[ir.Value | None], nodes: Sequence[ir.Node], name: str
     ) -> ir.Node:
         """The node that stands for the products `nodes`, in front of the first of them."""
-        functions.register(model, operator, zero_points=operands(nodes[0]).zero_point is not None)
-        bits = [own for node in nodes if (own := _bits(node)) is not None]
-        attributes = {name: own.as_int() for name, own in nodes[0].attributes.items() if name != ACTIVATION_BITS}
-        attributes |= {ACTIVATION_BITS: max(bits)} if bits else {}
+        bits = {_bits(node) for node in nodes}
+        columns = [] if bits == {8} else _columns_at_8(nodes)
+        zero_points = operands(nodes[0]).zero_point is not None
+        functions.register(model, operator, zero_points=zero_points, columns=bool(columns))
+        own = (ACTIVATION_BITS, COLUMNS_AT_8)
+        attributes: dict[str, Any] = {name: a.as_int() for name, a in nodes[0].attributes.items() if name not in own}
+        attributes |= {} if bits == {None} else {ACTIVATION_BITS: 8 if bits == {8} else 16}
+        attributes |= {COLUMNS_AT_8: columns} if columns else {}
         made = ir.node(operator, inputs, attributes, domain=DOMAIN, name=name)
         nodes[0].prepend(made)
         return made
@@ -170,6 +172,19 @@ def _name(node: ir.Node) -> str:
 def _bits(node: ir.Node) -> int | None:
     """The bits that a product says its kernel gives activations."""
     return node.attributes[ACTIVATION_BITS].as_int() if ACTIVATION_BITS in node.attributes else None
+
+
+def _columns_at_8(nodes: Sequence[ir.Node]) -> list[int]:
+    """Where what takes activations at 8 bits lies among the columns of all: begins and ends of ranges."""
+    found: list[int] = []
+    start = 0
+    for node in nodes:
+        n = dimensions(operands(node).codes)[1]
+        own = [0, n] if _bits(node) == 8 else [int(at) for at in node.attributes.get_ints(COLUMNS_AT_8, [])]
+        ends = [start + at for at in own]
+        found = [*found[:-1], *ends[1:]] if found and ends and found[-1] == ends[0] else [*found, *ends]
+        start += n
+    return found
 
 
 def _kind(node: ir.Node) -> str:

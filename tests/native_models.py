@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import FORMATS, by_operator, functions
-from qcompile.passes.formats.base import BIASED, PRODUCT, pack_nibbles
+from qcompile.passes.formats.base import BIASED, COLUMNS_AT_8, PRODUCT, pack_nibbles
 from qcompile.runtime.library import library_path
 from qcompile.runtime.sessions import session
 
@@ -111,11 +111,15 @@ class Case:
             inputs += [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in tensors]
         output = helper.make_tensor_value_info("y", kind, None)
         graph = helper.make_graph([node], "g", inputs, [output], tensors)
-        bodies = (
-            [ir.serde.serialize_function(functions.body(self.op, zero_points=self.zero_point))] if self.body else []
-        )
+        bodies = [ir.serde.serialize_function(self._function())] if self.body else []
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("qcompile", self.version)]
         return helper.make_model(graph, opset_imports=opsets, functions=bodies, ir_version=10)
+
+    def _function(self) -> ir.Function:
+        made = functions.body(self.op, zero_points=self.zero_point)
+        if COLUMNS_AT_8 in self.attributes:
+            made.attributes.add(ir.AttrInt64s(COLUMNS_AT_8, []))
+        return made
 
     def model(self) -> bytes:
         return self.proto().SerializeToString()
@@ -224,6 +228,10 @@ MALFORMED = [
     (_attribute("activation_bits", 4), r"activation_bits is 4, it must be 8 or 16"),
     (_attribute("activation_bits", 8.0), r"attribute activation_bits must be an integer"),
     (_attribute("activation_bits", "8"), r"attribute activation_bits must be an integer"),
+    *(
+        (_attribute(COLUMNS_AT_8, ranges), r"MatMulAddInt4\): columns_at_8 must be begins and ends .* the 13 columns")
+        for ranges in ([0, 14], [3], [5, 2], [-1, 4], [0, 4, 6])
+    ),
     (_attribute("version", 2), r"needs operators version 2 of domain qcompile, this library knows 1: upgrade"),
     (_shape("w", 70), r"w has shape \(70,\), it must have 2 dimensions"),
     (_shape("w", 2, 35, 13), r"w has shape \(2, 35, 13\), it must have 2 dimensions"),

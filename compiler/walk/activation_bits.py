@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qcompile.compiler.results.errors import NodeError
 from qcompile.passes.activations import Int8
-from qcompile.passes.formats.base import ACTIVATION_BITS
+from qcompile.passes.formats.base import ACTIVATION_BITS, COLUMNS_AT_8
 from qcompile.passes.formats.functions import is_native
 from qcompile.passes.formats.nbits import ACCURACY_LEVEL, INT8_LEVEL
 
@@ -54,6 +54,8 @@ def write(model: ir.Model, errors: Sequence[NodeError], wanted: int | None) -> N
     """
     bits = {error.node: error.activation_bits for error in errors}
     for node in (own for own in model.graph if is_native(own)):
+        if wanted:
+            node.attributes.pop(COLUMNS_AT_8, None)
         before = wanted or node.attributes.get_int(ACTIVATION_BITS) or 16
         node.attributes[ACTIVATION_BITS] = ir.AttrInt64(ACTIVATION_BITS, bits.get(node.name or "", before))
 

@@ -22,6 +22,8 @@ OPSET = onnxscript.values.Opset(DOMAIN, VERSION)
 MICROSOFT = "com.microsoft"
 # Attribute of the products that have native kernels: bits that these give each activation, 16 or 8.
 ACTIVATION_BITS = "activation_bits"
+# Of those at 16: ranges of columns, begins and ends, that take activations at 8. Declared where a node has some.
+COLUMNS_AT_8 = "columns_at_8"
 # What operators do: how their names begin. The format's own word follows.
 PRODUCT, BIASED, EMBEDDING, LOOKUP = "MatMul", "MatMulAdd", "Embedding", "Gather"
 

@@ -16,7 +16,8 @@ F is the word of a format (Int4, Int8, …); its bodies lie in the format's file
 The outliers' rows of w are zero, so what rounding makes of these channels of x adds nothing; see docs/formats.md.
 G = ceil(K / block_size); C = ceil(V / 2) bytes of two codes each, the even column's in the low nibble.
 The attribute `activation_bits` of products with native kernels, 16 where it is absent, is for these: what they may
-round x to. The bodies compute in the type of x and do not read it.
+round x to. The bodies compute in the type of x and do not read it, nor `columns_at_8`: ranges of columns (begin, end,
+begin, end, …) that take 8 bits among others at 16, as a product that was joined of some at 8 and some at 16 has them.
 SwiGLU is silu of the first half of x times the second.
 GatherInt… look up whole matrices, those of experts, along axis 0; blocks lie along the last axis.
 An embedding reads columns of the very tensor that a tied lm_head multiplies with, so both can share one copy; 4-bit
@@ -29,7 +30,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.passes.formats import by_operator, format_of
-from qcompile.passes.formats.base import DOMAIN, PRODUCT, VERSION, Format
+from qcompile.passes.formats.base import COLUMNS_AT_8, DOMAIN, PRODUCT, VERSION, Format
 from qcompile.passes.formats.gated import SWIGLU, SwiGLU
 
 
@@ -81,13 +82,18 @@ def product_bits(node: ir.Node) -> int:
     return own.bits if isinstance(own, Format) and is_product(node) else 0
 
 
-def register(model: ir.Model, name: str, *, zero_points: bool = True) -> None:
-    """Make sure that the model carries a body of the operator that takes zero points where they are given."""
+def register(model: ir.Model, name: str, *, zero_points: bool = True, columns: bool = False) -> None:
+    """Make sure that the model carries a body of the operator that takes zero points where they are given.
+
+    columns: and declares COLUMNS_AT_8, without which no node may have it.
+    """
     model.graph.opset_imports.setdefault(DOMAIN, VERSION)
     function = body(name, zero_points=zero_points)
     known = model.functions.get(function.identifier())
-    if known is not None and len(known.inputs) >= len(function.inputs):
-        return
-    # The body's operators mean the same from opset 21 on, and ONNX Runtime inlines them under the model's version.
-    function.opset_imports[""] = max(function.opset_imports[""], model.graph.opset_imports.get("", 21))
-    model.functions[function.identifier()] = function
+    if known is None or len(known.inputs) < len(function.inputs):
+        # The body's operators mean the same from opset 21 on, and ONNX Runtime inlines them under the model's version.
+        function.opset_imports[""] = max(function.opset_imports[""], model.graph.opset_imports.get("", 21))
+        columns |= known is not None and COLUMNS_AT_8 in known.attributes
+        model.functions[function.identifier()] = known = function
+    if columns:
+        known.attributes.setdefault(COLUMNS_AT_8, ir.AttrInt64s(COLUMNS_AT_8, []))

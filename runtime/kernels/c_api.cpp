@@ -56,8 +56,9 @@ int qcompile_weight_multiply(const void* weight, const void* x, int half, int64_
                              int activation_bits) {
   if (m < 0 || (activation_bits != 8 && activation_bits != 16)) return 1;
   try {
-    static_cast<const PackedWeight*>(weight)->multiply(x, half ? Element::kHalf : Element::kFloat, m, y, bias,
-                                                       activation_bits, serial());
+    const PackedWeight& own = *static_cast<const PackedWeight*>(weight);
+    const PanelBits bits(own.layout(), activation_bits);
+    own.multiply(x, half ? Element::kHalf : Element::kFloat, m, y, bias, bits, serial());
   } catch (const std::bad_alloc&) {
     return 1;
   }

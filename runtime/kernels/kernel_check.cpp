@@ -50,12 +50,12 @@ void run_threads(void*, void (*piece)(void*, size_t), size_t total, void* data) 
 
 // ---- whole products ----
 
-std::vector<float> multiply(const PackedWeight& weight, const Case& c, const Activations& x, const Parallel& parallel) {
+std::vector<float> multiply(const PackedWeight& weight, const Case& c, const Activations& x, const PanelBits& bits,
+                            const Parallel& parallel) {
   Guarded<float> y(c.half ? 0 : c.m * c.n);
   Guarded<uint16_t> halves(c.half ? c.m * c.n : 0);
   void* out = c.half ? static_cast<void*>(halves.data()) : y.data();
-  weight.multiply(x.x(), c.half ? Element::kHalf : Element::kFloat, c.m, out, x.bias_elements(), c.activation_bits,
-                  parallel);
+  weight.multiply(x.x(), c.half ? Element::kHalf : Element::kFloat, c.m, out, x.bias_elements(), bits, parallel);
   std::vector<float> values(size_t(c.m * c.n));
   for (size_t i = 0; i < values.size(); ++i) values[i] = c.half ? half_to_float(halves[int64_t(i)]) : y[int64_t(i)];
   return values;
@@ -111,6 +111,26 @@ void check_unpacked(const PackedWeight& packed, const Weight& weight, const Case
   }
 }
 
+// Where some columns take 8 bits and others 16, each panel is that of a product whose columns all take its bits.
+void check_mixed(const PackedWeight& packed, const Case& c, const Activations& x, Report& report) {
+  const Layout& layout = packed.layout();
+  const auto of = [&](int bits, const std::vector<int64_t>& columns_at_8) {
+    return multiply(packed, c, x, PanelBits(layout, bits, columns_at_8), Parallel{run_threads, nullptr});
+  };
+  const std::vector<float> at_8 = of(8, {}), at_16 = of(16, {});
+  const std::vector<float> first = of(16, {0, kPanel}), rest = of(16, {1, kPanel, kPanel, c.n});
+  for (int64_t m = 0; m < c.m; ++m) {
+    const auto equal = [&](const std::vector<float>& a, const std::vector<float>& b, int64_t begin, int64_t end) {
+      const size_t at = size_t(m * c.n + begin);
+      if (!same_bits(&a[at], &b[at], end - begin)) report.fail(c.text(), "columns of other bits changed a panel");
+    };
+    equal(first, at_8, 0, kPanel);
+    equal(first, at_16, kPanel, c.n);
+    equal(rest, at_16, 0, kPanel);  // column 0 takes 16 bits, and its panel with it
+    equal(rest, at_8, kPanel, c.n);
+  }
+}
+
 void check_product(const Kernels* kernels, const Case& c, Report& report) {
   if (!kernels->products.of[c.format].multiply) return;
   Random random(c.seed);
@@ -121,18 +141,20 @@ void check_product(const Kernels* kernels, const Case& c, Report& report) {
   const Source source = weight.source();
   const PackedWeight packed(make_layout(c.k, c.n, c.block_size, c.format, source), source, kernels);
   if (!faulty) check_unpacked(packed, weight, c, report);
-  const std::vector<float> y = multiply(packed, c, x, serial());
+  const PanelBits bits(packed.layout(), c.activation_bits);
+  const std::vector<float> y = multiply(packed, c, x, bits, serial());
   ++report.products;
   for (int64_t m = 0; m < c.m; ++m) check_row(c, packed.layout(), weight, x, m, &y[size_t(m * c.n)], report);
   for (int64_t m = 0; m < c.m; ++m) {
     if (!is_finite(x.kinds[size_t(m)])) x.clear(m);
   }
   // Threads, and rows that are not finite, change no bit of the others.
-  const std::vector<float> again = multiply(packed, c, x, Parallel{run_threads, nullptr});
+  const std::vector<float> again = multiply(packed, c, x, bits, Parallel{run_threads, nullptr});
   for (int64_t m = 0; m < c.m; ++m) {
     const size_t at = size_t(m * c.n);
     if (is_finite(x.kinds[size_t(m)]) && !same_bits(&y[at], &again[at], c.n)) report.fail(c.text(), "a row changed");
   }
+  if (c.n > kPanel) check_mixed(packed, c, x, report);
 }
 
 // Sorts of weights and activations of one format. What codes with a table lack (signs, zero points) is left out.
@@ -186,7 +208,7 @@ void check_bad_scale(const Kernels* kernels, Report& report) {
     scale[40 + 11] = bad;
     const Source source = {codes.data(), scale.data(), false, nullptr, true};
     const PackedWeight packed(make_layout(48, 40, 16, 0, source), source, kernels);
-    packed.multiply(x.data(), Element::kFloat, 2, y.data(), nullptr, 8, serial());
+    packed.multiply(x.data(), Element::kFloat, 2, y.data(), nullptr, PanelBits(packed.layout(), 8), serial());
     for (size_t i = 0; i < y.size(); ++i) {
       const float expected = i % 40 == 11 ? bad * -7 : 48 * 0.5f * (i % 2 ? -7.0f : 7.0f);
       const bool same = std::isnan(expected) ? std::isnan(y[i]) : y[i] == expected;

@@ -77,7 +77,8 @@ struct PackedWeight::Job {
   uint8_t* y;            // (m, N)
   const uint8_t* bias;   // (N,) or nullptr
   bool half;             // of x, y and bias
-  bool wide;
+  bool wide;             // of the panels: all take activations alike
+  const std::vector<int64_t>* panels;
   int64_t m;
   int64_t tile_rows;     // rows of the model in a full tile
   int64_t row_units, panel_units;  // the product is cut into row_units * panel_units pieces
@@ -113,13 +114,35 @@ void PackedWeight::unpack(float* w) const {
   }
 }
 
-void PackedWeight::multiply(const void* x, Element element, int64_t m, void* y, const void* bias, int activation_bits,
+PanelBits::PanelBits(const Layout& layout, int activation_bits, const std::vector<int64_t>& columns_at_8) {
+  std::vector<bool> wide(size_t(layout.n), activation_bits == 16);
+  for (size_t i = 0; i + 1 < columns_at_8.size(); i += 2) {
+    std::fill(wide.begin() + columns_at_8[i], wide.begin() + columns_at_8[i + 1], false);
+  }
+  for (int64_t panel = 0; panel < layout.panels(); ++panel) {
+    const auto begin = wide.begin() + panel * kPanel, end = wide.begin() + std::min((panel + 1) * kPanel, layout.n);
+    (std::find(begin, end, true) != end ? at_16 : at_8).push_back(panel);
+  }
+}
+
+void PackedWeight::multiply(const void* x, Element element, int64_t m, void* y, const void* bias, const PanelBits& bits,
                             const Parallel& parallel) const {
-  thread_local Scratch scratch;
   Job job{};
+  job.x = static_cast<const uint8_t*>(x);
+  job.y = static_cast<uint8_t*>(y);
   job.half = element == Element::kHalf;
-  job.wide = activation_bits == 16;
   job.bias = static_cast<const uint8_t*>(bias);
+  for (const bool wide : {false, true}) {
+    job.wide = wide;
+    job.panels = wide ? &bits.at_16 : &bits.at_8;
+    if (!job.panels->empty()) multiply_panels(job, m, parallel);
+  }
+}
+
+// All rows, a chunk at a time.
+void PackedWeight::multiply_panels(const Job& whole, int64_t m, const Parallel& parallel) const {
+  thread_local Scratch scratch;
+  Job job = whole;
   const Product& product = kernels_->products.of[layout_.format];
   job.tile_rows = (m * job.step() < kManyRows ? product.few : product.rows) / job.step();
   const int64_t rows = std::min(m, kChunk), groups = layout_.groups();
@@ -132,27 +155,27 @@ void PackedWeight::multiply(const void* x, Element element, int64_t m, void* y, 
   job.in_floats = memory + codes + scale + sum;
   for (int64_t begin = 0; begin < m; begin += kChunk) {
     job.m = std::min(m - begin, kChunk);
-    job.x = static_cast<const uint8_t*>(x) + begin * layout_.k * job.element_bytes();
-    job.y = static_cast<uint8_t*>(y) + begin * layout_.n * job.element_bytes();
+    job.x = whole.x + begin * layout_.k * job.element_bytes();
+    job.y = whole.y + begin * layout_.n * job.element_bytes();
     multiply_rows(job, parallel);
   }
 }
 
 void PackedWeight::multiply_rows(const Job& cut, const Parallel& parallel) const {
   Job job = cut;
-  const int64_t panels = layout_.panels(), tiles = job.tiles();
+  const int64_t panels = int64_t(job.panels->size()), tiles = job.tiles();
   for_each(parallel, tiles, job.m * layout_.k >= kSmallQuantize, [&](int64_t tile) { quantize_tile(job, tile); });
 
   // Few rows: runs of neighbouring panels, each a linear stream. Many: one panel, which stays in the cache, times all rows.
   constexpr int64_t kUnits = 16;
   job.panel_units = tiles <= 4 ? std::min(panels, kUnits) : panels;
   job.row_units = std::min(tiles, div_up(kUnits, job.panel_units));
-  const bool worthwhile = job.m * layout_.k * layout_.n >= kSmallMultiply;
+  const bool worthwhile = job.m * layout_.k * std::min(panels * kPanel, layout_.n) >= kSmallMultiply;
   for_each(parallel, job.panel_units * job.row_units, worthwhile, [&](int64_t unit) { multiply_unit(job, unit); });
 
   bool any = !finite_;
   for (int64_t row = 0; row < job.m; ++row) any |= job.in_floats[row] != 0;
-  if (any) for_each(parallel, panels, true, [&](int64_t panel) { multiply_floats(job, panel); });
+  if (any) for_each(parallel, panels, true, [&](int64_t i) { multiply_floats(job, (*job.panels)[size_t(i)]); });
 }
 
 void PackedWeight::quantize_tile(const Job& job, int64_t tile) const {
@@ -181,11 +204,11 @@ void PackedWeight::quantize_tile(const Job& job, int64_t tile) const {
 void PackedWeight::multiply_unit(const Job& job, int64_t unit) const {
   alignas(64) float out[kMaxRows * kPanel];
   const auto multiply = kernels_->products.of[layout_.format].multiply;
-  const int64_t panels = layout_.panels(), tiles = job.tiles(), groups = layout_.groups();
+  const int64_t panels = int64_t(job.panels->size()), tiles = job.tiles(), groups = layout_.groups();
   const int64_t panel_unit = unit / job.row_units, row_unit = unit % job.row_units;
   const int64_t panel_end = panels * (panel_unit + 1) / job.panel_units, tile_end = tiles * (row_unit + 1) / job.row_units;
-  for (int64_t panel = panels * panel_unit / job.panel_units; panel < panel_end; ++panel) {
-    const int64_t column = panel * kPanel;
+  for (int64_t at = panels * panel_unit / job.panel_units; at < panel_end; ++at) {
+    const int64_t panel = (*job.panels)[size_t(at)], column = panel * kPanel;
     const int columns = int(std::min<int64_t>(kPanel, layout_.n - column));
     float bias[kPanel] = {};
     if (job.bias && job.half) kernels_->from_half(reinterpret_cast<const uint16_t*>(job.bias) + column, bias, columns);

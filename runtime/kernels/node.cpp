@@ -118,6 +118,19 @@ int64_t Node::attribute(const OrtKernelInfo* info, const char* name, std::option
   return *standard;
 }
 
+// A list of integers, empty where there is none.
+std::vector<int64_t> Node::attributes(const OrtKernelInfo* info, const char* name) const {
+  size_t size = 0;
+  int64_t* none = nullptr;
+  if (ignore(api_, api_.call<KernelInfoGetAttributeArray_int64>(info, name, none, &size))) {
+    if (attribute(info, name, -1) != -1) refuse("attribute %s must be a list of integers: compile the model again", name);
+    return {};
+  }
+  std::vector<int64_t> values(size);
+  if (size) check(api_.call<KernelInfoGetAttributeArray_int64>(info, name, values.data(), &size));
+  return values;
+}
+
 void Node::check_attributes(const OrtKernelInfo* info) {
   // Written by compilers of later versions: ONNX Runtime shows no operator the opset imports of its model.
   const int64_t version = attribute(info, "version", 1);
@@ -132,6 +145,7 @@ void Node::check_attributes(const OrtKernelInfo* info) {
     refuse("activation_bits is %lld, it must be 8 or 16: compile the model again", (long long)bits);
   }
   activation_bits_ = int(bits);
+  columns_at_8_ = attributes(info, "columns_at_8");
   if (!op_.of().powers) return;  // the type of x is that of the scales
   const int64_t dtype = attribute(info, "dtype", std::nullopt);
   if (dtype != op_.element) {
@@ -206,6 +220,7 @@ void Node::check_shapes(const Given& given) const {
     }
   }
   if (given.shape[kX]) check_rows(*given.shape[kX], w[0]);
+  if (w[1] >= 0) check_columns(w[1]);
   const Shape grid = {{w[0] < 0 ? -1 : div_up(w[0], block_size_), w[1]}, 2};
   for (Input input : {kScale, kZeroPoint}) {
     const auto& shape = given.shape[input];
@@ -226,6 +241,16 @@ void Node::check_bias(const OrtValue* bias, int64_t k, int64_t n) const {
   given.shape[kW] = Shape{{k, n}, 2};
   given.shape[kBias] = shape_of(api_, bias);
   check_shapes(given);
+}
+
+void Node::check_columns(int64_t n) const {
+  bool sound = columns_at_8_.size() % 2 == 0;
+  for (size_t i = 0; i + 1 < columns_at_8_.size(); i += 2) {
+    sound &= 0 <= columns_at_8_[i] && columns_at_8_[i] <= columns_at_8_[i + 1] && columns_at_8_[i + 1] <= n;
+  }
+  if (sound) return;
+  refuse("columns_at_8 must be begins and ends of ranges within the %lld columns of w: compile the model again",
+         (long long)n);
 }
 
 // The number of rows of x (…, K), −1 where that is not known.

@@ -9,6 +9,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "operators.h"
 #include "packing.h"
@@ -98,6 +99,8 @@ class Node {
   int64_t element_bytes() const { return op_.element == ort::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2; }
   int64_t block_size() const { return block_size_; }
   int activation_bits() const { return activation_bits_; }
+  // Begin and end of ranges of columns, one after another, whose activations take 8 bits whatever those of others take.
+  const std::vector<int64_t>& columns_at_8() const { return columns_at_8_; }
   const Operator& op() const { return op_; }
 
   // Throws a Refusal: the node, then the text.
@@ -130,7 +133,9 @@ class Node {
   size_t position(Input input) const { return input == kZeroPoint && !op_.bias ? size_t(kBias) : size_t(input); }
   std::string node_name(const ort::OrtKernelInfo* info) const;
   int64_t attribute(const ort::OrtKernelInfo* info, const char* name, std::optional<int64_t> standard) const;
+  std::vector<int64_t> attributes(const ort::OrtKernelInfo* info, const char* name) const;
   void check_attributes(const ort::OrtKernelInfo* info);
+  void check_columns(int64_t n) const;
   int64_t check_rows(const Shape& x, int64_t k) const;
 
   const Operator& op_;
@@ -138,6 +143,7 @@ class Node {
   std::string name_;
   int64_t block_size_;
   int activation_bits_;
+  std::vector<int64_t> columns_at_8_;
 };
 
 template <typename... Values>

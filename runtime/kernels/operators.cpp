@@ -19,12 +19,17 @@ class Kernel : public Node {
   void compute(OrtKernelContext* context) const;
 
  private:
-  std::unique_ptr<const PackedWeight> pack_weight(const Given& given) const;
-  void multiply(const PackedWeight& weight, const OrtValue* x, const OrtValue* bias, OrtKernelContext* context) const;
+  // What is made of w, scale and zero_point, once where they are constant.
+  struct Weight {
+    PackedWeight packed;
+    PanelBits bits;
+  };
+  std::unique_ptr<const Weight> pack_weight(const Given& given) const;
+  void multiply(const Weight& weight, const OrtValue* x, const OrtValue* bias, OrtKernelContext* context) const;
 
   const Kernels* kernels_;
-  bool checked_bias_ = false;                   // its shape was known at load
-  std::unique_ptr<const PackedWeight> weight_;  // empty where w, scale or zero_point is no constant
+  bool checked_bias_ = false;             // its shape was known at load
+  std::unique_ptr<const Weight> weight_;  // empty where w, scale or zero_point is no constant
 };
 
 Kernel::Kernel(const Operator& op, const OrtKernelInfo* info) : Node(op, info), kernels_(chosen_kernels()) {
@@ -41,11 +46,12 @@ Kernel::Kernel(const Operator& op, const OrtKernelInfo* info) : Node(op, info), 
   give_back(given);
 }
 
-std::unique_ptr<const PackedWeight> Kernel::pack_weight(const Given& given) const {
+std::unique_ptr<const Kernel::Weight> Kernel::pack_weight(const Given& given) const {
   const Shape& w = *given.shape[kW];
   const Source source = this->source(given);
   const Layout layout = make_layout(w[0], w[1], block_size(), op().format, source);
-  return std::make_unique<const PackedWeight>(layout, source, kernels_);
+  const PanelBits bits(layout, activation_bits(), columns_at_8());
+  return std::unique_ptr<const Weight>(new Weight{PackedWeight(layout, source, kernels_), bits});
 }
 
 void Kernel::compute(OrtKernelContext* context) const {
@@ -56,18 +62,18 @@ void Kernel::compute(OrtKernelContext* context) const {
     return;
   }
   const OrtValue* bias = takes(kBias) ? input(context, kBias) : nullptr;
-  if (bias && !checked_bias_) check_bias(bias, weight_->layout().k, weight_->layout().n);
+  if (bias && !checked_bias_) check_bias(bias, weight_->packed.layout().k, weight_->packed.layout().n);
   multiply(*weight_, input(context, kX), bias, context);
 }
 
-void Kernel::multiply(const PackedWeight& weight, const OrtValue* x, const OrtValue* bias,
-                      OrtKernelContext* context) const {
-  const Output y = output(context, x, weight.layout().k, weight.layout().n);
+void Kernel::multiply(const Weight& weight, const OrtValue* x, const OrtValue* bias, OrtKernelContext* context) const {
+  const Layout& layout = weight.packed.layout();
+  const Output y = output(context, x, layout.k, layout.n);
   if (y.rows == 0) return;
   Pool pool{api(), context};
-  weight.multiply(data_of(api(), x), element_bytes() == 2 ? Element::kHalf : Element::kFloat, y.rows,
-                  data_of(api(), y.value), bias ? data_of(api(), bias) : nullptr, activation_bits(),
-                  {Pool::run, &pool});
+  weight.packed.multiply(data_of(api(), x), element_bytes() == 2 ? Element::kHalf : Element::kFloat, y.rows,
+                         data_of(api(), y.value), bias ? data_of(api(), bias) : nullptr, weight.bits,
+                         {Pool::run, &pool});
 }
 
 }  // namespace

@@ -96,6 +96,9 @@ using ReleaseStatus = Slot<93, void(OrtStatus*)>;
 using ReleaseTypeInfo = Slot<98, void(OrtTypeInfo*)>;
 using ReleaseTensorTypeAndShapeInfo = Slot<99, void(OrtTensorTypeAndShapeInfo*)>;
 using ReleaseAllocator = Slot<132, void(OrtAllocator*)>;
+// With out = nullptr it tells the size alone.
+using KernelInfoGetAttributeArray_int64 =
+    Slot<163, OrtStatus*(const OrtKernelInfo*, const char* name, int64_t* out, size_t* size)>;
 using KernelContext_GetGPUComputeStream = Slot<193, OrtStatus*(const OrtKernelContext*, void** out)>;
 using GetTensorMemoryInfo = Slot<194, OrtStatus*(const OrtValue*, const OrtMemoryInfo** out)>;  // the tensor owns it
 using MemoryInfoGetDeviceType = Slot<225, void(const OrtMemoryInfo*, OrtMemoryInfoDeviceType* out)>;

@@ -40,6 +40,7 @@ SLOT(ReleaseStatus);
 SLOT(ReleaseTypeInfo);
 SLOT(ReleaseTensorTypeAndShapeInfo);
 SLOT(ReleaseAllocator);
+SLOT(KernelInfoGetAttributeArray_int64);
 SLOT(KernelContext_GetGPUComputeStream);
 SLOT(GetTensorMemoryInfo);
 SLOT(MemoryInfoGetDeviceType);

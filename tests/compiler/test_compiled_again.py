@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
-from qcompile.passes.formats.base import ACTIVATION_BITS
+from qcompile.passes.formats.base import ACTIVATION_BITS, COLUMNS_AT_8
 
 FUSED = "fuse(faster=true),fuse_attention"
 
@@ -30,7 +30,8 @@ def _nodes(path: Path) -> Counter[str]:
         if not node.domain and node.op_type not in ("MatMul", "Split", "Sigmoid", "Softmax"):
             continue
         bits = [a.i for a in node.attribute if a.name == ACTIVATION_BITS]
-        found[f"{node.domain}.{node.op_type} {node.name if bits else ''} {bits}"] += 1
+        columns = [i for a in node.attribute if a.name == COLUMNS_AT_8 for i in a.ints]
+        found[f"{node.domain}.{node.op_type} {node.name if bits else ''} {bits} {columns}"] += 1
     return found
 
 
@@ -101,7 +102,8 @@ def test_products_that_came_with_the_file_keep_their_activations(bench: Any, tol
     assert bits == {node.name: told or (8, 16)[i % 2] for i, node in enumerate(products)}
 
 
-def test_products_of_other_bits_stay_apart_where_that_is_slower(bench: Any) -> None:
+def test_products_of_other_bits_are_joined_too(bench: Any) -> None:
+    """Each keeps its bits; who asks for other ones of the joined file gets these of all columns."""
     source = _decoder(bench)
     bench.compile(source, "pack", output="in/plain.onnx", attention="plain", activations=8)
     compiled = bench.folder / "in" / "plain.onnx"
@@ -110,12 +112,14 @@ def test_products_of_other_bits_stay_apart_where_that_is_slower(bench: Any) -> N
         if "up_proj" in node.name:
             next(a for a in node.attribute if a.name == ACTIVATION_BITS).i = 16
     compiled.write_bytes(model.SerializeToString())
-    report = bench.compile(compiled, "fuse(faster=true)", output="out/again.onnx")
-    kept = {d.node for d in report.decisions["fuse"] if d.reason.endswith("take activations of other bits")}
-    assert len(kept) == 4
-    assert all("gate_proj" in name or "up_proj" in name for name in kept)
-    bench.compile(compiled, "fuse", output="out/joined.onnx")
-    assert not [name for name in _nodes(bench.folder / "out" / "joined.onnx") if "gate_proj" in name and "[8]" in name]
+    joined = _again(bench, compiled, ["fuse(faster=true)"])
+    made = [name for name in _nodes(joined) if "gate_proj+up_proj" in name]
+    assert len(made) == 2
+    assert all(name.endswith("[16] [0, 160]") for name in made), made
+    bench.compile(joined, "prepare", output="out/told.onnx", activations=16)
+    told = [name for name in _nodes(bench.folder / "out" / "told.onnx") if "MatMulInt" in name]
+    assert told
+    assert all(name.endswith("[16] []") for name in told), told
 
 
 def test_a_file_without_packed_products_has_nothing_to_fuse(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The pass `fuse`: operators in, operators out; the same numbers; what stays apart, and why."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,14 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qcompile.compiler.report.inspection import inspect
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.base import Region
-from qcompile.passes.formats.base import ACTIVATION_BITS
+from qcompile.passes.formats import functions
+from qcompile.passes.formats.base import ACTIVATION_BITS, COLUMNS_AT_8
 from qcompile.passes.formats.functions import is_product
 from qcompile.passes.formats.lower import lower
 from qcompile.passes.fuse import Fuse, joined_name
@@ -63,8 +67,8 @@ def _unused(model: ir.Model) -> list[str]:
     return [name for name, value in model.graph.initializers.items() if not value.uses()]
 
 
-def _run(model: ir.Model, **options: Any) -> list[np.ndarray]:
-    made = session(ir.to_proto(model).SerializeToString(), threads=1, kernels="portable", **options)
+def _run(model: ir.Model, kernels: str = "portable", **options: Any) -> list[np.ndarray]:
+    made = session(ir.to_proto(model).SerializeToString(), threads=1, kernels=kernels, **options)
     return run(made, None, {g.name: X if g.name == "x" else np.ones(1, np.float32) for g in made.get_inputs()})
 
 
@@ -134,14 +138,54 @@ def test_different_kinds_stay_apart() -> None:
     np.testing.assert_array_equal(_run(model)[0], before)
 
 
-def test_activations_take_16_bits_where_one_needs_them() -> None:
-    for bits, wanted in (((8, 8, 8), 8), ((8, 16, 8), 16), ((None, None, None), None)):
-        model = _packed(QKV, _weights("a b c", K, N), SPECS[0])
-        for node, given in zip((n for n in model.graph if is_product(n)), bits, strict=True):
-            if given is not None:
-                node.attributes[ACTIVATION_BITS] = ir.AttrInt64(ACTIVATION_BITS, given)
-        _fuse(model)
-        assert model.graph.node(0).attributes.get_int(ACTIVATION_BITS, None) == wanted
+def _three(widths: Sequence[int], bits: Sequence[int | list[int] | None]) -> ir.Model:
+    """Products of these widths; bits: of their activations, or the columns at 8 among others at 16."""
+    weights = {name: _weights("w", K, n)["w"] for name, n in zip("abc", widths, strict=True)}
+    model = _packed(
+        "p = MatMul(x, a) q = MatMul(x, b) r = MatMul(x, c) y = Concat<axis=-1>(p, q, r)", weights, SPECS[0]
+    )
+    for node, own in zip((n for n in model.graph if is_product(n)), bits, strict=True):
+        if own is not None:
+            node.attributes[ACTIVATION_BITS] = ir.AttrInt64(ACTIVATION_BITS, own if isinstance(own, int) else 16)
+        if isinstance(own, list):
+            functions.register(model, node.op_type, columns=True)
+            node.attributes[COLUMNS_AT_8] = ir.AttrInt64s(COLUMNS_AT_8, own)
+    return model
+
+
+@given(
+    widths=st.tuples(*[st.integers(8, 40)] * 3),
+    bits=st.tuples(*[st.sampled_from([None, 8, 16, [0, 3], [2, 5, 6, 8]])] * 3),
+)
+@settings(deadline=None, max_examples=40)
+def test_columns_keep_the_bits_of_their_activations(widths: Sequence[int], bits: Sequence[Any]) -> None:
+    """Those of a joined product at 8 bits are those that took 8 before, and no others."""
+    model = _three(widths, bits)
+    _fuse(model)
+    made = next(node for node in model.graph if is_product(node))
+    at_8: list[int] = []
+    for start, width, own in zip(np.cumsum([0, *widths]).tolist(), widths, bits, strict=False):
+        ranges = [0, width] if own == 8 else own if isinstance(own, list) else []
+        for begin, end in zip(ranges[::2], ranges[1::2], strict=True):
+            at_8 += range(start + begin, start + end)
+    told = made.attributes.get_int(ACTIVATION_BITS, None)
+    found = made.attributes.get_ints(COLUMNS_AT_8, [])
+    assert list(found) == sorted(set(found)), "ranges are apart, and in order"
+    assert told == (None if set(map(str, bits)) == {"None"} else 8 if bits == (8, 8, 8) else 16)
+    if told != 8:
+        assert [n for a, b in zip(found[::2], found[1::2], strict=True) for n in range(a, b)] == at_8
+
+
+@pytest.mark.parametrize("bits", [(8, 8, 8), (8, 16, 8), (8, 8, 16), (16, 16, 8), (None, 8, 16), ([0, 64], 16, 8)])
+def test_kernels_compute_a_joined_product_as_they_did_its_parts(bits: Sequence[Any]) -> None:
+    """Bit for bit, for parts of whole panels of 64 columns; and the portable bodies do not mind."""
+    model = _three((128, 64, 192), bits)
+
+    native, portable = (_run(model, kernels=kernels, optimize=False)[0] for kernels in ("native", "portable"))
+    _fuse(model)
+    assert _operators(model) == ["MatMulInt4", "Split", "Concat"]
+    np.testing.assert_array_equal(_run(model, kernels="native", optimize=False)[0], native)
+    np.testing.assert_array_equal(_run(model, kernels="portable", optimize=False)[0], portable)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

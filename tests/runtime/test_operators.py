@@ -67,6 +67,27 @@ def test_sixteen_bits_are_the_default(library: Path) -> None:
     assert relative(by_bits[8], Case().expected(x)) > 10 * relative(by_bits[16], Case().expected(x))
 
 
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "overridable"])
+@pytest.mark.parametrize("op", NATIVE)
+def test_columns_at_8_bits_among_others(library: Path, op: str, constant: bool) -> None:
+    """Panels of 64 columns are, bit for bit, those of a product that takes all activations at their bits."""
+    x = Case(op, n=200, x_shape=None).x(5)
+
+    def run(bits: int, *ranges: int) -> np.ndarray:
+        attributes = {"activation_bits": bits} | ({"columns_at_8": ranges} if ranges else {})
+        case = Case(op, n=200, x_shape=None, constant=constant, attributes=attributes, body=True)
+        return np.asarray(open_session(case.model(), library).run(None, {"x": x})[0])
+
+    at_8, at_16 = run(8), run(16)
+    ranges_of = {(0, 64): {0}, (64, 128, 128, 200): {1, 2, 3}, (1, 130, 192, 200): {1, 3}, (0, 200): {0, 1, 2, 3}}
+    for ranges, narrow in ranges_of.items():
+        found = run(16, *ranges)
+        for panel in range(4):
+            part = slice(64 * panel, 64 * panel + 64)
+            np.testing.assert_array_equal(found[:, part], (at_8 if panel in narrow else at_16)[:, part])
+    np.testing.assert_array_equal(run(8, 0, 64), at_8)
+
+
 @pytest.mark.parametrize("op", NATIVE)
 @pytest.mark.parametrize("leading", [(), (0,), (1,), (17,), (0, 3), (2, 3), (2, 0, 3), (2, 2, 3)])
 def test_ranks_and_empty_inputs(library: Path, op: str, leading: tuple[int, ...]) -> None:
