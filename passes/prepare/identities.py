@@ -2,24 +2,32 @@
 
 import onnx_ir as ir
 
-from qcompile.passes.graph import Decide, small_array
+from qcompile.passes.graph import Decide, Names, small_array, take_over
 
 
 def remove_identities(model: ir.Model, decide: Decide) -> None:
-    """Bypass Identity, idle Casts, and Dropout outside of training, in bodies too; one that names an output stays."""
-    removed = 0
+    """Bypass Identity, idle Casts, and Dropout outside of training, in bodies too; outputs keep their names."""
+    removed, names = 0, Names(model)
     for node in list(model.graph.all_nodes()):
-        if not _does_nothing(node):
+        value, output = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if value is None or not _does_nothing(node) or (output.is_graph_output() and not _may_be_output(value, node)):
             continue
-        value, output = node.inputs[0], node.outputs[0]
-        if value is None or output.is_graph_output():
-            continue
-        ir.convenience.replace_all_uses_with(output, value)
+        if output.is_graph_output():
+            output.shape = value.shape if output.shape is None else output.shape
+            take_over(output, value, names)
+        else:
+            ir.convenience.replace_all_uses_with(output, value)
         assert node.graph is not None
         node.graph.remove(node, safe=True)
         removed += 1
     if removed:
         decide("", "removed", f"{removed} Identity, Cast and Dropout nodes", nodes=removed)
+
+
+def _may_be_output(value: ir.Value, node: ir.Node) -> bool:
+    """Whether a value can be an output of the node's graph in place of what the node makes of it."""
+    producer = value.producer()
+    return producer is not None and producer.graph is node.graph and not value.is_graph_output()
 
 
 def name_casts(model: ir.Model, decide: Decide) -> None:

@@ -283,11 +283,13 @@ def test_quantized_weight_is_left_alone():
 
 
 def test_outputs_keep_their_names_through_identities():
-    model = parse(
-        "a = MatMul(x, w) y = Identity(a) z = Identity(a)", outputs="float[M,N] y, float[M,N] z", w=weight(K, N)
-    )
+    """The value itself becomes one of them; what else is an output already, or an input, keeps its Identity."""
+    body = "a = MatMul(x, w) y = Identity(a) z = Identity(a) u = Relu(a) o = Identity(x)"
+    outputs = "float[M,N] y, float[M,N] z, float[M,N] u, float[M,K] o"
+    model = parse(body, outputs=outputs, w=weight(K, N))
     check(model, X)
-    assert operators(model) == ["MatMul", "Identity", "Identity"]
+    assert operators(model) == ["MatMul", "Identity", "Relu", "Identity"]
+    assert [value.name for value in model.graph.outputs] == ["y", "z", "u", "o"]
 
 
 def test_casts_to_the_type_that_is_there_go():
