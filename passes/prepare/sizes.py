@@ -3,9 +3,10 @@
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.passes.caches import is_cache
 from qcompile.passes.graph import Decide, Names, add_initializer, insert_before, is_constant, small_array, take_over
 
-# A number, the name of a symbol of the graph's inputs, or one dimension of a value.
+# A number, what all caches call a dimension, or one dimension of a value.
 Size = int | str | tuple[ir.Value, int]
 _SAME = {"Squeeze", "Unsqueeze", "Identity"}
 _SHAPING = {"Shape", "Concat", "Slice", "Gather", "Reshape"} | _SAME
@@ -24,12 +25,17 @@ def _name(size: ir.SymbolicDim) -> str | None:
 
 
 def dimension(value: ir.Value, axis: int) -> Size:
-    """One dimension of a value of known rank."""
+    """One dimension of a value of known rank.
+
+    Sizes of two caches are the same where an axis has the same name in both. Elsewhere names prove nothing: exporters
+    call the length of a query and that of a passage "sequence", and what runs the model takes any sizes.
+    """
     assert value.shape is not None
     size = value.shape[axis]
     if isinstance(size, int):
         return size
-    return (_name(size) if value.is_graph_input() else None) or (value, axis)
+    name = _name(size) if value.is_graph_input() and is_cache(value) else None
+    return (value, axis) if name is None else f"{name} of caches, axis {axis}"
 
 
 def sizes(value: ir.Value | None, budget: list[int] | None = None) -> tuple[Size, ...] | None:
@@ -168,8 +174,7 @@ def number_sizes(model: ir.Model, decide: Decide) -> None:
 def merge_sizes(model: ir.Model, decide: Decide) -> None:
     """Let every use of a size that was computed before go to the first one.
 
-    Dimensions of graph inputs with the same name are the same number (ONNX: "dim_param … represents a dimension
-    variable"): the length of thirty caches is asked for once. Names like "?" are none.
+    The length of thirty caches is asked for once. Names like "?" are none.
     """
     first: dict[tuple[int, tuple[Size, ...]], ir.Value] = {}
     merged = 0

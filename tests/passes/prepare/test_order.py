@@ -267,8 +267,8 @@ EXAMPLES = {
         weights={"low": np.int64([-9]), "two": np.int64([-2])},
     ),
     "merge_sizes": Example(
-        "a = Shape <start = 0, end = 1> (x) b = Shape <start = 0, end = 1> (z) y = Add(a, b)",
-        "float[n,32] x, float[n] z", "int64[1] y", "Shape Add", "Shape Shape Add",
+        "f = Shape(x) a = Gather(f, i) b = Shape <start = 0, end = 1> (x) y = Add(a, b)",
+        "float[n,32] x", "int64[1] y", "Shape Gather Add", "Shape Gather Shape Add", weights={"i": np.int64([0])},
     ),
     "remove_neutral": Example(
         "h = Mul(x, one) y = Relu(h)", IN, "float[5,32] y", "Relu", "Mul Relu", weights={"one": np.float32(1)}

@@ -1,0 +1,17 @@
+"""A decoder's caches: graph inputs that grow by what each run appends."""
+
+import onnx_ir as ir
+
+# (domain, operator): the inputs that are caches, (batch, heads, past, width).
+_GROWN = {("com.microsoft", "GroupQueryAttention"): (3, 4), ("", "Attention"): (4, 5)}
+
+
+def is_cache(value: ir.Value) -> bool:
+    """Whether a graph input is of a cache's form, and an output goes on from it."""
+    return len(value.shape or ()) == 4 and not value.is_initializer() and any(_appends(*use) for use in value.uses())
+
+
+def _appends(node: ir.Node, slot: int) -> bool:
+    along = node.attributes.get_int("axis", 0) in (2, -2)
+    written = (node.op_type, node.domain) == ("Concat", "") and slot == 0 and along
+    return slot in _GROWN.get((node.domain, node.op_type), ()) or (written and node.outputs[0].is_graph_output())
