@@ -1,7 +1,7 @@
 """Cached attention that exporters write out becomes GroupQueryAttention of ONNX Runtime."""
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import onnx_ir as ir
@@ -57,20 +57,24 @@ class FuseAttention(Pass):
         self.padding = padding
 
     def unfit(self, model: ir.Model, feeds: Mapping[str, Array]) -> str:
-        """Several rows behind cached ones of several sequences; padding.
+        """Several rows behind cached ones of several sequences; padding; sequences at other positions each.
 
         Tokens beside padding have the same logits, but what padding itself gives differs, and is looked at.
         """
         inputs = Inputs.of(model.graph)
         if isinstance(inputs, str):
             return ""
-        mask = feeds.get(str(inputs.mask.name)) if inputs.mask is not None else None
-        if mask is not None and not mask.all():
-            return "the data has padding, of which caches and outputs would hold other numbers"
-        tokens, past = (feeds.get(str(values[0].name)) for values in (inputs.tokens, inputs.pasts))
+        tokens, past, mask, positions = (
+            feeds.get(str(value.name)) if value is not None else None
+            for value in (inputs.tokens[0], inputs.pasts[0], inputs.mask, inputs.positions)
+        )
         if tokens is None or past is None or tokens.ndim < 2 or past.ndim < 4:
             return ""
         (sequences, rows), cached = tokens.shape[:2], past.shape[2]
+        if mask is not None and mask.shape[-1] == cached + rows and not mask.all():  # else it is an encoder's
+            return "the data has padding, of which caches and outputs would hold other numbers"
+        if positions is not None and (positions != positions[:1]).any():
+            return "the data has other position_ids in each sequence"
         if sequences > 1 and rows > 1 and cached:
             told = f"the data has {rows} rows behind {cached} cached ones for {sequences} sequences"
             return f"{told}, which GroupQueryAttention takes for one sequence only"
@@ -85,22 +89,33 @@ class FuseAttention(Pass):
                 self.decide("", "kept", inputs)
             return
         fuse_norms(model, self.decide)
+        found = self._found(model.graph, inputs)
+        if not any(own.lets.padding for own in found):  # then nothing says that it is as long as the caches will be
+            inputs = replace(inputs, mask=None)
         around = Around(model.graph, inputs, Names(model), self.padding)
-        masks: dict[ir.Value | None, Lets | str] = {}
-        for own in written(model.graph):
+        for own in found:
+            _replace(own, around)
+            self.decide(own.own.name, "fused", "GroupQueryAttention")
+        RemoveUnusedNodesPass()(model)
+        model.graph.sort()
+
+    def _found(self, graph: ir.Graph, inputs: Inputs) -> "list[_Cached]":
+        """The attentions that can be fused; of the others it is decided why not."""
+        found: list[_Cached] = []
+        masks: dict[tuple[ir.Value | None, bool], Lets | str] = {}
+        for own in written(graph):
             if isinstance(own, tuple):
                 self.decide(own[0], "kept", own[1])
                 continue
-            if own.mask not in masks:
-                masks[own.mask] = lets(own.mask, own.k, inputs)
-            found = _Cached.of(own, inputs, masks[own.mask])
-            if isinstance(found, str):
-                self.decide(own.name, "kept", found)
+            mask = own.mask, own.hides
+            if mask not in masks:
+                masks[mask] = lets(own, inputs)
+            cached = _Cached.of(own, inputs, masks[mask])
+            if isinstance(cached, str):
+                self.decide(own.name, "kept", cached)
             else:
-                _replace(found, around)
-                self.decide(own.name, "fused", "GroupQueryAttention")
-        RemoveUnusedNodesPass()(model)
-        model.graph.sort()
+                found.append(cached)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,12 +146,18 @@ class _Cached:
         q, k = (rotated(turned, inputs) for turned in (own.q, key[1]))
         if isinstance(q, str) or isinstance(k, str):
             return q if isinstance(q, str) else str(k)
+        if not own.alone:  # what else reads them takes them turned as they are
+            q, k = Rotated(own.q), Rotated(key[1])
         if (q.cos, q.sin, q.interleaved) != (k.cos, k.sin, k.interleaved):
             return "its queries and keys are not turned alike"
-        _, groups, _, width = named_sizes(own.k)
+        groups, width = _heads_and_width(own.k, *key)
         heads = heads_of(q.x, width)
         if not (isinstance(heads, int) and isinstance(groups, int) and isinstance(width, int)):
             return "how many heads it has is not known"
+        if _heads_and_width(own.v, *value) != (groups, width):
+            told = "values of {} heads of {} beside keys of {} of {}"
+            told = told.format(*_heads_and_width(own.v, *value), groups, width)
+            return f"GroupQueryAttention takes no {told}"
         if q.pairs % _STEP or width % _STEP:
             told = f"not {width} and {q.pairs}"
             return f"GroupQueryAttention takes heads and halves of rotations in multiples of {_STEP}, {told}"
@@ -160,6 +181,13 @@ def _appended(value: ir.Value, inputs: Inputs) -> tuple[ir.Value, ir.Value] | No
     past, new = node.inputs
     fits = past in inputs.pasts and node.attributes.get_int("axis", 0) in (2, -2)
     return (past, new) if fits and past is not None and new is not None else None
+
+
+def _heads_and_width(*alike: ir.Value) -> tuple[int | None, int | None]:
+    """Those of a cache, as one of the values (batch, heads, rows, width) says that have the same ones."""
+    known = [sizes for value in alike if len(sizes := named_sizes(value)) == 4]
+    heads, width = (next((n for sizes in known if isinstance(n := sizes[axis], int)), None) for axis in (1, 3))
+    return heads, width
 
 
 def _replace(found: _Cached, around: Around) -> None:

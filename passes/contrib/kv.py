@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.caches import is_cache
 from qcompile.passes.contract import Fact, Reads, Stage
 from qcompile.passes.contrib.attention import FuseAttention
 from qcompile.passes.contrib.codes import ATTENTION, DOMAIN, SCALES, CacheCodes, codes_of
@@ -69,7 +70,7 @@ class Kv(Pass):
             store(node, [CacheCodes.spanning(own, self.bits, channels=self.channels) for own in peaks])
             self.decide(node.name or "", "coded", f"int{self.bits} caches, a scale for each {self._unit}")
         for value in graph.inputs:
-            if _is_cache(value, graph) and value not in done:
+            if is_cache(value) and value not in done:
                 self.decide(str(value.name), "kept", f"{_readers(value)} reads it, which takes no codes")
 
     @property
@@ -158,7 +159,7 @@ def _pairs(table: ir.Value, most: int) -> int:
 
 def _fused(model: ir.Model) -> list[_Cached]:
     """The attentions of a model, fused, whose caches can be codes; UserError where there is none."""
-    if not any(_is_cache(value, model.graph) for value in model.graph.inputs):
+    if not any(is_cache(value) for value in model.graph.inputs):
         raise UserError("kv: the model has no caches to store in codes: export it with --kv-cache, or leave kv out")
     copy, fuse = model.clone(), FuseAttention()
     fuse.call(Region.whole(copy))
@@ -169,17 +170,6 @@ def _fused(model: ir.Model) -> list[_Cached]:
         told = next((own for own in tried if isinstance(own, str)), "") or (reasons or ["it is written unusually"])[0]
         raise UserError(f"kv: no cache of the model can become codes: it has no {ATTENTION}: {told}; leave kv out")
     return found
-
-
-def _is_cache(value: ir.Value, graph: ir.Graph) -> bool:
-    """Whether a graph input is of a cache's form, and an output goes on from it."""
-    return len(value.shape or ()) == 4 and not value.is_initializer() and any(_appends(*use) for use in value.uses())
-
-
-def _appends(node: ir.Node, slot: int) -> bool:
-    if (node.domain, node.op_type) == (DOMAIN, ATTENTION):
-        return slot in SCALES
-    return node.op_type == "Concat" and slot == 0 and node.outputs[0].is_graph_output()
 
 
 def _readers(value: ir.Value) -> str:

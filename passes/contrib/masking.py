@@ -7,11 +7,13 @@ import onnx_ir as ir
 
 from qcompile.passes.contrib.inputs import Inputs, filled
 from qcompile.passes.contrib.probing import Array, Given, evaluate
+from qcompile.passes.contrib.written import Written
 from qcompile.passes.masks import FILL
 
 _FAR = 200_000  # cached positions at which a window shows, if there is one
 # batch, rows, past: a prompt, a prompt behind another, one token.
 _CASES = ((2, 5, 0), (2, 3, 4), (3, 1, 6))
+_UNKNOWN = "its mask cannot be computed from the inputs' sizes and the padding mask"
 
 
 @dataclass(frozen=True)
@@ -22,61 +24,69 @@ class Lets:
     padding: bool
 
 
-def lets(mask: ir.Value | None, keys: ir.Value, inputs: Inputs) -> Lets | str:
-    """What the mask of an attention lets through, or why it is none of that kind.
-
-    keys: what it is long, (batch, heads, past and rows, width); some masks are cut to that.
-    """
-    if mask is None:
+def lets(own: Written, inputs: Inputs) -> Lets | str:
+    """What the mask of an attention lets through, or why it is none of that kind."""
+    if own.mask is None:
         return "it has no mask: every row sees all positions"
-    own = _Mask(mask, keys, inputs)
-    far = own.seen(1, 2, _FAR)
-    if far is None:
-        return "its mask cannot be computed from the inputs' sizes and the padding mask"
+    mask = _Mask(own.mask, own.k, inputs, own.hides)
+    far = mask.seen(1, 2, _FAR)
+    if isinstance(far, str):
+        return far
     counts = far.reshape(2, -1).sum(1)
     window = 0 if counts[1] == _FAR + 2 else int(counts[1])
     if not np.array_equal(far, _expected(1, 2, _FAR, window, None)):
         return "its mask is neither causal nor a window"
     for padding in (True, False):
-        if all(own.agrees(case, window, padding=padding) for case in _CASES):
+        if all(mask.agrees(case, window, padding=padding) for case in _CASES):
             return Lets(window, padding)
     return "its mask is neither causal nor a window"
 
 
 @dataclass(frozen=True, eq=False)
 class _Mask:
+    """keys: what it is long, (batch, heads, past and rows, width); some masks are cut to that."""
+
     value: ir.Value
     keys: ir.Value
     inputs: Inputs
+    hides: bool
 
     def agrees(self, case: tuple[int, int, int], window: int, *, padding: bool) -> bool:
-        """Whether it lets through what it should, with padding on the left, on the right, and in between."""
+        """Whether it lets through what it should, with padding on the left, on the right, and in between, whatever the
+        tokens are, and wherever their positions begin.
+        """
         batch, rows, past = case
         padded = np.ones((batch, past + rows), bool)
         if self.inputs.mask is not None:
             padded[0, 0] = padded[1, -1] = padded[1, past // 2] = False
-        found = self.seen(batch, rows, past, padded)
-        if found is None:
+        found, other = (self.seen(batch, rows, past, padded, other=other) for other in (False, True))
+        if isinstance(found, str) or isinstance(other, str):
             return False
         wanted = _expected(batch, rows, past, window, padded if padding else None)
         # A row that nothing is let through to is padding itself; what it holds does not matter.
         somewhere = wanted.any(-1)
-        return np.array_equal(found[somewhere], wanted[somewhere])
+        return all(np.array_equal(seen[somewhere], wanted[somewhere]) for seen in (found, other))
 
-    def seen(self, batch: int, rows: int, past: int, padded: Array | None = None) -> Array | None:
-        """What it lets through, (batch, rows, past + rows); None where floats are neither zero nor fill."""
+    def seen(
+        self, batch: int, rows: int, past: int, padded: Array | None = None, *, other: bool = False
+    ) -> Array | str:
+        """What it lets through, (batch, rows, past + rows), or why that cannot be told. other: see `Inputs.at`."""
         keys = {self.keys: filled(self.keys, [batch, None, past + rows, None], 0)}
-        given = evaluate([self.value], Given.of({**self.inputs.at(batch, rows, past, padded), **keys}))
+        given = evaluate([self.value], Given.of({**self.inputs.at(batch, rows, past, padded, other=other), **keys}))
         if given is None or given[0].ndim not in (2, 3, 4) or given[0].dtype.kind not in "fb":
-            return None
-        numbers = given[0].reshape(-1, *given[0].shape[-2:])
-        seen = numbers if numbers.dtype.kind == "b" else numbers == 0
+            return _UNKNOWN
+        numbers = given[0]
+        seen = numbers != self.hides if numbers.dtype.kind == "b" else numbers == 0
         if numbers.dtype.kind == "f" and not (seen | (numbers <= -FILL)).all():
-            return None
+            return "its mask holds other numbers than zeros and a lowest one, as of relative positions"
+        if seen.ndim == 4:
+            if (seen != seen[:, :1]).any():
+                return "its mask is another one for each head"
+            seen = seen[:, 0]
         try:
             return np.broadcast_to(seen, (batch, rows, past + rows))
         except ValueError:
-            return None
+            return _UNKNOWN
 
 
 def _expected(batch: int, rows: int, past: int, window: int, padded: Array | None) -> Array:

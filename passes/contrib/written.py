@@ -1,5 +1,6 @@
 """Attention as exporters write it out, operator by operator."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ class Written:
 
     q: (batch, heads, rows, width). k, v: (batch, groups of heads, positions, width).
     result: (batch, rows, heads width) or (batch rows, heads width). mask: added to the scores, or False where they are
-    replaced by its fill.
+    replaced by its fill; hides: True there. alone: whether nothing else reads k.
     """
 
     name: str
@@ -29,7 +30,9 @@ class Written:
     scale: float
     softcap: float
     mask: ir.Value | None
+    hides: bool
     result: ir.Value
+    alone: bool
 
 
 def written(graph: ir.Graph) -> Iterator[Written | tuple[str, str]]:
@@ -53,11 +56,11 @@ def _around(softmax: ir.Node) -> Written | str | None:
     weights = _guarded(softmax.outputs[0])
     last = _only_reader(weights, "MatMul")
     if last is None or last.inputs[0] is not weights:
-        return "no product reads its probabilities" if len(softmax.outputs[0].shape or ()) > 3 else None
+        return None if softmax.outputs[0].shape and len(softmax.outputs[0].shape) < 4 else _told_of(weights)
     before = _scores(softmax.inputs[0])
     if before is None:
         return "what makes its scores is not known"
-    product, mask, scale, softcap = before
+    product = before.product
     q, k, v = (_stripped(value) for value in (product.inputs[0], product.inputs[1], last.inputs[1]))
     if q is None or k is None or v is None:
         return "an operand of its products is missing"
@@ -70,11 +73,36 @@ def _around(softmax: ir.Node) -> Written | str | None:
     if merged is None or tuple(merged.attributes.get_ints("perm", ())) not in _MERGE:
         return "its heads are not put side by side"
     joined = _only_reader(merged.outputs[0], "Reshape")
-    if joined is None or joined.outputs[0].shape is None or len(joined.outputs[0].shape) not in (2, 3):
+    if joined is None or not _side_by_side(merged.outputs[0], joined.outputs[0]):
         return "its heads are not put side by side"
+    scale = before.scale * q.scale * k.scale
     return Written(
-        softmax.name or "", q.value, k.value, v.value, scale * q.scale * k.scale, softcap, mask, joined.outputs[0]
-    )
+        softmax.name or "", q.value, k.value, v.value, scale, before.softcap, before.mask, before.hides,
+        joined.outputs[0], _alone(k.value, product),
+    )  # fmt: skip
+
+
+def _told_of(weights: ir.Value) -> str:
+    """Why nothing but a product may read them."""
+    return "its probabilities are an output" if weights.is_graph_output() else "no product reads its probabilities"
+
+
+def _side_by_side(heads: ir.Value, joined: ir.Value) -> bool:
+    """Whether a value is (batch, rows, heads width) or (batch rows, heads width) of heads (batch, rows, …, width)."""
+    width, sizes = named_sizes(joined)[-1:], named_sizes(heads)[2:]
+    known = [size for size in (*width, *sizes) if isinstance(size, int)]
+    if len(joined.shape or ()) not in (2, 3):
+        return False
+    return len(known) < len(sizes) + 1 or known[0] == math.prod(known[1:])
+
+
+def _alone(value: ir.Value, product: ir.Node) -> bool:
+    """Whether a value goes to one product only; its shape may be read too."""
+    while True:
+        readers = [use.node for use in value.uses() if use.node.op_type != "Shape"]
+        if len(readers) != 1 or readers[0] is product:
+            return len(readers) == 1
+        value = readers[0].outputs[0]
 
 
 def _guarded(weights: ir.Value) -> ir.Value:
@@ -89,35 +117,46 @@ def _guarded(weights: ir.Value) -> ir.Value:
     return where.outputs[0] if guards else weights
 
 
-def _scores(value: ir.Value | None) -> tuple[ir.Node, ir.Value | None, float, float] | None:
-    """(product of queries and keys, mask, scale, softcap) of what a Softmax reads; None where no product is found."""
-    node = value.producer() if value is not None else None
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """What a Softmax reads: cap(scale product) and a mask, see `Written`."""
+
+    product: ir.Node
+    scale: float
+    softcap: float
     mask: ir.Value | None = None
+    hides: bool = False
+
+
+def _scores(value: ir.Value | None) -> _Scores | None:
+    """None where no product is found."""
+    node = value.producer() if value is not None else None
     if node is not None and (node.op_type, node.domain) == ("Add", ""):
         sides = [own for own in node.inputs if own is not None]
-        products = [_scores_of(own) for own in sides]
-        if (products[0] is None) == (products[-1] is None):
+        found = [_scores_of(own) for own in sides]
+        if (found[0] is None) == (found[-1] is None):
             return None
-        i = 0 if products[0] is not None else 1
-        value, mask = sides[i], _unwidened(sides[1 - i])
-    elif node is not None and (node.op_type, node.domain) == ("Where", ""):
-        fill = small_array(node.inputs[2], 1)
-        if fill is None or fill.size != 1 or not fill.reshape(-1)[0] <= -FILL or node.inputs[0] is None:
-            return None
-        value, mask = node.inputs[1], _unwidened(node.inputs[0])
-    found = _scores_of(value)
-    return (found[0], mask, found[1], found[2]) if found is not None else None
+        i = 0 if found[0] is not None else 1
+        own = found[i]
+        return replace(own, mask=_unwidened(sides[1 - i])) if own is not None else None
+    if node is None or (node.op_type, node.domain) != ("Where", ""):
+        return _scores_of(value)
+    for i in (1, 2):
+        fill, own = small_array(node.inputs[3 - i], 1), _scores_of(node.inputs[i])
+        if own is not None and node.inputs[0] is not None and fill is not None and (fill.reshape(-1) <= -FILL).all():
+            return replace(own, mask=_unwidened(node.inputs[0]), hides=i == 2)
+    return None
 
 
-def _scores_of(value: ir.Value | None) -> tuple[ir.Node, float, float] | None:
-    """(product, scale, softcap) of a value cap(scale · product)."""
+def _scores_of(value: ir.Value | None) -> _Scores | None:
+    """Of a value cap(scale · product), without a mask."""
     scale, softcap = 1.0, 0.0
     for _ in range(8):
         node = value.producer() if value is not None else None
         if value is None or node is None or node.domain != "" or len(value.uses()) != 1 or value.is_graph_output():
             return None
         if node.op_type == "MatMul":
-            return node, scale, softcap
+            return _Scores(node, scale, softcap)
         if node.op_type == "Tanh" and softcap == 0 and scale > 0:
             value, softcap = node.inputs[0], scale  # cap tanh(x / cap): what is inside makes up the rest of the scale
             continue

@@ -1,11 +1,14 @@
 """Pass fuse_attention: the same numbers as the attention that it replaces, whatever is padded and however it is run."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from fusing import Running, check_same, fuse_attention, nodes_of
+from graphs.decoders import Written
+from graphs.table import Graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -228,9 +231,48 @@ def test_decoders_without_caches_stay() -> None:
     assert decisions == []
 
 
+def _written(**how: Any) -> ir.Model:
+    graph = Graph()
+    Written(**how).build(graph)
+    return ir.from_proto(graph.model())
+
+
+def test_keys_that_other_layers_read_stay_turned_as_they_are() -> None:
+    """What a fused attention lengthens by keys turned in its own way would be other keys for them."""
+    model = _written(layers=4, shared=True)
+    fused, decisions = fuse_attention(model)
+    assert {decision.action for decision in decisions} == {"fused"}
+    check_same(model, fused, np.array([[0, 0, 1, 1, 1], [1] * 5]), [1, 1])
+
+
+@pytest.mark.parametrize("padding", [True, False])
+def test_a_mask_says_how_long_caches_are_where_attention_looks_at_it(padding: bool) -> None:
+    """Else it may be an encoder's, or hold anything."""
+    model = _written(padding=padding)
+    fused, _ = fuse_attention(model)
+    made = nodes_of(fused, "GroupQueryAttention")
+    assert len(made) == 2
+    mask = next(value for value in fused.graph.inputs if value.name == "attention_mask")
+    assert bool(mask.uses()) == padding
+    check_same(model, fused, np.ones((2, 5), np.int64), [1, 1])
+
+
 def _without(model: ir.Model, op_type: str, replacement: str) -> ir.Model:
     for node in nodes_of(model, op_type):
         node.op_type = replacement
+    return model
+
+
+def _masked(model: ir.Model, by_head: list[float]) -> ir.Model:
+    """The written one, its mask plus these numbers for every other head."""
+    model = _written(heads=4)
+    numbers = np.tile(np.float32(by_head), 2).reshape(1, 4, 1, 1)
+    for softmax in nodes_of(model, "Softmax"):
+        scores = softmax.inputs[0].producer()
+        added = ir.node("Add", [scores.inputs[1], _constant(model, f"{softmax.name}.more", numbers)])
+        added.outputs[0].name = f"{softmax.name}.mask"
+        scores.prepend(added)
+        scores.replace_input_with(1, added.outputs[0])
     return model
 
 
@@ -240,6 +282,17 @@ def _without(model: ir.Model, op_type: str, replacement: str) -> ir.Model:
         (lambda model: _without(model, "LessOrEqual", "GreaterOrEqual"), "its mask is neither causal nor a window"),
         (lambda model: _without(model, "Cos", "Sin"), "no rotation by cosines and sines is found before its scores"),
         (lambda model: _without(model, "Neg", "Identity"), "it is turned in none of the two usual ways"),
+        (lambda _: _written(mask="positions"), "its mask is neither causal nor a window"),
+        (lambda _: _written(mask="all"), "it has no mask: every row sees all positions"),
+        (
+            lambda _: _written(wide=24),
+            "GroupQueryAttention takes no values of 2 heads of 24 beside keys of 2 of 16",
+        ),
+        (
+            lambda model: _masked(model, [0.0, -3.0]),
+            "its mask holds other numbers than zeros and a lowest one, as of relative positions",
+        ),
+        (lambda model: _masked(model, [0.0, -1e9]), "its mask is another one for each head"),
     ],
 )
 def test_what_is_no_such_attention_stays_with_its_reason(change: Callable[[ir.Model], ir.Model], reason: str) -> None:
