@@ -16,13 +16,14 @@ from qcompile.compiler.files.load import check_model_file, check_output_path, sa
 from qcompile.compiler.measure import randomness
 from qcompile.compiler.mixed.keep import keep
 from qcompile.compiler.mixed.ranking import RankingCache
-from qcompile.compiler.plan import effective, steps_that
+from qcompile.compiler.plan import fitted, steps_that
 from qcompile.compiler.recipe import Recipe, dump_recipe
 from qcompile.compiler.report.coverage import check_coverage
 from qcompile.compiler.report.page import to_html
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.stages import finish, gather_data, load_statistics, prepare_model, walk, wish
 from qcompile.compiler.walk import activation_bits
+from qcompile.compiler.walk.conformance import check_conformance
 from qcompile.compiler.walk.verify import check_outputs, check_reloaded, run_file, silent
 from qcompile.compiler.walk.verify_saved import check_saved
 from qcompile.passes.activations import INT8
@@ -47,7 +48,7 @@ def compile_model(
 
     Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
     """
-    recipe, progress = effective(recipe or Recipe()), progress or Silent()
+    (recipe, changed), progress = fitted(recipe or Recipe()), progress or Silent()
     source = Path(model)
     check_model_file(source)
     target = default_output(source, recipe) if output is None else Path(output)
@@ -87,6 +88,7 @@ def compile_model(
         rounding = math.inf if integer else report.rounding
         report.reload_error = check_reloaded(same, verified, element_type(graph), rounding=rounding)
         check_saved(staged, graph)
+        report.target = [*changed, *check_conformance(staged, recipe.target)]
         original = [original for _, original in walked.outputs]
         job.tell(plan, data, reloaded, original)
         judged = [o for o in report.outputs if o.name not in silent(reloaded, original, job.sigmoids)]

@@ -3,13 +3,14 @@
 import inspect
 import math
 import typing
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
 
-from qcompile.compiler.recipe import Recipe, Step
+from qcompile.compiler.recipe import SETTINGS, Recipe, Step
+from qcompile.passes import lists
 from qcompile.passes.affine import Grid
 from qcompile.passes.base import Pass
 from qcompile.passes.contract import PENDING, Fact, Reads, Stage
@@ -22,6 +23,10 @@ from qcompile.passes.qdq.weights import SPEC
 from qcompile.passes.rounding import Rounding, round_with_clip
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.table import PASSES
+from qcompile.passes.targets import TARGETS, Target
+
+# A setting, the value that it gets, and why.
+_Change = tuple[str, Any, str]
 
 
 @dataclass(frozen=True)
@@ -131,11 +136,119 @@ def _words(kinds: Iterable[type[Pass]]) -> str:
 
 
 def effective(recipe: Recipe) -> Recipe:
-    """The recipe with a target that the step names which packs weights: pack(target=qdq) is --target qdq."""
-    for step in steps_that(recipe, ensure=Fact.PACKED):
-        if step.parameters.get("target") is not None:
-            return replace(recipe, **{"target": step.parameters["target"]})
+    """The recipe as its target takes it, which a step may name: pack(target=qdq) is --target qdq (`fitted`)."""
+    return fitted(recipe)[0]
+
+
+def fitted(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe as its target takes it, and what was changed, in words; UserError for what was given and does not fit.
+
+    A setting of its default's value counts as not given. Fitted once more, nothing changes.
+
+    Case 1: a step says whose target it is: pack(target=qdq), or a provider that has one, qdq(provider=tensorrt).
+    Case 2: passes that write for a provider get the target's; those whose operators the runtime has not are refused.
+    Case 3: packed weights, lm_head among them, get its bits, groups and zero points.
+    Case 4: tables of lookups stay in float where it decodes none.
+    """
+    recipe = _with_target_of_steps(recipe)
+    own = TARGETS[recipe.target]
+    if not own.runtime:
+        return recipe, ()
+    recipe = replace(recipe, passes=tuple(_for_target(step, recipe.target, own) for step in recipe.passes))
+    packs = any(Fact.PACKED in PASSES.required(step.name).ensures for step in recipe.passes)
+    changes = [*_fitted_body(recipe, own), *_fitted_head(recipe, own)] if packs else []
+    changes += _fitted_lookups(recipe, own)
+    told = tuple(f"{name} {SETTINGS[name].plain(value)}: {own.runtime} {why}" for name, value, why in changes)
+    values: dict[str, Any] = {name: value for name, value, _ in changes}
+    return replace(recipe, **values), told
+
+
+def _with_target_of_steps(recipe: Recipe) -> Recipe:
+    """Case 1."""
+    for step in recipe.passes:
+        target: Any = step.parameters.get("target") if Fact.PACKED in PASSES.required(step.name).ensures else None
+        if target is not None:
+            return replace(recipe, target=target)
+        provider = step.parameters.get("provider")
+        meant: Any = next((name for name, own in TARGETS.items() if provider and own.provider == provider), None)
+        if meant is not None and not TARGETS[recipe.target].runtime:
+            return replace(recipe, target=meant)
     return recipe
+
+
+def _for_target(step: Step, target: str, own: Target) -> Step:
+    """Case 2."""
+    kind = PASSES.required(step.name)
+    if reason := kind.unserved.get(target):
+        raise UserError(f"pass {step.name} does not go with target {target}: {own.runtime} {reason}")
+    if "provider" not in parameters(kind):
+        return step
+    given = step.parameters.get("provider", own.provider)
+    if given != own.provider:
+        raise UserError(f"target {target} is for provider {own.provider}, {step.name} says {given}: leave one out")
+    return replace(step, parameters={**step.parameters, "provider": given})
+
+
+def _fitted_body(recipe: Recipe, own: Target) -> Iterator[_Change]:
+    """Case 3: of ordinary weights."""
+    if recipe.weights is not None:
+        yield from _fitted_format(recipe, "weights", recipe.weights, own)
+        return
+    if recipe.bits not in own.bits:
+        advice = f"leave out bits, or choose integer products, --passes {lists.INTEGER}"
+        raise _unfitting(recipe, f"weights of {_numbers(own.bits)} bits, got {recipe.bits}", advice)
+    if own.groups and recipe.group_size not in own.groups:
+        if recipe.group_size != SETTINGS["group_size"].default:
+            raise _unfitting(recipe, f"groups of {_numbers(own.groups)}, got {recipe.group_size}", "give another one")
+        yield "group_size", own.groups[0], f"takes groups of {_numbers(own.groups)}"
+    if not recipe.symmetric:
+        yield "symmetric", True, "takes no zero points"
+
+
+def _fitted_head(recipe: Recipe, own: Target) -> Iterator[_Change]:
+    """Case 3: of lm_head."""
+    head = recipe.lm_head
+    if isinstance(head, Step):
+        yield from _fitted_format(recipe, "lm_head", head, own)
+    elif head is not None and head not in own.bits:
+        yield "lm_head", None, f"takes weights of {_numbers(own.bits)} bits"
+
+
+def _fitted_format(recipe: Recipe, setting: str, step: Step, own: Target) -> Iterator[_Change]:
+    """Case 3: a weight format given by name; parameters that it does not say are those that the target wants."""
+    known = [f"int{bits}" for bits in own.bits]
+    if step.name not in known:
+        raise _unfitting(recipe, f"weights as {' or '.join(known)}, got {setting} {step}", "choose one of these")
+    takes, given, why = parameters(named(step.name).grid), dict(step.parameters), []
+    if own.groups and given.get("group", takes["group"].default) not in own.groups:
+        if "group" in given:
+            raise _unfitting(recipe, f"groups of {_numbers(own.groups)}, got {setting} {step}", "give another group")
+        given["group"] = own.groups[0]
+        why.append(f"takes groups of {_numbers(own.groups)}")
+    if "symmetric" in takes and not given.get("symmetric", False):
+        if "symmetric" in given:
+            raise _unfitting(recipe, f"no zero points, got {setting} {step}", "leave out symmetric=false")
+        given["symmetric"] = True
+        why.append("takes no zero points")
+    if why:
+        yield setting, Step(step.name, given), " and ".join(why)
+
+
+def _fitted_lookups(recipe: Recipe, own: Target) -> Iterator[_Change]:
+    """Case 4."""
+    if own.decodes or recipe.embedding is None:
+        return
+    if recipe.embedding != SETTINGS["embedding"].default:
+        raise _unfitting(recipe, f"no codes in tables of lookups, got embedding {recipe.embedding}", "keep it")
+    yield "embedding", None, "takes constant scales alone, and those of a lookup are not"
+
+
+def _unfitting(recipe: Recipe, wanted: str, advice: str) -> UserError:
+    return UserError(f"target {recipe.target} takes {wanted}: {advice}, or choose another target")
+
+
+def _numbers(numbers: tuple[int, ...]) -> str:
+    return " or ".join(map(str, sorted(numbers)))
 
 
 def facts_of(model: ir.Model) -> Set[Fact]:
@@ -205,14 +318,16 @@ def make_policy(recipe: Recipe) -> Policy:
     """
     if steps_that(recipe, ensure=Fact.INTEGER):
         head, table = SPEC if recipe.lm_head else None, SPEC if recipe.embedding else None
-        return Policy(SPEC, head, table, recipe.include, recipe.exclude)
+        return Policy(SPEC, head, table, recipe.include, recipe.exclude, target=recipe.target)
     body = grid(recipe.weights or _short(recipe.bits, recipe), recipe.target)
 
-    def vocabulary(wanted: int | Step | None) -> Grid | None:
+    def vocabulary(wanted: int | Step | None, target: str) -> Grid | None:
         step = _short(wanted, replace(recipe, symmetric=False)) if isinstance(wanted, int) else wanted
-        return grid(step, recipe.target) if step else None
+        return grid(step, target) if step else None
 
-    return Policy(body, vocabulary(recipe.lm_head), vocabulary(recipe.embedding), recipe.include, recipe.exclude)
+    logits = vocabulary(recipe.lm_head, recipe.target)
+    lookups = vocabulary(recipe.embedding, TARGETS[recipe.target].operators)  # they have zero points for all targets
+    return Policy(body, logits, lookups, recipe.include, recipe.exclude, target=recipe.target)
 
 
 def _short(bits: int, recipe: Recipe) -> Step:

@@ -12,6 +12,7 @@ from qcompile.compiler.settings.setting import About, settings, shown
 from qcompile.compiler.settings.steps import Step, parse_passes, parse_step, split_list
 from qcompile.passes import lists
 from qcompile.passes.errors import UserError
+from qcompile.passes.targets import TargetName
 
 __all__ = [
     "DATA",
@@ -32,8 +33,7 @@ __all__ = [
     "split_list",
 ]
 DEFAULT_PASSES = parse_passes(lists.BEST)
-Target = Literal["qcompile", "matmulnbits", "qdq"]
-TARGETS: tuple[str, ...] = get_args(Target)
+TARGETS: tuple[str, ...] = get_args(TargetName)
 Bits = Literal[4, 8]
 # The headings that options stand under. Commands that only look at a model have the middle ones.
 WHAT, WHICH, DATA = "what to do", "what to quantize", "calibration"
@@ -112,9 +112,10 @@ class Recipe:
         ),
     ] = None
     target: Annotated[
-        Target,
+        TargetName,
         About(
-            "operators of the output: qcompile functions (default), com.microsoft nodes, or plain ONNX",
+            "operators of the output: qcompile functions (default), com.microsoft nodes, or plain ONNX; or what the "
+            "documents of another runtime ask for, TensorRT or the QNN provider (checked, but not run)",
             WHAT,
             wrong=_no_target,
         ),

@@ -19,7 +19,7 @@ from qcompile.compiler.facts.value_types import told_by_runtime
 from qcompile.compiler.files.load import check_finite, load_model, model_hash
 from qcompile.compiler.measure import randomness
 from qcompile.compiler.mixed.keep import Wish, check_metric
-from qcompile.compiler.plan import HELD, Planned, facts_of, packages, planned, reading
+from qcompile.compiler.plan import HELD, Planned, effective, facts_of, packages, planned, reading
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.coverage import account, quantizers
 from qcompile.compiler.results.errors import ActivationRange, RowsSeen
@@ -111,6 +111,7 @@ def walk_model(
 
 def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     """Load the model and canonicalize its graph. Raises UserError for a model or a recipe that cannot work."""
+    recipe = effective(recipe)
     planned(recipe, HELD)
     graph = load_model(source)
     made = planned(recipe, facts_of(graph))

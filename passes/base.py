@@ -101,6 +101,7 @@ class Pass(ABC):
     families: of these it quantizes all weights it can, "MatMul" (and what multiplies like it) or "Conv": coverage of
     them is asked for where the user names no minimum.
     added: when lists have it that do not name it; None: never.
+    unserved: targets whose runtime does not run what it writes, and what it lacks.
     observer: by which ranges of activations are chosen, in a pass that reads them.
     parts: the small passes that it is a list of, in their order, each with a line on what it does.
     """
@@ -113,6 +114,7 @@ class Pass(ABC):
     takes: ClassVar[Set[Fact]] = frozenset()
     families: ClassVar[Sequence[str]] = ("MatMul", "Conv")
     added: ClassVar[Added | None] = None
+    unserved: ClassVar[Mapping[str, str]] = {}
     observer: str = ""
     parts: ClassVar[Mapping[str, str]] = {}
 

@@ -76,11 +76,11 @@ def int8(model: ir.Model, policy: Policy, store: WeightStore) -> Coder:
 
 
 def quantize_inner(
-    model: ir.Model, policy: Policy, store: WeightStore, linears: Coder, decide: Decide, *, recurrent: str = ""
+    model: ir.Model, policy: Policy, store: WeightStore, linears: Coder, decide: Decide, *, runtime: str = ""
 ) -> set[ir.Node]:
     """Quantize the weights of bodies and recurrent nodes; the nodes that a decision was made on.
 
-    recurrent: why weights of LSTM, GRU and RNN stay in float, where they do.
+    runtime: one that decodes no weights but those of Cases 1 and 2, so that all others stay in float.
 
     Case 1: a MatMul in a body: as `linears` codes it.
     Case 2: a Conv or ConvTranspose in a body: int8, as `store` holds it.
@@ -100,10 +100,10 @@ def quantize_inner(
             _linear(linear, linears, decoder, decide)
         elif plain and node.op_type in CONVOLUTIONS and inner and is_float_constant(node.inputs[1]):
             _convolution(node, policy, store, decoder, decide)
-        elif plain and node.op_type in RECURRENT and recurrent:
-            tables = [v for v in node.inputs[1:3] if v is not None and is_float_constant(v)]
-            for table in tables:
-                _left(decide, node, table, recurrent)
+        elif runtime and (slots := _decodable(node)):
+            for table in (node.inputs[slot] for slot in slots if slot < len(node.inputs)):
+                if table is not None and is_float_constant(table):
+                    _left(decide, node, table, f"{runtime} decodes no weights of {node.op_type} nodes like this")
         elif plain and node.op_type in RECURRENT:
             for slot, what in ((1, "input"), (2, "recurrent")):
                 _decoded(node, slot, EIGHT, Reason(_PER_ROW, f"{what} weights"), policy, decoder, decide)
@@ -119,6 +119,16 @@ def quantize_inner(
             continue
         seen.add(node)
     return seen
+
+
+def _decodable(node: ir.Node) -> tuple[int, ...]:
+    """The inputs that may be weights of Cases 3 to 6; none of other nodes."""
+    if (node.domain, node.op_type) == ("com.microsoft", "MoE"):
+        return (2, 4, 6)
+    if node.domain == "" and node.op_type in RECURRENT:
+        return (1, 2)
+    deep = _deep(node) if (node.domain, node.op_type) == ("", "MatMul") else None
+    return (0,) if is_lookup(node) else () if deep is None else (deep,)
 
 
 def _linear(linear: Linear, coder: Coder, decoder: Decoder, decide: Decide) -> None:

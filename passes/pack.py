@@ -3,7 +3,7 @@
 from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -27,11 +27,12 @@ from qcompile.passes.linears import (
     find_linears,
     vocabulary_size,
 )
-from qcompile.passes.policy import Policy
+from qcompile.passes.policy import Policy, Unfit
 from qcompile.passes.qdq.weights import WeightGrid, WeightStore
 from qcompile.passes.rounding import round_to_nearest
 from qcompile.passes.spec import integers
 from qcompile.passes.state import Tensors, node_state, set_node, set_weight, weight_state
+from qcompile.passes.targets import TARGETS, TargetName
 
 _THREADS = 2
 # A weight as it is packed: its initializer, its spec, and whether it is read transposed.
@@ -55,7 +56,7 @@ class Pack(Pass):
     takes: ClassVar[Set[Fact]] = frozenset({Fact.FLOAT, Fact.CLIP, Fact.CODES, Fact.OUTLIERS})
     families: ClassVar[tuple[str, ...]] = ("MatMul",)
 
-    def __init__(self, policy: Policy, *, target: Literal["qcompile", "matmulnbits", "qdq"] | None = None) -> None:
+    def __init__(self, policy: Policy, *, target: TargetName | None = None) -> None:
         super().__init__()
         self.policy, self.target = policy, target
 
@@ -84,9 +85,9 @@ class Pack(Pass):
         Case 6: convolutions in bodies, LSTM, GRU and RNN: int8, whatever the bits of linears.
         """
         store = WeightStore(model, WeightGrid())
-        done = quantize_inner(
-            model, self.policy, store, partial(self._coded, model, vocabulary_size(model)), self.decide
-        )
+        own, coder = TARGETS[self.policy.target], partial(self._coded, model, vocabulary_size(model))
+        runtime = "" if own.decodes else own.runtime
+        done = quantize_inner(model, self.policy, store, coder, self.decide, runtime=runtime)
         for embedding in find_embeddings(body_nodes(model)):
             table = self.policy.for_embedding(embedding)
             if isinstance(table, str):
@@ -127,7 +128,8 @@ class Pack(Pass):
     def _keep(self, site: Linear | Embedding, reason: str) -> None:
         kind = "MatMul" if isinstance(site, Linear) else "Gather"
         size, name = int(np.prod(site.shape)), _weight_name(site)
-        self.decide(site.name, "kept", reason, kind=kind, weights=size, weight=name)
+        action = "skipped" if isinstance(reason, Unfit) else "kept"
+        self.decide(site.name, action, reason, kind=kind, weights=size, weight=name)
 
     def _round(self, region: Region, specs: dict[Linear, Grid]) -> dict[_Key, Quantized]:
         """The codes of every weight not packed yet; what `gptq` has not chosen is rounded here, side by side."""

@@ -1,7 +1,7 @@
 """Which weight is quantized to what."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -11,9 +11,15 @@ from qcompile.passes.linears import Embedding, Linear, constant, is_lm_head
 from qcompile.passes.masks import holds_fill
 from qcompile.passes.origins import matches, names_of
 from qcompile.passes.routers import router
+from qcompile.passes.spec import PerGroup, integers
+from qcompile.passes.targets import TARGETS
 
 # Scales by the type of the weight.
 _SCALES = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
+
+
+class Unfit(str):
+    """Why a weight stays in float that the user did not keep there: it is skipped."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Policy:
     include, exclude: shell patterns on names of nodes and weights, those of the source among them, or operators;
     exclude wins. kept: nodes that stay in float, and why.
     weights_only: products whose weight alone becomes int8 where others compute in integers, and why.
+    target: that of the file; some take whole blocks alone, or no 8 bits (`targets.py`).
     """
 
     body: Grid
@@ -34,6 +41,7 @@ class Policy:
     exclude: Sequence[str] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     weights_only: Mapping[str, str] = field(default_factory=dict)
+    target: str = "qcompile"
 
     def for_linear(self, linear: Linear, vocabulary: int | None) -> Grid | str:
         """The spec of a linear, or the reason why it stays in float."""
@@ -41,9 +49,31 @@ class Policy:
         if refusal:
             return refusal
         if is_lm_head(linear, vocabulary):
-            return typed(self.lm_head, linear.weight) if self.lm_head else "lm_head is kept in float"
-        body = self.body.eight() if self.remark(linear, vocabulary) else self.body
-        return typed(body, linear.weight)
+            head = typed(self.lm_head, linear.weight) if self.lm_head else "lm_head is kept in float"
+            return self._in_blocks(head, linear.shape[0])
+        remark = self.remark(linear, vocabulary)
+        body = self._eight(remark) if remark else self.body
+        return body if isinstance(body, str) else self._in_blocks(typed(body, linear.weight), linear.shape[0])
+
+    def _eight(self, remark: str) -> Grid | str:
+        """The grid of weights that need 8 bits."""
+        own = TARGETS[self.target]
+        if 8 not in own.bits:
+            return Unfit(f"{remark}, and {own.runtime} has {own.bits[-1]} bits for weights alone")
+        eight = self.body.eight()
+        return replace(integers(eight), symmetric=True) if own.symmetric else eight
+
+    def _in_blocks(self, spec: Grid | str, k: int) -> Grid | str:
+        """The spec in blocks of which the target takes k rows: where it has no partial ones, such as divide k."""
+        own = TARGETS[self.target]
+        if isinstance(spec, str) or not own.symmetric or not k % spec.group_size(k):
+            return spec
+        size = spec.group_size(k)
+        while size > own.least and k % size:
+            size //= 2
+        if k % size or size < own.least:
+            return Unfit(f"{own.runtime} takes whole blocks, and {k} rows are no multiple of {own.least}")
+        return replace(integers(spec), granularity=PerGroup(size))
 
     def remark(self, linear: Linear, vocabulary: int | None) -> str:
         """Why a linear has 8 bits where others have 4, or an empty string: it is a router that `include` does not name.

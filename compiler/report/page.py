@@ -83,6 +83,7 @@ def _facts(report: Report) -> Markup:
         "rows": str(report.rows or ""),
         "trial": "; ".join(report.trials),
         "caches": report.caches,
+        "target": "; ".join(report.target),
         "took": f"{report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB",
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }

@@ -30,7 +30,8 @@ class Report:
     predictions: of a decoder, on real tokens. rounding: what integer nodes changed in the outputs at most, relative.
     rows: of the activations that passes fitted to, the fewest and the most rows that one was seen on, and how many of
     them were held aside for judging. trials: what samples held aside said of a pass behind the walk. caches: what
-    storing them in codes changed, beside what all other passes did.
+    storing them in codes changed, beside what all other passes did. target: of one whose runtime is not at hand, what
+    settings it changed and what its rules say of the file.
     sizes in bytes, seconds, peak_memory in bytes.
     """
 
@@ -51,6 +52,7 @@ class Report:
     rows: RowsSeen | None = None
     trials: list[str] = field(default_factory=list)
     caches: str = ""
+    target: list[str] = field(default_factory=list)
     reload_error: float | None = None
     files: list[str] = field(default_factory=list)
     source_bytes: int = 0

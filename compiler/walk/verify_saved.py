@@ -23,13 +23,14 @@ def check_saved(path: Path, model: ir.Model) -> None:
     Nothing is computed, so that nothing is rounded: the two agree, or something is damaged. Both are told apart by
     their serialized nodes, in which a digest stands for each tensor; weights are read in pieces, never held.
     """
-    wanted, found = _skeleton(model), _skeleton(_read(path))
+    wanted, found = _skeleton(model), _skeleton(read_saved(path))
     for what, a, b in _parts(wanted, found):
         if a != b:
             raise UserError(f"the saved file differs from the verified graph in {what}; nothing was kept")
 
 
-def _read(path: Path) -> ir.Model:
+def read_saved(path: Path) -> ir.Model:
+    """The file as it is, its tensors where they lie; UserError where it cannot be read."""
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)  # whatever the end of its name
         set_maps_aside(proto)

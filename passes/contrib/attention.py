@@ -51,6 +51,7 @@ class FuseAttention(Pass):
         frozenset({"qcompile", "matmulnbits"}),
         applications={"genai": {"padding": False}},  # which saves a prompt a mask of rows × positions
     )
+    unserved: ClassVar[Mapping[str, str]] = {"tensorrt": "has no GroupQueryAttention, leave it out"}
 
     def __init__(self, *, padding: bool = True) -> None:
         super().__init__()

@@ -37,6 +37,7 @@ from qcompile.passes.graph import add_initializer
 from qcompile.passes.linears import stored
 from qcompile.passes.spec import QuantSpec, granularity
 from qcompile.passes.state import Tensors
+from qcompile.passes.targets import TARGETS
 
 
 @onnxscript.script(OPSET, default_opset=op)
@@ -143,7 +144,7 @@ class Integers(Format):
         return [codes, alias(model, tensors.scale), zero_point]
 
     def refusal(self, target: str, spec: Grid, k: int) -> str:
-        return nbits.refusal(spec.group_size(k)) if target == "matmulnbits" else ""
+        return nbits.refusal(spec.group_size(k)) if TARGETS[target].operators == "matmulnbits" else ""
 
     def lower(self, model: ir.Model, node: ir.Node, cache: Cache) -> None:
         if node.op_type.startswith("MatMul"):
@@ -173,12 +174,13 @@ class Int4(Integers):
     name, words, native, bits = "int4", ("Int4",), ("Int4",), 4
 
     def grid(self, target: str, *, group: int = 128, symmetric: bool = False) -> QuantSpec:
-        """group: rows that share a scale, 0 for all. TensorRT, which `qdq` is for, demands positive scales."""
-        return QuantSpec(self.bits, granularity(checked(group)), symmetric, target != "qdq")
+        """group: rows that share a scale, 0 for all."""
+        own = TARGETS[target]
+        return QuantSpec(self.bits, granularity(checked(group)), symmetric or own.symmetric, own.signed_scale)
 
 
 class Int8(Integers):
-    """8 bits with zero points.
+    """8 bits, with zero points but for targets that have none.
 
     MatMulNBits is made from those in more versions of ONNX Runtime, and a point more of resolution costs nothing.
     """
@@ -187,7 +189,8 @@ class Int8(Integers):
 
     def grid(self, target: str, *, group: int = 128) -> QuantSpec:
         """group: rows that share a scale, 0 for all."""
-        return QuantSpec(self.bits, granularity(checked(group)), symmetric=False, signed_scale=target != "qdq")
+        own = TARGETS[target]
+        return QuantSpec(self.bits, granularity(checked(group)), own.symmetric, own.signed_scale)
 
 
 def checked(group: int) -> int:

@@ -6,26 +6,41 @@ from onnx_ir.passes.common import InlinePass
 
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import format_of
-from qcompile.passes.formats.base import DOMAIN, MICROSOFT, Cache, add_codes, drop_unused, operands
+from qcompile.passes.formats.base import (
+    BIASED,
+    DOMAIN,
+    MICROSOFT,
+    PRODUCT,
+    Cache,
+    add_codes,
+    become,
+    drop_unused,
+    operands,
+)
 from qcompile.passes.formats.decoded import sink
+from qcompile.passes.graph import Names, insert_before
 from qcompile.passes.linears import constant, dimensions
+from qcompile.passes.targets import TARGETS
 
 
 def lower(model: ir.Model, target: str) -> None:
-    """Rewrite the packed operators in place for `target`: qcompile (as they are), qdq or matmulnbits."""
-    if target not in ("qcompile", "qdq", "matmulnbits"):
+    """Rewrite the packed operators in place for `target`: as they are, as plain ONNX, or as com.microsoft's."""
+    if target not in TARGETS:
         raise UserError(f"unknown target {target!r}")
+    operators = TARGETS[target].operators
     for value in list(model.graph.initializers.values()):  # tables that are only looked up, under another name
         drop_unused(model, value)
     sink(model)
-    if target == "matmulnbits":
+    if operators == "matmulnbits":
+        if TARGETS[target].symmetric:
+            _take_out_biases(model)
         to_microsoft(model)
     else:
         _complete_zero_points(model)
-    if target == "qcompile":
+    if operators == "qcompile":
         _drop_unused_functions(model)
         return
-    # For matmulnbits, what com.microsoft has no operator for is left.
+    # Of matmulnbits, what com.microsoft has no operator for is left.
     names = {str(node.outputs[0].name): node.name for node in model.graph.all_nodes() if node.domain == DOMAIN}
     InlinePass(criteria=lambda function: function.domain == DOMAIN)(model)
     for node in model.graph.all_nodes():
@@ -39,6 +54,19 @@ def _drop_unused_functions(model: ir.Model) -> None:
     used = {node.op_identifier() for node in model.graph.all_nodes()}
     for key in [key for key in model.functions if key[0] == DOMAIN and key not in used]:
         del model.functions[key]
+
+
+def _take_out_biases(model: ir.Model) -> None:
+    """Products and Adds for products with a bias: the MatMulNBits of these targets have none."""
+    for node in [own for own in model.graph.all_nodes() if own.domain == DOMAIN and own.op_type.startswith(BIASED)]:
+        own, names = operands(node), Names(model)
+        inputs = [node.inputs[0], own.codes, own.scale, *([own.zero_point] if own.zero_point is not None else [])]
+        attributes = {name: attribute.as_int() for name, attribute in node.attributes.items()}
+        product = node.op_type.replace(BIASED, PRODUCT, 1)
+        output = names.fresh(f"{node.outputs[0].name}.product")
+        value = insert_before(node, product, inputs, attributes, name=str(node.name), output=output, domain=DOMAIN)
+        value.type, value.shape, node.name = node.outputs[0].type, node.outputs[0].shape, f"{node.name}.bias"
+        become(node, "Add", [value, own.bias], {}, domain="")
 
 
 def _complete_zero_points(model: ir.Model) -> None:

@@ -1,6 +1,6 @@
 """Dynamic INT8: activations on the range of each batch, found when the model runs."""
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -40,6 +40,9 @@ class Dynamic(IntegerPass):
 
     name: ClassVar[str] = "dynamic"
     ensures: ClassVar[Set[Fact]] = frozenset({Fact.INTEGER})
+    unserved: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("tensorrt", "qnn"), "has no DynamicQuantizeLinear and MatMulInteger, choose qdq"
+    )
 
     def __init__(
         self,

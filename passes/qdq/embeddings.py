@@ -14,16 +14,21 @@ from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.weights import SPEC, Stored, WeightStore
 
 
-def quantize_embeddings(model: ir.Model, policy: Policy, store: WeightStore, decide: Decide) -> None:
+def quantize_embeddings(
+    model: ir.Model, policy: Policy, store: WeightStore, decide: Decide, *, runtime: str = ""
+) -> None:
     """Turn lookups in constant tables into EmbeddingInt8 with symmetric codes; a tied lm_head has the same ones.
 
     EmbeddingInt8 decodes integers: beside float8 weights, tables are int8 of their own.
+    runtime: one for which they stay in float, since the scales of what is looked up are no constants.
     """
     if store.grid.float8:
         store = WeightStore(model, replace(store.grid, float8=False))
     for embedding in find_embeddings(model.graph.all_nodes()):
         size, name = int(np.prod(embedding.shape)), embedding.name
         spec = policy.for_embedding(embedding)
+        if runtime and not isinstance(spec, str):
+            spec = f"{runtime} takes constant scales alone, and those of a lookup are not"
         if isinstance(spec, str):
             decide(name, "kept", spec, kind="Gather", weights=size, weight=embedding.table.name)
             continue

@@ -11,7 +11,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
+Provider = Literal["cpu", "cuda", "tensorrt", "qnn"]
 Output = Literal["required", "optional", "same"]
 Precision = Literal["int8", "passes", "float"]
 
@@ -64,6 +64,7 @@ TYPES: Mapping[Provider, Types] = MappingProxyType(
         "cpu": Types(ir.DataType.UINT8, symmetric=False, bias=True),
         "cuda": Types(ir.DataType.INT8, symmetric=True, bias=False),
         "tensorrt": Types(ir.DataType.INT8, symmetric=True, bias=False),
+        "qnn": Types(ir.DataType.UINT8, symmetric=False, bias=True),
     }
 )
 

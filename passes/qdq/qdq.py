@@ -27,8 +27,16 @@ from qcompile.passes.qdq.columns import replace_static
 from qcompile.passes.qdq.embeddings import quantize_embeddings
 from qcompile.passes.qdq.islands import coarse_islands
 from qcompile.passes.qdq.providers import TYPES, Rule
-from qcompile.passes.qdq.ranges import bounds_of, grid_of, shared
-from qcompile.passes.qdq.selection import Selection, inputs_of, quantized_output, select, weight_position
+from qcompile.passes.qdq.ranges import bounds_of, fixed_for_qnn, grid_of, shared
+from qcompile.passes.qdq.selection import (
+    Operators,
+    Selection,
+    inputs_of,
+    is_half_concat,
+    quantized_output,
+    select,
+    weight_position,
+)
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore, importance, refused_codes
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.state import node_state, remember
@@ -38,7 +46,6 @@ _STARVED = "no row of the calibration data reached it"
 _ROUNDED_BIAS = "the scale of its int32 bias would be too small for float16"
 _ENDLESS_BIAS = "its bias holds a number so large that codes leave no room for others"
 _COARSE = "eight bits tell its output coarsely, and nothing else in integers reads it"
-_NO_RECURRENT = "tensorrt decodes no weights of recurrent layers"
 _TYPES = {"float8": ir.DataType.FLOAT8E4M3FN}
 
 
@@ -58,8 +65,10 @@ class Qdq(IntegerPass):
     Case 9: products that stay in float read what ONNX Runtime takes for no input of an integer one; see `apart`.
     Case 10: a convolution of the graph's input whose rounding serves nothing else and costs much: weights alone; see
             `islands`.
+    Case 11: a Concat of float16 reads the values as they are; see `is_half_concat`.
     lm_head: "weights" leaves its input in float: its error meets the logits as it is (SmolLM2: two fifths of the KL).
-    provider: whose fusions and types are aimed at. weights: one scale a channel, or one a tensor.
+    provider: whose fusions and types are aimed at. operators: see `selection`; on qnn "auto" is "all".
+    weights: one scale a channel, or one a tensor.
     activations: "auto" is what the provider wants; 16 bits and float8 run as Q, DQ and float operators on the CPU.
     """
 
@@ -74,7 +83,7 @@ class Qdq(IntegerPass):
         *,
         observer: CalibratorOrAuto = AUTO,
         operators: Literal["auto", "weights", "all"] = "auto",
-        provider: Literal["cpu", "cuda", "tensorrt"] = "cpu",
+        provider: Literal["cpu", "cuda", "tensorrt", "qnn"] = "cpu",
         activations: Literal["auto", "uint8", "int8", "uint16", "int16", "float8"] = "auto",
         symmetric: bool | Literal["auto"] = "auto",
         weights: Literal["channel", "tensor"] = "channel",
@@ -84,10 +93,11 @@ class Qdq(IntegerPass):
         lm_head: Literal["weights", "static"] = "weights",
     ) -> None:
         super().__init__()
-        self.policy, self.observer, self.operators, self.provider = policy, observer, operators, provider
+        self.policy, self.observer, self.provider = policy, observer, provider
+        self.operators: Operators = "all" if (provider, operators) == ("qnn", "auto") else operators
         self.spec = activation_spec(provider, activations, symmetric)
         self.grid = WeightGrid(weights == "channel", reduce_range, self.spec.is_float)
-        self.share_sums, self.slower, self.heads = share_sums, slower, lm_head == "static"
+        self.share_sums, self.slower, self.heads = share_sums, slower or provider == "qnn", lm_head == "static"
         self.observers: dict[ir.Value, Observer] = {}
         self.grids: dict[ir.Value, QParams] = {}
         self._rules: dict[ir.Node, Rule] = {}
@@ -182,9 +192,9 @@ class Qdq(IntegerPass):
             for node, scale in scales.items():
                 settle_bias(region.model, node, scale)
         coder = int8(region.model, self.policy, self.store)  # Case 5
-        unread = _NO_RECURRENT if self.provider == "tensorrt" else ""
-        quantize_inner(region.model, self.policy, self.store, coder, self.decide, recurrent=unread)
-        quantize_embeddings(region.model, self.policy, self.store, self.decide)
+        runtime = "TensorRT" if self.provider == "tensorrt" else ""
+        quantize_inner(region.model, self.policy, self.store, coder, self.decide, runtime=runtime)
+        quantize_embeddings(region.model, self.policy, self.store, self.decide, runtime=runtime)
         for node, reason in selection.kept.items():
             self._told(node, *reason)
         region.nodes = list(region.model.graph)
@@ -236,6 +246,8 @@ class Qdq(IntegerPass):
         for group in shared(selection.nodes, ranges, sums=self.share_sums):
             dtype = _float_type(group[0]).numpy()
             qparams = grid_of((ranges[value] for value in group), self.spec, scale_dtype=dtype)
+            if self.provider == "qnn":
+                qparams = next((own for value in group if (own := fixed_for_qnn(value, self.spec))), qparams)
             grids.update((value, qparams) for value in group)
         return grids
 
@@ -276,11 +288,11 @@ class Qdq(IntegerPass):
             if value in selection.whole:
                 uses = [(use.node, use.idx) for use in value.uses()]
                 apart = [use for use in uses if use not in wanting and stays_float(*use)]
-                wanting = [use for use in uses if use not in apart]
+                wanting = [use for use in uses if use not in apart and not is_half_concat(use[0])]
             dequantized = self._pair(model, value, grids[value], names)
             for node, i in wanting:
                 node.replace_input_with(i, dequantized)
-            if apart and self.provider != "tensorrt":
+            if apart and self.provider not in ("tensorrt", "qnn"):
                 again = by_axis(model, value, dequantized.producer(), grids[value])  # type: ignore[arg-type]
                 for node, i in apart if again is not None else ():
                     node.replace_input_with(i, again)
@@ -339,6 +351,8 @@ def activation_spec(provider: str, activations: str, symmetric: bool | str) -> A
     even = bool(symmetric) if symmetric != "auto" else wanted.symmetric or dtype == ir.DataType.FLOAT8E4M3FN
     if wanted.symmetric and not even:
         raise UserError(f"qdq: {provider} takes symmetric activations only, leave out symmetric=false")
+    if provider == "qnn" and dtype == ir.DataType.FLOAT8E4M3FN:
+        raise UserError("qdq: qnn takes activations of 8 and 16 bits, got float8")
     if provider == "tensorrt" and dtype not in (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN):
         raise UserError(f"qdq: tensorrt takes int8 and float8 activations, got {activations}")
     return ActivationSpec(dtype, even)

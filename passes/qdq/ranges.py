@@ -99,6 +99,17 @@ def _end(node: ir.Node, position: int, endless: float) -> float:
     return endless if array is None or not array.size else float(array.reshape(-1)[0])
 
 
+def fixed_for_qnn(value: ir.Value, spec: ActivationSpec) -> QParams | None:
+    """The one grid of 16 bits that QNN takes for what a Sigmoid or a Tanh gives; None for all else."""
+    node = value.producer()
+    sigmoid, tanh = (node is not None and (node.op_type, node.domain) == (kind, "") for kind in ("Sigmoid", "Tanh"))
+    if spec.is_float or spec.dtype.bitwidth != 16 or not (sigmoid or tanh):
+        return None
+    signed = spec.dtype == ir.DataType.INT16
+    scale = 2.0**-15 if signed or tanh else 2.0**-16
+    return QParams(np.asarray(scale, np.float32), np.asarray(0 if signed or sigmoid else 2**15, np.float32))
+
+
 def grid_of(ranges: Iterable[Range], spec: ActivationSpec, *, scale_dtype: npt.DTypeLike = np.float32) -> QParams:
     """Scale and zero point, both (), that span all the ranges; `scale_dtype`: what the file stores."""
     ranges = list(ranges)

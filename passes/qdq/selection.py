@@ -1,7 +1,7 @@
 """Which nodes compute in 8 bits, and which values therefore need a Q and a DQ."""
 
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import onnx_ir as ir
@@ -22,6 +22,8 @@ MASKED = "it may hold the fill of an attention mask (-1e4, -inf), which no 8-bit
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 # What a QuantizeLinear may stand behind, instead of right behind the product: both vanish into the product.
 _CLAMPS = ("Relu", "Clip")
+# Inputs that are int32 codes for QNN.
+_QNN_BIAS = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}
 # What moves a looked up matrix.
 _MOVES = ("Gather", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
 
@@ -82,7 +84,7 @@ def select(
             and node not in found.heads
             and node not in found.kept
             and isinstance(rule, Rule)
-            and _usable(node, rule, slower)
+            and _usable(node, rule, slower, constants=provider == "qnn")
             and not _excluded(node, policy, found)
         ):
             if _touches(node, rule, masks):  # Case 4
@@ -141,6 +143,13 @@ def quantized_output(node: ir.Node) -> ir.Value:
     return value
 
 
+def is_half_concat(node: ir.Node) -> bool:
+    """Whether a node is a Concat of float16. ONNX Runtime 1.32 makes a QLinearConcat of it where it stands between
+    DequantizeLinears and a QuantizeLinear of 8 bits, and then refuses that for its scales.
+    """
+    return (node.op_type, node.domain) == ("Concat", "") and node.outputs[0].dtype == ir.DataType.FLOAT16
+
+
 def _rule(node: ir.Node, provider: Provider) -> Rule | str:
     rule = rule_of(node)
     if isinstance(rule, str):
@@ -149,6 +158,10 @@ def _rule(node: ir.Node, provider: Provider) -> Rule | str:
     if dtype not in _FLOATS:
         kind = "a type that is not known" if dtype is None else dtype.name.lower()
         return f"{node.op_type} of {kind}: no integer kernel takes it"
+    if is_half_concat(node):
+        return "Concat of float16: QLinearConcat, which ONNX Runtime would make of it, takes float32 alone"
+    if provider == "qnn":  # which lists all operators that have a row
+        return replace(rule, output="same" if rule.output == "same" else "required", bias=_QNN_BIAS.get(node.op_type))
     computed = rule.cpu if provider == "cpu" else getattr(rule, provider)
     # The CUDA provider has no integer kernels: its Q and DQ only say where the rounding is, as for products.
     if computed == "float" and not (provider == "cuda" and node.op_type in PRODUCTS):
@@ -166,12 +179,13 @@ def _refusal(node: ir.Node, policy: Policy, vocabulary: int | None) -> str:
     return policy.refusal(node, node.inputs[1])
 
 
-def _usable(node: ir.Node, rule: Rule, slower: bool) -> bool:
+def _usable(node: ir.Node, rule: Rule, slower: bool, *, constants: bool = False) -> bool:
+    """Whether a node without a weight can compute in integers; `constants`: with codes of some of its inputs, too."""
     if (rule.slower and not slower) or node.op_type in ("Gemm", "Conv", "ConvTranspose"):
         return False
     values = [node.inputs[i] for i in inputs_of(node, rule)]
-    return bool(values) and not any(
-        v is None or is_constant(v) or v.dtype not in _FLOATS or _is_looked_up(v) for v in values
+    return not all(map(is_constant, values)) and not any(
+        v is None or (is_constant(v) and not constants) or v.dtype not in _FLOATS or _is_looked_up(v) for v in values
     )
 
 
@@ -208,7 +222,7 @@ def _output_with_a_grid(node: ir.Node, rule: Rule, provider: Provider) -> ir.Val
     """
     if provider == "tensorrt" and rule.output != "same":
         return None
-    if rule.output != "optional":
+    if rule.output != "optional":  # for QNN of all
         return quantized_output(node)
     return _clamped(node) if provider == "cpu" else None
 
