@@ -106,6 +106,8 @@ class Setting:
         about = self.about
         items = value if isinstance(value, (tuple, list)) else None
         fits = items is not None if self.many else self._is_of(value, *self.kinds)
+        if isinstance(value, str) and Step in self.kinds:
+            raise UserError(f"{self.name} is text, which Recipe.from_dict({{{self.name!r}: {value!r}}}) reads")
         if not fits or not all(self._is_of(item, *self.kinds) for item in items or ()):
             raise UserError(f"{self.name} must be {self._expected}, got {shown(value)}")
         if self.many or isinstance(value, Step) or value is None:

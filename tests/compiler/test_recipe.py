@@ -230,7 +230,8 @@ def test_a_value_is_taken_or_told_by_the_name_of_its_key(name: str, value: Any) 
 
 def test_values_of_another_type_are_told_in_python_too() -> None:
     for given_, message in (
-        ({"passes": "smooth,pack"}, "passes must be a list of names, got 'smooth,pack'"),
+        ({"passes": "smooth,pack"}, "passes is text, which Recipe.from_dict({'passes': 'smooth,pack'}) reads"),
+        ({"weights": "nf4"}, "weights is text, which Recipe.from_dict({'weights': 'nf4'}) reads"),
         ({"samples": "3"}, "samples must be int, got '3'"),
         ({"exclude": "*down*"}, "exclude must be a list of patterns"),
         ({"bits": 4.0}, "bits must be int, got 4.0"),
