@@ -190,15 +190,18 @@ class Around:
         return cos, sin, self._once("picked", self._picked) if self._told else None
 
     def _table(self, value: ir.Value, turned: Rotated) -> ir.Value:
-        return self._once(("table", value, turned.first), lambda: self._made_table(value, turned))
+        return self._once(("table", value, turned.first, turned.x.dtype), lambda: self._made_table(value, turned))
 
     def _made_table(self, value: ir.Value, turned: Rotated) -> ir.Value:
         own, name, pairs = self._copied(value), f"attention.{value.name}", turned.pairs
+        kind = turned.x.dtype or ir.DataType.FLOAT
+        if value.dtype not in (None, kind):
+            own = self.op("Cast", [own], f"{name}.cast", to=kind.value)
         ends = [self.constant([number]) for number in (turned.first, 2**31 - 1, -1, turned.step)]
         rows = self.op("Reshape", [self.op("Slice", [own, *ends], f"{name}.pairs"), self.constant([-1, pairs])], name)
         count = self.total if self._told else self.first
         shape = self.op("Concat", [count, self.constant([pairs])], f"{name}.rest_shape", axis=0)
-        zero = ir.tensor(np.zeros(1, (value.dtype or ir.DataType.FLOAT).numpy()))
+        zero = ir.tensor(np.zeros(1, kind.numpy()))
         rest = self.op("ConstantOfShape", [shape], f"{name}.rest", value=zero)
         return self.op("Concat", [rows, rest] if self._told else [rest, rows], f"{name}.cache", axis=0)
 

@@ -151,6 +151,8 @@ class _Cached:
             q, k = Rotated(own.q), Rotated(key[1])
         if (q.cos, q.sin, q.interleaved) != (k.cos, k.sin, k.interleaved):
             return "its queries and keys are not turned alike"
+        if len({value.dtype for value in (q.x, key[0], value[0])}) > 1:
+            return "its queries and caches are not of one type"
         groups, width = _heads_and_width(own.k, *key)
         heads = heads_of(q.x, width)
         if not (isinstance(heads, int) and isinstance(groups, int) and isinstance(width, int)):
@@ -203,7 +205,7 @@ def _replace(found: _Cached, around: Around) -> None:
     whole = packed(parts, widths)  # Case 2
     operands: list[ir.Value | None] = [*parts] if whole is None else [whole, None, None]
     operands += [*found.pasts, around.seqlens, around.length, *around.tables(found.q)]
-    operands.append(around.bias(own.q.dtype or ir.DataType.FLOAT) if found.lets.padding else None)
+    operands.append(around.bias(found.pasts[0].dtype or ir.DataType.FLOAT) if found.lets.padding else None)
     while operands[-1] is None:
         operands.pop()
     made = ir.node("GroupQueryAttention", operands, found.attributes, domain=DOMAIN, num_outputs=3, name=own.name)

@@ -167,8 +167,9 @@ def _fused(model: ir.Model) -> list[_Cached]:
     found = [own for own in tried if isinstance(own, _Cached)]
     if not found:
         reasons = [decision.reason for decision in fuse.decisions if decision.action == "kept"]
-        told = next((own for own in tried if isinstance(own, str)), "") or (reasons or ["it is written unusually"])[0]
-        raise UserError(f"kv: no cache of the model can become codes: it has no {ATTENTION}: {told}; leave kv out")
+        none = f"it has no {ATTENTION}: {(reasons or ['it is written unusually'])[0]}"
+        told = next((own for own in tried if isinstance(own, str)), none)
+        raise UserError(f"kv: no cache of the model can become codes: {told}; leave kv out")
     return found
 
 

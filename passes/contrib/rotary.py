@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from qcompile.passes.contrib.inputs import Inputs
 from qcompile.passes.contrib.probing import Array, Given, ancestors, evaluate
+from qcompile.passes.contrib.written import uncast
 from qcompile.passes.graph import is_constant
 from qcompile.passes.prepare.sizes import named_sizes
 
@@ -104,7 +105,7 @@ def _turned_from(x: ir.Value, y: ir.Value, inputs: Inputs) -> Rotated | str:
     for own in _layouts(Rotated(x, cos, sin), c.shape[-1]):
         expected = _turn(own, probe, c, s)
         if expected is not None and np.allclose(expected, turned, atol=tolerance):
-            return own
+            return replace(own, x=uncast(x) or x)
     return "it is turned in none of the two usual ways"
 
 

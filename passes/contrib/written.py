@@ -10,6 +10,7 @@ from qcompile.passes.graph import small_array
 from qcompile.passes.masks import FILL
 from qcompile.passes.prepare.sizes import named_sizes
 
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16}
 _SWAP = ((0, 1, 3, 2), (0, 1, 2, 4, 3))
 _MERGE = ((0, 2, 1, 3), (0, 3, 1, 2, 4))
 
@@ -53,11 +54,11 @@ class _Operand:
 
 def _around(softmax: ir.Node) -> Written | str | None:
     """The attention of a Softmax; None where no product is before or behind it."""
-    weights = _guarded(softmax.outputs[0])
+    weights = _narrowed(_guarded(softmax.outputs[0]))
     last = _only_reader(weights, "MatMul")
     if last is None or last.inputs[0] is not weights:
         return None if softmax.outputs[0].shape and len(softmax.outputs[0].shape) < 4 else _told_of(weights)
-    before = _scores(softmax.inputs[0])
+    before = _scores(uncast(softmax.inputs[0]))
     if before is None:
         return "what makes its scores is not known"
     product = before.product
@@ -117,6 +118,19 @@ def _guarded(weights: ir.Value) -> ir.Value:
     return where.outputs[0] if guards else weights
 
 
+def _narrowed(weights: ir.Value) -> ir.Value:
+    """Probabilities behind a Cast: in half precision many compute a Softmax in single."""
+    cast = _only_reader(weights, "Cast")
+    return cast.outputs[0] if cast is not None and uncast(cast.outputs[0]) is weights else weights
+
+
+def uncast(value: ir.Value | None) -> ir.Value | None:
+    """What a value is before a Cast between float and float16; itself, where it is none."""
+    node = value.producer() if value is not None else None
+    given = node.inputs[0] if node is not None and (node.op_type, node.domain) == ("Cast", "") else None
+    return given if given is not None and {given.dtype, value and value.dtype} <= _FLOATS else value
+
+
 @dataclass(frozen=True, eq=False)
 class _Scores:
     """What a Softmax reads: cap(scale product) and a mask, see `Written`."""
@@ -157,6 +171,9 @@ def _scores_of(value: ir.Value | None) -> _Scores | None:
             return None
         if node.op_type == "MatMul":
             return _Scores(node, scale, softcap)
+        if (before := uncast(value)) is not value:
+            value = before
+            continue
         if node.op_type == "Tanh" and softcap == 0 and scale > 0:
             value, softcap = node.inputs[0], scale  # cap tanh(x / cap): what is inside makes up the rest of the scale
             continue
@@ -195,8 +212,10 @@ def _stripped(value: ir.Value | None) -> _Operand | None:
             break
         elif node.op_type == "Transpose" and tuple(node.attributes.get_ints("perm", ())) in _SWAP:
             own = replace(own, value=given, swaps=own.swaps + 1)
-        elif node.op_type == "Identity" or (
-            node.op_type in ("Unsqueeze", "Reshape") and (len(given.shape or ()), rank) == (4, 5)
+        elif (
+            node.op_type == "Identity"
+            or uncast(own.value) is not own.value
+            or (node.op_type in ("Unsqueeze", "Reshape") and (len(given.shape or ()), rank) == (4, 5))
         ):
             own = replace(own, value=given)
         else:

@@ -20,6 +20,7 @@ class Written:
     looked at. sizes: what batch, rows, past and total are called. wide: of the values' heads. shared: odd layers read
     the caches of the one before. named: outputs are Identities. encoder: cross attention to encoder_hidden_states, with
     encoder_mask. inverted: the mask says what is hidden. turned: keys and queries by their positions.
+    half: in half precision, but for rotations and Softmax, which are computed in single.
     at: sequences, rows and cached rows of the data; first: its first position.
     """
 
@@ -37,12 +38,13 @@ class Written:
     encoder_mask: str = "encoder_attention_mask"
     inverted: bool = False
     turned: bool = True
+    half: bool = False
     at: tuple[int, int, int] = (1, 3, 5)
     first: int = 0
 
     def build(self, make: Graph) -> None:
         """Inputs and outputs are called as Hugging Face does."""
-        make.opsets = {"": 18}
+        make.opsets, make.dtype = {"": 18}, np.float16 if self.half else np.float32
         _Decoder(make, self).build()
 
 
@@ -103,7 +105,7 @@ class _Decoder:
                 )
 
     def _input(self, name: str, shape: Sequence[int | str], draw: object) -> None:
-        kind = np.float32 if len(shape) > 2 else np.int64
+        kind = self.make.dtype if len(shape) > 2 else np.int64
         self.make.inputs.append(
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(kind)), shape)
         )
@@ -120,7 +122,8 @@ class _Decoder:
                     node.output[:] = [name if own == value else own for own in node.output]
                     node.input[:] = [name if own == value else own for own in node.input]
             shape = ["b", "s", _VOCABULARY] if name == "logits" else ["b", "g", "t", "w"]
-            self.make.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+            kind = helper.np_dtype_to_tensor_dtype(np.dtype(self.make.dtype))
+            self.make.outputs.append(helper.make_tensor_value_info(name, kind, shape))
 
     # Masks
 
@@ -139,7 +142,7 @@ class _Decoder:
         return self._unsqueezed(self.make.one("Cast", mask, to=TensorProto.BOOL), 1, 2)
 
     def _additive(self, seen: str) -> str:
-        zero, low = (self.make.constant(np.float32(n)) for n in (0, np.finfo(np.float32).min))
+        zero, low = (self.make.constant(self.make.dtype(n)) for n in (0, np.finfo(self.make.dtype).min))
         return self.make.one("Where", seen, zero, low)
 
     # Layers
@@ -148,12 +151,13 @@ class _Decoder:
         make, own = self.make, self.own
         k, v = self._repeated(k, own.width), self._repeated(v, own.wide)
         scores = make.one("MatMul", q, make.one("Transpose", k, perm=[0, 1, 3, 2]))
-        scores = make.one("Mul", scores, make.constant(np.float32(own.width**-0.5)))
+        scores = make.one("Mul", scores, make.constant(make.dtype(own.width**-0.5)))
         if own.inverted and mask:
             scores = make.one("Where", mask, make.constant(np.float32(-1e9)), scores)
         elif mask:
             scores = make.one("Add", scores, mask)
-        result = make.one("Transpose", make.one("MatMul", make.one("Softmax", scores), v), perm=[0, 2, 1, 3])
+        result = make.one("MatMul", self._narrow(make.one("Softmax", self._single(scores))), v)
+        result = make.one("Transpose", result, perm=[0, 2, 1, 3])
         wide = own.heads * own.wide
         return make.linear(make.one("Reshape", result, self._numbers(0, -1, wide)), _WIDTH, wide)
 
@@ -182,18 +186,23 @@ class _Decoder:
             return x
         steps = make.constant((100.0 ** (-np.arange(2 * half) % half / half)).astype(np.float32))
         angles = make.one("Cast", self._unsqueezed("position_ids", 1, 3), to=TensorProto.FLOAT)
-        angles = make.one("Mul", angles, steps)
+        angles, x = make.one("Mul", angles, steps), self._single(x)
         left, right = make.op("Split", x, outputs=2, axis=3, num_outputs=2)
         turned = make.one("Concat", make.one("Neg", right), left, axis=-1)
-        return make.one(
-            "Add", make.one("Mul", x, make.one("Cos", angles)), make.one("Mul", turned, make.one("Sin", angles))
-        )
+        parts = (make.one("Mul", y, make.one(f, angles)) for y, f in ((x, "Cos"), (turned, "Sin")))
+        return self._narrow(make.one("Add", *parts))
+
+    def _single(self, x: str) -> str:
+        return self.make.one("Cast", x, to=TensorProto.FLOAT) if self.own.half else x
+
+    def _narrow(self, x: str) -> str:
+        return self.make.one("Cast", x, to=TensorProto.FLOAT16) if self.own.half else x
 
     def _norm(self, x: str) -> str:
         make = self.make
         mean = make.one("ReduceMean", make.one("Mul", x, x), self._numbers(-1), keepdims=1)
-        root = make.one("Sqrt", make.one("Add", mean, make.constant(np.float32(1e-6))))
-        return make.one("Mul", make.one("Div", x, root), make.constant(np.ones(_WIDTH, np.float32)))
+        root = make.one("Sqrt", make.one("Add", mean, make.constant(make.dtype(1e-5))))
+        return make.one("Mul", make.one("Div", x, root), make.constant(np.ones(_WIDTH, make.dtype)))
 
     # Shapes
 
@@ -250,3 +259,8 @@ def a_decoder_whose_mask_is_its_encoders(make: Graph) -> None:
 @case({"pack": 12}, packed={"GroupQueryAttention": 2}, options=_OPTIONS)
 def a_decoder_whose_mask_says_what_is_hidden(make: Graph) -> None:
     Written(inverted=True).build(make)
+
+
+@case({"pack": 12}, packed={"GroupQueryAttention": 2}, options=_OPTIONS)
+def a_half_decoder_with_single_softmax(make: Graph) -> None:
+    Written(half=True, at=(1, 4, 0)).build(make)

@@ -179,8 +179,10 @@ def _constant(model: ir.Model, name: str, numbers: object) -> ir.Value:
     return value
 
 
-def test_half_precision_stays_half_precision() -> None:
-    model = tiny_decoder(kv_cache=True, dtype="fp16", outliers=False)
+@pytest.mark.parametrize("single", [False, True])
+def test_half_precision_stays_half_precision(*, single: bool) -> None:
+    """Where rotations and Softmax are computed in single precision, too."""
+    model = _written(half=True) if single else tiny_decoder(kv_cache=True, dtype="fp16", outliers=False)
     fused, _ = fuse_attention(model)
     assert len(nodes_of(fused, "GroupQueryAttention")) == 2
     mask = np.array([[0, 1, 1, 1], [1, 1, 1, 1]])
