@@ -15,7 +15,7 @@ endif
 BIN := .venv/bin
 STAMP := .venv/.installed
 # A worker a core, each with whole files of tests: what several tests of a file read is made once.
-WORKERS ?= --numprocesses auto --dist loadfile
+WORKERS ?= --numprocesses auto --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?=
 
 .PHONY: demo test fuzz mutants test-slow lint types wheel clean
@@ -23,6 +23,9 @@ PYTEST_ARGS ?=
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
 
+# Threads of BLAS would spin where another worker wants to run; and the many processes that tests start read bytecode.
+test: export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE
 test: $(STAMP)
 	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 

@@ -1,5 +1,6 @@
 """What the tests of the pipeline share: a folder with models in it, quick compiles, and folders as they were."""
 
+import gc
 import hashlib
 import os
 import re
@@ -20,11 +21,37 @@ from qcompile.compiler.results.report import Report
 from qcompile.compiler.stages import Calibration
 from qcompile.models.text import calibration_text
 from qcompile.models.tiny import tiny_tokenizer
+from qcompile.runtime import sessions
 
 # Property tests draw the same examples in every run, so that what fails is the change; or others each time.
 settings.register_profile("same", derandomize=True)
 if os.environ.get("QCOMPILE_EXAMPLES") != "random":
     settings.load_profile("same")
+
+# Idle threads of a session would spin where other tests want to run: half of the processor time of a small session.
+assert sessions.session.__kwdefaults__ is not None
+sessions.session.__kwdefaults__["spin"] = False
+
+# Files whose tests take longest, or build programs. Each is one worker's; first, so that those at the end are short.
+_FIRST = (
+    *("test_fuzz.py", "test_end_to_end.py", "test_deploy.py", "test_extending.py", "runtime/cuda/", "runtime/test_"),
+    *("passes/test_held.py", "compiler/walk/test_walk.py", "passes/prepare/test_tables.py", "passes/test_inner.py"),
+    *("models/test_export", "compiler/sweep/test_run.py", "test_graphs.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first (`make test` has xdist keep this order)."""
+    folder = Path(__file__).parent
+    items.sort(key=lambda item: not item.path.relative_to(folder).as_posix().startswith(_FIRST))
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: the garbage collector need not look at it, and may come less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
 
 # Enough for statistics of full rank in the tiny models (K up to 160) within a second.
 QUICK = {"samples": 8, "context": 32, "group_size": 32}

@@ -16,7 +16,7 @@ KERNELS = Path(__file__).resolve().parent.parent / "runtime" / "kernels"
 @functools.cache
 def on_host() -> Path:
     """The CUDA operators as operators of the CPU provider, and the C entry points: see checks/operators_check.cpp."""
-    folder = build_kernel_check("cuda_operators", "-DQCOMPILE_CUDA=OFF", target="operators_check")
+    folder = build_kernel_check("kernel_check", "-DQCOMPILE_CUDA=OFF", target="operators_check")
     return folder / "liboperators_check.so"
 
 

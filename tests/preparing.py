@@ -26,6 +26,7 @@ def parse(body: str, inputs: str, outputs: str, *, opset: int = 21, **weights: n
 def run(model: ir.Model, feeds: Arrays) -> list[npt.NDArray[Any]]:
     """What ONNX Runtime computes, node by node as the model says."""
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -81,6 +81,7 @@ class Tiny:
 
 def _session(model: bytes, optimized: Path | None = None) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     if optimized is None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

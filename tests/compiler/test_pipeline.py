@@ -69,6 +69,7 @@ def _feeds(path: Path, kind: Kind) -> dict[str, Any]:
 
 def _run(path: Path, feeds: dict[str, Any], *, level: str = "0") -> Any:
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
     running = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     last = {"logits", "y", "scores", "last_hidden_state"} & {output.name for output in running.get_outputs()}

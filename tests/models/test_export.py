@@ -10,8 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from lazily import torch, transformers
 
 from qcompile.compiler.commands import export as command
 from qcompile.models import trace
@@ -37,7 +36,7 @@ LLAMA = {
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).save_pretrained(folder)
     tiny_tokenizer(256, folder)
     return folder
 
@@ -50,7 +49,7 @@ def plain(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits_of_torch(folder: Path, ids: np.ndarray) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(torch.from_numpy(ids)).logits.numpy()
 
@@ -183,7 +182,8 @@ def test_command_exports_fp16_and_says_what_to_type_next(
 def test_encoder_and_an_overwritten_export(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-    BertModel(BertConfig(vocab_size=256, max_position_embeddings=80, **sizes)).save_pretrained(tmp_path / "bert")
+    config = transformers.BertConfig(vocab_size=256, max_position_embeddings=80, **sizes)
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
     target = tmp_path / "out"
     target.mkdir()
     (target / "export.json").write_text("{}")

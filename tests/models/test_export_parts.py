@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
+from lazily import torch, transformers
 
 from qcompile.compiler import Recipe, compile_model, parse_passes
 from qcompile.compiler.commands import export as command

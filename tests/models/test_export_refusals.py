@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
+from lazily import transformers
 
 from qcompile.compiler.commands import export as command
 from qcompile.models import cache, hf, publish, trace, zoo
@@ -52,12 +52,12 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
 
 
 def test_only_decoders_score_the_last_row_alone(tmp_path: Path) -> None:
-    BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path / "bert")
+    transformers.BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path / "bert")
     (tmp_path / "bert" / "model.safetensors").write_bytes(b"")
     told = refusal(tmp_path / "bert", tmp_path / "out", logits="last", kv_cache=True)
     assert told == "bert is no decoder of text alone: --logits last does not apply"
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
     model.get_output_embeddings = lambda: None
     with pytest.raises(UserError, match="the head of llama is no layer of its own: export it with --logits all"):
         trace.score_last_row(model)

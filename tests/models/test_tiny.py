@@ -3,8 +3,8 @@
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
+from opened import opened
 from tokenizers import Tokenizer
 
 from qcompile.models.tiny import tiny_branch, tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
@@ -15,7 +15,7 @@ MASK = np.ones((2, 12), np.int64)
 
 
 def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = opened(model)
     return session.run(None, feeds)
 
 

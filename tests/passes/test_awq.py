@@ -2,8 +2,8 @@
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
+from opened import opened
 
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.awq import Awq, awq_factor
@@ -38,13 +38,13 @@ def observed(model: ir.Model, feeds: dict[str, np.ndarray]) -> Region:
     for linear in find_linears(model.graph):
         proto = ir.to_proto(model)
         proto.graph.output.add().name = linear.activation.name
-        rows = ort.InferenceSession(proto.SerializeToString()).run([linear.activation.name], feeds)[0]
+        rows = opened(proto.SerializeToString()).run([linear.activation.name], feeds)[0]
         region.statistics[linear.activation] = Statistics(len(rows), rows.T @ rows, np.abs(rows).max(axis=0))
     return region
 
 
 def output(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    return ort.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)[0]
+    return opened(model).run(None, feeds)[0]
 
 
 def error(region: Region, rounding: object = round_to_nearest) -> float:

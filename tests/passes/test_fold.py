@@ -2,10 +2,10 @@
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opened import opened
 
 from qcompile.models.tiny import tiny_decoder
 from qcompile.models.tiny.build import Builder
@@ -30,7 +30,7 @@ def start(dtype: str = "fp32", opset: int = 21) -> tuple[Builder, ir.Value]:
 
 
 def run(model: ir.Model, x: np.ndarray | None = None) -> list[np.ndarray]:
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = opened(model)
     if x is None:
         dtype = model.graph.inputs[0].dtype.numpy()
         x = np.random.default_rng(1).standard_normal((2, 3, K)).astype(dtype)
@@ -281,7 +281,7 @@ def test_tiny_decoders(norm: str) -> None:
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
     def logits() -> np.ndarray:
-        return ort.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)[0]
+        return opened(model).run(None, feeds)[0]
 
     before = logits()
     pairs, skipped = find_pairs(region)

@@ -210,6 +210,7 @@ def test_every_target_fuses_and_agrees(tmp_path: Any, make: Any, products: int, 
         outputs.append(run(made, None, feeds)[0])
     np.testing.assert_allclose(outputs[1], outputs[0], rtol=0, atol=1e-5 * np.abs(outputs[0]).max())
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 4
     onnxruntime.InferenceSession(proto.SerializeToString(), options)
     operators = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)

@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opened import opened
 from qdq_graphs import STEP, Tiny, optimized
 
 from qcompile.compiler.files.load import load_model
@@ -152,7 +153,7 @@ def test_the_rest_is_observed_alone() -> None:
     rest = Rest(x, MinMax(f"{x}.rest"), np.array([0, 2, 5]))
     rest.append(model.graph)
     assert rest.state() == {}
-    session = ort.InferenceSession(model.SerializeToString())
+    session = opened(model.SerializeToString())
     names = [output.name for output in session.get_outputs()]
     data = np.array([[1, 90, -2, 90, 90, 3]] * 4, np.float32)
     rest.update(dict(zip(names, session.run(None, {x: data}), strict=True)))
@@ -204,7 +205,7 @@ def test_saturated_outliers_add_nothing(tmp_path) -> None:
     rows = np.zeros((2, 32), np.float32)
     rows[0, [1, 7, 9]] = 1e6, -3e5, 2e4
     rows[1, [1, 7, 9]] = np.inf, 0, 0
-    found = ort.InferenceSession(model).run(None, {x: rows})[0]
+    found = opened(model).run(None, {x: rows})[0]
     float_rows = onnx.numpy_helper.to_array(onnx.load_from_string(model).graph.initializer[-1])
     np.testing.assert_allclose(found[0], rows[0, [1, 7, 9]] @ float_rows, rtol=1e-6)
     assert np.isinf(found[1]).any()
@@ -310,6 +311,7 @@ def test_a_weight_of_several_nodes_keeps_no_columns_before_pack(bench, tmp_path)
 def _optimized(path: Path, folder: Path) -> Counter:
     """Operators of a model file as ONNX Runtime optimizes it."""
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
     options.log_severity_level, options.optimized_model_filepath = 4, str(folder / "optimized.onnx")
     ort.InferenceSession(path, options)
     return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx", load_external_data=False).graph.node)

@@ -2,10 +2,10 @@
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opened import opened
 
 from qcompile.models.tiny import tiny_decoder
 from qcompile.models.tiny.build import Builder
@@ -45,7 +45,7 @@ def observed(model: ir.Model, feeds: dict[str, np.ndarray]) -> Region:
     proto = ir.to_proto(model)
     for value in values:
         proto.graph.output.add().name = value.name
-    session = ort.InferenceSession(proto.SerializeToString())
+    session = opened(proto.SerializeToString())
     for value, x in zip(values, session.run([value.name for value in values], feeds), strict=True):
         rows = x.reshape(-1, x.shape[-1]).astype(np.float32)
         region.statistics[value] = Statistics(len(rows), rows.T @ rows, np.abs(rows).max(axis=0))
@@ -53,7 +53,7 @@ def observed(model: ir.Model, feeds: dict[str, np.ndarray]) -> Region:
 
 
 def outputs(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    results = ort.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)
+    results = opened(model).run(None, feeds)
     return np.concatenate([result.reshape(-1) for result in results])
 
 

@@ -53,6 +53,7 @@ def model(tmp_path: Path) -> Path:
 
 def _run(path: Path, library: Path, x: np.ndarray) -> np.ndarray:
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
     options.register_custom_ops_library(str(library))
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
 

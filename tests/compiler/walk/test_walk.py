@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from graphs.table import Graph, sqnr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from opened import opened
 
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
 from qcompile.compiler.data.feeds import Batch, input_plan
@@ -197,7 +197,7 @@ def test_any_graph_goes_through_every_list(
             assert options, refusal
             assert re.search("nothing (would be|to) quantize", refusal), refusal
             return
-        sessions = [ort.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (source, output)]
+        sessions = [opened(path) for path in (source, output)]
         names = {given.name for given in sessions[0].get_inputs()}
         feeds = {name: array for name, array in make.feeds(9).items() if name in names}
         wanted, found = (own.run(None, feeds) for own in sessions)

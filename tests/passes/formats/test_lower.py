@@ -185,6 +185,7 @@ def test_onnx_runtime_fuses_every_packed_product(tmp_path, bits, symmetric, targ
     body, table = QuantSpec(4, PerGroup(32), symmetric), QuantSpec(bits, PerGroup(32))
     model = _decoder(target, body, table, tied=True, vocab=102)
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 4
     onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)

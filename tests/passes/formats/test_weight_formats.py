@@ -203,6 +203,7 @@ def test_onnx_runtime_fuses_its_body(tmp_path: Path, name, target) -> None:
     """One MatMulNBits, no float weight: a dense product would take eight times the memory."""
     model, _ = _product(_sized(named(name), 32), _weight(96, 32), target)
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 4
     onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
     graph = onnx.load(tmp_path / "optimized.onnx").graph

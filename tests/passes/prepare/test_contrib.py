@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from graphs.table import Graph
 from onnx import TensorProto, helper
+from opened import opened
 from preparing import check, operators, reasons
 
 from qcompile.compiler.data.graph_inputs import caches
@@ -25,7 +25,7 @@ def _checked(make: Graph, *outputs: str, tolerance: float = 2e-6) -> tuple[ir.Mo
     make.output(*outputs)
     proto = make.model()
     proto.ir_version = 10
-    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = opened(proto.SerializeToString())
     for output, array in zip(proto.graph.output, session.run(None, make.feeds(1)), strict=True):
         output.CopyFrom(
             helper.make_tensor_value_info(output.name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
+from opened import opened
 
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.linears import find_embeddings, find_linears
@@ -32,7 +32,7 @@ def _gemm(attributes: str, operands: str, inputs: str, n: int = N, **weights: np
 
 
 def _run(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = opened(model)
     return session.run(["y"], feeds)[0]
 
 

@@ -87,6 +87,7 @@ def _parse(body: str, opset: int, inputs: str = "float[2,3,4,6] x", outputs: str
 
 def _run(model: ir.Model, **feeds: np.ndarray) -> list[np.ndarray]:
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
     options.log_severity_level = 4
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, feeds)

@@ -26,6 +26,7 @@ def parse(body: str, inputs: str, outputs: str, **weights) -> ir.Model:
 def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     """What ONNX Runtime computes, node by node as the model says."""
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -75,6 +76,7 @@ def test_onnx_runtime_fuses_the_quotient(tmp_path):
     model = parse(RMS + "n = Mul(x, r) y = Mul(g, n)", "float[A,B,C,8] x", "float[A,B,C,8] y", g=np.float32([1.5] * 8))
     Prepare().call(Region.whole(model))
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
     ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])

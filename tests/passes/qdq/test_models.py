@@ -37,6 +37,7 @@ def _compile(bench: Any, name: str, passes: str, **settings: Any) -> Any:
 
 def _optimized(path: Path) -> Counter[str]:
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(path.with_name("optimized.onnx"))
