@@ -158,9 +158,15 @@ class OneOf(Generic[T]):
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The parameters of a pass (its constructor) or of a format (its grid) that a recipe can set."""
+    return {parameter.name: parameter for parameter in _keywords(function)}
+
+
+@cache
+def _keywords(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    """Its keyword-only parameters. A plan asks a dozen times, and annotations are evaluated for an answer."""
     made = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
     found = inspect.signature(made, eval_str=True).parameters.values()
-    return {parameter.name: parameter for parameter in found if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    return tuple(parameter for parameter in found if parameter.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
 def _told(others: Iterable[Outside]) -> str:

@@ -1,5 +1,6 @@
 """Facts of a model: element type, size on disk, and the versions of what works on it."""
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -10,13 +11,17 @@ from qcompile.runtime.sessions import ort_version
 
 def versions() -> dict[str, str]:
     """Versions of everything that decides the result."""
-    found = {"onnxruntime": ort_version()}
-    for name in ("qcompile-onnx", "onnx", "onnx-ir", "onnxscript", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+    names = ("qcompile-onnx", "onnx", "onnx-ir", "onnxscript", "numpy")
+    return {"onnxruntime": ort_version(), **{name: _version(name) for name in names}}
+
+
+@cache
+def _version(name: str) -> str:
+    """Of an installed package; its metadata takes as long to read as a small graph to quantize."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def element_type(model: ir.Model) -> ir.DataType:
