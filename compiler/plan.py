@@ -92,8 +92,8 @@ def for_application(recipe: Recipe, application: str) -> Recipe:
 
 
 def with_added(steps: Sequence[Step], recipe: Recipe, application: str = "") -> list[Step]:
-    """The steps and those that are `added`, each at the end, but before the first that needs what it ensures, or that
-    is such a pass itself and stands behind it in the table.
+    """The steps and those that are `added`, each at the end, but before the first that needs or prefers what it
+    ensures, or that is such a pass itself and stands behind it in the table.
     """
     made, order = list(steps), [kind.name for kind in PASSES.own() if kind.added is not None]
     for name in reversed(added(recipe)):
@@ -102,7 +102,9 @@ def with_added(steps: Sequence[Step], recipe: Recipe, application: str = "") -> 
             continue
         first = 1 + max((i for i, step in enumerate(made) if own.behind in PASSES[step.name].ensures), default=-1)
         behind = (
-            i for i, step in enumerate(made[first:], first) if step.name in later or PASSES[step.name].needs & ensured
+            i
+            for i, step in enumerate(made[first:], first)
+            if step.name in later or (PASSES[step.name].needs | PASSES[step.name].prefers) & ensured
         )
         given = {**own.parameters, **own.applications.get(application, {})}
         made.insert(next(behind, len(made)), Step(name, given))

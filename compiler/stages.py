@@ -216,9 +216,9 @@ def finish(walked: Walked, progress: Progress) -> list[Arrays]:
 
 
 def _check_fit(prepared: Prepared, data: Data) -> None:
-    """Raise UserError, before any work, where the data does not fit a pass that is listed, or needed by one that is."""
+    """Raise UserError, before any work, where the data does not fit a pass that is listed, or wanted by one that is."""
     names = {step.name for step in prepared.recipe.passes}
-    needed = frozenset[Fact]().union(*(p.needs for p in prepared.passes if p.name in names))
+    needed = frozenset[Fact]().union(*(p.needs | p.prefers for p in prepared.passes if p.name in names))
     for own in prepared.passes:
         asked = own.name in names or bool(own.ensures & needed)
         if asked and (reason := _unfit(own, prepared.model, data)):

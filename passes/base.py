@@ -98,6 +98,7 @@ class Pass(ABC):
     stage: when it runs. reads: what it cannot work without of the calibration data.
     needs: what must hold of the model that it is given. ensures: what it makes true. takes: what it ends, where it
     holds; who takes the float weights quantizes.
+    prefers: what it works better with: a pass that lists have added and that ensures this comes before it.
     families: of these it quantizes all weights it can, "MatMul" (and what multiplies like it) or "Conv": coverage of
     them is asked for where the user names no minimum.
     added: when lists have it that do not name it; None: never.
@@ -112,6 +113,7 @@ class Pass(ABC):
     needs: ClassVar[Set[Fact]] = WEIGHTS
     ensures: ClassVar[Set[Fact]] = frozenset()
     takes: ClassVar[Set[Fact]] = frozenset()
+    prefers: ClassVar[Set[Fact]] = frozenset()
     families: ClassVar[Sequence[str]] = ("MatMul", "Conv")
     added: ClassVar[Added | None] = None
     unserved: ClassVar[Mapping[str, str]] = {}

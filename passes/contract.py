@@ -68,9 +68,9 @@ class Fact(Enum):
 class Added:
     """What adds a pass to lists that do not name it: a setting of the recipe of this value, for these targets.
 
-    It comes last, in lists that ensure `behind`, but before those that need what it ensures; of several such passes in
-    the order of the table. parameters: those that it has then. applications: those it has beside in a model that one
-    application alone is to run, by what the command line calls that.
+    It comes last, in lists that ensure `behind`, but before those that need or prefer what it ensures; of several such
+    passes in the order of the table. parameters: those that it has then. applications: those it has beside in a model
+    that one application alone is to run, by what the command line calls that.
     """
 
     setting: str

@@ -83,8 +83,9 @@ def _model(bench: Bench, model: ir.Model) -> Path:
         ("pack", {"target": "matmulnbits"}),
         ("pack,fuse,fuse_attention(padding=false)", {}),
         ("", {}),
+        ("pack,kv", {"attention": "plain"}),
     ],
-    ids=["fused", "joined", "plain", "matmulnbits", "by lengths", "float"],
+    ids=["fused", "joined", "plain", "matmulnbits", "by lengths", "float", "plain coded"],
 )
 def test_the_text_is_that_of_generate(
     bench: Bench, genai: Path, passes: str, settings: dict[str, str], dtype: str, *, batch: bool

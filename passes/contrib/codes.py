@@ -1,4 +1,4 @@
-"""How a cache is stored in codes: GroupQueryAttention's k_scale and v_scale (ONNX Runtime's contrib operators)."""
+"""How a cache is stored in codes: the scales of GroupQueryAttention (ONNX Runtime), or of a QuantizeLinear."""
 
 from dataclasses import dataclass
 
@@ -70,13 +70,44 @@ class CacheCodes:
 
 
 def codes_of(cache: ir.Value) -> CacheCodes | None:
-    """How the attention that reads a cache stores it; None of one that holds floats, or whose scales are computed."""
-    for use in cache.uses():
-        node, slot = use.node, SCALES.get(use.idx, 0)
-        if (node.domain, node.op_type) != (DOMAIN, ATTENTION) or not 0 < slot < len(node.inputs):
-            continue
-        scale = small_array(node.inputs[slot], _TABLE) if is_constant(node.inputs[slot]) else None
-        if scale is not None:
-            heads = node.attributes.get_int("kv_num_heads", 1)
-            return CacheCodes(scale.reshape(heads, -1) if scale.size > 1 else scale.reshape(()))
-    return None
+    """How a cache is stored by what lengthens it, a GroupQueryAttention, or a Concat with what a QuantizeLinear gives;
+    None of one that holds floats, or whose scales are computed.
+    """
+    return next((own for use in cache.uses() if (own := _stored(use.node, use.idx)) is not None), None)
+
+
+def _stored(node: ir.Node, slot: int) -> CacheCodes | None:
+    if (node.domain, node.op_type) == (DOMAIN, ATTENTION):
+        place = SCALES.get(slot, 0)
+        scale = node.inputs[place] if 0 < place < len(node.inputs) else None
+        heads = node.attributes.get_int("kv_num_heads", 1)
+    elif (node.domain, node.op_type) == ("", "Concat") and slot == 0 and len(node.inputs) == 2:
+        past, new = node.inputs
+        coded = past is not None and new is not None and past.dtype == ir.DataType.INT8
+        scale, heads = _appended_scale(new.producer()) if coded and new is not None else None, 0
+    else:
+        return None
+    array = small_array(scale, _TABLE) if is_constant(scale) else None
+    if array is None:
+        return None
+    array = array.astype(np.float32)
+    heads = heads or array.shape[1] if array.ndim == 4 else heads
+    return CacheCodes(array.reshape(heads, -1) if array.size > 1 else array.reshape(()))
+
+
+def _appended_scale(quantize: ir.Node | None) -> ir.Value | None:
+    """The scale of int8 codes around zero, () or (1, heads, 1, width): that of the steps, or of what is divided before
+    steps of 1.
+    """
+    if quantize is None or (quantize.op_type, quantize.domain) != ("QuantizeLinear", ""):
+        return None
+    new, scale, zero = (*quantize.inputs, None)[:3]
+    step, offset = small_array(scale, 1), small_array(zero, 1)
+    if step is None or step.ndim or (zero is not None and (offset is None or offset.any())):
+        return None
+    divide = new.producer() if new is not None else None
+    if divide is None or (divide.op_type, divide.domain) != ("Div", "") or step != 1:
+        return scale
+    scales = divide.inputs[1]
+    sizes = list(scales.shape or ()) if scales is not None and is_constant(scales) else [0]
+    return scales if not sizes or (len(sizes) == 4 and sizes[0] == sizes[2] == 1) else scale

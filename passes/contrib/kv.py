@@ -1,6 +1,6 @@
-"""Pass kv: a decoder's caches in codes, for GroupQueryAttention."""
+"""Pass kv: a decoder's caches in codes, for GroupQueryAttention or between standard operators."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,8 +10,9 @@ import onnx_ir as ir
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.caches import is_cache
 from qcompile.passes.contract import Fact, Reads, Stage
-from qcompile.passes.contrib.attention import FuseAttention
-from qcompile.passes.contrib.codes import ATTENTION, DOMAIN, SCALES, CacheCodes, codes_of
+from qcompile.passes.contrib.appended import FLOATS, Appended, Between
+from qcompile.passes.contrib.codes import ATTENTION, DOMAIN, SCALES, CacheCodes, Floats, codes_of
+from qcompile.passes.contrib.inputs import Inputs
 from qcompile.passes.errors import UserError
 from qcompile.passes.graph import add_initializer, small_array
 from qcompile.passes.observers.base import Observer
@@ -19,7 +20,6 @@ from qcompile.passes.observers.caches import CachePeaks
 from qcompile.passes.prepare.sizes import named_sizes
 from qcompile.passes.spec import ActivationSpec
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _GRID = ActivationSpec(ir.DataType.INT8, True)
 
 
@@ -28,16 +28,20 @@ class Kv(Pass):
 
     Case 1: the keys and values that a GroupQueryAttention appends to its caches become int8 codes there, symmetric
             around zero, with the scales of what calibration saw: one for each channel of each head, or one a cache.
-    Case 2: keys that are turned by their position: the scales hold what was seen turned by any angle (`CachePeaks`).
-    Case 3: caches that anything else reads or gives stay in float, with the reason. UserError where all would.
+    Case 2: those that a Concat appends become the same codes by a QuantizeLinear before it, and floats again by a
+            Cast behind it: standard operators, which decode the whole cache in every run (`appended`).
+    Case 3: keys that are turned by their position: the scales hold what was seen turned by any angle (`CachePeaks`).
+    Case 4: caches that anything else reads or gives stay in float, with the reason. UserError where all would.
     The graph's inputs and outputs for caches are int8 then, and empty ones of no length, too.
     """
 
     name: ClassVar[str] = "kv"
     stage: ClassVar[Stage] = Stage.BEHIND
     reads: Set[Reads] = frozenset({Reads.RANGES})
-    needs: ClassVar[Set[Fact]] = frozenset({Fact.CANONICAL, Fact.FUSED})
+    needs: ClassVar[Set[Fact]] = frozenset({Fact.CANONICAL})
+    prefers: ClassVar[Set[Fact]] = frozenset({Fact.FUSED})
     ensures: ClassVar[Set[Fact]] = frozenset({Fact.CACHES})
+    takes: ClassVar[Set[Fact]] = frozenset({Fact.PARTS})
 
     def __init__(self, *, bits: Literal[8] = 8, scales: Literal["channel", "tensor"] = "channel") -> None:
         super().__init__()
@@ -47,44 +51,72 @@ class Kv(Pass):
     def observed(self, model: ir.Model) -> dict[ir.Value, Observer]:
         """Peaks of what is appended, shown with the caches that the graph gives back.
 
-        UserError where none can become codes: as `fuse_attention` will leave the graph, which is tried on a copy.
+        UserError where none can become codes.
         """
         if self.observers is None:
-            self.observers = {own.presents[i]: own.observer(i) for own in _fused(model) for i in (0, 1)}
+            watched = (own.observers for own in _tried(model))
+            self.observers = {observer.value: observer for own in watched for observer in own}
         return {value: self.observers[str(value.name)] for value in model.graph.outputs if value.name in self.observers}
 
     def call(self, region: Region) -> None:
         """Make the caches int8, in place."""
-        graph, known = region.model.graph, self.observers or {}
-        done: set[ir.Value | None] = set()
-        for node in attentions(graph):
-            own = _Cached.of(node)
+        graph, between = region.model.graph, Between(region.model)
+        told: set[ir.Value | None] = set()
+        for node, own in _found(graph):
+            told |= set(node.inputs)
             if isinstance(own, str):
                 self.decide(node.name or "", "kept", own)
                 continue
-            done |= {node.inputs[slot] for slot in SCALES}
-            seen = [known[name] for name in own.presents if name in known and known[name].rows]
-            if len(seen) < len(own.presents):
-                raise UserError(f"kv: cache {own.presents[0]} was never seen on the calibration data: is it empty?")
-            peaks = [np.asarray(observer.expected(_GRID)[1], np.float32) for observer in seen]
-            store(node, [CacheCodes.spanning(own, self.bits, channels=self.channels) for own in peaks])
-            self.decide(node.name or "", "coded", f"int{self.bits} caches, a scale for each {self._unit}")
+            codes = [CacheCodes.spanning(peaks, self.bits, channels=self.channels) for peaks in self._peaks(own)]
+            if isinstance(own, Appended):
+                between.store(own, codes[0])
+            else:
+                store(node, codes)
+            form = " by standard operators" if isinstance(own, Appended) else ""
+            self.decide(node.name or "", "coded", f"int{self.bits} caches{form}, a scale for each {self._unit}")
         for value in graph.inputs:
-            if is_cache(value) and value not in done:
+            if is_cache(value) and value not in told:
                 self.decide(str(value.name), "kept", f"{_readers(value)} reads it, which takes no codes")
+        if between.used:
+            graph.sort()
+
+    def _peaks(self, own: "_Cached | Appended") -> list[Floats]:
+        """(heads, width) of each of its caches; UserError where calibration saw none."""
+        known = self.observers or {}
+        seen = [known[name] for name in own.presents if name in known and known[name].rows]
+        if len(seen) < len(own.presents):
+            raise UserError(f"kv: cache {own.presents[0]} was never seen on the calibration data: is it empty?")
+        return [np.asarray(observer.expected(_GRID)[1], np.float32) for observer in seen]
 
     @property
     def _unit(self) -> str:
         return "channel" if self.channels else "cache"
 
 
-def attentions(graph: ir.Graph) -> list[ir.Node]:
-    """The nodes that lengthen caches and can hold them in codes."""
-    return [node for node in graph if (node.domain, node.op_type) == (DOMAIN, ATTENTION)]
+def _found(graph: ir.Graph) -> Iterator[tuple[ir.Node, "_Cached | Appended | str"]]:
+    """The nodes that lengthen caches, each with what is known of these, or why they stay."""
+    inputs, caches = Inputs.of(graph), {value for value in graph.inputs if is_cache(value)}
+    for node in list(graph):
+        if (node.domain, node.op_type) == (DOMAIN, ATTENTION):
+            yield node, _Cached.of(node)
+        elif (node.domain, node.op_type) == ("", "Concat") and node.inputs[0] in caches:
+            yield node, Appended.of(node, inputs)
+
+
+def _tried(model: ir.Model) -> list["_Cached | Appended"]:
+    """What lengthens caches of a model that can be codes; UserError where nothing does."""
+    if not any(is_cache(value) for value in model.graph.inputs):
+        raise UserError("kv: the model has no caches to store in codes: export it with --kv-cache, or leave kv out")
+    tried = [own for _, own in _found(model.graph)]
+    found = [own for own in tried if not isinstance(own, str)]
+    if not found:
+        told = next((own for own in tried if isinstance(own, str)), "they are lengthened unusually")
+        raise UserError(f"kv: no cache of the model can become codes: {told}; leave kv out")
+    return found
 
 
 def store(node: ir.Node, codes: Sequence[CacheCodes]) -> None:
-    """Have an attention store its keys and values in codes."""
+    """Have a GroupQueryAttention store its keys and values in codes."""
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     node.resize_inputs(max(SCALES.values()) + 1)
@@ -115,7 +147,7 @@ class _Cached:
             past, present = node.inputs[slot], node.outputs[slot - 2]
             if past is None or not past.is_graph_input() or not present.is_graph_output():
                 return "its caches are no inputs and outputs of the graph"
-            if codes_of(past) is not None or past.dtype not in _FLOATS:
+            if codes_of(past) is not None or past.dtype not in FLOATS:
                 return "its caches are no floats"
             others = [use.node.op_type for use in past.uses() if use.node is not node and use.node.op_type != "Shape"]
             others += [use.node.op_type for use in present.uses() if use.node.op_type != "Shape"]
@@ -125,13 +157,16 @@ class _Cached:
         width = _width(node)
         return cls(node, (key, value), width) if width is not None else "how wide its heads are is not known"
 
-    def observer(self, number: int) -> CachePeaks:
-        """Of keys (0) or values (1)."""
-        turned = number == 0 and self.node.attributes.get_int("do_rotary", 0) == 1
+    @property
+    def observers(self) -> list[CachePeaks]:
+        """Of keys and of values."""
+        turned = self.node.attributes.get_int("do_rotary", 0) == 1
         cos = self.node.inputs[7] if turned and len(self.node.inputs) > 7 else None
         pairs = _pairs(cos, self.width // 2) if cos is not None else 0
         interleaved = bool(self.node.attributes.get_int("rotary_interleaved", 0))
-        return CachePeaks(self.presents[number], self.width, pairs, interleaved=interleaved)
+        key, value = self.presents
+        turns = {key: pairs, value: 0}
+        return [CachePeaks(name, self.width, own, interleaved=interleaved) for name, own in turns.items()]
 
 
 def _width(node: ir.Node) -> int | None:
@@ -155,22 +190,6 @@ def _pairs(table: ir.Value, most: int) -> int:
     shapes = [small_array(part.inputs[1]) for part in parts if part is not None and part.op_type == "Reshape"]
     told = [*own, *(int(shape[-1]) for shape in shapes if shape is not None)]
     return next((size for size in told if isinstance(size, int) and 0 < size <= most), most)
-
-
-def _fused(model: ir.Model) -> list[_Cached]:
-    """The attentions of a model, fused, whose caches can be codes; UserError where there is none."""
-    if not any(is_cache(value) for value in model.graph.inputs):
-        raise UserError("kv: the model has no caches to store in codes: export it with --kv-cache, or leave kv out")
-    copy, fuse = model.clone(), FuseAttention()
-    fuse.call(Region.whole(copy))
-    tried = [_Cached.of(node) for node in attentions(copy.graph)]
-    found = [own for own in tried if isinstance(own, _Cached)]
-    if not found:
-        reasons = [decision.reason for decision in fuse.decisions if decision.action == "kept"]
-        none = f"it has no {ATTENTION}: {(reasons or ['it is written unusually'])[0]}"
-        told = next((own for own in tried if isinstance(own, str)), none)
-        raise UserError(f"kv: no cache of the model can become codes: {told}; leave kv out")
-    return found
 
 
 def _readers(value: ir.Value) -> str:

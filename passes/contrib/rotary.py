@@ -34,13 +34,16 @@ class Rotated:
     step: int = 1
 
 
-def rotated(y: ir.Value, inputs: Inputs) -> Rotated | str:
+def rotated(y: ir.Value, inputs: Inputs | str) -> Rotated | str:
     """What a query or key is before it is turned by its position; itself, where it is not turned.
 
     The nearest value before it, of its own heads and width, from which cosines and sines alone make it.
+    inputs: or why they cannot be told, which is the reason then.
     """
     if not _near_tables(y):
         return Rotated(y)
+    if isinstance(inputs, str):
+        return inputs
     reason = "no rotation by cosines and sines is found before its scores"
     for x in _before(y):
         found = _turned_from(x, y, inputs)

@@ -117,6 +117,11 @@ def test_what_a_file_holds_serves_the_passes_that_need_it_alone(passes: str, mes
         ("fuse_attention,qdq", "'fuse_attention' and 'qdq' both need parts of attention to themselves: choose one"),
         ("qdq,fuse_attention,kv", "'qdq' and 'fuse_attention' both need parts of attention to themselves: choose one"),
         ("dynamic,fuse_attention", "'fuse_attention' stands behind 'dynamic', where no parts of attention are left"),
+        (
+            "kv,fuse_attention",
+            "'fuse_attention' stands behind 'kv', where no parts of attention are left: move it before",
+        ),
+        ("kv,qdq", "'qdq' stands behind 'kv', where no parts of attention are left: move it before kv"),
         ("smooth(alpha=high),pack", r"parameter alpha takes float or .*'auto'.*got 'high'"),
         ("smooth(alpha=2),pack", r"alpha must be 'auto' or a number from 0 to 1, got 2"),
         ("smooth(alpha=true),pack", r"parameter alpha takes"),
@@ -133,7 +138,7 @@ def test_impossible_lists_are_told(passes: str, message: str) -> None:
 
 # Which lists make sense, told by names: the second way to say what follows from what passes declare.
 BEHIND = {"awq": {"pack"}, "gptq": {"pack", "qdq", "dynamic"}, "outlier": {"pack", "qdq", "dynamic"}}
-BEFORE = {"fuse": {"pack"}, "bias_correction": {"qdq"}, "kv": {"fuse_attention"}}
+BEFORE = {"fuse": {"pack"}, "bias_correction": {"qdq"}}
 QUANTIZING, ON_FLOATS = {"pack", "qdq", "dynamic"}, {"smooth", "awq", "gptq", "outlier"}
 
 
@@ -147,6 +152,7 @@ def _sensible(names: Sequence[str]) -> bool:
         and all(BEFORE[name] & set(names[:i]) for i, name in enumerate(names) if name in BEFORE)
         and not {"fuse_attention", "qdq"} <= set(names)
         and "fuse_attention" not in names[names.index("dynamic") if "dynamic" in names else len(names) :]
+        and not {"fuse_attention", "qdq"} & set(names[names.index("kv") if "kv" in names else len(names) :])
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 import pytest
 from fusing import fuse_attention, nodes_of
@@ -15,7 +16,9 @@ from observing import INT8_SYM, observe
 from qcompile.compiler.data.inputs import input_plan
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.base import Region
+from qcompile.passes.contrib.appended import Appended
 from qcompile.passes.contrib.codes import CacheCodes, codes_of
+from qcompile.passes.contrib.inputs import Inputs
 from qcompile.passes.contrib.kv import Kv
 from qcompile.passes.errors import UserError
 from qcompile.passes.graph import add_initializer
@@ -113,8 +116,8 @@ def _kinds() -> Iterable[Any]:
     return (pytest.param(make, id=name) for name, make in own.items())
 
 
-def coded(model: ir.Model, **parameters: Any) -> tuple[ir.Model, ir.Model, Kv]:
-    """A decoder with fused attention, the same with caches in codes, by what 3 texts of 40 tokens showed, the pass."""
+def coded(model: ir.Model, *, fused: bool = True, **parameters: Any) -> tuple[ir.Model, ir.Model, Kv]:
+    """A decoder, the same with caches in codes, by what 3 texts of 40 tokens showed, the pass. fused: its attention."""
     prepared = model.clone()
     Prepare().call(Region.whole(prepared))
     own = Kv(**parameters)
@@ -127,10 +130,12 @@ def coded(model: ir.Model, **parameters: Any) -> tuple[ir.Model, ir.Model, Kv]:
             name, observer.value = observer.value, "x"
             observe(observer, [outputs[name]])
             observer.value = name
-    fused, _ = fuse_attention(model)
-    after = fused.clone()
+    before = fuse_attention(model)[0] if fused else prepared
+    after = before.clone()
     own.call(Region.whole(after))
-    return fused, after, own
+    if not fused:  # standard operators alone
+        onnx.checker.check_model(ir.to_proto(after))
+    return before, after, own
 
 
 class Tokens:
@@ -162,10 +167,11 @@ def _run(model: ir.Model, mask: Array, steps: int) -> tuple[Array, dict[str, Arr
 
 @pytest.mark.parametrize("make", _kinds())
 @pytest.mark.parametrize("scales", ["channel", "tensor"])
-def test_logits_and_caches_are_near_those_of_floats(make: Callable[[], ir.Model], scales: str) -> None:
+@pytest.mark.parametrize("form", ["fused", "plain"])
+def test_logits_and_caches_are_near_those_of_floats(make: Callable[[], ir.Model], scales: str, form: str) -> None:
     """Padded on either side, then token by token; of other tokens than calibration saw, so that some are clipped."""
-    fused, after, own = coded(make(), scales=scales)
-    assert [decision.action for decision in own.decisions] == ["coded"] * 2
+    fused, after, own = coded(make(), fused=form == "fused", scales=scales)
+    assert [decision.action for decision in own.decisions] == ["coded"] * (2 if form == "fused" else 4)
     mask = np.ones((3, 9), np.int64)
     mask[0, :4], mask[1, -3:] = 0, 0
     (expected, floats), (found, codes) = (_run(model, mask, 4) for model in (fused, after))
@@ -204,10 +210,12 @@ def test_half_of_a_rotation_is_the_width_of_its_tables() -> None:
     assert {own.pairs for own in found.values() if isinstance(own, CachePeaks)} == {0, 4}
 
 
-def test_the_operator_rounds_as_it_is_told() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("scales", ["channel", "tensor"])
+def test_operators_round_as_they_are_told(fused: bool, scales: str) -> None:
     """Of the first layer, whose input no cache has changed: the codes are those of `CacheCodes`, but for ties."""
-    fused, after, _ = coded(tiny_decoder(kv_cache=True, outliers=False))
-    (_, floats), (_, codes) = (_run(model, np.ones((1, 30), np.int64), 0) for model in (fused, after))
+    before, after, _ = coded(tiny_decoder(kv_cache=True, outliers=False), fused=fused, scales=scales)
+    (_, floats), (_, codes) = (_run(model, np.ones((2, 30), np.int64), 0) for model in (before, after))
     for pair in input_plan(after).past[:2]:
         assert pair.codes is not None
         wanted, found = pair.codes.encode(floats[pair.present]).astype(int), codes[pair.present].astype(int)
@@ -224,8 +232,9 @@ def test_a_scale_of_the_whole_cache_is_coarser() -> None:
     assert 0 < errors["channel"] < errors["tensor"]
 
 
-def test_floats_in_half_precision() -> None:
-    fused, after, _ = coded(tiny_decoder(kv_cache=True, dtype="fp16", outliers=False))
+@pytest.mark.parametrize("form", ["fused", "plain"])
+def test_floats_in_half_precision(form: str) -> None:
+    fused, after, _ = coded(tiny_decoder(kv_cache=True, dtype="fp16", outliers=False), fused=form == "fused")
     expected, found = (_run(model, np.ones((2, 7), np.int64), 3)[0].astype(float) for model in (fused, after))
     assert np.linalg.norm(found - expected) <= 0.015 * np.linalg.norm(expected)
 
@@ -251,13 +260,58 @@ def test_models_without_caches_are_refused_at_once() -> None:
         Kv().observed(tiny_decoder())
 
 
-def test_attention_that_cannot_be_fused_is_refused_at_once_with_the_reason() -> None:
+def test_keys_that_are_turned_in_an_unknown_way_stay_with_the_reason() -> None:
+    """What they hold further on cannot be told from what was seen. Values are not turned."""
     model = tiny_decoder(kv_cache=True, outliers=False)
     for node in nodes_of(model, "Cos"):
         node.op_type = "Sin"
+    _, after, own = coded(model, fused=False)
+    kept = [decision for decision in own.decisions if decision.action == "kept"]
+    assert [decision.reason for decision in kept] == ["no rotation by cosines and sines is found before its scores"] * 2
+    kinds = {str(value.name): value.dtype for value in after.graph.inputs if "past" in str(value.name)}
+    assert {name: kind == ir.DataType.INT8 for name, kind in kinds.items()} == {n: n.endswith("value") for n in kinds}
+
+
+def test_appended_caches_that_something_else_holds_stay_with_the_reason() -> None:
+    model = tiny_decoder(kv_cache=True, outliers=False)
     Prepare().call(Region.whole(model))
-    with pytest.raises(UserError, match="no GroupQueryAttention: no rotation by cosines and sines is found before"):
-        Kv().observed(model)
+    past = next(value for value in model.graph.inputs if value.name == "past_key_values.0.key")
+    own = next(node for node in nodes_of(model, "Concat") if past in node.inputs)
+    assert isinstance(Appended.of(own, Inputs.of(model.graph)), Appended)
+    assert Appended.of(own, "it has two masks") == "it has two masks"
+    model.graph.outputs.append(past)
+    assert Appended.of(own, "") == "the graph reads it, too"
+    model.graph.append(ir.node("Neg", [past], name="shown"))
+    assert Appended.of(own, "") == "a Neg reads it, too"
+    new = own.inputs[1]
+    assert new is not None
+    new.shape = None
+    assert Appended.of(own, "") == "how many heads it has, and how wide they are, is not known"
+    own.resize_inputs(1)
+    assert Appended.of(own, "") == "what the graph gives back is not the cache and the rows of a run"
+
+
+def test_caches_that_more_than_attention_reads_are_multiplied_by_their_scales() -> None:
+    """Of the first layer; the others' scales are with their queries and results."""
+    model = tiny_decoder(kv_cache=True, outliers=False)
+    for name in ("present.0.key", "present.0.value"):
+        cache = next(value for value in model.graph.outputs if value.name == name)
+        shown = ir.node("Neg", [cache], name=f"{name}.shown")
+        shown.outputs[0].name, shown.outputs[0].type, shown.outputs[0].shape = shown.name, cache.type, cache.shape
+        model.graph.append(shown)
+        model.graph.outputs.append(shown.outputs[0])
+    before, after, own = coded(model, fused=False)
+    assert [decision.action for decision in own.decisions] == ["coded"] * 4
+    scaled = {node.name for node in nodes_of(after, "Mul") if str(node.name).endswith("scaled")}
+    assert {name for name in scaled if str(name).startswith("present")} == {
+        "present.0.key.scaled",
+        "present.0.value.scaled",
+    }
+    assert len(scaled) == 4
+    (expected, floats), (found, coded_ones) = (_run(made, np.ones((2, 9), np.int64), 2) for made in (before, after))
+    assert np.linalg.norm(found - expected) <= 0.01 * np.linalg.norm(expected)
+    for name in ("present.0.key.shown", "present.0.value.shown"):
+        np.testing.assert_allclose(coded_ones[name], floats[name], atol=0.02 * np.abs(floats[name]).max())
 
 
 def test_what_no_calibration_reached_is_refused() -> None:
