@@ -53,6 +53,13 @@ def is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.const_value is not None and not value.is_graph_input()
 
 
+def is_adapter(value: ir.Value) -> bool:
+    """Whether a value is a graph input with a default that may be of other sizes than that, as an adapter's (LoRA)."""
+    free = any(not isinstance(size, int) for size in value.shape or ())
+    tensor = value.const_value if value.is_graph_input() and value.is_initializer() else None
+    return tensor is not None and (free or tensor.size == 0)
+
+
 def float_type(node: ir.Node) -> ir.DataType:
     """The float type that a node of one type of floats computes in, where an inner value's may be unknown.
 

@@ -125,6 +125,8 @@ def as_linear(node: ir.Node) -> Linear | str:
         return "the constant is the left operand"
     if right.const_value is None:
         return "no constant weight (a product of two activations)"
+    if right.is_graph_input():
+        return "its weight is an input with a default: an adapter's"
     rank = len(right.const_value.shape)
     if 0 in dimensions(right):
         return "the weight has no elements"

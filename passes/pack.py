@@ -222,7 +222,7 @@ def _stored(
 
 def _largest_constant(node: ir.Node) -> int:
     """Elements of the largest constant that a node reads."""
-    return max((v.const_value.size for v in node.inputs if v is not None and v.const_value is not None), default=0)
+    return max((constant(v).size for v in node.inputs if v is not None and is_constant(v)), default=0)
 
 
 def _weight_name(site: Linear | Embedding) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.bodies import bodies
+from qcompile.passes.graph import is_adapter
 
 Family = Literal["MatMul", "Conv", "Gather", "other"]
 
@@ -117,8 +118,8 @@ def census(model: ir.Model, least: int = LEAST) -> list[FloatConstant]:
 
 
 def tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
-    """The tensor of an initializer or of a Constant node's output; None of anything else."""
-    if value.is_graph_input() and value.producer() is None and not value.is_initializer():
+    """The tensor of an initializer or of a Constant node's output; None of anything else, adapters among it."""
+    if value.is_graph_input() and value.producer() is None and (not value.is_initializer() or is_adapter(value)):
         return None
     return value.const_value if value.const_value is not None else ir.convenience.get_const_tensor(value)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from qcompile.passes.graph import Decide, add_initializer
+from qcompile.passes.graph import Decide, add_initializer, is_adapter
 from qcompile.passes.tensors import read
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -14,12 +14,15 @@ _SMALL = 1024
 
 
 def fix_defaults(model: ir.Model, decide: Decide) -> None:
-    """Make a graph input with a default value (old exporters list every weight) a plain initializer."""
+    """Make a graph input with a default value (old exporters list every weight) a plain initializer, but for adapters.
+
+    What those hold is the application's.
+    """
     graph = model.graph
-    defaults = [value for value in graph.inputs if value.is_initializer()]
+    defaults = [value for value in graph.inputs if value.is_initializer() and not is_adapter(value)]
     if not defaults:
         return
-    kept = [value for value in graph.inputs if not value.is_initializer()]
+    kept = [value for value in graph.inputs if value not in defaults]
     graph.inputs.clear()
     graph.inputs.extend(kept)
     decide("", "fixed", f"{len(defaults)} graph inputs with default values became constants", inputs=len(defaults))

@@ -154,6 +154,20 @@ def test_default_inputs_become_constants():
     assert "1 graph inputs with default values" in reasons(decisions, "fixed")[0]
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("given", [False, True])
+def test_inputs_of_adapters_stay_inputs(rank, given):
+    """What may be of other sizes than its default is no weight: a LoRA of rank 0 or more, that an application loads."""
+    body = "a = MatMul(x, p) b = MatMul(a, q) c = MatMul(x, w) y = Add(b, c)"
+    inputs = f"float[M,K] x, float[{K},R] p, float[R,{N}] q"
+    defaults = {"p": np.ones((K, rank), np.float32), "q": np.ones((rank, N), np.float32)}
+    adapter = {"p": np.full((K, 5), 0.1, np.float32), "q": np.full((5, N), 0.1, np.float32)}
+    model = parse(body, inputs=inputs, w=weight(K, N), **defaults)
+    check(model, X | adapter if given else X)
+    assert [value.name for value in model.graph.inputs] == ["x", "p", "q"]
+    assert len(find_linears(model.graph)) == 1
+
+
 def test_chain_of_moves_is_folded_into_the_weight():
     body = """s = Constant <value = int64[2] {200, -1}> () a = Constant <value = int64[1] {0}> ()
         r = Reshape(w, s) u = Unsqueeze(r, a) q = Squeeze(u, a) i = Identity(q) t = Transpose(i) c = Cast <to = 1> (t)
