@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import lru_cache
 
 import onnx
 
@@ -20,6 +21,8 @@ _PATIENCE = 10
 _ASLEEP = 3
 # Bytes it may take beyond what this process has; propagating sizes as data takes 2^40 of them for forty Concats.
 _MEMORY = 1 << 30
+# Bytes of a model, its weights left out, up to which what was found is kept.
+_SMALL = 1 << 20
 
 
 def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -29,12 +32,19 @@ def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     the work is done by a fork of this process that computes, answers and ends. Where there is no fork, here. A fork may
     stand still on a lock that another thread held when it was made; then a process that is started anew does the work.
     Sizes that a graph computes are followed as data, unless that fails. UserError where it does not end (some Einsums,
-    in onnx 1.23).
+    in onnx 1.23). What came of the last small models is known: a sweep, or a ladder, compiles one model many times.
     """
     if not hasattr(os, "fork"):
         return onnx.shape_inference.infer_shapes(proto, data_prop=True)
     content = proto.SerializeToString()
     limit = _SECONDS + len(proto.graph.node) // _NODES_A_SECOND
+    found = onnx.ModelProto()
+    found.ParseFromString((_known if len(content) < _SMALL else _worked_out)(content, limit))
+    return found
+
+
+def _worked_out(content: bytes, limit: int) -> bytes:
+    """The serialized model with its types and shapes; limit: processor seconds."""
     failed: Exception | None = None
     for follow in (True, False):
         try:
@@ -50,11 +60,14 @@ def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     raise failed
 
 
+_known = lru_cache(maxsize=8)(_worked_out)
+
+
 class _Blocked(Exception):
     """The fork waits for what nobody will give it."""
 
 
-def _answered(content: bytes, limit: int, *, follow: bool) -> onnx.ModelProto:
+def _answered(content: bytes, limit: int, *, follow: bool) -> bytes:
     try:
         answer, used = _in_a_fork(content, limit, follow=follow)
     except _Blocked:
@@ -63,9 +76,7 @@ def _answered(content: bytes, limit: int, *, follow: bool) -> onnx.ModelProto:
         raise TimeoutError(f"onnx took more than {limit} s")
     if answer[:1] != b"+":
         raise RuntimeError(answer[1:].decode("utf-8", "replace") or "onnx ended the process")
-    found = onnx.ModelProto()
-    found.ParseFromString(answer[1:])
-    return found
+    return answer[1:]
 
 
 def _in_a_fork(content: bytes, limit: int, *, follow: bool) -> tuple[bytes | None, float]:

@@ -3,7 +3,7 @@ contradicts it.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -115,6 +115,15 @@ def test_an_output_without_a_type_gets_one() -> None:
     assert found["y"].shape == ir.Shape(["b", 64])
 
 
+@pytest.fixture
+def unknown() -> Iterator[None]:
+    """Nothing is known of earlier models, and nothing of these is afterwards."""
+    inference._known.cache_clear()
+    yield
+    inference._known.cache_clear()
+
+
+@pytest.mark.usefixtures("unknown")
 def test_a_fork_that_stands_still_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a lock that a thread of its parent held: a test on a busy machine was refused after 100 seconds."""
     forks = []
@@ -130,6 +139,39 @@ def test_a_fork_that_stands_still_is_replaced(monkeypatch: pytest.MonkeyPatch) -
     found, _ = _inferred(_model(MATMULS, []), ask=False)
     assert found["y"].shape == ir.Shape(["b", 64])
     assert forks == [1], "what is told in one turn is not asked again"
+
+
+@pytest.mark.usefixtures("unknown")
+def test_a_model_that_was_seen_is_not_worked_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each caller has an answer of its own to change; a model that differs in one size, or is large, has its own."""
+    forks, fork = [], inference._in_a_fork
+    monkeypatch.setattr(inference, "_in_a_fork", lambda *given, **more: forks.append(1) or fork(*given, **more))
+
+    def shown(rows: int) -> list[int]:
+        node, untyped = helper.make_node("Relu", ["x"], ["y"]), onnx.ValueInfoProto(name="y")
+        graph = helper.make_graph([node], "g", [_info("x", FLOAT, rows, 2)], [untyped])
+        found = inference.inferred(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]))
+        sizes = [dim.dim_value for dim in found.graph.output[0].type.tensor_type.shape.dim]
+        found.Clear()
+        return sizes
+
+    assert [shown(3), shown(3), shown(4), shown(3)] == [[3, 2], [3, 2], [4, 2], [3, 2]]
+    assert len(forks) == 2
+    monkeypatch.setattr(inference, "_SMALL", 0)
+    assert [shown(3), shown(3)] == [[3, 2], [3, 2]]
+    assert len(forks) == 4
+
+
+@pytest.mark.usefixtures("unknown")
+def test_what_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that was short, or a machine that was busy, may not be the next time."""
+    model, answer = _model(MATMULS, []), inference._answered
+    monkeypatch.setattr(inference, "_answered", lambda *given, **more: (_ for _ in ()).throw(RuntimeError("no memory")))
+    assert [own.action for own in _inferred(model, ask=False)[1]] == ["skipped"]
+    monkeypatch.setattr(inference, "_answered", answer)
+    found, decisions = _inferred(model, ask=False)
+    assert found["y"].shape == ir.Shape(["b", 64])
+    assert decisions == []
 
 
 def test_inference_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
