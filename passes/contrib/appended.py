@@ -111,7 +111,7 @@ class Between:
         found = next((own for own in self._found if present in (own.k, own.v)), None)
         heads = named_sizes(found.q)[1] if found is not None else None
         groups = len(codes.scale) if codes.scale.ndim else 1
-        if found is None or not isinstance(heads, int) or heads % groups:
+        if found is None or not found.alone or not isinstance(heads, int) or heads % groups:
             return False
         each = np.repeat(codes.scale, heads // groups, axis=0) if codes.scale.ndim else codes.scale
         if present is found.v:

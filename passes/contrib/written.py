@@ -21,7 +21,7 @@ class Written:
 
     q: (batch, heads, rows, width). k, v: (batch, groups of heads, positions, width).
     result: (batch, rows, heads width) or (batch rows, heads width). mask: added to the scores, or False where they are
-    replaced by its fill; hides: True there. alone: whether nothing else reads k.
+    replaced by its fill; hides: True there. alone: whether nothing else reads k and v.
     """
 
     name: str
@@ -79,7 +79,7 @@ def _around(softmax: ir.Node) -> Written | str | None:
     scale = before.scale * q.scale * k.scale
     return Written(
         softmax.name or "", q.value, k.value, v.value, scale, before.softcap, before.mask, before.hides,
-        joined.outputs[0], _alone(k.value, product),
+        joined.outputs[0], _alone(k.value, product) and _alone(v.value, last),
     )  # fmt: skip
 
 

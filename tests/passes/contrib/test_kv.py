@@ -9,6 +9,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 from fusing import fuse_attention, nodes_of
+from graphs.decoders import Written
+from graphs.table import Graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from observing import INT8_SYM, observe
@@ -312,6 +314,16 @@ def test_caches_that_more_than_attention_reads_are_multiplied_by_their_scales() 
     assert np.linalg.norm(found - expected) <= 0.01 * np.linalg.norm(expected)
     for name in ("present.0.key.shown", "present.0.value.shown"):
         np.testing.assert_allclose(coded_ones[name], floats[name], atol=0.02 * np.abs(floats[name]).max())
+
+
+def test_caches_that_several_layers_read_are_multiplied_by_their_scales() -> None:
+    """A scale beside the queries or the result of one layer would miss the others."""
+    graph = Graph()
+    Written(layers=4, shared=True).build(graph)
+    before, after, own = coded(ir.from_proto(graph.model()), fused=False)
+    assert [decision.action for decision in own.decisions] == ["coded"] * 4
+    expected, found = (_run(made, np.ones((2, 9), np.int64), 2)[0] for made in (before, after))
+    assert np.linalg.norm(found - expected) <= 0.02 * np.linalg.norm(expected)
 
 
 def test_what_no_calibration_reached_is_refused() -> None:
