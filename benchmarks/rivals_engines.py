@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -50,11 +50,13 @@ class Qcompile:
 
         self._plan = input_plan(load_model(model))
         self._session = session(model, threads=threads, accuracy_level=4)
+        self._decoding: Any = None
         gc.collect()
 
     def restart(self) -> None:
         from qcompile.compiler.data.decoding import Decoding
 
+        self._decoding = None
         self._decoding = Decoding(self._session, self._plan)
 
     def feed(self, ids: list[int]) -> Row:
@@ -71,8 +73,10 @@ class Genai:
         options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._og, self._model = og, og.Model(config)
+        self._generator: Any = None
 
     def restart(self) -> None:
+        self._generator = None  # its caches go before there are others
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=ROOM, do_sample=False)
         self._generator = self._og.Generator(self._model, params)
@@ -185,6 +189,8 @@ def measure(name: str, model: Path, threads: int, ids: npt.NDArray[np.int64]) ->
 def imported(name: str) -> None:
     """Load the libraries of an engine, which are no part of its model's memory."""
     if name == "qcompile":
+        import onnxruntime  # noqa: F401
+
         import qcompile.compiler.data.decoding
         import qcompile.runtime.sessions  # noqa: F401
     elif name == "genai":

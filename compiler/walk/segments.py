@@ -26,7 +26,8 @@ class Segment:
 
     carried: the values that enter from the segments before (none for the first). carry: those that go on to later ones
     (none for the last); one that only passes through is among both. What depends on no large weight (masks, rotary
-    tables, what is computed of a graph input) belongs to no segment: each piece that needs it computes it again.
+    tables, what is computed of a graph input), or on constants alone (a weight's Transpose), belongs to no segment:
+    each piece that needs it computes it again.
     light: graph outputs that are such values; the last segment gives them.
     """
 
@@ -204,11 +205,24 @@ def _weights(node: ir.Node) -> Iterator[ir.Value]:
 
 
 def _downstream(model: ir.Model, is_target: Callable[[ir.Node], bool]) -> list[ir.Node]:
-    """Nodes that read a large weight and everything that depends on them, in the graph's order."""
-    reached: set[ir.Value] = set()
+    """Nodes that read a large weight and everything that depends on them, in the graph's order.
+
+    What is computed of constants alone is a weight itself, however far apart its readers are: a table's Transpose that
+    the head reads, too, would go through all segments.
+    """
+    reached, weights = set[ir.Value](), set[ir.Value]()
     nodes = []
     for node in model.graph:
-        if is_target(node) or any(value in reached or _is_large(value) for value in reads(node)):
+        read = list(reads(node))
+        if not is_target(node) and not any(value in reached or value in weights or _is_large(value) for value in read):
+            continue
+        if not is_target(node) and node.op_type not in _ROUNDING and all(_constant(v) or v in weights for v in read):
+            weights.update(node.outputs)
+        else:
             nodes.append(node)
             reached.update(node.outputs)
     return nodes
+
+
+def _constant(value: ir.Value) -> bool:
+    return value.const_value is not None and value.is_initializer()

@@ -146,3 +146,18 @@ def test_what_a_large_constant_makes_is_part_of_the_stream() -> None:
     x = b.MatMul(b.MatMul(x, b.weight("a", eye)), b.weight("b", eye))
     (segment,) = _split(b.model({"y": b.Add(x, heavy)}))
     assert "Gather" in {node.op_type for node in segment.nodes}
+
+
+@pytest.mark.parametrize("head_reads_the_table", [True, False])
+def test_what_is_made_of_constants_alone_is_a_weight(head_reads_the_table: bool) -> None:
+    """A tied table: its first reader and its last one lie in the first segment and the last, with cuts between."""
+    b = Builder(opset=21)
+    eye, tied = np.eye(64, dtype=np.float32), b.weight("table", np.ones((64, 64), "f4"))
+    turned = b.Transpose(tied, perm=[1, 0])
+    first, last = (turned, tied) if head_reads_the_table else (tied, turned)
+    x = b.Gather(first, b.input("at", ir.DataType.INT64, ["n"]), axis=0)
+    for number in range(3):
+        x = b.Relu(b.MatMul(x, b.weight(f"w{number}", eye)))
+    segments = _split(b.model({"y": b.MatMul(x, last)}))
+    assert [len(segment.carry) for segment in segments] == [1, 1, 1, 0]
+    assert "Transpose" not in {node.op_type for segment in segments for node in segment.nodes}
