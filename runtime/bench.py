@@ -33,13 +33,17 @@ _TURN = 0.1
 
 @dataclass(frozen=True)
 class Subject:
-    """A model file and how it is run; libraries: of custom operators, by default those that sessions register here."""
+    """A model file and how it is run; libraries: of custom operators, by default those that sessions register here.
+
+    growing: whether it is a decoder with caches, see `session`.
+    """
 
     label: str
     path: Path
     kernels: str = "auto"
     accuracy_level: int = 0
     threads: int = 1
+    growing: bool = False
     libraries: tuple[Path, ...] = field(default_factory=registered_libraries)
 
 
@@ -93,6 +97,7 @@ class Runner:
                 kernels=subject.kernels,
                 accuracy_level=subject.accuracy_level,
                 threads=subject.threads,
+                growing=subject.growing,
             )
         seconds = time.perf_counter() - started
         self.before = before

@@ -63,6 +63,7 @@ def session(
     weights: Mapping[str, npt.NDArray[Any]] | None = None,
     spin: bool = True,
     kernels: str = "auto",
+    growing: bool = False,
 ) -> Any:
     """An onnxruntime.InferenceSession of a model file or of serialized bytes.
 
@@ -75,6 +76,8 @@ def session(
     kernels: "native" has the qcompile operators computed by the library of native kernels (on the CPU, and on CUDA
     where it was built with CUDA, unverified on GPU), "portable" by their ONNX bodies; "auto" is native where the
     session runs on the CPU alone and there is a library.
+    growing: each run's inputs have other sizes than the last one's, as a decoder's. ONNX Runtime then plans no memory
+    by sizes: a plan is of no use for the next token, and one of a long prompt keeps its memory.
     """
     ort = _runtime()
     if kernels not in KERNELS:
@@ -86,6 +89,7 @@ def session(
     options.log_severity_level = 4  # errors come as exceptions
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_mem_pattern = not growing
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))

@@ -144,9 +144,9 @@ def run(args: argparse.Namespace) -> int:
     runs = {c.label: c.runs(model, native) for c, model in zip(candidates, models, strict=True)}
     del models
     subjects = [
-        (Subject(c.label, c.path, c.kernels, c.level, count), cases[c.label][0])
+        (Subject(c.label, c.path, c.kernels, c.level, count, growing=bool(plan.past)), cases[c.label][0])
         for count in threads
-        for c in candidates
+        for c, plan in zip(candidates, plans, strict=True)
     ]
     results = _measured(subjects, args.rounds)
     report = {

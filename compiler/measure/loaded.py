@@ -24,6 +24,7 @@ class Subject:
         self.path = path
         self.plan: InputPlan = input_plan(load_model(path))
         settings: dict[str, Any] = {"providers": (provider,), "accuracy_level": accuracy_level, "kernels": kernels}
+        settings["growing"] = bool(self.plan.past)
         self.session: Any = repeatable(path, **settings)
         self.outputs: list[str] = [output.name for output in self.session.get_outputs()]
 

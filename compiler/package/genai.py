@@ -170,7 +170,8 @@ def _tokenizer_length(beside: Beside) -> int:
 
 
 def _session_options(given: Mapping[str, Any], library: str | None) -> dict[str, Any]:
-    kept = {name: value for name, value in given.items() if name != "custom_ops_library"}
+    """No plans of memory by the sizes of inputs, unless told otherwise: each token has others; and the library."""
+    kept = {"enable_mem_pattern": False} | {name: v for name, v in given.items() if name != "custom_ops_library"}
     return kept | ({} if library is None else {"custom_ops_library": library})
 
 

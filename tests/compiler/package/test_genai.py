@@ -28,6 +28,7 @@ from qcompile.runtime.library import library_path
 
 _CONFIG = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 4096}
 _GENERATION = {"eos_token_id": [2, 7], "bos_token_id": 1, "pad_token_id": 0, "temperature": 0.7, "top_k": None}
+_PLANS = {"enable_mem_pattern": False}  # session options of every folder
 Change = Callable[[ir.Model], object]
 
 
@@ -100,11 +101,11 @@ def test_kernels_go_along_where_the_graph_has_use_for_them(bench: Bench) -> None
         folders[target] = bench.folder / f"packaged-{target}"
         package(bench.folder / target / "model.onnx", folders[target], tokenizer=model.parent)
     config = json.loads((folders["qcompile"] / "genai_config.json").read_text())
-    assert config["model"]["decoder"]["session_options"] == {"custom_ops_library": library}
+    assert config["model"]["decoder"]["session_options"] == _PLANS | {"custom_ops_library": library}
     assert (folders["qcompile"] / library).read_bytes() == library_path().read_bytes()
     assert "Apache License" in (folders["qcompile"] / "LICENSES.txt").read_text()
     config = json.loads((folders["matmulnbits"] / "genai_config.json").read_text())
-    assert config["model"]["decoder"]["session_options"] == {}
+    assert config["model"]["decoder"]["session_options"] == _PLANS
     assert not (folders["matmulnbits"] / library).exists()
 
 
@@ -115,7 +116,7 @@ def test_without_kernels_where_they_are_not_wanted(bench: Bench, capsys: pytest.
     assert cli.main(["package", str(bench.folder / "out/model.onnx"), *options]) == 0
     assert "no native kernels: left out by --kernels portable" in capsys.readouterr().out
     assert not (out / library_path().name).exists()
-    assert json.loads((out / "genai_config.json").read_text())["model"]["decoder"]["session_options"] == {}
+    assert json.loads((out / "genai_config.json").read_text())["model"]["decoder"]["session_options"] == _PLANS
 
 
 def test_the_compiled_file_is_copied_as_it_is(bench: Bench) -> None:
