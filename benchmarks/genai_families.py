@@ -34,10 +34,10 @@ from qcompile.models.tiny.tokenizer import tiny_tokenizer
 from qcompile.passes.errors import UserError
 
 _PLAIN = {key: value for key, value in _LLM.items() if key != "head_dim"}
-FAMILIES = {name: ARCHITECTURES[name] for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")} | {
+FAMILIES = {name: ARCHITECTURES[name] for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3")} | {
+    "phi3": Architecture("Phi3ForCausalLM", "Phi3Config", _PLAIN | {"max_position_embeddings": 4096}),
     "mistral": Architecture("MistralForCausalLM", "MistralConfig", _LLM | {"sliding_window": 8}),
     "granite": Architecture("GraniteForCausalLM", "GraniteConfig", _PLAIN),
-    "olmo": Architecture("OlmoForCausalLM", "OlmoConfig", _PLAIN),
     "smollm3": Architecture("SmolLM3ForCausalLM", "SmolLM3Config", _PLAIN),
 }
 PRECISIONS = ("fp32", "fp16", "int4")
@@ -117,7 +117,7 @@ def run(folder: Path, names: list[str], builder: Path) -> None:
         if not (source / "tokenizer.json").is_file():
             with hf.quiet():
                 FAMILIES[name].make().save_pretrained(source)
-            tiny_tokenizer(256, source)
+            tiny_tokenizer(250, source)  # some families' tokenizers add tokens
         for precision in PRECISIONS:
             target = folder / name / precision
             built = results.get((name, precision, "builder"), lambda: build(source, target, precision, builder))  # noqa: B023
