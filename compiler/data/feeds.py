@@ -1,5 +1,6 @@
 """Batches of feeds for a graph: from windows of token ids, or from files of arrays."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +38,9 @@ __all__ = [
     "token_batches",
     "token_feeds",
 ]
+
+# Bytes of files of arrays that stay in memory; a compile reads each file a dozen times.
+_HELD = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,12 @@ def npz_batches(plan: InputPlan, paths: Sequence[Path]) -> list[Batch]:
     """One batch for each .npz file or set of .npy files; more where the graph fixes a smaller leading dimension.
 
     Files may differ in their free dimensions. Caches may be left out (they start empty), and with the ids given also
-    masks, positions and types. Every file is checked here, and read again whenever its batch is run; the parts of a
-    file of several batches are kept in a Spill.
+    masks, positions and types. Every file is checked here. What the first ones hold stays in memory, up to `_HELD`
+    bytes; the others are read again whenever their batch is run; the parts of a file of several batches are kept in a
+    Spill.
     """
     batches: list[Batch] = []
-    parts, rows = Spill(), False
+    parts, rows, left = Spill(), False, float(_HELD)
     for group in array_sets(plan, paths):
         feeds = _from_files(plan, group)
         rows = rows or has_rows(plan, feeds)
@@ -123,7 +128,9 @@ def npz_batches(plan: InputPlan, paths: Sequence[Path]) -> list[Batch]:
         if len(several) > 1:
             batches += [Batch(kept(parts, part), leading(part)) for part in several]
         else:
-            batches.append(Batch(partial(_from_files, plan, group), leading(feeds)))
+            size = sum(math.inf if array.dtype.hasobject else array.nbytes for array in feeds.values())
+            left -= size if (held := size <= left) else 0
+            batches.append(Batch(feeds if held else partial(_from_files, plan, group), leading(feeds)))
     check_rows(rows, str(paths[0]))
     return batches
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from qcompile.compiler.data import feeds
 from qcompile.compiler.data.feeds import complete, input_plan, npz_batches, token_batches
 from qcompile.compiler.data.sampling import sample_windows
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp
@@ -196,7 +197,8 @@ def test_npz_is_split_where_the_graph_fixes_the_batch(tmp_path: Path) -> None:
     assert parts[1].feeds["x"][0, 0] == 6
 
 
-def test_npz_is_read_anew_for_every_run(tmp_path: Path) -> None:
+def test_npz_is_read_anew_for_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "_HELD", 0)
     path = _save(tmp_path / "a.npz", x=np.ones((2, 3), np.float32))
     (batch,) = npz_batches(input_plan(_floats("x")), [path])
     first, second = batch.feeds["x"], batch.feeds["x"]
@@ -208,6 +210,34 @@ def test_npz_is_read_anew_for_every_run(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="no such file"):
         _ = batch.feeds
+
+
+@pytest.mark.parametrize("held", [23, 24, 47, 48, 71, 72, 1000])
+def test_small_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+    """24 bytes each; of a large file between small ones nothing is kept, of those behind it what fits."""
+    monkeypatch.setattr(feeds, "_HELD", held)
+    sizes = [2, 200, 2, 2]
+    paths = [_save(tmp_path / f"{i}.npz", x=np.full((n, 3), i, np.float32)) for i, n in enumerate(sizes)]
+    batches = npz_batches(input_plan(_floats("x")), paths)
+    kept = [batch.feeds["x"] is batch.feeds["x"] for batch in batches]
+    assert kept == [held >= 24, False, held >= 48, held >= 72]
+    for i, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
+        np.testing.assert_array_equal(batch.feeds["x"], np.full((size, 3), i, np.float32))
+
+
+def test_text_is_read_anew(tmp_path: Path) -> None:
+    """How much memory its objects take is not known of their array."""
+    graph = helper.make_graph(
+        [helper.make_node("StringNormalizer", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.STRING, ["n"])],
+        [helper.make_tensor_value_info("y", TensorProto.STRING, ["n"])],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]))
+    (batch,) = npz_batches(input_plan(model), [_save(tmp_path / "a.npz", x=np.array(["a", "bc"]))])
+    first, second = batch.feeds["x"], batch.feeds["x"]
+    assert first.tolist() == second.tolist() == ["a", "bc"]
+    assert first is not second
 
 
 def test_every_npz_is_checked_before_any_is_used(tmp_path: Path) -> None:
