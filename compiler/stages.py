@@ -12,7 +12,6 @@ from qcompile.compiler.data.calibration import Calibration, Data, Sampling, gath
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.data.npz import Arrays
-from qcompile.compiler.facts.census import FloatConstant, census
 from qcompile.compiler.facts.memory import check_sizes
 from qcompile.compiler.facts.model import file_size, versions
 from qcompile.compiler.facts.value_types import told_by_runtime
@@ -21,7 +20,7 @@ from qcompile.compiler.measure import randomness
 from qcompile.compiler.mixed.keep import Wish, check_metric
 from qcompile.compiler.plan import HELD, Planned, effective, facts_of, packages, planned, reading
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.report.coverage import account, quantizers
+from qcompile.compiler.report.coverage import Recorded, account, quantizers, record
 from qcompile.compiler.results.errors import ActivationRange, RowsSeen
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.walk import promises, saved_statistics
@@ -59,7 +58,7 @@ class Prepared:
     plan: InputPlan
     report: Report
     job: Job
-    constants: Sequence[FloatConstant]
+    constants: Sequence[Recorded]
 
     @property
     def observes(self) -> bool:
@@ -130,7 +129,7 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress) -> Prepared:
     check_metric(wish(recipe), plan)
     int8 = INT8.get(recipe.target) if recipe.activation_bits != 16 else None
     job = Job(graph, passes, report, progress, provider=recipe.provider, int8=int8)
-    return Prepared(source, recipe, graph, passes, made.policy, plan, report, job, census(graph))
+    return Prepared(source, recipe, graph, passes, made.policy, plan, report, job, record(graph))
 
 
 def wish(recipe: Recipe) -> Wish:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompile.compiler.console.numbers import percent
-from qcompile.compiler.facts.census import FloatConstant, Reader, census, family_of
+from qcompile.compiler.facts.census import Family, FloatConstant, Reader, census, family_of
 from qcompile.compiler.results.report import PRODUCTS, Report
 from qcompile.passes import lists
 from qcompile.passes.base import Decision, Pass
@@ -35,10 +35,32 @@ def quantizers(passes: Sequence[Pass]) -> list[Pass]:
     return [p for p in passes if Fact.FLOAT in p.takes]
 
 
-def account(before: Sequence[FloatConstant], model: ir.Model, passes: Sequence[Pass], policy: Policy) -> list[Decision]:
+@dataclass(frozen=True)
+class Recorded:
+    """A float constant of the prepared model. It holds no value: numbers go as soon as a pass has made codes of them.
+
+    readers: names of the nodes that compute with it. operator: of the first.
+    """
+
+    name: str
+    size: int
+    family: Family
+    readers: tuple[str, ...]
+    operator: str
+
+
+def record(model: ir.Model) -> list[Recorded]:
+    """The census of a model as it is now, for `account` to compare with what becomes of it."""
+    return [
+        Recorded(own.name, own.size, own.family, tuple(r.name for r in own.readers), own.readers[0].node.op_type)
+        for own in census(model)
+    ]
+
+
+def account(before: Sequence[Recorded], model: ir.Model, passes: Sequence[Pass], policy: Policy) -> list[Decision]:
     """The decisions of the list's quantizing passes with every constant left in float among them.
 
-    before: the census of the prepared model. model: the finished graph, not lowered yet. Decisions on nodes that read
+    before: the record of the prepared model. model: the finished graph, not lowered yet. Decisions on nodes that read
     constants left in float are replaced, one for each constant; those of smaller weights stay as they are.
     """
     made = [decision for p in quantizers(passes) for decision in p.decisions]
@@ -113,7 +135,7 @@ def _reason(reader: Reader, names: Sequence[str]) -> str:
     return f"{names[0]} has no format for weights of {operator}"
 
 
-def _vanished(before: Sequence[FloatConstant], there: set[str], made: Sequence[Decision]) -> Iterator[Decision]:
+def _vanished(before: Sequence[Recorded], there: set[str], made: Sequence[Decision]) -> Iterator[Decision]:
     """Weights of the prepared model that are gone, and no decision says that they became codes."""
     codes = {str(d.detail.get("weight", d.node)) for d in made if d.action == "quantized"}
     codes |= {code[:i] for code in codes for i, letter in enumerate(code) if letter == "."}  # W.codes are those of W
@@ -121,10 +143,9 @@ def _vanished(before: Sequence[FloatConstant], there: set[str], made: Sequence[D
     for constant in before:
         if constant.family not in PRODUCTS or constant.name in there or constant.name in codes:
             continue
-        if not any(reader.name in nodes for reader in constant.readers):
-            reader = constant.readers[0]
-            detail = {"kind": reader.node.op_type, "weights": constant.size, "weight": constant.name}
-            yield Decision(reader.name, "skipped", "gone from the graph, and no pass says how", detail)
+        if not nodes.intersection(constant.readers):
+            detail = {"kind": constant.operator, "weights": constant.size, "weight": constant.name}
+            yield Decision(constant.readers[0], "skipped", "gone from the graph, and no pass says how", detail)
 
 
 def _merged(made: Sequence[Decision], left: Sequence[Decision], readers: set[str]) -> Iterator[Decision]:
