@@ -85,19 +85,26 @@ def stored(value: ir.Value) -> ir.TensorProtocol | None:
 
 def dimensions(value: ir.Value) -> tuple[int, ...]:
     """The shape of an initializer."""
-    return tuple(int(size) for size in constant(value).shape.numpy())
+    return tuple(constant(value).shape.numpy())
 
 
 def is_float_constant(value: ir.Value | None) -> bool:
     """Whether the value is an initializer of float type that holds a number at all."""
-    if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
-        return False
-    return value.const_value.dtype in _FLOATS and 0 not in dimensions(value)
+    sizes = _float_sizes(value)
+    return sizes is not None and 0 not in sizes
 
 
 def is_weight(value: ir.Value | None) -> bool:
     """Whether the value is an initializer of float type and rank 2 that holds a number at all."""
-    return value is not None and is_float_constant(value) and len(dimensions(value)) == 2
+    sizes = _float_sizes(value)
+    return sizes is not None and len(sizes) == 2 and 0 not in sizes
+
+
+def _float_sizes(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape of an initializer of float type, None for what is none; onnx_ir makes it anew when it is asked."""
+    if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
+        return None
+    return dimensions(value) if value.const_value.dtype in _FLOATS else None
 
 
 def turns(node: ir.Node) -> bool:
