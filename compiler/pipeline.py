@@ -28,7 +28,9 @@ from qcompile.compiler.walk.verify import check_outputs, check_reloaded, run_fil
 from qcompile.compiler.walk.verify_saved import check_saved
 from qcompile.passes.activations import INT8
 from qcompile.passes.contract import Fact
+from qcompile.passes.formats.half_scales import HALF_SCALES, halve
 from qcompile.passes.formats.lower import lower
+from qcompile.passes.targets import TARGETS
 
 
 def compile_model(
@@ -79,6 +81,9 @@ def compile_model(
     given = activation_bits.leveled(graph)  # of the source, so the verified graph has them, too
     lower(graph, recipe.target)
     int8 = activation_bits.leveled(graph) - given
+    halved = recipe.scale_bits == 16 or graph.meta.get(HALF_SCALES, False)
+    graph.meta[HALF_SCALES] = halved and not TARGETS[recipe.target].runtime
+    halve(graph)
     with publish.staging(target) as staged:
         written = save_model(graph, staged, metadata=_metadata(report, recipe))
         progress.step("running the saved file")

@@ -307,6 +307,12 @@ def check_settings(recipe: Recipe, held: Set[Fact] = frozenset()) -> None:
         raise UserError(f"accuracy_level {recipe.accuracy_level} is for the MatMulNBits of {ensuring(Fact.PACKED)}")
     if recipe.accuracy_level is not None and (target := effective(recipe).target) != "matmulnbits":
         raise UserError(f"accuracy_level {recipe.accuracy_level} needs target matmulnbits: {target} has no such level")
+    if recipe.scale_bits == 16 and not packed:
+        raise UserError(f"scale_bits 16 is for the weights of {ensuring(Fact.PACKED)}")
+    if recipe.scale_bits == 16 and (runtime := TARGETS[effective(recipe).target].runtime):
+        raise UserError(
+            f"scale_bits 16 puts Casts before scales, and {runtime} takes constant scales alone: leave it out"
+        )
     if recipe.mixed and not integer:
         raise UserError(
             f"{recipe.mixed} keeps nodes of {ensuring(Fact.INTEGER)} in float: add one of them to the passes"
@@ -316,7 +322,7 @@ def check_settings(recipe: Recipe, held: Set[Fact] = frozenset()) -> None:
 def make_policy(recipe: Recipe) -> Policy:
     """Specs of every kind of weight; `Policy` gives them the scale type of each.
 
-    8-bit weights are unsigned with zero points whatever `symmetric` says (formats/integers.py).
+    8-bit weights are unsigned with zero points whatever `symmetric` says, but for targets that have none.
     """
     if steps_that(recipe, ensure=Fact.INTEGER):
         head, table = SPEC if recipe.lm_head else None, SPEC if recipe.embedding else None
@@ -329,7 +335,9 @@ def make_policy(recipe: Recipe) -> Policy:
 
     logits = vocabulary(recipe.lm_head, recipe.target)
     lookups = vocabulary(recipe.embedding, TARGETS[recipe.target].operators)  # they have zero points for all targets
-    return Policy(body, logits, lookups, recipe.include, recipe.exclude, target=recipe.target)
+    return Policy(
+        body, logits, lookups, recipe.include, recipe.exclude, target=recipe.target, half_scales=recipe.scale_bits == 16
+    )
 
 
 def _short(bits: int, recipe: Recipe) -> Step:

@@ -146,6 +146,14 @@ class Recipe:
             word="auto",
         ),
     ] = None
+    scale_bits: Annotated[
+        Literal[16, 32],
+        About(
+            "bits of the scales of packed float32 weights in the file; 16, wherever exact, makes it smaller, and ONNX "
+            "Runtime widens them when it loads (default: {default})",
+            WHAT,
+        ),
+    ] = 32
     attention: Annotated[
         Literal["fused", "plain"],
         About(
@@ -282,6 +290,7 @@ class Recipe:
         """Plain values, as a recipe file holds them."""
         plain = {name: own.plain(getattr(self, name)) for name, own in SETTINGS.items()}
         left = set() if self.mixed else {"keep_as"}
+        left |= {"scale_bits"} if self.scale_bits == SETTINGS["scale_bits"].default else set()
         left |= {"accuracy_level"} if self.accuracy_level is None and self.target != "matmulnbits" else set()
         return {name: value for name, value in plain.items() if value is not None and name not in left}
 

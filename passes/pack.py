@@ -15,6 +15,7 @@ from qcompile.passes.contract import Fact
 from qcompile.passes.formats import emit
 from qcompile.passes.formats.columns import Columns, coded
 from qcompile.passes.formats.decoded import Coded
+from qcompile.passes.formats.half_scales import are_half
 from qcompile.passes.gptq import round_by_rows
 from qcompile.passes.graph import is_constant
 from qcompile.passes.inner import Chosen, quantize_inner
@@ -193,6 +194,8 @@ class Pack(Pass):
     ) -> None:
         """extra: bytes of what stays in float."""
         added = columns.extra_bits(site) if columns is not None and isinstance(site, Linear) else 0.0
+        saved = constant(tensors.scale).nbytes // 2 if self.policy.half_scales and are_half(tensors.scale) else 0
+        added -= 8 * saved / max(int(np.prod(site.shape)), 1)
         self.decide(
             site.name,
             "quantized",
@@ -201,7 +204,7 @@ class Pack(Pass):
             kind="MatMul" if isinstance(site, Linear) else "Gather",
             weights=int(np.prod(site.shape)),
             weight=_weight_name(site),
-            bytes=tensors.nbytes + extra,
+            bytes=tensors.nbytes + extra - saved,
             bits_per_weight=spec.bits_per_weight(k) + added,
         )
 

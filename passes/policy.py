@@ -31,7 +31,8 @@ class Policy:
     include, exclude: shell patterns on names of nodes and weights, those of the source among them, or operators;
     exclude wins. kept: nodes that stay in float, and why.
     weights_only: products whose weight alone becomes int8 where others compute in integers, and why.
-    target: that of the file; some take whole blocks alone, or no 8 bits (`targets.py`).
+    target: that of the file; some take whole blocks alone, or no 8 bits (`targets.py`). half_scales: float16 in the
+    file, where they are float16 numbers.
     """
 
     body: Grid
@@ -42,6 +43,7 @@ class Policy:
     kept: Mapping[str, str] = field(default_factory=dict)
     weights_only: Mapping[str, str] = field(default_factory=dict)
     target: str = "qcompile"
+    half_scales: bool = False
 
     def for_linear(self, linear: Linear, vocabulary: int | None) -> Grid | str:
         """The spec of a linear, or the reason why it stays in float."""

@@ -18,6 +18,7 @@ from qcompile.compiler.files.sparse_tensors import make_dense
 from qcompile.compiler.files.tensor_protos import external_locations
 from qcompile.compiler.files.well_formed import all_graphs, all_nodes, check_model
 from qcompile.passes.errors import UserError
+from qcompile.passes.formats.half_scales import widen
 from qcompile.passes.map_types import MAPS, holds_map, set_maps_aside
 from qcompile.passes.tensors import chunks
 
@@ -75,6 +76,7 @@ def load_model(path: Path) -> ir.Model:
     _check_versions(model, path)
     _sort(model, path)
     locate(model, path)
+    widen(model)
     return model
 
 

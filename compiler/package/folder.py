@@ -14,6 +14,7 @@ from qcompile.compiler.files import publish
 from qcompile.compiler.files.load import check_output_path, save_model
 from qcompile.compiler.package.beside import GENAI, LICENCES
 from qcompile.passes.errors import UserError
+from qcompile.passes.formats.half_scales import halve
 from qcompile.runtime.library import DOMAIN, check_version, library_path
 from qcompile.runtime.sessions import session
 
@@ -67,6 +68,7 @@ def write_folder(model: ir.Model, source: Path, target: Path, contents: Contents
                 publish.replace_file(path, target.with_name(path.name))
             files: tuple[Path, ...] = (target,)
         else:
+            halve(model)
             saved = save_model(model, staged)
             written = _in_one(saved.paths) if saved.data_bytes <= within else saved.paths
             session(staged, kernels="portable" if contents.lacking else "auto")

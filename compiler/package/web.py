@@ -16,6 +16,7 @@ from qcompile.compiler.package.beside import LICENCES, Beside, table
 from qcompile.compiler.package.folder import Contents, Packaged, about, check_replaced, licences
 from qcompile.compiler.package.genai import cache_names
 from qcompile.passes.errors import UserError
+from qcompile.passes.formats.half_scales import halve
 from qcompile.runtime.sessions import session
 
 # What transformers.js 4.3 calls a model of a type. Types of 8 bits with floats in half precision have no name there.
@@ -57,6 +58,7 @@ def package_web(
     for path in (target, *(folder / name for name in (_CONFIG, LICENCES, *(own.name for own in copied)))):
         check_output_path(source, path, copied)
     with publish.staging(target) as staged, publish.writing(target):
+        halve(model)
         written = save_model(model, staged).paths
         data = _in_chunks(*written) if len(written) > 1 else []
         session(staged, kernels="portable")

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from qcompile.compiler.files.load import load_model
 from qcompile.compiler.report.stored_weights import Weight, all_weights
+from qcompile.passes.formats.half_scales import stored_as
 
 Storage = tuple[str, int] | int
 
@@ -47,6 +48,7 @@ def file_bytes(path: Path, constants: list[tuple[str, ir.TensorProtocol]]) -> in
 
 def storage(tensor: ir.TensorProtocol) -> Storage:
     """Where a tensor's bytes lie: equal for tensors that share them."""
+    tensor = stored_as(tensor)
     if isinstance(tensor, ir.ExternalTensor) and tensor.offset is not None:
         return str(tensor.location), tensor.offset
     return id(tensor)
@@ -58,7 +60,7 @@ def all_constants(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
     for graph in graphs:
         for value in graph.initializers.values():
             if value.const_value is not None:
-                yield value.name or "", value.const_value
+                yield value.name or "", stored_as(value.const_value)
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.op_type == "Constant" and "value" in node.attributes:
             yield node.outputs[0].name or "", node.attributes["value"].as_tensor()
@@ -95,7 +97,7 @@ def parameter_count(weights: list[Weight], constants: list[tuple[str, ir.TensorP
 def linear_bits(weights: list[Weight]) -> float | None:
     """Stored bits per weight of the linears, scales and zero points included; None without linears."""
     linears = [weight for weight in weights if weight.kind == "linear" and weight.tensors]
-    tensors = {storage(tensor): tensor.nbytes for weight in linears for tensor in weight.tensors}
+    tensors = {storage(tensor): stored_as(tensor).nbytes for weight in linears for tensor in weight.tensors}
     sizes = {storage(weight.tensors[0]): weight.size for weight in linears}
     elements = sum(sizes.values())
     return 8 * sum(tensors.values()) / elements if elements else None
