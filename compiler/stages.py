@@ -12,6 +12,7 @@ from qcompile.compiler.data.calibration import Calibration, Data, Sampling, gath
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.data.size_names import drop_contradicted
 from qcompile.compiler.facts.memory import check_sizes
 from qcompile.compiler.facts.model import file_size, versions
 from qcompile.compiler.facts.value_types import told_by_runtime
@@ -159,6 +160,9 @@ def gather_data(prepared: Prepared, calibration: Calibration, saved: SavedStatis
         needed=bool(recipe.mixed) or needed,
         learnt=saved is not None,
     )
+    looked = (*data.checks, *data.calibration[:_LOOKED_AT])
+    if told := drop_contradicted(prepared.model, looked):
+        data = replace(data, description=f"{data.description}; {told}")
     _check_fit(prepared, data)
     mark_infinite(prepared.model, _infinite(prepared.plan, (*data.calibration, *data.checks)))
     if data.guess:

@@ -85,3 +85,33 @@ def a_classifier_that_gives_maps(make: Graph) -> None:
     inner = helper.make_map_type_proto(TensorProto.STRING, helper.make_tensor_type_proto(TensorProto.FLOAT, None))
     make.outputs.append(helper.make_value_info(maps, helper.make_sequence_type_proto(inner)))
     make.output(probabilities)
+
+
+def _tower(make: Graph, name: str, count: int, length: int) -> str:
+    """One vector for each text; what is computed of its sizes is cut and joined by them."""
+    make.inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, ("batch", "sequence")))
+    make.makers[name] = lambda random: random.integers(0, 50, (count, length))
+    x = make.one("Gather", make.floats(50, 64, scale=1.0), name)
+    sizes = [make.one("Gather", make.one("Shape", name), make.constant(np.array([axis]))) for axis in (0, 1)]
+    apart = make.one("Concat", *sizes, make.constant(np.array([4, 16])), axis=0)
+    whole = make.one("Concat", *sizes, make.constant(np.array([64])), axis=0)
+    h = make.one("Transpose", make.one("Reshape", make.linear(x, 64, 64), apart), perm=[0, 2, 1, 3])
+    h = make.one("Reshape", make.one("Transpose", make.one("Relu", h), perm=[0, 2, 1, 3]), whole)
+    return make.linear(make.one("ReduceMean", h, axes=[1], keepdims=0), 64, 64)
+
+
+@case({"pack": 12, "smooth,qdq": 25, "qdq(operators=all)": 20})
+def queries_and_passages_of_other_lengths(make: Graph) -> None:
+    """Of which the file says that both are ("batch", "sequence")."""
+    query, passage = _tower(make, "query", 3, 7), _tower(make, "passage", 5, 11)
+    make.output(make.one("MatMul", query, make.one("Transpose", passage, perm=[1, 0])), query, passage)
+
+
+@case({"smooth,qdq": 20, "qdq(operators=all)": 15})
+def texts_and_images_of_other_numbers(make: Graph) -> None:
+    """Both numbers are called "batch"; ONNX Runtime reuses memory by such names."""
+    image = make.input("batch", 3, 16, 16, sizes={"batch": 2})
+    text = _tower(make, "text", 3, 6)
+    h = make.one("Conv", image, make.floats(64, 3, 4, 4, scale=0.1), strides=[4, 4])
+    h = make.linear(make.one("ReduceMean", h, axes=[2, 3], keepdims=0), 64, 64)
+    make.output(make.one("MatMul", text, make.one("Transpose", h, perm=[1, 0])), text, h)
