@@ -10,7 +10,8 @@ _MS = "com.microsoft"
 def fuse_norms(model: ir.Model, decide: Decide) -> None:
     """gamma x / sqrt(mean(x²) + eps): SimplifiedLayerNormalization; with x = a + b, SkipSimplifiedLayerNormalization.
 
-    Zhang and Sennrich 2019, arXiv:1910.07467.
+    Zhang and Sennrich 2019, arXiv:1910.07467. Of a float16 x also where all but gamma is written in float32 between
+    Casts, as torch exports it: the operators compute in float32 by themselves, and round once less.
     """
     names = Names(model)
     for node in list(model.graph):
@@ -54,7 +55,7 @@ def _norm(node: ir.Node) -> tuple[ir.Value, ir.Value, float] | None:
         gamma, normed = node.inputs[i], node.inputs[1 - i]
         if gamma is None or normed is None or not is_constant(gamma):
             continue
-        found = _normed(normed)
+        found = _normed(normed) or _normed_in_float32(normed)
         if found is None or found[0].shape is None or gamma.dtype != found[0].dtype:
             continue
         if list(gamma.shape or ()) == list(found[0].shape)[-1:]:
@@ -74,6 +75,17 @@ def _normed(value: ir.Value) -> tuple[ir.Value, float] | None:
         if x is not None and epsilon is not None:
             return x, epsilon
     return None
+
+
+def _normed_in_float32(value: ir.Value) -> tuple[ir.Value, float] | None:
+    """The same of a float16 x that is cast to float32 before, and back behind."""
+    back = _producer(value)
+    if back is None or back.op_type != "Cast" or value.dtype != ir.DataType.FLOAT16 or back.inputs[0] is None:
+        return None
+    found = _normed(back.inputs[0])
+    wide = _producer(found[0]) if found is not None and found[0].dtype == ir.DataType.FLOAT else None
+    x = wide.inputs[0] if wide is not None and wide.op_type == "Cast" else None
+    return (x, found[1]) if found is not None and x is not None and x.dtype == ir.DataType.FLOAT16 else None
 
 
 def _reciprocal(node: ir.Node) -> ir.Node | None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qcompile.models.tiny import decoder, tiny_decoder
 from qcompile.models.tiny.build import Builder
+from qcompile.models.tiny.weights import norm_scale
 
 
 def _grouped() -> ir.Model:
@@ -195,6 +196,35 @@ def test_norms_take_the_sum_before_them_along() -> None:
     assert len(nodes_of(fused, "SimplifiedLayerNormalization")) == 1
     assert not nodes_of(fused, "ReduceMean")
     assert {decision.action for decision in decisions} == {"fused"}
+
+
+@pytest.mark.parametrize(("kind", "found"), [("half", [4, 1, 0]), ("single", [0, 5, 0]), ("double", [0, 0, 5])])
+def test_norms_written_in_single_precision_are_fused_in_half(
+    monkeypatch: pytest.MonkeyPatch, kind: str, found: list[int]
+) -> None:
+    """As torch exports a float16 model: Cast, the norm, Cast, gamma (half), or gamma before the Cast (single)."""
+    wide = np.float64 if kind == "double" else np.float32
+
+    def add_norm(own: decoder._Decoder, x: ir.Value, branch: ir.Value | None, name: str, *, outliers: bool) -> Any:
+        def constant(what: str, numbers: Any) -> ir.Value:
+            return b.initializers.setdefault(what, ir.val(what, const_value=ir.tensor(np.asarray(numbers, wide))))
+
+        b, gamma = own.b, norm_scale(own.rng, own.hidden, outliers=outliers)
+        x = x if branch is None else own.typed(b.Add(x, branch))
+        high = own.typed(b.Cast(x, to=int(ir.DataType.from_numpy(np.dtype(wide)))))
+        high.dtype = ir.DataType.from_numpy(np.dtype(wide))
+        mean = b.ReduceMean(b.Pow(high, constant("two", 2)), [-1], keepdims=1)
+        normed = b.Div(high, b.Sqrt(b.Add(mean, constant("epsilon", 1e-5))))
+        if kind == "single":
+            return x, own.typed(b.Cast(b.Mul(normed, constant(f"{name}.weight", gamma)), to=10))
+        return x, b.Mul(b.weight(f"{name}.weight", gamma), own.typed(b.Cast(normed, to=10)))
+
+    monkeypatch.setattr(decoder._Decoder, "add_norm", add_norm)
+    model = tiny_decoder(kv_cache=True, dtype="fp16", outliers=False)
+    fused, _ = fuse_attention(model)
+    kinds = ("SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "ReduceMean")
+    assert [len(nodes_of(fused, name)) for name in kinds] == found
+    check_same(model, fused, np.ones((2, 6), np.int64), [1, 1], tolerance=2e-2)
 
 
 def test_without_padding_no_mask_is_read() -> None:
