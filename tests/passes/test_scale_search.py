@@ -13,7 +13,9 @@ from qcompile.passes.formats import FORMATS
 from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding, round_to_nearest, round_with_clip
+from qcompile.passes.scale_search import Judge
 from qcompile.passes.smooth import Smooth
+from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.statistics import Statistics
 
 K = 64
@@ -105,3 +107,26 @@ def test_a_factor_gains_on_columns_and_rows_that_it_was_not_chosen_by(name: str,
     assert np.mean(gains) <= 1
     assert max(gains) < 1.05
     assert sum(gain > 1 for gain in gains) <= 2
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        ActivationSpec(dtype, symmetric)
+        for dtype in (ir.DataType.UINT8, ir.DataType.INT8)
+        for symmetric in (True, False)
+    ],
+    ids=str,
+)
+def test_the_noise_of_an_activation_is_what_its_rounding_adds(grid: ActivationSpec) -> None:
+    """To x / s by a grid that spans the largest of it both ways; in what comes of it, column by column."""
+    rng = np.random.default_rng(0)
+    factor = rng.uniform(0.2, 5, K).astype(np.float32)
+    x, w = (rng.standard_normal((20_000, K)) * factor).astype(np.float32), rng.standard_normal((K, 6))
+    known = Statistics(len(x), x.T @ x, np.abs(x).max(axis=0))
+    judge = Judge(None, known, known, None, round_to_nearest, [], grid)
+    step = 2 * np.abs(x / factor).max() / (grid.qmax - grid.qmin)
+    rounded = np.rint(x / factor / step) * step
+    added = np.square((rounded - x / factor) @ w).sum(axis=0)
+    np.testing.assert_allclose(judge._noise(w.astype(np.float32), factor), added, rtol=0.03)
+    assert Judge(None, known, known, None, round_to_nearest, [])._noise(w, factor) == 0

@@ -1,7 +1,9 @@
 """passes/statistics.py: following rewrites."""
 
 import numpy as np
+from observing import UINT8, observe
 
+from qcompile.passes.observers.gram import Gram
 from qcompile.passes.statistics import Statistics
 
 ROWS, K, N = 200, 12, 5
@@ -31,3 +33,13 @@ def test_rescale_is_collecting_again() -> None:
     found.rescale(factor)
     np.testing.assert_allclose(found.gram, wanted.gram, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(found.absmax, wanted.absmax, rtol=1e-6)
+
+
+def test_ranges_of_a_gram_are_of_each_index_on_its_axis() -> None:
+    batches = [np.random.default_rng(seed).standard_normal((2, 3, K)) for seed in range(3)]
+    own = observe(Gram("x"), batches)
+    axis = range(3)[own.axis]
+    peaks = np.abs(np.concatenate(batches)).max(axis=tuple(i for i in range(3) if i != axis))
+    low, high = own.range(UINT8)
+    np.testing.assert_allclose(high, peaks, rtol=1e-6)
+    np.testing.assert_array_equal(low, -high)

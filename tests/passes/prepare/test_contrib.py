@@ -188,6 +188,34 @@ def test_attention_with_a_present_alone():
     assert operators(model)[-2:] == ["Unsqueeze", "Concat"]
 
 
+@pytest.mark.parametrize("used", ["not there", "not read", "read", "given", "read and given"])
+def test_a_present_is_made_where_it_is_used(used):
+    make = Graph()
+    y, *present = _attention(make, outputs=1 if used == "not there" else 2)
+    if used.startswith("read"):
+        y = make.one("Add", y, make.one("ReduceSum", present[0], keepdims=0))
+    model, _ = _checked(make, y, *(present if used.endswith("given") else ()))
+    (node,) = (own for own in model.graph if own.op_type == "MultiHeadAttention")
+    assert len(node.outputs) == (1 if used.startswith("not") else 3)
+    assert ("Concat" in operators(model)) == (not used.startswith("not"))
+
+
+@pytest.mark.parametrize("used", ["not read", "read", "given", "read and given"])
+def test_lengths_are_counted_where_they_are_used(used):
+    make = Graph()
+    ids, tables = _integers(make, B, S, below=20), (make.floats(20, 16), make.floats(12, 16))
+    mask = _given(make, np.array([[1, 1, 0, 0, 0], [0, 1, 1, 1, 2]], np.int32))
+    operands = [ids, "", *tables, "", make.floats(16), make.floats(16), mask]
+    y, lengths = make.op("EmbedLayerNormalization", *operands, domain=MS, outputs=2)
+    if used.startswith("read"):
+        y = make.one("Add", y, make.one("ReduceSum", make.one("Cast", lengths, to=TensorProto.FLOAT), keepdims=0))
+    if used.endswith("given"):
+        make.outputs.append(helper.make_tensor_value_info(lengths, TensorProto.INT32, None))
+    model, _ = _checked(make, y)
+    assert ("Equal" in operators(model)) == (used != "not read")
+    assert "EmbedLayerNormalization" not in operators(model)
+
+
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [(np.array([4, 5, 1, 0], np.int32), "its mask may hold starts and ends")],

@@ -17,7 +17,8 @@ from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare import Prepare
-from qcompile.passes.qdq.selection import MASKED, select
+from qcompile.passes.qdq import qdq
+from qcompile.passes.qdq.selection import MASKED, quantized_output, select
 from qcompile.passes.qdq.weights import SPEC
 
 
@@ -258,3 +259,27 @@ def test_an_lm_head_is_integer_unless_it_is_kept(lm_head) -> None:
     left = [found.kept[node][1] for node in products if node in found.kept]
     assert left == ([] if lm_head is not None else ["lm_head is kept in float"])
     assert sum(node in found.nodes or node in found.heads for node in products) == len(products) - len(left) > 2
+
+
+@pytest.mark.parametrize("operators", ["auto", "all"])
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_what_touches_a_value_reads_it_or_gives_it(graph: str, operators: str) -> None:
+    """Of every value that is to have a Q: the nodes that lose it if calibration never reached it."""
+    model = ir.from_proto(onnx.load_from_string(GRAPHS[graph]().model()))
+    Prepare().call(Region.whole(model))
+    selection = select(model, Policy(SPEC, SPEC, None), "cpu", operators, slower=True)
+    assert selection.values
+    givers, readers = 0, 0
+    for value in selection.values:
+        reading = {use.node for use in value.uses()} & set(selection.nodes)
+        giving = {value.producer()} & set(selection.nodes)
+        found = qdq._touching(selection, {value})
+        assert reading <= set(found) <= reading | giving
+        assert found == [node for node in selection.nodes if node in set(found)], "in order, each once"
+        for node in giving:
+            assert (node in found) == (node in reading or quantized_output(node) is value)
+        givers, readers = givers + len(set(found) - reading), readers + len(reading)
+    assert readers
+    assert givers or operators == "auto"
+    assert qdq._touching(selection, set()) == []
+    assert set(qdq._touching(selection, set(selection.values))) == set(selection.nodes)

@@ -230,6 +230,24 @@ def test_a_table_beside_float8_weights_is_int8() -> None:
     assert made.error() < 0.12
 
 
+@pytest.mark.parametrize("name", ["qdq", "dynamic"])
+def test_a_table_of_one_scale_is_looked_up_by_it(name) -> None:
+    """Of the largest weight of the table: every row has it, as EmbeddingInt8 wants one for each. Scales are halves."""
+    tiny = Tiny()
+    table = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    table[7, 3] = 8
+    tiny.inputs.append(helper.make_tensor_value_info("ids", TensorProto.INT64, (1, 5)))
+    rows = tiny.one("Gather", tiny.constant(table), "ids")
+    made = quantized(tiny.output(tiny.one("MatMul", rows, tiny.floats(32, 16))), name=name, weights="tensor")
+    (lookup,) = made.nodes("EmbeddingInt8")
+    codes, scale, zero_point = (made.array(own) for own in lookup.input[1:4])
+    assert codes.shape == (32, 64)
+    step = np.float32(np.float16(8 / 127))
+    np.testing.assert_array_equal(scale, np.full((1, 64), step))
+    np.testing.assert_array_equal(zero_point, np.zeros((1, 64)))
+    np.testing.assert_array_equal(codes, np.rint(table.T / step))
+
+
 def test_one_weight_of_two_products_is_stored_once(tmp_path) -> None:
     tiny = Tiny()
     weight = tiny.floats(32, 16)
