@@ -122,12 +122,15 @@ class OpenVino:
         import openvino
 
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        self._tensor = openvino.Tensor
         self._compiled = openvino.Core().compile_model(model, "CPU", settings)
         self._request = self._compiled.create_infer_request()
         self._names = {name for port in self._compiled.inputs for name in port.names}
 
     def restart(self) -> None:
-        self._request.reset_state()
+        for state in self._request.query_state():  # empty caches of one sequence
+            _, heads, _, width = state.state.shape
+            state.state = self._tensor(np.zeros((1, heads, 0, width), np.float32))
         self._done = 0
 
     def feed(self, ids: list[int]) -> Row:
