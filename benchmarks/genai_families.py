@@ -5,8 +5,8 @@
 
 --builder is a Python with benchmarks/requirements-rivals.txt. A cell: SQNR of the compiled model's logits to the graph
 it was made from, on text that it did not see; the share of weights with a format; whether onnxruntime-genai, run on the
-folder that `--for genai` writes, gives the tokens of `qcompile generate` ("same", or how many of them). Rows are kept
-in FOLDER/results.jsonl; what is there is not made again.
+folder that `--for genai` writes, gives the tokens of `qcompile generate` ("same" or "other"). Rows are kept in
+FOLDER/results.jsonl; what is there is not made again.
 """
 
 import argparse
@@ -42,8 +42,8 @@ FAMILIES = {name: ARCHITECTURES[name] for name in ("llama", "qwen2", "qwen3", "g
 }
 PRECISIONS = ("fp32", "fp16", "int4")
 LISTS = ("pack", "smooth,awq,gptq,pack", "smooth,qdq")
-_TOKENS = 12
-# Greedy tokens behind a prompt.
+_TOKENS, _END = 12, 2
+# Greedy tokens behind a prompt, until one ends the text.
 _PROGRAM = """
 import json, sys
 import numpy as np, onnxruntime_genai as og
@@ -54,7 +54,7 @@ params.set_search_options(max_length=64, do_sample=False)
 generator = og.Generator(model, params)
 generator.append_tokens(np.array([json.loads(prompt)], np.int32))
 found = []
-for _ in range(int(tokens)):
+while len(found) < int(tokens) and not generator.is_done():
     generator.generate_next_token()
     found.append(int(generator.get_next_tokens()[0]))
 print(json.dumps(found))
@@ -84,8 +84,8 @@ def attempted(graph: Path, passes: str, builder: Path) -> dict[str, Any]:
     report = json.loads((folder / "model.report.json").read_text(encoding="utf-8"))
     made = Subject(folder / "model.onnx", accuracy_level=4)
     prompt = [int(token) for token in _unseen(graph.parent)[:5]]
-    own = list(generate_ids(made, prompt, _TOKENS, Sampling()))
-    same = sum(a == b for a, b in zip(own, in_genai(folder, prompt, builder), strict=True))
+    own = list(generate_ids(made, prompt, _TOKENS, Sampling(), frozenset({_END})))
+    same = own == [token for token in in_genai(folder, prompt, builder) if token != _END]
     return {"sqnr": difference(graph, folder / "model.onnx"), "coverage": report["coverage"], "same": same}
 
 
@@ -145,7 +145,7 @@ def table(folder: Path) -> None:
             return f"{'refused' if 'refused' in row else 'crash'} [{reasons.setdefault(reason, len(reasons) + 1)}]"
         if "sqnr" not in row:
             return ""
-        same = {None: "", _TOKENS: ", same"}.get(row.get("same"), f", {row.get('same')} of {_TOKENS}")
+        same = {None: "", True: ", same", False: ", other"}[row.get("same")]
         return f"{row['sqnr']:.1f} dB" + (f", {row['coverage']:.0%}" if "coverage" in row else "") + same
 
     print("| family | builder's | " + " | ".join(LISTS) + " |\n|---|---|" + "---|" * len(LISTS))
