@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.runtime.sessions import failures, on_device, ort_value
+from qcompile.runtime.sessions import bound_outputs, failures, on_device, ort_value
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Decoder:
             started = time.perf_counter()
             self.session.run_with_iobinding(self._binding)
             self.seconds = time.perf_counter() - started
-            found: list[Any] = self._binding.get_outputs()
-        if self.caches.shared:
+        if self.caches.shared:  # whose values are the buffers, which the binding has
             self._filled += self._rows(feeds)
-        else:
-            self._kept = dict(zip(self.caches.presents, found[len(self.outputs) :], strict=True))
+            return bound_outputs(self._binding, len(self.outputs))
+        found = bound_outputs(self._binding)
+        self._kept = dict(zip(self.caches.presents, found[len(self.outputs) :], strict=True))
         return found[: len(self.outputs)]
 
     def _hand_over(self, feeds: Mapping[str, npt.NDArray[Any]]) -> None:

@@ -203,6 +203,12 @@ def ort_value(array: npt.NDArray[Any], device: str) -> Any:
     return _runtime().OrtValue.ortvalue_from_numpy(array, device)
 
 
+def bound_outputs(binding: Any, count: int | None = None) -> list[Any]:
+    """What a run with this binding gave, or the first `count` outputs of it: OrtValues take microseconds each."""
+    found = binding.get_outputs_as_ortvaluevector()
+    return [_runtime().OrtValue(found[index]) for index in range(len(found) if count is None else count)]
+
+
 def _row(output: Any) -> npt.NDArray[Any]:
     """All numbers of an output that is no tensor, one behind the other; maps in the order of their keys."""
     if isinstance(output, Mapping):
