@@ -48,6 +48,17 @@ def plain(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def last(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With caches, the head on the last row: as the command exports it for onnxruntime-genai."""
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    target = tmp_path_factory.mktemp("out") / "last"
+    args = parser.parse_args(["export", str(llama), "-o", str(target), "--for", "genai"])
+    assert args.run(args) == 0
+    return target
+
+
 def logits_of_torch(folder: Path, ids: np.ndarray) -> np.ndarray:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -121,14 +132,10 @@ def _in_pieces(opened: Any, ids: np.ndarray, pieces: Sequence[tuple[int, int]]) 
     return np.concatenate(found, axis=1)
 
 
-def test_the_head_of_a_decoder_for_genai_scores_the_last_row(llama: Path, tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["export", str(llama), "-o", str(tmp_path / "last"), "--for", "genai"])
-    assert args.run(args) == 0
-    record = json.loads((tmp_path / "last" / "export.json").read_text())
+def test_the_head_of_a_decoder_for_genai_scores_the_last_row(llama: Path, last: Path) -> None:
+    record = json.loads((last / "export.json").read_text())
     assert (record["kv_cache"], record["logits"]) == (True, "last")
-    opened = session(tmp_path / "last" / "model.onnx")
+    opened = session(last / "model.onnx")
     assert opened.get_outputs()[0].shape == ["batch", 1, 256]
     ids = ids_of(2, 9)
     expected = logits_of_torch(llama, ids)[:, [3, 4, 8]]
@@ -136,10 +143,9 @@ def test_the_head_of_a_decoder_for_genai_scores_the_last_row(llama: Path, tmp_pa
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def test_the_last_row_is_the_last_one_that_is_no_padding(llama: Path, tmp_path: Path) -> None:
+def test_the_last_row_is_the_last_one_that_is_no_padding(llama: Path, last: Path) -> None:
     """Padded on the left as transformers does, on the right as onnxruntime-genai; then a token behind both."""
-    export_model(llama, tmp_path / "last", open_model=command.open_model, kv_cache=True, logits="last")
-    opened = session(tmp_path / "last" / "model.onnx")
+    opened = session(last / "model.onnx")
     ids, empty = ids_of(3, 7), np.zeros((3, 2, 0, 16), np.float32)
     mask = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1] * 7], np.int64)
     past = {value.name: empty for value in opened.get_inputs()[3:]}
