@@ -277,6 +277,37 @@ def test_keys_that_other_layers_read_stay_turned_as_they_are() -> None:
     check_same(model, fused, np.array([[0, 0, 1, 1, 1], [1] * 5]), [1, 1])
 
 
+_HOWS = st.fixed_dictionaries(
+    {
+        "layers": st.sampled_from([1, 2, 4]),
+        "heads": st.sampled_from([2, 4]),
+        "groups": st.sampled_from([1, 2]),
+        "wide": st.sampled_from([16, 16, 24]),
+        "mask": st.sampled_from(["causal", "causal", "positions", "all"]),
+        "padding": st.booleans(),
+        "inverted": st.booleans(),
+        "shared": st.booleans(),
+        "named": st.booleans(),
+        "turned": st.booleans(),
+        "sizes": st.sampled_from(["bspt", "bsss", "nnnn", "????"]),
+    }
+)
+
+
+@settings(max_examples=8, deadline=None)
+@given(how=_HOWS, lead=st.integers(0, 3))
+def test_however_it_is_written_it_stays_what_it_was(how: dict[str, Any], lead: int) -> None:
+    """Fused or not, and every attention with its decision."""
+    model = _written(**how)
+    fused, decisions = fuse_attention(model)
+    told = [own for own in decisions if "Softmax" in own.node]
+    assert len(told) == how["layers"]
+    mask = np.ones((2, 5), np.int64)
+    if how["padding"] and how["mask"] == "causal":
+        mask[0, :lead] = 0
+    check_same(model, fused, mask, [1, 1])
+
+
 @pytest.mark.parametrize("padding", [True, False])
 def test_a_mask_says_how_long_caches_are_where_attention_looks_at_it(padding: bool) -> None:
     """Else it may be an encoder's, or hold anything."""
