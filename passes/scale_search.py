@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -70,14 +71,14 @@ Candidates = Callable[[Statistics], Mapping[str, Array]]
 
 @dataclass(frozen=True, eq=False)
 class _Loss:
-    """columns: ‖X (Ŵ / s - W)‖² with the noise of the activation, of each sampled column (n,), in units of its linear.
+    """Of some of the sampled columns.
 
-    held (h,): the same of each row held aside, over the columns that candidates are chosen by; all_held: over all.
+    columns: ‖X (Ŵ / s - W)‖² with the noise of the activation, of each (n,), in units of its linear. held (h,): the
+    same of each row held aside, over these columns, each as often as it stands for others.
     """
 
     columns: Array
     held: Array
-    all_held: Array
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,13 @@ class _Grid:
 class Columns:
     """Sampled weight columns w, float32 (K, n), of linears that share a grid.
 
-    unit (n,): what the squared error of a column counts, so that every linear counts by its width. chosen (n,): 1 where
-    candidates are chosen by it, else 0. stands (n,): for how many columns of its linear it tells of the choice.
+    unit (n,): what the squared error of a column counts, so that every linear counts by its width. stands (n,): for how
+    many columns of its linear it tells.
     """
 
     spec: Grid
     w: Array
     unit: Array
-    chosen: Array
     stands: Array
 
 
@@ -110,7 +110,8 @@ class Judge:
 
     statistics: of all rows. fitted: of those that candidates are made from. held: the others (h, K); None where the
     statistics are guesses, so that nothing can be held aside.
-    columns: for each spec, those of the linears that use it.
+    chosen, told: for each spec, columns of the linears that use it: those that candidates are chosen by, one by one,
+    and those that tell of the choice for all others. The latter are looked at for the one that is chosen alone.
     grid: the grid of the activation, None where it stays in float.
     """
 
@@ -119,31 +120,37 @@ class Judge:
     fitted: Statistics
     held: Array | None
     rounding: Rounding
-    columns: list[Columns]
+    chosen: list[Columns]
+    told: list[Columns]
     grid: ActivationSpec | None = None
 
-    def losses(self, factor: Array | None, rounding: Rounding | None = None) -> "_Loss":
-        """The losses of the factor s (K,), None for all ones, after `rounding` (the judge's own)."""
+    def losses(self, factor: Array | None, sample: list[Columns], rounding: Rounding | None = None) -> "_Loss":
+        """The losses of the factor s (K,), None for all ones, on a sample after `rounding` (the judge's own)."""
         rounding = rounding or self.rounding
         statistics, one = self.fitted, np.ones(len(self.fitted.gram), np.float32)
         if factor is not None and rounding is not round_to_nearest:
             statistics = statistics.rescaled(factor)
         own = one if factor is None else factor
-        errors, held = [], np.zeros((2, 0 if self.held is None else len(self.held)), np.float32)
+        errors, held = [], np.zeros(0 if self.held is None else len(self.held), np.float32)
         grid = self._grid(own)
         rows = self.held if self.held is None else self._with_rare(self.held, own, grid)
         inputs = None if rows is None else self._rounded(rows / own, grid.limit)
-        for columns in self.columns:
+        for columns in sample:
             w, scaled = columns.w, columns.w * own[:, None]
             rounded = rounding(scaled, columns.spec, statistics).dequantize()
             squares = column_errors(rounded / own[:, None] - w, self.fitted.gram) + self._noise(scaled, own)
             errors.append(columns.unit * squares)
             if inputs is not None and rows is not None:
-                weights = columns.unit * np.stack([columns.chosen, columns.stands])
-                sums = weights @ np.square(inputs @ rounded - rows @ w).T
-                known, rare = sums[:, : held.shape[1]], sums[:, held.shape[1] :]
+                wanted = self._outputs[columns] if rows is self.held else rows @ w
+                sums = np.square(inputs @ rounded - wanted) @ (columns.unit * columns.stands)
+                known, rare = sums[: len(held)], sums[len(held) :]
                 held += known if not rare.size else known + np.float32(grid.rare) * rare
-        return _Loss(np.concatenate(errors).astype(np.float64), held[0], held[1])
+        return _Loss(np.concatenate(errors).astype(np.float64), held)
+
+    @cached_property
+    def _outputs(self) -> dict[Columns, Array]:
+        """What the rows held aside give by float columns, (h, n)."""
+        return {} if self.held is None else {own: self.held @ own.w for own in (*self.chosen, *self.told)}
 
     def _grid(self, factor: Array) -> "_Grid":
         """That of X / factor which an observer of all rows would choose, symmetric."""
@@ -186,34 +193,40 @@ class Judge:
 
     def best(self, candidates: Candidates, *, finalists: int) -> Choice | None:
         """The candidate of least loss: plain rounding, which is cheap, names the finalists, `rounding` decides."""
-        base, made = self.losses(None), candidates(self.fitted)
-        if not made or not self._chosen @ base.columns > 0:
+        base, made = self.losses(None, self.chosen), candidates(self.fitted)
+        if not made or not base.columns.sum() > 0:
             return None
         if len(made) > finalists:
-            plain = self.losses(None, round_to_nearest)
-            screened = {k: self._relative(self.losses(own, round_to_nearest), plain) for k, own in made.items()}
+            plain = self.losses(None, self.chosen, round_to_nearest)
+            screened = {
+                label: self._relative(self.losses(factor, self.chosen, round_to_nearest), plain)
+                for label, factor in made.items()
+            }
             made = {label: made[label] for label in sorted(screened, key=screened.__getitem__)[:finalists]}
-        losses = {label: self.losses(factor) for label, factor in made.items()}
+        losses = {label: self.losses(factor, self.chosen) for label, factor in made.items()}
         label = min(losses, key=lambda own: self._relative(losses[own], base))
-        return Choice(label, candidates(self.statistics)[label], self._told(losses[label], base))
-
-    @property
-    def _chosen(self) -> Array:
-        return np.concatenate([own.chosen for own in self.columns])
+        return Choice(label, candidates(self.statistics)[label], self._left(made[label], losses[label], base))
 
     def _relative(self, after: "_Loss", before: "_Loss") -> float:
         """The loss by which a candidate is chosen."""
-        whole = self._chosen @ before.columns
-        return self._worse(self._chosen @ after.columns / whole if whole > 0 else 1.0, before.held, after.held)
+        whole = before.columns.sum()
+        return self._worse(after.columns.sum() / whole if whole > 0 else 1.0, before.held, after.held)
 
-    def _told(self, after: "_Loss", before: "_Loss") -> float:
-        """What the chosen candidate leaves of the loss of all columns, most likely at most."""
-        stands = np.concatenate([own.stands for own in self.columns])
-        whole, change = stands @ before.columns, stands * (after.columns - before.columns)
-        told, missing = change[self._chosen == 0], 1 - 1 / stands[self._chosen == 0]
+    def _left(self, factor: Array, after: "_Loss", before: "_Loss") -> float:
+        """What the chosen candidate leaves of the loss of all columns, most likely at most.
+
+        after, before: of the columns that it was chosen by.
+        """
+        if not self.told:
+            return self._relative(after, before)
+        stands = np.concatenate([own.stands for own in self.told])
+        others, plain = self.losses(factor, self.told), self.losses(None, self.told)
+        told, missing = stands * (others.columns - plain.columns), 1 - 1 / stands
         spread = np.square(told - told.mean()) * len(told) / (len(told) - 1) if len(told) > 1 else np.square(told)
-        bound = change.sum() + _DEVIATIONS * np.sqrt(missing @ spread)
-        return self._worse(1 + bound / whole if whole > 0 else 1.0, before.all_held, after.all_held)
+        whole = before.columns.sum() + stands @ plain.columns
+        bound = (after.columns - before.columns).sum() + told.sum() + _DEVIATIONS * np.sqrt(missing @ spread)
+        left = 1 + bound / whole if whole > 0 else 1.0
+        return self._worse(left, before.held + plain.held, after.held + others.held)
 
     def _worse(self, fitted: float | Array, before: Array, after: Array) -> float:
         return float(fitted if self.held is None else max(fitted, confirmed(before, after, self.statistics)))
@@ -250,7 +263,7 @@ class Judges:
         rng = np.random.default_rng([self.seed, zlib.crc32(pair.name.encode())])
         fraction = min(1.0, self.samples / sum(linear.shape[1] for linear, _ in quantized))
         others = np.random.default_rng([self.seed, zlib.crc32(pair.name.encode()), 1])
-        by_spec: dict[Grid, list[Columns]] = {}
+        by_spec: dict[Grid, list[tuple[Columns, Columns]]] = {}
         for linear, spec in quantized:
             n = linear.shape[1]
             chosen = np.sort(rng.choice(n, int(np.ceil(n * fraction)), replace=False))
@@ -258,23 +271,28 @@ class Judges:
             told = np.sort(others.choice(left, min(len(left), int(np.ceil(len(chosen) * _OTHERS))), replace=False))
             sample = _sample(spec, linear.read(), chosen, told, statistics)
             by_spec.setdefault(spec, []).append(sample)
-        columns = [_joined(parts) for parts in by_spec.values()]
+        first, others_of = (
+            [_joined([part[i] for part in parts]) for parts in by_spec.values() if any(p[i].unit.size for p in parts)]
+            for i in (0, 1)
+        )
         fitted, held = statistics.split() or (statistics, None)
-        return Judge(pair, statistics, fitted, held, self.rounding, columns, self.grid)
+        return Judge(pair, statistics, fitted, held, self.rounding, first, others_of, self.grid)
 
 
-def _sample(spec: Grid, w: Array, chosen: Indices, told: Indices, statistics: Statistics) -> Columns:
+def _sample(spec: Grid, w: Array, chosen: Indices, told: Indices, statistics: Statistics) -> tuple[Columns, Columns]:
     """Columns of w (K, N) to choose by, and others that tell of the choice for all that are not among the former."""
-    first, count = w[:, chosen], len(chosen) + len(told)
-    power = output_error(first, statistics.gram) / max(len(chosen), 1)
-    unit, stands = np.full(count, 1 / power if power > 0 else 1.0), np.ones(count)
-    stands[len(chosen) :] = (w.shape[1] - len(chosen)) / max(len(told), 1)
-    weights = (own.astype(np.float32) for own in (unit, np.arange(count) < len(chosen), stands))
-    return Columns(spec, np.concatenate([first, w[:, told]], axis=1), *weights)
+    power = output_error(w[:, chosen], statistics.gram) / max(len(chosen), 1)
+    unit, rest = 1 / power if power > 0 else 1.0, (w.shape[1] - len(chosen)) / max(len(told), 1)
+
+    def part(indices: Indices, stands: float) -> Columns:
+        weights = (np.full(len(indices), number, np.float32) for number in (unit, stands))
+        return Columns(spec, w[:, indices], *weights)
+
+    return part(chosen, 1.0), part(told, rest)
 
 
 def _joined(parts: list[Columns]) -> Columns:
-    parts_of = ((own.w, own.unit, own.chosen, own.stands) for own in parts)
+    parts_of = ((own.w, own.unit, own.stands) for own in parts)
     first, *rest = (np.concatenate(own, axis=-1) for own in zip(*parts_of, strict=True))
     return Columns(parts[0].spec, first, *rest)
 
