@@ -157,8 +157,8 @@ class Recipe:
     attention: Annotated[
         Literal["fused", "plain"],
         About(
-            "attention of decoders with caches and packed weights: ONNX Runtime's GroupQueryAttention (default) "
-            "behind joined products, or standard operators",
+            "attention beside packed weights: ONNX Runtime's MultiHeadAttention, in decoders with caches "
+            "GroupQueryAttention behind joined products (default), or standard operators",
             WHAT,
         ),
     ] = "fused"

@@ -1,4 +1,4 @@
-"""Cached attention that exporters write out becomes GroupQueryAttention of ONNX Runtime."""
+"""Attention that exporters write out becomes GroupQueryAttention, or without caches MultiHeadAttention."""
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -16,6 +16,7 @@ from qcompile.passes.contrib.masking import Lets, lets
 from qcompile.passes.contrib.norms import fuse_norms
 from qcompile.passes.contrib.probing import Array
 from qcompile.passes.contrib.rotary import Rotated, rotated
+from qcompile.passes.contrib.uncached import fuse_uncached
 from qcompile.passes.contrib.written import Written, written
 from qcompile.passes.graph import Names, take_over
 from qcompile.passes.prepare.sizes import named_sizes
@@ -25,13 +26,14 @@ _STEP = 8  # GroupQueryAttention of ONNX Runtime 1.32 refuses other widths of he
 
 
 class FuseAttention(Pass):
-    """Replace cached attention, its rotary embeddings and residual norms by ONNX Runtime's fused operators.
+    """Replace attention, and beside caches its rotary embeddings and residual norms, by ONNX Runtime's fused operators.
 
     Case 1: Softmax(scale q kᵀ + mask) v over caches becomes a GroupQueryAttention. What its mask lets through and how
     positions turn q and k is told by their numbers on small inputs (`probing`), however they are written.
     Case 2: queries, keys and values that one product gives go there without being cut apart.
     Case 3: norms by the root mean square become SimplifiedLayerNormalization, with the sum before them
-    SkipSimplifiedLayerNormalization. In decoders with caches alone, as all of this.
+    SkipSimplifiedLayerNormalization. In decoders with caches alone.
+    Case 4: in graphs without caches, as encoders, attention becomes a MultiHeadAttention (`uncached`).
 
     padding: sequences of a batch may be padded, anywhere: a mask of that is added to the scores, and position_ids are
     looked at (`around.Around.positions`). Without, a sequence ends where the sum of its attention_mask says, and
@@ -88,6 +90,8 @@ class FuseAttention(Pass):
         if isinstance(inputs, str):
             if Inputs.cached(model.graph):
                 self.decide("", "kept", inputs)
+            else:
+                fuse_uncached(model, self.decide)
             return
         fuse_norms(model, self.decide)
         found = self._found(model.graph, inputs)

@@ -6,13 +6,21 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.contrib.inputs import Inputs, filled
-from qcompile.passes.contrib.probing import Array, Given, evaluate
+from qcompile.passes.contrib.probing import Array, Given, ancestors, evaluate
 from qcompile.passes.contrib.written import Written
+from qcompile.passes.graph import is_constant, small_array
 from qcompile.passes.masks import FILL
+from qcompile.passes.prepare.sizes import named_sizes
 
 _FAR = 200_000  # cached positions at which a window shows, if there is one
 # batch, rows, past: a prompt, a prompt behind another, one token.
 _CASES = ((2, 5, 0), (2, 3, 4), (3, 1, 6))
+# To what names of sizes are set, from the first one on, to see what follows from sizes alone.
+_SIZES = (2, 5)
+_HELD = 1 << 22  # elements of a mask that is a constant
+_SHAPE = 8  # elements of a constant that is a shape, or axes
+_UNIFORM = {"Shape", "Concat", "Gather", "Slice", "Expand", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Identity"}
+_UNIFORM |= {"Where", "And", "Or", "Not", "Cast", "ConstantOfShape", "Add", "Sub", "Mul", "Equal", "Max", "Min"}
 _UNKNOWN = "its mask cannot be computed from the inputs' sizes and the padding mask"
 
 
@@ -40,6 +48,38 @@ def lets(own: Written, inputs: Inputs) -> Lets | str:
         if all(mask.agrees(case, window, padding=padding) for case in _CASES):
             return Lets(window, padding)
     return "its mask is neither causal nor a window"
+
+
+def hides_nothing(mask: ir.Value, graph: ir.Graph, *, hides: bool) -> bool:
+    """Whether a mask lets every row see all positions, whatever the inputs hold: exporters write these out, too.
+
+    It follows from the inputs' sizes alone then. What small sizes show holds for large ones where the mask's own are
+    fixed, or where nothing before it tells positions apart, as a window would.
+    """
+    held = small_array(mask, _HELD)
+    if held is not None:
+        return _is_visible(held, hides=hides)
+    nodes, sizes = ancestors(mask), named_sizes(mask)[-2:]
+    fixed = len(sizes) == 2 and all(isinstance(size, int) for size in sizes)
+    if nodes is None or not (fixed or all(_is_uniform(node) for node in nodes)):
+        return False
+    names = dict.fromkeys(n for value in graph.inputs for n in named_sizes(value) if isinstance(n, str))
+    for first in _SIZES:
+        found = evaluate([mask], Given({}, {name: first + i for i, name in enumerate(names)}))
+        if found is None or not _is_visible(found[0], hides=hides):
+            return False
+    return True
+
+
+def _is_visible(numbers: Array, *, hides: bool) -> bool:
+    return bool((numbers != hides if numbers.dtype.kind == "b" else numbers == 0).all())
+
+
+def _is_uniform(node: ir.Node) -> bool:
+    """Whether what a node gives is alike at all positions if what it is given is: no counting, and no table."""
+    tables = [value.const_value for value in node.inputs if value is not None and is_constant(value)]
+    large = any(tensor is None or tensor.size > _SHAPE for tensor in tables)
+    return node.op_type in _UNIFORM and not large
 
 
 @dataclass(frozen=True, eq=False)

@@ -260,7 +260,8 @@ def test_decoders_without_caches_stay() -> None:
     fused, decisions = fuse_attention(model)
     assert not nodes_of(fused, "GroupQueryAttention")
     assert nodes_of(fused, "ReduceMean")
-    assert decisions == []
+    kept = {(decision.action, decision.reason) for decision in decisions}
+    assert kept == {("kept", "its keys have fewer heads than its queries")}
 
 
 def _written(**how: Any) -> ir.Model:
