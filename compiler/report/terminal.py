@@ -33,17 +33,20 @@ def _print_coverage(report: Report, console: Console) -> None:
     weights: Counter[tuple[str, str]] = Counter()
     size: Counter[tuple[str, str]] = Counter()
     seen: set[str] = set()
+    stored: set[tuple[str, str]] = set()  # a tied head in another form has a copy of its own
     for d in report.quantizing:
         key = (str(d.detail.get("kind", "")), d.group)
         rows[key] += 1
         name = str(d.detail.get("weight", d.node))
         if name not in seen:
             weights[key] += int(d.detail.get("weights", 0))
-            size[key] += int(d.detail.get("bytes", 4 * int(d.detail.get("weights", 0))))
             seen.add(name)
+        if (name, d.group) not in stored:
+            size[key] += int(d.detail.get("bytes", 4 * int(d.detail.get("weights", 0))))
+            stored.add((name, d.group))
     for key in rows:
         amount = f"{weights[key] / 1e6:.2f} M" if weights[key] >= 10_000 else f"{weights[key] or ''}"
-        megabytes = f"{size[key] / 1e6:.1f}" if weights[key] else "shared" if key[1].startswith("int") else ""
+        megabytes = f"{size[key] / 1e6:.1f}" if size[key] else "shared" if key[1].startswith("int") else ""
         made.add_row(str(rows[key]), key[0], key[1], amount, megabytes)
     if rows:
         console.print(made)

@@ -98,6 +98,16 @@ def test_a_model_without_float_weights_says_so() -> None:
     assert "coverage  there was no weight of a product but those kept in float" in _shown(kept)
 
 
+@pytest.mark.parametrize(("form", "column"), [("int4 g32 asym", "shared"), ("int8 g32 sym", "3.0")])
+def test_a_tied_head_in_another_form_has_bytes_of_its_own(form: str, column: str) -> None:
+    table = _packed("e", 2_000_000, kind="Gather", weight="w", bytes=1_000_000)
+    head = Decision(
+        "head", "quantized", form, {"kind": "MatMul", "weights": 2_000_000, "weight": "w", "bytes": 3_000_000}
+    )
+    row = next(line for line in _shown(_report(table, head)).splitlines() if "MatMul" in line and form in line)
+    assert (column in row, "shared" in row) == (True, column == "shared")
+
+
 def test_the_table_of_a_decoder(bench: Any) -> None:
     shown = _shown(bench.compile(bench.save(tiny_decoder()), "smooth,gptq,pack"))
     assert "coverage  100.0% of the MatMul weights quantized" in shown
