@@ -11,6 +11,11 @@ def is_cache(value: ir.Value) -> bool:
     return len(value.shape or ()) == 4 and not value.is_initializer() and any(_appends(*use) for use in value.uses())
 
 
+def has_caches(graph: ir.Graph) -> bool:
+    """Whether a graph is a decoder with caches, be these of another form, (batch, past, heads, width) say."""
+    return any(is_cache(own) or (len(own.shape or ()) == 4 and "past" in str(own.name)) for own in graph.inputs)
+
+
 def _appends(node: ir.Node, slot: int) -> bool:
     along = node.attributes.get_int("axis", 0) in (2, -2)
     written = (node.op_type, node.domain) == ("Concat", "") and slot == 0 and along

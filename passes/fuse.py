@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.caches import has_caches
 from qcompile.passes.contract import Added, Fact, Stage
 from qcompile.passes.contrib.cuts import feed_whole
-from qcompile.passes.contrib.inputs import Inputs
 from qcompile.passes.formats import by_operator, functions
 from qcompile.passes.formats.base import (
     ACTIVATION_BITS,
@@ -55,7 +55,7 @@ class Fuse(Pass):
 
     def call(self, region: Region) -> None:
         """Fuse what can be fused, in place."""
-        if self.faster and isinstance(Inputs.of(region.model.graph), str):
+        if self.faster and not has_caches(region.model.graph):
             return
         names = Names(region.model)
         if self.bias:

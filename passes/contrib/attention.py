@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qcompile.passes.base import Pass, Region
+from qcompile.passes.caches import has_caches
 from qcompile.passes.contract import Added, Fact, Stage
 from qcompile.passes.contrib.around import Around, heads_of
 from qcompile.passes.contrib.cuts import packed
@@ -88,7 +89,7 @@ class FuseAttention(Pass):
         model = region.model
         inputs = Inputs.of(model.graph)
         if isinstance(inputs, str):
-            if Inputs.cached(model.graph):
+            if has_caches(model.graph):
                 self.decide("", "kept", inputs)
             else:
                 fuse_uncached(model, self.decide)

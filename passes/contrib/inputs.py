@@ -51,11 +51,6 @@ class Inputs:
             return "keys and values are appended to none of its inputs" if tokens else "it has no input of tokens"
         return cls(tokens, pasts, *(next((v for v in found if v.uses()), None) for found in (masks, positions)))
 
-    @staticmethod
-    def cached(graph: ir.Graph) -> bool:
-        """Whether a graph has an input like a cache, (batch, heads, past, width)."""
-        return any(len(value.shape or ()) == 4 and "past" in str(value.name) for value in graph.inputs)
-
     def at(
         self, batch: int, rows: int, past: int, padded: Array | None = None, *, other: bool = False
     ) -> Mapping[ir.Value, Array]:
