@@ -1,4 +1,4 @@
-"""Decoders of transformers as `qcompile export --kv-cache` writes them: their attention is found, and kept exact."""
+"""Models of transformers as `qcompile export` writes them: their attention is found, and kept exact."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from fusing import check_same, fuse_attention, nodes_of
 
 from qcompile.compiler.commands.export import open_model
 from qcompile.models.export import export_model
+from qcompile.runtime.sessions import session
 
 _TEXT: dict[str, Any] = ARCHITECTURES["gpt-neox"].settings
 _LLM: dict[str, Any] = ARCHITECTURES["llama"].settings
@@ -71,3 +72,43 @@ def test_what_cannot_be_fused_says_so(name: str, tmp_path: Path) -> None:
     assert not nodes_of(made, "GroupQueryAttention")
     assert [decision.reason for decision in decisions if decision.action == "kept"] == [reason] * 2
     check_same(model, made, np.ones((2, 9), np.int64), [1])
+
+
+# Of each graph, how many inputs its attentions have: 3 without a mask, or with one that hides nothing, 6 with one.
+_UNCACHED: dict[str, dict[str, int]] = {
+    "t5": {"encoder.onnx": 6, "decoder.onnx": 6},
+    "clip": {"text_model.onnx": 6, "vision_model.onnx": 3},
+    "modernbert": {"model.onnx": 6},
+    "swin": {"model.onnx": 6},
+    "dinov2": {"model.onnx": 3},
+}
+
+
+def _feeds(own: Any) -> dict[str, Any]:
+    """Two texts, the first one padded, or pictures."""
+    random, feeds = np.random.default_rng(0), {}
+    for value in own.get_inputs():
+        shape = [size if isinstance(size, int) else 2 if size == "batch" else 7 for size in value.shape]
+        array = random.standard_normal(shape).astype(np.float32)
+        if "int" in value.type:
+            array = np.ones(shape, np.int64) if "mask" in value.name else random.integers(3, 50, shape)
+            array[0, -2:] = 0 if "mask" in value.name else array[0, -2:]
+        feeds[value.name] = array
+    return feeds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _UNCACHED)
+def test_attention_without_caches_is_fused(name: str, tmp_path: Path) -> None:
+    """Relative positions, causal masks, windows, encoders' states, padding: all numbers are the same."""
+    ARCHITECTURES[name].make().save_pretrained(str(tmp_path / "checkpoint"))
+    export_model(tmp_path / "checkpoint", tmp_path / "onnx", open_model=open_model)
+    for file, inputs in _UNCACHED[name].items():
+        model = ir.external_data.load_to_model(ir.load(tmp_path / "onnx" / file))
+        made, decisions = fuse_attention(model)
+        assert {decision.reason for decision in decisions} == {"MultiHeadAttention"}
+        assert {len(node.inputs) for node in nodes_of(made, "MultiHeadAttention")} == {inputs}
+        before, after = (session(ir.to_proto(own).SerializeToString()) for own in (model, made))
+        feeds = _feeds(before)
+        for expected, found in zip(before.run(None, feeds), after.run(None, feeds), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
