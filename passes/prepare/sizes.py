@@ -10,8 +10,9 @@ from qcompile.passes.graph import Decide, Names, add_initializer, insert_before,
 Size = int | str | tuple[ir.Value, int]
 _SAME = {"Squeeze", "Unsqueeze", "Identity"}
 _SHAPING = {"Shape", "Concat", "Slice", "Gather", "Reshape"} | _SAME
-# What some exporters call every dimension that they do not know.
 _LOOKS = 500  # values behind one shape: an exporter's are a dozen
+_KNOWN = "qcompile.cache"
+# What some exporters call every dimension that they do not know.
 _UNNAMED = {"", "?", "None", "-1", "unknown", "dynamic"}
 
 
@@ -34,8 +35,15 @@ def dimension(value: ir.Value, axis: int) -> Size:
     size = value.shape[axis]
     if isinstance(size, int):
         return size
-    name = _name(size) if value.is_graph_input() and is_cache(value) else None
+    name = _name(size) if value.is_graph_input() and _of_cache(value) else None
     return (value, axis) if name is None else f"{name} of caches, axis {axis}"
+
+
+def _of_cache(value: ir.Value) -> bool:
+    """Whether a graph input is a cache; looked for once, since thousands of nodes may ask for its sizes."""
+    if _KNOWN not in value.meta:
+        value.meta[_KNOWN] = is_cache(value)
+    return bool(value.meta[_KNOWN])
 
 
 def sizes(value: ir.Value | None, budget: list[int] | None = None) -> tuple[Size, ...] | None:

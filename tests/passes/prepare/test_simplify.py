@@ -9,6 +9,7 @@ import pytest
 
 from qcompile.passes.base import Decision, Region
 from qcompile.passes.prepare import Prepare
+from qcompile.passes.prepare import sizes as computed
 from qcompile.passes.prepare.simplify import sign_tables
 
 X = np.random.default_rng(0).standard_normal((2, 3, 4, 8)).astype(np.float32)
@@ -157,6 +158,18 @@ def test_sizes_that_all_caches_call_the_same_are_the_same():
         model = parse(text, caches, "int64[2] y, int64 v, float[A,2,C,4] m, float[A,2,C,4] o")
         check(model, feeds, tolerance=0)
         assert operators(model).count("Shape") == shapes
+
+
+def test_an_input_of_which_many_sizes_are_asked_is_looked_at_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(computed, "is_cache", lambda value: asked.append(value.name))
+    body = " ".join(f"s{i} = Shape <start = {i % 4}, end = {i % 4 + 1}> (x)" for i in range(30))
+    model = parse(
+        f"{body} y = Concat <axis = 0> ({', '.join(f's{i}' for i in range(30))})", "float[a,b,c,d] x", "int64[30] y"
+    )
+    check(model, {"x": np.ones((2, 3, 4, 5), np.float32)}, tolerance=0)
+    assert asked == ["x"]
+    assert operators(model).count("Shape") == 4
 
 
 @pytest.mark.parametrize("name", ["T", "S", "None"])
