@@ -102,7 +102,7 @@ def model_hash(path: Path) -> str:
     """sha256 of the model file and of the external data files it names, in order of their names."""
     check_model_file(path)
     digest = hashlib.sha256()
-    for file in (path, *sorted(_data_files(path))):
+    for file in (path, *sorted(data_files(path))):
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
@@ -122,7 +122,7 @@ def check_output_path(source: Path, output: Path, others: Iterable[Path] = ()) -
     publish.check_place(output)
     if not output.exists():
         return
-    for file in (source, *_data_files(source), *others):
+    for file in (source, *data_files(source), *others):
         if file.exists() and output.samefile(file):
             raise UserError(f"the output {output} is the input file {file}; choose another name")
     for model in publish.models_that_mention(output):
@@ -132,7 +132,7 @@ def check_output_path(source: Path, output: Path, others: Iterable[Path] = ()) -
 
 def check_result_path(models: Sequence[Path], output: Path, others: Iterable[Path] = ()) -> None:
     """`check_output_path` for a file that is no model (results, a recipe, statistics), and replaces none either."""
-    others = [*others, *models, *(file for model in models for file in _data_files(model))]
+    others = [*others, *models, *(file for model in models for file in data_files(model))]
     check_output_path(models[0], output, others)
     if output.exists() and publish.may_be_model(output):
         raise UserError(f"{output} is an ONNX model, which would be lost; choose another name")
@@ -252,7 +252,7 @@ def _count_non_finite(tensor: ir.TensorProtocol) -> tuple[int, int, int]:
     return nans, infs, negative
 
 
-def _data_files(path: Path) -> set[Path]:
+def data_files(path: Path) -> set[Path]:
     """The external data files that the model at `path` names and that exist."""
     return {file for name in _locations(path) if "\0" not in name and (file := path.parent / name).is_file()}
 

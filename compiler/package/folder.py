@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.compiler.files import publish
-from qcompile.compiler.files.load import check_output_path, save_model
+from qcompile.compiler.files.load import check_output_path, data_files, save_model
 from qcompile.compiler.package.beside import GENAI, LICENCES
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.half_scales import halve
@@ -66,7 +66,7 @@ def write_folder(model: ir.Model, source: Path, target: Path, contents: Contents
         if inside:
             for path in others:
                 publish.replace_file(path, target.with_name(path.name))
-            files: tuple[Path, ...] = (target,)
+            files: tuple[Path, ...] = (target, *sorted(data_files(target)))
         else:
             halve(model)
             saved = save_model(model, staged)

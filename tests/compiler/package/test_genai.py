@@ -119,6 +119,16 @@ def test_without_kernels_where_they_are_not_wanted(bench: Bench, capsys: pytest.
     assert json.loads((out / "genai_config.json").read_text())["model"]["decoder"]["session_options"] == _PLANS
 
 
+def test_what_a_compile_for_genai_wrote_is_told_with_its_weights(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = _model(bench), bench.folder / "app"
+    assert bench.run(model, "--for", "genai", "--passes", "pack", "-o", str(out)) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(f"wrote {out} "))
+    (data,) = out.glob("*.data")
+    assert data.name in line
+
+
 def test_the_compiled_file_is_copied_as_it_is(bench: Bench) -> None:
     model = _model(bench)
     (model.parent / "LICENSE.md").write_text("its terms")
