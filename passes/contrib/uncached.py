@@ -52,6 +52,8 @@ class _Uncached:
     @classmethod
     def of(cls, own: Written) -> "_Uncached | str":
         """What is needed of an attention, or why it stays."""
+        if own.guarded:
+            return "MultiHeadAttention has no zeros for rows that nothing is let through to"
         if own.softcap:
             return "MultiHeadAttention has no softcap"
         kinds = {value.dtype for value in (own.q, own.k, own.v, own.result)}

@@ -22,6 +22,7 @@ class Written:
     q: (batch, heads, rows, width). k, v: (batch, groups of heads, positions, width).
     result: (batch, rows, heads width) or (batch rows, heads width). mask: added to the scores, or False where they are
     replaced by its fill; hides: True there. alone: whether nothing else reads k and v.
+    guarded: whether rows that nothing is let through to have a result of zeros.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Written:
     hides: bool
     result: ir.Value
     alone: bool
+    guarded: bool
 
 
 def written(graph: ir.Graph) -> Iterator[Written | tuple[str, str]]:
@@ -54,7 +56,8 @@ class _Operand:
 
 def _around(softmax: ir.Node) -> Written | str | None:
     """The attention of a Softmax; None where no product is before or behind it."""
-    weights = _narrowed(_guarded(softmax.outputs[0]))
+    whole = _guarded(softmax.outputs[0])
+    weights = _narrowed(whole)
     last = _only_reader(weights, "MatMul")
     if last is None or last.inputs[0] is not weights:
         return None if softmax.outputs[0].shape and len(softmax.outputs[0].shape) < 4 else _told_of(weights)
@@ -79,7 +82,7 @@ def _around(softmax: ir.Node) -> Written | str | None:
     scale = before.scale * q.scale * k.scale
     return Written(
         softmax.name or "", q.value, k.value, v.value, scale, before.softcap, before.mask, before.hides,
-        joined.outputs[0], _alone(k.value, product) and _alone(v.value, last),
+        joined.outputs[0], _alone(k.value, product) and _alone(v.value, last), whole is not softmax.outputs[0],
     )  # fmt: skip
 
 

@@ -37,8 +37,12 @@ def _attention(
     cap: float = 0.0,
     dtype: str = "fp32",
     rows: int | str = "rows",
+    guarded: bool = False,
 ) -> ir.Model:
-    """x (batch, rows, 24), other (batch, positions, 24), seen (batch, positions) → y. hidden: what a Where hides."""
+    """x (batch, rows, 24), other (batch, positions, 24), seen (batch, positions) → y. hidden: what a Where hides.
+
+    guarded: NaN of rows that nothing is let through to becomes 0.
+    """
     b, rng = Builder(opset=21, dtype=dtype), np.random.default_rng(0)
     x = b.input("x", b.dtype, ["batch", rows, 24])
     other = x if keys == "rows" else b.input("other", b.dtype, ["batch", keys, 24])
@@ -55,7 +59,8 @@ def _attention(
         own = mask(b, seen, b.Concat(*(b.Shape(value, start=1, end=2) for value in (x, other)), axis=0))
         replaced = (own, _LOW, scores) if hidden else (own, scores, _LOW)
         scores = b.Add(scores, own) if hidden is None else b.Where(*replaced)
-    y = b.MatMul(b.Softmax(scores, axis=-1), v)
+    weights = b.Softmax(scores, axis=-1)
+    y = b.MatMul(b.Where(b.IsNaN(weights), 0.0, weights) if guarded else weights, v)
     return b.model({"y": b.Reshape(b.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, heads * widths[1]])})
 
 
@@ -179,6 +184,10 @@ def _kept(decisions: list[Decision]) -> set[str]:
     ("model", "reason"),
     [
         (lambda: _attention(cap=5.0), "MultiHeadAttention has no softcap"),
+        (
+            lambda: _attention(_infinite, guarded=True),
+            "MultiHeadAttention has no zeros for rows that nothing is let through to",
+        ),
         (lambda: _attention(dtype="fp16"), "not all of it is float32"),
         (lambda: tiny_decoder(outliers=False), "its keys have fewer heads than its queries"),
     ],
