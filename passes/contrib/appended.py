@@ -1,7 +1,8 @@
 """Caches that a Concat lengthens: in codes, by standard operators alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from qcompile.passes.contrib.written import Written, written
 from qcompile.passes.graph import Names, add_initializer
 from qcompile.passes.observers.caches import CachePeaks
 from qcompile.passes.prepare.sizes import named_sizes
+from qcompile.passes.state import node_state, set_node
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
@@ -78,6 +80,10 @@ class Between:
     def __init__(self, model: ir.Model) -> None:
         self.graph, self.names, self.used = model.graph, Names(model), False
         self._found = [own for own in written(model.graph) if isinstance(own, Written)]
+        self._twins: dict[ir.Value, list[ir.Node]] = {}
+        for node in model.graph:
+            for value in twin.activations if (twin := node_state(node).twin) is not None else ():
+                self._twins.setdefault(value, []).append(node)
         self._steps: dict[ir.DataType, list[ir.Value]] = {}
 
     def store(self, own: Appended, codes: CacheCodes) -> None:
@@ -96,8 +102,17 @@ class Between:
         decoded.type = ir.TensorType(kind)
         if len(readers) > 1 or not self._beside(present, codes, kind):
             decoded = self._op("Mul", [decoded, scale], f"{name}.scaled", like=decoded)
+        self._read(present, decoded, readers)
+
+    def _read(self, old: ir.Value, new: ir.Value, readers: Sequence[Any]) -> None:
+        """Have readers of one value, and the float nodes that integer ones stand for, read another."""
         for use in readers:
-            use.node.replace_input_with(use.idx, decoded)
+            use.node.replace_input_with(use.idx, new)
+        for node in self._twins.pop(old, ()):
+            twin = node_state(node).twin
+            assert twin is not None
+            set_node(node, twin=replace(twin, inputs=tuple(new if value is old else value for value in twin.inputs)))
+            self._twins.setdefault(new, []).append(node)
 
     def _step(self, kind: ir.DataType, codes: CacheCodes) -> list[ir.Value]:
         """Scale 1 and zero point 0."""
@@ -129,8 +144,7 @@ class Between:
         """Have what reads x, but for its shape, read x times the scales."""
         readers = [use for use in x.uses() if use.node.op_type != "Shape"]
         made = self._op("Mul", [x, scales], f"{x.name}.scaled", like=x)
-        for use in readers:
-            use.node.replace_input_with(use.idx, made)
+        self._read(x, made, readers)
 
     def _constant(self, name: str, array: npt.NDArray[np.floating], kind: ir.DataType) -> ir.Value:
         return add_initializer(self.graph, name, ir.tensor(np.asarray(array, kind.numpy())))

@@ -31,7 +31,8 @@ class Kv(Pass):
     Case 2: those that a Concat appends become the same codes by a QuantizeLinear before it, and floats again by a
             Cast behind it: standard operators, which decode the whole cache in every run (`appended`).
     Case 3: keys that are turned by their position: the scales hold what was seen turned by any angle (`CachePeaks`).
-    Case 4: caches that anything else reads or gives stay in float, with the reason. UserError where all would.
+    Case 4: caches that anything else reads or gives stay in float, with the reason. UserError where all would, as far
+            as the graph tells before the walk.
     The graph's inputs and outputs for caches are int8 then, and empty ones of no length, too.
     """
 

@@ -165,7 +165,8 @@ def test_caches_of_attention_that_cannot_be_fused_are_coded_by_standard_operator
 def test_standard_operators_alone_hold_codes(bench: Any, passes: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Written, read again, run with one token a time and at once, and by every command."""
     source = bench.save(tiny_decoder(kv_cache=True, outliers=False))
-    bench.compile(source, passes, attention="plain", target="qdq", min_coverage=0)
+    report = bench.compile(source, passes, attention="plain", target="qdq", min_coverage=0)
+    assert all(node.error < 0.2 for node in report.nodes)  # scales on what a node reads are on what its float one reads
     path = bench.folder / "out" / "model.onnx"
     model = load_model(path)
     assert not {node.op_type for node in model.graph} & {"GroupQueryAttention"}
