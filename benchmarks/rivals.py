@@ -179,7 +179,15 @@ def score(job: Job, chosen: dict[str, Rival], count: int) -> None:
             for text in TEXTS:
                 np.save(job.output / "ids.npy", ids[text.stem])
                 reference = job.output / f"reference-{text.stem}.npy"
-                options = ["--ids", job.output / "ids.npy", "--reference", reference, *(["--make"] if make else [])]
+                options = [
+                    "--ids",
+                    job.output / "ids.npy",
+                    "--reference",
+                    reference,
+                    "--threads",
+                    1,
+                    *(["--make"] if make else []),
+                ]
                 found[text.stem] = worker(job, rival, "score", *options)
             result.write_text(json.dumps(found), encoding="utf-8")
 
