@@ -233,7 +233,7 @@ def table(job: Job) -> str:
     """All that lies in the folder: a table a number of threads, then scores and sizes."""
     lines = []
     for threads in sorted({path.name.split("-")[1] for path in job.output.glob("time-*.json")}):
-        lines += ["", f"{threads} threads, tokens/s (of processor time)", ""]
+        lines += ["", f"{threads} thread(s), tokens/s (of processor time)", ""]
         for name in RIVALS:
             path = job.output / f"time-{threads}-{name}.json"
             if path.exists():
