@@ -124,9 +124,9 @@ def test_the_noise_of_an_activation_is_what_its_rounding_adds(grid: ActivationSp
     factor = rng.uniform(0.2, 5, K).astype(np.float32)
     x, w = (rng.standard_normal((20_000, K)) * factor).astype(np.float32), rng.standard_normal((K, 6))
     known = Statistics(len(x), x.T @ x, np.abs(x).max(axis=0))
-    judge = Judge(None, known, known, None, round_to_nearest, [], grid)
+    judge = Judge(None, known, known, None, round_to_nearest, [], [], grid)
     step = 2 * np.abs(x / factor).max() / (grid.qmax - grid.qmin)
     rounded = np.rint(x / factor / step) * step
     added = np.square((rounded - x / factor) @ w).sum(axis=0)
     np.testing.assert_allclose(judge._noise(w.astype(np.float32), factor), added, rtol=0.03)
-    assert Judge(None, known, known, None, round_to_nearest, [])._noise(w, factor) == 0
+    assert Judge(None, known, known, None, round_to_nearest, [], [])._noise(w, factor) == 0
