@@ -158,7 +158,9 @@ def main() -> None:
     chosen = {name: rival for name, rival in RIVALS.items() if (args.only or "") in name}
     if args.what == "make":
         for rival in chosen.values():
-            if not (model := job.output / rival.model).exists():
+            model = job.output / rival.model
+            last = model / "genai_config.json" if rival.engine == "genai" else model  # what is written last
+            if not last.exists():
                 model.parent.mkdir(exist_ok=True)
                 rival.make(job, model)
     elif args.what == "score":
@@ -201,8 +203,7 @@ def measure(job: Job, chosen: dict[str, Rival], threads: str, rounds: int) -> No
         for name, rival in chosen.items():
             options = ["--ids", job.output / "ids-time.npy", "--threads", threads]
             found[name].append(worker(job, rival, "time", *options))
-    for name, rows in found.items():
-        (job.output / f"time-{threads}-{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+            (job.output / f"time-{threads}-{name}.json").write_text(json.dumps(found[name]), encoding="utf-8")
 
 
 def windows(job: Job, count: int) -> dict[str, np.ndarray]:

@@ -76,6 +76,12 @@ def check_scales(node: ir.Node, found: Findings) -> npt.NDArray[np.float64] | No
     return scales
 
 
+def has_zero_points(node: ir.Node) -> bool:
+    """Whether the zero points of a Q or a DQ are other numbers than 0, or may be: computed ones."""
+    zero = operand(node, 2)
+    return zero is not None and ((given := numbers(zero)) is None or bool(given.any()))
+
+
 def rows_of(node: ir.Node) -> tuple[int, ...] | None:
     """The shape of the constant codes of a DQ; None for anything else."""
     codes = node.inputs[0]

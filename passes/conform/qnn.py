@@ -13,6 +13,7 @@ from qcompile.passes.conform.findings import (
     check_scales,
     codes_type,
     grids,
+    has_zero_points,
     numbers,
     operand,
     rows_of,
@@ -109,8 +110,7 @@ def _check_weight(node: ir.Node, readers: list[ir.Node], found: Findings) -> Non
     scales, shape = check_scales(node, found), rows_of(node) or ()
     if codes_type(node) not in _WEIGHTS:
         found.fault(node, "has codes of a weight that are neither int8 nor, of a bias, int32")
-    zero = operand(node, 2)
-    if zero is not None and ((given := numbers(zero)) is None or given.any()):
+    if has_zero_points(node):
         found.fault(node, "has zero points of a weight other than 0")
     if "block_size" in node.attributes:
         found.fault(node, "has blocks beside an activation in codes")

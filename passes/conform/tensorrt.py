@@ -12,7 +12,7 @@ from qcompile.passes.conform.findings import (
     check_scales,
     codes_type,
     grids,
-    numbers,
+    has_zero_points,
     operand,
     rows_of,
 )
@@ -46,8 +46,7 @@ def check(model: ir.Model) -> Findings:
         found.count("Q and DQ")
         if codes_type(node) not in _CODES:
             found.fault(node, f"has codes of type {_named(codes_type(node))}: int8, int4 or float8e4m3fn")  # Rule 2
-        zero = operand(node, 2)
-        if zero is not None and ((given := numbers(zero)) is None or given.any()):
+        if has_zero_points(node):
             found.fault(node, "has zero points other than 0")  # Rule 3
         scale = operand(node, 1)
         if scale is not None and scale.dtype not in _FLOATS:
