@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qcompile.compiler.calibrate import DEFAULT_PASSES, Calibrated, Seen, calibrate_model, with_observer
+from qcompile.compiler.api.calibrate import DEFAULT_PASSES, Calibrated, Seen, calibrate_model, with_observer
 from qcompile.compiler.commands import compile as compiling
 from qcompile.compiler.commands.options import add_recipe, add_settings, recipe_of
 from qcompile.compiler.console.numbers import megabytes

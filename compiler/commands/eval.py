@@ -2,25 +2,17 @@
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qcompile.compiler.api.evaluation import EvaluationSet, Running, evaluate_models
 from qcompile.compiler.commands.options import add_custom_ops, add_data
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.terminal import console, progress, table
-from qcompile.compiler.data.calibration import data_batches
 from qcompile.compiler.data.calibration_files import named
-from qcompile.compiler.data.feeds import Batch, token_batches
-from qcompile.compiler.data.inputs import InputPlan, input_plan
-from qcompile.compiler.data.tokens import Tokenizer, find_tokenizer, load_tokenizer
-from qcompile.compiler.files.load import check_result_path, load_model
+from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
-from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores, evaluate_many, score_outputs
-from qcompile.compiler.measure.loaded import text_windows
-from qcompile.compiler.report.sizes import model_sizes
-from qcompile.passes.errors import UserError
+from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores
 from qcompile.runtime.sessions import KERNELS, operator_kernels
 
 _EPILOG = """Perplexity: non-overlapping windows of --context tokens from the start of the text; the first token of a
@@ -61,60 +53,31 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print a table, and write JSON if asked."""
-    if bool(args.text) == bool(args.data):
-        raise UserError("give either --text FILE … for a language model or --data FILE.npz … with --against")
-    if args.tokens < 2 and args.tokens != 0:
-        raise UserError(f"--tokens must be at least 2 (or 0 for the whole text), got {args.tokens}")
-    first = args.against or args.models[0]
+    test = EvaluationSet(args.text, args.data, args.tokenizer, args.context, args.tokens or None)
     if args.json is not None:
-        check_result_path([first, *args.models], args.json, [*args.text, *named([str(path) for path in args.data])])
-    plan = input_plan(load_model(first))
-    if args.text and plan.logits is not None:
-        rows = _on_text(args, plan)
-    elif args.against is None:
-        if args.text:
-            plan.require_decoder()
-        raise UserError("outputs are compared with a reference: give it with --against REF.onnx")
+        read = [*args.text, *named([str(path) for path in args.data])]
+        check_result_path([*([args.against] if args.against else []), *args.models], args.json, read)
+    running = Running(args.accuracy_level, args.provider, args.kernels)
+    with progress() as bar:
+        task = bar.add_task("loading")
+        made = evaluate_models(
+            args.models,
+            test,
+            against=args.against,
+            running=running,
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    rows = [own.row() for own in made.rows]
+    if isinstance(made.rows[0].scores, DecoderScores):
+        _print_scores(rows, running, compared=args.against is not None)
     else:
-        rows = _outputs(args)
+        _print_outputs([own.scores for own in made.rows if isinstance(own.scores, OutputScores)])
     if args.json:
         write_text(args.json, json.dumps(rows, indent=2) + "\n")
     return 0
 
 
-def _on_text(args: argparse.Namespace, plan: InputPlan) -> list[dict[str, Any]]:
-    tokenizer = _tokenizer(args)
-    rows: list[dict[str, Any]] = []
-    texts = [text_windows(text, tokenizer, plan, args.context, args.tokens or None) for text in args.text]
-    for text, windows in zip(args.text, texts, strict=True):
-        with progress() as bar:
-            task = bar.add_task(f"{text.name}")
-            scores = evaluate_many(
-                args.against,
-                args.models,
-                windows,
-                accuracy_level=args.accuracy_level,
-                provider=args.provider,
-                kernels=args.kernels,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
-            )
-        rows += [_row(text, score) for score in scores]
-    _print_scores(rows, args)
-    return rows
-
-
-def _tokenizer(args: argparse.Namespace) -> Tokenizer:
-    """The one asked for, else the first that lies beside a model."""
-    places = [args.tokenizer] if args.tokenizer else [*([args.against] if args.against else []), *args.models]
-    return load_tokenizer(next((place for place in places if find_tokenizer(place)), places[-1]))
-
-
-def _row(text: Path, score: DecoderScores) -> dict[str, Any]:
-    sizes = asdict(model_sizes(Path(score.model)))
-    return {"text": str(text), **asdict(score), "perplexity": score.perplexity, **sizes}
-
-
-def _print_scores(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def _print_scores(rows: list[dict[str, Any]], running: Running, *, compared: bool) -> None:
     first = rows[0]
     shown = table("text", "model", "size", "linear bits", "perplexity", "KL to reference", "same top-1", numbers=5)
     for row in rows:
@@ -122,41 +85,16 @@ def _print_scores(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
         kl = "reference" if row["kl"] is None else f"{row['kl']:.5f} ± {row['kl_error']:.5f}"
         agreement = "" if row["agreement"] is None else f"{row['agreement']:.2%}"
         size, perplexity = megabytes(row["file_bytes"]), f"{row['perplexity']:.4f}"
-        reference = kl if args.against else ""
+        reference = kl if compared else ""
         shown.add_row(Path(row["text"]).name, row["model"], size, bits, perplexity, reference, agreement)
     out = console()
     out.print(shown)
     out.print(
         f"{first['windows']} windows of {first['context']} tokens, first token of each not scored "
         f"({first['scored']} scored), no BOS added, accuracy level {first['accuracy_level']}, "
-        f"{operator_kernels(args.kernels, args.provider)}"
-        + ("; KL(reference ‖ model) in nats per token ± standard error over tokens" if args.against else "")
+        f"{operator_kernels(running.kernels, running.provider)}"
+        + ("; KL(reference ‖ model) in nats per token ± standard error over tokens" if compared else "")
     )
-
-
-def _outputs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """SQNR and cosine of every output, on .npz inputs or on the windows of a text."""
-
-    def batches(plan: InputPlan) -> Sequence[Batch]:
-        if args.data:
-            return data_batches(plan, args.against, args.data)
-        tokenizer = _tokenizer(args)
-        texts = [text_windows(text, tokenizer, plan, args.context, args.tokens or None) for text in args.text]
-        return [batch for windows in texts for batch in token_batches(plan, windows)]
-
-    with progress() as bar:
-        task = bar.add_task("comparing outputs")
-        scores = score_outputs(
-            args.against,
-            args.models,
-            batches,
-            accuracy_level=args.accuracy_level,
-            provider=args.provider,
-            kernels=args.kernels,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    _print_outputs(scores)
-    return [asdict(score) | asdict(model_sizes(Path(score.model))) for score in scores]
 
 
 def _print_outputs(scores: list[OutputScores]) -> None:

@@ -2,31 +2,21 @@
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from qcompile.compiler.api.sensitivity import DEFAULT_PASSES, rank_nodes
 from qcompile.compiler.commands import compile as compiling
 from qcompile.compiler.commands.options import add_recipe, add_settings, recipe_of
 from qcompile.compiler.console.numbers import decibels
-from qcompile.compiler.console.progress import Progress
 from qcompile.compiler.console.terminal import console, table
-from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import named
-from qcompile.compiler.facts.model import versions
-from qcompile.compiler.files.load import check_result_path, model_hash
+from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
-from qcompile.compiler.mixed import keep
-from qcompile.compiler.mixed.ranking import Ranking, RankingCache
-from qcompile.compiler.mixed.sensitivity import Mixture
-from qcompile.compiler.plan import ensuring, packages, steps_that
-from qcompile.compiler.recipe import WHICH, Recipe
-from qcompile.compiler.stages import walk_model
-from qcompile.passes import lists
-from qcompile.passes.contract import Fact
-from qcompile.passes.errors import UserError
+from qcompile.compiler.mixed.ranking import Ranking
+from qcompile.compiler.recipe import WHICH
 
 _DESCRIPTION = """\
 Rank the nodes that qdq or dynamic make integer by what each of them alone changes in the output, all others in float:
@@ -35,7 +25,7 @@ of the calibration text that calibration does not use (of other data, on four ca
 integer weights are in memory at once.
 The result is kept in ~/.cache/qcompile (QCOMPILE_CACHE moves it). `qcompile MODEL.onnx --keep-worst N`, `--max-kl NATS`
 and `--min-sqnr DB` leave the worst nodes in float."""
-_DEFAULT_PASSES = lists.INTEGER
+_DEFAULT_PASSES = ",".join(map(str, DEFAULT_PASSES))
 _SHOWN = 30
 
 
@@ -62,36 +52,18 @@ def run(args: argparse.Namespace) -> int:
     """Rank, or read the ranking of an earlier call; print the worst."""
     if args.passes is None and args.recipe is None:
         args.passes = _DEFAULT_PASSES
-    recipe = replace(recipe_of(args), keep_worst=None, max_kl=None, min_sqnr=None)
+    recipe = recipe_of(args)
     if args.output is not None:
         check_result_path([args.model], args.output, named(args.calibration))
     screen = console()
     with compiling.Bar(screen) as bar:
-        ranking = ranked(args.model, recipe, compiling.calibration_of(args), bar)
+        ranking = rank_nodes(args.model, recipe, calibration=compiling.calibration_of(args), progress=bar)
     if args.output is not None:
         write_text(args.output, json.dumps(ranking.to_dict(), indent=1) + "\n")
     print_ranking(ranking, screen)
     if args.output is not None:
         screen.print(f"wrote     {args.output}", soft_wrap=True)
     return 0
-
-
-def ranked(model: Path, recipe: Recipe, calibration: Calibration, progress: Progress) -> Ranking:
-    """The ranking of a model's integer nodes, from the cache where it has been made before."""
-    if not steps_that(recipe, ensure=Fact.INTEGER):
-        raise UserError(f"sensitivity: no pass of the list makes nodes integer: add {ensuring(Fact.INTEGER)}")
-    progress.step("loading")
-    cache = RankingCache(model, model_hash(model), recipe.to_dict(), versions() | packages(recipe), calibration)
-    known = cache.get()
-    if known is not None:
-        return known
-    # With a node to keep, data is gathered for dynamic, too.
-    walked = walk_model(model, replace(recipe, keep_worst=1), calibration, progress, checks=False)
-    progress.step("sensitivity: float outputs and switches")
-    late = keep.integer_pass(walked.passes)
-    ranking = Mixture(walked.model, late, walked.plan, walked.data, model, recipe.provider).rank(progress)
-    cache.put(ranking)
-    return ranking
 
 
 def print_ranking(ranking: Ranking, screen: Console) -> None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import QUICK
 
 from qcompile.compiler import cli
-from qcompile.compiler.calibrate import calibrate_model
+from qcompile.compiler.api.calibrate import calibrate_model
 from qcompile.compiler.data.decoding import Decoding
 from qcompile.compiler.data.feeds import npz_batches
 from qcompile.compiler.data.inputs import input_plan

@@ -9,7 +9,7 @@ import pytest
 from preparing import parse
 from preparing import run as run_model
 
-from qcompile.compiler.calibrate import calibrate_model
+from qcompile.compiler.api.calibrate import calibrate_model
 from qcompile.compiler.files.load import load_model
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.models.tiny import tiny_decoder

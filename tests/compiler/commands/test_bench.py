@@ -15,9 +15,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qcompile.compiler.api.bench import Candidate, _row
 from qcompile.compiler.cli import main
 from qcompile.compiler.commands import bench as command
-from qcompile.compiler.commands.bench import Candidate
 from qcompile.compiler.data.inputs import input_plan
 from qcompile.compiler.files.load import load_model, save_model
 from qcompile.compiler.measure.workload import Workload, common_vocabulary
@@ -69,7 +69,7 @@ def test_rows_compare_with_the_first_model_at_as_many_threads(capsys: pytest.Cap
         _measured("a", 2, [2.0, 2.0, 2.2]),
         _measured("b", 2, [4.0, 4.0, 8.8]),
     ]
-    rows = [command._row(result, results, "ONNX Runtime's operators") for result in results]
+    rows = [_row(result, results, "ONNX Runtime's operators") for result in results]
     cases = [row["cases"][0] for row in rows]
     assert [case["value"] for case in cases] == [2.0, 4.0, 4.0, 2.0]
     assert [case["ratio"] for case in cases] == [1.0, 2.0, 1.0, 0.5]

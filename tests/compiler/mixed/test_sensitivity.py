@@ -10,7 +10,7 @@ import pytest
 from mixing import BAD, bad_conv, bad_decoder, images
 
 from qcompile.compiler import cli
-from qcompile.compiler.commands import sensitivity as command
+from qcompile.compiler.api.sensitivity import rank_nodes
 from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.data.calibration import spread, unseen
 from qcompile.compiler.facts.model import versions
@@ -141,13 +141,13 @@ def test_check_windows_are_none_of_those_calibrated_on(windows: int, found: int)
 def test_a_second_call_runs_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source, calibration = bench.save(bad_decoder()), Calibration([str(bench.text)])
     recipe = Recipe(parse_passes("qdq(lm_head=static)"), samples=4, context=32)
-    first = command.ranked(source, recipe, calibration, Silent())
+    first = rank_nodes(source, recipe, calibration=calibration)
 
     def walk(*arguments: Any, **more: Any) -> None:
         raise AssertionError("the model was walked again")
 
-    monkeypatch.setattr(command, "walk_model", walk)
-    assert command.ranked(source, recipe, calibration, Silent()) == first
+    monkeypatch.setattr("qcompile.compiler.api.sensitivity.walk_model", walk)
+    assert rank_nodes(source, recipe, calibration=calibration) == first
     changed = bench.save(bad_decoder(299.0), "other.onnx")
     more = Path(bench.folder / "more.txt")
     more.write_text(bench.text.read_text() + "More.")
@@ -158,16 +158,16 @@ def test_a_second_call_runs_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch)
         (source, recipe, Calibration([str(more)])),
     ):
         with pytest.raises(AssertionError, match="walked again"):
-            command.ranked(*args, Silent())
+            rank_nodes(*args[:2], calibration=args[2])
 
 
 def test_a_damaged_cache_is_measured_anew(bench: Any, cache: Path) -> None:
     source, calibration = bench.save(bad_decoder()), Calibration([str(bench.text)])
     recipe = Recipe(parse_passes("qdq(lm_head=static)"), samples=4, context=32)
-    first = command.ranked(source, recipe, calibration, Silent())
+    first = rank_nodes(source, recipe, calibration=calibration)
     (kept,) = (cache / "sensitivity").glob("*.json")
     kept.write_text('{"nodes": [{"node": "x"}]}')
-    again = command.ranked(source, recipe, calibration, Silent())
+    again = rank_nodes(source, recipe, calibration=calibration)
     assert again.nodes == first.nodes
     for content in ("{", "[]", '{"metric": "KL", "nodes": 1}'):
         kept.write_text(content)
@@ -177,9 +177,9 @@ def test_a_damaged_cache_is_measured_anew(bench: Any, cache: Path) -> None:
 def test_rankings_on_what_the_model_samples_are_kept_too(bench: Any, cache: Path) -> None:
     """The word self is no file; a ranking on text is another one."""
     source, recipe = bench.save(bad_decoder()), Recipe(parse_passes("qdq(lm_head=static)"), samples=4, context=32)
-    first = command.ranked(source, recipe, Calibration(["self"]), Silent())
-    assert command.ranked(source, recipe, Calibration(["self"]), Silent()).seconds == first.seconds
-    command.ranked(source, recipe, Calibration([str(bench.text)]), Silent())
+    first = rank_nodes(source, recipe, calibration=["self"])
+    assert rank_nodes(source, recipe, calibration=["self"]).seconds == first.seconds
+    rank_nodes(source, recipe, calibration=bench.text)
     assert len(list((cache / "sensitivity").glob("*.json"))) == 2
     report = bench.compile(source, "qdq(lm_head=static)", calibration=["self"], keep_worst=1, samples=4, context=32)
     assert report.mixed is not None
@@ -197,7 +197,7 @@ def test_a_ranking_that_cannot_be_kept_is_not_lost(
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         monkeypatch.setattr(Path, "home", classmethod(lambda cls: Path("~no such user").expanduser()))
     recipe = Recipe(parse_passes("qdq(lm_head=static)"), samples=4, context=32)
-    assert command.ranked(bench.save(bad_decoder()), recipe, Calibration([str(bench.text)]), Silent()).nodes
+    assert rank_nodes(bench.save(bad_decoder()), recipe, calibration=bench.text).nodes
     assert "the ranking is not kept" in caplog.text
     assert "set QCOMPILE_CACHE" in caplog.text
 

@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from qcompile.compiler.calibrate import calibrate_model
+from qcompile.compiler.api.calibrate import calibrate_model
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.stages import Calibration
 from qcompile.compiler.walk import saved_statistics

@@ -13,8 +13,9 @@ import onnx_ir as ir
 import pytest
 from observing import observe
 
-from qcompile.compiler import calibrate, cli
-from qcompile.compiler.calibrate import calibrate_model
+from qcompile.compiler import cli
+from qcompile.compiler.api import calibrate
+from qcompile.compiler.api.calibrate import calibrate_model
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.stages import Calibration
 from qcompile.compiler.walk import saved_statistics
