@@ -27,7 +27,7 @@ from qcompile.compiler.results.report import Report
 from qcompile.compiler.walk import promises, saved_statistics
 from qcompile.compiler.walk.patterns import check_patterns
 from qcompile.compiler.walk.saved_statistics import SavedStatistics
-from qcompile.compiler.walk.walk import Job, observed
+from qcompile.compiler.walk.walk import Job, observed, told_of_caches
 from qcompile.passes.activations import INT8
 from qcompile.passes.base import Pass, Region, WalksAgain
 from qcompile.passes.contract import Fact, Reads, Stage
@@ -211,7 +211,12 @@ def finish(walked: Walked, progress: Progress) -> list[Arrays]:
             continue
         if isinstance(late, WalksAgain):
             job.walk_again(late, walked.plan, walked.data, original)
+        coded = Fact.CACHES in late.ensures and job.integer
+        before = job.run(walked.plan, walked.data) if coded else []
         promises.run(late, Region.whole(walked.model))
+        if coded:
+            after = job.run(walked.plan, walked.data)
+            report.caches = told_of_caches(walked.plan, walked.data, after, before)
         report.ranges += activation_ranges(late, walked.watched)
     report.decisions = {p.name: p.decisions for p in walked.passes}
     _account(walked)

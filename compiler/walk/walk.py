@@ -110,18 +110,24 @@ class Job:
         Each integer node is compared with its float twin, each decoded weight with its codes.
         """
         walked = compiled = [compiled for compiled, _ in outputs]
-        targets = {node for node in self.model.graph if node_state(node).twin is not None}
         if self.changed:
             self.progress.step("checking integer nodes")
             self.report.nodes += check_decoded(self.model, self.provider)
-            packed = {node for node in self.model.graph if is_product(node)}
-            found = self._run_checks(plan, data, split(self.model, (targets | packed).__contains__))
-            compiled = [plan.decoded(outputs) for outputs in found]
-            if not any(Fact.FLOAT in p.takes for p in self.late):
+            compiled = self._run_checks(plan, data)
+            if not self.integer:
                 self.report.caches = told_of_caches(plan, data, compiled, walked)
         self.tell(plan, data, compiled, [original for _, original in outputs])
         self.report.rounding = max((o.relative for o in self.report.outputs), default=0.0)
         return compiled
+
+    @property
+    def integer(self) -> bool:
+        """Whether passes behind the walk change more than caches."""
+        return any(Fact.FLOAT in p.takes for p in self.late)
+
+    def run(self, plan: InputPlan, data: Data) -> list[Arrays]:
+        """The outputs of the graph as it is on the check batches, caches in floats."""
+        return self._run_checks(plan, data, probes=False)
 
     def tell(self, plan: InputPlan, data: Data, compiled: Sequence[Arrays], original: Sequence[Arrays]) -> None:
         """Report the errors of outputs against the float ones, and a decoder's predictions."""
@@ -153,21 +159,24 @@ class Job:
     def _finished_runner(self, plan: InputPlan) -> Runner:
         return Runner(self.model, plan, self.provider, optimize=self.optimize)
 
-    def _run_checks(self, plan: InputPlan, data: Data, segments: Sequence[Segment]) -> list[Arrays]:
+    def _run_checks(self, plan: InputPlan, data: Data, *, probes: bool = True) -> list[Arrays]:
+        changed = {node for node in self.model.graph if node_state(node).twin is not None or is_product(node)}
+        segments = split(self.model, changed.__contains__)
         runner, stream = self._finished_runner(plan), Stream(data.checks)
         own = {str(value.name) for value in self.model.graph.outputs}
         results: list[Arrays] = [{} for _ in data.checks]
         for segment in segments:
 
             def probe(piece: Piece, nodes: Sequence[ir.Node] = segment.nodes) -> list[str]:
-                return probe_twins(piece, nodes)
+                return probe_twins(piece, nodes) if probes else []
 
             after = runner.outputs(segment, stream, original=False, prepare=probe)
-            self.report.nodes += twin_errors(segment.nodes, after)
+            if probes:
+                self.report.nodes += twin_errors(segment.nodes, after)
             stream.quantized = went_on(segment, stream.quantized, after)
             for kept, a in zip(results, after, strict=True):
                 kept.update((name, array) for name, array in a.items() if name in own)
-        return results
+        return [plan.decoded(found) for found in results]
 
     def _rewrite(
         self,

@@ -96,13 +96,26 @@ class Between:
         rows = self._op("QuantizeLinear", [divided, *self._step(kind, codes)], f"{name}.codes", like=own.new)
         own.node.replace_input_with(1, rows)
         rows.type = own.past.type = present.type = ir.TensorType(codes.dtype)
-        if not readers:
-            return
-        decoded = self._op("Cast", [present], f"{name}.floats", like=present, to=int(kind))
+        if readers:
+            decoded = self._floats(present, kind)
+            if len(readers) > 1 or not self._beside(present, codes, kind):
+                decoded = self._op("Mul", [decoded, scale], f"{name}.scaled", like=decoded)
+            self._read(present, decoded, readers)
+
+    def decode(self, present: ir.Value, codes: CacheCodes, kind: ir.DataType) -> None:
+        """Have what reads a cache that an operator has made codes read floats of a type, as it did."""
+        readers = [use for use in present.uses() if use.node.op_type != "Shape"]
+        if readers:
+            self.used = True
+            scale = self._constant(f"{present.name}.scale_of_readers", codes.tensor, kind)
+            decoded = self._floats(present, kind)
+            self._read(present, self._op("Mul", [decoded, scale], f"{present.name}.scaled", like=decoded), readers)
+
+    def _floats(self, present: ir.Value, kind: ir.DataType) -> ir.Value:
+        """The codes of a cache in floats."""
+        decoded = self._op("Cast", [present], f"{present.name}.floats", like=present, to=int(kind))
         decoded.type = ir.TensorType(kind)
-        if len(readers) > 1 or not self._beside(present, codes, kind):
-            decoded = self._op("Mul", [decoded, scale], f"{name}.scaled", like=decoded)
-        self._read(present, decoded, readers)
+        return decoded
 
     def _read(self, old: ir.Value, new: ir.Value, readers: Sequence[Any]) -> None:
         """Have readers of one value, and the float nodes that integer ones stand for, read another."""

@@ -1,5 +1,6 @@
 """Pass kv: a decoder's caches in codes, for GroupQueryAttention or between standard operators."""
 
+import itertools
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -21,6 +22,8 @@ from qcompile.passes.prepare.sizes import named_sizes
 from qcompile.passes.spec import ActivationSpec
 
 _GRID = ActivationSpec(ir.DataType.INT8, True)
+# What else than its keys, values, lengths and tables decides what a GroupQueryAttention appends.
+_TURNED = ("kv_num_heads", "do_rotary", "rotary_interleaved")
 
 
 class Kv(Pass):
@@ -31,8 +34,9 @@ class Kv(Pass):
     Case 2: those that a Concat appends become the same codes by a QuantizeLinear before it, and floats again by a
             Cast behind it: standard operators, which decode the whole cache in every run (`appended`).
     Case 3: keys that are turned by their position: the scales hold what was seen turned by any angle (`CachePeaks`).
-    Case 4: caches that anything else reads or gives stay in float, with the reason. UserError where all would, as far
-            as the graph tells before the walk.
+    Case 4: what else reads the cache that the graph gives back, as layers do that share one, reads it in floats.
+    Case 5: caches that anything else reads as they are given, or gives, stay in float, with the reason. UserError where
+            all would, as far as the graph tells before the walk.
     The graph's inputs and outputs for caches are int8 then, and empty ones of no length, too.
     """
 
@@ -72,9 +76,10 @@ class Kv(Pass):
             if isinstance(own, Appended):
                 between.store(own, codes[0])
             else:
-                store(node, codes)
+                _store(own, codes, between)
             form = " by standard operators" if isinstance(own, Appended) else ""
-            self.decide(node.name or "", "coded", f"int{self.bits} caches{form}, a scale for each {self._unit}")
+            for coded in (node,) if isinstance(own, Appended) else own.nodes:
+                self.decide(coded.name or "", "coded", f"int{self.bits} caches{form}, a scale for each {self._unit}")
         for value in graph.inputs:
             if is_cache(value) and value not in told:
                 self.decide(str(value.name), "kept", f"{_readers(value)} reads it, which takes no codes")
@@ -95,11 +100,15 @@ class Kv(Pass):
 
 
 def _found(graph: ir.Graph) -> Iterator[tuple[ir.Node, "_Cached | Appended | str"]]:
-    """The nodes that lengthen caches, each with what is known of these, or why they stay."""
+    """The nodes that lengthen caches, each with what is known of these, or why they stay; of several that lengthen one
+    alike, the one whose caches the graph gives back.
+    """
     inputs, caches = Inputs.of(graph), {value for value in graph.inputs if is_cache(value)}
+    cached = {node: _Cached.of(node) for node in graph if (node.domain, node.op_type) == (DOMAIN, ATTENTION)}
+    beside = {node for own in cached.values() if isinstance(own, _Cached) for node in own.nodes[1:]}
     for node in list(graph):
-        if (node.domain, node.op_type) == (DOMAIN, ATTENTION):
-            yield node, _Cached.of(node)
+        if node in cached and node not in beside:
+            yield node, cached[node]
         elif (node.domain, node.op_type) == ("", "Concat") and node.inputs[0] in caches:
             yield node, Appended.of(node, inputs)
 
@@ -116,26 +125,34 @@ def _tried(model: ir.Model) -> list["_Cached | Appended"]:
     return found
 
 
-def store(node: ir.Node, codes: Sequence[CacheCodes]) -> None:
-    """Have a GroupQueryAttention store its keys and values in codes."""
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    node.resize_inputs(max(SCALES.values()) + 1)
-    for (slot, place), own, kind in zip(SCALES.items(), codes, ("k", "v"), strict=True):
-        past, present = node.inputs[slot], node.outputs[slot - 2]
+def _store(own: "_Cached", codes: Sequence[CacheCodes], between: Between) -> None:
+    """Have GroupQueryAttention store keys and values in codes; what else reads these reads them in floats."""
+    for (slot, place), code, kind in zip(SCALES.items(), codes, ("k", "v"), strict=True):
+        past = own.nodes[0].inputs[slot]
         assert past is not None
-        scale = add_initializer(graph, f"{present.name}.scale", ir.tensor(own.tensor))
-        node.replace_input_with(place, scale)
-        node.attributes[f"{kind}_quant_type"] = ir.AttrString(f"{kind}_quant_type", own.per)
-        past.type, present.type = ir.TensorType(own.dtype), ir.TensorType(own.dtype)
-    node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", codes[0].bits)
+        floats = past.dtype or ir.DataType.FLOAT
+        name = f"{own.nodes[0].outputs[slot - 2].name}.scale"
+        past.type, scale = ir.TensorType(code.dtype), add_initializer(between.graph, name, ir.tensor(code.tensor))
+        for node in own.nodes:
+            present = node.outputs[slot - 2]
+            between.decode(present, code, floats)
+            present.type = past.type
+            node.resize_inputs(max(SCALES.values()) + 1)
+            node.replace_input_with(place, scale)
+            node.attributes[f"{kind}_quant_type"] = ir.AttrString(f"{kind}_quant_type", code.per)
+    for node in own.nodes:
+        node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", codes[0].bits)
 
 
 @dataclass(frozen=True, eq=False)
 class _Cached:
-    """A GroupQueryAttention whose caches can be codes. presents: names of the outputs of keys and values."""
+    """A GroupQueryAttention whose caches can be codes.
 
-    node: ir.Node
+    nodes: it, and those of layers that share its caches: each lengthens them by the same keys and values.
+    presents: names of the outputs of keys and values.
+    """
+
+    nodes: Sequence[ir.Node]
     presents: tuple[str, str]
     width: int
 
@@ -150,24 +167,35 @@ class _Cached:
                 return "its caches are no inputs and outputs of the graph"
             if codes_of(past) is not None or past.dtype not in FLOATS:
                 return "its caches are no floats"
-            others = [use.node.op_type for use in past.uses() if use.node is not node and use.node.op_type != "Shape"]
-            others += [use.node.op_type for use in present.uses() if use.node.op_type != "Shape"]
-            if others:
-                return f"a {others[0]} reads its caches, too"
+            others = [use.node for use in past.uses() if use.node is not node and use.node.op_type != "Shape"]
+            foreign = [other.op_type for other in others if not _alike(node, other)]
+            if foreign:
+                return f"a {foreign[0]} reads its caches, too"
         key, value = (str(node.outputs[slot - 2].name) for slot in SCALES)
         width = _width(node)
-        return cls(node, (key, value), width) if width is not None else "how wide its heads are is not known"
+        return cls([node, *others], (key, value), width) if width is not None else "how wide its heads are is not known"
 
     @property
     def observers(self) -> list[CachePeaks]:
         """Of keys and of values."""
-        turned = self.node.attributes.get_int("do_rotary", 0) == 1
-        cos = self.node.inputs[7] if turned and len(self.node.inputs) > 7 else None
+        node = self.nodes[0]
+        turned = node.attributes.get_int("do_rotary", 0) == 1
+        cos = node.inputs[7] if turned and len(node.inputs) > 7 else None
         pairs = _pairs(cos, self.width // 2) if cos is not None else 0
-        interleaved = bool(self.node.attributes.get_int("rotary_interleaved", 0))
+        interleaved = bool(node.attributes.get_int("rotary_interleaved", 0))
         key, value = self.presents
         turns = {key: pairs, value: 0}
         return [CachePeaks(name, self.width, own, interleaved=interleaved) for name, own in turns.items()]
+
+
+def _alike(node: ir.Node, other: ir.Node) -> bool:
+    """Whether another node is a GroupQueryAttention that lengthens the same caches by the same keys and values."""
+    if (other.domain, other.op_type) != (DOMAIN, ATTENTION) or node.inputs[1] is None or len(other.outputs) < 3:
+        return False
+    (given, told), (others, also) = (
+        (own.inputs[1:10], [own.attributes.get_int(name, 0) for name in _TURNED]) for own in (node, other)
+    )
+    return told == also and all(a is b for a, b in itertools.zip_longest(given, others))
 
 
 def _width(node: ir.Node) -> int | None:

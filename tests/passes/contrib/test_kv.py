@@ -242,9 +242,9 @@ def test_floats_in_half_precision(form: str) -> None:
 
 
 def test_caches_that_others_read_stay_with_the_reason() -> None:
-    """Of one layer, whose keys an output of the graph shows besides."""
+    """Of one layer, whose keys of runs before an output of the graph shows besides."""
     model = tiny_decoder(kv_cache=True, outliers=False)
-    key = next(value for value in model.graph.outputs if value.name == "present.0.key")
+    key = next(value for value in model.graph.inputs if value.name == "past_key_values.0.key")
     shown = ir.node("Neg", [key], name="shown")
     shown.outputs[0].name, shown.outputs[0].type, shown.outputs[0].shape = "shown", key.type, key.shape
     model.graph.append(shown)
@@ -255,6 +255,29 @@ def test_caches_that_others_read_stay_with_the_reason() -> None:
     assert kinds["past_key_values.0.key"] == kinds["past_key_values.0.value"] == ir.DataType.FLOAT
     assert kinds["past_key_values.1.key"] == kinds["past_key_values.1.value"] == ir.DataType.INT8
     assert codes_of(next(value for value in after.graph.inputs if value.name == "past_key_values.0.key")) is None
+
+
+@pytest.mark.parametrize("kind", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
+@pytest.mark.parametrize("scales", ["channel", "tensor"])
+def test_what_else_reads_a_cache_of_codes_reads_floats(kind: ir.DataType, scales: str) -> None:
+    """An output that shows the keys of the first layer, and the values of the second."""
+    model = tiny_decoder(kv_cache=True, outliers=False, dtype="fp32" if kind == ir.DataType.FLOAT else "fp16")
+    names = ("present.0.key", "present.1.value")
+    for name in names:
+        cache = next(value for value in model.graph.outputs if value.name == name)
+        shown = ir.node("Neg", [cache], name=f"{name}.shown")
+        shown.outputs[0].name, shown.outputs[0].type, shown.outputs[0].shape = shown.name, cache.type, cache.shape
+        model.graph.append(shown)
+        model.graph.outputs.append(shown.outputs[0])
+    before, after, own = coded(model, scales=scales)
+    assert [decision.action for decision in own.decisions] == ["coded"] * 2
+    (expected, floats), (found, codes) = (_run(made, np.ones((2, 9), np.int64), 2) for made in (before, after))
+    expected, found = expected.astype(np.float64), found.astype(np.float64)
+    assert np.linalg.norm(found - expected) <= 0.03 * np.linalg.norm(expected)
+    for name in names:
+        assert codes[name].dtype == np.int8
+        wanted, told = (run[f"{name}.shown"].astype(np.float32) for run in (floats, codes))
+        assert np.linalg.norm(told - wanted) <= 0.05 * np.linalg.norm(wanted)
 
 
 def test_models_without_caches_are_refused_at_once() -> None:
@@ -316,12 +339,16 @@ def test_caches_that_more_than_attention_reads_are_multiplied_by_their_scales() 
         np.testing.assert_allclose(coded_ones[name], floats[name], atol=0.02 * np.abs(floats[name]).max())
 
 
-def test_caches_that_several_layers_read_are_multiplied_by_their_scales() -> None:
-    """A scale beside the queries or the result of one layer would miss the others."""
+@pytest.mark.parametrize("fused", [True, False])
+def test_caches_that_several_layers_read_are_multiplied_by_their_scales(fused: bool) -> None:
+    """A scale beside the queries or the result of one layer would miss the others. Each of their GroupQueryAttention
+    appends the same to the cache, which all of them must take for codes.
+    """
     graph = Graph()
     Written(layers=4, shared=True).build(graph)
-    before, after, own = coded(ir.from_proto(graph.model()), fused=False)
+    before, after, own = coded(ir.from_proto(graph.model()), fused=fused)
     assert [decision.action for decision in own.decisions] == ["coded"] * 4
+    assert len(nodes_of(after, "GroupQueryAttention")) == (4 if fused else 0)
     expected, found = (_run(made, np.ones((2, 9), np.int64), 2)[0] for made in (before, after))
     assert np.linalg.norm(found - expected) <= 0.02 * np.linalg.norm(expected)
 
