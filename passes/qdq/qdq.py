@@ -186,15 +186,16 @@ class Qdq(IntegerPass):
             remember(node)
         for node in selection.heads:
             remember(node, weights_only=True)
-        scales = self._round_weights(region.model, selection, grids)
+        store = WeightStore(region.model, self.grid)  # not kept: it knows every float weight that it has coded
+        scales = self._round_weights(region.model, store, selection, grids)
         self._insert(region.model, selection, readers, grids)
         if TYPES[self.provider].bias and not self.spec.is_float:
             for node, scale in scales.items():
                 settle_bias(region.model, node, scale)
-        coder = int8(region.model, self.policy, self.store)  # Case 5
+        coder = int8(region.model, self.policy, store)  # Case 5
         runtime = "TensorRT" if self.provider == "tensorrt" else ""
-        quantize_inner(region.model, self.policy, self.store, coder, self.decide, runtime=runtime)
-        quantize_embeddings(region.model, self.policy, self.store, self.decide, runtime=runtime)
+        quantize_inner(region.model, self.policy, store, coder, self.decide, runtime=runtime)
+        quantize_embeddings(region.model, self.policy, store, self.decide, runtime=runtime)
         for node, reason in selection.kept.items():
             self._told(node, *reason)
         region.nodes = list(region.model.graph)
@@ -252,10 +253,9 @@ class Qdq(IntegerPass):
         return grids
 
     def _round_weights(
-        self, model: ir.Model, selection: Selection, grids: dict[ir.Value, QParams]
+        self, model: ir.Model, store: WeightStore, selection: Selection, grids: dict[ir.Value, QParams]
     ) -> dict[ir.Node, Array]:
         """Cases 1 and 3. Returns the scale of the integer sums of every product, () or (channels,)."""
-        self.store = WeightStore(model, self.grid)
         scales: dict[ir.Node, Array] = {}
         for node, rule in selection.nodes.items():
             x = node.inputs[0]
@@ -269,7 +269,7 @@ class Qdq(IntegerPass):
                 continue
             size = _elements(node)
             # For TensorRT as well, whose biases stay float: ONNX Runtime's CPU provider makes codes of them.
-            stored = self.store.dequantized(node, rule, None if self.spec.is_float else grids[x].scale)
+            stored = store.dequantized(node, rule, None if self.spec.is_float else grids[x].scale)
             scales[node] = np.asarray(grids[x].scale * stored.quantized.scale, np.float32)
             if rule.bias is not None and TYPES[self.provider].bias and not self.spec.is_float:
                 quantize_bias(model, node, rule.bias, scales[node], _channels(stored))
@@ -278,7 +278,7 @@ class Qdq(IntegerPass):
             size = _elements(node)
             why = self.policy.weights_only.get(str(node.name))
             reason = Reason(f"{self.grid}, weights only", why or "")
-            self._told(node, "quantized", reason, self.store.dequantized(node, rule), size)
+            self._told(node, "quantized", reason, store.dequantized(node, rule), size)
         return scales
 
     def _insert(self, model: ir.Model, selection: Selection, readers: Readers, grids: dict[ir.Value, QParams]) -> None:
