@@ -37,8 +37,8 @@ def check(model: ir.Model) -> Findings:
     Rule 2: MatMulNBits: 2, 4 or 8 bits, blocks of 32 or 64 that divide K, positive constant scales, no zero points, no
             order of groups, no bias.
     Rule 3: an activation has uint8, int8, uint16 or int16 codes and one constant scale.
-    Rule 4: a weight beside an activation in codes is int8 without zero point, one scale, or one for each channel of
-            its output; a bias int32.
+    Rule 4: a weight beside an activation in codes, of an operator of ONNX, is int8 without zero point, one scale, or one
+            for each channel of its output; a bias int32. What ONNX Runtime alone has, as MoE, the CPU provider runs.
     Rule 5: what a Sigmoid or a Tanh gives in 16 bits has the grid of its whole range.
     Remarks: sizes that are not fixed; what runs on the CPU provider.
     """
@@ -97,7 +97,8 @@ def _check_grid(node: ir.Node, found: Findings) -> bool:
         if node.op_type == QUANTIZE and scales is not None and scales.size == 1:
             _check_fixed(node, float(scales.reshape(())), found)
         return True
-    beside = [use.node for use in node.outputs[0].uses() if any(map(_is_activation, use.node.inputs))]
+    readers = [use.node for use in node.outputs[0].uses() if use.node.domain == ""]
+    beside = [reader for reader in readers if any(map(_is_activation, reader.inputs))]
     if rows_of(node) is None or not beside:
         return False
     found.count("Q and DQ")

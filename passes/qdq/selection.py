@@ -183,6 +183,8 @@ def _usable(node: ir.Node, rule: Rule, slower: bool, *, constants: bool = False)
     """Whether a node without a weight can compute in integers; `constants`: with codes of some of its inputs, too."""
     if (rule.slower and not slower) or node.op_type in ("Gemm", "Conv", "ConvTranspose"):
         return False
+    if node.op_type in PRODUCTS and node_state(node).left:
+        return False  # of a weight that is computed or chosen from constants: no activation, and it keeps its reason
     values = [node.inputs[i] for i in inputs_of(node, rule)]
     return not all(map(is_constant, values)) and not any(
         v is None or (is_constant(v) and not constants) or v.dtype not in _FLOATS or _is_looked_up(v) for v in values

@@ -75,6 +75,12 @@ def node_of_experts(make: Graph) -> None:
     make.output(make.one("MoE", x, routed(make, x), w, "", v, domain="com.microsoft", k=2, activation_type="relu"))
 
 
+@case({"pack": 13, "qdq": 30, "smooth,qdq": 30}, options={"target": "qnn"}, coverage=1.0)
+def node_of_experts_beside_qnn(make: Graph) -> None:
+    """MoE runs on the CPU provider; its decoded tables stand beside an activation that the router has codes of."""
+    node_of_experts.build(make)
+
+
 @case({"pack": 15, "qdq": 30}, coverage=1.0)
 def experts_of_half_precision_and_odd_width(make: Graph) -> None:
     make.dtype = np.float16

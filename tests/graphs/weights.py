@@ -266,7 +266,7 @@ def permuted_out_of_range(make: Graph) -> None:
     make.output(make.one("MatMul", make.input("b", 64), weight))
 
 
-@case({"pack": "If .* when the model runs", "qdq": "If .* when the model runs"})
+@case(dict.fromkeys(("pack", "qdq", "qdq(operators=all)"), "If .* when the model runs"))
 def weights_chosen_by_a_branch(make: Graph) -> None:
     x, choice = make.input("b", 64), make.input(dtype=bool, draw=lambda random, size: random.random() < 0.5)
     branches = {}
@@ -278,7 +278,7 @@ def weights_chosen_by_a_branch(make: Graph) -> None:
     make.output(make.linear(y, 256, 64))
 
 
-@case({"pack": "Slice .* when the model runs", "qdq": "Slice .* when the model runs"})
+@case(dict.fromkeys(("pack", "qdq", "qdq(operators=all)"), "Slice .* when the model runs"))
 def weights_cut_by_the_length_of_an_input(make: Graph) -> None:
     x = make.input("b", "t", 64)
     length = make.one("Slice", make.one("Shape", x), *(make.constant(np.array([n])) for n in (1, 2)))
