@@ -37,8 +37,8 @@ def check(model: ir.Model) -> Findings:
     Rule 2: MatMulNBits: 2, 4 or 8 bits, blocks of 32 or 64 that divide K, positive constant scales, no zero points, no
             order of groups, no bias.
     Rule 3: an activation has uint8, int8, uint16 or int16 codes and one constant scale.
-    Rule 4: a weight beside an activation in codes, of an operator of ONNX, is int8 without zero point, one scale, or one
-            for each channel of its output; a bias int32. What ONNX Runtime alone has, as MoE, the CPU provider runs.
+    Rule 4: a weight beside an activation in codes, of an operator of ONNX, is int8 without zero point, one scale, or
+            one for each channel of its output; a bias int32. MoE and its like the CPU provider runs.
     Rule 5: what a Sigmoid or a Tanh gives in 16 bits has the grid of its whole range.
     Remarks: sizes that are not fixed; what runs on the CPU provider.
     """

@@ -13,7 +13,6 @@ from qcompile.compiler.stages import Calibration, Walked, finish, gather_data, p
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.linears import find_linears
 
-
 References = dict[str, "weakref.ReferenceType[ir.Value]"]
 
 
