@@ -3,10 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 
 #include "half.h"
 
@@ -96,20 +94,16 @@ struct PackedWeight::Job {
 };
 
 PackedWeight::PackedWeight(const Layout& layout, const Source& source, const Kernels* kernels)
-    : layout_(layout), kernels_(kernels), packed_(nullptr), finite_(scales_are_finite(layout, source)) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 4096, size_t(layout.bytes())) != 0) throw std::bad_alloc();
-  packed_ = static_cast<uint8_t*>(memory);
-  pack(layout_, source, packed_);
+    : layout_(layout), kernels_(kernels), finite_(scales_are_finite(layout, source)),
+      packed_(weight_memory(size_t(layout.bytes()))) {
+  pack(layout_, source, packed_.get());
 }
-
-PackedWeight::~PackedWeight() { std::free(packed_); }
 
 void PackedWeight::unpack(float* w) const {
   Scratch scratch;
   float* column = reinterpret_cast<float*>(scratch.reserve(size_t(layout_.k) * 4));
   for (int64_t n = 0; n < layout_.n; ++n) {
-    unpack_column(layout_, packed_, n, column);
+    unpack_column(layout_, packed_.get(), n, column);
     for (int64_t k = 0; k < layout_.k; ++k) w[k * layout_.n + n] = column[k];
   }
 }
@@ -219,7 +213,7 @@ void PackedWeight::multiply_unit(const Job& job, int64_t unit) const {
       const Tile activations = {job.codes + first * job.step() * layout_.padded_k(), job.scale + first * groups,
                                 job.sum + first * job.step() * groups, int(count) * job.step(), job.wide,
                                 tile == tile_begin};
-      multiply(layout_, packed_ + panel * layout_.panel_bytes(), activations, out);
+      multiply(layout_, packed_.get() + panel * layout_.panel_bytes(), activations, out);
       for (int64_t i = 0; i < count; ++i) {
         float* row = out + i * kPanel;
         if (job.bias) {
@@ -242,7 +236,7 @@ void PackedWeight::multiply_floats(const Job& job, int64_t panel) const {
   float* w = reinterpret_cast<float*>(scratch.reserve(size_t(layout_.k) * 4));
   const int64_t end = std::min(layout_.n, (panel + 1) * kPanel);
   for (int64_t n = panel * kPanel; n < end; ++n) {
-    unpack_column(layout_, packed_, n, w);
+    unpack_column(layout_, packed_.get(), n, w);
     for (int64_t row = 0; row < job.m; ++row) {
       if (finite_ && !job.in_floats[row]) continue;
       float total = 0.0f;

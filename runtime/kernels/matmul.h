@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "packing.h"
+#include "weight_memory.h"
 
 namespace qcompile {
 
@@ -30,7 +31,6 @@ class PackedWeight {
  public:
   // Throws std::bad_alloc. `kernels` must outlive the object, and have products of the layout's format.
   PackedWeight(const Layout& layout, const Source& source, const Kernels* kernels);
-  ~PackedWeight();
   PackedWeight(const PackedWeight&) = delete;
   PackedWeight& operator=(const PackedWeight&) = delete;
 
@@ -56,8 +56,8 @@ class PackedWeight {
 
   Layout layout_;
   const Kernels* kernels_;
-  uint8_t* packed_;
   bool finite_;
+  std::shared_ptr<uint8_t> packed_;
 };
 
 }  // namespace qcompile

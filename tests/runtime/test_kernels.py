@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import resource
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,44 @@ def test_packing_loses_nothing(library: ctypes.CDLL, weight: Weight) -> None:
     with Packed(library, "reference", weight) as packed:
         np.testing.assert_array_equal(packed.unpack(), weight.decoded().astype(np.float32))
         assert library.qcompile_weight_bytes(packed.handle) * 8 >= weight.codes.size * weight.bits
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 200)), min_size=2, max_size=12), data=st.data())
+def test_weights_keep_their_codes_while_others_come_and_go(
+    library: ctypes.CDLL, sizes: list, data: st.DataObject
+) -> None:
+    made = [_plain(shape, seed) for seed, shape in enumerate(sizes)]
+    held = [Packed(library, "reference", weight) for weight in made]
+    for at in data.draw(st.permutations(range(len(made)))):
+        np.testing.assert_array_equal(held[at].unpack(), made[at].decoded().astype(np.float32))
+        library.qcompile_weight_destroy(held[at].handle)
+
+
+def _plain(shape: tuple[int, int], seed: int) -> Weight:
+    rng = np.random.default_rng(seed)
+    scale = rng.normal(0, 0.1, (-(-shape[0] // 32), shape[1])).astype(np.float32)
+    return Weight(rng.integers(0, 256, shape), scale, None, 32, 8, False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads how much memory a process has from /proc")
+def test_memory_goes_with_the_weights(library: ctypes.CDLL) -> None:
+    """Larger than what small ones share; beside a small one that stays."""
+    small, size = _plain((64, 64), 0), (4096, 20_000)
+    with Packed(library, "reference", small) as stays:
+        before = _resident()
+        codes, scale = np.zeros(size, np.uint8), np.ones((1, size[1]), np.float32)
+        grown = _resident()
+        with Packed(library, "reference", Weight(codes, scale, None, 4096, 8, False)) as large:
+            assert _resident() > grown + 0.9 * library.qcompile_weight_bytes(large.handle)
+        del codes, scale
+        assert _resident() < before + (8 << 20)
+        np.testing.assert_array_equal(stays.unpack(), small.decoded().astype(np.float32))
+
+
+def _resident() -> int:
+    """Bytes of memory that the process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def _relative(y: np.ndarray, expected: np.ndarray, x: np.ndarray, w: np.ndarray) -> float:
