@@ -1,6 +1,5 @@
 """The command line: `qcompile MODEL.onnx …` compiles; the other commands are named first."""
 
-import argparse
 import contextlib
 import importlib
 import logging
@@ -9,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from qcompile.compiler.console.visible import visible
 from qcompile.passes.errors import UserError
@@ -36,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "bench": ("qcompile.compiler.commands.bench", "speed and memory of models, against each other"),
 }
+_BUG = 70  # EX_SOFTWARE of sysexits.h
 _GLOBAL = {"-v", "-vv", "--verbose", "--traceback"}
 _USAGE = "qcompile MODEL.onnx [options]\n       qcompile COMMAND …"
 _EXAMPLES = """\
@@ -45,18 +45,8 @@ examples:
   qcompile eval small/model.onnx --against smol/model.onnx --text novel.txt --tokenizer smol
   qcompile generate small/model.onnx --prompt "The capital of France is" --tokenizer smol
 
-`qcompile COMMAND --help` tells a command's options. Exit codes: 0 done, 1 a bug, 2 bad input, 130 interrupted."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are UserErrors, and which takes no abbreviations."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str) -> NoReturn:
-        """Bad arguments are bad input like any other."""
-        raise UserError(f"{message} (see {self.prog} --help)")
+`qcompile COMMAND --help` tells a command's options. Exit codes: 0 done, 1 a bound that was
+asked for is broken, 2 bad input, 70 a bug, 130 interrupted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,14 +93,14 @@ def _drop_output(error: Exception) -> None:
 def _explain(error: BaseException) -> int:
     """Print an exception as one line; the exit code."""
     if isinstance(error, UserError):
-        return _fail(f"error: {error}", 2)
+        return _fail(f"error: {error}", error.exit_code)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"error: {where}{error.strerror}", 2)
     if isinstance(error, MemoryError):
         return _fail("error: out of memory: use fewer --samples or a shorter --context, or a larger machine", 2)
     kind = type(error).__name__
-    return _fail(f"internal error: {kind}: {error} (this is a bug; run with --traceback and report it)", 1)
+    return _fail(f"internal error: {kind}: {error} (this is a bug; run with --traceback and report it)", _BUG)
 
 
 def _fail(message: str, code: int) -> int:
@@ -126,14 +116,11 @@ def _run(arguments: list[str]) -> int:
     if not rest or rest[0] in ("-h", "--help", "help", "--version"):
         return _top_level(rest)
     name = rest.pop(0) if rest[0] in COMMANDS else _default_command(rest[0])
-    parser = Parser(prog="qcompile")
     module = _module(name)
-    module.add_parser(parser.add_subparsers(dest="command"))
-    try:
-        args = _with_globals(parser, name).parse_args([name, *rest, *options])
-    except SystemExit:  # after --help
+    args = _parsed(name, module, [*rest, *options])
+    if args is None:  # after --help
         return 0
-    _start_logging(args.verbose)
+    _start_logging(args)
     try:
         return _registered(module, args)
     except SystemExit as exit:  # nothing here calls it: a module of the user's, a library
@@ -142,7 +129,7 @@ def _run(arguments: list[str]) -> int:
         raise UserError(f"code that {name} loaded ended it with sys.exit({exit.code!r}); nothing was done") from exit
 
 
-def _registered(module: Any, args: argparse.Namespace) -> int:
+def _registered(module: Any, args: Any) -> int:
     """Run a command, with its custom operators registered in every session."""
     if not getattr(args, "custom_ops", None):
         return _judged(module, args)
@@ -152,7 +139,7 @@ def _registered(module: Any, args: argparse.Namespace) -> int:
         return _judged(module, args)
 
 
-def _judged(module: Any, args: argparse.Namespace) -> int:
+def _judged(module: Any, args: Any) -> int:
     """Run a command; what fails without being told as a UserError may be the file's fault."""
     from qcompile.compiler.facts.memory import bounded
 
@@ -214,19 +201,19 @@ def _module(name: str) -> Any:
         raise
 
 
-def _with_globals(parser: Parser, name: str) -> Parser:
-    """The parser with -v and --traceback on the chosen command."""
-    actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    command = next(actions).choices[name]
-    command.add_argument("-v", "--verbose", action="count", default=0, help="say more on stderr (-vv: everything)")
-    command.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
-    return parser
+def _parsed(name: str, module: Any, words: list[str]) -> Any:
+    """The options of a command; None behind its help."""
+    with uninterrupted():
+        from qcompile.compiler.commands.parse import parse
+    return parse(name, module.Options, words)
 
 
-def _start_logging(verbose: int) -> None:
-    levels = [logging.WARNING, logging.INFO, logging.DEBUG]
-    logging.basicConfig(level=levels[min(verbose, 2)], format="%(name)s: %(message)s", stream=sys.stderr)
-    if not verbose:  # what a library remarks on a file is no part of an answer in one line
+def _start_logging(args: Any) -> None:
+    chosen = args.log_level or ("error" if args.quiet else ("warning", "info", "debug")[min(args.verbose, 2)])
+    logging.basicConfig(level=chosen.upper(), format="%(name)s: %(message)s", stream=sys.stderr)
+    if (
+        not args.verbose and args.log_level is None
+    ):  # what a library remarks on a file is no part of an answer in one line
         logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

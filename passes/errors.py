@@ -5,11 +5,25 @@ Every layer may import this module: it imports nothing.
 
 
 class UserError(ValueError):
-    """Bad input, told in one line: what is wrong, where, what to do. The command line prints it and exits with 2."""
+    """Bad input, told in one line: what is wrong, where, what to do. The command line prints it and ends with its code.
+
+    exit_code: 0 is success, 1 a broken verdict, 2 bad input, 70 a bug (EX_SOFTWARE), 130 an interrupt, 141 a reader
+    that went away.
+    """
+
+    exit_code = 2
+
+
+class Verdict(UserError):
+    """A bound that was asked for does not hold: the input is sound, and what came of it is not good enough."""
+
+    exit_code = 1
 
 
 class BrokenPromise(UserError):
     """A pass did something else than it declares. Nobody's input is bad, but nothing can be made of it either."""
+
+    exit_code = 70
 
     def __init__(self, name: str, told: str) -> None:
         super().__init__(f"pass {name!r} breaks a promise: {told}; nothing was written, please report it")

@@ -18,3 +18,9 @@ def did_you_mean(word: str, names: Iterable[str], otherwise: str, most: int = 1,
     """The question after the nearest names, or what is said where none is near."""
     found = nearest(word, names, most, alike=alike)
     return f"did you mean {' or '.join(map(repr, found))}?" if found else otherwise
+
+
+def near(word: str, names: Iterable[str]) -> str:
+    """The same as the end of a sentence, which it leaves as it is where no name is near."""
+    found = did_you_mean(word, names, "")
+    return f": {found}" if found else ""

@@ -19,7 +19,7 @@ ERRORS = "qcompile.passes.errors"
 # What the modules of each layer may import; a package stands for its submodules too.
 ALLOWED = {
     "compiler": {"qcompile.compiler", "qcompile.passes", "qcompile.runtime", "qcompile.models"}
-    | {"numpy", "onnx", "onnx_ir", "rich", "yaml", "tokenizers", "threadpoolctl"},
+    | {"cyclopts", "numpy", "onnx", "onnx_ir", "rich", "yaml", "tokenizers", "threadpoolctl"},
     "passes": {"qcompile.passes", "numpy", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"},
     "runtime": {"qcompile.runtime", ERRORS, "qcompile.passes.interrupts", "numpy", "onnx"},
     "models": {"qcompile.models", ERRORS, "numpy", "onnx", "onnx_ir", "onnxscript", "tokenizers"},

@@ -1,1 +1,1 @@
-"""One module a subcommand of `qcompile`: `add_parser(subparsers)` and `run(args) -> int`."""
+"""One module a subcommand of `qcompile`: its `Options`, declared, and `run(args) -> int`."""

@@ -1,19 +1,18 @@
 """`qcompile bench`: how fast models run here, and how much memory they take, against each other."""
 
-import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from qcompile.compiler.api.bench import Candidate, bench_models, cores
-from qcompile.compiler.commands.options import add_custom_ops
+from qcompile.compiler.commands.options import Common, CustomOps, Kernels, command, option, positional
 from qcompile.compiler.console.terminal import console, progress, table
 from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
 from qcompile.compiler.measure.workload import Workload
 from qcompile.passes.errors import UserError
-from qcompile.runtime.sessions import KERNELS
 
 _EPILOG = """A MODEL is [NAME=]FILE.onnx[@SETTING,…]. The settings: native (qcompile operators run by the native
 kernels), portable (by their ONNX bodies), level=N (accuracy level of the 4-bit products that ONNX Runtime fuses from
@@ -26,36 +25,29 @@ medians of the ratios of each round."""
 _NOISY = 0.2
 
 
-def add_parser(subparsers: Any) -> None:
-    """The options of `qcompile bench`."""
-    parser = subparsers.add_parser(
-        "bench",
-        description="Measure load time, memory, and tokens per second.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@command()
+class Options(Common, CustomOps):
+    """Measure load time, memory, and tokens per second."""
+
+    epilog = _EPILOG
+
+    model: Annotated[str, positional("MODEL", "[NAME=]FILE.onnx[@SETTING,…], see below")]
+    against: Annotated[list[str], option("models to compare it with", "OTHER…", many=True)] = field(
+        default_factory=list
     )
-    parser.add_argument("model", metavar="MODEL", help="[NAME=]FILE.onnx[@SETTING,…], see below")
-    parser.add_argument("--against", nargs="+", default=[], metavar="OTHER", help="models to compare it with")
-    parser.add_argument("--prompt-tokens", default="1,64,512", metavar="N,…", help="prefill lengths (default 1,64,512)")
-    parser.add_argument("--decode", type=int, default=64, metavar="N", help="decoding steps (default 64; 0: none)")
-    parser.add_argument("--decode-after", type=int, default=64, metavar="N", help="tokens before them (default 64)")
-    parser.add_argument(
-        "--threads", default=str(cores()), metavar="N,…", help="threads (default: every core, %(default)s)"
-    )
-    add_custom_ops(parser.add_argument)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each model that count (default 5)")
-    parser.add_argument("--kernels", default="auto", choices=KERNELS, help="default of the models")
-    parser.add_argument(
-        "--shape",
-        action="append",
-        default=[],
-        metavar="NAME=N,…",
-        help="shape of an input that is not made of tokens (repeat for several)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    prompt_tokens: Annotated[str, option("prefill lengths (default 1,64,512)", "N,…")] = "1,64,512"
+    decode: Annotated[int, option("decoding steps (default 64; 0: none)", "N")] = 64
+    decode_after: Annotated[int, option("tokens before them (default 64)", "N")] = 64
+    threads: Annotated[str, option(f"threads (default: every core, {cores()})", "N,…")] = str(cores())
+    rounds: Annotated[int, option("turns of each model that count (default 5)", "N")] = 5
+    kernels: Annotated[Kernels, option("default of the models", "{auto,native,portable}")] = "auto"
+    shape: Annotated[
+        list[str], option("shape of an input that is not made of tokens (repeat for several)", "NAME=N,…")
+    ] = field(default_factory=list)
+    json: Annotated[Path | None, option("write the results there too", "FILE")] = None
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Options) -> int:
     """Measure, print a table, and write JSON if asked."""
     threads = _numbers("--threads", args.threads)
     shapes = dict(_shape(text) for text in args.shape)

@@ -1,53 +1,46 @@
 """`qcompile calibrate`: ranges of activations once, for many compiles."""
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from rich.console import Console
 
 from qcompile.compiler.api.calibrate import DEFAULT_PASSES, Calibrated, Seen, calibrate_model, with_observer
 from qcompile.compiler.commands import compile as compiling
-from qcompile.compiler.commands.options import add_recipe, add_settings, recipe_of
+from qcompile.compiler.commands.options import Calibrating, Common, Recipes, command, option, positional, recipe_of
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.terminal import console, table
 from qcompile.compiler.files.load import check_model_file
-from qcompile.compiler.recipe import WHICH
+from qcompile.compiler.recipe import DATA, WHICH
 
-_DESCRIPTION = """\
-Run the calibration data through a model and save what the observers of its activations learn.
-`qcompile MODEL.onnx --passes smooth,qdq --statistics FILE` then takes its ranges from the file: behind the same
-passes, for any grid (activations=int8, provider=tensorrt, ...) that leaves those passes alone. What the observers
-mse, percentile and entropy learn is the same, and serves minmax, too."""
 _SHOWN = 8
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command's options."""
-    parser = subparsers.add_parser(
-        "calibrate",
-        help="save statistics of activations, for compiles with --statistics",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="the float model")
-    told = "the file of statistics (default: MODEL.statistics beside the model)"
-    parser.add_argument("-o", "--output", type=Path, metavar="STATS", help=told)
-    group = parser.add_argument_group("what to observe")
-    add = group.add_argument
-    add("--passes", help="ordered list of passes with qdq in it (default: smooth,qdq)")
-    add("--observer", metavar="NAME", help="short for qdq(observer=NAME)")
-    add_settings(group, WHICH)
-    add_recipe(add)
-    compiling.add_calibration(parser)
-    parser.set_defaults(run=run)
+@command(WHICH, DATA)
+class Options(Common, Calibrating, Recipes):
+    """Run the calibration data through a model and save what the observers of its activations learn.
+    `qcompile MODEL.onnx --passes smooth,qdq --statistics FILE` then takes its ranges from the file: behind the same
+    passes, for any grid (activations=int8, provider=tensorrt, ...) that leaves those passes alone. What the observers
+    mse, percentile and entropy learn is the same, and serves minmax, too."""
+
+    model: Annotated[Path, positional("MODEL.onnx", "the float model")]
+    output: Annotated[
+        Path | None,
+        option("the file of statistics (default: MODEL.statistics beside the model)", "STATS", alias="-o"),
+    ] = None
+    passes: Annotated[
+        str | None,
+        option("ordered list of passes with qdq in it (default: smooth,qdq)", "PASSES", under=WHICH),
+    ] = None
+    observer: Annotated[str | None, option("short for qdq(observer=NAME)", "NAME", under=WHICH)] = None
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Options) -> int:
     """Calibrate, and print what stands out."""
     if args.passes is None and args.recipe is None:
-        args.passes = ",".join(map(str, DEFAULT_PASSES))
+        args = replace(args, passes=",".join(map(str, DEFAULT_PASSES)))
     recipe = recipe_of(args)
     if args.observer is not None:
         recipe = with_observer(recipe, args.observer)

@@ -1,57 +1,45 @@
 """`qcompile eval`: how good models are, alone or against a reference."""
 
-import argparse
 import json
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from qcompile.compiler.api.evaluation import EvaluationSet, Running, evaluate_models
-from qcompile.compiler.commands.options import add_custom_ops, add_data
+from qcompile.compiler.commands.options import Common, CustomOps, Runs, command, option, positional
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.terminal import console, progress, table
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
 from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores
-from qcompile.runtime.sessions import KERNELS, operator_kernels
+from qcompile.runtime.sessions import operator_kernels
 
 _EPILOG = """Perplexity: non-overlapping windows of --context tokens from the start of the text; the first token of a
 window is given, not scored; no BOS is added. KL(reference ‖ model): mean over the scored tokens, in nats, ± its
 standard error. A model that is no decoder is compared with --against by SQNR and cosine of every output."""
 
 
-def add_parser(subparsers: Any) -> None:
-    """The options of `qcompile eval`."""
-    parser = subparsers.add_parser("eval", description="Evaluate models on text, or on .npz inputs.", epilog=_EPILOG)
-    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL.onnx")
-    parser.add_argument("--against", type=Path, metavar="REF.onnx", help="the model they should be like")
-    parser.add_argument(
-        "--text", nargs="+", action="extend", type=Path, default=[], metavar="FILE", help="UTF-8 text files"
-    )
-    add_data(parser.add_argument, "inputs: .npz (arrays by name), .npy or image files, or folders of them")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: beside one of the models")
-    parser.add_argument("--context", type=int, default=512, help="tokens in a window (default 512)")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of each text; 0 for all (default 4096)")
-    parser.add_argument(
-        "--accuracy-level",
-        type=int,
-        default=0,
-        choices=range(5),
-        help="what ONNX Runtime may do in 4-bit products: 0 exact (default), 4 int8 activations (its own default)",
-    )
-    add_custom_ops(parser.add_argument)
-    parser.add_argument("--provider", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument(
-        "--kernels",
-        default="auto",
-        choices=KERNELS,
-        help="who computes the operators of qcompile: native, its library (on cuda unverified on GPU); portable, ONNX "
-        "Runtime through their ONNX bodies; auto (default), the library where there is one and the provider is the CPU",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+@command()
+class Options(Common, Runs, CustomOps):
+    """Evaluate models on text, or on .npz inputs."""
+
+    epilog = _EPILOG
+
+    models: Annotated[tuple[Path, ...], positional("MODEL.onnx", "models to judge")]
+    against: Annotated[Path | None, option("the model they should be like", "REF.onnx")] = None
+    text: Annotated[list[Path], option("UTF-8 text files", "FILE…", many=True)] = field(default_factory=list)
+    data: Annotated[
+        list[Path],
+        option("inputs: .npz (arrays by name), .npy or image files, or folders of them", "FILE…", many=True),
+    ] = field(default_factory=list)
+    tokenizer: Annotated[Path | None, option("default: beside one of the models", "DIR")] = None
+    context: Annotated[int, option("tokens in a window (default 512)", "N")] = 512
+    tokens: Annotated[int, option("tokens of each text; 0 for all (default 4096)", "N")] = 4096
+    json: Annotated[Path | None, option("write the results there too", "FILE")] = None
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Options) -> int:
     """Evaluate, print a table, and write JSON if asked."""
     test = EvaluationSet(args.text, args.data, args.tokenizer, args.context, args.tokens or None)
     if args.json is not None:

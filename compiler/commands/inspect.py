@@ -1,12 +1,12 @@
 """`qcompile inspect`: what is in a model file."""
 
-import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 
+from qcompile.compiler.commands.options import Common, command, option, positional
 from qcompile.compiler.console.numbers import megabytes, percent
 from qcompile.compiler.console.terminal import console, table
 from qcompile.compiler.report.inspection import Summary, WeightGroup, inspect
@@ -16,15 +16,16 @@ _FEW = 8
 _LONG = 200
 
 
-def add_parser(subparsers: Any) -> None:
-    """The options of `qcompile inspect`."""
-    parser = subparsers.add_parser("inspect", description="Show what is in a model: types, sizes, what is quantized.")
-    parser.add_argument("model", type=Path, metavar="MODEL.onnx")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument("--all", action="store_true", help="list every weight instead of alike ones together")
+@command()
+class Options(Common):
+    """Show what is in a model: types, sizes, what is quantized."""
+
+    model: Annotated[Path, positional("MODEL.onnx", "the model file")]
+    json: Annotated[bool, option("print everything as JSON")] = False
+    all: Annotated[bool, option("list every weight instead of alike ones together")] = False
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Options) -> int:
     """Print the summary."""
     summary = inspect(args.model, every=args.all)
     if args.json:

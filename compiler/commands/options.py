@@ -1,75 +1,280 @@
-"""Options that several commands have, those of a recipe's settings among them."""
+"""Options: a command declares them as fields of a dataclass, which cyclopts reads; those that several commands have.
 
-import argparse
-from collections.abc import Callable
+    @command(WHAT, WHICH)
+    class Options(Common):
+        \"\"\"Quantize the weights of an ONNX model.\"\"\"
+
+        model: Annotated[Path, positional("MODEL.onnx", "the float model")]
+        output: Annotated[Path | None, option("the compiled model", "FILE", alias="-o")] = None
+
+A field's type says what its values are, the docstring what the command is for. `@command` adds the options of those
+settings of a recipe that are declared under the headings named (compiler/recipe.py): None where they are not given.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform, get_type_hints
 
-from qcompile.compiler.recipe import SETTINGS, Recipe, Step, load_recipe
+from cyclopts import Group, Parameter, Token
+
+from qcompile.compiler.recipe import DATA, MIXED, SAFETY, SETTINGS, WHAT, WHICH, Recipe, Step, load_recipe
 from qcompile.compiler.settings.setting import Setting
 from qcompile.passes.formats import FORMATS
 
+T = TypeVar("T")
+LogLevel = Literal["debug", "info", "warning", "error"]
+Kernels = Literal["auto", "native", "portable"]
+# Headings of a command's help that stand in this order; others stand between them and the last.
+_COMMON = "every command"
+_GROUPS = {
+    name: Group(title, sort_key=order)
+    for order, (name, title) in enumerate(
+        {WHAT: WHAT, WHICH: WHICH, DATA: DATA, MIXED: f"{MIXED}, behind qdq or dynamic", SAFETY: SAFETY}.items(), 2
+    )
+}
+_FIRST, _LAST = 1, 99
 
-def add_custom_ops(add: Callable[..., Any]) -> None:
-    """Add --custom-ops; the command line has its libraries registered around the whole command."""
-    told = "a library of custom operators that the model needs (a .so, .dylib or .dll: its code runs); may repeat"
-    add("--custom-ops", type=Path, action="append", default=[], metavar="FILE", help=told)
+
+def group(name: str) -> Group:
+    """The heading of that name in a command's help."""
+    return _GROUPS.get(name) or Group(name, sort_key=_LAST if name == _COMMON else _FIRST)
 
 
-def add_data(add: Callable[..., Any], told: str, metavar: str = "FILE") -> None:
-    """--data: files of inputs that models are scored on."""
-    add("--data", nargs="+", action="extend", type=Path, default=[], metavar=metavar, help=told)
+def option(
+    told: str, metavar: str | None = None, *, under: str = "options", many: bool = False, **more: Any
+) -> Parameter:
+    """What the type of an option does not say. under: its heading. many: it takes several words, and may repeat.
+
+    more: as `cyclopts.Parameter` takes it: `name`, `alias`, `converter`, …
+    """
+    most = (1, 1 << 20) if many else None
+    return Parameter(help=told, metavar=metavar, group=group(under), consume_multiple=most, **more)
 
 
-def add_recipe(add: Callable[..., Any]) -> None:
+@dataclass(frozen=True)
+class positional:
+    """An argument that is known by its place; several, where the field is a tuple."""
+
+    metavar: str
+    told: str
+
+    @property
+    def parameter(self) -> Parameter:
+        """The same for cyclopts."""
+        return Parameter(name=self.metavar, help=self.told, group=Group("arguments", sort_key=0))
+
+
+def _numbers(_: Any, tokens: Sequence[Token]) -> tuple[float, ...]:
+    """0.5, or 0.4,0.5,0.6."""
+    text = tokens[0].value
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"expected numbers such as 0.5 or 0.4,0.5,0.6, got {text!r}") from error
+
+
+def _size(_: Any, tokens: Sequence[Token]) -> tuple[int, int]:
+    """224,224, or 224x224."""
+    text = tokens[0].value
+    try:
+        height, width = (int(part) for part in text.replace("x", ",").split(","))
+    except ValueError as error:
+        raise ValueError(f"expected height,width such as 224,224, got {text!r}") from error
+    return height, width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command takes. epilog: what stands below the options in its help."""
+
+    epilog: ClassVar[str] = ""
+
+    quiet: Annotated[bool, option("say nothing but errors, and what was asked for", alias="-q", under=_COMMON)] = False
+    verbose: Annotated[int, option("say more on stderr (-vv: everything)", alias="-v", count=True, under=_COMMON)] = 0
+    log_level: Annotated[
+        LogLevel | None, option("how much the log says on stderr, instead of -v", "LEVEL", under=_COMMON)
+    ] = None
+    traceback: Annotated[bool, option("show the Python traceback of an error", under=_COMMON)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomOps:
+    """--custom-ops; the command line has its libraries registered around the whole command."""
+
+    custom_ops: Annotated[
+        tuple[Path, ...],
+        option(
+            "a library of custom operators that the model needs (a .so, .dylib or .dll: its code runs); may repeat",
+            "FILE",
+        ),
+    ] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernelled:
+    """--kernels: who computes the operators of qcompile."""
+
+    kernels: Annotated[
+        Kernels,
+        option(
+            "who computes the operators of qcompile: native, its library (on cuda unverified on GPU); portable, ONNX "
+            "Runtime through their ONNX bodies; auto (default), the library where there is one and the provider is the "
+            "CPU",
+            "{auto,native,portable}",
+        ),
+    ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs(Kernelled):
+    """How models are run to be judged, or to write."""
+
+    accuracy_level: Annotated[
+        Literal[0, 1, 2, 3, 4],
+        option(
+            "what ONNX Runtime may do in 4-bit products: 0 exact (default), 4 int8 activations (its own default)",
+            "{0,1,2,3,4}",
+        ),
+    ] = 0
+    provider: Annotated[str, option("cpu (default) or cuda", "NAME")] = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
     """--recipe: what the options of settings stand before."""
-    add("--recipe", type=Path, metavar="FILE", help="settings from a YAML or TOML file; options given here win")
+
+    recipe: Annotated[
+        Path | None, option("settings from a YAML or TOML file; options given here win", "FILE", under=WHAT)
+    ] = None
 
 
-def add_settings(group: Any, *headings: str) -> None:
-    """Add the options of all settings of a recipe that are declared under these headings to an argument group."""
-    for own in SETTINGS.values():
-        if own.about.group in headings:
-            _add(group, own)
+@dataclass(frozen=True, kw_only=True)
+class Calibrating(CustomOps):
+    """Where calibration data comes from."""
+
+    calibration: Annotated[
+        list[str],
+        option(
+            "text, .jsonl, .npz, .npy or image files, folders of them, or module:name (a function that gives dicts of "
+            "arrays, or a reader with get_next); or one word: self (tokens that the model generates), norms (no data: "
+            "the scales of norms stand in for activations); may repeat. Default: bundled text, else self",
+            "FILE…",
+            under=DATA,
+            many=True,
+        ),
+    ] = field(default_factory=list)
+    image_mean: Annotated[
+        tuple[float, ...] | None,
+        option(
+            "of images: (pixel/255 - mean) / std; one number, or one a channel (default: of preprocessor_config.json "
+            "beside the model, else ImageNet's)",
+            "R,G,B",
+            under=DATA,
+            converter=_numbers,
+            n_tokens=1,
+        ),
+    ] = None
+    image_std: Annotated[
+        tuple[float, ...] | None,
+        option("deviations, likewise", "R,G,B", under=DATA, converter=_numbers, n_tokens=1),
+    ] = None
+    image_size: Annotated[
+        tuple[int, int] | None,
+        option("of images, where the model's input leaves it free", "H,W", under=DATA, converter=_size, n_tokens=1),
+    ] = None
+    tokenizer: Annotated[
+        Path | None, option("folder with tokenizer.json (default: beside the model)", "DIR", under=DATA)
+    ] = None
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
+def recipe_of(args: Any) -> Recipe:
     """The recipe file's settings, overridden by the options given."""
     plain = (load_recipe(args.recipe) if args.recipe else Recipe()).to_dict()
     given = {name: getattr(args, name, None) for name in SETTINGS}
     return Recipe.from_dict(plain | {name: value for name, value in given.items() if value is not None}, "options")
 
 
-def _add(group: Any, own: Setting) -> None:
-    """The option of a setting; None where it is not given."""
-    told = own.told(formats=", ".join(known.name for known in FORMATS)).replace("%", "%%")
-    if own.about.opposite is not None:
-        pair, (other, otherwise) = group.add_mutually_exclusive_group(), own.about.opposite
-        pair.add_argument(own.option, action="store_true", default=None, help=told)
-        pair.add_argument(other, dest=own.name, action="store_false", default=None, help=otherwise)
-    elif own.many and Step not in own.kinds:
-        group.add_argument(own.option, action="append", metavar=own.about.metavar, help=told)
-    elif own.kinds == (str,) and own.choices:
-        group.add_argument(own.option, choices=own.choices, help=told)
-    else:
-        metavar = own.about.metavar or f"{{{','.join(own.values)}}}"
-        group.add_argument(own.option, type=_type(own), metavar=metavar, help=told)
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
+def command(*headings: str) -> Callable[[type[T]], type[T]]:
+    """Make a frozen dataclass of declared options, with those of a recipe's settings under `headings`, for cyclopts."""
+
+    def made(declared: type[T]) -> type[T]:
+        own = dataclass(frozen=True, kw_only=True)(declared)
+        taken = get_type_hints(own)
+        added: list[tuple[str, Any, Any]] = [
+            (name, _annotation(setting), None)
+            for name, setting in SETTINGS.items()
+            if setting.about.group in headings and name not in taken
+        ]
+        kind: Any = make_dataclass(declared.__name__, added, bases=(own,), frozen=True, kw_only=True)
+        kind.__module__, kind.__doc__ = declared.__module__, declared.__doc__
+        kind.__signature__ = _signature(kind, {name for name, _, _ in added})
+        return kind  # type: ignore[no-any-return]
+
+    return made
 
 
-def _type(own: Setting) -> Callable[[str], Any]:
-    """What makes a file's plain value of an option's text."""
-    words = own.about.word or Step in own.kinds
-    if own.many or not words or own.kinds[0] in (str, Step):
-        return {int: int, float: float}.get(own.kinds[0], str)
-    return lambda text: _named(own, text)
+def _signature(kind: Any, settings: set[str]) -> inspect.Signature:
+    """As cyclopts reads it: settings before other options under the same heading, and arguments by their places."""
+    hints, placed, named = get_type_hints(kind, include_extras=True), [], []
+    given = inspect.signature(kind.__init__).parameters
+    own = kind.__mro__[1].__annotations__
+    for name in sorted(list(given)[1:], key=lambda name: 0 if name in settings else 1 if name in own else 2):
+        marks, taken = getattr(hints[name], "__metadata__", ()), given[name]
+        place = next((mark for mark in marks if isinstance(mark, positional)), None)
+        if place is None:
+            named.append(taken.replace(annotation=hints[name]))
+        else:
+            hint = _annotated(hints[name].__origin__, place.parameter)
+            kind.__annotations__[name] = hint
+            placed.append(taken.replace(kind=inspect.Parameter.POSITIONAL_ONLY, annotation=hint))
+    return inspect.Signature([*placed, *named])
 
 
-def _named(own: Setting, text: str) -> Any:
-    """The same where some values have names."""
-    if text == own.about.word or (Step in own.kinds and text[:1].isalpha()):
-        return text
-    by_name = {str(choice): choice for choice in own.choices}
-    try:
-        return by_name[text] if by_name else own.kinds[0](text)
-    except (KeyError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"expected {own.takes}, got {text!r}") from error
+def _annotation(own: Setting) -> Any:
+    """The option of a setting; what it gives is what a file holds."""
+    told = own.told(formats=", ".join(known.name for known in FORMATS))
+    about, under = own.about, own.about.group
+    if about.opposite is not None:
+        other, otherwise = about.opposite
+        return Annotated[bool | None, option(f"{told}; {other}: {otherwise}", under=under, negative=other)]
+    if own.many and Step not in own.kinds:
+        return Annotated[list[str] | None, option(told, about.metavar, under=under)]
+    if own.kinds == (str,) and own.choices:
+        return Annotated[_one_of(own.choices), option(told, f"{{{','.join(own.choices)}}}", under=under)]
+    metavar = about.metavar or f"{{{','.join(own.values)}}}"
+    if about.word or Step in own.kinds:
+        taken = option(told, metavar, under=under, converter=_converter(own), n_tokens=1)
+        return Annotated[Any, taken]
+    return Annotated[own.kinds[0] | None, option(told, metavar, under=under)]
+
+
+def _one_of(choices: tuple[Any, ...]) -> Any:
+    return Literal[choices] | None
+
+
+def _annotated(kind: Any, parameter: Parameter) -> Any:
+    return Annotated[kind, parameter]
+
+
+def _converter(own: Setting) -> Callable[[Any, Sequence[Token]], Any]:
+    """What makes a file's plain value of an option's text, where some values have names."""
+
+    def converted(_: Any, tokens: Sequence[Token]) -> Any:
+        text = tokens[0].value
+        if (
+            own.many
+            or own.kinds[0] in (str, Step)
+            or text == own.about.word
+            or (Step in own.kinds and text[:1].isalpha())
+        ):
+            return text
+        by_name = {str(choice): choice for choice in own.choices}
+        try:
+            return by_name[text] if by_name else own.kinds[0](text)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"expected {own.takes}, got {text!r}") from error
+
+    return converted

@@ -1,22 +1,13 @@
 """`qcompile package`: the folder that an application copies."""
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+from qcompile.compiler.commands.options import Common, Kernels, command, option, positional
 from qcompile.compiler.console.terminal import console
 from qcompile.compiler.package.folder import Packaged
 from qcompile.compiler.package.kinds import KINDS
-from qcompile.runtime.sessions import KERNELS
 
-_DESCRIPTION = """\
-Put a model, compiled or float, into a folder that an application loads as it is.
-genai: a decoder with caches for onnxruntime_genai.Model(DIR). DIR gets model.onnx and its weights, genai_config.json
-(names and sizes of the graph, the rest of the files beside the model), the tokenizer, the chat template, native kernels
-and licences (docs/genai.md).
-ort: any model, its weights inside model.onnx where they are small, native kernels and how to register them.
-transformers.js: DIR gets config.json, the tokenizer and onnx/model_q4.onnx or the like (docs/web.md).
-"""
 _NEXT = {
     "genai": 'onnxruntime_genai.Model("{}"), see docs/genai.md',
     "ort": "{}/README.md, see docs/deploy.md",
@@ -24,26 +15,36 @@ _NEXT = {
 }
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add `package` to the command line."""
-    parser = subparsers.add_parser(
-        "package",
-        help="the folder that an application copies",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="a compiled decoder, or a float one")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", required=True, help="the folder to write")
-    parser.add_argument("--for", dest="kind", choices=KINDS, required=True, help="what is to run it")
-    told = "folder with tokenizer.json, config.json and generation_config.json (default: beside the model)"
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help=told)
-    told = (
-        "native kernels: those of this machine where there are any (auto), an error without (native), none (portable)"
-    )
-    parser.add_argument("--kernels", choices=KERNELS, default="auto", help=told)
+@command()
+class Options(Common):
+    """Put a model, compiled or float, into a folder that an application loads as it is.
+    genai: a decoder with caches for onnxruntime_genai.Model(DIR). DIR gets model.onnx and its weights,
+    genai_config.json (names and sizes of the graph, the rest of the files beside the model), the tokenizer, the chat
+    template, native kernels and licences (docs/genai.md).
+    ort: any model, its weights inside model.onnx where they are small, native kernels and how to register them.
+    transformers.js: DIR gets config.json, the tokenizer and onnx/model_q4.onnx or the like (docs/web.md)."""
+
+    model: Annotated[Path, positional("MODEL.onnx", "a compiled decoder, or a float one")]
+    output: Annotated[Path, option("the folder to write", "DIR", alias="-o")]
+    kind: Annotated[
+        Literal["genai", "ort", "transformers.js"],
+        option("what is to run it", "{genai,ort,transformers.js}", name="--for"),
+    ]
+    tokenizer: Annotated[
+        Path | None,
+        option("folder with tokenizer.json, config.json and generation_config.json (default: beside the model)", "DIR"),
+    ] = None
+    kernels: Annotated[
+        Kernels,
+        option(
+            "native kernels: those of this machine where there are any (auto), an error without (native), none "
+            "(portable)",
+            "{auto,native,portable}",
+        ),
+    ] = "auto"
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Options) -> int:
     """Write the folder, and say what is in it."""
     done = KINDS[args.kind](args.model, args.output, tokenizer=args.tokenizer, kernels=args.kernels)
     tell(done, args.output, args.kind)

@@ -1,12 +1,12 @@
 """`qcompile passes`: what can stand in a pass list, and the observers and weight formats that a recipe can name."""
 
-import argparse
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 
+from qcompile.compiler.commands.options import Common, command, positional
 from qcompile.compiler.plan import describe, needs_calibration, summary
 from qcompile.passes.base import Pass
 from qcompile.passes.errors import UserError
@@ -16,22 +16,17 @@ from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.table import PASSES
 
 T = TypeVar("T")
-_DESCRIPTION = """\
-The passes, the observers (for qdq(observer=NAME)) and the weight formats (for --weights NAME), with their parameters;
-those of other packages with the package that adds them."""
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command."""
-    told = "list the passes, observers and weight formats"
-    parser = subparsers.add_parser("passes", help=told, description=_DESCRIPTION)
-    parser.add_argument(
-        "name", nargs="?", metavar="PASS", help="this one alone, with the small passes that it is made of"
-    )
-    parser.set_defaults(run=run)
+@command()
+class Options(Common):
+    """The passes, the observers (for qdq(observer=NAME)) and the weight formats (for --weights NAME), with their
+    parameters; those of other packages with the package that adds them."""
+
+    name: Annotated[str | None, positional("PASS", "this one alone, with the small passes that it is made of")] = None
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Options) -> int:
     """Print each pass, in the order in which a full list runs them; then each observer, and each format. Or one pass.
 
     Raises UserError behind the lists where a row of another package cannot be used, and for a pass that there is not.

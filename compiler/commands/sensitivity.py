@@ -1,57 +1,48 @@
 """`qcompile sensitivity`: which integer nodes change what a model says, from the worst on."""
 
-import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from rich.console import Console
 
 from qcompile.compiler.api.sensitivity import DEFAULT_PASSES, rank_nodes
 from qcompile.compiler.commands import compile as compiling
-from qcompile.compiler.commands.options import add_recipe, add_settings, recipe_of
+from qcompile.compiler.commands.options import Calibrating, Common, Recipes, command, option, positional, recipe_of
 from qcompile.compiler.console.numbers import decibels
 from qcompile.compiler.console.terminal import console, table
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
 from qcompile.compiler.mixed.ranking import Ranking
-from qcompile.compiler.recipe import WHICH
+from qcompile.compiler.recipe import DATA, WHICH
 
-_DESCRIPTION = """\
-Rank the nodes that qdq or dynamic make integer by what each of them alone changes in the output, all others in float:
-KL of a decoder's logits (nats a token), else the signal to noise of the outputs. Measured on two windows of 256 tokens
-of the calibration text that calibration does not use (of other data, on four calibration batches). The float and the
-integer weights are in memory at once.
-The result is kept in ~/.cache/qcompile (QCOMPILE_CACHE moves it). `qcompile MODEL.onnx --keep-worst N`, `--max-kl NATS`
-and `--min-sqnr DB` leave the worst nodes in float."""
 _DEFAULT_PASSES = ",".join(map(str, DEFAULT_PASSES))
 _SHOWN = 30
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command's options."""
-    parser = subparsers.add_parser(
-        "sensitivity",
-        help="which integer nodes change the output most",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="the float model")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the whole ranking there")
-    group = parser.add_argument_group("what to rank")
-    add = group.add_argument
-    add("--passes", help=f"ordered list of passes with qdq or dynamic in it (default: {_DEFAULT_PASSES})")
-    add_settings(group, WHICH)
-    add_recipe(add)
-    compiling.add_calibration(parser)
-    parser.set_defaults(run=run)
+@command(WHICH, DATA)
+class Options(Common, Calibrating, Recipes):
+    """Rank the nodes that qdq or dynamic make integer by what each of them alone changes in the output, all others in
+    float: KL of a decoder's logits (nats a token), else the signal to noise of the outputs. Measured on two windows of
+    256 tokens of the calibration text that calibration does not use (of other data, on four calibration batches). The
+    float and the integer weights are in memory at once.
+    The result is kept in ~/.cache/qcompile (QCOMPILE_CACHE moves it). `qcompile MODEL.onnx --keep-worst N`,
+    `--max-kl NATS` and `--min-sqnr DB` leave the worst nodes in float."""
+
+    model: Annotated[Path, positional("MODEL.onnx", "the float model")]
+    output: Annotated[Path | None, option("write the whole ranking there", "FILE.json", alias="-o")] = None
+    passes: Annotated[
+        str | None,
+        option(f"ordered list of passes with qdq or dynamic in it (default: {_DEFAULT_PASSES})", "PASSES", under=WHICH),
+    ] = None
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Options) -> int:
     """Rank, or read the ranking of an earlier call; print the worst."""
     if args.passes is None and args.recipe is None:
-        args.passes = _DEFAULT_PASSES
+        args = replace(args, passes=_DEFAULT_PASSES)
     recipe = recipe_of(args)
     if args.output is not None:
         check_result_path([args.model], args.output, named(args.calibration))

@@ -1,12 +1,12 @@
 """`qcompile sweep`: a model under many settings, accuracy against bits per weight."""
 
-import argparse
 import sys
 import time
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from qcompile.compiler.commands.options import add_custom_ops, add_data
+from qcompile.compiler.commands.options import Common, CustomOps, Kernelled, command, option, positional
 from qcompile.compiler.console.terminal import console, progress
 from qcompile.compiler.recipe import load_recipe
 from qcompile.compiler.sweep.grid import parse_grid
@@ -15,8 +15,8 @@ from qcompile.compiler.sweep.run import sweep
 from qcompile.compiler.sweep.scoring import Evaluation
 from qcompile.compiler.sweep.tables import caption, reasons, terminal_table
 from qcompile.passes.errors import UserError
-from qcompile.runtime.sessions import KERNELS
 
+_SCORED = "what models are scored on"
 _EPILOG = """A grid item is KEY=VALUE,VALUE,… with any key of a recipe, such as bits=4,8 group_size=32,128,channel
 symmetric=yes,no. Lists have semicolons between them: "passes=pack;smooth,awq,pack" "calibration=a.txt;b.txt,c.txt;none"
 (none: no files, the default data). Finished combinations are kept in DIR/cache and never run twice: run the same
@@ -24,39 +24,43 @@ command again after an interrupt, or with more values. Models are removed once t
 what the figures are."""
 
 
-def add_parser(subparsers: Any) -> None:
-    """The options of `qcompile sweep`."""
-    told = "Compile a model under every combination of settings, and draw accuracy against bits per weight."
-    parser = subparsers.add_parser("sweep", description=told, epilog=_EPILOG)
-    add = parser.add_argument
-    add("model", type=Path, metavar="MODEL.onnx", help="the float model")
-    add("--grid", nargs="+", action="extend", required=True, metavar="KEY=VALUES", help="settings and their values")
-    add("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for results, plots and the cache")
-    add("--recipe", type=Path, metavar="FILE", help="settings that are not in the grid, from a YAML or TOML file")
-    add(
-        "--calibration",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="data for all combinations, if not in the grid",
+@command()
+class Options(Common, Kernelled, CustomOps):
+    """Compile a model under every combination of settings, and draw accuracy against bits per weight."""
+
+    epilog = _EPILOG
+
+    model: Annotated[Path, positional("MODEL.onnx", "the float model")]
+    grid: Annotated[list[str], option("settings and their values", "KEY=VALUES…", many=True)]
+    output: Annotated[Path, option("folder for results, plots and the cache", "DIR", alias="-o")]
+    recipe: Annotated[Path | None, option("settings that are not in the grid, from a YAML or TOML file", "FILE")] = None
+    calibration: Annotated[list[str], option("data for all combinations, if not in the grid", "FILE…", many=True)] = (
+        field(default_factory=list)
     )
-    add("--tokenizer", type=Path, metavar="DIR", help="folder with tokenizer.json (default: beside the model)")
-    add("--limit", type=int, metavar="N", help="run at most N combinations now")
-    add("--keep-models", action="store_true", help="keep the models that are compiled now, in DIR/models")
-    add("--note", default="", metavar="TEXT", help="words for the caption")
-    add = parser.add_argument_group("what models are scored on").add_argument
-    add("--text", type=Path, metavar="FILE", help="UTF-8 text (default: the bundled text's last tenth, which is then "
-        "held out of the default calibration)")  # fmt: skip
-    add_data(add, "inputs instead, arrays by name", "FILE.npz")
-    add("--context", type=int, default=512, help="tokens in a window (default 512)")
-    add("--tokens", type=int, default=2048, help="tokens of the text; 0 for all (default 2048)")
-    add_custom_ops(add)
-    add("--provider", default="cpu", help="cpu (default) or cuda; for compiling, set provider in the grid or recipe")
-    add("--kernels", default="auto", choices=KERNELS, help="who computes the operators of qcompile (see qcompile eval)")
+    tokenizer: Annotated[Path | None, option("folder with tokenizer.json (default: beside the model)", "DIR")] = None
+    limit: Annotated[int | None, option("run at most N combinations now", "N")] = None
+    keep_models: Annotated[bool, option("keep the models that are compiled now, in DIR/models")] = False
+    note: Annotated[str, option("words for the caption", "TEXT")] = ""
+    text: Annotated[
+        Path | None,
+        option(
+            "UTF-8 text (default: the bundled text's last tenth, which is then held out of the default calibration)",
+            "FILE",
+            under=_SCORED,
+        ),
+    ] = None
+    data: Annotated[list[Path], option("inputs instead, arrays by name", "FILE.npz…", under=_SCORED, many=True)] = (
+        field(default_factory=list)
+    )
+    context: Annotated[int, option("tokens in a window (default 512)", "N", under=_SCORED)] = 512
+    tokens: Annotated[int, option("tokens of the text; 0 for all (default 2048)", "N", under=_SCORED)] = 2048
+    provider: Annotated[
+        str,
+        option("cpu (default) or cuda; for compiling, set provider in the grid or recipe", "NAME", under=_SCORED),
+    ] = "cpu"
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Options) -> int:
     """Run what is open, write the results, print the table."""
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit must be 0 or more, got {args.limit}")

@@ -5,15 +5,16 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 
 from qcompile.compiler import cli
 from qcompile.compiler.cli import COMMANDS, main
+from qcompile.compiler.commands.options import Common, command, option, positional
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.terminal import console, table
-from qcompile.passes.errors import UserError
+from qcompile.passes.errors import BrokenPromise, UserError, Verdict
 
 Fake = Callable[[Callable[[Any], int]], None]
 
@@ -23,16 +24,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     """Replace every command's module by one that runs the given function."""
 
     def install(body: Callable[[Any], int]) -> None:
-        def add_parser(subparsers: Any) -> None:
-            parser = subparsers.add_parser(chosen[0])
-            parser.add_argument("model", nargs="?")
-            parser.add_argument("--passes")
-
-        chosen: list[str] = []
-
         def module(name: str) -> Any:
-            chosen.append(name)
-            return types.SimpleNamespace(add_parser=add_parser, run=body)
+            @command()
+            class Options(Common):
+                command = name
+                model: Annotated[str | None, positional("MODEL.onnx", "a model")] = None
+                passes: Annotated[str | None, option("passes", "PASSES")] = None
+
+            return types.SimpleNamespace(Options=Options, run=body)
 
         monkeypatch.setattr(cli, "_module", module)
 
@@ -73,7 +72,7 @@ def test_without_a_command_the_model_is_compiled(fake: Fake, arguments: list[str
         (OSError(28, "No space left on device"), 2, "qcompile: error: No space left on device"),
         (MemoryError(), 2, "out of memory: use fewer --samples"),
         (KeyboardInterrupt(), 130, "qcompile: interrupted, nothing was written"),
-        (ZeroDivisionError("oops"), 1, "ZeroDivisionError: oops (this is a bug; run with --traceback"),
+        (ZeroDivisionError("oops"), 70, "ZeroDivisionError: oops (this is a bug; run with --traceback"),
     ],
 )
 def test_failures_are_one_line(
@@ -87,7 +86,16 @@ def test_failures_are_one_line(
     assert captured.out == ""
 
 
-@pytest.mark.parametrize(("error", "code"), [(ZeroDivisionError("oops"), 1), (UserError("bad"), 2), (OSError(), 1)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ZeroDivisionError("oops"), 70),
+        (UserError("bad"), 2),
+        (Verdict("worse than asked"), 1),
+        (BrokenPromise("own", "broken"), 70),
+        (OSError(), 70),
+    ],
+)
 def test_traceback_changes_no_exit_code(
     fake: Fake, capsys: pytest.CaptureFixture[str], error: Exception, code: int
 ) -> None:
@@ -149,8 +157,8 @@ def test_closed_streams() -> None:
     [
         (["evla"], "no command 'evla' and no such file: did you mean 'eval'?"),
         (["xyzzy"], "commands: compile, calibrate, passes"),
-        (["eval", "model.onnx", "--pases", "x"], "unrecognized arguments: --pases"),
-        (["eval", "model.onnx", "--pass", "x"], "unrecognized arguments: --pass x"),
+        (["eval", "model.onnx", "--pases", "x"], "no option --pases: did you mean '--passes'?"),
+        (["eval", "model.onnx", "--pass", "x"], "no option --pass: did you mean '--passes'?"),
     ],
 )
 def test_bad_arguments_are_bad_input(
@@ -188,9 +196,10 @@ def test_help_imports_no_numeric_library() -> None:
 def test_a_reader_that_goes_away_is_no_error(printer: str) -> None:
     code = (
         "import sys, types, rich; from qcompile.compiler import cli\n"
+        "from qcompile.compiler.commands.options import Common, command\n"
         f"def run(args):\n    for _ in range(100): {printer}('line ' * 1000)\n    return 0\n"
-        "add = lambda s: s.add_parser('inspect')\n"
-        "cli._module = lambda name: types.SimpleNamespace(run=run, add_parser=add)\n"
+        "Options = command()(type('Options', (Common,), {'__doc__': 'x'}))\n"
+        "cli._module = lambda name: types.SimpleNamespace(run=run, Options=Options)\n"
         "sys.exit(cli.main(['inspect']))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -1,6 +1,5 @@
 """compiler/recipe.py: pass lists and recipe files; every mistake is told, none is guessed away."""
 
-import argparse
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.compiler.commands.options import add_settings, recipe_of
+from qcompile.compiler.commands.options import Common, Recipes, command, recipe_of
+from qcompile.compiler.commands.parse import parse
 from qcompile.compiler.recipe import (
     DATA,
     MIXED,
@@ -145,6 +145,13 @@ def test_files_that_are_no_recipes(tmp_path: Path, name: str, text: str | None) 
 # --- what follows from each declaration -------------------------------------------------------------------------------
 
 HEADINGS = (WHAT, WHICH, DATA, MIXED, SAFETY)
+
+
+@command(*HEADINGS)
+class All(Common, Recipes):
+    """Every setting."""
+
+
 _PATTERNS = st.lists(st.text("ab*[]./ ", min_size=1), min_size=1, max_size=3).map(tuple)
 
 
@@ -204,10 +211,7 @@ def _options(recipe: Recipe) -> list[str]:
 @given(_recipes())
 def test_files_dicts_and_options_say_the_same(recipe: Recipe) -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--recipe", type=Path)
-    add_settings(parser.add_argument_group("all"), *HEADINGS)
-    assert recipe_of(parser.parse_args(_options(recipe))) == recipe
+    assert recipe_of(parse("compile", All, _options(recipe))) == recipe
 
 
 @given(

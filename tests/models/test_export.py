@@ -1,6 +1,5 @@
 """Export of small transformers models, end to end: torch, ONNX, the check, the folder that appears."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from lazily import torch, transformers
 
+from qcompile.compiler.cli import main
 from qcompile.compiler.commands import export as command
 from qcompile.models import trace
 from qcompile.models.export import export_model
@@ -51,11 +51,8 @@ def plain(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def last(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With caches, the head on the last row: as the command exports it for onnxruntime-genai."""
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
     target = tmp_path_factory.mktemp("out") / "last"
-    args = parser.parse_args(["export", str(llama), "-o", str(target), "--for", "genai"])
-    assert args.run(args) == 0
+    assert main(["export", str(llama), "-o", str(target), "--for", "genai"]) == 0
     return target
 
 
@@ -168,11 +165,8 @@ def test_the_last_row_is_the_last_one_that_is_no_padding(llama: Path, last: Path
 def test_command_exports_fp16_and_says_what_to_type_next(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
     target = tmp_path / "half"
-    args = parser.parse_args(["export", str(llama), "-o", str(target), "--dtype", "fp16", "--layers", "1"])
-    assert args.run(args) == 0
+    assert main(["export", str(llama), "-o", str(target), "--dtype", "fp16", "--layers", "1"]) == 0
     said = capsys.readouterr().out
     assert "agrees with torch" in said
     assert "--passes smooth,awq,pack" in said

@@ -22,13 +22,13 @@ OPTIONS = {
     "unreadable_passes": (["--passes", "pack("], r"cannot read 'pack\(' in the pass list"),
     "parameter_type": (["--passes", "smooth(alpha=[),pack"], r"parameter alpha takes float or 'auto', got '\['"),
     "group_size": (["--group-size", "7"], r"group size 7 is not possible; give 8 to 4096, or 0"),
-    "group_size_word": (["--group-size", "many"], r"argument --group-size: invalid int value: 'many'"),
+    "group_size_word": (["--group-size", "many"], r"--group-size: expected an integer, got 'many'"),
     "group_of_target": (["--group-size", "24", "--target", "matmulnbits"], r"matmulnbits takes group sizes 16, 32, 64"),
     "bits": (["--bits", "3"], r"4 or 8 bits, got 3"),
     "lm_head": (["--lm-head", "5"], r"expected 4, 8, a weight format or keep, got '5'"),
     "provider": (["--provider", "tpu"], r"no provider tpu; it has .*CPUExecutionProvider"),
     "missing_recipe": (["--recipe", "no.yaml"], r"recipe no\.yaml cannot be read"),
-    "both_symmetries": (["--symmetric", "--asymmetric"], r"not allowed with argument"),
+    "both_symmetries": (["--symmetric", "--asymmetric"], r"--asymmetric is there twice, or with its opposite"),
     "min_coverage": (["--min-coverage", "95"], r"min_coverage must lie between 0 and 1, got 95"),
 }
 

@@ -204,7 +204,7 @@ def test_eval_command_on_encoders(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["{a}", "--text", "{t}"], "no tokenizer.json at"),
         (["{a}", "--text", "{t}", "--provider", "warp"], "no tokenizer.json at"),
         (["{m}", "--text", "{t}"], "float input 'x'"),
-        (["{a}", "--text", "{t}", "--accuracy-level", "9"], "invalid choice: 9"),
+        (["{a}", "--text", "{t}", "--accuracy-level", "9"], "--accuracy-level: expected 0, 1, 2, 3 or 4, got '9'"),
     ],
 )
 def test_eval_command_refuses(

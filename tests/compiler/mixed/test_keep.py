@@ -183,7 +183,7 @@ def test_other_networks_by_the_noise_of_their_outputs(bench: Any, capsys: pytest
         (["--max-kl", "nan"], "max_kl must be a positive number, got nan"),
         (["--max-kl", "0.1", "--keep-worst", "2"], "keep_worst and max_kl are two ways to choose"),
         (["--max-kl", "0.1", "--passes", "pack"], "max_kl keeps nodes of qdq or dynamic in float: add one of them"),
-        (["--max-kl", "lots"], "argument --max-kl: invalid float value"),
+        (["--max-kl", "lots"], "--max-kl: expected a number, got 'lots'"),
     ],
 )
 def test_bad_bounds_are_told_in_a_line(

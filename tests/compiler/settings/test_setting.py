@@ -1,12 +1,12 @@
 """compiler/settings/setting.py and commands/options.py: one declaration, and all that follows from it."""
 
-import argparse
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pytest
 
 from qcompile.compiler.commands import options
+from qcompile.compiler.commands.parse import parse
 from qcompile.compiler.settings.setting import About, settings, table
 from qcompile.compiler.settings.steps import Step
 from qcompile.passes.errors import UserError
@@ -79,6 +79,10 @@ def test_what_is_wrong_is_told(name: str, plain: Any, message: str) -> None:
     assert str(told.value) == message
 
 
+def _options(*headings: str) -> Any:
+    return options.command(*(headings or ("a", "b")))(type("Options", (options.Common,), {"__doc__": "Everything."}))
+
+
 @pytest.mark.parametrize(
     ("given", "plain"),
     [
@@ -93,35 +97,31 @@ def test_what_is_wrong_is_told(name: str, plain: Any, message: str) -> None:
 )
 def test_options(monkeypatch: pytest.MonkeyPatch, given: list[str], plain: dict[str, Any]) -> None:
     monkeypatch.setattr(options, "SETTINGS", OWN)
-    parser = argparse.ArgumentParser()
-    options.add_settings(parser, "a", "b")
-    assert {name: value for name, value in vars(parser.parse_args(given)).items() if value is not None} == plain
+    taken = vars(parse("x", _options(), given))
+    assert {name: value for name, value in taken.items() if name in OWN and value is not None} == plain
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--depth", "x"], "argument --depth: expected an integer or auto, got 'x'"),
-        (["--level", "5"], "argument --level: expected 4, 8, a weight format or keep, got '5'"),
-        (["--share", "x"], "argument --share: invalid float value: 'x'"),
-        (["--way", "left"], "argument --way: invalid choice: 'left'"),
-        (["--calm", "--loud"], "not allowed with argument"),
+        (["--depth", "x"], "--depth: expected an integer or auto, got 'x'"),
+        (["--level", "5"], "--level: expected 4, 8, a weight format or keep, got '5'"),
+        (["--share", "x"], "--share: expected a number, got 'x'"),
+        (["--way", "left"], "--way: expected up or down, got 'left'"),
+        (["--calm", "--loud"], "--loud is there twice, or with its opposite"),
     ],
 )
-def test_options_that_are_wrong(monkeypatch: pytest.MonkeyPatch, capsys: Any, given: list[str], message: str) -> None:
+def test_options_that_are_wrong(monkeypatch: pytest.MonkeyPatch, given: list[str], message: str) -> None:
     monkeypatch.setattr(options, "SETTINGS", OWN)
-    parser = argparse.ArgumentParser()
-    options.add_settings(parser, "a", "b")
-    with pytest.raises(SystemExit):
-        parser.parse_args(given)
-    assert message in capsys.readouterr().err
+    with pytest.raises(UserError) as told:
+        parse("x", _options(), given)
+    assert str(told.value) == f"{message} (see qcompile x --help)"
 
 
-def test_help_and_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_and_documentation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(options, "SETTINGS", OWN)
-    parser = argparse.ArgumentParser(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=200))
-    options.add_settings(parser.add_argument_group("first"), "a")
-    shown = parser.format_help()
+    assert parse("x", _options("a"), ["--help"]) is None
+    shown = capsys.readouterr().out
     assert "--depth {auto}" in shown
     assert "how deep (default: auto)" in shown
     assert "--level {4,8,FORMAT,keep}" in shown
