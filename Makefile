@@ -63,7 +63,7 @@ clean:
 
 # The install is editable: Python is read where it lies. A change of dependencies, of packages or of the kernels needs
 # it again.
-$(STAMP): pyproject.toml $(wildcard */__init__.py */*/__init__.py) $(wildcard runtime/kernels/*) $(wildcard runtime/kernels/cuda/*)
+$(STAMP): pyproject.toml $(wildcard */__init__.py */*/__init__.py */*/*/__init__.py) $(wildcard runtime/kernels/*) $(wildcard runtime/kernels/cuda/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "qcompile needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \

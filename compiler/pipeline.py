@@ -99,6 +99,7 @@ def compile_model(
         judged = [o for o in report.outputs if o.name not in silent(reloaded, original, job.sigmoids)]
         check_outputs(judged, report.nodes, recipe.min_cosine)
         report.compiled_bytes = written.model_bytes + written.data_bytes
+        report.output = str(target)
         report.files = [file.name for file in (*written.paths, report_path(target), page_path(target))]
         report.seconds, report.peak_memory = time.monotonic() - started, peak_memory()
         with publish.writing(target):

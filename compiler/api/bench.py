@@ -2,7 +2,7 @@
 
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import onnx_ir as ir
 from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.files.load import load_model
 from qcompile.compiler.measure.workload import Workload, common_vocabulary
+from qcompile.compiler.results.sheet import Sheet, Shown
 from qcompile.passes.errors import UserError
 from qcompile.runtime.bench import Case, Measured, Subject, cpu_name, measure, native_kernel, paired_ratio, spread
 from qcompile.runtime.sessions import ort_version
@@ -77,6 +78,39 @@ def _parts(text: str) -> tuple[str, Path, str]:
     return next((reading for reading in readings if reading[1].is_file()), readings[-1])
 
 
+@dataclass(frozen=True, repr=False)
+class Benchmark(Shown):
+    """What was measured. report: as in the JSON of `qcompile bench`."""
+
+    report: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report."""
+        return self.report
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each model, number of threads and case."""
+        return [
+            {name: value for name, value in row.items() if not isinstance(value, list)}
+            | {name: value for name, value in case.items() if not isinstance(value, list)}
+            for row in self.report["models"]
+            for case in row["cases"]
+        ]
+
+    def sheet(self) -> Sheet:
+        """A line for each of these."""
+        rows = [_cells(own) for own in self.records()]
+        title = f"ONNX Runtime {self.report['onnxruntime']}, {self.report['cpu']}, {self.report['rounds']} rounds"
+        heads = ("model", "threads", "case", "median", "unit", "spread", "to the first")
+        return Sheet(title, heads, rows, 4)
+
+
+def _cells(own: Mapping[str, Any]) -> list[str]:
+    ratio = "" if own["ratio"] is None else f"{own['ratio']:.2f}×"
+    median, spread = f"{own['value']:.4g}", f"±{own['spread']:.0%}"
+    return [own["label"], str(own["threads"]), own["name"], median, own["unit"], spread, ratio]
+
+
 def bench_models(
     candidates: Sequence[Candidate],
     workload: Workload | None = None,
@@ -84,8 +118,8 @@ def bench_models(
     threads: Sequence[int] = (),
     rounds: int = 5,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Measure models in turns, each in a process of its own; the results as in the JSON of `qcompile bench`.
+) -> Benchmark:
+    """Measure models in turns, each in a process of its own.
 
     threads: numbers of them, all cores where there is none. Ratios are of the first model's figures.
     Raises UserError for bad input.
@@ -112,7 +146,7 @@ def bench_models(
         for c, plan in zip(candidates, plans, strict=True)
     ]
     results = measure(subjects, rounds=rounds, progress=progress or (lambda done, total: None))
-    return {
+    report = {
         "onnxruntime": ort_version(),
         "cpu": cpu_name(),
         "cores": cores(),
@@ -121,6 +155,7 @@ def bench_models(
         "models": [_row(result, results, runs[result.subject.label]) for result in results],
         "remarks": {label: remarks for label, (_, remarks) in cases.items() if remarks},
     }
+    return Benchmark(report)
 
 
 def _cases(

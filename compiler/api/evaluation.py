@@ -1,11 +1,12 @@
 """How good models are, alone or against a reference: on texts, or on arrays and images."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qcompile.compiler.data.calibration import data_batches
+from qcompile.compiler.console.numbers import megabytes
+from qcompile.compiler.data.calibration import Calibration, data_batches
 from qcompile.compiler.data.feeds import Batch, token_batches
 from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.data.tokens import Tokenizer, find_tokenizer, load_tokenizer
@@ -13,7 +14,9 @@ from qcompile.compiler.files.load import load_model
 from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores, evaluate_many, score_outputs
 from qcompile.compiler.measure.loaded import text_windows
 from qcompile.compiler.report.sizes import Sizes, model_sizes
+from qcompile.compiler.results.sheet import Sheet, Shown
 from qcompile.passes.errors import UserError
+from qcompile.runtime.sessions import operator_kernels
 
 # Called with what is being done, and how many of how many of its steps are.
 Told = Callable[[str, int, int], None]
@@ -21,23 +24,28 @@ Told = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What models are judged on: texts, or files of inputs (.npz, .npy, images, folders of them).
+    """What models are judged on: texts, or batches: files (.npz, .npy, images, folders of them) or a program's.
 
     tokenizer: its folder, by default beside one of the models. context, tokens: of a window, and of each text; None for
     all of it.
     """
 
     texts: Sequence[Path] = ()
-    data: Sequence[Path] = ()
+    data: Calibration = field(default_factory=Calibration)
     tokenizer: Path | None = None
     context: int = 512
     tokens: int | None = 4096
 
     def __post_init__(self) -> None:
-        if bool(self.texts) == bool(self.data):
+        if bool(self.texts) == self.has_data:
             raise UserError("give either --text FILE … for a language model or --data FILE.npz … with --against")
         if self.tokens is not None and self.tokens < 2:
             raise UserError(f"--tokens must be at least 2 (or 0 for the whole text), got {self.tokens}")
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there are batches, not texts."""
+        return bool(self.data.files) or self.data.reader is not None
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,11 @@ class Evaluated:
     sizes: Sizes
     text: str = ""
 
+    def renamed(self, names: Mapping[str, str]) -> "Evaluated":
+        """The same with other names of model and text, where there are some."""
+        model = names.get(self.scores.model, self.scores.model)
+        return Evaluated(replace(self.scores, model=model), self.sizes, names.get(self.text, self.text))
+
     def row(self) -> dict[str, Any]:
         """Plain values, as in the JSON of `qcompile eval`."""
         told = {"text": self.text} if self.text else {}
@@ -68,13 +81,49 @@ class Evaluated:
         return {**told, **asdict(self.scores), **more, **asdict(self.sizes)}
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """Everything of one evaluation: a row for each text and model (the reference first), or each output and model."""
 
     rows: Sequence[Evaluated]
     against: Path | None
     running: Running = field(default_factory=Running)
+
+    def records(self) -> list[dict[str, Any]]:
+        """A dict for each row, as in the JSON of `qcompile eval`."""
+        return [own.row() for own in self.rows]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rows, and how the models were run."""
+        against = str(self.against) if self.against is not None else None
+        return {"rows": self.records(), "against": against, **self.running.settings()}
+
+    def sheet(self) -> Sheet:
+        """A line for each row."""
+        by = operator_kernels(self.running.kernels, self.running.provider)
+        first = self.rows[0].scores
+        if isinstance(first, OutputScores):
+            heads = ("model", "output", "size", "SQNR dB", "cosine", "values")
+            return Sheet(f"outputs; {by}", heads, [_output_cells(own) for own in self.rows], 4)
+        heads = ("text", "model", "size", "perplexity", "KL to reference", "same top-1")
+        title = f"{first.windows} windows of {first.context} tokens, {first.scored} scored; {by}"
+        return Sheet(title, heads, [_text_cells(own) for own in self.rows], 4)
+
+
+def _output_cells(own: Evaluated) -> list[str]:
+    score = own.scores
+    assert isinstance(score, OutputScores)
+    size = megabytes(own.sizes.file_bytes)
+    return [score.model, score.output, size, f"{score.sqnr:.2f}", f"{score.cosine:.6f}", str(score.values)]
+
+
+def _text_cells(own: Evaluated) -> list[str]:
+    score = own.scores
+    assert isinstance(score, DecoderScores)
+    kl = "" if score.kl is None else f"{score.kl:.5f} ± {score.kl_error:.5f}"
+    agreement = "" if score.agreement is None else f"{score.agreement:.2%}"
+    name, size = Path(own.text).name, megabytes(own.sizes.file_bytes)
+    return [name, score.model, size, f"{score.perplexity:.4f}", kl, agreement]
 
 
 def evaluate_models(
@@ -122,7 +171,7 @@ def _outputs(models: Sequence[Path], on: EvaluationSet, against: Path, running: 
     """SQNR and cosine of every output, on files of inputs or on the windows of texts."""
 
     def batches(plan: InputPlan) -> Sequence[Batch]:
-        if on.data:
+        if on.has_data:
             return data_batches(plan, against, on.data)
         tokenizer = _tokenizer(models, on, against)
         texts = [text_windows(text, tokenizer, plan, on.context, on.tokens) for text in on.texts]

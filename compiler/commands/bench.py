@@ -75,7 +75,7 @@ def _measured(
             bar.update(task, completed=done, total=total)
             bar.refresh()
 
-        return bench_models(candidates, workload, threads=threads, rounds=rounds, progress=step)
+        return bench_models(candidates, workload, threads=threads, rounds=rounds, progress=step).report
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from qcompile.compiler.api.evaluation import EvaluationSet, Running, evaluate_mo
 from qcompile.compiler.commands.options import Common, CustomOps, Runs, command, option, positional
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.terminal import console, progress, table
+from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
@@ -41,7 +42,7 @@ class Options(Common, Runs, CustomOps):
 
 def run(args: Options) -> int:
     """Evaluate, print a table, and write JSON if asked."""
-    test = EvaluationSet(args.text, args.data, args.tokenizer, args.context, args.tokens or None)
+    test = EvaluationSet(args.text, Calibration(args.data), args.tokenizer, args.context, args.tokens or None)
     if args.json is not None:
         read = [*args.text, *named([str(path) for path in args.data])]
         check_result_path([*([args.against] if args.against else []), *args.models], args.json, read)

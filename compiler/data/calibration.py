@@ -74,13 +74,15 @@ class Calibration:
 
     files: texts, .npz or .npy files, images, folders of them, or module:name; or one word that is no file. tokenizer:
     its folder. reader: instead of files, an object with `get_next` as ONNX Runtime's CalibrationDataReader has it, or
-    an iterable of dicts from input name to array. pictures: what is done to images.
+    an iterable of batches (`readers.by_name`). pictures: what is done to images. texts: documents in memory, instead of
+    files.
     """
 
     files: Sequence[str] = ()
     tokenizer: Path | None = None
-    reader: Reader | Iterable[Mapping[str, Any]] | None = None
+    reader: Reader | Iterable[Any] | None = None
     pictures: Pictures = field(default_factory=Pictures)
+    texts: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "files", [str(file) for file in self.files])  # programs have paths
@@ -95,7 +97,7 @@ class Calibration:
     def only_files(self) -> bool:
         """Whether the content of the files tells all: no program, no folders, no images, which have settings."""
         plain = (Path(file).suffix.lower() not in IMAGES and not Path(file).is_dir() for file in self.files)
-        return self.reader is None and all(plain) and not any(map(is_reference, self.files))
+        return self.reader is None and not self.texts and all(plain) and not any(map(is_reference, self.files))
 
     @classmethod
     def of(cls, given: "Given") -> "Calibration":
@@ -106,11 +108,11 @@ class Calibration:
             return cls([str(given)])
         if isinstance(given, Sequence) and all(isinstance(file, str | Path) for file in given):
             return cls([str(file) for file in given])
-        return cls(reader=given)  # type: ignore[arg-type]
+        return cls(reader=given)
 
 
 # What functions take for calibration data: files, or a reader, alone or with settings.
-Given = Calibration | Sequence[str] | Reader | Iterable[Mapping[str, Any]]
+Given = Calibration | Path | Sequence[str | Path] | Reader | Iterable[Mapping[str, Any]]
 
 
 def gather(
@@ -120,8 +122,8 @@ def gather(
 
     learnt: ranges were learnt before, on all of it perhaps.
     """
-    if given.reader is not None and given.files:
-        raise UserError("give calibration files or a reader, not both")
+    if sum(map(bool, (given.reader is not None, given.files, given.texts))) > 1:
+        raise UserError("give calibration files, texts or a reader, not several of them")
     if given.word:
         return _data_free(plan, model, sampling, given.word, needed=needed)
     files = Files.of(given.files)
@@ -135,12 +137,11 @@ def gather(
             plan.require_tokens()
         return _random(plan)
     found = load_tokenizer(given.tokenizer) if given.tokenizer is not None else _beside(model)
-    if found is None and files.texts:
-        raise UserError(
-            f"--calibration {files.texts[0]} is text, but no tokenizer.json lies beside {model}: give --tokenizer"
-        )
+    if found is None and (files.texts or given.texts):
+        told = f"--calibration {files.texts[0]}" if files.texts else "the calibration data"
+        raise UserError(f"{told} is text, but no tokenizer.json lies beside {model}: give --tokenizer")
     if found is not None:
-        return _from_text(plan, sampling, found, files.texts, needed=needed)
+        return _from_text(plan, sampling, found, *_documents(given, files), needed=needed)
     return _data_free(plan, model, sampling, SELF, needed=needed, why=" (no tokenizer beside it)")
 
 
@@ -154,19 +155,20 @@ def _batches_given(
     if files.images:
         picture_input(plan).check(given.pictures.size)
         return picture_batches(plan, files.images, given.pictures.beside(model), sampling.samples)
-    label = files.reference or type(given.reader).__name__
+    label = files.reference or str(getattr(given.reader, "label", type(given.reader).__name__))
     batches, remarks = read_batches(plan, files.reference or given.reader, label)
     return batches, "; ".join([f"{len(batches)} batches of {label}", *remarks])
 
 
-def data_batches(plan: InputPlan, model: Path, paths: Sequence[Path]) -> list[Batch]:
-    """The batches of files of arrays or of images, or of folders of them; all of them."""
-    files = Files.of([str(path) for path in paths])
+def data_batches(plan: InputPlan, model: Path, given: Calibration) -> list[Batch]:
+    """The batches of files of arrays or of images, of folders of them, or of a program; all of them."""
+    files = Files.of(given.files)
     if files.images:
-        return picture_batches(plan, files.images, Pictures().beside(model), len(files.images))[0]
-    if not files.arrays:
-        raise UserError(f"{paths[0]}: no array (.npz, .npy) and no image")
-    return npz_batches(plan, files.arrays)
+        return picture_batches(plan, files.images, given.pictures.beside(model), len(files.images))[0]
+    if not files.arrays and not files.reference and given.reader is None:
+        told = f"{files.texts[0]}: " if files.texts else ""
+        raise UserError(f"{told}no array (.npz, .npy) and no image")
+    return _batches_given(plan, model, Sampling(1, 2), given, files)[0]
 
 
 def spread(ids: Sequence[int], context: int, count: int) -> list[Ids]:
@@ -218,11 +220,18 @@ def _rows_of(batch: Batch, start: int, stop: int) -> Batch:
     return Batch(lambda: {name: array[start:stop] for name, array in batch.feeds.items()}, stop - start)
 
 
+def _documents(given: Calibration, files: Files) -> tuple[Sequence[str], str]:
+    """(texts to calibrate on, what they are)."""
+    if given.texts:
+        return given.texts, f"{len(given.texts)} texts given" if len(given.texts) > 1 else "the text given"
+    if files.texts:
+        return read_texts(files.texts), _names(files.texts)
+    return [calibration_text()], "the bundled text (speeches and a novel, English)"
+
+
 def _from_text(
-    plan: InputPlan, sampling: Sampling, tokenizer: Tokenizer, texts: Sequence[Path], *, needed: bool
+    plan: InputPlan, sampling: Sampling, tokenizer: Tokenizer, documents: Sequence[str], source: str, *, needed: bool
 ) -> Data:
-    documents = read_texts(texts) if texts else [calibration_text()]
-    source = _names(texts) if texts else "the bundled text (speeches and a novel, English)"
     ids = [token for document in documents for token in tokenizer.encode(document)]
     tokenizer.check_vocabulary(plan.vocabulary, ids)
     context = plan.sequence or sampling.context

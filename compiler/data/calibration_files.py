@@ -10,7 +10,7 @@ from qcompile.compiler.data.readers import is_reference
 from qcompile.passes.errors import UserError
 
 _TEXTS = (".txt", ".jsonl")
-_KINDS = (*ARRAYS, *images.SUFFIXES, *_TEXTS)
+KINDS = (*ARRAYS, *images.SUFFIXES, *_TEXTS)
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Files:
 def named(words: Sequence[str]) -> list[Path]:
     """The files that words name, those in folders among them, as far as there are any: what the work will read."""
     paths = [Path(word) for word in words if word]
-    return [file for path in paths for file in (in_folder(path, _KINDS) if path.is_dir() else [path])]
+    return [file for path in paths for file in (in_folder(path, KINDS) if path.is_dir() else [path])]
 
 
 def _check_regular(path: Path) -> None:
     if path.exists() and not path.is_file():  # reading a pipe may wait for ever
         raise UserError(f"{path} is not a regular file: save the data in one")
-    if not path.exists() and path.suffix.lower() not in _KINDS:
+    if not path.exists() and path.suffix.lower() not in KINDS:
         raise UserError(f"{path}: no such file or folder")
 
 
@@ -59,7 +59,7 @@ def _expanded(path: Path) -> list[Path]:
     """What lies in a folder. Texts beside arrays or images tell about them (README.txt, labels.txt): no data."""
     if not path.is_dir():
         return [path]
-    found = in_folder(path, _KINDS)
+    found = in_folder(path, KINDS)
     if not found:
         raise UserError(f"{path}: no .npz, .npy, image, .txt or .jsonl file in this folder")
     return [file for file in found if file.suffix.lower() not in _TEXTS] or found

@@ -1,13 +1,17 @@
-"""Calibration batches from a program: readers with `get_next`, functions, and anything that gives dicts of arrays."""
+"""Calibration batches from a program: readers with `get_next`, functions, and anything that gives batches of arrays."""
 
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from qcompile.compiler.data.feeds import Batch, completed, kept
 from qcompile.compiler.data.inputs import InputPlan
@@ -17,6 +21,7 @@ from qcompile.passes.errors import UserError
 
 # What gives more batches gives them for ever: a run over so many would take a day.
 _MOST = 100_000
+_NOTHING = object()
 
 
 class Reader(Protocol):
@@ -27,6 +32,17 @@ class Reader(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Batches:
+    """A program's batches, under the name that messages give them."""
+
+    label: str
+    items: Iterable[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+
 def is_reference(word: str) -> bool:
     """Whether a word names something in a module, module:name, rather than a file."""
     return ":" in word and not Path(word).exists()
@@ -35,36 +51,111 @@ def is_reference(word: str) -> bool:
 def read_batches(plan: InputPlan, source: Any, label: str) -> tuple[list[Batch], list[str]]:
     """(batches, remarks) of what a reader, a function or an iterable gives, each put aside at once.
 
-    source: itself, or module:name. Whatever the user's program raises, SystemExit included, is told in one line.
+    source: itself, or module:name.
     """
     spill, batches = Spill(), list[Batch]()
     remarks: dict[str, None] = {}
     rows = False
-    try:
+    with told(label):
         given = found(source) if isinstance(source, str) else source
-        for arrays in dicts(given):
-            if not isinstance(arrays, Mapping):
-                alone = ": put it in a list" if isinstance(given, Mapping) else ""
-                raise UserError(f"{label} gave {type(arrays).__name__}, not a dict from input name to array{alone}")
+        for item in dicts(given):
+            alone = ": put it in a list" if isinstance(given, Mapping) else ""
             if len(batches) >= _MOST:
                 raise UserError(f"{label} gave {_MOST} batches and does not end: return None behind the last one")
-            # Copies: a function may fill the same array again.
-            own = {str(name): np.array(array) for name, array in arrays.items()}
+            own = by_name(plan, item, label, alone)
             remarks |= dict.fromkeys(conversions(plan, own))
             feeds = completed(plan, checked_all(plan, own, f"a batch of {label}"), f"a batch of {label}")
             rows = rows or has_rows(plan, feeds)
             batches += [Batch(kept(spill, part), leading(part)) for part in split(plan, feeds)]
-    except (UserError, KeyboardInterrupt, MemoryError):
+    if not batches:
+        raise UserError(f"{label} gave no batches")
+    check_rows(rows, label)
+    return batches, list(remarks)
+
+
+@contextmanager
+def told(label: str) -> Iterator[None]:
+    """Whatever the user's program raises inside, SystemExit included, is told in one line."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, MemoryError, GeneratorExit):
         raise
     except SystemExit as error:
         raise UserError(f"--calibration {label} ended the program by itself: sys.exit({error.code!r})") from error
     except BaseException as error:  # native code brings exceptions of its own that are no Exception
         detail = " ".join(str(error).split())[:300]
         raise UserError(f"--calibration {label} failed: {type(error).__name__}: {detail}") from error
-    if not batches:
+
+
+def by_name(plan: InputPlan, item: Any, label: str, hint: str = "") -> dict[str, npt.NDArray[Any]]:
+    """The arrays of one batch by input name, copied: a program may fill the same array again.
+
+    Case 1: by name already. Case 2: a tuple or list of arrays: those of the inputs that need data, in order.
+    Case 3: one array, or rows of numbers, for a model with one such input.
+    A batch whose arrays all lack the first axis, as a data set gives samples, is one row.
+    """
+    needed = plan.required
+    if isinstance(item, Mapping):  # Case 1
+        own = {str(name): array_of(value) for name, value in item.items()}
+    elif isinstance(item, str | bytes) or item is None:
+        raise UserError(f"{label} gave {type(item).__name__}, not a dict from input name to array{hint}")
+    elif isinstance(item, tuple | list) and any(is_array(part) for part in item):  # Case 2
+        if len(item) != len(needed):
+            names = ", ".join(given.name for given in needed) or "none"
+            raise UserError(
+                f"a batch of {label} has {len(item)} parts, the model needs {len(needed)} ({names}): pick them with "
+                "transform=, as in transform=lambda batch: batch[0]"
+            )
+        own = {given.name: array_of(part) for given, part in zip(needed, item, strict=True)}
+    elif len(needed) == 1:  # Case 3
+        own = {needed[0].name: array_of(item)}
+    else:
+        names = ", ".join(given.name for given in needed) or "none"
+        raise UserError(f"{label} gave {type(item).__name__}, not a dict from input name to array (needed: {names})")
+    lacking = [_lacks_rows(plan, name, array) for name, array in own.items()]
+    return {name: array[None] for name, array in own.items()} if lacking and all(lacking) else own
+
+
+def _lacks_rows(plan: InputPlan, name: str, array: npt.NDArray[Any]) -> bool:
+    """Whether an array is its input's but for the first axis, which may be 1."""
+    shape = next((given.shape for given in plan.inputs if given.name == name and given.ranked), ())
+    return len(shape) == array.ndim + 1 and (shape[0] == 1 or not isinstance(shape[0], int))
+
+
+def array_of(value: Any) -> npt.NDArray[Any]:
+    """A copy of an array, a tensor of torch wherever it lies, or rows of numbers."""
+    if hasattr(value, "detach"):  # torch
+        value = value.detach().cpu()
+        if "bfloat16" in str(value.dtype):  # numpy has none, and float32 holds all of its numbers
+            value = value.float()
+    return np.array(value)
+
+
+def is_array(value: Any) -> bool:
+    """Whether something is an array, of whatever library."""
+    return hasattr(value, "__array__") or hasattr(value, "__dlpack__")
+
+
+def peeked(items: Iterable[Any], label: str) -> tuple[Any, Iterator[Any]]:
+    """(the first item, all items); UserError where there is none."""
+    rest = iter(items)
+    with told(label):
+        first = next(rest, _NOTHING)
+    if first is _NOTHING:
         raise UserError(f"{label} gave no batches")
-    check_rows(rows, label)
-    return batches, list(remarks)
+    return first, chain([first], rest)
+
+
+def documents(items: Iterator[Any], label: str) -> list[str]:
+    """The texts that a program gives; UserError where one is none, or where they do not end."""
+    with told(label):
+        found = list(islice(items, _MOST + 1))
+    wrong = next((item for item in found if not isinstance(item, str)), None)
+    if wrong is not None:
+        raise UserError(f"{label} gave {type(wrong).__name__} among texts: give texts alone")
+    if len(found) > _MOST:
+        raise UserError(f"{label} gave {_MOST} texts and does not end")
+    return found
 
 
 def found(reference: str) -> Any:

@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qcompile.compiler.console.numbers import decibels
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.tokens import find_tokenizer
 from qcompile.compiler.files.cache import Cache, digest, files_digest
+from qcompile.compiler.results.sheet import Sheet, Shown
 from qcompile.models.cache import cache_dir
 from qcompile.passes.errors import UserError
 
@@ -44,8 +46,8 @@ class Ranked:
     effect: float
 
 
-@dataclass(frozen=True)
-class Ranking:
+@dataclass(frozen=True, repr=False)
+class Ranking(Shown):
     """Nodes by falling effect, each integer alone while all others are float.
 
     metric: KL (nats a token) or SQNR, whose effects are relative errors. windows: what was measured on, in words.
@@ -62,6 +64,28 @@ class Ranking:
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each node."""
+        return [{"rank": rank, **asdict(node)} for rank, node in enumerate(self.nodes, 1)]
+
+    def told(self, effect: float) -> str:
+        """An effect as tables have it."""
+        return f"{effect:.2e}" if self.metric == "KL" else f"{decibels(effect):.1f}"
+
+    def sheet(self, shown: int = 10) -> Sheet:
+        """The worst nodes, and all together."""
+        kl, count = self.metric == "KL", len(self.nodes)
+        rows = [
+            [str(rank), node.node, node.operator, f"{node.nbytes / 1e6:.2f}", self.told(node.effect)]
+            for rank, node in enumerate(self.nodes[:shown], 1)
+        ]
+        unit = "KL in nats a token" if kl else "SQNR of the output that is worst off"
+        more = f"{count - shown} more nodes; " if count > shown else ""
+        ends = f"all {count} nodes integer: {self.told(self.all_integer)}, none: {self.told(self.all_float)} ({unit})"
+        heads = ("rank", "node", "operator", "weights MB", "KL alone" if kl else "SQNR alone, dB")
+        notes = (f"{more}{ends}", f"data      {self.windows}; took {self.seconds:.0f} s")
+        return Sheet("", heads, rows, 2, notes)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Ranking":

@@ -2,17 +2,19 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from qcompile.compiler.console.numbers import percent
+from qcompile.compiler.console.numbers import megabytes, percent
 from qcompile.compiler.facts.census import Family, family_of
 from qcompile.compiler.results.errors import ActivationRange, NodeError, OutputError, Predictions, RowsSeen
 from qcompile.compiler.results.ladder import Ladder
 from qcompile.compiler.results.mixed import Mixed
+from qcompile.compiler.results.sheet import Sheet, Shown
 from qcompile.passes.base import Decision
 from qcompile.passes.prepare.folding import ALREADY
 
@@ -20,9 +22,9 @@ from qcompile.passes.prepare.folding import ALREADY
 PRODUCTS: tuple[Family, ...] = ("MatMul", "Conv")
 
 
-@dataclass
-class Report:
-    """Everything a compile leaves behind beside the model.
+@dataclass(repr=False)
+class Report(Shown):
+    """Everything a compile leaves behind beside the model; prints as a short table.
 
     decisions: by pass, in order. quantizers: passes that say which weights became codes; the decisions of the first
     one account for every float constant of 1,024 elements or more (`coverage`). mixed: what stays in float by its
@@ -32,7 +34,8 @@ class Report:
     them were held aside for judging. trials: what samples held aside said of a pass behind the walk. caches: what
     storing them in codes changed, beside what all other passes did. target: of one whose runtime is not at hand, what
     settings it changed and what its rules say of the file.
-    sizes in bytes, seconds, peak_memory in bytes.
+    output: the model file. files: names of all that was written beside it. sizes in bytes, seconds, peak_memory in
+    bytes.
     """
 
     source: str
@@ -54,6 +57,7 @@ class Report:
     caches: str = ""
     target: list[str] = field(default_factory=list)
     reload_error: float | None = None
+    output: str = ""
     files: list[str] = field(default_factory=list)
     source_bytes: int = 0
     compiled_bytes: int = 0
@@ -143,12 +147,49 @@ class Report:
         total = sum(d.detail["weights"] for d in weights)
         return sum(d.detail["bits_per_weight"] * d.detail["weights"] for d in weights) / total if total else None
 
-    def to_json(self) -> str:
-        """The whole report, in strict JSON: a number that is NaN or infinite is null."""
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as JSON has it: a number that is NaN or infinite is None."""
         plain = asdict(self)
         plain["coverage"], plain["bits_per_weight"] = self.coverage, self.bits_per_weight
         plain["shares"] = {family: self.share(family) for family in PRODUCTS}
-        return json.dumps(_strict(plain), indent=1, allow_nan=False) + "\n"
+        strict: dict[str, Any] = _strict(plain)
+        return strict
+
+    def to_json(self) -> str:
+        """The same in strict JSON."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each decision on a weight, with the errors of its node where they were measured."""
+        errors = {error.node: error for error in self.nodes}
+        rows = []
+        for decision in self.quantizing:
+            own = {"node": decision.node, "action": decision.action, "reason": decision.reason, **decision.detail}
+            error = errors.get(decision.node)
+            measured = {} if error is None else {k: v for k, v in asdict(error).items() if k not in ("node", "weights")}
+            rows.append({str(key): value for key, value in _strict(own | measured).items()})
+        return rows
+
+    def sheet(self) -> Sheet:
+        """Nodes by what became of them, and how far from float the result is."""
+        nodes: Counter[tuple[str, str]] = Counter()
+        weights: Counter[tuple[str, str]] = Counter()
+        for decision in self.quantizing:
+            nodes[key := (str(decision.detail.get("kind", "")), decision.group)] += 1
+            weights[key] += int(decision.detail.get("weights", 0))
+        rows = [[str(nodes[key]), *key, f"{weights[key]:,}"] for key in nodes]
+        bits = f", {self.bits_per_weight:.2f} bits per quantized weight" if self.bits_per_weight else ""
+        title = f"{self.output or self.source}: {megabytes(self.source_bytes)} → {megabytes(self.compiled_bytes)}{bits}"
+        return Sheet(title, ("nodes", "operator", "decision", "weights"), rows, 1, self._notes())
+
+    def _notes(self) -> list[str]:
+        notes = [f"coverage: {self.told}", f"data: {self.data}"]
+        if self.predictions is not None:
+            notes.append(f"accuracy: {self.predictions.told()}")
+        told = "output {}: relative error {:.3g}, cosine {:.5f}"
+        notes += [told.format(out.name, out.relative, out.cosine) for out in self.outputs[:2]]
+        more = len(self.outputs) - 2
+        return notes + ([f"{more} more outputs"] if more > 0 else [])
 
 
 def _strict(value: Any) -> Any:

@@ -54,7 +54,7 @@ def empty():
     yield {"x": ROWS[:0]}
 
 def listed():
-    yield [ROWS]
+    yield [ROWS, ROWS]
 """
 
 
@@ -95,7 +95,7 @@ FUNCTIONS = {
     "nan": r"array 'x' contains NaN or infinity",
     "missing": r"data:missing: no array for input 'x' \(needed: x\)",
     "unknown": r"data:unknown: array 'z' is no input of the model \(inputs: x\)",
-    "listed": r"data:listed gave list, not a dict from input name to array",
+    "listed": r"a batch of int8_listed_data:listed has 2 parts, the model needs 1 \(x\): pick them with transform=",
     "nothing": r"gave no batches",
     "integers": r"'x' is int64, the input is float32",
     "shape": r"'x' has shape \[64, 40\], the input is \[batch, 48\]",

@@ -1,0 +1,1 @@
+../../compiler/api/root/__init__.py

@@ -1,0 +1,187 @@
+"""Compiling, calibrating, ranking and sweeping from a program."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, Unpack
+
+from qcompile.compiler.api.calibrate import Calibrated, calibrate_model
+from qcompile.compiler.api.data import Data, Transform, data_of
+from qcompile.compiler.api.fields import Fields
+from qcompile.compiler.api.models import Model, PathLike, is_file, on_disk
+from qcompile.compiler.api.sensitivity import rank_nodes
+from qcompile.compiler.console.progress import Progress
+from qcompile.compiler.mixed.ranking import Ranking
+from qcompile.compiler.pipeline import compile_model
+from qcompile.compiler.recipe import SETTINGS, Recipe, load_recipe
+from qcompile.compiler.results.report import Report
+from qcompile.compiler.settings.steps import Step
+from qcompile.compiler.sweep.rows import Sweep
+from qcompile.compiler.sweep.run import sweep as run_sweep
+from qcompile.compiler.sweep.scoring import Evaluation
+from qcompile.passes import lists
+from qcompile.passes.errors import UserError
+
+# A list as the command line takes it, or its items.
+Passes: TypeAlias = str | Sequence[str | Step]
+
+
+def compile(
+    model: Model,
+    passes: Passes | None = None,
+    *,
+    output: PathLike | None = None,
+    calibration: Data | None = None,
+    transform: Transform | None = None,
+    tokenizer: PathLike | None = None,
+    recipe: Recipe | PathLike | None = None,
+    statistics: PathLike | None = None,
+    progress: Progress | None = None,
+    **fields: Unpack[Fields],
+) -> Report:
+    """Quantize a model, and write the result with its report; the same as `qcompile MODEL.onnx`.
+
+    Args:
+        model: a path, bytes, an `onnx.ModelProto` or an `onnx_ir.Model`; it is left as it is.
+        passes: an ordered list such as `"smooth,awq,pack"`; without it the recipe's, or the best known list.
+        output: the file to write, `MODEL-int4.onnx` beside the model by default. A model in memory needs one.
+        calibration: files or texts (one, or a list), one batch (a dict by input name, or an array), or whatever gives
+            batches or texts: a list, a generator, a torch `DataLoader`, a reader with `get_next`. Without it, bundled
+            text where there is a tokenizer, else what the model itself generates.
+        transform: called with each item of `calibration`; gives a batch or a text. `lambda batch: batch[0]` drops
+            the labels of a `DataLoader`.
+        tokenizer: a folder with `tokenizer.json`, by default the model's own.
+        recipe: settings, as a `Recipe` or a file of them; `passes` and `fields` stand before them.
+        statistics: ranges of activations that `calibrate` saved, instead of a run over calibration data.
+        progress: told what is going on.
+        **fields: settings of a recipe by their keys: `bits=8`, `group_size=64`, `target="qdq"`, `exclude=["*head*"]`.
+
+    Returns:
+        What was done: prints as a short table; `to_dict()`, `to_dataframe()`.
+
+    Raises:
+        UserError: for bad input and for results that are refused, in one line. Nothing is written then.
+    """
+    if output is None and not is_file(model):
+        raise UserError("a model in memory has no folder of its own: name the file to write with output=")
+    wanted = recipe_of(recipe, passes, fields)
+    given = data_of(calibration, transform=transform, tokenizer=tokenizer)
+    with on_disk(model) as path:
+        return compile_model(
+            path,
+            wanted,
+            output=Path(output) if output is not None else None,
+            calibration=given,
+            statistics=Path(statistics) if statistics is not None else None,
+            progress=progress,
+        )
+
+
+def calibrate(
+    model: Model,
+    passes: Passes | None = None,
+    *,
+    output: PathLike,
+    calibration: Data | None = None,
+    transform: Transform | None = None,
+    tokenizer: PathLike | None = None,
+    recipe: Recipe | PathLike | None = None,
+    progress: Progress | None = None,
+    **fields: Unpack[Fields],
+) -> Calibrated:
+    """Save the ranges of a model's activations once, for many compiles with `statistics=`; as `qcompile calibrate`.
+
+    The arguments are those of `compile`; `passes` is `smooth,qdq` by default.
+    """
+    wanted = recipe_of(recipe, passes, fields, lists.INTEGER)
+    given = data_of(calibration, transform=transform, tokenizer=tokenizer)
+    with on_disk(model) as path:
+        return calibrate_model(path, wanted, output=Path(output), calibration=given, progress=progress)
+
+
+def sensitivity(
+    model: Model,
+    passes: Passes | None = None,
+    *,
+    calibration: Data | None = None,
+    transform: Transform | None = None,
+    tokenizer: PathLike | None = None,
+    recipe: Recipe | PathLike | None = None,
+    progress: Progress | None = None,
+    **fields: Unpack[Fields],
+) -> Ranking:
+    """Which integer nodes change the output most, each alone; as `qcompile sensitivity`.
+
+    The arguments are those of `compile`; `passes` is `smooth,qdq` by default. `compile(…, keep_worst=N)` leaves the
+    first N nodes in float.
+    """
+    wanted = recipe_of(recipe, passes, fields, lists.INTEGER)
+    given = data_of(calibration, transform=transform, tokenizer=tokenizer)
+    with on_disk(model) as path:
+        return rank_nodes(path, wanted, calibration=given, progress=progress)
+
+
+def sweep(
+    model: Model,
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    output: PathLike,
+    recipe: Recipe | PathLike | None = None,
+    calibration: PathLike | Sequence[PathLike] = (),
+    tokenizer: PathLike | None = None,
+    text: PathLike | None = None,
+    data: Sequence[PathLike] = (),
+    context: int = 512,
+    tokens: int = 2048,
+    kernels: str = "auto",
+    provider: str = "cpu",
+    limit: int | None = None,
+    keep_models: bool = False,
+    note: str = "",
+) -> Sweep:
+    """Compile under every combination of settings, and score each; as `qcompile sweep` (docs/sweep.md).
+
+    Args:
+        model: as in `compile`.
+        grid: values by key of a recipe: `{"bits": [4, 8], "passes": ["pack", "smooth,awq,pack"]}`.
+        output: the folder for tables, plots and the cache: what is finished there is not run again.
+        recipe: settings that are not in the grid.
+        calibration: files for every combination.
+        tokenizer: as in `compile`.
+        text: what decoders are scored on, by default the end of the bundled text.
+        data: `.npz` files to score on, instead.
+        context: tokens of a window.
+        tokens: of the text, 0 for all of it.
+        kernels: who computes qcompile's operators; as in `session`.
+        provider: where models are scored.
+        limit: run so many combinations at most.
+        keep_models: keep what is compiled.
+        note: joins the caption.
+    """
+    files = [calibration] if isinstance(calibration, str) or not isinstance(calibration, Sequence) else calibration
+    scored = Evaluation(Path(text) if text is not None else None, [Path(file) for file in data], context, tokens,
+                        kernels, provider)  # fmt: skip
+    with on_disk(model) as path:
+        return run_sweep(
+            path,
+            grid,
+            output=Path(output),
+            recipe=recipe_of(recipe, None, {}),
+            calibration=[str(file) for file in files],
+            tokenizer=Path(tokenizer) if tokenizer is not None else None,
+            evaluation=scored,
+            limit=limit,
+            keep_models=keep_models,
+            note=note,
+        )
+
+
+def recipe_of(
+    recipe: Recipe | PathLike | None, passes: Passes | None, fields: Mapping[str, Any], default: str = ""
+) -> Recipe:
+    """The recipe's settings, or those of its file, overridden by what is given; UserError for an unknown one."""
+    own = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe is not None else None
+    plain: dict[str, Any] = own.to_dict() if own is not None else {"passes": default} if default else {}
+    if passes is not None:
+        plain["passes"] = passes if isinstance(passes, str) else [str(step) for step in passes]
+    plain |= {name: SETTINGS[name].plain(value) if name in SETTINGS else value for name, value in fields.items()}
+    return Recipe.from_dict(plain, "settings")

@@ -1,0 +1,185 @@
+"""Looking at models from a program: how good they are, how fast, and what is in them."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+from qcompile.compiler.api.bench import Benchmark, Candidate, bench_models
+from qcompile.compiler.api.data import Data, Transform, data_of
+from qcompile.compiler.api.evaluation import Evaluation, EvaluationSet, Running, evaluate_models
+from qcompile.compiler.api.models import Model, PathLike, on_disk
+from qcompile.compiler.measure.workload import Workload
+from qcompile.compiler.report.inspection import Summary
+from qcompile.compiler.report.inspection import inspect as inspect_file
+from qcompile.passes.errors import UserError
+
+# One model, several, or several by the names that results give them.
+Models: TypeAlias = Model | Sequence[Model] | Mapping[str, Model]
+
+
+def evaluate(
+    model: Model,
+    *,
+    against: Model | None = None,
+    text: PathLike | Sequence[PathLike] | None = None,
+    data: Data | None = None,
+    transform: Transform | None = None,
+    tokenizer: PathLike | None = None,
+    context: int = 512,
+    tokens: int = 4096,
+    accuracy_level: int = 0,
+    provider: str = "cpu",
+    kernels: str = "auto",
+) -> Evaluation:
+    """How good a model is: perplexity of a decoder on text, and how far it is from a reference; as `qcompile eval`.
+
+    Args:
+        model: a path, bytes, an `onnx.ModelProto` or an `onnx_ir.Model`.
+        against: the reference. A decoder's KL divergence, and SQNR and cosine of outputs, are measured against it.
+        text: files or texts for a language model.
+        data: batches instead, in every form that `compile` takes for calibration: files, arrays, a `DataLoader`.
+        transform: called with each item of `data`, as in `compile`.
+        tokenizer: a folder with `tokenizer.json`, by default beside one of the models.
+        context: tokens of a window.
+        tokens: of each text, 0 for all of it.
+        accuracy_level: what ONNX Runtime may do in 4-bit products: 0 exact, 4 int8 activations.
+        provider: `"cpu"` or `"cuda"`.
+        kernels: who computes qcompile's operators: `"native"`, `"portable"` or `"auto"`.
+
+    Returns:
+        A row for each text (the reference's first), or for each output.
+    """
+    return _judge([model], against, text, data, transform, tokenizer, context, tokens,
+                  Running(accuracy_level, provider, kernels))  # fmt: skip
+
+
+def compare(
+    models: Models,
+    against: Model,
+    *,
+    text: PathLike | Sequence[PathLike] | None = None,
+    data: Data | None = None,
+    transform: Transform | None = None,
+    tokenizer: PathLike | None = None,
+    context: int = 512,
+    tokens: int = 4096,
+    accuracy_level: int = 0,
+    provider: str = "cpu",
+    kernels: str = "auto",
+) -> Evaluation:
+    """Several models against one reference, which runs once for all of them; the other arguments are `evaluate`'s.
+
+    Args:
+        models: a list of models, or a dict of them by the names that the result gives them.
+        against: the reference.
+    """
+    return _judge(models, against, text, data, transform, tokenizer, context, tokens,
+                  Running(accuracy_level, provider, kernels))  # fmt: skip
+
+
+def bench(
+    models: Models,
+    *,
+    prompt_tokens: Sequence[int] = (1, 64, 512),
+    decode: int = 64,
+    decode_after: int = 64,
+    threads: int | Sequence[int] = (),
+    rounds: int = 5,
+    kernels: str = "auto",
+    accuracy_level: int = 0,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Benchmark:
+    """How fast models are here, and what memory they take; each in a process of its own, in turns; as `qcompile bench`.
+
+    Args:
+        models: one, a list, or a dict by the names that the result gives them. Ratios are to the first.
+        prompt_tokens: lengths of prefills.
+        decode: decoding steps; 0 for none.
+        decode_after: tokens before them.
+        threads: one number or several; all cores by default.
+        rounds: turns of each model.
+        kernels: who computes qcompile's operators, as in `evaluate`.
+        accuracy_level: of portable bodies, as in `evaluate`.
+        shapes: of inputs that are not made of tokens and whose sizes are free.
+    """
+    workload = Workload(
+        tuple(prompt_tokens), decode, decode_after, {name: tuple(shape) for name, shape in (shapes or {}).items()}
+    )
+    counts = (threads,) if isinstance(threads, int) else tuple(threads)
+    with _on_disk(models) as files:
+        candidates = [Candidate(name, path, kernels, accuracy_level) for name, path in files.items()]
+        return bench_models(candidates, workload, threads=counts, rounds=rounds)
+
+
+def inspect(model: Model, *, every: bool = False) -> Summary:
+    """What is in a model: types, sizes, which weights are quantized and which are not; as `qcompile inspect`.
+
+    Args:
+        model: a path, bytes, an `onnx.ModelProto` or an `onnx_ir.Model`.
+        every: each weight by itself instead of alike ones together.
+    """
+    with on_disk(model) as path:
+        return inspect_file(path, every=every)
+
+
+def _judge(
+    models: Models,
+    against: Model | None,
+    text: PathLike | Sequence[PathLike] | None,
+    data: Data | None,
+    transform: Transform | None,
+    tokenizer: PathLike | None,
+    context: int,
+    tokens: int,
+    running: Running,
+) -> Evaluation:
+    if (text is None) == (data is None):
+        raise UserError("give either text= (files or texts) for a language model, or data= (files, arrays, batches)")
+    own = Path(tokenizer) if tokenizer is not None else None
+    with ExitStack() as stack:
+        files = stack.enter_context(_on_disk(models))
+        reference = stack.enter_context(on_disk(against)) if against is not None else None
+        names = {str(path): name for name, path in files.items()}
+        if text is not None:
+            texts, told = stack.enter_context(_texts(text))
+            names |= told
+            on = EvaluationSet(texts=texts, tokenizer=own, context=context, tokens=tokens or None)
+        else:
+            on = EvaluationSet(data=data_of(data, transform=transform, tokenizer=tokenizer))
+        made = evaluate_models(list(files.values()), on, against=reference, running=running)
+    return replace(made, rows=[row.renamed(names) for row in made.rows])
+
+
+@contextmanager
+def _on_disk(models: Models) -> Iterator[dict[str, Path]]:
+    """Files by the names that results give them: a path, "model 1", …; or the keys."""
+    with ExitStack() as stack:
+        if isinstance(models, Mapping):
+            yield {str(name): stack.enter_context(on_disk(model)) for name, model in models.items()}
+            return
+        several = list(models) if isinstance(models, (list, tuple)) else [models]
+        if not several:
+            raise UserError("give at least one model")
+        found: dict[str, Path] = {}
+        for number, model in enumerate(several, 1):
+            name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else f"model {number}"
+            found[str(name)] = stack.enter_context(on_disk(model))
+        yield found
+
+
+@contextmanager
+def _texts(given: PathLike | Sequence[PathLike]) -> Iterator[tuple[list[Path], dict[str, str]]]:
+    """Files of texts, texts in memory as temporary ones; and the names that results give those."""
+    words = data_of(given)
+    if not words.texts:
+        yield [Path(file) for file in words.files], {}
+        return
+    with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
+        paths = [Path(folder) / f"text-{number}.txt" for number in range(1, len(words.texts) + 1)]
+        for path, text in zip(paths, words.texts, strict=True):
+            path.write_text(text, encoding="utf-8")
+        yield paths, {str(path): f"text {number}" for number, path in enumerate(paths, 1)}

@@ -1,0 +1,102 @@
+"""An ONNX quantization compiler: exported graphs in, INT4 and INT8 models out, which ONNX Runtime runs as they are.
+
+    import qcompile
+
+    report = qcompile.compile("model.onnx", passes="smooth,awq,pack", output="small/model.onnx")
+
+This file becomes `qcompile/__init__.py` (pyproject.toml). Every name is imported when it is first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompile.compiler.api.bench import Benchmark
+    from qcompile.compiler.api.calibrate import Calibrated
+    from qcompile.compiler.api.evaluation import Evaluation
+    from qcompile.compiler.api.jobs import calibrate, compile, sensitivity, sweep
+    from qcompile.compiler.api.judging import bench, compare, evaluate, inspect
+    from qcompile.compiler.api.running import session
+    from qcompile.compiler.data.calibration import Calibration
+    from qcompile.compiler.mixed.ranking import Ranking
+    from qcompile.compiler.recipe import Recipe, Step, load_recipe, save_recipe
+    from qcompile.compiler.report.inspection import Summary
+    from qcompile.compiler.results.report import Report
+    from qcompile.compiler.sweep.rows import Sweep
+    from qcompile.passes.errors import UserError
+    from qcompile.runtime.library import library_path
+    from qcompile.runtime.sessions import custom_operators
+
+    __version__: str
+
+_API, _COMPILER = "qcompile.compiler.api", "qcompile.compiler"
+_HOMES = {
+    "Benchmark": f"{_API}.bench",
+    "Calibrated": f"{_API}.calibrate",
+    "Calibration": f"{_COMPILER}.data.calibration",
+    "Evaluation": f"{_API}.evaluation",
+    "Ranking": f"{_COMPILER}.mixed.ranking",
+    "Recipe": f"{_COMPILER}.recipe",
+    "Report": f"{_COMPILER}.results.report",
+    "Step": f"{_COMPILER}.recipe",
+    "Summary": f"{_COMPILER}.report.inspection",
+    "Sweep": f"{_COMPILER}.sweep.rows",
+    "UserError": "qcompile.passes.errors",
+    "bench": f"{_API}.judging",
+    "calibrate": f"{_API}.jobs",
+    "compare": f"{_API}.judging",
+    "compile": f"{_API}.jobs",
+    "custom_operators": "qcompile.runtime.sessions",
+    "evaluate": f"{_API}.judging",
+    "inspect": f"{_API}.judging",
+    "library_path": "qcompile.runtime.library",
+    "load_recipe": f"{_COMPILER}.recipe",
+    "save_recipe": f"{_COMPILER}.recipe",
+    "sensitivity": f"{_API}.jobs",
+    "session": f"{_API}.running",
+    "sweep": f"{_API}.jobs",
+}
+
+__all__ = [
+    "Benchmark",
+    "Calibrated",
+    "Calibration",
+    "Evaluation",
+    "Ranking",
+    "Recipe",
+    "Report",
+    "Step",
+    "Summary",
+    "Sweep",
+    "UserError",
+    "__version__",
+    "bench",
+    "calibrate",
+    "compare",
+    "compile",
+    "custom_operators",
+    "evaluate",
+    "inspect",
+    "library_path",
+    "load_recipe",
+    "save_recipe",
+    "sensitivity",
+    "session",
+    "sweep",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        metadata = importlib.import_module("importlib.metadata")
+        try:
+            return metadata.version("qcompile-onnx")
+        except metadata.PackageNotFoundError:
+            return "0+unknown"
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,347 @@
+"""`import qcompile`: what it offers, in which forms it takes models and data, and what its results show."""
+
+import ast
+import hashlib
+import json
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import qcompile
+from qcompile.compiler.api.data import data_of
+from qcompile.compiler.api.fields import Fields
+from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.data.inputs import input_plan
+from qcompile.compiler.data.readers import read_batches
+from qcompile.compiler.recipe import SETTINGS
+from qcompile.models.tiny import tiny_decoder, tiny_mlp
+
+ROOT = Path(__file__).resolve().parents[3]
+ROWS = np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32)
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+
+# --- the module -------------------------------------------------------------------------------------------------------
+
+
+def test_importing_it_imports_nothing_else() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import qcompile; took = time.perf_counter() - start; "
+        "qcompile.__version__; print(took, *(n for n in ('numpy', 'onnx', 'rich', 'yaml') if n in sys.modules))"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    assert {tuple(run.stdout.split()[1:]) for run in runs} == {()}
+    assert min(float(run.stdout.split()[0]) for run in runs) < 0.05
+
+
+def test_every_name_is_there_and_known_to_type_checkers() -> None:
+    assert dir(qcompile) == sorted(qcompile.__all__)
+    for name in dir(qcompile):
+        assert getattr(qcompile, name) is not None, name
+    tree = ast.parse(Path(qcompile.__file__).read_text(encoding="utf-8"))
+    (known,) = (node for node in tree.body if isinstance(node, ast.If))
+    homes = {a.name: own.module for own in known.body if isinstance(own, ast.ImportFrom) for a in own.names}
+    assert homes == qcompile._HOMES
+    assert {*homes, "__version__"} == set(qcompile.__all__)
+    assert (Path(qcompile.__file__).parent / "py.typed").is_file()
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        qcompile.nothing  # noqa: B018
+
+
+def test_the_keywords_are_the_settings_of_a_recipe() -> None:
+    """Fields tells type checkers what SETTINGS declares: the same keys, and the same choices."""
+    hints = typing.get_type_hints(Fields)
+    assert set(hints) == set(SETTINGS) - {"passes"}
+    for name, hint in hints.items():
+        parts = [hint, *typing.get_args(hint)]
+        told = {v for part in parts if typing.get_origin(part) is typing.Literal for v in typing.get_args(part)}
+        words = {SETTINGS[name].about.word} - {"", None} if str not in parts else set()
+        assert told == set(SETTINGS[name].choices) | words, name
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """ONNX Runtime's protocol."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self.left = iter(parts)
+
+    def get_next(self) -> Any:
+        return next(self.left, None)
+
+
+class Tensor:
+    """What torch's tensors have of numpy's protocol, and what they refuse."""
+
+    dtype = "torch.float32"
+
+    def __init__(self, array: Any) -> None:
+        self.array, self.detached = array, False
+
+    def detach(self) -> "Tensor":
+        self.detached = True
+        return self
+
+    def cpu(self) -> "Tensor":
+        assert self.detached
+        return self
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        assert self.detached, "Can't call numpy() on Tensor that requires grad"
+        return self.array
+
+
+FORMS: dict[str, Callable[[list[Any]], Any]] = {
+    "dicts": lambda parts: [{"x": part} for part in parts],
+    "generator of dicts": lambda parts: ({"x": part} for part in parts),
+    "arrays": lambda parts: list(parts),
+    "tuples": lambda parts: [(part,) for part in parts],
+    "lists of numbers": lambda parts: [part.astype(np.float64).tolist() for part in parts],
+    "tensors": lambda parts: [Tensor(part) for part in parts],
+    "tensors by name": lambda parts: [{"x": Tensor(part)} for part in parts],
+    "reader": lambda parts: Reader([{"x": part} for part in parts]),
+    "function": lambda parts: lambda: iter(parts),
+}
+
+
+@given(st.sampled_from(sorted(FORMS)), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.booleans())
+def test_every_form_of_data_is_the_same_batches(form: str, sizes: list[int], transformed: bool) -> None:
+    """Invariant: whatever the form, the batches are the arrays that were given, in their order."""
+    parts = [ROWS[:size] + size for size in sizes]
+    model = input_plan(tiny_mlp())
+    if transformed:
+        items = FORMS[form](parts)
+        listed = list(items) if not callable(items) and not hasattr(items, "get_next") else None
+        labelled = [(item, "label") for item in listed] if listed is not None else items
+        made = data_of(labelled, transform=(lambda item: item[0]) if listed is not None else None)
+    else:
+        made = data_of(FORMS[form](parts))
+    batches, _ = read_batches(model, made.reader, "data")
+    assert [batch.rows for batch in batches] == sizes
+    for batch, part in zip(batches, parts, strict=True):
+        np.testing.assert_array_equal(batch.feeds["x"], part)
+
+
+@pytest.mark.parametrize("form", [{"x": ROWS}, ROWS, Tensor(ROWS), [ROWS]], ids=["dict", "array", "tensor", "list"])
+def test_one_batch_may_stand_alone(form: Any) -> None:
+    (batch,), _ = read_batches(input_plan(tiny_mlp()), data_of(form).reader, "data")
+    np.testing.assert_array_equal(batch.feeds["x"], ROWS)
+
+
+def test_samples_of_a_data_set_are_rows() -> None:
+    """A torch data set gives samples without a batch axis; so do lists of token ids."""
+    batches, _ = read_batches(input_plan(tiny_mlp()), data_of(list(ROWS[:3])).reader, "data")
+    assert [batch.feeds["x"].shape for batch in batches] == [(1, 48)] * 3
+    batches, _ = read_batches(input_plan(tiny_decoder()), data_of([[1, 2, 3], [4, 5]]).reader, "data")
+    assert [batch.feeds["input_ids"].tolist() for batch in batches] == [[[1, 2, 3]], [[4, 5]]]
+
+
+def test_strings_are_files_or_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two words").write_text("text in a file")
+    for files in ("a.txt", "self", "module:name", "two words", "no such file.npz", Path("a b")):
+        assert data_of(files) == Calibration([str(files)])
+    assert data_of(["a.txt", Path("b.txt")]) == Calibration(["a.txt", "b.txt"])
+    assert data_of("a text of words").texts == ("a text of words",)
+    assert data_of("one\ntwo.txt").texts == ("one\ntwo.txt",)
+    assert data_of(["a text", "word"]).texts == ("a text", "word")
+    assert data_of(text for text in ["word", "a text"]).texts == ("word", "a text")
+    assert data_of([{"text": "word"}, {"text": "two"}], transform=lambda row: row["text"]).texts == ("word", "two")
+    assert data_of("x" * 5000 + " y").texts
+
+
+def endless() -> Iterator[str]:
+    while True:
+        yield "text"
+
+
+@pytest.mark.parametrize(
+    ("form", "transform", "message"),
+    [
+        ([(ROWS, ROWS)], None, r"a batch of .* has 2 parts, the model needs 1 \(x\): pick them with transform="),
+        ([{"x": ROWS, "labels": ROWS}], None, r"'labels' is no input of the model"),
+        (iter([]), None, "list_iterator gave no batches"),
+        ([], None, "gave no batches"),
+        ([ROWS], lambda batch: batch["x"], "failed: IndexError"),
+        (iter([ROWS, "text"]), None, "gave str, not a dict"),
+        (iter(["text", ROWS]), None, "gave ndarray among texts"),
+        (endless(), None, "gave 100000 texts and does not end"),
+        (3, None, "int failed: TypeError"),
+        (["a text here", Path("x.npz")], None, r"both files \(x\.npz\) and texts"),
+        ("a.npz", lambda batch: batch, "transform= is for calibration data that gives batches"),
+    ],
+)
+def test_what_is_no_data_is_told_in_a_line(form: Any, transform: Any, message: str) -> None:
+    with pytest.raises(qcompile.UserError, match=message) as told:
+        read_batches(input_plan(tiny_mlp()), data_of(form, transform=transform).reader, "data")
+    assert "\n" not in str(told.value)
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def _weights(path: Path) -> dict[str, str]:
+    model = onnx.load(path)
+    return {
+        t.name: hashlib.sha256(onnx.numpy_helper.to_array(t).tobytes()).hexdigest() for t in model.graph.initializer
+    }
+
+
+def test_a_model_is_the_same_in_every_form(bench: Any) -> None:
+    """The weights that come out are those of the file; nothing is written beside the output, or to what was given."""
+    path, out = bench.save(tiny_mlp(), tokenizer=False), bench.folder / "out" / "model.onnx"
+    proto, graph = onnx.load(path), ir.load(path)
+    before = proto.SerializeToString(deterministic=True)
+    forms = {"path": path, "text": str(path), "bytes": before, "proto": proto, "graph": graph}
+    found = {}
+    for name, model in forms.items():
+        report = qcompile.compile(model, "pack", output=out, group_size=32)
+        found[name] = _weights(out)
+        assert report.output == str(out)
+        assert report.coverage == 1.0
+    assert all(own == found["path"] for own in found.values())
+    assert proto.SerializeToString(deterministic=True) == before
+    assert ir.serde.serialize_model(graph).graph.node[0].op_type == proto.graph.node[0].op_type
+    for model in (proto, path, out.read_bytes() if not list(out.parent.glob("*.data")) else out):
+        assert qcompile.session(model).run(None, {"x": ROWS})[0].shape == (64, 10)
+    assert qcompile.inspect(proto).parameters == qcompile.inspect(path).parameters
+
+
+def test_its_bytes_are_the_commands_bytes(bench: Any) -> None:
+    path = bench.save(tiny_decoder(layers=1))
+    assert bench.run(path, "--passes", "smooth,pack", "--calibration", str(bench.text), "--exclude", "*down*") == 0
+    theirs = (bench.folder / "out" / "model.onnx").read_bytes()
+    fields: dict[str, Any] = {"samples": 8, "context": 32, "group_size": 32, "exclude": "*down*"}
+    qcompile.compile(
+        path, ["smooth", "pack"], output=bench.folder / "out" / "model.onnx", calibration=bench.text, **fields
+    )
+    assert (bench.folder / "out" / "model.onnx").read_bytes() == theirs
+    recipe = qcompile.Recipe.from_dict({"passes": "smooth,pack", **fields, "exclude": ["*down*"]})
+    qcompile.compile(path, recipe=recipe, output=bench.folder / "out" / "model.onnx", calibration=[bench.text])
+    assert (bench.folder / "out" / "model.onnx").read_bytes() == theirs
+
+
+def test_texts_calibrate_a_decoder(bench: Any) -> None:
+    path, out = bench.save(tiny_decoder(layers=1)), bench.folder / "out.onnx"
+    fields: dict[str, Any] = {"samples": 4, "context": 32, "group_size": 32}
+    report = qcompile.compile(path, "smooth,pack", output=out, calibration=TEXT, **fields)
+    assert report.data == "4 windows of 32 tokens from the text given"
+    first = out.read_bytes()
+    file = bench.folder / "text.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    qcompile.compile(path, "smooth,pack", output=out, calibration=file, **fields)
+    assert _weights(out)
+    assert first != b""
+    model = onnx.load(path)
+    with pytest.raises(qcompile.UserError, match=r"is text, but no tokenizer\.json"):
+        qcompile.compile(model, "smooth,pack", output=out, calibration=TEXT, **fields)
+    told = qcompile.compile(model, "smooth,pack", output=out, calibration=TEXT, tokenizer=path.parent, **fields)
+    assert told.data == report.data
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: qcompile.compile(model, "pack"), "a model in memory has no folder of its own"),
+        (lambda model: qcompile.compile(3, "pack", output="o.onnx"), "int is no model: give a path, bytes"),
+        (lambda model: qcompile.compile(b"no", "pack", output="o.onnx"), "is no ONNX model"),
+        (lambda model: qcompile.compile(model, "pakc", output="o.onnx"), "pakc"),
+        (lambda model: qcompile.compile(model, output="o.onnx", bitz=4), "unknown key 'bitz'"),
+        (lambda model: qcompile.compile(model, output="o.onnx", bits=5), "4 or 8 bits"),
+        (lambda model: qcompile.compile("none.onnx"), r"none\.onnx: no such file"),
+        (lambda model: qcompile.evaluate(model), "give either text= .* or data="),
+        (lambda model: qcompile.evaluate(model, data=ROWS), "a reference"),
+        (lambda model: qcompile.compare([], model, data=ROWS), "at least one model"),
+        (lambda model: qcompile.bench(model, rounds=0), "must be at least 1"),
+        (lambda model: qcompile.sensitivity(model, "pack"), "no pass of the list makes nodes integer"),
+        (lambda model: qcompile.session(3), "no model|no such"),
+    ],
+)
+def test_bad_input_is_one_line(bench: Any, call: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = onnx.load(bench.save(tiny_mlp(), tokenizer=False))
+    monkeypatch.chdir(bench.folder)
+    before = bench.snapshot()
+    with pytest.raises(qcompile.UserError, match=message) as told:
+        call(model)
+    assert "\n" not in str(told.value)
+    assert bench.snapshot() == before
+
+
+def test_weights_in_a_file_need_its_folder(bench: Any) -> None:
+    path = bench.save(tiny_mlp(), tokenizer=False)
+    bare = onnx.load(path, load_external_data=False)
+    for model in (bare, bare.SerializeToString()):
+        with pytest.raises(
+            qcompile.UserError, match=r"has weights in a file 'model-\w+\.data' and does not say in which"
+        ):
+            qcompile.compile(model, "pack", output=bench.folder / "out.onnx")
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(make_bench: Any) -> dict[str, Any]:
+    bench = make_bench("results")
+    path, out = bench.save(tiny_mlp(), tokenizer=False), bench.folder / "out" / "model.onnx"
+    text = bench.folder / "in" / "decoder.onnx"
+    bench.save(tiny_decoder(layers=1), "decoder.onnx")
+    return {
+        "report": qcompile.compile(path, "qdq", output=out, calibration=[ROWS[:32], ROWS[32:]]),
+        "evaluation": qcompile.compare({"small <b>": out}, onnx.load(path), data=ROWS),
+        "text": qcompile.evaluate(text, text=TEXT, context=64),
+        "ranking": qcompile.sensitivity(path, calibration=[ROWS[:32], ROWS[32:]]),
+        "bench": qcompile.bench({"float": path, "int8": onnx.load(out)}, threads=1, rounds=2),
+    }
+
+
+@pytest.mark.parametrize("name", ["report", "evaluation", "text", "ranking", "bench"])
+def test_results_print_as_short_tables_and_as_plain_values(results: Any, name: str) -> None:
+    made = results[name]
+    text = str(made)
+    assert text == repr(made)
+    assert 2 <= len(text.splitlines()) <= 25
+    assert max(map(len, text.splitlines())) < 200
+    page = made._repr_html_()
+    assert page.count("<tr>") >= 2
+    assert "<b>" not in page, "names are escaped"
+    assert json.loads(json.dumps(made.to_dict(), allow_nan=name == "ranking"))
+    records = made.records()
+    assert records
+    assert all(isinstance(own, dict) for own in records)
+    pandas = pytest.importorskip("pandas", reason="to_dataframe needs pandas")
+    frame = made.to_dataframe()
+    assert isinstance(frame, pandas.DataFrame)
+    assert len(frame) == len(records)
+
+
+def test_a_report_is_its_file(results: Any) -> None:
+    report = results["report"]
+    written = json.loads(Path(report.output).with_name("model.report.json").read_text(encoding="utf-8"))
+    assert written == report.to_dict()
+    assert "coverage: 100.0%" in str(report)
+    errors = [own["error"] for own in report.records() if "error" in own]
+    assert sorted(errors) == sorted(node.error for node in report.nodes)
+
+
+def test_without_pandas_it_is_told(results: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(qcompile.UserError, match="needs pandas: pip install pandas"):
+        results["report"].to_dataframe()
+
+
+def test_results_have_the_names_that_were_given(results: Any) -> None:
+    assert [row.scores.model for row in results["evaluation"].rows] == ["small <b>"]
+    assert [row.text for row in results["text"].rows] == ["text 1"]
+    assert {own["label"] for own in results["bench"].records()} == {"float", "int8"}
