@@ -117,12 +117,25 @@ def run(folder: Path, names: list[str], builder: Path) -> None:
         if not (source / "tokenizer.json").is_file():
             with hf.quiet():
                 FAMILIES[name].make().save_pretrained(source)
+            _tell_rotations(source / "config.json")
             tiny_tokenizer(250, source)  # some families' tokenizers add tokens
         for precision in PRECISIONS:
             target = folder / name / precision
             built = results.get((name, precision, "builder"), lambda: build(source, target, precision, builder))  # noqa: B023
             for key, make in _rows(target / "model.onnx", builder) if not built else ():
                 results.get((name, precision, key), make)
+
+
+def _tell_rotations(config: Path) -> None:
+    """Of a family with two rotations, say them as builder 0.18 reads them, too: transformers 5 says them by kind of
+    layer alone, and drops what stands outside of them.
+    """
+    told = json.loads(config.read_text(encoding="utf-8"))
+    rotations = told.get("rope_parameters") or {}
+    if {"full_attention", "sliding_attention"} <= rotations.keys():
+        local = {"rope_local_base_freq": rotations["sliding_attention"]["rope_theta"]}
+        told["rope_parameters"] = rotations | rotations["full_attention"] | local
+        config.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def _rows(graph: Path, builder: Path) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
