@@ -104,6 +104,7 @@ class Pass(ABC):
     added: when lists have it that do not name it; None: never.
     unserved: targets whose runtime does not run what it writes, and what it lacks.
     observer: by which ranges of activations are chosen, in a pass that reads them.
+    dry: it is asked what it would do alone: codes and scales may be blank, and it takes no ranges; for the sizes.
     parts: the small passes that it is a list of, in their order, each with a line on what it does.
     """
 
@@ -118,6 +119,7 @@ class Pass(ABC):
     added: ClassVar[Added | None] = None
     unserved: ClassVar[Mapping[str, str]] = {}
     observer: str = ""
+    dry: bool = False
     parts: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.affine import Grid, Quantized
+from qcompile.passes.affine import Array, Grid, Quantized
 from qcompile.passes.base import Pass, Reason, Region
 from qcompile.passes.bodies import body_nodes
 from qcompile.passes.contract import Fact
@@ -30,7 +30,7 @@ from qcompile.passes.linears import (
 )
 from qcompile.passes.policy import Policy, Unfit
 from qcompile.passes.qdq.weights import WeightGrid, WeightStore
-from qcompile.passes.rounding import round_to_nearest
+from qcompile.passes.rounding import blank, round_to_nearest
 from qcompile.passes.spec import integers
 from qcompile.passes.state import Tensors, node_state, set_node, set_weight, weight_state
 from qcompile.passes.targets import TARGETS, TargetName
@@ -85,7 +85,7 @@ class Pack(Pass):
         Case 5: linears and tables in bodies of If, Loop and Scan: the grid of all others, rounded without data.
         Case 6: convolutions in bodies, LSTM, GRU and RNN: int8, whatever the bits of linears.
         """
-        store = WeightStore(model, WeightGrid())
+        store = WeightStore(model, WeightGrid(), dry=self.dry)
         own, coder = TARGETS[self.policy.target], partial(self._coded, model, vocabulary_size(model))
         runtime = "" if own.decodes else own.runtime
         done = quantize_inner(model, self.policy, store, coder, self.decide, runtime=runtime)
@@ -119,12 +119,15 @@ class Pack(Pass):
             return spec
         spec = integers(spec)
         quantized, own = _stored(
-            model, linear.weight, spec, linear.transposed, lambda: round_to_nearest(linear.read(), spec, None)
+            model, linear.weight, spec, linear.transposed, lambda: self._nearest(linear.read(), spec)
         )
         parts = (own.codes, own.scale, own.zero_point)
         return Chosen(
             Coded(*parts, 0, own.block_size, linear.shape, quantized.dequantize), str(spec), own.nbytes, spec.format
         )
+
+    def _nearest(self, w: Array, spec: Grid) -> Quantized:
+        return blank(w, spec) if self.dry else round_to_nearest(w, spec, None)
 
     def _keep(self, site: Linear | Embedding, reason: str) -> None:
         kind = "MatMul" if isinstance(site, Linear) else "Gather"
@@ -141,6 +144,8 @@ class Pack(Pass):
 
         def one(key: _Key) -> Quantized:
             linear, spec = jobs[key], key[1]
+            if self.dry:
+                return blank(linear.read(), spec)
             state = weight_state(linear.weight)
             known = state.codes.get(linear.transposed)
             if known is not None and known.spec == spec:
@@ -175,8 +180,8 @@ class Pack(Pass):
     def _pack_embedding(self, model: ir.Model, embedding: Embedding, spec: Grid) -> None:
         # A table (V, K) is the transpose of the (K, V) weight that a tied lm_head multiplies with.
         def rounded() -> Quantized:
-            w = np.ascontiguousarray(np.asarray(emit.floats(embedding.table)).T)
-            return round_to_nearest(w, spec, None)
+            w = np.asarray(emit.floats(embedding.table)).T
+            return self._nearest(w if self.dry else np.ascontiguousarray(w), spec)
 
         _, tensors = _stored(model, embedding.table, spec, True, rounded)
         emit.replace_embedding(model, embedding, spec, tensors)

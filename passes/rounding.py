@@ -31,6 +31,14 @@ def round_to_nearest(w: Array, spec: Grid, statistics: Statistics | None) -> Qua
     return Quantized(spec.project(w, qparams), qparams, spec)
 
 
+def blank(w: Array, spec: Grid) -> Quantized:
+    """Codes of the sizes that those of w have, all of them 0: for a dry run, which reads no weight."""
+    k, n = w.shape
+    ones = np.broadcast_to(np.float32(1), (spec.groups(k), n))
+    codes = np.broadcast_to(np.zeros((), spec.code_dtype), (k, n))
+    return Quantized(codes, QParams(ones, np.broadcast_to(np.float32(0), ones.shape)), spec)
+
+
 def round_with_clip(w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
     """Rounding on ranges clipped by E[x²]-weighted search, column by column only where that lowers ‖X(Ŵ - W)‖²; plain
     rounding where rows held aside do not confirm that.

@@ -79,7 +79,7 @@ def run(args: Options) -> int:
         _check_recipe_path(args, args.save_recipe, output)
     calibration = calibration_of(args)
     if args.dry_run:
-        print_plan(args.model, output, recipe, calibration, screen)
+        print_plan(args.model, output, recipe, screen)
         return 0
     with ExitStack() as stack:
         saved = args.save_recipe

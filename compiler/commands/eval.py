@@ -68,7 +68,7 @@ def run(args: Options) -> int:
 
 def _print_scores(rows: list[dict[str, Any]], running: Running, *, compared: bool) -> None:
     first = rows[0]
-    shown = table("text", "model", "size", "linear bits", "perplexity", "KL to reference", "same top-1", numbers=5)
+    shown = table("text", "model", "size", "bits/weight", "perplexity", "KL to reference", "same top-1", numbers=5)
     for row in rows:
         bits = "" if row["linear_bits"] is None else f"{row['linear_bits']:.2f}"
         kl = "reference" if row["kl"] is None else f"{row['kl']:.5f} ± {row['kl_error']:.5f}"

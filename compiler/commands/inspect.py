@@ -62,7 +62,7 @@ def _types(out: Console, summary: Summary) -> None:
     for share in summary.types:
         shown.add_row(share.dtype, str(share.tensors), f"{share.elements:,}", megabytes(share.bytes))
     out.print(shown)
-    bits = [f"linears {summary.linear_bits:.3f}"] if summary.linear_bits is not None else []
+    bits = [f"{family} {own:.3f}" for family, own in summary.bits.items()]
     bits += [f"whole file {summary.file_bits:.3f}"] if summary.file_bits is not None else []
     if bits:
         out.print(f"bits per weight: {', '.join(bits)}")

@@ -41,9 +41,11 @@ _KNOWN_DOMAINS = {"", _MS, "ai.onnx.ml", "ai.onnx.preview.training"}
 # Of these, what is read beside the first input are scales and zero points.
 _GRIDS = {"QuantizeLinear", "DequantizeLinear"}
 # Their float inputs are scales and biases of weights that are codes.
-_QUANTIZED = {"MatMulNBits", "GatherBlockQuantized", "QMoE", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul",
+INTEGER_OPERATORS = {
+    "MatMulNBits", "GatherBlockQuantized", "QMoE", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul",
     "MatMulIntegerToFloat", "MatMulBnb4", "QAttention", "QGemm", "DynamicQuantizeLSTM", "QEmbedLayerNormalization",
-    "MatMulFpQ4"}  # fmt: skip
+    "MatMulFpQ4",
+}  # fmt: skip
 _MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "CastLike", "Identity", "Flatten", "Slice", "Split"}
 _ELEMENTWISE = {"Mul", "Div", "Add", "Sub", "Pow", "Where", "Clip"}
 # What is known of a constant beside its numbers.
@@ -180,7 +182,7 @@ class _Reading:
         given = [own for value, own in zip(node.inputs, taken, strict=True) if value is not None]
         known = [own for own in given if own is not None]
         self._into_scan(node, taken)
-        if node.op_type in _QUANTIZED or node.domain == "qcompile" or not known or any(bodies(node)):
+        if node.op_type in INTEGER_OPERATORS or node.domain == "qcompile" or not known or any(bodies(node)):
             return False
         if len(known) == len(given) and node.outputs:
             whole, scaled = all(own.whole for own in known), any(own.scaled for own in known)
@@ -215,7 +217,7 @@ class _Reading:
                     self.carried[value] = _Carried(own.sources, 0, whole=False)
 
     def _read(self, node: ir.Node, owner: ir.Node | None, taken: Sequence[_Carried | None]) -> None:
-        if node.op_type in _QUANTIZED or node.domain == "qcompile" or node.op_type.startswith("QLinear"):
+        if node.op_type in INTEGER_OPERATORS or node.domain == "qcompile" or node.op_type.startswith("QLinear"):
             return
         for position, own in enumerate(taken):
             if own is None or (node.op_type in _GRIDS and position):

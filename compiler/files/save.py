@@ -50,6 +50,29 @@ def save_model(
         return replace(report, paths=publish.publish(report.paths, path))
 
 
+def foretold_size(model: ir.Model, metadata: Mapping[str, str] | None = None) -> int:
+    """Bytes that `save_model` would write, but for equal tensors at different places; no weight is read."""
+    offsets = {
+        value: 0
+        for value in model.graph.initializers.values()
+        if (tensor := value.const_value) is not None
+        and tensor.dtype != ir.DataType.STRING
+        and tensor.nbytes >= _INLINE_BELOW
+    }
+    places = {_place(tensor): tensor.nbytes for value in offsets if (tensor := value.const_value) is not None}
+    return len(_serialize(model, "data", offsets, metadata or {})) + sum(places.values())
+
+
+def _place(tensor: ir.TensorProtocol) -> object:
+    """Where the bytes of a tensor lie: the same for tensors that share them."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return str(tensor.location), tensor.offset
+    if isinstance(tensor, ir.LazyTensor):
+        return id(tensor)
+    raw = tensor.raw if isinstance(tensor, ir.Tensor | ir.PackedTensor) else None
+    return raw.__array_interface__["data"][0] if isinstance(raw, np.ndarray) else id(tensor)
+
+
 def _check_space(model: ir.Model, folder: Path) -> None:
     needed = sum({id(tensor): tensor.nbytes for _, tensor in tensors_of(model)}.values())
     free = shutil.disk_usage(folder).free

@@ -50,9 +50,7 @@ class Mixture:
     ) -> None:
         self.model, self.late, self.provider = model, late, provider
         self.batches, self.windows = check_windows(plan, data)
-        self.sites, full = _sites(late, model), chosen(late, model, {})
-        if not self.sites:
-            raise UserError(_nothing(late, model))
+        self.sites, full = sites(late, model), chosen(late, model, {})
         _check_memory(model, sum(batch.rows for batch in self.batches) * (plan.vocabulary or 0))
         self.effect: Effect = effect_of(plan, float_outputs(source, plan, self.batches, provider))
         clone, whole = rewritten(late, model, sorted(full.values))
@@ -105,10 +103,10 @@ def _nothing(late: IntegerPass, model: ir.Model) -> str:
     )
 
 
-def _sites(late: IntegerPass, model: ir.Model) -> dict[Ranked, list[str]]:
+def sites(late: IntegerPass, model: ir.Model) -> dict[Ranked, list[str]]:
     """The nodes that can be kept in float one by one, not measured yet; by each, the values that it alone makes whole.
 
-    An operator that only moves codes is none of them: it is integer where its neighbours are.
+    An operator that only moves codes is none of them: it is integer where its neighbours are. UserError without any.
     """
     names, found, own = chosen(late, model, {}).nodes, {}, late.integer_nodes(model, late.policy)
     for node in model.graph:
@@ -119,6 +117,8 @@ def _sites(late: IntegerPass, model: ir.Model) -> dict[Ranked, list[str]]:
         large = [tensor for tensor in constants if len(tensor.shape) > 1]
         ranked = Ranked(name, node.op_type, sum(t.size for t in large), sum(t.nbytes for t in large), 0.0)
         found[ranked] = [str(own.ends[node].name)] if node in own.ends else []
+    if not found:
+        raise UserError(_nothing(late, model))
     return found
 
 

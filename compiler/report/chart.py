@@ -144,6 +144,6 @@ def _legend(rows: Sequence[NodeRow]) -> Markup:
     told = {8: ("taken", "added by int8 activations"), 16: ("open", f"would be added; {measured.get(16)} kept")}
     items += [f'<li><i class="dot {told[bits][0]}"></i>{told[bits][1]}' for bits in (8, 16) if bits in measured]
     return Markup(
-        "<p>Relative error of each packed node by itself. A stub at the bottom is a node without a measured error.</p>"
+        "<p>Relative error of each quantized node by itself. A stub at the bottom: no error was measured.</p>"
         f'<ul class="legend">{"".join(items)}</ul>\n'
     )

@@ -17,7 +17,7 @@ from qcompile.passes import lists
 from qcompile.passes.base import Decision, Pass
 from qcompile.passes.contract import Fact
 from qcompile.passes.errors import BrokenPromise, UserError
-from qcompile.passes.linears import as_linear
+from qcompile.passes.linears import as_linear, find_embeddings
 from qcompile.passes.policy import Policy
 from qcompile.passes.state import node_state
 
@@ -128,6 +128,8 @@ def _reason(reader: Reader, names: Sequence[str]) -> str:
         return f"read by {operator} in the body of {reader.owner.op_type} node {reader.owner.name}"
     if reader.family == "other":
         return f"read by {operator}, which no format is for"
+    if reader.family == "Gather" and list(find_embeddings([reader.node])):
+        return f"a small table of {operator} that belongs to no segment of the calibration run"
     if reader.family == "Gather":
         return f"a table of {operator} of another form than a lookup of rows"
     if reader.node.op_type == "MatMul" and reader.node.domain == "" and isinstance(why := as_linear(reader.node), str):

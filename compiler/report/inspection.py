@@ -15,6 +15,7 @@ from qcompile.compiler.report.sizes import (
     Storage,
     TypeShare,
     all_constants,
+    family_bits,
     file_bytes,
     linear_bits,
     parameter_count,
@@ -46,6 +47,7 @@ class Summary:
     """What is in a model file.
 
     linear_bits: stored bits per weight of the linears, scales and zero points included; None without linears.
+    bits: the same by family, of products (MatMul and what multiplies like it), of convolutions and of lookups.
     file_bits: bits of all files per parameter. parameters: weights, not counting scales and zero points.
     shares: how much of the MatMul-like and of the convolutions' weights is quantized, None where there are none.
     ties: names of constants stored once, and names of nodes that share one constant.
@@ -63,6 +65,7 @@ class Summary:
     parameters: int
     file_bytes: int
     linear_bits: float | None
+    bits: dict[str, float]
     shares: dict[str, float | None]
     weights: list[WeightGroup]
     ties: list[str]
@@ -97,6 +100,7 @@ def inspect(path: Path, *, every: bool = False) -> Summary:
         parameters=parameter_count(weights, constants),
         file_bytes=file_bytes(path, constants),
         linear_bits=linear_bits(weights),
+        bits=family_bits(weights),
         shares=shares(weights),
         weights=_groups(weights, every=every),
         ties=[*_shared_storage(constants), *_shared_values(model.graph)],

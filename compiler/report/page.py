@@ -48,7 +48,7 @@ def _tiles(report: Report) -> Markup:
     tiles = [
         (f"{report.kinds} weights quantized", percent(report.coverage)),
         ("size", Markup(" → ".join(size.replace(" ", "&nbsp;") for size in sizes))),
-        ("bits per packed weight", number(report.bits_per_weight)),
+        ("bits per quantized weight", number(report.bits_per_weight)),
         *_errors(report),
     ]
     return Markup(f'<div class="tiles">{join(_tile(*tile) for tile in tiles)}</div>\n')

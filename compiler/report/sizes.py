@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qcompile.compiler.files.load import load_model
-from qcompile.compiler.report.stored_weights import Weight, all_weights
+from qcompile.compiler.report.stored_weights import KINDS, Weight, all_weights
 from qcompile.passes.formats.half_scales import stored_as
 
 Storage = tuple[str, int] | int
@@ -96,8 +96,18 @@ def parameter_count(weights: list[Weight], constants: list[tuple[str, ir.TensorP
 
 def linear_bits(weights: list[Weight]) -> float | None:
     """Stored bits per weight of the linears, scales and zero points included; None without linears."""
-    linears = [weight for weight in weights if weight.kind == "linear" and weight.tensors]
-    tensors = {storage(tensor): stored_as(tensor).nbytes for weight in linears for tensor in weight.tensors}
-    sizes = {storage(weight.tensors[0]): weight.size for weight in linears}
+    return _bits(weights, ("linear",))
+
+
+def family_bits(weights: list[Weight]) -> dict[str, float]:
+    """The same of each family of weights that the model has: what is multiplied, convolved, and looked up."""
+    found = {family: _bits(weights, kinds) for family, kinds in KINDS.items()}
+    return {family: bits for family, bits in found.items() if bits is not None}
+
+
+def _bits(weights: list[Weight], kinds: tuple[str, ...]) -> float | None:
+    own = [weight for weight in weights if weight.kind in kinds and weight.tensors]
+    tensors = {storage(tensor): stored_as(tensor).nbytes for weight in own for tensor in weight.tensors}
+    sizes = {storage(weight.tensors[0]): weight.size for weight in own}
     elements = sum(sizes.values())
     return 8 * sum(tensors.values()) / elements if elements else None

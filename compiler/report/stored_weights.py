@@ -5,19 +5,24 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qcompile.compiler.facts.census import Family, FloatConstant, census
+from qcompile.compiler.facts.census import INTEGER_OPERATORS, LEAST, Family, FloatConstant, census, family_of
 from qcompile.compiler.plan import ensuring
+from qcompile.compiler.results.report import PRODUCTS
 from qcompile.passes.contract import Fact
 from qcompile.passes.formats import BY_NAME, by_operator
-from qcompile.passes.formats.base import DOMAIN, EMBEDDING, MICROSOFT, PRODUCT, Operators, grouped_by
+from qcompile.passes.formats.base import DOMAIN, EMBEDDING, LOOKUP, MICROSOFT, PRODUCT, Operators, grouped_by
 from qcompile.passes.linears import CONVOLUTIONS, as_linear, find_embeddings, stored
 
 # Quantized products of ONNX itself: slots of (codes, scale, zero point), -1 where there is none.
 _INTEGER_PRODUCTS = {"MatMulInteger": (1, -1, 3), "QLinearMatMul": (3, 4, 5), "DynamicQuantizeMatMul": (1, 2, 3)}
 _INTEGERCONVOLUTIONS = {"ConvInteger": (1, -1, 3), "QLinearConv": (3, 4, 5)}
 # Operators that make codes or scales of stored ones, and how many of their inputs these may be.
+_MOVED = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Slice", "Split", "QuantizeLinear",
+    "DequantizeLinear"}  # fmt: skip
 _REMADE = {"Cast": 1, "CastLike": 1, "Sub": 2, "Pow": 2}
 _RECURRENT = ("LSTM", "GRU", "RNN")
+# By family, what `Weight.kind` says.
+KINDS: Mapping[Family, tuple[str, ...]] = {"MatMul": ("linear", "weight"), "Conv": ("conv",), "Gather": ("embedding",)}
 # What `Weight.kind` calls the census's families where it has no closer word.
 _KINDS: Mapping[Family, str] = {"MatMul": "weight", "Conv": "conv", "Gather": "embedding", "other": "constant"}
 
@@ -52,8 +57,12 @@ class Weight:
 
 
 def all_weights(model: ir.Model) -> list[Weight]:
-    """Those of `find_weights`, then every other float constant of 1,024 elements or more that some node reads."""
+    """Those of `find_weights`, then all other codes, then every other float constant of 1,024 elements or more.
+
+    Invariant: no codes that a DequantizeLinear, an operator of the domain or one for integers reads are left out.
+    """
     found = find_weights(model.graph)
+    found += _other_codes(model.graph, {id(tensor) for weight in found for tensor in weight.tensors})
     known = {id(tensor) for weight in found for tensor in weight.tensors}
     return found + [_left(constant) for constant in census(model) if id(stored(constant.value)) not in known]
 
@@ -61,7 +70,7 @@ def all_weights(model: ir.Model) -> list[Weight]:
 def shares(weights: Sequence[Weight]) -> dict[str, float | None]:
     """Quantized share of the elements of MatMul-like and of convolutions' weights, each stored weight once."""
     found: dict[str, float | None] = {}
-    for family, kinds in (("MatMul", ("linear", "weight")), ("Conv", ("conv",))):
+    for family, kinds in ((own, KINDS[own]) for own in PRODUCTS):
         own = {id(w.tensors[0]): w for w in weights if w.kind in kinds and w.tensors}.values()
         total = sum(weight.size for weight in own)
         found[family] = sum(weight.size for weight in own if weight.quantized) / total if total else None
@@ -119,6 +128,41 @@ def _operand(node: ir.Node, position: int, kind: str, reason: str) -> Iterator[W
         yield _float(node, kind, value, _dims(tensor), reason)
 
 
+def _other_codes(graph: ir.Graph, known: set[int]) -> Iterator[Weight]:
+    """Codes of other places: experts, recurrent layers of other runtimes, what bodies and operators without a word here
+    read.
+    """
+    for node in graph.all_nodes():
+        decodes = node.op_type == "DequantizeLinear"
+        if not (decodes or node.op_type in INTEGER_OPERATORS or node.domain == DOMAIN):
+            continue
+        tensors = [t for v in node.inputs if v is not None and (t := stored(v)) is not None]
+        if not tensors or tensors[0].dtype.bitwidth > 8 or tensors[0].size < LEAST or id(tensors[0]) in known:
+            continue
+        known.add(id(tensors[0]))
+        reader = _reader(node) if decodes else node
+        family = family_of(reader.op_type)
+        looked_up = node.op_type.startswith(LOOKUP) or family == "Gather"
+        kind = "embedding" if looked_up else _KINDS[family] if decodes and family != "MatMul" else "weight"
+        operator = f"DequantizeLinear + {reader.op_type}" if decodes else node.op_type
+        shape, codes, own = _dims(tensors[0]), tensors[0].dtype.name.lower(), by_operator(node.op_type)
+        if not decodes and tensors[0].dtype.bitwidth == 8 and getattr(own, "bits", 8) == 4:  # two a byte
+            shape, codes = (*shape[:-1], 2 * shape[-1]), "int4"
+        yield Weight(reader.name or "", operator, kind, shape, codes, True, "", tuple(tensors))
+
+
+def _reader(node: ir.Node, steps: int = 8) -> ir.Node:
+    """The first node that computes with what a DequantizeLinear gives; the last one that moves it, without any."""
+    for _ in range(steps):
+        readers = [use.node for use in node.outputs[0].uses()]
+        if not readers:
+            return node
+        node = next((own for own in readers if own.op_type not in _MOVED), readers[0])
+        if node.op_type not in _MOVED:
+            return node
+    return node
+
+
 def _left(constant: FloatConstant) -> Weight:
     """What the census found beside the weights known here."""
     reader = constant.readers[0]
@@ -167,9 +211,24 @@ def _integer_product(node: ir.Node, kind: str, positions: Sequence[int]) -> Iter
     slots = [slot for slot in positions if 0 <= slot < len(node.inputs)]
     values = [node.inputs[slot] for slot in slots]
     tensors = tuple(t for v in values if v is not None and (t := stored(v)) is not None)
+    tensors += _scales_behind(node)
     if tensors and (len(tensors[0].shape) == 2 or kind == "conv"):
         form = f"{tensors[0].dtype.name.lower()} with integer activations"
         yield Weight(node.name or "", node.op_type, kind, _dims(tensors[0]), form, True, "", tensors)
+
+
+def _scales_behind(node: ir.Node) -> tuple[ir.TensorProtocol, ...]:
+    """The scales of a weight in an integer product: what its sums are multiplied by, a Cast and a Mul behind it."""
+    readers = [use.node for use in node.outputs[0].uses()]
+    readers += [use.node for own in readers if own.op_type == "Cast" for use in own.outputs[0].uses()]
+    for product in (own for own in readers if own.op_type == "Mul"):
+        for value in product.inputs:
+            producer = value.producer() if value is not None else None
+            found = [value, *(producer.inputs if producer is not None and producer.op_type == "Mul" else ())]
+            tensors = [t for v in found if v is not None and (t := stored(v)) is not None]
+            if tensors:
+                return (tensors[0],)
+    return ()
 
 
 def _product(node: ir.Node) -> Weight:

@@ -14,26 +14,27 @@ from qcompile.compiler.results.report import Report
 def print_report(report: Report, console: Console) -> None:
     """The coverage table, the errors worth knowing, the sizes."""
     if report.quantizer is not None:
-        _print_coverage(report, console)
+        print_coverage(report, console)
     _print_passes(report, console)
     for told in (report.mixed, report.ladder):
         for line in told.lines() if told is not None else ():
             console.print(line, soft_wrap=True)
     _print_errors(report, console)
     saved = f"{_mb(report.source_bytes)} → {_mb(report.compiled_bytes)}"
-    bits = f", {report.bits_per_weight:.2f} bits per packed MatMul weight" if report.bits_per_weight else ""
+    bits = f", {report.bits_per_weight:.2f} bits per quantized {report.kinds} weight" if report.bits_per_weight else ""
     console.print(f"size      {saved}{bits}")
     console.print(f"took      {report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB")
 
 
-def _print_coverage(report: Report, console: Console) -> None:
+def print_coverage(report: Report, console: Console) -> None:
+    """What became of the weights, nodes that share a decision in one row."""
     console.print(f"coverage  {report.told}")
     made = table("nodes", "operator", "decision", "weights", "MB", numbers=2)
     rows: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
     size: Counter[tuple[str, str]] = Counter()
     seen: set[str] = set()
-    stored: set[tuple[str, str]] = set()  # a tied head in another form has a copy of its own
+    stored: set[tuple[str, int | str]] = set()  # a tied head in another form has a copy of its own
     for d in report.quantizing:
         key = (str(d.detail.get("kind", "")), d.group)
         rows[key] += 1
@@ -41,9 +42,10 @@ def _print_coverage(report: Report, console: Console) -> None:
         if name not in seen:
             weights[key] += int(d.detail.get("weights", 0))
             seen.add(name)
-        if (name, d.group) not in stored:
-            size[key] += int(d.detail.get("bytes", 4 * int(d.detail.get("weights", 0))))
-            stored.add((name, d.group))
+        nbytes = int(d.detail.get("bytes", 4 * int(d.detail.get("weights", 0))))
+        forms: set[tuple[str, int | str]] = {(name, d.group), (name, nbytes)}
+        size[key] += 0 if forms & stored else nbytes
+        stored |= forms
     for key in rows:
         amount = f"{weights[key] / 1e6:.2f} M" if weights[key] >= 10_000 else f"{weights[key] or ''}"
         megabytes = f"{size[key] / 1e6:.1f}" if size[key] else "shared" if key[1].startswith("int") else ""

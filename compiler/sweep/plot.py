@@ -146,7 +146,7 @@ def _words(figure: Any, sweep: Sweep) -> None:
     path = Path(sweep.model).absolute()
     figure.text(_LEFT, 0.955, f"{path.parent.name}/{path.name}: accuracy against size", fontsize=11, weight="bold")
     figure.text(_LEFT, 0.94, f"on {sweep.source}", fontsize=FONT, color="0.3", va="top")
-    label = "bits per packed MatMul weight, scales and zero points included"
+    label = "bits per quantized weight, scales and zero points included"
     figure.text((_LEFT + _RIGHT) / 2, 0.115, label, ha="center")
     own = "".join(f", {name} {value:.4g}" for name, value in sweep.float_scores.items())
     told = f"Each panel has a scale of its own. The float model would be at error 0, below the axis{own}. {sweep.note}"

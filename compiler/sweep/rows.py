@@ -13,7 +13,7 @@ class Row:
 
     values: the grid's, by key. status: done; refused (bad settings, coverage or verification, with the reason);
     failed (anything else: tried again next time); same (as an earlier row); open (not run yet).
-    bits_per_weight: of the packed MatMul weights, scales and zero points included; None where nothing was packed.
+    bits_per_weight: of the products' quantized weights, scales and zero points included; None without any.
     compiled_bytes: of the model's files. coverage: share of the MatMul weights that were quantized. scores: by name,
     see sweep_metric. seconds: to compile and to score. pareto: no other row is better in both bits and error.
     """

@@ -36,7 +36,7 @@ def write_tables(sweep: Sweep, folder: Path) -> None:
 def write_plots(sweep: Sweep, folder: Path) -> list[str]:
     """Write accuracy.svg and accuracy.png; remarks on what could not be drawn."""
     if not any(row.bits_per_weight for row in sweep.done):
-        return ["no plot: no combination has packed weights and figures yet"]
+        return ["no plot: no combination has quantized weights and figures yet"]
     from qcompile.compiler.sweep.plot import draw
 
     try:
@@ -56,7 +56,7 @@ def caption(sweep: Sweep) -> list[str]:
     lines = [
         f"model     {sweep.model}" + (f"; float: {own}" if own else ""),
         f"scored    {sweep.source}",
-        f"error     {sweep.axis}; bits per packed MatMul weight include scales and zero points; "
+        f"error     {sweep.axis}; bits per quantized weight include scales and zero points; "
         "* no other row is better in both",
     ]
     return lines + ([f"note      {sweep.note}"] if sweep.note else [])

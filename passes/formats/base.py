@@ -177,7 +177,12 @@ def become(
 
 
 def pack_nibbles(codes: Codes) -> npt.NDArray[np.uint8]:
-    """Codes in ONNX's 4-bit layout: flat, two a byte, the first in the low nibble; the last byte padded with zero."""
+    """Codes in ONNX's 4-bit layout: flat, two a byte, the first in the low nibble; the last byte padded with zero.
+
+    Blank ones (`rounding.blank`) take no memory.
+    """
+    if codes.size and not any(codes.strides):
+        return np.broadcast_to(np.zeros((), np.uint8), (codes.size + 1) // 2)
     flat: npt.NDArray[np.uint8] = np.ascontiguousarray(codes).reshape(-1).astype(np.uint8) & np.uint8(15)
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))

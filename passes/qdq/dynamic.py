@@ -72,7 +72,7 @@ class Dynamic(IntegerPass):
 
     def call(self, region: Region) -> None:
         """Rewrite the whole graph in place."""
-        model, store = region.model, WeightStore(region.model, self.grid)
+        model, store = region.model, WeightStore(region.model, self.grid, dry=self.dry)
         chosen, kept = products(model, self.policy)
         linears = {linear.node: linear for linear in find_linears(model.graph)}
         vocabulary = vocabulary_size(model)

@@ -23,7 +23,7 @@ def quantize_embeddings(
     runtime: one for which they stay in float, since the scales of what is looked up are no constants.
     """
     if store.grid.float8:
-        store = WeightStore(model, replace(store.grid, float8=False))
+        store = WeightStore(model, replace(store.grid, float8=False), dry=store.dry)
     for embedding in find_embeddings(model.graph.all_nodes()):
         size, name = int(np.prod(embedding.shape)), embedding.name
         spec = policy.for_embedding(embedding)
@@ -32,7 +32,8 @@ def quantize_embeddings(
         if isinstance(spec, str):
             decide(name, "kept", spec, kind="Gather", weights=size, weight=embedding.table.name)
             continue
-        w = np.ascontiguousarray(floats(embedding.table).T)
+        w = floats(embedding.table).T
+        w = w if store.dry else np.ascontiguousarray(w)
         stored = store.store(embedding.table, w, 1, transposed=True)
         _replace(model, embedding, stored)
         decide(

@@ -186,7 +186,7 @@ class Qdq(IntegerPass):
             remember(node)
         for node in selection.heads:
             remember(node, weights_only=True)
-        store = WeightStore(region.model, self.grid)  # not kept: it knows every float weight that it has coded
+        store = WeightStore(region.model, self.grid, dry=self.dry)  # not kept: it knows all weights
         scales = self._round_weights(region.model, store, selection, grids)
         self._insert(region.model, selection, readers, grids)
         if TYPES[self.provider].bias and not self.spec.is_float:
@@ -209,6 +209,8 @@ class Qdq(IntegerPass):
         An expert that no token was sent to has no range, and may be asked later. UserError where nothing was seen.
         """
         selection = self._without_lost_biases(model, self._select(model))
+        if self.dry:
+            return selection
         while unknown := [value for value in selection.values if not self.observers[value].state()]:
             touching = _touching(selection, set(unknown))
             if len(unknown) == len(selection.values) or not touching:
@@ -242,6 +244,8 @@ class Qdq(IntegerPass):
 
     def _grids(self, selection: Selection) -> dict[ir.Value, QParams]:
         """Case 2."""
+        if self.dry:
+            return dict.fromkeys(selection.values, QParams(np.ones((), np.float32), np.zeros((), np.float32)))
         grids: dict[ir.Value, QParams] = {}
         ranges = {value: self.observers[value].expected(self.spec) for value in selection.values}
         for group in shared(selection.nodes, ranges, sums=self.share_sums):
@@ -267,18 +271,16 @@ class Qdq(IntegerPass):
                     node.name or "", "quantized", f"static {self.spec}", format=STATIC, kind=node.op_type, weights=0
                 )
                 continue
-            size = _elements(node)
             # For TensorRT as well, whose biases stay float: ONNX Runtime's CPU provider makes codes of them.
             stored = store.dequantized(node, rule, None if self.spec.is_float else grids[x].scale)
             scales[node] = np.asarray(grids[x].scale * stored.quantized.scale, np.float32)
             if rule.bias is not None and TYPES[self.provider].bias and not self.spec.is_float:
                 quantize_bias(model, node, rule.bias, scales[node], _channels(stored))
-            self._told(node, "quantized", f"{self.grid} static, {self.spec}", stored, size, format=STATIC)
+            self._told(node, "quantized", f"{self.grid} static, {self.spec}", stored, format=STATIC)
         for node, rule in selection.heads.items():
-            size = _elements(node)
             why = self.policy.weights_only.get(str(node.name))
             reason = Reason(f"{self.grid}, weights only", why or "")
-            self._told(node, "quantized", reason, store.dequantized(node, rule), size)
+            self._told(node, "quantized", reason, store.dequantized(node, rule))
         return scales
 
     def _insert(self, model: ir.Model, selection: Selection, readers: Readers, grids: dict[ir.Value, QParams]) -> None:
@@ -329,14 +331,13 @@ class Qdq(IntegerPass):
         action: str,
         reason: str,
         stored: Stored | None = None,
-        size: int = 0,
         *,
         format: str = "",
     ) -> None:
         if stored is None:
             self.decide(node.name or "", action, reason, kind=node.op_type, weights=_elements(node), weight=node.name)
             return
-        name, size = str(stored.codes.name), max(size, 1)
+        name, size = str(stored.codes.name), max(stored.quantized.codes.size, 1)
         bits = 8 * stored.nbytes / size
         detail = {"kind": node.op_type, "weights": size, "weight": name, "bytes": stored.nbytes}
         self.decide(node.name or "", action, reason, format=format, **detail, bits_per_weight=bits)

@@ -99,6 +99,12 @@ def freed(quantized: Codes, least: Array | None) -> Codes:
     return replace(quantized, scale=scale)
 
 
+def _blank(w: Array, axis: int, grid: WeightGrid) -> Codes:
+    """Codes of the sizes that those of w have, all of them 0."""
+    codes = np.broadcast_to(np.zeros((), ml_dtypes.float8_e4m3fn if grid.float8 else np.int8), w.shape)
+    return Codes(codes, np.ones(w.shape[axis] if grid.per_channel else (), np.float32), axis)
+
+
 def suits(quantized: Codes, least: Array | None) -> bool:
     """Whether a bias of these `least` scales (channels,) has codes that fit 32 bits, and enough of them."""
     if least is None:
@@ -156,10 +162,13 @@ def refused_codes(linear: Linear, grid: WeightGrid) -> str:
 
 
 class WeightStore:
-    """Quantizes every weight once, however many nodes read it, unless their biases need other scales."""
+    """Quantizes every weight once, however many nodes read it, unless their biases need other scales.
 
-    def __init__(self, model: ir.Model, grid: WeightGrid) -> None:
-        self.model, self.grid = model, grid
+    dry: codes are blank, and no weight is read (`Pass.dry`).
+    """
+
+    def __init__(self, model: ir.Model, grid: WeightGrid, *, dry: bool = False) -> None:
+        self.model, self.grid, self.dry = model, grid, dry
         self._stored: dict[tuple[ir.Value, bool, int], list[Stored]] = {}
 
     def store(
@@ -170,20 +179,27 @@ class WeightStore:
         least: the smallest scales (channels,) that a reader can do with; others of the weight keep theirs.
         """
         known = self._stored.setdefault((value, transposed, axis), [])
-        found = next((stored for stored in known if suits(stored.quantized, least)), None)
+        found = next((stored for stored in known if self.dry or suits(stored.quantized, least)), None)
         if found is None:
             dtype = constant(value).dtype.numpy()
-            half = np.float16 if dtype == np.float16 else np.float32
-            quantized = self._compensated(value, transposed) or quantize_weight(w, axis, self.grid, scale_dtype=half)
-            quantized = freed(quantized, least)
-            if not suits(quantized, least):
-                quantized = quantize_weight(w, axis, self.grid, scale_dtype=half, least=least)
+            if self.dry:
+                quantized = _blank(w, axis % w.ndim, self.grid)
+            else:
+                quantized = self._suiting(self._compensated(value, transposed), w, axis, least, dtype)
             name = f"{value.name}.{'float8' if self.grid.float8 else 'int8'}"
             codes = add_initializer(self.model.graph, name, ir.tensor(quantized.codes))
             scale = add_initializer(self.model.graph, f"{name}.scale", ir.tensor(quantized.scale.astype(dtype)))
             found = Stored(quantized, codes, scale)
             known.append(found)
         return found
+
+    def _suiting(self, known: Codes | None, w: Array, axis: int, least: Array | None, dtype: npt.DTypeLike) -> Codes:
+        """The codes that were chosen before, or those of w, unless the reader's bias needs other scales."""
+        half = np.float16 if dtype == np.float16 else np.float32
+        quantized = freed(known or quantize_weight(w, axis, self.grid, scale_dtype=half), least)
+        if suits(quantized, least):
+            return quantized
+        return quantize_weight(w, axis, self.grid, scale_dtype=half, least=least)
 
     def _compensated(self, value: ir.Value, transposed: bool) -> Codes | None:
         """The codes that `gptq` chose for a weight, where they are of this grid; see `refused_codes`."""

@@ -120,7 +120,7 @@ def test_what_is_printed(bench: Any, capsys: pytest.CaptureFixture[str]) -> None
     assert printed.err == ""
     assert [f"s  {step}" in printed.out for step in ("loading", "preparing", "saving")] == [True] * 3
     assert "coverage  100.0%" in printed.out
-    assert re.search(r"size      0\.4 MB → 0\.1 MB, 5\.79 bits per packed MatMul weight", printed.out)
+    assert re.search(r"size      0\.4 MB → 0\.1 MB, 5\.79 bits per quantized MatMul weight", printed.out)
     written = [line.split()[1] for line in printed.out.splitlines() if line.startswith("wrote ")]
     assert sorted(Path(name).name for name in written) == sorted(os.listdir(bench.folder / "out"))
 
@@ -133,7 +133,7 @@ def test_a_dry_run_tells_the_plan_and_does_nothing(bench: Any, capsys: pytest.Ca
     assert bench.snapshot() == before
     shown = capsys.readouterr().out
     assert f"prepare, {passes.replace(',', ', ')}" in shown
-    assert "walk      5 segments; inputs: input_ids, attention_mask" in shown
+    assert "segments  5; inputs: input_ids, attention_mask" in shown
     assert re.search(r"memory    about \d\.\d GB", shown)
     predicted = float(re.search(r"→ about (\d+\.\d) MB", shown)[1])  # type: ignore[index]
     report = bench.compile(source, passes)
@@ -191,9 +191,9 @@ def test_the_output_replaces_nothing_but_files(bench: Any, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("passes", "told"),
     [
-        ("pack", ["1 Conv float: pack has no format for weights of Conv", "2 MatMul int4 g32 asym"]),
-        ("qdq", ["1 Conv quantized where a format is for it", "2 MatMul int8"]),
-        ("prepare", ["1 Conv float: no pass of the list", "2 MatMul float: no pass of the list"]),
+        ("pack", ["2 Conv float: no packed format for Conv weights", "2 MatMul int4 g32 asym"]),
+        ("qdq", ["2 Conv int8 per channel static, uint8 asym", "2 MatMul int8 per channel"]),
+        ("prepare", ["1 Conv float: no pass of the list", "1 MatMul float: no pass of the list"]),
     ],
 )
 def test_a_dry_run_tells_of_every_large_constant(

@@ -62,7 +62,7 @@ def test_the_picture_names_all_that_it_shows() -> None:
     text = " ".join(
         "".join(node.itertext()) for node in ET.fromstring(drawn["svg"]).iter() if node.tag.endswith("text")
     )
-    assert text.count("pack") == 2 * 4 + 1, "every line is named in both panels; the x axis counts packed weights"
+    assert text.count("pack") == 2 * 4, "every line is named in both panels"
     shown = (
         "int4",
         "int8",
@@ -86,7 +86,7 @@ def test_one_row_and_an_error_of_zero_can_be_drawn() -> None:
 
 def test_nothing_to_draw_is_a_remark(tmp_path: Path) -> None:
     rows = [Row(1, {"bits": "4"}, status=OPEN), Row(2, {"bits": "8"}, status=DONE, scores={"kl": 0.1})]
-    assert write_plots(_made(rows=rows), tmp_path) == ["no plot: no combination has packed weights and figures yet"]
+    assert write_plots(_made(rows=rows), tmp_path) == ["no plot: no combination has quantized weights and figures yet"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,101 @@
+"""A compile rehearsed: what a recipe makes of every weight, and of which size, without data and without weights.
+
+Invariant: the decisions are those of the compile, since the same passes make them on the same prepared graph, with
+blank codes. The size is that of the files to 3 % or 16 KB. Neither knows what data decides: outlying channels, nodes
+kept for their sensitivity, inputs that may be infinite, experts without a token.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qcompile.compiler.console.progress import Silent
+from qcompile.compiler.files.save import foretold_size
+from qcompile.compiler.mixed.keep import integer_pass
+from qcompile.compiler.mixed.sensitivity import sites
+from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.report.coverage import account, check_coverage, quantizers
+from qcompile.compiler.results.report import Report
+from qcompile.compiler.stages import Prepared, prepare_model
+from qcompile.compiler.walk.segments import split, targets
+from qcompile.passes.base import Region
+from qcompile.passes.contract import Fact, Reads, Stage
+from qcompile.passes.errors import UserError
+from qcompile.passes.linears import find_linears
+
+# What is in memory whatever the model: the libraries.
+_BASE = 4e8
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """report: sizes and decisions, as the compile will tell them. refusal: why the compile would write nothing.
+
+    passes: all that run, in order. inputs: names of the graph's inputs. segments: of the calibration run. memory: bytes
+    at its peak, about. open: what only data can tell.
+    """
+
+    report: Report
+    refusal: str
+    passes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    segments: int
+    memory: float
+    open: tuple[str, ...]
+
+
+def rehearse(source: Path, recipe: Recipe) -> Rehearsal:
+    """What the recipe would make of a model file. Raises UserError as the compile does, before its work."""
+    prepared = prepare_model(source, recipe, Silent(), dry=True)
+    graph, report, own = prepared.model, prepared.report, quantizers(prepared.passes)
+    segments = split(graph, targets(graph).__contains__)
+    memory = _memory(prepared, [segment.nodes for segment in segments])
+    if prepared.recipe.mixed:
+        sites(integer_pass(prepared.passes), graph)
+    inputs = tuple(given.name for given in prepared.plan.inputs)
+    for late in own:
+        late.dry = True
+        whole = late.stage == Stage.BEHIND
+        for region in [Region.whole(graph)] if whole else [Region(graph, segment.nodes) for segment in segments]:
+            late.call(region)
+        late.call_rest(graph)
+    report.quantizers = tuple(p.name for p in own) or ("float",)
+    report.decisions = {name: [] for name in report.quantizers}
+    policy = getattr(own[0], "policy", prepared.policy) if own else prepared.policy
+    report.decisions[report.quantizers[0]] = account(prepared.constants, graph, prepared.passes, policy)
+    report.compiled_bytes = foretold_size(graph)
+    names = tuple(p.name for p in prepared.passes)
+    return Rehearsal(report, _refusal(prepared), names, inputs, len(segments), memory, _open(prepared))
+
+
+def _refusal(prepared: Prepared) -> str:
+    try:
+        check_coverage(prepared.report, prepared.recipe.min_coverage, prepared.passes)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _open(prepared: Prepared) -> tuple[str, ...]:
+    """What data decides, in words."""
+    told = ["which nodes stay in float for their sensitivity"] if prepared.recipe.mixed else []
+    marking = [p.name for p in prepared.passes if Fact.OUTLIERS in p.ensures]
+    return (*told, *(f"which channels {name} leaves in float" for name in marking))
+
+
+def _memory(prepared: Prepared, segments: list[list[ir.Node]]) -> float:
+    """Bytes held at the peak: libraries, carried activations, the largest segment's weights and Gram matrices."""
+    recipe = prepared.recipe
+    reads = any(p.reads & {Reads.SCALES, Reads.STATISTICS} for p in prepared.passes)
+    rows = recipe.samples * recipe.context if reads else 0
+    by_node = {linear.node: linear for linear in find_linears(prepared.model.graph)}
+    largest, width = 0.0, 0
+    for nodes in segments:
+        own = [by_node[node] for node in nodes if node in by_node]
+        inputs = {linear.activation: linear.shape[0] for linear in own}
+        weights = sum(4.0 * k * n for k, n in (linear.shape for linear in own))
+        grams = sum(8.0 * k * k for k in inputs.values()) if rows else 0.0
+        largest = max(largest, 5 * weights + 2 * grams)
+        width = max([width, *(linear.shape[0] for linear in own[:1])])
+    return _BASE + largest + 8.0 * rows * width
