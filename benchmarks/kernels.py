@@ -8,6 +8,7 @@
 |---|---|
 | int8 | qcompile.MatMulInt4, activation_bits 8, native kernels |
 | a16 | qcompile.MatMulInt4, activation_bits 16, native kernels |
+| w8 | qcompile.MatMulInt8, symmetric, activation_bits 8, native kernels |
 | nf4, mxfp4 | the product of that weight format (`TABLES`), activation_bits 8, native kernels; against int8 |
 | a4 | com.microsoft MatMulNBits, accuracy_level 4 (int8 activations) |
 | a0 | com.microsoft MatMulNBits, accuracy_level 0 (float32) |
@@ -67,13 +68,14 @@ COPIES = 16
 # Formats whose codes are looked up in a table, by name: their grids, and their operators.
 GRIDS = {own.name: grid for own in FORMATS if isinstance(grid := own.grid("qcompile"), TableGrid)}
 TABLES = {own.name: PRODUCT + own.native[0] for own in FORMATS if own.name in GRIDS}
-OURS = ("int8", "a16", *TABLES)
+OURS = ("int8", "a16", "w8", *TABLES)
 THEIRS = ("a4", "a0")
 # Relative errors (Frobenius norm, against float64) that nothing but a mistake exceeds: of normal activations, and with
 # outlier channels. What issue 3 asks of a16 is stricter, and told among the targets.
 TOLERANCE = {
     "int8": (1.5e-2, 4e-2),
     "a16": (1e-4, 2e-4),
+    "w8": (1.5e-2, 4e-2),
     "a4": (1.5e-2, 4e-2),
     "a0": (1e-5, 1e-5),
     "float": (1e-5, 1e-5),
@@ -175,6 +177,13 @@ class Weights:
 
     @property
     @cache  # noqa: B019  (a weight lives as long as its layer is measured)
+    def bytes(self) -> npt.NDArray[np.int8]:
+        """Codes of 8 bits, (K, N)."""
+        shape = (self.layer.k, self.layer.n)
+        return np.frombuffer(np.random.default_rng(0).bytes(shape[0] * shape[1]), np.int8).reshape(shape)
+
+    @property
+    @cache  # noqa: B019  (a weight lives as long as its layer is measured)
     def blob(self) -> npt.NDArray[np.uint8]:
         """Codes of MatMulNBits, (N, G, group / 2), padded with 0."""
         layer = self.layer
@@ -189,6 +198,8 @@ class Weights:
             powers = 2.0 ** (self.power.astype(np.float64) - 128)
             scale = powers if _has_powers(variant) else self.scale.astype(np.float64)
             return np.array(GRIDS[variant].table)[self.codes[:, columns]] * scale[:, columns][group]
+        if variant == "w8":
+            return self.bytes[:, columns] * self.scale[:, columns].astype(np.float64)[group]
         codes = self.codes[:, columns].astype(np.float64) - self.zero_point[:, columns][group]
         return codes * self.scale[:, columns].astype(np.float64)[group]
 
@@ -200,6 +211,9 @@ class Weights:
             rows = np.repeat(self.scale, self.layer.group, 0)[:k]
             w = (self.codes.astype(np.float32) - np.repeat(self.zero_point, self.layer.group, 0)[:k]) * rows
             return [_tensor(f"w{copy}", TensorProto.FLOAT, (k, n), np.roll(w, 2 * copy, 1))]
+        if variant == "w8":
+            codes = _tensor(f"w{copy}", TensorProto.INT8, (k, n), np.roll(self.bytes, 2 * copy, 1))
+            return [codes, _tensor(f"s{copy}", TensorProto.FLOAT, (groups, n), scale)]
         if variant in TABLES:
             codes = _tensor(f"w{copy}", TensorProto.UINT4, (k, n), np.roll(self.unsigned, copy, 1))
             if not _has_powers(variant):
@@ -226,7 +240,7 @@ class Weights:
 
     def model(self, variant: str, copies: int) -> bytes:
         """A model of so many copies: x (m, K) to y0 (m, N), y1, … Variants of one layout share the tensors' making."""
-        ours = variant if variant in TABLES else "native"
+        ours = variant if variant in (*TABLES, "w8") else "native"
         layout = ours if variant in OURS else "float" if variant == "float" else "nbits"
         if self.made.get(layout, (0, None))[0] != copies:
             self.made[layout] = (copies, [self.tensors(variant, copy) for copy in range(copies)])
@@ -250,9 +264,9 @@ class Weights:
             attributes |= {"dtype": TensorProto.FLOAT} if _has_powers(variant) else {}
             return helper.make_node(TABLES[variant], inputs, [output], domain="qcompile", **attributes)
         if variant in OURS:
-            bits = {"int8": 8, "a16": 16}[variant]
-            attributes = {"block_size": layer.group, "activation_bits": bits}
-            return helper.make_node("MatMulInt4", inputs, [output], domain="qcompile", **attributes)
+            attributes = {"block_size": layer.group, "activation_bits": 16 if variant == "a16" else 8}
+            operator = "MatMulInt8" if variant == "w8" else "MatMulInt4"
+            return helper.make_node(operator, inputs, [output], domain="qcompile", **attributes)
         attributes = {"K": layer.k, "N": layer.n, "bits": 4, "block_size": layer.group}
         attributes["accuracy_level"] = {"a4": 4, "a0": 0}[variant]
         return helper.make_node("MatMulNBits", inputs, [output], domain="com.microsoft", **attributes)
@@ -279,7 +293,8 @@ def copies_of(layer: Layer, m: int, cold: int, variant: str, most: int = COPIES)
     """How many layers a run has: more than `cold` bytes of weights where these come from memory, else `most`."""
     if m >= COLD_BELOW:
         return min(most, max(1, (1 << 25) // (layer.k * layer.n)))
-    size = 4 * layer.k * layer.n if variant == "float" else layer.packed_bytes
+    bits = {"float": 32, "w8": 8}.get(variant, 0)
+    size = bits * layer.k * layer.n // 8 or layer.packed_bytes
     return max(2, math.ceil(cold / size))
 
 
