@@ -29,8 +29,8 @@ def compared(paths: list[str], path: str, layer: Layer, variant: str, m: int, ar
         if number + 1 == args.rounds:
             break
     before, after = seconds
-    medians = statistics.median(before) / statistics.median(after)
-    return f"| {path} | {variant} | {layer} | {m} | {medians:.3f} | {min(before) / min(after):.3f} | {min(after) * 1e6:.0f} |"
+    medians, fastest = (of(before) / of(after) for of in (statistics.median, min))
+    return f"| {path} | {variant} | {layer} | {m} | {medians:.3f} | {fastest:.3f} | {min(after) * 1e6:.0f} |"
 
 
 def rounds(
