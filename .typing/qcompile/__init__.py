@@ -1,1 +1,1 @@
-../../compiler/api/root/__init__.py
+../../compiler/api/qcompile/__init__.py

@@ -42,7 +42,9 @@ class Options(Common, Runs, CustomOps):
 
 def run(args: Options) -> int:
     """Evaluate, print a table, and write JSON if asked."""
-    test = EvaluationSet(args.text, Calibration(args.data), args.tokenizer, args.context, args.tokens or None)
+    test = EvaluationSet(
+        args.text, Calibration([str(path) for path in args.data]), args.tokenizer, args.context, args.tokens or None
+    )
     if args.json is not None:
         read = [*args.text, *named([str(path) for path in args.data])]
         check_result_path([*([args.against] if args.against else []), *args.models], args.json, read)
