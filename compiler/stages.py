@@ -33,6 +33,7 @@ from qcompile.passes.base import Pass, Region, WalksAgain
 from qcompile.passes.contract import Fact, Reads, Stage
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import named
+from qcompile.passes.formats.attention import to_microsoft_attention
 from qcompile.passes.linears import find_linears, vocabulary_size
 from qcompile.passes.masks import mark_infinite
 from qcompile.passes.observers.base import Observer
@@ -117,6 +118,7 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress, *, dry: bool
     recipe = effective(recipe)
     planned(recipe, HELD)
     graph = load_model(source)
+    to_microsoft_attention(graph)
     made = planned(recipe, facts_of(graph))
     passes = made.passes
     if not dry:

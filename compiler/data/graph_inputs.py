@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from qcompile.passes.caches import ATTENTION, MICROSOFT_ATTENTION, is_group_query
 from qcompile.passes.contrib.codes import codes_of
 from qcompile.passes.graph import small_array
 
@@ -17,7 +18,8 @@ _TRANSPARENT = {
 _DECODING = {"Cast", "Transpose", "DequantizeLinear", "Identity", "Constant"}
 # (domain, op_type): input slot of each past, output slot of its present, axis that grows.
 _CACHE_SLOTS: dict[tuple[str, str], list[tuple[int, int, int]]] = {
-    ("com.microsoft", "GroupQueryAttention"): [(3, 1, 2), (4, 2, 2)],
+    MICROSOFT_ATTENTION: [(3, 1, 2), (4, 2, 2)],
+    ATTENTION: [(3, 1, 2), (4, 2, 2)],
     ("com.microsoft", "MultiHeadAttention"): [(6, 1, 2), (7, 2, 2)],
     ("com.microsoft", "Attention"): [(4, 1, 3)],
     ("", "Attention"): [(4, 1, 2), (5, 2, 2)],
@@ -109,7 +111,7 @@ def in_one_buffer(value: ir.Value, graph: ir.Graph) -> bool:
     if len(uses) != 1 or value in graph.outputs:
         return False
     node, slot = uses[0].node, uses[0].idx
-    if (node.domain, node.op_type) != ("com.microsoft", "GroupQueryAttention") or slot not in (3, 4):
+    if not is_group_query(node) or slot not in (3, 4):
         return False
     if cache_window(value):
         return False
@@ -154,12 +156,13 @@ def _of_appended(node: ir.Node, cache: ir.Value) -> dict[int, int]:
 
 def _of_attention(node: ir.Node) -> dict[int, int]:
     heads = node.attributes.get_int("num_heads", 0)
-    if node.domain != "com.microsoft" or node.op_type not in ("GroupQueryAttention", "MultiHeadAttention"):
+    grouped = is_group_query(node)
+    if not grouped and (node.domain, node.op_type) != ("com.microsoft", "MultiHeadAttention"):
         return {}
     cached = node.attributes.get_int("kv_num_heads", heads)
     query = node.inputs[0]
     wide = query.shape[-1] if query is not None and query.shape is not None and len(query.shape) == 3 else None
-    packed = node.op_type == "GroupQueryAttention" and node.inputs[1] is None
+    packed = grouped and node.inputs[1] is None
     if not heads or not isinstance(wide, int):
         return {}
     return {1: cached, 3: wide // (heads + 2 * cached if packed else heads)}

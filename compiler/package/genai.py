@@ -15,6 +15,7 @@ from qcompile.compiler.data.inputs import Input, InputPlan, input_plan, role_by_
 from qcompile.compiler.files.load import check_model_file, check_output_path, load_model
 from qcompile.compiler.package.beside import GENAI, LICENCES, Beside
 from qcompile.compiler.package.folder import MODEL, Contents, Packaged, about, licences, native_library, write_folder
+from qcompile.passes.caches import is_group_query
 from qcompile.passes.errors import UserError
 
 # Types that onnxruntime-genai 0.18 runs by the inputs that Hugging Face's decoders have, each by its model_type there.
@@ -32,7 +33,6 @@ _TOKENIZER = "tokenizer_config.json"
 _LENGTH = 2048
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-_ATTENTION = ("com.microsoft", "GroupQueryAttention")
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _vocabulary(graph: ir.Graph, plan: InputPlan, logits: str) -> int:
 
 def _heads(graph: ir.Graph, beside: Beside, caches: Caches) -> int:
     """Heads of the queries."""
-    told = (node.attributes.get_int("num_heads", 0) for node in graph if (node.domain, node.op_type) == _ATTENTION)
+    told = (node.attributes.get_int("num_heads", 0) for node in graph if is_group_query(node))
     return next(told, 0) or beside.number("num_attention_heads", "n_head") or caches.heads
 
 

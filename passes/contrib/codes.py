@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompile.passes.caches import is_group_query
 from qcompile.passes.graph import is_constant, small_array
 
 Floats = npt.NDArray[np.float32]
@@ -77,7 +78,7 @@ def codes_of(cache: ir.Value) -> CacheCodes | None:
 
 
 def _stored(node: ir.Node, slot: int) -> CacheCodes | None:
-    if (node.domain, node.op_type) == (DOMAIN, ATTENTION):
+    if is_group_query(node):
         place = SCALES.get(slot, 0)
         scale = node.inputs[place] if 0 < place < len(node.inputs) else None
         heads = node.attributes.get_int("kv_num_heads", 1)

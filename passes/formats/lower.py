@@ -4,8 +4,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from qcompile.passes.caches import ATTENTION
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import format_of
+from qcompile.passes.formats.attention import to_native
 from qcompile.passes.formats.base import (
     BIASED,
     DOMAIN,
@@ -18,6 +20,7 @@ from qcompile.passes.formats.base import (
     operands,
 )
 from qcompile.passes.formats.decoded import sink
+from qcompile.passes.formats.functions import register
 from qcompile.passes.graph import Names, insert_before
 from qcompile.passes.linears import constant, dimensions
 from qcompile.passes.targets import TARGETS
@@ -38,6 +41,8 @@ def lower(model: ir.Model, target: str) -> None:
     else:
         _complete_zero_points(model)
     if operators == "qcompile":
+        if to_native(model):
+            register(model, ATTENTION[1])
         _drop_unused_functions(model)
         return
     # Of matmulnbits, what com.microsoft has no operator for is left.

@@ -233,9 +233,50 @@ void to_half(const float* x, uint16_t* y, int64_t n) {
   }
 }
 
+// ---- attention ----
+
+struct AttentionSet {
+  typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
+  static constexpr int kLanes = 16, kTileRows = 6, kTileVectors = 4;
+  static constexpr auto from_half = qcompile::from_half;
+
+  static void turn(const float* x, int64_t stride, float* y, int64_t y_stride) {
+    __m512 rows[16], pairs[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_ps(x + i * stride);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    // rows[i]: in each quarter, four rows' numbers of one column
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const __m512d a = _mm512_castps_pd(pairs[i + j]), b = _mm512_castps_pd(pairs[i + 2 + j]);
+        rows[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        rows[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+      }
+    }
+    // The quarters of four vectors, turned.
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512 low = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0x44), high = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0xEE);
+      const __m512 low2 = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0x44);
+      const __m512 high2 = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0xEE);
+      _mm512_storeu_ps(y + i * y_stride, _mm512_shuffle_f32x4(low, low2, 0x88));
+      _mm512_storeu_ps(y + (i + 4) * y_stride, _mm512_shuffle_f32x4(low, low2, 0xDD));
+      _mm512_storeu_ps(y + (i + 8) * y_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
+      _mm512_storeu_ps(y + (i + 12) * y_stride, _mm512_shuffle_f32x4(high, high2, 0xDD));
+    }
+  }
+};
+
 }  // namespace
 
 extern const Kernels kAvx512Vnni;
-const Kernels kAvx512Vnni = {"avx512vnni", available, quantize, kProducts<kRows>, from_half, to_half, swiglu};
+const Kernels kAvx512Vnni = {"avx512vnni", available, quantize, kProducts<kRows>, from_half, to_half, swiglu,
+                             Attend<AttentionSet>::run};
 
 }  // namespace qcompile

@@ -71,7 +71,7 @@ Operator make(const OrtApi& api, int format, bool bias, ONNXTensorElementDataTyp
 }  // namespace
 
 void infer_output(const OrtApi& api, OrtShapeInferContext* context, const OrtTensorTypeAndShapeInfo* like, size_t kept,
-                  Shape y, ONNXTensorElementDataType type) {
+                  Shape y, ONNXTensorElementDataType type, size_t index) {
   std::array<const char*, kMaxRank> names{};
   if (kept > 0) check(api.call<GetSymbolicDimensions>(like, names.data(), shape_of(api, like).rank));
   std::vector<std::string> made(y.rank);
@@ -88,7 +88,7 @@ void infer_output(const OrtApi& api, OrtShapeInferContext* context, const OrtTen
   check(api.call<SetTensorElementType>(info, type));
   check(api.call<SetDimensions>(info, y.dims.data(), y.rank));
   check(api.call<SetSymbolicDimensions>(info, names.data(), y.rank));
-  check(api.call<ShapeInferContext_SetOutputTypeShape>(context, size_t(0), info));
+  check(api.call<ShapeInferContext_SetOutputTypeShape>(context, index, info));
 }
 
 Input input_at(const Operator& op, size_t index) { return !op.bias && index == kBias ? kZeroPoint : Input(index); }

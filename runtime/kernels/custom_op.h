@@ -18,10 +18,10 @@ std::vector<Operator> all_operators(const ort::OrtApi& api,
 // Which input the index of one is.
 Input input_at(const Operator& op, size_t index);
 
-// Tells the shape of output 0: the first `kept` dimensions of y are those of `like`, with their names where they are unknown;
+// Tells the shape of an output: the first `kept` dimensions of y are those of `like`, with their names where they are unknown;
 // of others −1 stands for one that is not known.
 void infer_output(const ort::OrtApi& api, ort::OrtShapeInferContext* context, const ort::OrtTensorTypeAndShapeInfo* like,
-                  size_t kept, Shape y, ort::ONNXTensorElementDataType type);
+                  size_t kept, Shape y, ort::ONNXTensorElementDataType type, size_t index = 0);
 
 // Has the operator's nodes made and run as `Kernel`: a class with a constructor of (const Op&, const
 // OrtKernelInfo*), compute(OrtKernelContext*) const, and api().

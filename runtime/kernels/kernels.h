@@ -23,6 +23,8 @@ struct Products {
   Product of[kFormatCount];
 };
 
+struct AttentionTile;
+
 struct Kernels {
   const char* name;
   bool (*available)();
@@ -41,6 +43,9 @@ struct Kernels {
 
   // y = silu(gate) * up, each (n,): swiglu.h
   void (*swiglu)(const float* gate, const float* up, float* y, int64_t n);
+
+  // attention.h, attention_tile.h
+  void (*attend)(const AttentionTile& tile);
 };
 
 // nullptr-terminated, slowest first; entries that this build holds, available or not.

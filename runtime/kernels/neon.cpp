@@ -239,9 +239,24 @@ void to_half(const float* x, uint16_t* y, int64_t n) {
   for (; i < n; ++i) y[i] = vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x[i]))), 0);
 }
 
+// ---- attention ----
+
+struct AttentionSet {
+  typedef float Vector __attribute__((vector_size(16), aligned(4), may_alias));
+  static constexpr int kLanes = 4, kTileRows = 6, kTileVectors = 4;
+  static constexpr auto from_half = qcompile::from_half;
+
+  static void turn(const float* x, int64_t stride, float* y, int64_t y_stride) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < kLanes; ++j) y[j * y_stride + i] = x[i * stride + j];
+    }
+  }
+};
+
 }  // namespace
 
 extern const Kernels kNeon;
-const Kernels kNeon = {"neon", available, quantize, kProducts<kTileRows>, from_half, to_half, swiglu};
+const Kernels kNeon = {"neon", available, quantize, kProducts<kTileRows>, from_half, to_half, swiglu,
+                      Attend<AttentionSet>::run};
 
 }  // namespace qcompile

@@ -21,7 +21,7 @@ struct Operator : ort::OrtCustomOp {
   const Format& of() const { return kFormats[format]; }
 };
 
-// One that packs nothing when it is loaded (light.cpp).
+// One that packs nothing when it is loaded (light.cpp, attention_op.cpp).
 struct LightOperator : ort::OrtCustomOp {
   const ort::OrtApi* api;
   std::string name;
@@ -29,10 +29,14 @@ struct LightOperator : ort::OrtCustomOp {
   ort::ONNXTensorElementDataType element;  // of what it computes: fp32 or fp16
   ort::ONNXTensorElementDataType index;    // of what it looks up: int32 or int64
   bool is_signed;                          // w and zero_point are int8 instead of uint8
+  ort::ONNXTensorElementDataType cache;    // of attention's caches: fp32, fp16 or int8
 };
 
 // SwiGLU and EmbeddingF of the CPU provider, the only ones there are, for one ONNX Runtime.
 std::vector<LightOperator> light_operators(const ort::OrtApi& api);
+
+// GroupQueryAttention of the CPU provider (attention_op.cpp).
+std::vector<LightOperator> attention_operators(const ort::OrtApi& api);
 
 // Those of the CPU provider, for one ONNX Runtime. cuda/operators.h has those of the CUDA provider.
 std::vector<Operator> operators(const ort::OrtApi& api);

@@ -6,7 +6,7 @@
 
 #include "half.h"
 #include "kernels.h"
-#include "swiglu.h"
+#include "attention_tile.h"
 
 namespace qcompile {
 namespace {
@@ -121,11 +121,25 @@ constexpr Products products(std::integer_sequence<int, kFormat...>) {
   return {{(void(kFormat), Product{multiply, 4, 4})...}};
 }
 
+// ---- attention ----
+
+struct AttentionSet {
+  typedef float Vector __attribute__((vector_size(16), aligned(4), may_alias));
+  static constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 2;
+  static constexpr auto from_half = qcompile::from_half;
+
+  static void turn(const float* x, int64_t stride, float* y, int64_t y_stride) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < kLanes; ++j) y[j * y_stride + i] = x[i * stride + j];
+    }
+  }
+};
+
 }  // namespace
 
 extern const Kernels kReference;
 const Kernels kReference = {
     "reference", always, quantize, products(std::make_integer_sequence<int, kFormatCount>()), from_half, to_half,
-    swiglu};
+    swiglu, Attend<AttentionSet>::run};
 
 }  // namespace qcompile

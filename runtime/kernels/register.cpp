@@ -45,7 +45,9 @@ std::vector<LightOperator> light_operators_here(const OrtApi& api) {
 #if defined(QCOMPILE_CUDA)
   if (qcompile_cuda_devices() > 0) return {};
 #endif
-  return light_operators(api);
+  std::vector<LightOperator> all = light_operators(api);
+  for (const LightOperator& op : attention_operators(api)) all.push_back(op);
+  return all;
 }
 
 // Finds or makes the domain for this ONNX Runtime (a process may have more than one).

@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "kernels.h"
-#include "swiglu.h"
+#include "attention_tile.h"
 
 namespace qcompile {
 namespace {

@@ -221,5 +221,39 @@ void to_half(const float* x, uint16_t* y, int64_t n) {
   for (; i < n; ++i) y[i] = _cvtss_sh(x[i], _MM_FROUND_TO_NEAREST_INT);
 }
 
+// ---- attention ----
+
+struct AttentionSet {
+  typedef float Vector __attribute__((vector_size(32), aligned(4), may_alias));
+  static constexpr int kLanes = 8, kTileRows = 6, kTileVectors = 2;
+  static constexpr auto from_half = qcompile::from_half;
+
+  static void turn(const float* x, int64_t stride, float* y, int64_t y_stride) {
+    __m256 rows[8], pairs[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) rows[i] = _mm256_loadu_ps(x + i * stride);
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    // rows[i]: in each half, four rows' numbers of one column
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const __m256d a = _mm256_castps_pd(pairs[i + j]), b = _mm256_castps_pd(pairs[i + 2 + j]);
+        rows[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+        rows[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      _mm256_storeu_ps(y + i * y_stride, _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x20));
+      _mm256_storeu_ps(y + (i + 4) * y_stride, _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x31));
+    }
+  }
+};
+
 }  // namespace
 }  // namespace qcompile
