@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qcompile.compiler.console.visible import visible
@@ -36,7 +36,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("qcompile.compiler.commands.bench", "speed and memory of models, against each other"),
 }
 _BUG = 70  # EX_SOFTWARE of sysexits.h
-_GLOBAL = {"-v", "-vv", "--verbose", "--traceback"}
+# Options of every command, which may stand before it too; and those with a value behind them.
+_FLAGS, _VALUED = {"-q", "--quiet", "-v", "-vv", "--verbose", "--traceback", "--json"}, {"--threads", "--log-level"}
 _USAGE = "qcompile MODEL.onnx [options]\n       qcompile COMMAND …"
 _EXAMPLES = """\
 examples:
@@ -72,8 +73,9 @@ def _guarded(arguments: list[str]) -> int:
         return code
     except BrokenPipeError:
         raise
-    except KeyboardInterrupt:
-        return _fail("interrupted, nothing was written", 130)
+    except KeyboardInterrupt as stopped:
+        told = f": {stopped}" if stopped.args else ", nothing was written"
+        return _fail(f"interrupted{told}", 130)
     except Exception as error:
         if "--traceback" in arguments:
             traceback.print_exc()
@@ -111,9 +113,10 @@ def _fail(message: str, code: int) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    leading = next((i for i, word in enumerate(arguments) if word not in _GLOBAL), len(arguments))
-    options, rest = arguments[:leading], arguments[leading:]
-    if not rest or rest[0] in ("-h", "--help", "help", "--version"):
+    options, rest = _leading(arguments)
+    if rest[:1] == ["help"]:  # help COMMAND
+        rest = [*rest[1:2], "--help"]
+    if not rest or rest[0] in ("-h", "--help", "--version", "-V"):
         return _top_level(rest)
     name = rest.pop(0) if rest[0] in COMMANDS else _default_command(rest[0])
     module = _module(name)
@@ -122,24 +125,45 @@ def _run(arguments: list[str]) -> int:
         return 0
     _start_logging(args)
     try:
-        return _registered(module, args)
+        _answered(module, args)
+        return 0
     except SystemExit as exit:  # nothing here calls it: a module of the user's, a library
         if isinstance(exit.__context__, BrokenPipeError):  # rich, where the reader of a list went away
             raise exit.__context__ from None
         raise UserError(f"code that {name} loaded ended it with sys.exit({exit.code!r}); nothing was done") from exit
 
 
-def _registered(module: Any, args: Any) -> int:
-    """Run a command, with its custom operators registered in every session."""
-    if not getattr(args, "custom_ops", None):
-        return _judged(module, args)
-    from qcompile.runtime.sessions import custom_operators
+def _answered(module: Any, args: Any) -> None:
+    """Run a command, and print its document where one is asked for (--json without a file)."""
+    from qcompile.compiler.console.document import written
+    from qcompile.compiler.console.terminal import voice
 
-    with custom_operators(args.custom_ops):
-        return _judged(module, args)
+    wanted = args.json is True or args.json == []
+    with voice(quiet=args.quiet, document=wanted), _within(args):
+        document = _judged(module, args)
+    if wanted:
+        print(written(document))
 
 
-def _judged(module: Any, args: Any) -> int:
+@contextlib.contextmanager
+def _within(args: Any) -> Iterator[None]:
+    """What holds for a whole command: its custom operators in every session, and how many threads there may be."""
+    from qcompile.passes.threads import limited
+
+    with contextlib.ExitStack() as stack:
+        if getattr(args, "custom_ops", None):
+            from qcompile.runtime.sessions import custom_operators
+
+            stack.enter_context(custom_operators(args.custom_ops))
+        if isinstance(args.threads, int):  # bench takes several numbers, and sees to them itself
+            from threadpoolctl import threadpool_limits
+
+            stack.enter_context(limited(args.threads))
+            stack.enter_context(threadpool_limits(limits=args.threads))
+        yield
+
+
+def _judged(module: Any, args: Any) -> Any:
     """Run a command; what fails without being told as a UserError may be the file's fault."""
     from qcompile.compiler.facts.memory import bounded
 
@@ -147,7 +171,7 @@ def _judged(module: Any, args: Any) -> int:
         with bounded(), warnings.catch_warnings():
             if not args.verbose:  # numpy's remarks on odd weights are no part of an answer in one line
                 warnings.simplefilter("ignore")
-            return int(module.run(args))
+            return module.run(args)
     except (UserError, OSError, MemoryError):
         raise
     except Exception:
@@ -168,7 +192,7 @@ def _blame(model: Any) -> None:
 
 
 def _top_level(rest: list[str]) -> int:
-    if rest and rest[0] == "--version":
+    if rest and rest[0] in ("--version", "-V"):
         from importlib.metadata import PackageNotFoundError, version
 
         try:
@@ -199,6 +223,18 @@ def _module(name: str) -> Any:
         if error.name == path:
             raise UserError(f"the command {name!r} is not part of this installation") from error
         raise
+
+
+def _leading(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(options that stand before the command, the rest)."""
+    count = 0
+    while count < len(arguments):
+        word = arguments[count]
+        count += 2 if word in _VALUED else 1
+        if word.split("=")[0] not in _FLAGS | _VALUED:
+            count -= 1
+            break
+    return arguments[:count], arguments[count:]
 
 
 def _parsed(name: str, module: Any, words: list[str]) -> Any:

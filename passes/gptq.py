@@ -32,6 +32,7 @@ from qcompile.passes.rounding import (
 from qcompile.passes.row_steps import Descent, Nearest, descent, nearest
 from qcompile.passes.state import set_weight, weight_state
 from qcompile.passes.statistics import Statistics
+from qcompile.passes.threads import allowed
 
 # Rows rounded one by one before the rest follows in one matrix product.
 _BLOCK = 32
@@ -190,7 +191,7 @@ class Gptq(Pass):
                 continue
             begun.add((linear.weight, linear.transposed))
             together.setdefault((id(linear.activation), spec), []).append(linear)
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(allowed(_THREADS)) as pool:
             jobs = [(group, spec, region.statistics[group[0].activation]) for (_, spec), group in together.items()]
             for linear, codes, decision in itertools.chain.from_iterable(pool.map(lambda job: self._round(*job), jobs)):
                 self.decisions.append(decision)

@@ -34,6 +34,7 @@ from qcompile.passes.rounding import blank, round_to_nearest
 from qcompile.passes.spec import integers
 from qcompile.passes.state import Tensors, node_state, set_node, set_weight, weight_state
 from qcompile.passes.targets import TARGETS, TargetName
+from qcompile.passes.threads import allowed
 
 _THREADS = 2
 # A weight as it is packed: its initializer, its spec, and whether it is read transposed.
@@ -153,7 +154,7 @@ class Pack(Pass):
             rounding = round_to_nearest if state.clip is False else round_by_rows
             return rounding(coded(linear), spec, region.statistics.get(linear.activation))
 
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(allowed(_THREADS)) as pool:
             return dict(zip(jobs, pool.map(one, jobs), strict=True))
 
     def _pack_linear(

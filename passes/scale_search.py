@@ -36,6 +36,7 @@ from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding, column_errors, round_to_nearest
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.statistics import Statistics
+from qcompile.passes.threads import allowed
 
 # A factor must lower the sampled loss by this fraction to be kept: less is within the noise of the sample.
 MARGIN = 0.005
@@ -306,7 +307,7 @@ def search_all(pairs: list[Pair], judges: Judges, search: Callable[[Judge], Choi
             return judge
         return search(judge) or "its inputs or weights are all zero, or rounding is exact"
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(allowed(_THREADS)) as pool:
         return list(pool.map(one, pairs))
 
 

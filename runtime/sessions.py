@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from qcompile.passes.errors import UserError
 from qcompile.passes.interrupts import uninterrupted
+from qcompile.passes.threads import limit
 from qcompile.runtime.library import VARIABLE, check_version, chosen_kernel, library_path, why_no_cuda
 
 # 1.23 and older crash on an absent optional input of an inlined model-local function.
@@ -69,6 +70,7 @@ def session(
 
     accuracy_level: what ORT may do to the activations of 4-bit MatMuls it fuses itself. Left alone it picks 4, int8
     activations (a relative error near 1e-2); 0 computes in the model's own type.
+    threads: of the session; None: as many as `passes.threads.limited` says, else as there are cores.
     optimize: False turns every graph optimization off, so that each node runs as the file has it.
     folder: where the external data of a model given as bytes lies.
     weights: initializers handed over in memory; the model must declare each as external data of that shape and type.
@@ -90,6 +92,7 @@ def session(
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_mem_pattern = not growing
+    threads = threads or limit()
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))

@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 from hypothesis import settings
+from said import complaints
 
 from qcompile.compiler import cli
 from qcompile.compiler.files.load import save_model
@@ -93,7 +94,7 @@ class Bench:
         before = self.snapshot()
         passes = [] if {"--passes", "--recipe"} & set(options) else ["--passes", "pack"]
         assert self.run(model, *passes, *options) == 2
-        error = capsys.readouterr().err
+        error = complaints(capsys.readouterr().err)
         assert error.count("\n") == 1, error
         assert error.startswith("qcompile: error: ")
         assert re.search(message, error), error

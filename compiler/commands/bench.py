@@ -3,12 +3,11 @@
 import json
 from collections.abc import Sequence
 from dataclasses import field
-from pathlib import Path
 from typing import Annotated, Any
 
 from qcompile.compiler.api.bench import Candidate, bench_models, cores
-from qcompile.compiler.commands.options import Common, CustomOps, Kernels, command, option, positional
-from qcompile.compiler.console.terminal import console, progress, table
+from qcompile.compiler.commands.options import CustomOps, Document, JsonFile, Kernels, Talk, command, option, positional
+from qcompile.compiler.console.terminal import Bar, console, table
 from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
 from qcompile.compiler.measure.workload import Workload
@@ -26,7 +25,7 @@ _NOISY = 0.2
 
 
 @command()
-class Options(Common, CustomOps):
+class Options(JsonFile, Talk, CustomOps):
     """Measure load time, memory, and tokens per second."""
 
     epilog = _EPILOG
@@ -44,38 +43,30 @@ class Options(Common, CustomOps):
     shape: Annotated[
         list[str], option("shape of an input that is not made of tokens (repeat for several)", "NAME=N,…")
     ] = field(default_factory=list)
-    json: Annotated[Path | None, option("write the results there too", "FILE")] = None
 
 
-def run(args: Options) -> int:
+def run(args: Options) -> Document:
     """Measure, print a table, and write JSON if asked."""
     threads = _numbers("--threads", args.threads)
     shapes = dict(_shape(text) for text in args.shape)
     workload = Workload(_numbers("--prompt-tokens", args.prompt_tokens), args.decode, args.decode_after, shapes)
     candidates = [Candidate.parse(text, args.kernels) for text in (args.model, *args.against)]
-    if args.json is not None:
-        check_result_path([candidate.path for candidate in candidates], args.json)
+    if args.json_file is not None:
+        check_result_path([candidate.path for candidate in candidates], args.json_file)
     report = _measured(candidates, workload, threads, args.rounds)
     _print(report)
-    if args.json:
-        write_text(args.json, json.dumps(report, indent=2) + "\n")
-    return 0
+    if args.json_file is not None:
+        write_text(args.json_file, json.dumps(report, indent=2) + "\n")
+    return report
 
 
 def _measured(
     candidates: Sequence[Candidate], workload: Workload, threads: Sequence[int], rounds: int
 ) -> dict[str, Any]:
     """The measurement behind a progress bar that draws only between turns: it shares the cores with them."""
-    bar = progress()
-    bar.live.auto_refresh = False
-    with bar:
-        task = bar.add_task("measuring")
-
-        def step(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-            bar.refresh()
-
-        return bench_models(candidates, workload, threads=threads, rounds=rounds, progress=step).report
+    with Bar(still=True) as bar:
+        bar.step("measuring")
+        return bench_models(candidates, workload, threads=threads, rounds=rounds, progress=bar.at).report
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -91,7 +82,7 @@ def _print(report: dict[str, Any]) -> None:
         memory = [_mega(row["loaded_bytes"]), _mega(row["running_bytes"])]
         cells = [by_name.get(name, "") for name, _ in names]
         shown.add_row(row["label"], str(row["threads"]), load, *memory, *cells)
-    out = console()
+    out = console(answer=True)
     out.print(shown)
     for label, runs in dict.fromkeys((row["label"], row["runs"]) for row in rows):
         out.print(f"{label}: {runs}")

@@ -1,7 +1,7 @@
 """`qcompile calibrate`: ranges of activations once, for many compiles."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +9,18 @@ from rich.console import Console
 
 from qcompile.compiler.api.calibrate import DEFAULT_PASSES, Calibrated, Seen, calibrate_model, with_observer
 from qcompile.compiler.commands import compile as compiling
-from qcompile.compiler.commands.options import Calibrating, Common, Recipes, command, option, positional, recipe_of
+from qcompile.compiler.commands.options import (
+    Calibrating,
+    Common,
+    Document,
+    Recipes,
+    command,
+    option,
+    positional,
+    recipe_of,
+)
 from qcompile.compiler.console.numbers import megabytes
-from qcompile.compiler.console.terminal import console, table
+from qcompile.compiler.console.terminal import Bar, console, table
 from qcompile.compiler.files.load import check_model_file
 from qcompile.compiler.recipe import DATA, WHICH
 
@@ -37,7 +46,7 @@ class Options(Common, Calibrating, Recipes):
     observer: Annotated[str | None, option("short for qdq(observer=NAME)", "NAME", under=WHICH)] = None
 
 
-def run(args: Options) -> int:
+def run(args: Options) -> Document:
     """Calibrate, and print what stands out."""
     if args.passes is None and args.recipe is None:
         args = replace(args, passes=",".join(map(str, DEFAULT_PASSES)))
@@ -47,12 +56,12 @@ def run(args: Options) -> int:
     check_model_file(args.model)
     output = args.output or args.model.with_suffix(".statistics")
     screen = console()
-    with compiling.Bar(screen) as bar:
+    with Bar() as bar:
         calibration = compiling.calibration_of(args)
         made = calibrate_model(args.model, recipe, output=output, calibration=calibration, progress=bar)
     print_calibrated(made, screen)
     screen.print(f"wrote     {output} ({megabytes(made.size)})", soft_wrap=True)
-    return 0
+    return {"output": str(output), "bytes": made.size, "data": made.data, "activations": list(map(asdict, made.seen))}
 
 
 def print_calibrated(made: Calibrated, screen: Console) -> None:

@@ -1,18 +1,23 @@
 """`qcompile MODEL.onnx …`: the main job."""
 
 import os
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from qcompile.compiler.commands.dry_run import print_plan
-from qcompile.compiler.commands.options import Calibrating, Common, Recipes, command, option, positional, recipe_of
+from qcompile.compiler.commands.options import (
+    Calibrating,
+    Common,
+    Document,
+    Recipes,
+    command,
+    option,
+    positional,
+    recipe_of,
+)
 from qcompile.compiler.commands.package import tell
-from qcompile.compiler.console.terminal import console as stdout
+from qcompile.compiler.console.terminal import Bar, console
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.data.images import Pictures
@@ -64,7 +69,7 @@ def calibration_of(args: Calibrating) -> Calibration:
     return Calibration(args.calibration, args.tokenizer, pictures=pictures)
 
 
-def run(args: Options) -> int:
+def run(args: Options) -> Document:
     """Compile, or with --dry-run say what would happen."""
     recipe = recipe_of(args)
     check_model_file(args.model)
@@ -73,14 +78,13 @@ def run(args: Options) -> int:
         recipe, output = _for_application(args, args.kind, recipe)
     elif output.is_dir() or (args.output or "").endswith(("/", os.sep)):
         output = output / args.model.name
-    screen = stdout()
+    screen = console()
     check_output_path(args.model, output, [args.recipe] if args.recipe is not None else [])
     if args.save_recipe is not None:
         _check_recipe_path(args, args.save_recipe, output)
     calibration = calibration_of(args)
     if args.dry_run:
-        print_plan(args.model, output, recipe, screen)
-        return 0
+        return print_plan(args.model, output, recipe, console(answer=True))
     with ExitStack() as stack:
         saved = args.save_recipe
         staged = None if saved is None else stack.enter_context(staging(saved))
@@ -89,7 +93,7 @@ def run(args: Options) -> int:
         ):  # written before the work, which a full disk or a missing permission must not lose
             with writing(saved):
                 save_recipe(recipe, staged)
-        with Bar(screen) as bar:
+        with Bar() as bar:
             report = compile_model(
                 args.model, recipe, output=output, calibration=calibration, progress=bar, statistics=args.statistics
             )
@@ -100,7 +104,7 @@ def run(args: Options) -> int:
         screen.print(f"wrote     {output.with_name(file)}", soft_wrap=True)
     if args.kind is not None:
         tell(package(output, output.parent, tokenizer=args.tokenizer or args.model), output.parent, args.kind)
-    return 0
+    return report.to_dict()
 
 
 def _for_application(args: Options, kind: str, recipe: Recipe) -> tuple[Recipe, Path]:
@@ -118,40 +122,3 @@ def _check_recipe_path(args: Options, path: Path, output: Path) -> None:
         raise UserError(f"--save-recipe {path} would overwrite a model or its report; choose another name")
     read = [*named(args.calibration), *(file for file in (args.recipe, args.statistics) if file is not None)]
     check_result_path([model], path, read)
-
-
-class Bar:
-    """A progress bar with the time left; plain lines now and then where the output is no terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self.console, self.started, self.printed = console, time.monotonic(), 0.0
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
-        )  # fmt: skip
-        self.task = self.bar.add_task("starting", total=None)
-
-    def __enter__(self) -> "Bar":
-        if self.console.is_terminal:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.console.is_terminal:
-            self.bar.stop()
-
-    def step(self, name: str) -> None:
-        """A new step of the job."""
-        self.bar.update(self.task, description=name)
-        now = time.monotonic()
-        if not self.console.is_terminal and (now - self.printed > 15 or " of " not in name):
-            self.printed = now
-            self.console.print(f"{now - self.started:5.0f} s  {name}", highlight=False)
-
-    def total(self, rows: int) -> None:
-        """Tokens that the segments will see."""
-        self.bar.update(self.task, total=max(rows, 1))
-
-    def advance(self, rows: int) -> None:
-        """Tokens done."""
-        self.bar.update(self.task, advance=rows)

@@ -1,6 +1,7 @@
 """What a compile would do, without doing it."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -9,12 +10,14 @@ from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.terminal import print_coverage
 
 
-def print_plan(path: Path, output: Path, recipe: Recipe, console: Console) -> None:
-    """Print the nodes by decision, sizes before and after, and the memory that compiling will need."""
+def print_plan(path: Path, output: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
+    """Print the nodes by decision, sizes before and after, and memory that compiling will need; the same by name."""
     plan = rehearse(path, recipe)
     console.print(f"plan      {path} → {output}", soft_wrap=True)
     print_coverage(plan.report, console)
     _print_rest(plan, console)
+    told = {"passes": plan.passes, "segments": plan.segments, "memory": int(plan.memory), "open": plan.open}
+    return {"output": str(output), **told, "refusal": plan.refusal, "report": plan.report.to_dict()}
 
 
 def _print_rest(plan: Rehearsal, console: Console) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from qcompile.compiler.api.evaluation import EvaluationSet, Running, evaluate_models
-from qcompile.compiler.commands.options import Common, CustomOps, Runs, command, option, positional
+from qcompile.compiler.commands.options import CustomOps, Document, JsonFile, Runs, Threads, command, option, positional
 from qcompile.compiler.console.numbers import megabytes
-from qcompile.compiler.console.terminal import console, progress, table
+from qcompile.compiler.console.terminal import Bar, console, table
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.files.load import check_result_path
@@ -22,7 +22,7 @@ standard error. A model that is no decoder is compared with --against by SQNR an
 
 
 @command()
-class Options(Common, Runs, CustomOps):
+class Options(JsonFile, Threads, Runs, CustomOps):
     """Evaluate models on text, or on .npz inputs."""
 
     epilog = _EPILOG
@@ -37,35 +37,33 @@ class Options(Common, Runs, CustomOps):
     tokenizer: Annotated[Path | None, option("default: beside one of the models", "DIR")] = None
     context: Annotated[int, option("tokens in a window (default 512)", "N")] = 512
     tokens: Annotated[int, option("tokens of each text; 0 for all (default 4096)", "N")] = 4096
-    json: Annotated[Path | None, option("write the results there too", "FILE")] = None
 
 
-def run(args: Options) -> int:
+def run(args: Options) -> Document:
     """Evaluate, print a table, and write JSON if asked."""
-    test = EvaluationSet(
-        args.text, Calibration([str(path) for path in args.data]), args.tokenizer, args.context, args.tokens or None
-    )
-    if args.json is not None:
-        read = [*args.text, *named([str(path) for path in args.data])]
-        check_result_path([*([args.against] if args.against else []), *args.models], args.json, read)
+    data = [str(path) for path in args.data]
+    test = EvaluationSet(args.text, Calibration(data), args.tokenizer, args.context, args.tokens or None)
+    if args.json_file is not None:
+        read = [*args.text, *named(data)]
+        check_result_path([*([args.against] if args.against else []), *args.models], args.json_file, read)
     running = Running(args.accuracy_level, args.provider, args.kernels)
-    with progress() as bar:
-        task = bar.add_task("loading")
+    with Bar() as bar:
+        bar.step("loading")
         made = evaluate_models(
             args.models,
             test,
             against=args.against,
             running=running,
-            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+            progress=lambda what, done, total: bar.at(done, total, what),
         )
     rows = [own.row() for own in made.rows]
     if isinstance(made.rows[0].scores, DecoderScores):
         _print_scores(rows, running, compared=args.against is not None)
     else:
         _print_outputs([own.scores for own in made.rows if isinstance(own.scores, OutputScores)])
-    if args.json:
-        write_text(args.json, json.dumps(rows, indent=2) + "\n")
-    return 0
+    if args.json_file is not None:
+        write_text(args.json_file, json.dumps(rows, indent=2) + "\n")
+    return rows
 
 
 def _print_scores(rows: list[dict[str, Any]], running: Running, *, compared: bool) -> None:
@@ -78,7 +76,7 @@ def _print_scores(rows: list[dict[str, Any]], running: Running, *, compared: boo
         size, perplexity = megabytes(row["file_bytes"]), f"{row['perplexity']:.4f}"
         reference = kl if compared else ""
         shown.add_row(Path(row["text"]).name, row["model"], size, bits, perplexity, reference, agreement)
-    out = console()
+    out = console(answer=True)
     out.print(shown)
     out.print(
         f"{first['windows']} windows of {first['context']} tokens, first token of each not scored "
@@ -92,4 +90,4 @@ def _print_outputs(scores: list[OutputScores]) -> None:
     shown = table("model", "output", "SQNR dB", "cosine", "values", numbers=3)
     for score in scores:
         shown.add_row(score.model, score.output, f"{score.sqnr:.2f}", f"{score.cosine:.6f}", str(score.values))
-    console().print(shown)
+    console(answer=True).print(shown)

@@ -1,14 +1,14 @@
 """`qcompile export`: a Hugging Face folder, a GGUF file or a zoo model to ONNX."""
 
 import shlex
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
-from qcompile.compiler.commands.options import Common, command, option, positional
+from qcompile.compiler.commands.options import Common, Document, command, option, positional
+from qcompile.compiler.console.terminal import Bar, console
 from qcompile.models import export, kinds, zoo
 from qcompile.models.trace import Arrays
 from qcompile.passes import lists
@@ -61,15 +61,15 @@ class Options(Common):
     list: Annotated[bool, option("list the zoo and stop")] = False
 
 
-def run(args: Options) -> int:
+def run(args: Options) -> Document:
     """Export, and say what to type next."""
-    console = Console()
+    screen = console()
     if args.list:
-        console.print(_zoo_table())
-        return 0
+        console(answer=True).print(_zoo_table())
+        return [asdict(model) for model in zoo.ZOO.values()]
     if args.source is None or args.output is None:
         raise UserError("give a SOURCE and a folder: qcompile export SOURCE -o DIR (--list shows the zoo)")
-    with _Steps(console) as steps:
+    with Bar() as bar:
         done = export.export_model(
             args.source,
             args.output,
@@ -78,22 +78,22 @@ def run(args: Options) -> int:
             dtype=args.dtype,
             logits=args.logits or ("all" if args.application is None else "last"),
             max_layers=args.layers,
-            progress=steps.begin,
+            progress=bar.step,
         )
     found = done.record["check"]
     if isinstance(found, dict):
         error, tokens = found["max_relative_error"], found["tokens"]
         on = f" on {tokens} tokens" if tokens else ""
-        console.print(f"agrees with torch{on}: relative error {error:.1e} (at most {found['tolerance']:.0e})")
+        screen.print(f"agrees with torch{on}: relative error {error:.1e} (at most {found['tolerance']:.0e})")
     graphs = list(done.record.get("graphs", ())) or [done.path.name]
     wrote = done.path.with_name(", ".join(graphs))
-    console.print(f"wrote {wrote} ({done.size / 1e6:.0f} MB) in {done.seconds:.0f} s", highlight=False)
+    screen.print(f"wrote {wrote} ({done.size / 1e6:.0f} MB) in {done.seconds:.0f} s", highlight=False)
     for name in graphs:
         path = shlex.quote(str(done.path.with_name(name)))
-        console.print(
+        screen.print(
             f"next: qcompile {path} --passes {_NEXT.get(done.record.get('kind', ''), lists.PLAIN)}", highlight=False
         )
-    return 0
+    return {"path": str(done.path), "bytes": done.size, "seconds": done.seconds, **done.record}
 
 
 # Passes to try first: those of a text model need nothing but its tokenizer, others nothing at all.
@@ -102,33 +102,6 @@ _NEXT = {
     kinds.ENCODER: lists.QUICK,
     kinds.VISION: f"{lists.CORRECTED} --calibration FOLDER_OF_IMAGES",
 }
-
-
-class _Steps:
-    """A spinner beside the step that runs, a line with its seconds for each that is done."""
-
-    def __init__(self, console: Console) -> None:
-        self._console, self._status = console, console.status("")
-        self._step, self._since = "", 0.0
-
-    def __enter__(self) -> "_Steps":
-        self._status.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._end()
-        self._status.stop()
-
-    def begin(self, step: str) -> None:
-        """The step before is done, this one begins."""
-        self._end()
-        self._step, self._since = step, time.monotonic()
-        self._status.update(step)
-
-    def _end(self) -> None:
-        if self._step:
-            self._console.print(f"  {self._step} [dim]{time.monotonic() - self._since:.1f} s[/dim]", highlight=False)
 
 
 def open_model(path: Path) -> Any:

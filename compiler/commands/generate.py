@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from qcompile.compiler.commands.options import Common, CustomOps, Runs, command, option, positional
+from rich.console import Console
+
+from qcompile.compiler.commands.options import Common, CustomOps, Document, Runs, command, option, positional
+from qcompile.compiler.console.terminal import console
 from qcompile.compiler.data.tokens import load_tokenizer
 from qcompile.compiler.measure.generate import Sampling, generate_ids, stream
 from qcompile.compiler.measure.loaded import Subject
@@ -26,7 +29,7 @@ class Options(Common, Runs, CustomOps):
     tokenizer: Annotated[Path | None, option("default: beside the model", "DIR")] = None
 
 
-def run(args: Options) -> int:
+def run(args: Options) -> Document:
     """Print the prompt and what follows on stdout, the speed on stderr."""
     if args.max_tokens < 1:
         raise UserError(f"--max-tokens must be at least 1, got {args.max_tokens}")
@@ -39,12 +42,26 @@ def run(args: Options) -> int:
     tokenizer.check_vocabulary(subject.plan.vocabulary, prompt)
     times: list[float] = [time.perf_counter()]
     ids = _timed(generate_ids(subject, prompt, args.max_tokens, sampling, tokenizer.eos_ids), times)
-    print(args.prompt, end="", flush=True)
+    out = console(answer=True)
+    pieces = [args.prompt]
+    _write(out, args.prompt)
     for piece in stream(tokenizer, ids):
-        print(piece, end="", flush=True)
-    print(flush=True)
-    _report(times, len(prompt))
-    return 0
+        pieces.append(piece)
+        _write(out, piece)
+    _write(out, "\n")
+    _report(times, len(prompt), quiet=args.quiet)
+    return {
+        "text": "".join(pieces),
+        "prompt_tokens": len(prompt),
+        "tokens": len(times) - 1,
+        "seconds": times[-1] - times[0],
+    }
+
+
+def _write(out: Console, text: str) -> None:
+    """As it is, at once: a model's text is no name to be made visible."""
+    if not out.quiet:
+        print(text, end="", flush=True)
 
 
 def _timed(ids: Iterator[int], times: list[float]) -> Iterator[int]:
@@ -54,7 +71,7 @@ def _timed(ids: Iterator[int], times: list[float]) -> Iterator[int]:
         yield token
 
 
-def _report(times: list[float], prompt: int) -> None:
+def _report(times: list[float], prompt: int, *, quiet: bool) -> None:
     """First token and speed after it: the prompt's run is not the speed of a token."""
     tokens = len(times) - 1
     line = f"{tokens} tokens behind a prompt of {prompt}"
@@ -62,4 +79,5 @@ def _report(times: list[float], prompt: int) -> None:
         line += f", the first after {times[1] - times[0]:.2f} s"
     if tokens > 1:
         line += f", then {(tokens - 1) / (times[-1] - times[1]):.1f} tokens/s"
-    print(line, file=sys.stderr)
+    if not quiet:
+        print(line, file=sys.stderr)

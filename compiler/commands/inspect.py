@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
-from qcompile.compiler.commands.options import Common, command, option, positional
+from qcompile.compiler.commands.options import Common, Document, command, option, positional
 from qcompile.compiler.console.numbers import megabytes, percent
 from qcompile.compiler.console.terminal import console, table
 from qcompile.compiler.report.inspection import Summary, WeightGroup, inspect
@@ -21,17 +21,13 @@ class Options(Common):
     """Show what is in a model: types, sizes, what is quantized."""
 
     model: Annotated[Path, positional("MODEL.onnx", "the model file")]
-    json: Annotated[bool, option("print everything as JSON")] = False
     all: Annotated[bool, option("list every weight instead of alike ones together")] = False
 
 
-def run(args: Options) -> int:
+def run(args: Options) -> Document:
     """Print the summary."""
     summary = inspect(args.model, every=args.all)
-    if args.json:
-        print(json.dumps(summary.as_dict(), indent=2))
-        return 0
-    out = console()
+    out = console(answer=True)
     _head(out, summary, every=args.all)
     _types(out, summary)
     _weights(out, summary)
@@ -39,7 +35,7 @@ def run(args: Options) -> int:
         out.print(f"shared: {tie}")
     for key, value in summary.metadata.items():
         out.print(f"{key}: {_shortened(value) if not key.startswith('qcompile.') else json.dumps(value)}")
-    return 0
+    return summary.as_dict()
 
 
 def _head(out: Console, summary: Summary, *, every: bool) -> None:

@@ -24,6 +24,8 @@ from qcompile.compiler.settings.setting import Setting
 from qcompile.passes.formats import FORMATS
 
 T = TypeVar("T")
+# What a command found, for --json; None where there is nothing to tell.
+Document = dict[str, Any] | list[Any] | None
 LogLevel = Literal["debug", "info", "warning", "error"]
 Kernels = Literal["auto", "native", "portable"]
 # Headings of a command's help that stand in this order; others stand between them and the last.
@@ -49,8 +51,8 @@ def option(
 
     more: as `cyclopts.Parameter` takes it: `name`, `alias`, `converter`, …
     """
-    most = (1, 1 << 20) if many else None
-    return Parameter(help=told, metavar=metavar, group=group(under), consume_multiple=most, **more)
+    words: dict[str, Any] = {"consume_multiple": (1, 1 << 20)} if many else {}
+    return Parameter(help=told, metavar=metavar, group=group(under), **words, **more)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ def _numbers(_: Any, tokens: Sequence[Token]) -> tuple[float, ...]:
         raise ValueError(f"expected numbers such as 0.5 or 0.4,0.5,0.6, got {text!r}") from error
 
 
+def _positive(_: Any, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"must be at least 1, got {value}")
+
+
 def _size(_: Any, tokens: Sequence[Token]) -> tuple[int, int]:
     """224,224, or 224x224."""
     text = tokens[0].value
@@ -86,17 +93,57 @@ def _size(_: Any, tokens: Sequence[Token]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
-    """What every command takes. epilog: what stands below the options in its help."""
+class Talk:
+    """How much a command says. epilog: what stands below the options in its help."""
 
     epilog: ClassVar[str] = ""
 
-    quiet: Annotated[bool, option("say nothing but errors, and what was asked for", alias="-q", under=_COMMON)] = False
+    quiet: Annotated[
+        bool,
+        option("no progress, no reports: nothing but errors, and what was asked for", alias="-q", under=_COMMON),
+    ] = False
     verbose: Annotated[int, option("say more on stderr (-vv: everything)", alias="-v", count=True, under=_COMMON)] = 0
     log_level: Annotated[
         LogLevel | None, option("how much the log says on stderr, instead of -v", "LEVEL", under=_COMMON)
     ] = None
     traceback: Annotated[bool, option("show the Python traceback of an error", under=_COMMON)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threads(Talk):
+    """--threads."""
+
+    threads: Annotated[
+        int | None,
+        option("at most so many threads (default: every core)", "N", under=_COMMON, validator=_positive),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(Threads):
+    """What every command takes."""
+
+    json: Annotated[bool, option("one JSON document on stdout, and nothing else there", under=_COMMON)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonFile:
+    """--json [FILE], of commands whose results are kept."""
+
+    json: Annotated[
+        list[Path] | None,
+        option(
+            "one JSON document on stdout, and nothing else there; with FILE: written there, beside the tables",
+            "[FILE]",
+            under=_COMMON,
+            consume_multiple=(0, 1),
+        ),
+    ] = None
+
+    @property
+    def json_file(self) -> Path | None:
+        """The file, if there is to be one."""
+        return self.json[0] if self.json else None
 
 
 @dataclass(frozen=True, kw_only=True)

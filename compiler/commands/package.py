@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from qcompile.compiler.commands.options import Common, Kernels, command, option, positional
+from qcompile.compiler.commands.options import Common, Document, Kernels, command, option, positional
 from qcompile.compiler.console.terminal import console
 from qcompile.compiler.package.folder import Packaged
 from qcompile.compiler.package.kinds import KINDS
@@ -44,11 +44,11 @@ class Options(Common):
     ] = "auto"
 
 
-def run(args: Options) -> int:
+def run(args: Options) -> Document:
     """Write the folder, and say what is in it."""
     done = KINDS[args.kind](args.model, args.output, tokenizer=args.tokenizer, kernels=args.kernels)
     tell(done, args.output, args.kind)
-    return 0
+    return {"output": str(args.output), "files": list(map(str, done.files)), "lacking": done.lacking}
 
 
 def tell(done: Packaged, folder: Path, kind: str) -> None:

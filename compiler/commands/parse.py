@@ -71,6 +71,8 @@ def _told(error: CycloptsError) -> str:
             return f"{error.token.keyword} is there twice, or with its opposite"
         case cyclopts.MissingArgumentError() if error.argument is not None:
             return _missing(error, error.argument)
+        case cyclopts.ValidationError() if error.argument is not None:
+            return f"{error.argument.name} {error.exception_message}"
         case cyclopts.CoercionError() if error.token is not None:
             return _unfit(error, error.token)
     return " ".join(str(error).split()).rstrip(".")

@@ -1,12 +1,13 @@
 """`qcompile passes`: what can stand in a pass list, and the observers and weight formats that a recipe can name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 
-from qcompile.compiler.commands.options import Common, command, positional
+from qcompile.compiler.commands.options import Common, Document, command, positional
+from qcompile.compiler.console.terminal import console
 from qcompile.compiler.plan import describe, needs_calibration, summary
 from qcompile.passes.base import Pass
 from qcompile.passes.errors import UserError
@@ -26,35 +27,51 @@ class Options(Common):
     name: Annotated[str | None, positional("PASS", "this one alone, with the small passes that it is made of")] = None
 
 
-def run(args: Options) -> int:
+def run(args: Options) -> Document:
     """Print each pass, in the order in which a full list runs them; then each observer, and each format. Or one pass.
 
     Raises UserError behind the lists where a row of another package cannot be used, and for a pass that there is not.
     """
-    console, wrong = Console(highlight=False), list[str]()
+    screen, wrong = console(answer=True, markup=True), list[str]()
     if args.name is not None:
         kind = PASSES.required(args.name)
-        _print_pass(console, args.name, kind)
-        _print_parts(console, args.name, kind.parts)
-        return 0
+        _print_pass(screen, args.name, kind)
+        _print_parts(screen, args.name, kind.parts)
+        return {"passes": _told([(args.name, kind)])}
     for name, kind in _rows(PASSES, wrong):
-        _print_pass(console, name, kind)
+        _print_pass(screen, name, kind)
         if kind.parts:
             told = f"{len(kind.parts)} small passes; `qcompile passes {name}` lists them"
-            console.print(f"{'':{max(map(len, PASSES))}} {told}", soft_wrap=True, markup=False)
-    console.print('\nexample  --passes "smooth(alpha=0.5),awq,gptq,pack"', markup=False)
-    console.print("\nobservers of activation ranges")
+            screen.print(f"{'':{max(map(len, PASSES))}} {told}", soft_wrap=True, markup=False)
+    screen.print('\nexample  --passes "smooth(alpha=0.5),awq,gptq,pack"', markup=False)
+    screen.print("\nobservers of activation ranges")
     for name, observer in _rows(OBSERVERS, wrong):
         if observer.calibrates:
-            _print(console, OBSERVERS, name, observer, {})
-    console.print('\nexample  --passes "smooth,qdq(observer=mse)"', markup=False)
-    console.print("\nweight formats")
+            _print(screen, OBSERVERS, name, observer, {})
+    screen.print('\nexample  --passes "smooth,qdq(observer=mse)"', markup=False)
+    screen.print("\nweight formats")
     for name, own in _rows(BY_NAME, wrong):
-        _print(console, BY_NAME, name, type(own), parameters(own.grid))
-    console.print('\nexample  --weights "int4(group=64)"', markup=False)
+        _print(screen, BY_NAME, name, type(own), parameters(own.grid))
+    screen.print('\nexample  --weights "int4(group=64)"', markup=False)
     if wrong:
         raise UserError("; ".join(wrong))
-    return 0
+    formats = [
+        {"name": name, "told": summary(type(own)), "parameters": _plain(own.grid)} for name, own in BY_NAME.items()
+    ]
+    return {"passes": _told(PASSES.items()), "observers": _told(OBSERVERS.items()), "formats": formats}
+
+
+def _told(rows: Iterable[tuple[str, type]]) -> list[dict[str, Any]]:
+    """Rows of a table as plain values."""
+    return [
+        {"name": name, "told": summary(kind), "parameters": _plain(kind), "parts": dict(getattr(kind, "parts", {}))}
+        for name, kind in rows
+    ]
+
+
+def _plain(kind: Any) -> dict[str, str]:
+    """Parameters by name, as a list of passes is given them."""
+    return {name: describe({name: own}) for name, own in parameters(kind).items()}
 
 
 def _rows(table: Table[T], wrong: list[str]) -> Iterator[tuple[str, T]]:

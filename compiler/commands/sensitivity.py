@@ -9,9 +9,18 @@ from rich.console import Console
 
 from qcompile.compiler.api.sensitivity import DEFAULT_PASSES, rank_nodes
 from qcompile.compiler.commands import compile as compiling
-from qcompile.compiler.commands.options import Calibrating, Common, Recipes, command, option, positional, recipe_of
+from qcompile.compiler.commands.options import (
+    Calibrating,
+    Common,
+    Document,
+    Recipes,
+    command,
+    option,
+    positional,
+    recipe_of,
+)
 from qcompile.compiler.console.numbers import decibels
-from qcompile.compiler.console.terminal import console, table
+from qcompile.compiler.console.terminal import Bar, console, table
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
@@ -39,22 +48,22 @@ class Options(Common, Calibrating, Recipes):
     ] = None
 
 
-def run(args: Options) -> int:
+def run(args: Options) -> Document:
     """Rank, or read the ranking of an earlier call; print the worst."""
     if args.passes is None and args.recipe is None:
         args = replace(args, passes=_DEFAULT_PASSES)
     recipe = recipe_of(args)
     if args.output is not None:
         check_result_path([args.model], args.output, named(args.calibration))
-    screen = console()
-    with compiling.Bar(screen) as bar:
+    screen = console(answer=True)
+    with Bar() as bar:
         ranking = rank_nodes(args.model, recipe, calibration=compiling.calibration_of(args), progress=bar)
     if args.output is not None:
         write_text(args.output, json.dumps(ranking.to_dict(), indent=1) + "\n")
     print_ranking(ranking, screen)
     if args.output is not None:
         screen.print(f"wrote     {args.output}", soft_wrap=True)
-    return 0
+    return ranking.to_dict()
 
 
 def print_ranking(ranking: Ranking, screen: Console) -> None:

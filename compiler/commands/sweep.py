@@ -1,13 +1,11 @@
 """`qcompile sweep`: a model under many settings, accuracy against bits per weight."""
 
-import sys
-import time
-from dataclasses import field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated
 
-from qcompile.compiler.commands.options import Common, CustomOps, Kernelled, command, option, positional
-from qcompile.compiler.console.terminal import console, progress
+from qcompile.compiler.commands.options import Common, CustomOps, Document, Kernelled, command, option, positional
+from qcompile.compiler.console.terminal import Bar, console
 from qcompile.compiler.recipe import load_recipe
 from qcompile.compiler.sweep.grid import parse_grid
 from qcompile.compiler.sweep.rows import DONE, OPEN, Row, Sweep, name
@@ -60,12 +58,13 @@ class Options(Common, Kernelled, CustomOps):
     ] = "cpu"
 
 
-def run(args: Options) -> int:
+def run(args: Options) -> Document:
     """Run what is open, write the results, print the table."""
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit must be 0 or more, got {args.limit}")
     evaluation = Evaluation(args.text, args.data, args.context, args.tokens, args.kernels, args.provider)
-    with _Bar() as bar:
+    with Bar() as bar:
+        watcher = _Watcher(bar)
         try:
             result = sweep(
                 args.model,
@@ -78,14 +77,13 @@ def run(args: Options) -> int:
                 limit=args.limit,
                 keep_models=args.keep_models,
                 note=args.note,
-                watcher=bar,
+                watcher=watcher,
             )
         except KeyboardInterrupt:
-            told = f"{bar.finished} combinations finished now; the same command goes on from here"
-            print(f"qcompile: interrupted: {told}", file=sys.stderr)
-            return 130
+            told = f"{watcher.finished} combinations finished now; the same command goes on from here"
+            raise KeyboardInterrupt(told) from None
     _print(result, args.output)
-    return 0
+    return asdict(result)
 
 
 def _print(result: Sweep, folder: Path) -> None:
@@ -99,29 +97,20 @@ def _print(result: Sweep, folder: Path) -> None:
         out.print(f"wrote     {folder / file}", soft_wrap=True)
 
 
-class _Bar:
-    """A bar on a terminal's stderr, and a line for every finished combination wherever stderr goes."""
+class _Watcher:
+    """The bar of a sweep, and a line for every finished combination."""
 
-    def __init__(self) -> None:
-        self.bar, self.finished, self.done = progress(), 0, 0
-        self.task = self.bar.add_task("starting", total=None)
-        self.name, self.started = "", time.monotonic()
-
-    def __enter__(self) -> "_Bar":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
+    def __init__(self, bar: Bar) -> None:
+        self.bar, self.finished, self.done, self.total, self.name = bar, 0, 0, 0, ""
 
     def begin(self, sweep: Sweep, row: Row, done: int, total: int) -> None:
         """A new combination."""
-        self.name, self.done = name(row.values, sweep.varying), done
-        self.bar.update(self.task, total=total, completed=done)
+        self.name, self.done, self.total = name(row.values, sweep.varying), done, total
+        self.bar.at(done, total)
 
     def share(self, what: str, share: float) -> None:
         """A part of it."""
-        self.bar.update(self.task, description=f"{self.name}: {what}".lstrip(": "), completed=self.done + share)
+        self.bar.at(self.done + share, self.total, f"{self.name}: {what}".lstrip(": "))
 
     def end(self, sweep: Sweep, row: Row, left: float) -> None:
         """Its figures in a line, with the time left as earlier combinations of the same passes had it."""
@@ -132,5 +121,4 @@ class _Bar:
             told = f"{bits}{sweep.error} {row.scores[sweep.error]:.3g}"
         ready = sum(one.status != OPEN for one in sweep.rows)
         rest = f", about {left / 60:.1f} min left" if left else ""
-        told = f"{ready}/{len(sweep.rows)}  {self.name}: {told} ({row.seconds:.0f} s{rest})"
-        self.bar.console.print(told, markup=False, highlight=False, soft_wrap=True)
+        self.bar.line(f"{ready}/{len(sweep.rows)}  {self.name}: {told} ({row.seconds:.0f} s{rest})")

@@ -1,10 +1,14 @@
-"""What commands print with: tables that survive a pipe, progress bars with the time left."""
+"""What commands print with: answers on stdout, tables that survive a pipe, and how far a job is on stderr."""
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -12,6 +16,20 @@ from qcompile.compiler.console.visible import visible
 
 # Into a file or a pipe nothing is cut or wrapped, however long a node's name is.
 _PIPE_WIDTH = 10_000
+# Seconds between lines of progress where stderr is no terminal.
+_OFTEN = 15
+# (quiet, document): --quiet, and stdout kept for one JSON document.
+_VOICE: ContextVar[tuple[bool, bool]] = ContextVar("voice", default=(False, False))
+
+
+@contextmanager
+def voice(*, quiet: bool, document: bool) -> Iterator[None]:
+    """How much is said inside: quiet, nothing but answers; document, not even those, for stdout takes a document."""
+    token = _VOICE.set((quiet, document))
+    try:
+        yield
+    finally:
+        _VOICE.reset(token)
 
 
 class _Console(Console):
@@ -26,9 +44,12 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-def console() -> Console:
-    """A console on stdout; as wide as it takes where that is no terminal."""
-    return _Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False)
+def console(*, answer: bool = False, markup: bool = False) -> Console:
+    """A console on stdout; as wide as it takes where that is no terminal. answer: it says what the command is for."""
+    quiet, document = _VOICE.get()
+    silent = document or (quiet and not answer)
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    return _Console(width=width, highlight=False, markup=markup, quiet=silent)
 
 
 def table(*columns: str, numbers: int = 0) -> Table:
@@ -40,14 +61,60 @@ def table(*columns: str, numbers: int = 0) -> Table:
     return made
 
 
-def progress() -> Progress:
-    """A bar on stderr with steps done and time left; silent where stderr is no terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
+class Bar:
+    """How far a job is, on stderr: a bar with the time left on a terminal, a plain line now and then elsewhere.
+
+    still: nothing is drawn between the calls, where a measurement would feel it.
+    """
+
+    def __init__(self, *, still: bool = False) -> None:
+        self._started = self._printed = time.monotonic()
+        quiet, _ = _VOICE.get()
+        self._out = Console(stderr=True, highlight=False, markup=False, quiet=quiet)
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self._out, transient=True, auto_refresh=not still, disable=not self._out.is_terminal or quiet,
+        )  # fmt: skip
+        self._still, self._task = still, self._bar.add_task("starting", total=None)
+
+    def __enter__(self) -> "Bar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def step(self, name: str) -> None:
+        """A new step of the job."""
+        self._show(description=visible(name))
+        self._tell(name, often=" of " in name)
+
+    def total(self, amount: float) -> None:
+        """How much there is to do: tokens that the segments will see, windows, rounds."""
+        self._show(total=max(amount, 1))
+
+    def advance(self, amount: float) -> None:
+        """So much of it is done now."""
+        self._bar.advance(self._task, amount)
+
+    def at(self, done: float, total: float, name: str = "") -> None:
+        """So much of so much is done, in all."""
+        self._show(completed=done, total=total, **({"description": visible(name)} if name else {}))
+        self._tell(f"{name}: {done:.0f} of {total:.0f}", often=True)
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        self._out.print(visible(text), soft_wrap=True)
+
+    def _tell(self, text: str, *, often: bool) -> None:
+        """A plain line with the seconds so far, where there is no bar."""
+        now = time.monotonic()
+        if not self._out.is_terminal and (not often or now - self._printed > _OFTEN):
+            self._printed = now
+            self.line(f"{now - self._started:5.0f} s  {text}")
+
+    def _show(self, **fields: Any) -> None:
+        self._bar.update(self._task, **fields)
+        if self._still:
+            self._bar.refresh()

@@ -1,14 +1,12 @@
 """Everything a compile leaves behind beside the model, as one record and as JSON."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
+from qcompile.compiler.console.document import strict
 from qcompile.compiler.console.numbers import megabytes, percent
 from qcompile.compiler.facts.census import Family, family_of
 from qcompile.compiler.results.errors import ActivationRange, NodeError, OutputError, Predictions, RowsSeen
@@ -152,8 +150,7 @@ class Report(Shown):
         plain = asdict(self)
         plain["coverage"], plain["bits_per_weight"] = self.coverage, self.bits_per_weight
         plain["shares"] = {family: self.share(family) for family in PRODUCTS}
-        strict: dict[str, Any] = _strict(plain)
-        return strict
+        return dict(strict(plain))
 
     def to_json(self) -> str:
         """The same in strict JSON."""
@@ -167,7 +164,7 @@ class Report(Shown):
             own = {"node": decision.node, "action": decision.action, "reason": decision.reason, **decision.detail}
             error = errors.get(decision.node)
             measured = {} if error is None else {k: v for k, v in asdict(error).items() if k not in ("node", "weights")}
-            rows.append({str(key): value for key, value in _strict(own | measured).items()})
+            rows.append({str(key): value for key, value in strict(own | measured).items()})
         return rows
 
     def sheet(self) -> Sheet:
@@ -190,19 +187,6 @@ class Report(Shown):
         notes += [told.format(out.name, out.relative, out.cosine) for out in self.outputs[:2]]
         more = len(self.outputs) - 2
         return notes + ([f"{more} more outputs"] if more > 0 else [])
-
-
-def _strict(value: Any) -> Any:
-    """A value as JSON has it: numpy's numbers as Python's, what JSON has no type for in words, null for NaN and inf."""
-    if isinstance(value, dict):
-        return {str(key): _strict(own) for key, own in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(own) for own in value]
-    if isinstance(value, np.generic | np.ndarray):
-        return _strict(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, bool | int | str) or value is None else str(value)
 
 
 def _unique(decisions: Sequence[Decision]) -> list[Decision]:

@@ -3,14 +3,13 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
+from qcompile.compiler.console.document import strict
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.terminal import table
 from qcompile.compiler.files.cache import write_atomically
@@ -28,7 +27,7 @@ _FORMATS = {"kl": ".5f", "kl_error": ".5f", "perplexity": ".4g", "agreement": ".
 def write_tables(sweep: Sweep, folder: Path) -> None:
     """Write results.json, results.csv and table.md, each in one step."""
     sweep.mark_pareto()
-    write_atomically(folder / "results.json", json.dumps(_plain(asdict(sweep)), indent=1) + "\n")
+    write_atomically(folder / "results.json", json.dumps(strict(asdict(sweep)), indent=1) + "\n")
     write_atomically(folder / "results.csv", _csv(sweep))
     write_atomically(folder / "table.md", markdown(sweep))
 
@@ -121,12 +120,3 @@ def _csv(sweep: Sweep) -> str:
         scores = [row.scores.get(name, "") for name in names]
         writer.writerow([row.number, *row.values.values(), *scores, *(getattr(row, name) for name in plain)])
     return text.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    """The same with null for NaN and infinity, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -38,7 +38,7 @@ def arguments(seed: Seed, files: dict[str, bytes], folder: Path, random: np.rand
     elif random.random() < 0.9 or ARRAYS in damaged:
         given += ["--calibration", str(folder / ARRAYS)]
     dry = ["--dry-run"] if kind < _DRY and not {TOKENIZER, ARRAYS} & set(damaged) else []
-    return [model, *given, *dry, "-o", str(folder / "out" / "model.onnx")]
+    return [model, "-q", *given, *dry, "-o", str(folder / "out" / "model.onnx")]
 
 
 def verdict(code: int, told: str, written: list[str]) -> str:

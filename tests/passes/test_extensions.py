@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from installing import install
+from said import complaints
 
 from qcompile.compiler.cli import main
 from qcompile.compiler.plan import build, packages
@@ -91,7 +92,7 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Add]:
 def _listed(capsys: Any) -> tuple[int, str, str]:
     code = main(["passes"])
     said = capsys.readouterr()
-    return code, said.out, said.err
+    return code, said.out, complaints(said.err)
 
 
 def test_every_table_takes_rows_of_other_packages(add: Add, capsys: Any) -> None:

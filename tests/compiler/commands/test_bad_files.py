@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fuzz.seeds import TOKENIZER, seeds
+from said import complaints
 
 from qcompile.compiler import cli
 from qcompile.compiler.data.tokens import Tokenizer
@@ -40,7 +41,7 @@ def _pipe(folder: Path, name: str) -> str:
 
 def _refused(capsys: Any, command: list[str], message: str) -> None:
     assert cli.main(command) == 2
-    told = capsys.readouterr().err
+    told = complaints(capsys.readouterr().err)
     assert told.count("\n") == 1, told
     assert re.search(message, told), told
 
@@ -176,7 +177,7 @@ def test_tokenizers_that_panic(capfd: Any, tmp_path: Path, name: str) -> None:
     path.write_text(json.dumps(_TREE | _PANICS[name]))
     with pytest.raises(UserError, match=r"tokenizer\.json .*give the model's own with --tokenizer DIR"):
         _used(path)
-    assert capfd.readouterr().err == ""
+    assert complaints(capfd.readouterr().err) == ""
 
 
 def test_the_tokenizers_stderr_comes_back(capfd: Any, tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_the_tokenizers_stderr_comes_back(capfd: Any, tmp_path: Path) -> None:
     assert Tokenizer(path).encode("the") != []
     os.write(2, b"still there\n")
     print("and Python's", file=sys.stderr, flush=True)
-    assert capfd.readouterr().err == "still there\nand Python's\n"
+    assert complaints(capfd.readouterr().err) == "still there\nand Python's\n"
 
 
 def test_a_name_that_is_no_text(bench: Any, capsys: Any) -> None:

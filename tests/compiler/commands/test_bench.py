@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from said import complaints
 
 from qcompile.compiler.api.bench import Candidate, _row
 from qcompile.compiler.cli import main
@@ -263,7 +264,7 @@ def test_bench_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
     model = str(_saved(tmp_path, tiny_decoder()))
     assert main(["bench", model, *(option.replace("MODEL", model) for option in options)]) == 2
-    error = capsys.readouterr().err
+    error = complaints(capsys.readouterr().err)
     assert error.count("\n") == 1
     assert re.search(message, error), error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from said import complaints
 
 from qcompile.compiler import cli
 from qcompile.compiler.files.load import load_model
@@ -117,8 +118,8 @@ def test_default_names(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_printed(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.run(bench.save(tiny_decoder()), "--passes", "pack") == 0
     printed = capsys.readouterr()
-    assert printed.err == ""
-    assert [f"s  {step}" in printed.out for step in ("loading", "preparing", "saving")] == [True] * 3
+    assert complaints(printed.err) == ""
+    assert [f"s  {step}" in printed.err for step in ("loading", "preparing", "saving")] == [True] * 3
     assert "coverage  100.0%" in printed.out
     assert re.search(r"size      0\.4 MB → 0\.1 MB, 5\.79 bits per quantized MatMul weight", printed.out)
     written = [line.split()[1] for line in printed.out.splitlines() if line.startswith("wrote ")]

@@ -12,6 +12,7 @@ from graphs.table import Graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from said import complaints
 
 from qcompile.compiler import cli
 from qcompile.compiler.data import npz
@@ -429,7 +430,7 @@ def condition_of_no_element(model: onnx.ModelProto) -> None:
 
 def _one_line(capsys: Any, command: list[str], message: str, *, code: int = 2) -> None:
     assert cli.main(command) == code
-    told = capsys.readouterr().err
+    told = complaints(capsys.readouterr().err)
     assert told.count("\n") == 1, told
     assert told.startswith("qcompile: error: "), told
     assert re.search(message, told), told

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mixing import BAD, bad_conv, bad_decoder, images
+from said import complaints
 
 from qcompile.compiler import cli
 from qcompile.compiler.api.sensitivity import rank_nodes
@@ -218,7 +219,7 @@ def test_bad_input_is_told_in_a_line(
     monkeypatch.chdir(bench.folder)
     embedding = ["--embedding", "keep"]
     assert cli.main(["sensitivity", str(source), *QUICK, "--calibration", str(bench.text), *embedding, *options]) == 2
-    error = capsys.readouterr().err
+    error = complaints(capsys.readouterr().err)
     assert error.count("\n") == 1
     assert message in error
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from said import complaints
 
 from qcompile.compiler.cli import main
 from qcompile.compiler.sweep import run as module
@@ -75,7 +76,7 @@ def test_bad_input_is_one_line(bench: Any, capsys: pytest.CaptureFixture[str], o
     output = [] if "-o" in options else ["-o", str(bench.folder / "out")]
     words = ["sweep", str(model), *output, *(word.format(text=bench.text) for word in options)]
     assert main(words) == 2
-    error = capsys.readouterr().err
+    error = complaints(capsys.readouterr().err)
     assert reason in error
     assert error.count("\n") == 1
     assert not (bench.folder / "out" / "cache").exists(), "nothing has run"
