@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Installed before everything else: `pip install torch` alone may bring gigabytes of CUDA libraries. Where this version
 # has no wheel (another platform, a newer Python), the Makefile takes whatever `torch` there is.
 TORCH ?= torch==2.13.0
-EXTRAS ?= cpu,export,dev
+EXTRAS ?= cpu,export,dev,docs
 # AUTO: kernels for the CUDA provider where nvcc works (docs/cuda.md); ON, OFF. CUDA_ARCHITECTURES=90a-real: for one card.
 CUDA ?= AUTO
 CUDA_ARCHITECTURES ?=
@@ -18,7 +18,7 @@ STAMP := .venv/.installed
 WORKERS ?= --numprocesses auto --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?=
 
-.PHONY: demo test fuzz mutants test-slow lint types wheel clean
+.PHONY: demo test fuzz mutants test-slow lint types wheel docs clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -57,6 +57,12 @@ types: $(STAMP)
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist $(addprefix --config-setting=,$(KERNELS)) .
+
+# build/site: every page, its links checked; the notebook is run for it.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(STAMP)
+	$(BIN)/python docs/site/pages.py build/pages
+	$(BIN)/mkdocs build
 
 clean:
 	rm -rf .venv build dist demo-output

@@ -2,27 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, Unpack
+from typing import Any, Unpack
 
 from qcompile.compiler.api.calibrate import Calibrated, calibrate_model
 from qcompile.compiler.api.data import Data, Transform, data_of
 from qcompile.compiler.api.fields import Fields
 from qcompile.compiler.api.models import Model, PathLike, is_file, on_disk
+from qcompile.compiler.api.recipes import Passes, recipe_of
 from qcompile.compiler.api.sensitivity import rank_nodes
 from qcompile.compiler.console.progress import Progress
 from qcompile.compiler.mixed.ranking import Ranking
 from qcompile.compiler.pipeline import compile_model
-from qcompile.compiler.recipe import SETTINGS, Recipe, load_recipe
+from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.report import Report
-from qcompile.compiler.settings.steps import Step
 from qcompile.compiler.sweep.rows import Sweep
 from qcompile.compiler.sweep.run import sweep as run_sweep
 from qcompile.compiler.sweep.scoring import Evaluation
 from qcompile.passes import lists
 from qcompile.passes.errors import UserError
-
-# A list as the command line takes it, or its items.
-Passes: TypeAlias = str | Sequence[str | Step]
 
 
 def compile(
@@ -173,15 +170,3 @@ def sweep(
             keep_models=keep_models,
             note=note,
         )
-
-
-def recipe_of(
-    recipe: Recipe | PathLike | None, passes: Passes | None, fields: Mapping[str, Any], default: str = ""
-) -> Recipe:
-    """The recipe's settings, or those of its file, overridden by what is given; UserError for an unknown one."""
-    own = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe is not None else None
-    plain: dict[str, Any] = own.to_dict() if own is not None else {"passes": default} if default else {}
-    if passes is not None:
-        plain["passes"] = passes if isinstance(passes, str) else [str(step) for step in passes]
-    plain |= {name: SETTINGS[name].plain(value) if name in SETTINGS else value for name, value in fields.items()}
-    return Recipe.from_dict(plain, "settings")

@@ -29,7 +29,9 @@ class Sheet:
     def text(self) -> str:
         """For a terminal, without a line end behind it."""
         out = io.StringIO()
-        console = Console(file=out, width=_WIDTH, color_system=None, highlight=False, markup=False)
+        console = Console(  # in a notebook, too: rich would display there by itself
+            file=out, width=_WIDTH, color_system=None, highlight=False, markup=False, force_jupyter=False
+        )
         made = table(*self.heads, numbers=self.numbers)
         for row in self.rows:
             made.add_row(*map(visible, row))

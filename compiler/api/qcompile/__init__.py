@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from qcompile.compiler.api.evaluation import Evaluation
     from qcompile.compiler.api.jobs import calibrate, compile, sensitivity, sweep
     from qcompile.compiler.api.judging import bench, compare, evaluate, inspect
+    from qcompile.compiler.api.recipes import load_recipe, save_recipe
     from qcompile.compiler.api.running import session
     from qcompile.compiler.data.calibration import Calibration
     from qcompile.compiler.mixed.ranking import Ranking
-    from qcompile.compiler.recipe import Recipe, Step, load_recipe, save_recipe
+    from qcompile.compiler.recipe import Recipe, Step
     from qcompile.compiler.report.inspection import Summary
     from qcompile.compiler.results.report import Report
     from qcompile.compiler.sweep.rows import Sweep
@@ -50,8 +51,8 @@ _HOMES = {
     "evaluate": f"{_API}.judging",
     "inspect": f"{_API}.judging",
     "library_path": "qcompile.runtime.library",
-    "load_recipe": f"{_COMPILER}.recipe",
-    "save_recipe": f"{_COMPILER}.recipe",
+    "load_recipe": f"{_API}.recipes",
+    "save_recipe": f"{_API}.recipes",
     "sensitivity": f"{_API}.jobs",
     "session": f"{_API}.running",
     "sweep": f"{_API}.jobs",
@@ -86,16 +87,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        metadata = importlib.import_module("importlib.metadata")
-        try:
-            return metadata.version("qcompile-onnx")
-        except metadata.PackageNotFoundError:
-            return "0+unknown"
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers know the names from above, and no others
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            metadata = importlib.import_module("importlib.metadata")
+            try:
+                return metadata.version("qcompile-onnx")
+            except metadata.PackageNotFoundError:
+                return "0+unknown"
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
