@@ -37,8 +37,10 @@ class FuseAttention(Pass):
     Case 4: in graphs without caches, as encoders, attention becomes a MultiHeadAttention (`uncached`).
 
     padding: sequences of a batch may be padded, anywhere: a mask of that is added to the scores, and position_ids are
-    looked at (`around.Around.positions`). Without, a sequence ends where the sum of its attention_mask says, and
-    positions are counted from the begin of the caches: the contract of onnxruntime-genai.
+    looked at (`around.Around.positions`). The operator turns all sequences of a first prompt alike, so position_ids may
+    differ by their padding alone; where no mask tells that, queries and keys stay turned as they are.
+    Without, a sequence ends where the sum of its attention_mask says, and positions are counted from the begin of the
+    caches: the contract of onnxruntime-genai.
     ONNX Runtime takes several rows behind cached ones for one sequence at a time only.
     """
 
@@ -77,7 +79,8 @@ class FuseAttention(Pass):
         (sequences, rows), cached = tokens.shape[:2], past.shape[2]
         if mask is not None and mask.shape[-1] == cached + rows and not mask.all():  # else it is an encoder's
             return "the data has padding, of which caches and outputs would hold other numbers"
-        if positions is not None and (positions != positions[:1]).any():
+        alike = inputs.mask is not None or not self.padding  # are all sequences turned
+        if alike and positions is not None and (positions != positions[:1]).any():
             return "the data has other position_ids in each sequence"
         if sequences > 1 and rows > 1 and cached:
             told = f"the data has {rows} rows behind {cached} cached ones for {sequences} sequences"
@@ -116,7 +119,7 @@ class FuseAttention(Pass):
             mask = own.mask, own.hides
             if mask not in masks:
                 masks[mask] = lets(own, inputs)
-            cached = _Cached.of(own, inputs, masks[mask])
+            cached = _Cached.of(own, inputs, masks[mask], padding=self.padding)
             if isinstance(cached, str):
                 self.decide(own.name, "kept", cached)
             else:
@@ -142,8 +145,8 @@ class _Cached:
     lets: Lets
 
     @classmethod
-    def of(cls, own: Written, inputs: Inputs, through: Lets | str) -> "_Cached | str":
-        """What is needed of an attention, or why it stays."""
+    def of(cls, own: Written, inputs: Inputs, through: Lets | str, *, padding: bool) -> "_Cached | str":
+        """What is needed of an attention, or why it stays. padding: see `FuseAttention`."""
         key, value = (_appended(present, inputs) for present in (own.k, own.v))
         if key is None or value is None:
             return "its keys and values are not appended to caches"
@@ -152,7 +155,9 @@ class _Cached:
         q, k = (rotated(turned, inputs) for turned in (own.q, key[1]))
         if isinstance(q, str) or isinstance(k, str):
             return q if isinstance(q, str) else str(k)
-        if not own.alone:  # what else reads them takes them turned as they are
+        told = inputs.mask is not None and through.padding
+        apart = padding and inputs.positions is not None and not told and _batched(inputs)
+        if apart or not own.alone:  # what else reads them takes them turned as they are
             q, k = Rotated(own.q), Rotated(key[1])
         if (q.cos, q.sin, q.interleaved) != (k.cos, k.sin, k.interleaved):
             return "its queries and keys are not turned alike"
@@ -179,6 +184,11 @@ class _Cached:
             found |= {"do_rotary": 1, "rotary_interleaved": int(self.q.interleaved)}
         found |= {"softcap": self.own.softcap} if self.own.softcap else {}
         return found | ({"local_window_size": self.lets.window} if self.lets.window else {})
+
+
+def _batched(inputs: Inputs) -> bool:
+    """Whether several sequences may come at once."""
+    return named_sizes(inputs.tokens[0])[:1] != [1]
 
 
 def _appended(value: ir.Value, inputs: Inputs) -> tuple[ir.Value, ir.Value] | None:

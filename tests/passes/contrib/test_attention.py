@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from qcompile.models.tiny import decoder, tiny_decoder
 from qcompile.models.tiny.build import Builder
 from qcompile.models.tiny.weights import norm_scale
+from qcompile.passes.contrib.attention import FuseAttention
 
 
 def _grouped() -> ir.Model:
@@ -319,6 +320,25 @@ def test_a_mask_says_how_long_caches_are_where_attention_looks_at_it(padding: bo
     mask = next(value for value in fused.graph.inputs if value.name == "attention_mask")
     assert bool(mask.uses()) == padding
     check_same(model, fused, np.ones((2, 5), np.int64), [1, 1])
+
+
+@pytest.mark.parametrize("positions", [[[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]], [[0, 1, 2, 3, 4], [0, 3, 4, 9, 11]]])
+def test_without_a_mask_sequences_have_positions_of_their_own(positions: list[list[int]]) -> None:
+    """GroupQueryAttention turns all sequences of a first prompt by the positions of the first one."""
+    model = _written(padding=False)
+    fused, _ = fuse_attention(model)
+    assert len(nodes_of(fused, "GroupQueryAttention")) == 2
+    at, random = np.array(positions), np.random.default_rng(0)
+    ids, runs = random.integers(0, 60, (2, 7)), [Running(own, 2) for own in (model, fused)]
+    first = [run(ids[:, :5], np.ones((2, 5), np.int64), at) for run in runs]
+    then = [run(ids[:, 5:6], np.ones((2, 6), np.int64), at[:, -1:] + 1) for run in runs]
+    for expected, found in (first, then):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+    feeds = {"input_ids": ids[:, :5], "position_ids": at, "attention_mask": np.ones((2, 5), np.int64)}
+    feeds["past_key_values.0.key"] = np.zeros((2, 2, 0, 16), np.float32)
+    assert FuseAttention().unfit(model, feeds) == ""
+    for own, other in ((FuseAttention(padding=False), model), (FuseAttention(), _written())):
+        assert own.unfit(other, feeds) == "the data has other position_ids in each sequence"
 
 
 def _without(model: ir.Model, op_type: str, replacement: str) -> ir.Model:
