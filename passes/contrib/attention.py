@@ -155,8 +155,8 @@ class _Cached:
         q, k = (rotated(turned, inputs) for turned in (own.q, key[1]))
         if isinstance(q, str) or isinstance(k, str):
             return q if isinstance(q, str) else str(k)
-        told = inputs.mask is not None and through.padding
-        apart = padding and inputs.positions is not None and not told and _batched(inputs)
+        padded = inputs.mask is not None and through.padding
+        apart = padding and inputs.positions is not None and not padded and _batched(inputs)
         if apart or not own.alone:  # what else reads them takes them turned as they are
             q, k = Rotated(own.q), Rotated(key[1])
         if (q.cos, q.sin, q.interleaved) != (k.cos, k.sin, k.interleaved):
