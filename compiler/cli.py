@@ -1,7 +1,6 @@
 """The command line: `qcompile MODEL.onnx …` compiles; the other commands are named first."""
 
 import contextlib
-import importlib
 import logging
 import os
 import sys
@@ -10,31 +9,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from qcompile.compiler.commands.table import COMMANDS, load
 from qcompile.compiler.console.visible import visible
-from qcompile.passes.errors import UserError
+from qcompile.passes.errors import UserError, Verdict
 from qcompile.passes.interrupts import heeded, uninterrupted
 from qcompile.passes.near import did_you_mean
 
-# Imported only when chosen, so that --help answers at once.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "compile": ("qcompile.compiler.commands.compile", "quantize a model (the default: qcompile MODEL.onnx …)"),
-    "calibrate": ("qcompile.compiler.commands.calibrate", "save statistics of activations, for --statistics"),
-    "passes": ("qcompile.compiler.commands.passes", "list the passes, observers and weight formats"),
-    "export": ("qcompile.compiler.commands.export", "export a Hugging Face or GGUF model to ONNX"),
-    "eval": ("qcompile.compiler.commands.eval", "perplexity, KL divergence and agreement with a reference"),
-    "sweep": ("qcompile.compiler.commands.sweep", "many settings: accuracy against bits per weight"),
-    "sensitivity": ("qcompile.compiler.commands.sensitivity", "which integer nodes change the output most"),
-    "inspect": (
-        "qcompile.compiler.commands.inspect",
-        "what is in a model: types, sizes, what is quantized and why not",
-    ),
-    "generate": ("qcompile.compiler.commands.generate", "text from a decoder"),
-    "package": (
-        "qcompile.compiler.commands.package",
-        "the folder that an application copies (onnxruntime-genai, transformers.js, ORT)",
-    ),
-    "bench": ("qcompile.compiler.commands.bench", "speed and memory of models, against each other"),
-}
 _BUG = 70  # EX_SOFTWARE of sysexits.h
 # Options of every command, which may stand before it too; and those with a value behind them.
 _FLAGS, _VALUED = {"-q", "--quiet", "-v", "-vv", "--verbose", "--traceback", "--json"}, {"--threads", "--log-level"}
@@ -115,11 +95,11 @@ def _fail(message: str, code: int) -> int:
 def _run(arguments: list[str]) -> int:
     options, rest = _leading(arguments)
     if rest[:1] == ["help"]:  # help COMMAND
-        rest = [*rest[1:2], "--help"]
+        rest = [*([_default_command(rest[1])] if len(rest) > 1 and rest[1] not in COMMANDS else rest[1:2]), "--help"]
     if not rest or rest[0] in ("-h", "--help", "--version", "-V"):
         return _top_level(rest)
     name = rest.pop(0) if rest[0] in COMMANDS else _default_command(rest[0])
-    module = _module(name)
+    module = load(name)
     args = _parsed(name, module, [*rest, *options])
     if args is None:  # after --help
         return 0
@@ -140,7 +120,12 @@ def _answered(module: Any, args: Any) -> None:
 
     wanted = args.json is True or args.json == []
     with voice(quiet=args.quiet, document=wanted), _within(args):
-        document = _judged(module, args)
+        try:
+            document = _judged(module, args)
+        except Verdict as broken:
+            if wanted and broken.document is not None:
+                print(written(broken.document))
+            raise
     if wanted:
         print(written(document))
 
@@ -212,17 +197,6 @@ def _default_command(first: str) -> str:
         hint = did_you_mean(first, COMMANDS, f"commands: {', '.join(COMMANDS)}; or give a MODEL.onnx")
         raise UserError(f"no command {first!r} and no such file: {hint}")
     return "compile"
-
-
-def _module(name: str) -> Any:
-    path = COMMANDS[name][0]
-    try:
-        with uninterrupted():
-            return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name == path:
-            raise UserError(f"the command {name!r} is not part of this installation") from error
-        raise
 
 
 def _leading(arguments: list[str]) -> tuple[list[str], list[str]]:

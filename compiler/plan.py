@@ -18,6 +18,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.extensions import OneOf, Table, parameters
 from qcompile.passes.formats import BY_NAME, named
 from qcompile.passes.formats.functions import is_product
+from qcompile.passes.near import near
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.weights import SPEC
 from qcompile.passes.rounding import Rounding, round_with_clip
@@ -412,7 +413,7 @@ def following_grid(later: Sequence[Pass]) -> ActivationSpec | None:
 def _check_parameters(owner: str, step: Step, known: Mapping[str, inspect.Parameter]) -> None:
     for key, value in step.parameters.items():
         if key not in known:
-            raise UserError(f"{owner} has no parameter {key!r}; it has {', '.join(known) or 'none'}")
+            raise UserError(f"{owner} has no parameter {key!r}; it has {', '.join(known) or 'none'}{near(key, known)}")
         _check_type(owner, known[key], value)
 
 
@@ -426,8 +427,8 @@ def _check_type(owner: str, parameter: inspect.Parameter, value: Any) -> None:
     if one_of is not None:
         if one_of.takes(value):
             return
-        wanted = " or ".join(map(repr, one_of.names()))
-        raise UserError(f"{owner}: parameter {parameter.name} takes {wanted}, got {value!r}")
+        wanted, hint = " or ".join(map(repr, one_of.names())), near(str(value), one_of.names())
+        raise UserError(f"{owner}: parameter {parameter.name} takes {wanted}, got {value!r}{hint}")
     alone = typing.get_origin(annotation) is typing.Literal
     allowed = (annotation,) if alone else typing.get_args(annotation) or (annotation,)
     for kind in allowed:

@@ -12,6 +12,7 @@ from qcompile.compiler.settings.setting import About, settings, shown
 from qcompile.compiler.settings.steps import Step, parse_passes, parse_step, split_list
 from qcompile.passes import lists
 from qcompile.passes.errors import UserError
+from qcompile.passes.near import near
 from qcompile.passes.targets import TargetName
 
 __all__ = [
@@ -54,7 +55,7 @@ def _no_window(value: int) -> str:
 
 
 def _no_target(value: str) -> str:
-    return f"unknown target {value!r}; choose one of {', '.join(TARGETS)}"
+    return f"unknown target {value!r}; choose one of {', '.join(TARGETS)}{near(str(value), TARGETS)}"
 
 
 def _no_group(value: int) -> str:
@@ -299,7 +300,8 @@ class Recipe:
         """The recipe of plain values; an unknown key or a value of the wrong type is an error."""
         for key in plain:
             if key not in SETTINGS:
-                raise UserError(f"{source}: unknown key {shown(key)}; known keys are {', '.join(SETTINGS)}")
+                told = f"unknown key {shown(key)}; known keys are {', '.join(SETTINGS)}{near(str(key), SETTINGS)}"
+                raise UserError(f"{source}: {told}")
         return cls(**{key: SETTINGS[key].read(value, source) for key, value in plain.items()})
 
 

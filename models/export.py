@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from qcompile.models import cache, check, hf, kinds, parts, publish, tidy, trace, zoo
 from qcompile.passes.errors import UserError
+from qcompile.passes.near import near
 
 DTYPES = ("fp32", "fp16")
 LOGITS = ("all", "last")
@@ -92,7 +93,8 @@ def _checkpoint(source: str | Path, say: Say) -> hf.Checkpoint:
         return hf.open_gguf(path, name)
     if path.suffix.lower() == ".onnx":
         raise UserError(f"{source} is an ONNX file already: compile it with `qcompile {source}`")
-    raise UserError(f"{source}: no Hugging Face folder, no .gguf file, and no zoo model ({', '.join(zoo.ZOO)})")
+    known = f"({', '.join(zoo.ZOO)}){near(str(source), zoo.ZOO)}"
+    raise UserError(f"{source}: no Hugging Face folder, no .gguf file, and no zoo model {known}")
 
 
 def _export(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qcompile.models import cache
 from qcompile.passes.errors import UserError
+from qcompile.passes.near import near
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ ZOO: dict[str, ZooModel] = {
 def find(name: str) -> ZooModel:
     """The zoo model of that name."""
     if name not in ZOO:
-        raise UserError(f"no zoo model {name!r}: there are {', '.join(ZOO)}")
+        raise UserError(f"no zoo model {name!r}: there are {', '.join(ZOO)}{near(name, ZOO)}")
     return ZOO[name]
 
 

@@ -15,9 +15,16 @@ class UserError(ValueError):
 
 
 class Verdict(UserError):
-    """A bound that was asked for does not hold: the input is sound, and what came of it is not good enough."""
+    """A bound that was asked for does not hold: the input is sound, and what came of it is not good enough.
+
+    document: what was found all the same, for --json.
+    """
 
     exit_code = 1
+
+    def __init__(self, told: str, document: object = None) -> None:
+        super().__init__(told)
+        self.document = document
 
 
 class BrokenPromise(UserError):

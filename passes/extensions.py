@@ -15,6 +15,7 @@ from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Any, Generic, TypeVar
 
 from qcompile.passes.errors import UserError
+from qcompile.passes.near import near
 
 T = TypeVar("T")
 _GROUPS = "qcompile."
@@ -96,7 +97,9 @@ class Table(MutableMapping[str, T]):
     def required(self, name: str) -> T:
         """The row; UserError with all names where there is none."""
         if name not in self:
-            raise UserError(f"unknown {self.word} {name!r}; the {_plural(self.word)} are {', '.join(self)}")
+            raise UserError(
+                f"unknown {self.word} {name!r}; the {_plural(self.word)} are {', '.join(self)}{near(name, self)}"
+            )
         return self[name]
 
     def usable(self) -> Iterator[T]:

@@ -22,7 +22,16 @@ ALLOWED = {
     | {"cyclopts", "numpy", "onnx", "onnx_ir", "rich", "yaml", "tokenizers", "threadpoolctl"},
     "passes": {"qcompile.passes", "numpy", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"},
     "runtime": {"qcompile.runtime", ERRORS, "qcompile.passes.interrupts", "qcompile.passes.threads", "numpy", "onnx"},
-    "models": {"qcompile.models", ERRORS, "numpy", "onnx", "onnx_ir", "onnxscript", "tokenizers"},
+    "models": {
+        "qcompile.models",
+        ERRORS,
+        "qcompile.passes.near",
+        "numpy",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "tokenizers",
+    },
 }
 # What only functions may import: extras of the installation, which most commands do without.
 LAZY = {

@@ -19,7 +19,7 @@ def application(name: str, declared: Any) -> App:
     """The command of that name, whose options a class of `@command` declares, as cyclopts knows it."""
     made = App(
         name=name,
-        usage=" ".join(["qcompile", name, *_placed(declared).values(), "[options]"]),
+        usage=" ".join([*dict.fromkeys(["qcompile", name]), *_placed(declared).values(), "[options]"]),
         help="",
         help_format="plaintext",
         help_formatter=Formatter(declared.__doc__ or "", list(_placed(declared))),

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union
 
 from qcompile.compiler.settings.steps import Step, parse_passes, parse_step
 from qcompile.passes.errors import UserError
+from qcompile.passes.near import near
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class Setting:
             return
         fits = value in self.choices if self.choices else self._lies_within(value)
         if not fits:
-            raise UserError(about.wrong(value) if about.wrong else f"{self._rule}, got {shown(value)}")
+            hint = near(str(value), self.values)
+            raise UserError(about.wrong(value) if about.wrong else f"{self._rule}, got {shown(value)}{hint}")
 
     def plain(self, value: Any) -> Any:
         """What a file holds for the value."""

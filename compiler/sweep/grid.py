@@ -10,6 +10,7 @@ import yaml
 from qcompile.compiler.plan import build, effective, make_policy, needs_calibration
 from qcompile.compiler.recipe import SETTINGS, Recipe, split_list
 from qcompile.passes.errors import UserError
+from qcompile.passes.near import near
 
 CALIBRATION = "calibration"
 # Settings that are lists themselves: their alternatives are separated by semicolons.
@@ -57,7 +58,7 @@ def combinations(grid: Grid, base: Recipe, calibration: Sequence[str] = ()) -> l
     known = [*SETTINGS, CALIBRATION]
     for key, values in grid.items():
         if key not in known:  # Case 1
-            raise UserError(f"--grid: unknown key {key!r}; known keys are {', '.join(known)}")
+            raise UserError(f"--grid: unknown key {key!r}; known keys are {', '.join(known)}{near(key, known)}")
         if not values or isinstance(values, str):
             raise UserError(f"--grid: {key} needs a list of values, got {values!r}")
     texts = {key: list(dict.fromkeys(_text(key, value) for value in values)) for key, values in grid.items()}

@@ -33,7 +33,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
             return types.SimpleNamespace(Options=Options, run=body)
 
-        monkeypatch.setattr(cli, "_module", module)
+        monkeypatch.setattr(cli, "load", module)
 
     return install
 
@@ -199,7 +199,7 @@ def test_a_reader_that_goes_away_is_no_error(printer: str) -> None:
         "from qcompile.compiler.commands.options import Common, command\n"
         f"def run(args):\n    for _ in range(100): {printer}('line ' * 1000)\n    return 0\n"
         "Options = command()(type('Options', (Common,), {'__doc__': 'x'}))\n"
-        "cli._module = lambda name: types.SimpleNamespace(run=run, Options=Options)\n"
+        "cli.load = lambda name: types.SimpleNamespace(run=run, Options=Options)\n"
         "sys.exit(cli.main(['inspect']))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +115,7 @@ def test_what_every_command_takes_may_stand_first(made: Any, leading: list[str],
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads(made: Any, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int | None, int]] = []
-    module = cli._module("inspect")
+    module = cli.load("inspect")
     monkeypatch.setattr(module, "run", lambda args: seen.append((limit(), allowed(2))))
     assert main(["inspect", "x", "--threads", str(threads)]) == 0
     assert main(["inspect", "x"]) == 0
@@ -140,11 +143,13 @@ def test_a_session_has_as_many_threads(made: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_a_broken_verdict_is_told_behind_its_document(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def run(args: Any) -> None:
-        raise Verdict("KL 0.3 is above --max-kl 0.1")
+        raise Verdict("KL 0.3 is above --max-kl 0.1", {"kl": 0.3})
 
-    monkeypatch.setattr(cli._module("inspect"), "run", run)
-    assert main(["inspect", "x"]) == 1
-    assert capsys.readouterr().err == "qcompile: error: KL 0.3 is above --max-kl 0.1\n"
+    monkeypatch.setattr(cli.load("inspect"), "run", run)
+    assert main(["inspect", "x", "--json"]) == 1
+    told = capsys.readouterr()
+    assert told.err == "qcompile: error: KL 0.3 is above --max-kl 0.1\n"
+    assert json.loads(told.out) == {"kl": 0.3}
 
 
 def test_help_and_version_in_every_form(capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,3 +177,64 @@ def test_narrow_help_breaks_no_name(
         options = re.findall(r"^  ((?:-\w, )?--\S+)", shown, re.M)
         assert len(options) > 4
         assert "preprocessor_config.json" in shown or name not in ("compile", "calibrate", "sensitivity")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["m.onnx", "--passes", "smoth,pack"], "'smooth'"),
+        (["m.onnx", "--passes", "qdq(observer=mset)"], "'mse'"),
+        (["m.onnx", "--passes", "awq(gird=3),pack"], "'grid'"),
+        (["m.onnx", "--weights", "int5"], "'int8' or 'int4'"),
+        (["m.onnx", "--target", "qd"], "'qdq'"),
+        (["m.onnx", "--attention", "fuse"], "'fused'"),
+        (["m.onnx", "--recipe", "r.yaml"], "'bits'"),
+        (["m.onnx", "--grup-size", "3"], "'--group-size'"),
+        (["sweep", "m.onnx", "-o", "s", "--grid", "bit=4"], "'bits'"),
+        (["passes", "pck"], "'pack'"),
+        (["export", "smollm2-135", "-o", "x"], "'smollm2-135m'"),
+        (["inspekt", "m"], "'inspect'"),
+        (["help", "inspekt"], "'inspect'"),
+    ],
+)
+def test_did_you_mean(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: list[str], hint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(made.folder / "in" / "model.onnx", "m.onnx")
+    for file in (made.folder / "in").glob("model*.data"):
+        shutil.copy(file, tmp_path)
+    Path("r.yaml").write_text("bit: 4\n")
+    assert main([*words]) == 2
+    told = complaints(capsys.readouterr().err)
+    assert re.search(rf"did you mean ({'|'.join(hint.split(' or '))})\?", told), told
+    assert told.count("\n") == 1
+
+
+def test_completion(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """bash completes commands, options and values from the script, without starting qcompile."""
+    script = tmp_path / "qcompile.bash"
+    assert main(["completion", "bash"]) == 0
+    script.write_text(capsys.readouterr().out)
+    if shutil.which("bash"):
+        ask = "source {}; COMP_WORDS=({}); COMP_CWORD={}; _qcompile; echo ${{COMPREPLY[@]}}"
+        for words, found in (
+            ("qcompile sens", "sensitivity"),
+            ("qcompile eval --ag", "--against"),
+            ("qcompile compile --attention fu", "fused"),
+            ("qcompile --pa", "--passes"),
+        ):
+            line = ask.format(script, words, len(words.split()) - 1)
+            done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
+            assert done.stdout.split() == [found]
+    for shell in ("zsh", "fish"):
+        assert main(["completion", shell]) == 0
+        assert "--against" in capsys.readouterr().out or shell == "fish"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["completion", "fish", "--install", "--json"]) == 0
+    assert "against" in Path(json.loads(capsys.readouterr().out)["path"]).read_text()
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "qcompile", "-V"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("qcompile ")

@@ -1,0 +1,41 @@
+"""The commands of `qcompile`: their modules, imported only when chosen, so that --help answers at once."""
+
+import importlib
+from typing import Any
+
+from qcompile.passes.errors import UserError
+from qcompile.passes.interrupts import uninterrupted
+
+# By name: the module, and what it is for, in a few words.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "compile": ("qcompile.compiler.commands.compile", "quantize a model (the default: qcompile MODEL.onnx …)"),
+    "calibrate": ("qcompile.compiler.commands.calibrate", "save statistics of activations, for --statistics"),
+    "passes": ("qcompile.compiler.commands.passes", "list the passes, observers and weight formats"),
+    "export": ("qcompile.compiler.commands.export", "export a Hugging Face or GGUF model to ONNX"),
+    "eval": ("qcompile.compiler.commands.eval", "perplexity, KL divergence and agreement with a reference"),
+    "sweep": ("qcompile.compiler.commands.sweep", "many settings: accuracy against bits per weight"),
+    "sensitivity": ("qcompile.compiler.commands.sensitivity", "which integer nodes change the output most"),
+    "inspect": (
+        "qcompile.compiler.commands.inspect",
+        "what is in a model: types, sizes, what is quantized and why not",
+    ),
+    "generate": ("qcompile.compiler.commands.generate", "text from a decoder"),
+    "package": (
+        "qcompile.compiler.commands.package",
+        "the folder that an application copies (onnxruntime-genai, transformers.js, ORT)",
+    ),
+    "bench": ("qcompile.compiler.commands.bench", "speed and memory of models, against each other"),
+    "completion": ("qcompile.compiler.commands.completion", "what a shell needs to complete all this"),
+}
+
+
+def load(name: str) -> Any:
+    """The module of a command, with its `Options` and `run`; UserError where it is not there."""
+    path = COMMANDS[name][0]
+    try:
+        with uninterrupted():
+            return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name == path:
+            raise UserError(f"the command {name!r} is not part of this installation") from error
+        raise
