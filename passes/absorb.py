@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.channel_map import Indices, refusal, selects, step
-from qcompile.passes.graph import is_constant
+from qcompile.passes.graph import MICROSOFT, is_constant
 from qcompile.passes.linears import Linear, as_linear, constant
 
 # Operators that end in gamma (and beta), by the positions of these inputs. The bias of the Skip forms is added before
@@ -71,7 +71,7 @@ def trace(value: ir.Value, most: int = _FAR) -> Trace | str:
     node = value.producer()
     if node is None:
         return f"{value.name} has no producer"
-    if node.domain in ("", "com.microsoft") and node.op_type in _NORMS:
+    if node.domain in ("", MICROSOFT) and node.op_type in _NORMS:
         return _norm(node, value)
     reason = refusal(node)
     if reason:

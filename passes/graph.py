@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+# The domain of operators that ONNX Runtime alone has.
+MICROSOFT = "com.microsoft"
 # Nodes that a type is looked for in.
 _NEAR = 64
 

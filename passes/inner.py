@@ -15,7 +15,7 @@ from qcompile.passes.affine import Array
 from qcompile.passes.base import Reason
 from qcompile.passes.formats.decoded import Coded, Decoder
 from qcompile.passes.formats.rows import coded, replace_lookup
-from qcompile.passes.graph import Decide
+from qcompile.passes.graph import MICROSOFT, Decide
 from qcompile.passes.linears import (
     CONVOLUTIONS,
     Linear,
@@ -111,7 +111,7 @@ def quantize_inner(
             _decoded(node, deep, EIGHT, Reason(_PER_ROW, "several matrices"), policy, decoder, decide)
         elif plain and is_lookup(node):
             _lookup(model, node, policy, decide)
-        elif (node.domain, node.op_type) == ("com.microsoft", "MoE"):
+        elif (node.domain, node.op_type) == (MICROSOFT, "MoE"):
             own = integers(policy.body)
             for slot in (2, 4, 6):
                 _decoded(node, slot, own, Reason(f"{own}, weights only", "experts"), policy, decoder, decide)
@@ -123,7 +123,7 @@ def quantize_inner(
 
 def _decodable(node: ir.Node) -> tuple[int, ...]:
     """The inputs that may be weights of Cases 3 to 6; none of other nodes."""
-    if (node.domain, node.op_type) == ("com.microsoft", "MoE"):
+    if (node.domain, node.op_type) == (MICROSOFT, "MoE"):
         return (2, 4, 6)
     if node.domain == "" and node.op_type in RECURRENT:
         return (1, 2)

@@ -15,12 +15,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.bodies import bodies
+from qcompile.passes.graph import MICROSOFT as _MS
 from qcompile.passes.graph import is_adapter
 
 Family = Literal["MatMul", "Conv", "Gather", "other"]
 
 LEAST = 1024
-_MS = "com.microsoft"
 _ALL = tuple(range(64))
 # By domain and operator, the inputs that are weights of products.
 _PRODUCTS: Mapping[tuple[str, str], tuple[int, ...]] = {

@@ -10,7 +10,8 @@ from qcompile.compiler.plan import ensuring
 from qcompile.compiler.results.report import PRODUCTS
 from qcompile.passes.contract import Fact
 from qcompile.passes.formats import BY_NAME, by_operator
-from qcompile.passes.formats.base import DOMAIN, EMBEDDING, LOOKUP, MICROSOFT, PRODUCT, Operators, grouped_by
+from qcompile.passes.formats.base import DOMAIN, EMBEDDING, LOOKUP, PRODUCT, Operators, grouped_by
+from qcompile.passes.graph import MICROSOFT
 from qcompile.passes.linears import CONVOLUTIONS, as_linear, find_embeddings, stored
 
 # Quantized products of ONNX itself: slots of (codes, scale, zero point), -1 where there is none.

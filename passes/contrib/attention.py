@@ -19,10 +19,9 @@ from qcompile.passes.contrib.probing import Array
 from qcompile.passes.contrib.rotary import Rotated, rotated
 from qcompile.passes.contrib.uncached import fuse_uncached
 from qcompile.passes.contrib.written import Written, written
-from qcompile.passes.graph import Names, take_over
+from qcompile.passes.graph import MICROSOFT, Names, take_over
 from qcompile.passes.prepare.sizes import named_sizes
 
-DOMAIN = "com.microsoft"
 _STEP = 8  # GroupQueryAttention of ONNX Runtime 1.32 refuses other widths of heads and rotations
 
 
@@ -223,7 +222,7 @@ def _replace(found: _Cached, around: Around) -> None:
     operands.append(around.bias(found.pasts[0].dtype or ir.DataType.FLOAT) if found.lets.padding else None)
     while operands[-1] is None:
         operands.pop()
-    made = ir.node("GroupQueryAttention", operands, found.attributes, domain=DOMAIN, num_outputs=3, name=own.name)
+    made = ir.node("GroupQueryAttention", operands, found.attributes, domain=MICROSOFT, num_outputs=3, name=own.name)
     place.prepend(made)
     result = made.outputs[0]
     if len(own.result.shape or ()) == 2:
@@ -231,4 +230,4 @@ def _replace(found: _Cached, around: Around) -> None:
         result = around.op("Reshape", [result, around.constant([-1, widths[0]])], f"{own.result.name}.rows")
     for old, new in zip((own.result, own.k, own.v), (result, *made.outputs[1:]), strict=True):
         take_over(old, new, around.names)
-    around.graph.opset_imports[DOMAIN] = 1
+    around.graph.opset_imports[MICROSOFT] = 1

@@ -10,7 +10,6 @@ from qcompile.passes.caches import is_group_query
 from qcompile.passes.graph import is_constant, small_array
 
 Floats = npt.NDArray[np.float32]
-DOMAIN, ATTENTION = "com.microsoft", "GroupQueryAttention"
 # The inputs of a GroupQueryAttention: caches, by their slots the scales of their codes. Outputs: two slots before.
 SCALES = {3: 12, 4: 13}
 _TYPES = {"k_quant_type", "v_quant_type"}

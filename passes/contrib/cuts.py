@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.passes.caches import is_group_query
 from qcompile.passes.graph import small_array
 from qcompile.passes.prepare.sizes import named_sizes
 
@@ -28,7 +29,7 @@ def feed_whole(graph: ir.Graph) -> None:
     """Give a GroupQueryAttention undivided what its queries, keys and values are cut out of, in this order."""
     for node in list(graph):
         parts = [value for value in node.inputs[:3] if value is not None]
-        if (node.op_type, node.domain) != ("GroupQueryAttention", "com.microsoft") or len(parts) != 3:
+        if not is_group_query(node) or len(parts) != 3:
             continue
         widths = [named_sizes(part)[-1:] for part in parts]
         sizes = [own[0] for own in widths if own and isinstance(own[0], int)]

@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.base import Pass, Region
-from qcompile.passes.caches import is_cache
+from qcompile.passes.caches import is_cache, is_group_query
 from qcompile.passes.contract import Fact, Reads, Stage
 from qcompile.passes.contrib.appended import FLOATS, Appended, Between
-from qcompile.passes.contrib.codes import ATTENTION, DOMAIN, SCALES, CacheCodes, Floats, codes_of
+from qcompile.passes.contrib.codes import SCALES, CacheCodes, Floats, codes_of
 from qcompile.passes.contrib.inputs import Inputs
 from qcompile.passes.errors import UserError
 from qcompile.passes.graph import add_initializer, small_array
@@ -104,7 +104,7 @@ def _found(graph: ir.Graph) -> Iterator[tuple[ir.Node, "_Cached | Appended | str
     alike, the one whose caches the graph gives back.
     """
     inputs, caches = Inputs.of(graph), {value for value in graph.inputs if is_cache(value)}
-    cached = {node: _Cached.of(node) for node in graph if (node.domain, node.op_type) == (DOMAIN, ATTENTION)}
+    cached = {node: _Cached.of(node) for node in graph if is_group_query(node)}
     beside = {node for own in cached.values() if isinstance(own, _Cached) for node in own.nodes[1:]}
     for node in list(graph):
         if node in cached and node not in beside:
@@ -190,7 +190,7 @@ class _Cached:
 
 def _alike(node: ir.Node, other: ir.Node) -> bool:
     """Whether another node is a GroupQueryAttention that lengthens the same caches by the same keys and values."""
-    if (other.domain, other.op_type) != (DOMAIN, ATTENTION) or node.inputs[1] is None or len(other.outputs) < 3:
+    if not is_group_query(other) or node.inputs[1] is None or len(other.outputs) < 3:
         return False
     (given, told), (others, also) = (
         (own.inputs[1:10], [own.attributes.get_int(name, 0) for name in _TURNED]) for own in (node, other)

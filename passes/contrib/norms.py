@@ -2,9 +2,7 @@
 
 import onnx_ir as ir
 
-from qcompile.passes.graph import Decide, Names, is_constant, small_array, take_over
-
-_MS = "com.microsoft"
+from qcompile.passes.graph import MICROSOFT, Decide, Names, is_constant, small_array, take_over
 
 
 def fuse_norms(model: ir.Model, decide: Decide) -> None:
@@ -25,7 +23,7 @@ def fuse_norms(model: ir.Model, decide: Decide) -> None:
                 "SkipSimplifiedLayerNormalization",
                 [*add.inputs, gamma],
                 {"epsilon": epsilon},
-                domain=_MS,
+                domain=MICROSOFT,
                 num_outputs=4,
                 name=node.name,
             )
@@ -34,7 +32,7 @@ def fuse_norms(model: ir.Model, decide: Decide) -> None:
                 value.name = ""
             take_over(node.outputs[0], made.outputs[0], names)
             take_over(x, made.outputs[3], names)
-            model.graph.opset_imports[_MS] = 1
+            model.graph.opset_imports[MICROSOFT] = 1
         else:
             made = ir.node("SimplifiedLayerNormalization", [x, gamma], {"epsilon": epsilon, "axis": -1}, name=node.name)
             node.prepend(made)

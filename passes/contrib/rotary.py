@@ -55,27 +55,22 @@ def rotated(y: ir.Value, inputs: Inputs | str) -> Rotated | str:
 
 def _near_tables(y: ir.Value) -> bool:
     """Whether cosines or sines lie before y, with no product, norm or Transpose of heads between."""
-    waiting, seen = [y], {y}
-    for value in waiting:  # it grows
-        node = value.producer()
-        if node is not None and node.op_type in ("Cos", "Sin"):
-            return True
-        if node is None or node.op_type in ("MatMul", "Gemm", "Transpose") or len(waiting) > _NEAR:
-            continue
-        onward = [own for own in node.inputs if own is not None and own not in seen]
-        seen.update(onward)
-        waiting += onward
-    return False
+    makers = (value.producer() for value in _nearest(y, stop=("MatMul", "Gemm", "Transpose")))
+    return any(node is not None and node.op_type in ("Cos", "Sin") for node in makers)
 
 
 def _before(y: ir.Value) -> Iterator[ir.Value]:
     """Values before y of its own sizes, the nearest first."""
+    return (value for value in _nearest(y) if value is not y and _alike(named_sizes(value), named_sizes(y)))
+
+
+def _nearest(y: ir.Value, *, stop: Sequence[str] = ()) -> Iterator[ir.Value]:
+    """y and the values before it, the nearest first; none behind what operators of `stop` read, or constants."""
     waiting, seen = [y], {y}
     for value in waiting:  # it grows
-        if value is not y and _alike(named_sizes(value), named_sizes(y)):
-            yield value
+        yield value
         node = value.producer()
-        if node is None or len(waiting) > _NEAR:
+        if node is None or node.op_type in stop or len(waiting) > _NEAR:
             continue
         onward = [own for own in node.inputs if own is not None and own not in seen and not is_constant(own)]
         seen.update(onward)

@@ -10,10 +10,9 @@ from qcompile.passes.contrib.around import Around, heads_of
 from qcompile.passes.contrib.inputs import Inputs
 from qcompile.passes.contrib.masking import hides_nothing
 from qcompile.passes.contrib.written import Written, written
-from qcompile.passes.graph import Decide, Names, take_over
+from qcompile.passes.graph import MICROSOFT, Decide, Names, take_over
 from qcompile.passes.prepare.sizes import named_sizes
 
-_DOMAIN = "com.microsoft"
 _NOTHING = Inputs((), (), None, None)
 
 
@@ -82,14 +81,14 @@ def _replace(found: _Uncached, around: Around) -> None:
     if own.mask is not None and not hides_nothing(own.mask, around.graph, hides=own.hides):
         operands += [None, None, _bias(own, own.mask, around)]
     attributes = {"num_heads": heads, "scale": own.scale}
-    made = ir.node("MultiHeadAttention", operands, attributes, domain=_DOMAIN, name=own.name)
+    made = ir.node("MultiHeadAttention", operands, attributes, domain=MICROSOFT, name=own.name)
     place.prepend(made)
     result = made.outputs[0]
     if len(own.result.shape or ()) == 2:
         result.name = around.names.fresh(f"{own.result.name}.wide")
         result = around.op("Reshape", [result, around.constant([-1, widths[2]])], f"{own.result.name}.rows")
     take_over(own.result, result, around.names)
-    around.graph.opset_imports[_DOMAIN] = 1
+    around.graph.opset_imports[MICROSOFT] = 1
 
 
 def _bias(own: Written, mask: ir.Value, around: Around) -> ir.Value:

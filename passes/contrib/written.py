@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from qcompile.passes.graph import small_array
 from qcompile.passes.masks import FILL
+from qcompile.passes.prepare.attention import repetition
 from qcompile.passes.prepare.sizes import named_sizes
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16}
@@ -228,19 +229,17 @@ def _stripped(value: ir.Value | None) -> _Operand | None:
 
 def _single(value: ir.Value) -> ir.Value | None:
     """(batch, groups, rows, width) of which value is Reshape(Expand(Unsqueeze(…, 2))): each head so many times."""
-    made: list[ir.Value] = []
-    for op_type in ("Reshape", "Expand", "Unsqueeze"):
-        node = value.producer()
-        if node is None or (node.op_type, node.domain) != (op_type, "") or node.inputs[0] is None:
-            return None
-        made.append(value)
-        value = node.inputs[0]
+    made = repetition(value)
+    if made is None:
+        return None
     joined, wide, single = (named_sizes(own) for own in made)
     if (len(joined), len(wide), len(single)) != (4, 5, 5) or single[2] != 1 or joined[3] != wide[4]:
         return None
-    heads, groups = joined[1], wide[1]
+    heads, groups, unsqueeze = joined[1], wide[1], made[2].producer()
     counted = isinstance(heads, int) and isinstance(groups, int) and groups == single[1]
-    return value if counted and int(heads or 0) % int(groups or 1) == 0 else None
+    if unsqueeze is None or not counted or int(heads or 0) % int(groups or 1):
+        return None
+    return unsqueeze.inputs[0]
 
 
 def _in_heads(value: ir.Value, q: ir.Value) -> ir.Value:

@@ -8,7 +8,8 @@ import onnx_ir as ir
 from onnx import helper
 
 from qcompile.passes.caches import ATTENTION, MICROSOFT_ATTENTION
-from qcompile.passes.formats.base import DOMAIN, MICROSOFT, VERSION
+from qcompile.passes.formats.base import DOMAIN, VERSION
+from qcompile.passes.graph import MICROSOFT
 
 _INPUTS = (
     "query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache",

@@ -19,7 +19,6 @@ from qcompile.passes.state import Tensors
 DOMAIN = "qcompile"
 VERSION = 1
 OPSET = onnxscript.values.Opset(DOMAIN, VERSION)
-MICROSOFT = "com.microsoft"
 # Attribute of the products that have native kernels: bits that these give each activation, 16 or 8.
 ACTIVATION_BITS = "activation_bits"
 # Of those at 16: ranges of columns, begins and ends, that take activations at 8. Declared where a node has some.

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.formats import by_operator
-from qcompile.passes.formats.base import DOMAIN, MICROSOFT, drop_unused
-from qcompile.passes.graph import Names, add_initializer, insert_before
+from qcompile.passes.formats.base import DOMAIN, drop_unused
+from qcompile.passes.graph import MICROSOFT, Names, add_initializer, insert_before
 from qcompile.passes.linears import constant
 
 # Key of `ir.Model.meta`: its scales are to be float16 in the file, wherever they are float16 numbers.

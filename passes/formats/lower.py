@@ -11,7 +11,6 @@ from qcompile.passes.formats.attention import to_native
 from qcompile.passes.formats.base import (
     BIASED,
     DOMAIN,
-    MICROSOFT,
     PRODUCT,
     Cache,
     add_codes,
@@ -21,7 +20,7 @@ from qcompile.passes.formats.base import (
 )
 from qcompile.passes.formats.decoded import sink
 from qcompile.passes.formats.functions import register
-from qcompile.passes.graph import Names, insert_before
+from qcompile.passes.graph import MICROSOFT, Names, insert_before
 from qcompile.passes.linears import constant, dimensions
 from qcompile.passes.targets import TARGETS
 

@@ -11,7 +11,6 @@ import onnx_ir as ir
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.base import (
     ACTIVATION_BITS,
-    MICROSOFT,
     Cache,
     become,
     drop_unused,
@@ -19,7 +18,7 @@ from qcompile.passes.formats.base import (
     pack_nibbles,
     unpacked,
 )
-from qcompile.passes.graph import add_initializer
+from qcompile.passes.graph import MICROSOFT, add_initializer
 from qcompile.passes.linears import constant, dimensions
 
 # Of MatMulNBits: what it may round activations to. Without it (0) it computes in floats; 4 is int8, in blocks.

@@ -12,7 +12,6 @@ import onnx_ir as ir
 from qcompile.passes.affine import Grid
 from qcompile.passes.formats.base import (
     EMBEDDING,
-    MICROSOFT,
     Cache,
     Stored,
     become,
@@ -23,7 +22,7 @@ from qcompile.passes.formats.base import (
 )
 from qcompile.passes.formats.integers import checked
 from qcompile.passes.formats.tables import TableGrid, Tables
-from qcompile.passes.graph import add_initializer, insert_before
+from qcompile.passes.graph import MICROSOFT, add_initializer, insert_before
 from qcompile.passes.linears import constant, dimensions, stored
 from qcompile.passes.spec import granularity
 

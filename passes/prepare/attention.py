@@ -38,13 +38,9 @@ class Attention:
 
 def repeated(value: ir.Value | None) -> Repeated | None:
     """What Reshape(Expand(Unsqueeze(x, 2))) repeats, told by the sizes after each of the three."""
-    results: list[ir.Value] = []
-    for op_type in ("Reshape", "Expand", "Unsqueeze"):
-        node = value.producer() if value is not None else None
-        if node is None or (node.op_type, node.domain) != (op_type, ""):
-            return None
-        results.append(node.outputs[0])
-        value = node.inputs[0]
+    results = repetition(value)
+    if results is None:
+        return None
     joined, wide, single = (named_sizes(result) for result in results)
     if len(wide) != 5 or None in wide or not isinstance(wide[1], int) or not isinstance(wide[2], int):
         return None
@@ -52,6 +48,18 @@ def repeated(value: ir.Value | None) -> Repeated | None:
     if single != [batch, groups, 1, rows, width] or joined != [batch, wide[1] * wide[2], rows, width]:
         return None
     return Repeated(results[2], wide[1], wide[2])
+
+
+def repetition(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
+    """What the nodes of Reshape(Expand(Unsqueeze(x))) give, the last first."""
+    results: list[ir.Value] = []
+    for op_type in ("Reshape", "Expand", "Unsqueeze"):
+        node = value.producer() if value is not None else None
+        if node is None or (node.op_type, node.domain) != (op_type, ""):
+            return None
+        results.append(node.outputs[0])
+        value = node.inputs[0]
+    return results[0], results[1], results[2]
 
 
 def find_attention(node: ir.Node, values: Repeated) -> Attention | str:

@@ -10,12 +10,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompile.passes.graph import Decide, Names, decided, float_type
+from qcompile.passes.graph import MICROSOFT, Decide, Names, decided, float_type
 from qcompile.passes.prepare.contrib_attention import take_attention_apart, take_embeddings_apart
 from qcompile.passes.prepare.writer import Writer
 from qcompile.passes.state import set_node
 
-DOMAIN = "com.microsoft"
 _MIN_OPSET = 13
 # By fused activation: names of the attributes that its parameters become, in their order.
 _ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
@@ -42,7 +41,7 @@ def take_apart(model: ir.Model, decide: Decide) -> int:
     """
     names, fixed, changed = Names(model), decided(model), 0
     for node in list(model.graph.all_nodes()):
-        rule = _RULES.get(node.op_type) if node.domain == DOMAIN else None
+        rule = _RULES.get(node.op_type) if node.domain == MICROSOFT else None
         if rule is None or model.opset_imports.get("", 0) < _MIN_OPSET:
             continue
         weights = [value for value in node.inputs if value in fixed and value is not None]

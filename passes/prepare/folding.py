@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.bodies import bodies
-from qcompile.passes.graph import Decide, add_initializer, decided, is_constant
+from qcompile.passes.graph import MICROSOFT, Decide, add_initializer, decided, is_constant
 from qcompile.passes.prepare.constant_ops import made_of
 from qcompile.passes.prepare.constant_types import Array, Made, Operand
 from qcompile.passes.state import node_state, set_node
@@ -183,7 +183,7 @@ def report_quantized(model: ir.Model, decide: Decide) -> None:
     """One decision for each node that reads a weight which comes as codes: it stays as it is."""
     for node in model.graph.all_nodes():
         place = _CODES.get(node.op_type)
-        if node.domain in ("", "com.microsoft") and place is not None and len(node.inputs) > place:
+        if node.domain in ("", MICROSOFT) and place is not None and len(node.inputs) > place:
             value = node.inputs[place]
             tensor = value.const_value if value is not None and is_constant(value) else None
             if tensor is not None and tensor.size > 1 and tensor.dtype.bitwidth <= 8:  # biases have 32 bits
