@@ -150,6 +150,7 @@ class Between:
                 return False
         if x.is_graph_output():
             return False
+        kind = x.dtype or kind  # of a decoder in half precision queries may be of single
         self._scaled(x, self._constant(f"{present.name}.scale_of_heads", scales, kind))
         return True
 

@@ -234,11 +234,21 @@ def test_a_scale_of_the_whole_cache_is_coarser() -> None:
     assert 0 < errors["channel"] < errors["tensor"]
 
 
+def _half(*, single: bool) -> ir.Model:
+    """single: rotations and Softmax are computed in single precision."""
+    if not single:
+        return tiny_decoder(kv_cache=True, dtype="fp16", outliers=False)
+    graph = Graph()
+    Written(half=True).build(graph)
+    return ir.from_proto(graph.model())
+
+
+@pytest.mark.parametrize("single", [True, False])
 @pytest.mark.parametrize("form", ["fused", "plain"])
-def test_floats_in_half_precision(form: str) -> None:
-    fused, after, _ = coded(tiny_decoder(kv_cache=True, dtype="fp16", outliers=False), fused=form == "fused")
+def test_floats_in_half_precision(form: str, single: bool) -> None:
+    fused, after, _ = coded(_half(single=single), fused=form == "fused")
     expected, found = (_run(model, np.ones((2, 7), np.int64), 3)[0].astype(float) for model in (fused, after))
-    assert np.linalg.norm(found - expected) <= 0.015 * np.linalg.norm(expected)
+    assert np.linalg.norm(found - expected) <= 0.02 * np.linalg.norm(expected)
 
 
 def test_caches_that_others_read_stay_with_the_reason() -> None:
