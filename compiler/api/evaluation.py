@@ -145,7 +145,7 @@ def evaluate_models(
     elif against is None:
         if on.texts:
             plan.require_decoder()
-        raise UserError("outputs are compared with a reference: give it with --against REF.onnx")
+        raise UserError("outputs are compared with a reference: give it with --against REF.onnx, or against=")
     else:
         rows = _outputs(models, on, against, running, told)
     return Evaluation(rows, against, running)

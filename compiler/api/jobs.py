@@ -1,6 +1,7 @@
 """Compiling, calibrating, ranking and sweeping from a program."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -10,7 +11,8 @@ from qcompile.compiler.api.fields import Fields
 from qcompile.compiler.api.models import Model, PathLike, is_file, on_disk
 from qcompile.compiler.api.recipes import Passes, recipe_of
 from qcompile.compiler.api.sensitivity import rank_nodes
-from qcompile.compiler.console.progress import Progress
+from qcompile.compiler.console.progress import Progress, Silent
+from qcompile.compiler.console.terminal import Bar
 from qcompile.compiler.mixed.ranking import Ranking
 from qcompile.compiler.pipeline import compile_model
 from qcompile.compiler.recipe import Recipe
@@ -32,7 +34,7 @@ def compile(
     tokenizer: PathLike | None = None,
     recipe: Recipe | PathLike | None = None,
     statistics: PathLike | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = False,
     **fields: Unpack[Fields],
 ) -> Report:
     """Quantize a model, and write the result with its report; the same as `qcompile MODEL.onnx`.
@@ -49,7 +51,7 @@ def compile(
         tokenizer: a folder with `tokenizer.json`, by default the model's own.
         recipe: settings, as a `Recipe` or a file of them; `passes` and `fields` stand before them.
         statistics: ranges of activations that `calibrate` saved, instead of a run over calibration data.
-        progress: told what is going on.
+        progress: True shows on stderr what is going on; or an object that is told.
         **fields: settings of a recipe by their keys: `bits=8`, `group_size=64`, `target="qdq"`, `exclude=["*head*"]`.
 
     Returns:
@@ -62,14 +64,14 @@ def compile(
         raise UserError("a model in memory has no folder of its own: name the file to write with output=")
     wanted = recipe_of(recipe, passes, fields)
     given = data_of(calibration, transform=transform, tokenizer=tokenizer)
-    with on_disk(model) as path:
+    with on_disk(model) as path, _told(progress) as bar:
         return compile_model(
             path,
             wanted,
             output=Path(output) if output is not None else None,
             calibration=given,
             statistics=Path(statistics) if statistics is not None else None,
-            progress=progress,
+            progress=bar,
         )
 
 
@@ -82,7 +84,7 @@ def calibrate(
     transform: Transform | None = None,
     tokenizer: PathLike | None = None,
     recipe: Recipe | PathLike | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = False,
     **fields: Unpack[Fields],
 ) -> Calibrated:
     """Save the ranges of a model's activations once, for many compiles with `statistics=`; as `qcompile calibrate`.
@@ -91,8 +93,8 @@ def calibrate(
     """
     wanted = recipe_of(recipe, passes, fields, lists.INTEGER)
     given = data_of(calibration, transform=transform, tokenizer=tokenizer)
-    with on_disk(model) as path:
-        return calibrate_model(path, wanted, output=Path(output), calibration=given, progress=progress)
+    with on_disk(model) as path, _told(progress) as bar:
+        return calibrate_model(path, wanted, output=Path(output), calibration=given, progress=bar)
 
 
 def sensitivity(
@@ -103,7 +105,7 @@ def sensitivity(
     transform: Transform | None = None,
     tokenizer: PathLike | None = None,
     recipe: Recipe | PathLike | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = False,
     **fields: Unpack[Fields],
 ) -> Ranking:
     """Which integer nodes change the output most, each alone; as `qcompile sensitivity`.
@@ -113,8 +115,8 @@ def sensitivity(
     """
     wanted = recipe_of(recipe, passes, fields, lists.INTEGER)
     given = data_of(calibration, transform=transform, tokenizer=tokenizer)
-    with on_disk(model) as path:
-        return rank_nodes(path, wanted, calibration=given, progress=progress)
+    with on_disk(model) as path, _told(progress) as bar:
+        return rank_nodes(path, wanted, calibration=given, progress=bar)
 
 
 def sweep(
@@ -170,3 +172,13 @@ def sweep(
             keep_models=keep_models,
             note=note,
         )
+
+
+@contextmanager
+def _told(progress: Progress | bool) -> Iterator[Progress]:
+    """Who is told how a job goes on."""
+    if progress is True:
+        with Bar() as bar:
+            yield bar
+    else:
+        yield progress or Silent()

@@ -35,7 +35,7 @@ def run(args: Options) -> Document:
         out.print(f"shared: {tie}")
     for key, value in summary.metadata.items():
         out.print(f"{key}: {_shortened(value) if not key.startswith('qcompile.') else json.dumps(value)}")
-    return summary.as_dict()
+    return summary.to_dict()
 
 
 def _head(out: Console, summary: Summary, *, every: bool) -> None:

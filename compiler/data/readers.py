@@ -76,15 +76,16 @@ def read_batches(plan: InputPlan, source: Any, label: str) -> tuple[list[Batch],
 @contextmanager
 def told(label: str) -> Iterator[None]:
     """Whatever the user's program raises inside, SystemExit included, is told in one line."""
+    named = f"--calibration {label}" if ":" in label else label
     try:
         yield
     except (UserError, KeyboardInterrupt, MemoryError, GeneratorExit):
         raise
     except SystemExit as error:
-        raise UserError(f"--calibration {label} ended the program by itself: sys.exit({error.code!r})") from error
+        raise UserError(f"{named} ended the program by itself: sys.exit({error.code!r})") from error
     except BaseException as error:  # native code brings exceptions of its own that are no Exception
         detail = " ".join(str(error).split())[:300]
-        raise UserError(f"--calibration {label} failed: {type(error).__name__}: {detail}") from error
+        raise UserError(f"{named} failed: {type(error).__name__}: {detail}") from error
 
 
 def by_name(plan: InputPlan, item: Any, label: str, hint: str = "") -> dict[str, npt.NDArray[Any]]:

@@ -3,13 +3,14 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from qcompile.compiler.console.numbers import megabytes, percent
 from qcompile.compiler.files.load import load_model
 from qcompile.compiler.report.sizes import (
     Storage,
@@ -23,9 +24,11 @@ from qcompile.compiler.report.sizes import (
     type_shares,
 )
 from qcompile.compiler.report.stored_weights import Weight, all_weights, shares
+from qcompile.compiler.results.sheet import Sheet, Shown
 
 # Smaller constants (shapes, scalars) are shared all the time; that is no tie.
 _SMALL = 1024
+_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ class WeightGroup:
     reason: str
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What is in a model file.
+@dataclass(frozen=True, repr=False)
+class Summary(Shown):
+    """What is in a model file; prints as a short table.
 
     linear_bits: stored bits per weight of the linears, scales and zero points included; None without linears.
     bits: the same by family, of products (MatMul and what multiplies like it), of convolutions and of lookups.
@@ -76,9 +79,35 @@ class Summary:
         """Bits of all files per parameter."""
         return 8 * self.file_bytes / self.parameters if self.parameters else None
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self) | {"file_bits": self.file_bits}
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each group of alike weights; for each weight where all were asked for."""
+        return [asdict(group) for group in self.weights]
+
+    def sheet(self) -> Sheet:
+        """The weights, and what of them is quantized."""
+        rows = [
+            [group.pattern, str(group.count), group.operator, " x ".join(map(str, group.shape)), group.form]
+            for group in self.weights
+        ]
+        bits = ", ".join(f"{family} {own:.3f}" for family, own in self.bits.items())
+        told = ", ".join(
+            f"{percent(own)} of the {family} weights" for family, own in self.shares.items() if own is not None
+        )
+        notes = [f"inputs: {_few(self.inputs)}", f"outputs: {_few(self.outputs)}"]
+        notes += [f"bits per weight: {bits}"] if bits else []
+        notes += [f"quantized: {told}"] if told else []
+        title = f"{self.path}: {megabytes(self.file_bytes)}, {self.parameters:,} parameters"
+        return Sheet(title, ("weights", "count", "operator", "shape", "stored as"), rows, 0, notes)
+
+
+def _few(lines: Sequence[str]) -> str:
+    """The first of them: inputs of a model with caches are alike by the dozen."""
+    more = len(lines) - _SHOWN
+    return "; ".join(lines[:_SHOWN]) + (f"; {more} more" if more > 0 else "")
 
 
 def inspect(path: Path, *, every: bool = False) -> Summary:

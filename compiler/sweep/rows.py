@@ -1,9 +1,13 @@
 """The rows of a sweep: figures by combination, which of them are worth having, and how they are named."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from qcompile.compiler.console.numbers import megabytes
+from qcompile.compiler.results.sheet import Sheet, Shown
+
+_FIGURES = ("status", "reason", "bits_per_weight", "compiled_bytes", "coverage", "seconds", "pareto")
 DONE, REFUSED, FAILED, SAME, OPEN = "done", "refused", "failed", "same", "open"
 
 
@@ -33,8 +37,8 @@ class Row:
     pareto: bool = False
 
 
-@dataclass
-class Sweep:
+@dataclass(repr=False)
+class Sweep(Shown):
     """A sweep's rows and what they mean. keys: those of the grid. error: the score that is compared; axis: its name.
 
     source: the scored data in words. note: the user's own words for the caption. base: the recipe under the grid.
@@ -67,6 +71,35 @@ class Sweep:
         """Rows by bits per weight, then by error; those without figures behind, in the grid's order."""
         without = [row for row in self.rows if row.status != DONE]
         return sorted(self.done, key=lambda row: (row.bits_per_weight or 0.0, row.scores[self.error])) + without
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything."""
+        return asdict(self)
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each combination: its settings, scores and figures."""
+        return [
+            {**own.values, **own.scores, **{name: getattr(own, name) for name in _FIGURES}} for own in self.ordered()
+        ]
+
+    def sheet(self) -> Sheet:
+        """The combinations with figures; * marks those that no other beats in both size and error."""
+        heads = ("", *self.varying, "bits/weight", "size", self.error)
+        rows = [
+            [
+                "*" if own.pareto else "",
+                *(own.values[key] for key in self.varying),
+                "" if own.bits_per_weight is None else f"{own.bits_per_weight:.3f}",
+                megabytes(own.compiled_bytes),
+                f"{own.scores[self.error]:.4g}",
+            ]
+            for own in self.ordered()
+            if own.status == DONE
+        ]
+        left = [
+            f"{name(own.values, self.varying)}: {own.status} {own.reason}" for own in self.rows if own.status != DONE
+        ]
+        return Sheet(f"{self.model}, {self.axis}; scored on {self.source}", heads, rows, 3, left)
 
     def mark_pareto(self) -> None:
         """Set `pareto` of every row."""

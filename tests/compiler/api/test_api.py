@@ -48,7 +48,7 @@ def test_every_name_is_there_and_known_to_type_checkers() -> None:
     for name in dir(qcompile):
         assert getattr(qcompile, name) is not None, name
     tree = ast.parse(Path(qcompile.__file__).read_text(encoding="utf-8"))
-    (known,) = (node for node in tree.body if isinstance(node, ast.If))
+    known = next(node for node in tree.body if isinstance(node, ast.If))
     homes = {a.name: own.module for own in known.body if isinstance(own, ast.ImportFrom) for a in own.names}
     assert homes == qcompile._HOMES
     assert {*homes, "__version__"} == set(qcompile.__all__)
@@ -295,18 +295,22 @@ def test_weights_in_a_file_need_its_folder(bench: Any) -> None:
 def results(make_bench: Any) -> dict[str, Any]:
     bench = make_bench("results")
     path, out = bench.save(tiny_mlp(), tokenizer=False), bench.folder / "out" / "model.onnx"
-    text = bench.folder / "in" / "decoder.onnx"
+    text, rows = bench.folder / "in" / "decoder.onnx", bench.folder / "rows.npz"
+    np.savez(rows, x=ROWS)
+    sweeping = qcompile.Recipe.from_dict({"passes": "pack", "group_size": 32})
     bench.save(tiny_decoder(layers=1), "decoder.onnx")
     return {
         "report": qcompile.compile(path, "qdq", output=out, calibration=[ROWS[:32], ROWS[32:]]),
         "evaluation": qcompile.compare({"small <b>": out}, onnx.load(path), data=ROWS),
         "text": qcompile.evaluate(text, text=TEXT, context=64),
         "ranking": qcompile.sensitivity(path, calibration=[ROWS[:32], ROWS[32:]]),
+        "summary": qcompile.inspect(out),
+        "sweep": qcompile.sweep(path, {"bits": [4, 8]}, output=bench.folder / "sweep", recipe=sweeping, data=[rows]),
         "bench": qcompile.bench({"float": path, "int8": onnx.load(out)}, threads=1, rounds=2),
     }
 
 
-@pytest.mark.parametrize("name", ["report", "evaluation", "text", "ranking", "bench"])
+@pytest.mark.parametrize("name", ["report", "evaluation", "text", "ranking", "summary", "sweep", "bench"])
 def test_results_print_as_short_tables_and_as_plain_values(results: Any, name: str) -> None:
     made = results[name]
     text = str(made)
@@ -314,7 +318,7 @@ def test_results_print_as_short_tables_and_as_plain_values(results: Any, name: s
     assert 2 <= len(text.splitlines()) <= 25
     assert max(map(len, text.splitlines())) < 200
     page = made._repr_html_()
-    assert page.count("<tr>") >= 2
+    assert page.count("<tr>") >= 2, page
     assert "<b>" not in page, "names are escaped"
     assert json.loads(json.dumps(made.to_dict(), allow_nan=name == "ranking"))
     records = made.records()
@@ -345,3 +349,23 @@ def test_results_have_the_names_that_were_given(results: Any) -> None:
     assert [row.scores.model for row in results["evaluation"].rows] == ["small <b>"]
     assert [row.text for row in results["text"].rows] == ["text 1"]
     assert {own["label"] for own in results["bench"].records()} == {"float", "int8"}
+
+
+def test_progress_is_shown_on_stderr_alone(bench: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    path = bench.save(tiny_mlp(), tokenizer=False)
+    told: list[str] = []
+
+    class Listener:
+        def step(self, name: str) -> None:
+            told.append(name)
+
+        def total(self, amount: float) -> None: ...
+
+        def advance(self, amount: float) -> None: ...
+
+    for progress in (False, True, Listener()):
+        qcompile.compile(path, "pack", output=bench.folder / "o.onnx", group_size=32, progress=progress)
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert ("saving" in err) == (progress is True)
+    assert "saving" in told

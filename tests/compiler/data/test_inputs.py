@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from said import complaints
 
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
 from qcompile.compiler.cli import main
@@ -211,7 +212,7 @@ def test_programs_that_fail_are_one_line_and_exit_two(
     program.write_text(source)
     path = bench.save(tiny_mlp())
     assert main([str(path), "--passes", "qdq", "--calibration", f"user_data:{name}"]) == 2
-    told = capfd.readouterr().err.strip().splitlines()
+    told = complaints(capfd.readouterr().err).strip().splitlines()
     assert len(told) == 1
     with pytest.raises(UserError, match=message):
         raise UserError(told[0])
