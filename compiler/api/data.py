@@ -11,7 +11,7 @@ import numpy.typing as npt
 from qcompile.compiler.api.models import PathLike
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import KINDS
-from qcompile.compiler.data.readers import Batches, Reader, dicts, documents, is_array, peeked, told
+from qcompile.compiler.data.readers import Batches, Reader, dicts, document, documents, is_array, peeked, told
 from qcompile.passes.errors import UserError
 
 # One batch: arrays by input name, an array for a model with one input, or several in the order of the inputs.
@@ -29,7 +29,7 @@ def data_of(
     Case 1: nothing: the default data of a model. Case 2: a Calibration, as it is.
     Case 3: strings and paths: files, or texts (`_is_text`); one word as on the command line ("self", "module:name").
     Case 4: one batch: a dict by input name, or an array.
-    Case 5: anything else gives batches, or strings, which are texts; each goes through `transform` first.
+    Case 5: anything else gives batches, or texts (`readers.document`); each goes through `transform` first.
     """
     own = Path(tokenizer) if tokenizer is not None else None
     if transform is not None and (given is None or isinstance(given, Calibration) or _is_words(given)):
@@ -42,7 +42,7 @@ def data_of(
         return replace(given, tokenizer=own) if own is not None else given
     if _is_words(given):  # Case 3
         return _words(_listed(given), own)
-    if isinstance(given, Mapping) or is_array(given):  # Case 4
+    if isinstance(given, Mapping) or (is_array(given) and not _is_column(given)):  # Case 4
         given = [given]
     label = "the calibration data" if isinstance(given, (list, tuple)) else type(given).__name__
     return _given(given, label, transform, own)  # Case 5
@@ -53,7 +53,7 @@ def _given(given: Any, label: str, transform: Transform | None, tokenizer: Path 
     with told(label):
         items = map(transform, dicts(given)) if transform is not None else dicts(given)
     first, every = peeked(items, label)
-    if isinstance(first, str):
+    if document(first) is not None:
         return Calibration(tokenizer=tokenizer, texts=tuple(documents(every, label)))
     return Calibration(tokenizer=tokenizer, reader=Batches(label, every))
 
@@ -77,6 +77,12 @@ def _is_words(given: Any) -> bool:
     if isinstance(given, (str, os.PathLike)):
         return True
     return isinstance(given, (list, tuple)) and bool(given) and all(isinstance(w, (str, os.PathLike)) for w in given)
+
+
+def _is_column(given: Any) -> bool:
+    """Whether something is a column of texts, as pandas and its like have them; numpy's arrays are batches."""
+    first = next(iter(given), None) if type(given).__module__.partition(".")[0] in ("pandas", "polars") else None
+    return isinstance(first, str)
 
 
 def _is_text(word: PathLike) -> bool:

@@ -151,12 +151,18 @@ def documents(items: Iterator[Any], label: str) -> list[str]:
     """The texts that a program gives; UserError where one is none, or where they do not end."""
     with told(label):
         found = list(islice(items, _MOST + 1))
-    wrong = next((item for item in found if not isinstance(item, str)), None)
+    wrong = next((item for item in found if document(item) is None), None)
     if wrong is not None:
         raise UserError(f"{label} gave {type(wrong).__name__} among texts: give texts alone")
     if len(found) > _MOST:
         raise UserError(f"{label} gave {_MOST} texts and does not end")
-    return found
+    return [text for item in found if (text := document(item)) is not None]
+
+
+def document(item: Any) -> str | None:
+    """The text that an item is: a string, or the field "text" of a row, as .jsonl files have them; None for others."""
+    text = item.get("text") if isinstance(item, Mapping) else item
+    return text if isinstance(text, str) else None
 
 
 def found(reference: str) -> Any:

@@ -158,7 +158,15 @@ def test_strings_are_files_or_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert data_of(["a text", "word"]).texts == ("a text", "word")
     assert data_of(text for text in ["word", "a text"]).texts == ("word", "a text")
     assert data_of([{"text": "word"}, {"text": "two"}], transform=lambda row: row["text"]).texts == ("word", "two")
+    assert data_of([{"text": "word", "id": 3}, {"text": "two"}]).texts == ("word", "two"), "as .jsonl has them"
     assert data_of("x" * 5000 + " y").texts
+
+
+def test_a_column_of_texts_is_texts() -> None:
+    pandas = pytest.importorskip("pandas", reason="columns are pandas's")
+    assert data_of(pandas.Series(["a text", "word"])).texts == ("a text", "word")
+    (batch,), _ = read_batches(input_plan(tiny_mlp()), data_of(pandas.DataFrame(ROWS)).reader, "data")
+    np.testing.assert_array_equal(batch.feeds["x"], ROWS)
 
 
 def endless() -> Iterator[str]:
