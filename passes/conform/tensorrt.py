@@ -75,7 +75,7 @@ def _check_shape(node: ir.Node, scales: npt.NDArray[np.float64], opset: int, fou
         wanted = tuple(size // block if i == axis else size for i, size in enumerate(shape))
         if opset < _BLOCKS:
             found.fault(node, f"has blocks in opset {opset}: they came with {_BLOCKS}")
-        if rank > 2 or axis < rank - 2:
+        if rank > 2:
             found.fault(node, f"has blocks along axis {axis} of rank {rank}")
         elif shape[axis] % block or scales.shape != wanted:
             found.fault(node, f"has blocks of {block} that do not cut {shape} into {scales.shape}")

@@ -76,7 +76,7 @@ def _right(node: ir.Node, x: ir.Value, weight: ir.Value, names: Names, home: ir.
 
 def _missing(rank: int, before: int, after: int) -> int:
     """Axes that a product with an operand of rank `rank` loses when its constant gets `after` axes for `before`."""
-    return before - after if rank == 1 else max(rank, before) - max(rank, after)
+    return max(rank, before) - max(rank, after)
 
 
 def _left(node: ir.Node, weight: ir.Value, x: ir.Value, names: Names, home: ir.Graph) -> str | None:

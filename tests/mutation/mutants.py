@@ -48,7 +48,7 @@ class Mutant:
     """One fault. path: within the repository. occurrence: the number of the operator's place in the file.
 
     start, stop: line and column of what it changes. lines: first and last one of the statement;
-    None outside of functions, where an import runs it.
+    None outside of functions, and in ONNX functions, where an import runs it.
     """
 
     path: str
@@ -110,6 +110,8 @@ def _statements(tree: ast.Module) -> dict[int, tuple[int, int]]:
     """By line of a function's body: first and last line of its innermost statement, up to the body that it may have."""
     found = {}
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        if any(_name(own) == "script" for own in function.decorator_list):
+            continue  # an ONNX function, which onnxscript reads as it is imported
         found.update((line, (line, line)) for line in range(function.body[0].lineno, (function.end_lineno or 0) + 1))
     for node in ast.walk(tree):  # outer ones come first
         if isinstance(node, ast.stmt) and node.lineno in found:

@@ -90,8 +90,9 @@ class _Watch:
         self.seconds: dict[str, float] = {}
         self.passed = True
 
-    def pytest_configure(self) -> None:
-        """Watch from before anything is imported."""
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_load_initial_conftests(self) -> None:
+        """Watch from before anything is imported, by conftest.py too."""
         from coverage import Coverage
 
         self.coverage: Any = Coverage(data_file=None, source=[str(ROOT / "passes")], config_file=False)

@@ -205,6 +205,15 @@ def test_an_unknown_shape_is_refused() -> None:
     assert "a shape at Reshape" in refusal(model)
 
 
+def test_slices_at_computed_places_are_refused() -> None:
+    def computed(b: Builder, value: ir.Value) -> ir.Value:
+        return plain(
+            b, b.Slice(value, b.Sub(b.Shape(value, start=1, end=2), b.Shape(value, start=1, end=2)), [12], [2])
+        )
+
+    assert "its parameters are not constant" in refusal(attention(computed, value_width=HEADS * WIDTH))
+
+
 def test_values_in_a_cache_are_refused() -> None:
     _, skipped = find_pairs(Region.whole(tiny_decoder(kv_cache=True)))
     reasons = [decision.reason for decision in skipped]

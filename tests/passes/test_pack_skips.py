@@ -27,6 +27,12 @@ def test_convolutions_are_counted_as_skipped() -> None:
     decisions = _pack(tiny_conv())
     skipped = {name for name, decision in decisions.items() if decision.reason == "no packed format for Conv weights"}
     assert skipped == {"conv_0", "conv_1"}
+    assert {decisions[name].action for name in skipped} == {"skipped"}
+
+
+def test_a_convolution_that_the_user_keeps_is_kept() -> None:
+    decision = _pack(tiny_conv(), Policy(SPEC, SPEC, SPEC, exclude=("conv_0",)))["conv_0"]
+    assert (decision.action, decision.reason) == ("kept", "excluded by 'conv_0'")
 
 
 def test_weights_of_branches() -> None:

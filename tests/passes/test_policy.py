@@ -1,8 +1,11 @@
 """passes/policy.py: who is quantized to what, and the reasons of those who are not."""
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qcompile.models.tiny import tiny_decoder
+from qcompile.models.tiny.build import Builder
 from qcompile.passes.linears import find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
 from qcompile.passes.spec import PerGroup, QuantSpec
@@ -42,6 +45,26 @@ def test_exclude_matches_node_or_weight_names(pattern) -> None:
 def test_patterns_are_whole_names_and_mind_case() -> None:
     for pattern in ("q_proj", "*Q_PROJ*", "*.q_proj.weigh"):
         assert _answers(Policy(BODY, HEAD, TABLE, exclude=(pattern,)))[Q_PROJ] == BODY
+
+
+@pytest.mark.parametrize(("rows", "taken"), [(64, 64), (192, 64), (96, 32)])
+def test_targets_with_whole_blocks_get_such_as_divide_the_rows(rows: int, taken: int) -> None:
+    policy = Policy(QuantSpec(4, PerGroup(64), symmetric=True), None, None, target="tensorrt")
+    (linear,) = find_linears(_product(rows).graph)
+    spec = policy.for_linear(linear, None)
+    assert spec == QuantSpec(4, PerGroup(taken), symmetric=True)
+
+
+def test_rows_that_no_block_of_the_target_divides_stay_in_float() -> None:
+    policy = Policy(QuantSpec(4, PerGroup(64), symmetric=True), None, None, target="qnn")
+    (linear,) = find_linears(_product(80).graph)
+    assert "takes whole blocks, and 80 rows are no multiple of 32" in str(policy.for_linear(linear, None))
+
+
+def _product(rows: int) -> ir.Model:
+    b = Builder(opset=21)
+    weight = b.weight("weight", np.ones((rows, 32), np.float32))
+    return b.model({"y": b.MatMul(b.input("x", ir.DataType.FLOAT, [2, rows]), weight, name="product")})
 
 
 def test_include_leaves_the_others_out() -> None:

@@ -128,7 +128,8 @@ def test_group_normalization_gets_a_scale_for_every_channel():
     body = "y = GroupNormalization <num_groups = 2> (x, scale, bias)"
     model = _parse(body, 18, inputs, "float[2,6,4] y")
     x, s, b = X.reshape(2, 6, 12)[:, :, :4], np.array([2, 3], np.float32), np.array([0.5, -1], np.float32)
-    _prepare(model)
+    told = _prepare(model).decisions
+    assert "opset 18 to 21: 1 GroupNormalization rewritten" in [decision.reason for decision in told]
     grouped = x.reshape(2, 2, -1)
     normal = (grouped - grouped.mean(-1, keepdims=True)) / np.sqrt(grouped.var(-1, keepdims=True) + 1e-5)
     expected = (normal * s[:, None] + b[:, None]).reshape(x.shape)

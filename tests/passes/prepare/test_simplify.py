@@ -121,6 +121,14 @@ def test_transpose_between_reshapes(lead):
     assert reasons(decisions, "simplified") == ["1 Transposes between Reshapes became plain ones"]
 
 
+def test_a_transpose_between_reshapes_keeps_the_names_of_sizes():
+    body = TURN + "a = Reshape(x, first) b = Transpose <perm = [0, 2, 1]> (a) c = Reshape(b, second) y = Relu(c)"
+    model = parse(body, "float[A,3,C,8] x", "float[A,3,8,C] y")
+    check(model, {"x": X}, tolerance=0)
+    assert operators(model) == ["Transpose", "Relu"]
+    assert str(model.graph[0].outputs[0].shape) == "[A,3,8,C]"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

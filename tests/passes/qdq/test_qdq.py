@@ -345,6 +345,14 @@ def test_an_empty_graph_is_left_alone() -> None:
     assert made.made.decisions == []
 
 
+def test_onnxruntime_may_rewrite_what_is_made_for_its_cpu_provider_alone() -> None:
+    for provider in ("cpu", "tensorrt"):
+        tiny = Tiny()
+        y = tiny.one("MatMul", tiny.input(4, 32), tiny.constant(tiny.random.standard_normal((32, 16)).astype("f4")))
+        made = quantized(tiny.output(y), provider=provider).made
+        assert made.fused is (provider == "cpu")
+
+
 def test_half_precision(tmp_path) -> None:
     """Scales are stored in float16; ranges too small for that must not become 0."""
     for factor in (1.0, 1e-4, 1e3):
