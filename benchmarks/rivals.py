@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rivals_engines import ROOM
 
 HERE = Path(__file__).parent
 LLAMA = "llama-cpp-python==0.3.36"
@@ -155,6 +156,7 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     job = Job(args.source.resolve(), args.output.resolve(), args.python.absolute(), args.group_size)
+    check_context(job)
     chosen = {name: rival for name, rival in RIVALS.items() if (args.only or "") in name}
     if args.what == "make":
         for rival in chosen.values():
@@ -169,6 +171,14 @@ def main() -> None:
         for threads in args.threads.split(","):
             measure(job, chosen, threads, args.rounds)
     print(table(job))
+
+
+def check_context(job: Job) -> None:
+    """All caches are made for ROOM tokens, so that what they take of memory can be compared."""
+    told = json.loads((job.source / "config.json").read_text(encoding="utf-8"))
+    context = told.get("max_position_embeddings", ROOM)
+    if context < ROOM:
+        sys.exit(f"{job.source} has a context of {context} tokens, and {ROOM} are measured: take another model")
 
 
 def score(job: Job, chosen: dict[str, Rival], count: int) -> None:
