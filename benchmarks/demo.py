@@ -27,7 +27,7 @@ def main() -> None:
     source = args.output / "smollm2"
     model = source / "model.onnx"
     if not model.exists():
-        qcompile("export", "smollm2-135m", "-o", source)
+        qcompile("export", "smollm2-135m", "--no-kv-cache", "-o", source)
     compiled = []
     for passes in LISTS:
         target = args.output / passes.replace(",", "-") / "model.onnx"
@@ -36,7 +36,7 @@ def main() -> None:
             qcompile(model, "--passes", passes, "--group-size", args.group_size, "-o", target)
     texts = sorted(TEXT.glob("eval-*.txt"))
     qcompile("eval", *compiled, "--against", model, "--text", *texts, "--tokenizer", source, "--tokens", args.tokens)
-    qcompile("generate", compiled[-1], "--prompt", PROMPT, "--tokenizer", source, "--max-tokens", 24)
+    qcompile("generate", compiled[-1], "--raw", "--prompt", PROMPT, "--tokenizer", source, "--max-tokens", 24)
     minutes = (time.monotonic() - started) / 60
     print(f"\nThe whole demo took {minutes:.1f} minutes. The model to keep: {compiled[-1]}")
 

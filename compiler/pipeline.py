@@ -119,11 +119,15 @@ def peak_memory() -> int:
 
 
 def default_output(model: Path, recipe: Recipe) -> Path:
-    """Where a compiled model goes that is given no name."""
+    """Where a compiled model goes that is given no name: beside the file, or beside the folder."""
     if steps_that(recipe, ensure=Fact.INTEGER):
-        return model.with_name(f"{model.stem}-int8.onnx")
-    own = recipe.weights.name if recipe.weights is not None else f"int{recipe.bits}"
-    return model.with_name(f"{model.stem}-{own}.onnx")
+        own = "int8"
+    else:
+        own = recipe.weights.name if recipe.weights is not None else f"int{recipe.bits}"
+    if model.is_dir():
+        named = model if model.name not in ("", "..") else model.resolve()
+        return named.with_name(f"{named.name}-{own}")
+    return model.with_name(f"{model.stem}-{own}{'' if model.suffix.lower() == '.gguf' else '.onnx'}")
 
 
 def report_path(output: Path) -> Path:

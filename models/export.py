@@ -39,7 +39,7 @@ def export_model(
     output_dir: Path | str,
     *,
     open_model: check.OpenModel,
-    kv_cache: bool = False,
+    kv_cache: bool | None = False,
     dtype: str = "fp32",
     logits: str = "all",
     max_layers: int | None = None,
@@ -53,6 +53,7 @@ def export_model(
     trace.score_last_row. Encoders: to last_hidden_state. Opset 21, dynamic batch and sequence.
     Other models (docs/export.md): vision and speech as model.onnx, CLIP and its like as text_model.onnx and
     vision_model.onnx, encoders with decoders as encoder.onnx and decoder.onnx (and decoder_with_past.onnx).
+    kv_cache None: decoders of text have caches, others do not.
     open_model runs a model file in ONNX Runtime: the graph must agree with torch before anything appears in
     `output_dir`. max_layers keeps only the first layers, for tests and trials. progress is told each step.
     """
@@ -60,7 +61,7 @@ def export_model(
         raise UserError(f"--dtype is {' or '.join(DTYPES)}, got {dtype!r}")
     if logits not in LOGITS:
         raise UserError(f"--logits is {' or '.join(LOGITS)}, got {logits!r}")
-    if logits != "all" and not kv_cache:
+    if logits != "all" and kv_cache is False:
         raise UserError(f"--logits {logits} is for decoders that keep caches: add --kv-cache")
     started, say, target = time.monotonic(), progress or (lambda step: None), Path(output_dir)
     with publish.staging(target, source) as work:
@@ -101,7 +102,7 @@ def _export(
     checkpoint: hf.Checkpoint,
     work: Path,
     open_model: check.OpenModel,
-    kv_cache: bool,
+    kv_cache: bool | None,
     dtype: str,
     logits: str,
     max_layers: int | None,
@@ -112,6 +113,7 @@ def _export(
     kind = kinds.kind_of(config)
     if logits != "all" and kind != kinds.DECODER:
         raise UserError(f"{config.model_type} is no decoder of text alone: --logits {logits} does not apply")
+    kv_cache = kind == kinds.DECODER if kv_cache is None else kv_cache
     hf.cut_layers(config, max_layers)
     model = hf.load_model(checkpoint, config, kind=kind, dtype=dtype)
     hf.copy_companions(checkpoint, config, work)

@@ -45,6 +45,7 @@ LAZY_OF_MODULE = {
     "runtime/sessions.py": {"onnxruntime"},
     "compiler/sweep/plot.py": {"matplotlib"},
     "compiler/data/images.py": {"PIL"},
+    "compiler/data/chat.py": {"jinja2"},
     "compiler/results/sheet.py": {"pandas"},
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile.compiler.data.inputs import InputPlan, input_plan
+from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.files.load import load_model
 from qcompile.compiler.measure.workload import Workload, common_vocabulary
 from qcompile.compiler.results.sheet import Sheet, Shown
@@ -43,6 +44,7 @@ class Candidate:
                 level = int(number)
             else:
                 raise UserError(f"{text}: no setting {setting!r}: there are native, portable and level=0 … level=4")
+        path = model_file(path)
         if not path.is_file():
             raise UserError(f"{path}: no such model file")
         return cls(name or text, path, kernels, level)
@@ -75,7 +77,7 @@ def _parts(text: str) -> tuple[str, Path, str]:
         for head, settings in heads
         for name, path in (("", head), *([head.split("=", 1)] if "=" in head else []))
     ]
-    return next((reading for reading in readings if reading[1].is_file()), readings[-1])
+    return next((reading for reading in readings if reading[1].exists()), readings[-1])
 
 
 @dataclass(frozen=True, repr=False)

@@ -21,6 +21,7 @@ from qcompile.compiler.commands.options import (
 )
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.terminal import Bar, console, table
+from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.files.load import check_model_file
 from qcompile.compiler.recipe import DATA, WHICH
 
@@ -34,7 +35,7 @@ class Options(Common, Calibrating, Recipes):
     passes, for any grid (activations=int8, provider=tensorrt, ...) that leaves those passes alone. What the observers
     mse, percentile and entropy learn is the same, and serves minmax, too."""
 
-    model: Annotated[Path, positional("MODEL.onnx", "the float model")]
+    model: Annotated[Path, positional("MODEL", "the float model, or its folder")]
     output: Annotated[
         Path | None,
         option("the file of statistics (default: MODEL.statistics beside the model)", "STATS", alias="-o"),
@@ -48,6 +49,7 @@ class Options(Common, Calibrating, Recipes):
 
 def run(args: Options) -> Document:
     """Calibrate, and print what stands out."""
+    args = replace(args, model=model_file(args.model))
     if args.passes is None and args.recipe is None:
         args = replace(args, passes=",".join(map(str, DEFAULT_PASSES)))
     recipe = recipe_of(args)

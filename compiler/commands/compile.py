@@ -2,9 +2,11 @@
 
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from qcompile.compiler.api.folders import copy_companions, exported, home, strangers
 from qcompile.compiler.commands.dry_run import print_plan
 from qcompile.compiler.commands.options import (
     Calibrating,
@@ -21,6 +23,7 @@ from qcompile.compiler.console.terminal import Bar, console
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.data.images import Pictures
+from qcompile.compiler.files.folders import graphs, is_checkpoint
 from qcompile.compiler.files.load import check_model_file, check_output_path, check_result_path
 from qcompile.compiler.files.publish import replace_file, staging, writing
 from qcompile.compiler.package.folder import MODEL
@@ -29,7 +32,13 @@ from qcompile.compiler.pipeline import compile_model, default_output, page_path,
 from qcompile.compiler.plan import for_application
 from qcompile.compiler.recipe import DATA, MIXED, SAFETY, WHAT, WHICH, Recipe, save_recipe
 from qcompile.compiler.report.terminal import print_report
+from qcompile.compiler.results.report import Report
 from qcompile.passes.errors import UserError
+
+_MODEL = "the float model: an .onnx file, its folder, or a Hugging Face folder or .gguf file, which is exported first"
+_OUTPUT = (
+    "the compiled model, or a folder for it, its tokenizer and configuration (default: MODEL-int4.onnx, or FOLDER-int4)"
+)
 
 
 @command(WHAT, WHICH, DATA, MIXED, SAFETY)
@@ -39,10 +48,19 @@ class Options(Common, Calibrating, Recipes):
     plain rounding to nearest and needs no data. Parameters go in parentheses:
     "smooth(alpha=0.5),awq,pack(clip=false)"; `qcompile passes` lists them."""
 
-    model: Annotated[Path, positional("MODEL.onnx", "the float model")]
+    model: Annotated[
+        Path,
+        positional(
+            "MODEL", "the float model: an .onnx file, a folder with one, or a Hugging Face folder (exported first)"
+        ),
+    ]
     output: Annotated[
         str | None,
-        option("the compiled model, or a folder for it (default: MODEL-int4.onnx beside it)", "FILE", alias="-o"),
+        option(
+            _OUTPUT,
+            "FILE",
+            alias="-o",
+        ),
     ] = None
     kind: Annotated[
         Literal["genai"] | None,
@@ -70,41 +88,80 @@ def calibration_of(args: Calibrating) -> Calibration:
 
 
 def run(args: Options) -> Document:
-    """Compile, or with --dry-run say what would happen."""
+    """Compile a model, or all models of a folder; or with --dry-run say what would happen."""
+    if not (args.model.is_dir() or is_checkpoint(args.model)):
+        return _one(args)
+    folder = Path(args.output) if args.output else default_output(args.model, recipe_of(args))
+    if folder.suffix == ".onnx" or folder.is_file():
+        raise UserError(f"{args.model} makes a folder, with its tokenizer and configuration: name one with -o DIR")
+    with Bar() as bar:
+        source = exported(args.model, bar.step)
+    if args.kind is None:
+        _check_folder(source, folder)
+    made = [_one(replace(args, model=graph, output=f"{folder}{os.sep}")) for graph in graphs(source)]
+    return made[0] if len(made) == 1 else made
+
+
+def _check_folder(source: Path, folder: Path) -> None:
+    """Raise UserError where the result would be mixed with its source, or with files of something else."""
+    if folder.exists() and folder.samefile(source):
+        raise UserError(f"{folder} is the folder that is compiled: choose another one with -o DIR")
+    if found := strangers(home(graphs(source)[0]), folder):
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"{folder} has files of something else ({names}): choose another folder with -o DIR")
+
+
+def _one(args: Options) -> dict[str, Any]:
+    """Compile one model file."""
     recipe = recipe_of(args)
     check_model_file(args.model)
     output = Path(args.output) if args.output else default_output(args.model, recipe)
+    within = args.kind is None and (output.is_dir() or (args.output or "").endswith(("/", os.sep)))
     if args.kind is not None:
         recipe, output = _for_application(args, args.kind, recipe)
-    elif output.is_dir() or (args.output or "").endswith(("/", os.sep)):
+    elif within:
         output = output / args.model.name
-    screen = console()
     check_output_path(args.model, output, [args.recipe] if args.recipe is not None else [])
     if args.save_recipe is not None:
         _check_recipe_path(args, args.save_recipe, output)
-    calibration = calibration_of(args)
     if args.dry_run:
         return print_plan(args.model, output, recipe, console(answer=True))
+    others = strangers(home(args.model), output.parent) if within else []
+    report = _compiled(args, recipe, output)
+    screen = console()
+    print_report(report, screen)
+    beside = copy_companions(home(args.model), output.parent) if within and not others else []
+    if others:
+        names = ", ".join(path.name for path in others)
+        told = f"kept      {names} in {output.parent}, which are not this model's: nothing was copied beside it"
+        screen.print(told, soft_wrap=True)
+    for file in (*map(output.with_name, report.files), *beside):
+        screen.print(f"wrote     {file}", soft_wrap=True)
+    if args.kind is not None:
+        tell(package(output, output.parent, tokenizer=args.tokenizer or args.model), output.parent, args.kind)
+    return report.to_dict()
+
+
+def _compiled(args: Options, recipe: Recipe, output: Path) -> Report:
+    """The compile itself; --save-recipe is written before the work, which a full disk must not lose."""
     with ExitStack() as stack:
         saved = args.save_recipe
         staged = None if saved is None else stack.enter_context(staging(saved))
-        if (
-            saved is not None and staged is not None
-        ):  # written before the work, which a full disk or a missing permission must not lose
+        if saved is not None and staged is not None:
             with writing(saved):
                 save_recipe(recipe, staged)
         with Bar() as bar:
             report = compile_model(
-                args.model, recipe, output=output, calibration=calibration, progress=bar, statistics=args.statistics
+                args.model,
+                recipe,
+                output=output,
+                calibration=calibration_of(args),
+                progress=bar,
+                statistics=args.statistics,
             )
         if saved is not None and staged is not None:
             replace_file(staged, saved)
-    print_report(report, screen)
-    for file in report.files:
-        screen.print(f"wrote     {output.with_name(file)}", soft_wrap=True)
-    if args.kind is not None:
-        tell(package(output, output.parent, tokenizer=args.tokenizer or args.model), output.parent, args.kind)
-    return report.to_dict()
+    return report
 
 
 def _for_application(args: Options, kind: str, recipe: Recipe) -> tuple[Recipe, Path]:

@@ -1,7 +1,7 @@
 """`qcompile eval`: how good models are, alone or against a reference."""
 
 import json
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.terminal import Bar, console, table
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import named
+from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
 from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores
@@ -27,7 +28,7 @@ class Options(JsonFile, Threads, Runs, CustomOps):
 
     epilog = _EPILOG
 
-    models: Annotated[tuple[Path, ...], positional("MODEL.onnx", "models to judge")]
+    models: Annotated[tuple[Path, ...], positional("MODEL", "models to judge, or their folders")]
     against: Annotated[Path | None, option("the model they should be like", "REF.onnx")] = None
     text: Annotated[list[Path], option("UTF-8 text files", "FILE…", many=True)] = field(default_factory=list)
     data: Annotated[
@@ -41,6 +42,8 @@ class Options(JsonFile, Threads, Runs, CustomOps):
 
 def run(args: Options) -> Document:
     """Evaluate, print a table, and write JSON if asked."""
+    against = None if args.against is None else model_file(args.against)
+    args = replace(args, models=tuple(map(model_file, args.models)), against=against)
     data = [str(path) for path in args.data]
     test = EvaluationSet(args.text, Calibration(data), args.tokenizer, args.context, args.tokens or None)
     if args.json_file is not None:

@@ -3,18 +3,16 @@
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from rich.table import Table
 
+from qcompile.compiler.api.folders import open_model
 from qcompile.compiler.commands.options import Common, Document, command, option, positional
 from qcompile.compiler.console.terminal import Bar, console
 from qcompile.models import export, kinds, zoo
-from qcompile.models.trace import Arrays
 from qcompile.passes import lists
 from qcompile.passes.errors import UserError
-from qcompile.runtime.sessions import run as run_session
-from qcompile.runtime.sessions import session
 
 _EXAMPLES = """\
 examples:
@@ -42,8 +40,13 @@ class Options(Common):
         None
     )
     kv_cache: Annotated[
-        bool, option("past keys and values as inputs, present ones as outputs: generates token by token")
-    ] = False
+        bool | None,
+        option(
+            "past keys and values as inputs, present ones as outputs: generates token by token; --no-kv-cache: without "
+            "(default: decoders of text with, others without)",
+            negative="--no-kv-cache",
+        ),
+    ] = None
     logits: Annotated[
         Literal["all", "last"] | None,
         option(
@@ -74,7 +77,7 @@ def run(args: Options) -> Document:
             args.source,
             args.output,
             open_model=open_model,
-            kv_cache=args.kv_cache or args.application is not None,
+            kv_cache=True if args.application is not None else args.kv_cache,
             dtype=args.dtype,
             logits=args.logits or ("all" if args.application is None else "last"),
             max_layers=args.layers,
@@ -88,11 +91,8 @@ def run(args: Options) -> Document:
     graphs = list(done.record.get("graphs", ())) or [done.path.name]
     wrote = done.path.with_name(", ".join(graphs))
     screen.print(f"wrote {wrote} ({done.size / 1e6:.0f} MB) in {done.seconds:.0f} s", highlight=False)
-    for name in graphs:
-        path = shlex.quote(str(done.path.with_name(name)))
-        screen.print(
-            f"next: qcompile {path} --passes {_NEXT.get(done.record.get('kind', ''), lists.PLAIN)}", highlight=False
-        )
+    folder, passes = shlex.quote(str(args.output)), _NEXT.get(done.record.get("kind", ""), lists.PLAIN)
+    screen.print(f"next: qcompile {folder} --passes {passes}", highlight=False)
     return {"path": str(done.path), "bytes": done.size, "seconds": done.seconds, **done.record}
 
 
@@ -102,17 +102,6 @@ _NEXT = {
     kinds.ENCODER: lists.QUICK,
     kinds.VISION: f"{lists.CORRECTED} --calibration FOLDER_OF_IMAGES",
 }
-
-
-def open_model(path: Path) -> Any:
-    """A model file as a function from inputs by name to outputs by name, on the CPU."""
-    opened = session(path, kernels="portable")
-    names = [output.name for output in opened.get_outputs()]
-
-    def call(feeds: Arrays) -> Arrays:
-        return dict(zip(names, run_session(opened, names, feeds), strict=True))
-
-    return call
 
 
 def _zoo_table() -> Table:

@@ -1,8 +1,7 @@
 """`qcompile generate`: text from a decoder, as it comes."""
 
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,17 +10,19 @@ from rich.console import Console
 from qcompile.compiler.commands.options import Common, CustomOps, Document, Runs, command, option, positional
 from qcompile.compiler.console.terminal import console
 from qcompile.compiler.data.tokens import load_tokenizer
-from qcompile.compiler.measure.generate import Sampling, generate_ids, stream
+from qcompile.compiler.files.folders import model_file
+from qcompile.compiler.measure.generate import Sampling, answer
 from qcompile.compiler.measure.loaded import Subject
-from qcompile.passes.errors import UserError
 
 
 @command()
 class Options(Common, Runs, CustomOps):
-    """Continue a prompt with a decoder."""
+    """Let a decoder answer a prompt, word by word as it comes: an instruct model by its own chat template, where one
+    lies beside its tokenizer, others by going on with the text."""
 
-    model: Annotated[Path, positional("MODEL.onnx", "a decoder")]
-    prompt: Annotated[str, option("the text to continue", "TEXT", allow_leading_hyphen=True)]
+    model: Annotated[Path, positional("MODEL", "a decoder: its .onnx file, or the folder that it is in")]
+    prompt: Annotated[str, option("the question, or the text to go on with", "TEXT", allow_leading_hyphen=True)]
+    raw: Annotated[bool, option("go on with the text as it is, without the chat template")] = False
     max_tokens: Annotated[int, option("at most this many new tokens (default 64)", "N")] = 64
     temperature: Annotated[float, option("0 (default) takes the most likely token", "T")] = 0.0
     top_p: Annotated[float, option("draw from the likeliest tokens only (default 1: all)", "P")] = 1.0
@@ -30,32 +31,25 @@ class Options(Common, Runs, CustomOps):
 
 
 def run(args: Options) -> Document:
-    """Print the prompt and what follows on stdout, the speed on stderr."""
-    if args.max_tokens < 1:
-        raise UserError(f"--max-tokens must be at least 1, got {args.max_tokens}")
+    """Print the text on stdout, behind the prompt where it goes on with that, and the speed on stderr."""
+    model = model_file(args.model)
+    subject = Subject(model, accuracy_level=args.accuracy_level, provider=args.provider, kernels=args.kernels)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    tokenizer = load_tokenizer(args.tokenizer or args.model)
-    prompt = tokenizer.encode(args.prompt, special=True)
-    while prompt and prompt[-1] in tokenizer.eos_ids:  # a template that closes the text
-        prompt.pop()
-    subject = Subject(args.model, accuracy_level=args.accuracy_level, provider=args.provider, kernels=args.kernels)
-    tokenizer.check_vocabulary(subject.plan.vocabulary, prompt)
-    times: list[float] = [time.perf_counter()]
-    ids = _timed(generate_ids(subject, prompt, args.max_tokens, sampling, tokenizer.eos_ids), times)
-    out = console(answer=True)
-    pieces = [args.prompt]
-    _write(out, args.prompt)
-    for piece in stream(tokenizer, ids):
+    tokenizer = load_tokenizer(args.tokenizer or model)
+    written = answer(subject, tokenizer, args.prompt, sampling, count=args.max_tokens, raw=args.raw)
+    out, pieces = console(answer=True), list[str]()
+    if not written.chat:
+        pieces.append(args.prompt)
+        _write(out, args.prompt)
+    for piece in written.pieces:
         pieces.append(piece)
         _write(out, piece)
     _write(out, "\n")
-    _report(times, len(prompt), quiet=args.quiet)
-    return {
-        "text": "".join(pieces),
-        "prompt_tokens": len(prompt),
-        "tokens": len(times) - 1,
-        "seconds": times[-1] - times[0],
-    }
+    if not args.quiet:
+        print(_speed(written.times, written.prompt), file=sys.stderr)
+    spent = written.times[-1] - written.times[0]
+    made = {"prompt_tokens": written.prompt, "tokens": len(written.times) - 1, "seconds": spent}
+    return {"text": "".join(pieces), "chat": written.chat, **made}
 
 
 def _write(out: Console, text: str) -> None:
@@ -64,14 +58,7 @@ def _write(out: Console, text: str) -> None:
         print(text, end="", flush=True)
 
 
-def _timed(ids: Iterator[int], times: list[float]) -> Iterator[int]:
-    """The ids, noting when each came."""
-    for token in ids:
-        times.append(time.perf_counter())
-        yield token
-
-
-def _report(times: list[float], prompt: int, *, quiet: bool) -> None:
+def _speed(times: Sequence[float], prompt: int) -> str:
     """First token and speed after it: the prompt's run is not the speed of a token."""
     tokens = len(times) - 1
     line = f"{tokens} tokens behind a prompt of {prompt}"
@@ -79,5 +66,4 @@ def _report(times: list[float], prompt: int, *, quiet: bool) -> None:
         line += f", the first after {times[1] - times[0]:.2f} s"
     if tokens > 1:
         line += f", then {(tokens - 1) / (times[-1] - times[1]):.1f} tokens/s"
-    if not quiet:
-        print(line, file=sys.stderr)
+    return line

@@ -1,6 +1,7 @@
 """`qcompile inspect`: what is in a model file."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from qcompile.compiler.commands.options import Common, Document, command, option, positional
 from qcompile.compiler.console.numbers import megabytes, percent
 from qcompile.compiler.console.terminal import console, table
+from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.report.inspection import Summary, WeightGroup, inspect
 
 # Inputs and outputs of a model with caches are alike by the dozen.
@@ -20,12 +22,13 @@ _LONG = 200
 class Options(Common):
     """Show what is in a model: types, sizes, what is quantized."""
 
-    model: Annotated[Path, positional("MODEL.onnx", "the model file")]
+    model: Annotated[Path, positional("MODEL", "the model, or its folder")]
     all: Annotated[bool, option("list every weight instead of alike ones together")] = False
 
 
 def run(args: Options) -> Document:
     """Print the summary."""
+    args = replace(args, model=model_file(args.model))
     summary = inspect(args.model, every=args.all)
     out = console(answer=True)
     _head(out, summary, every=args.all)

@@ -1,10 +1,12 @@
 """`qcompile package`: the folder that an application copies."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from qcompile.compiler.commands.options import Common, Document, Kernels, command, option, positional
 from qcompile.compiler.console.terminal import console
+from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.package.folder import Packaged
 from qcompile.compiler.package.kinds import KINDS
 
@@ -24,7 +26,7 @@ class Options(Common):
     ort: any model, its weights inside model.onnx where they are small, native kernels and how to register them.
     transformers.js: DIR gets config.json, the tokenizer and onnx/model_q4.onnx or the like (docs/web.md)."""
 
-    model: Annotated[Path, positional("MODEL.onnx", "a compiled decoder, or a float one")]
+    model: Annotated[Path, positional("MODEL", "a compiled decoder, or a float one, or its folder")]
     output: Annotated[Path, option("the folder to write", "DIR", alias="-o")]
     kind: Annotated[
         Literal["genai", "ort", "transformers.js"],
@@ -46,6 +48,7 @@ class Options(Common):
 
 def run(args: Options) -> Document:
     """Write the folder, and say what is in it."""
+    args = replace(args, model=model_file(args.model))
     done = KINDS[args.kind](args.model, args.output, tokenizer=args.tokenizer, kernels=args.kernels)
     tell(done, args.output, args.kind)
     return {"output": str(args.output), "files": list(map(str, done.files)), "lacking": done.lacking}

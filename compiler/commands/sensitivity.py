@@ -22,6 +22,7 @@ from qcompile.compiler.commands.options import (
 from qcompile.compiler.console.numbers import decibels
 from qcompile.compiler.console.terminal import Bar, console, table
 from qcompile.compiler.data.calibration_files import named
+from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
 from qcompile.compiler.mixed.ranking import Ranking
@@ -40,7 +41,7 @@ class Options(Common, Calibrating, Recipes):
     The result is kept in ~/.cache/qcompile (QCOMPILE_CACHE moves it). `qcompile MODEL.onnx --keep-worst N`,
     `--max-kl NATS` and `--min-sqnr DB` leave the worst nodes in float."""
 
-    model: Annotated[Path, positional("MODEL.onnx", "the float model")]
+    model: Annotated[Path, positional("MODEL", "the float model, or its folder")]
     output: Annotated[Path | None, option("write the whole ranking there", "FILE.json", alias="-o")] = None
     passes: Annotated[
         str | None,
@@ -50,6 +51,7 @@ class Options(Common, Calibrating, Recipes):
 
 def run(args: Options) -> Document:
     """Rank, or read the ranking of an earlier call; print the worst."""
+    args = replace(args, model=model_file(args.model))
     if args.passes is None and args.recipe is None:
         args = replace(args, passes=_DEFAULT_PASSES)
     recipe = recipe_of(args)

@@ -1,11 +1,12 @@
 """`qcompile sweep`: a model under many settings, accuracy against bits per weight."""
 
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Annotated
 
 from qcompile.compiler.commands.options import Common, CustomOps, Document, Kernelled, command, option, positional
 from qcompile.compiler.console.terminal import Bar, console
+from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.recipe import load_recipe
 from qcompile.compiler.sweep.grid import parse_grid
 from qcompile.compiler.sweep.rows import DONE, OPEN, Row, Sweep, name
@@ -28,7 +29,7 @@ class Options(Common, Kernelled, CustomOps):
 
     epilog = _EPILOG
 
-    model: Annotated[Path, positional("MODEL.onnx", "the float model")]
+    model: Annotated[Path, positional("MODEL", "the float model, or its folder")]
     grid: Annotated[list[str], option("settings and their values", "KEY=VALUES…", many=True)]
     output: Annotated[Path, option("folder for results, plots and the cache", "DIR", alias="-o")]
     recipe: Annotated[Path | None, option("settings that are not in the grid, from a YAML or TOML file", "FILE")] = None
@@ -60,6 +61,7 @@ class Options(Common, Kernelled, CustomOps):
 
 def run(args: Options) -> Document:
     """Run what is open, write the results, print the table."""
+    args = replace(args, model=model_file(args.model))
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit must be 0 or more, got {args.limit}")
     evaluation = Evaluation(args.text, args.data, args.context, args.tokens, args.kernels, args.provider)

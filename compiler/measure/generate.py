@@ -1,5 +1,6 @@
 """Text from a decoder: with its cache if the graph has one, else by running the growing text again."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.compiler.data.chat import chat_template, prompt_of
 from qcompile.compiler.data.decoding import Decoding
 from qcompile.compiler.data.feeds import token_feeds
 from qcompile.compiler.data.tokens import Tokenizer
@@ -49,6 +51,46 @@ class Sampling:
         kept = int(np.searchsorted(np.cumsum(chances), self.top_p)) + 1
         chances = chances[:kept] / chances[:kept].sum()
         return int(order[generator.choice(len(chances), p=chances)])
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text as it comes. pieces: of it, one by one. prompt: tokens before it. chat: whether it answers by the model's
+    chat template. times: in seconds, of the start and of each token so far."""
+
+    pieces: Iterator[str]
+    prompt: int
+    chat: bool
+    times: list[float]
+
+
+def answer(
+    subject: Subject, tokenizer: Tokenizer, prompt: str, sampling: Sampling, *, count: int = 64, raw: bool = False
+) -> Written:
+    """What a decoder says to a prompt, at most `count` tokens: by the chat template beside its tokenizer, unless `raw`.
+
+    What cannot be done is said at once, not when the first piece is asked for.
+    """
+    if count < 1:
+        raise UserError(f"--max-tokens must be at least 1, got {count}")
+    template = None if raw else chat_template(tokenizer)
+    if template is not None:
+        ids = tokenizer.encode(prompt_of(tokenizer, template, prompt))
+    else:
+        ids = tokenizer.encode(prompt, special=True)
+        while ids and ids[-1] in tokenizer.eos_ids:  # what a tokenizer closes a text with
+            ids.pop()
+    tokenizer.check_vocabulary(subject.plan.vocabulary, ids)
+    times = [time.perf_counter()]
+    found = _timed(generate_ids(subject, ids, count, sampling, tokenizer.eos_ids), times)
+    return Written(stream(tokenizer, found), len(ids), template is not None, times)
+
+
+def _timed(ids: Iterator[int], times: list[float]) -> Iterator[int]:
+    """The ids, noting when each came."""
+    for token in ids:
+        times.append(time.perf_counter())
+        yield token
 
 
 def generate_ids(

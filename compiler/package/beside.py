@@ -16,6 +16,12 @@ _MORE = ("chat_template.json", "vocab.json", "merges.txt", "tokenizer.model")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 
 
+def companions(folder: Path) -> list[Path]:
+    """What lies beside a model in its folder, for whoever runs it: configuration, tokenizer, template, licences."""
+    named = [folder / name for name in dict.fromkeys((*COMPANIONS, *_MORE))]
+    return [path for path in named if path.is_file()] + licence_files(folder)
+
+
 @dataclass(frozen=True)
 class Beside:
     """The files in a model's folder that say what the graph does not."""
@@ -51,8 +57,7 @@ class Beside:
     @property
     def files(self) -> list[Path]:
         """What an application needs beside the graph: configuration, tokenizer, chat template, licences."""
-        named = [self.folder / name for name in dict.fromkeys((*COMPANIONS, *_MORE))]
-        return [path for path in named if path.is_file()] + self.licences
+        return companions(self.folder)
 
     @property
     def licences(self) -> list[Path]:

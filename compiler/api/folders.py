@@ -1,0 +1,74 @@
+"""Folders in, folders out: what is compiled of a folder, and what goes beside the result."""
+
+import filecmp
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qcompile.compiler.files.cache import write_atomically
+from qcompile.compiler.files.folders import graphs, is_checkpoint
+from qcompile.compiler.package.beside import companions
+from qcompile.models import cache, hf
+from qcompile.models.export import export_model
+from qcompile.models.trace import Arrays
+from qcompile.passes.errors import UserError
+from qcompile.runtime.sessions import run, session
+
+_REPORT = "*.report.json"
+
+
+def open_model(path: Path) -> Any:
+    """A model file as a function from inputs by name to outputs by name, on the CPU."""
+    opened = session(path, kernels="portable")
+    names = [output.name for output in opened.get_outputs()]
+
+    def call(feeds: Arrays) -> Arrays:
+        return dict(zip(names, run(opened, names, feeds), strict=True))
+
+    return call
+
+
+def exported(source: Path, say: Callable[[str], None] = lambda step: None) -> Path:
+    """The folder of graphs that a folder stands for: itself, or the export of a Hugging Face folder or GGUF file.
+
+    An export (decoders with a KV cache) is kept in the cache, under the hash of its weights: the next compile finds it.
+    """
+    if not is_checkpoint(source):
+        if not graphs(source):
+            raise UserError(f"{source}: no .onnx model in it, and no Hugging Face model (config.json and weights)")
+        return source
+    say("hashing the weights")
+    known = hf.open_folder(source, str(source)).sha256 if source.is_dir() else cache.sha256([source])
+
+    def fill(work: Path) -> None:
+        export_model(source, work / "model", open_model=open_model, kv_cache=None, progress=say)
+
+    return cache.entry(f"export/{source.name}-{known[:16]}", fill, complete=["model/export.json"]) / "model"
+
+
+def home(graph: Path) -> Path:
+    """The folder in which the files of a graph lie: its own, or the one above `onnx`."""
+    folder = graph.absolute().parent
+    return folder.parent if folder.name == "onnx" else folder
+
+
+def strangers(source: Path, target: Path) -> list[Path]:
+    """Files in `target` of the names of companions in `source`, of other content, that no earlier compile put there."""
+    if any(target.glob(_REPORT)):
+        return []
+    found = [(path, target / path.name) for path in companions(source)]
+    return [other for path, other in found if other.exists() and not filecmp.cmp(path, other, shallow=False)]
+
+
+def copy_companions(source: Path, target: Path) -> list[Path]:
+    """Copy what lies beside a model into the folder of what was made of it: tokenizer, configuration, chat template.
+
+    Nothing is copied onto itself. Returns the files that were written.
+    """
+    copied = []
+    for path in companions(source):
+        other = target / path.name
+        if not (other.exists() and (other.samefile(path) or filecmp.cmp(path, other, shallow=False))):
+            write_atomically(other, path.read_bytes())
+            copied.append(other)
+    return copied
