@@ -73,13 +73,13 @@ def always() -> list[str]:
     return [kind.name for kind in PASSES.own() if Fact.CANONICAL in kind.ensures]
 
 
-def added(recipe: Recipe) -> list[str]:
-    """The passes that a setting of the recipe adds behind its list (`Pass.added`)."""
+def added(recipe: Recipe, application: str = "") -> list[str]:
+    """The passes that a setting of the recipe adds behind its list (`Pass.added`), for one application alone or any."""
     return [
         kind.name
         for kind in PASSES.own()
         if (own := kind.added) is not None
-        and getattr(recipe, own.setting) == own.value
+        and getattr(recipe, own.setting) in ({own.value, "auto"} if application in own.alone else {own.value})
         and effective(recipe).target in own.targets
         and steps_that(recipe, ensure=own.behind)
     ]
@@ -97,9 +97,11 @@ def with_added(steps: Sequence[Step], recipe: Recipe, application: str = "") -> 
     ensures, or that is such a pass itself and stands behind it in the table.
     """
     made, order = list(steps), [kind.name for kind in PASSES.own() if kind.added is not None]
-    for name in reversed(added(recipe)):
+    for name in reversed(added(recipe, application)):
         own, ensured, later = PASSES[name].added, PASSES[name].ensures, order[order.index(name) + 1 :]
-        if own is None or name in {step.name for step in made}:
+        if own is None or any(
+            step.name == name or ensured & PASSES[step.name].ensures - {own.behind} for step in steps
+        ):
             continue
         first = 1 + max((i for i, step in enumerate(made) if own.behind in PASSES[step.name].ensures), default=-1)
         behind = (

@@ -163,6 +163,14 @@ class Recipe:
             WHAT,
         ),
     ] = "fused"
+    caches: Annotated[
+        Literal["auto", "float16", "float"],
+        About(
+            "caches of float32 decoders with fused attention beside packed weights: in half precision (float16), as "
+            "they are (float), or float16 in what is compiled --for genai alone (default: {default})",
+            WHAT,
+        ),
+    ] = "auto"
     include: Annotated[
         tuple[str, ...],
         About(

@@ -5,13 +5,15 @@ import onnx_ir as ir
 # (domain, operator) of attention over caches: ONNX Runtime's, and the kernel library's of the same inputs and outputs,
 # which saved files have (`formats.attention`).
 MICROSOFT_ATTENTION, ATTENTION = (("com.microsoft", "GroupQueryAttention"), ("qcompile", "GroupQueryAttention"))
+# The same over float16 caches beside float32 queries, which ONNX Runtime's has not.
+HALF_ATTENTION = ("qcompile", "GroupQueryAttentionF16")
 # The inputs that are caches, (batch, heads, past, width).
-_GROWN = {MICROSOFT_ATTENTION: (3, 4), ATTENTION: (3, 4), ("", "Attention"): (4, 5)}
+_GROWN = {**dict.fromkeys((MICROSOFT_ATTENTION, ATTENTION, HALF_ATTENTION), (3, 4)), ("", "Attention"): (4, 5)}
 
 
 def is_group_query(node: ir.Node) -> bool:
     """Whether a node is a GroupQueryAttention, ONNX Runtime's or the kernel library's."""
-    return (node.domain, node.op_type) in (MICROSOFT_ATTENTION, ATTENTION)
+    return (node.domain, node.op_type) in (MICROSOFT_ATTENTION, ATTENTION, HALF_ATTENTION)
 
 
 def is_cache(value: ir.Value) -> bool:

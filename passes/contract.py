@@ -70,7 +70,8 @@ class Added:
 
     It comes last, in lists that ensure `behind`, but before those that need or prefer what it ensures; of several such
     passes in the order of the table. parameters: those that it has then. applications: those it has beside in a model
-    that one application alone is to run, by what the command line calls that.
+    that one application alone is to run, by what the command line calls that. alone: applications that have the pass
+    where the setting is "auto", too.
     """
 
     setting: str
@@ -79,6 +80,7 @@ class Added:
     targets: Set[str]
     parameters: Mapping[str, object] = field(default_factory=dict)
     applications: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    alone: Set[str] = frozenset()
 
 
 # What is left for a later pass to take; without one, it would be lost.

@@ -4,6 +4,7 @@ from qcompile.passes.awq import Awq
 from qcompile.passes.base import Pass, contradiction
 from qcompile.passes.bias_correction import BiasCorrection
 from qcompile.passes.contrib.attention import FuseAttention
+from qcompile.passes.contrib.half import HalfCaches
 from qcompile.passes.contrib.kv import Kv
 from qcompile.passes.extensions import Table, parameters
 from qcompile.passes.fuse import Fuse
@@ -30,6 +31,6 @@ PASSES: Table[type[Pass]] = Table(
     "qcompile.passes",
     "pass",
     Pass,
-    (Prepare, Smooth, Awq, Gptq, Pack, Fuse, FuseAttention, Outlier, Qdq, Dynamic, BiasCorrection, Kv),
+    (Prepare, Smooth, Awq, Gptq, Pack, Fuse, FuseAttention, Outlier, Qdq, Dynamic, BiasCorrection, Kv, HalfCaches),
     check=_check,
 )

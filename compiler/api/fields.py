@@ -21,6 +21,7 @@ class Fields(TypedDict, total=False):
     accuracy_level: Literal[0, 4, "auto"] | None
     scale_bits: Literal[16, 32]
     attention: Literal["fused", "plain"]
+    caches: Literal["auto", "float16", "float"]
     include: str | Sequence[str]
     exclude: str | Sequence[str]
     samples: int

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from qcompile.passes.caches import ATTENTION, MICROSOFT_ATTENTION, is_group_query
+from qcompile.passes.caches import ATTENTION, HALF_ATTENTION, MICROSOFT_ATTENTION, is_group_query
 from qcompile.passes.contrib.codes import codes_of
 from qcompile.passes.graph import small_array
 
@@ -18,8 +18,7 @@ _TRANSPARENT = {
 _DECODING = {"Cast", "Transpose", "DequantizeLinear", "Identity", "Constant"}
 # (domain, op_type): input slot of each past, output slot of its present, axis that grows.
 _CACHE_SLOTS: dict[tuple[str, str], list[tuple[int, int, int]]] = {
-    MICROSOFT_ATTENTION: [(3, 1, 2), (4, 2, 2)],
-    ATTENTION: [(3, 1, 2), (4, 2, 2)],
+    **{own: [(3, 1, 2), (4, 2, 2)] for own in (MICROSOFT_ATTENTION, ATTENTION, HALF_ATTENTION)},
     ("com.microsoft", "MultiHeadAttention"): [(6, 1, 2), (7, 2, 2)],
     ("com.microsoft", "Attention"): [(4, 1, 3)],
     ("", "Attention"): [(4, 1, 2), (5, 2, 2)],

@@ -15,7 +15,7 @@ from qcompile.compiler.data.graph_inputs import (
     logits_output,
     token_ids,
 )
-from qcompile.passes.contrib.codes import CacheCodes, codes_of
+from qcompile.passes.contrib.codes import CacheCodes, HalfPrecision, codes_of
 from qcompile.passes.errors import UserError
 from qcompile.passes.masks import reaches_product
 from qcompile.runtime.caches import Caches
@@ -60,7 +60,7 @@ class PastPair:
 
     shared: both may be one buffer (batch, heads, room, width): see `graph_inputs.in_one_buffer`.
     window: see `graph_inputs.cache_window`.
-    codes: how floats are stored in it, where it holds codes.
+    codes: how floats are stored in it, where it holds codes, or half precision beside single.
     """
 
     past: Input
@@ -68,7 +68,7 @@ class PastPair:
     axis: int
     shared: bool = False
     window: int = 0
-    codes: CacheCodes | None = None
+    codes: CacheCodes | HalfPrecision | None = None
 
     def empty(self, batch: int) -> npt.NDArray[np.generic]:
         """The cache before the first token: zero-length along `axis` (`window` zeros where one slides over it), `batch`

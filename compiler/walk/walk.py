@@ -220,6 +220,8 @@ class Job:
 
 def told_of_caches(plan: InputPlan, data: Data, coded: Sequence[Arrays], floats: Sequence[Arrays]) -> str:
     """What codes in caches change in the outputs of a model with float ones; empty where no cache is codes."""
+    kinds = {pair.codes.dtype for pair in plan.past if pair.codes is not None}
+    told = "half precision" if kinds == {ir.DataType.FLOAT16} else "codes"
     count = sum(pair.codes is not None for pair in plan.past)
     compared = compare_outputs(coded, floats) if count else []
     first = next((own for own in compared if own.name == plan.logits), compared[0] if compared else None)
@@ -227,7 +229,7 @@ def told_of_caches(plan: InputPlan, data: Data, coded: Sequence[Arrays], floats:
         return ""
     found = predictions(plan, data.checks, coded, floats) if data.real else None
     added = f", {found.kl:.2g} nats a token of KL" if found is not None else ""
-    return f"{count} of {len(plan.past)} in codes, which alone change {first.name} by {first.relative:.2g}{added}"
+    return f"{count} of {len(plan.past)} in {told}, which alone change {first.name} by {first.relative:.2g}{added}"
 
 
 def _rows(known: Statistics) -> RowsSeen:

@@ -1,12 +1,13 @@
 """How a cache is stored in codes: the scales of GroupQueryAttention (ONNX Runtime), or of a QuantizeLinear."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.caches import is_group_query
+from qcompile.passes.caches import HALF_ATTENTION, is_group_query
 from qcompile.passes.graph import is_constant, small_array
 
 Floats = npt.NDArray[np.float32]
@@ -69,14 +70,30 @@ class CacheCodes:
         return np.asarray(codes * (self.scale[:, None] if self.scale.ndim else self.scale), np.float32)
 
 
-def codes_of(cache: ir.Value) -> CacheCodes | None:
+class HalfPrecision:
+    """A cache of float16 numbers in a graph of float32 ones."""
+
+    dtype: ClassVar[ir.DataType] = ir.DataType.FLOAT16
+
+    def encode(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.float16]:
+        """float16, of the shape of x."""
+        return np.asarray(x, np.float16)
+
+    def decode(self, codes: npt.NDArray[np.float16]) -> Floats:
+        """float32, of the same shape."""
+        return np.asarray(codes, np.float32)
+
+
+def codes_of(cache: ir.Value) -> CacheCodes | HalfPrecision | None:
     """How a cache is stored by what lengthens it, a GroupQueryAttention, or a Concat with what a QuantizeLinear gives;
-    None of one that holds floats, or whose scales are computed.
+    None of one that holds the graph's floats, or whose scales are computed.
     """
     return next((own for use in cache.uses() if (own := _stored(use.node, use.idx)) is not None), None)
 
 
-def _stored(node: ir.Node, slot: int) -> CacheCodes | None:
+def _stored(node: ir.Node, slot: int) -> CacheCodes | HalfPrecision | None:
+    if (node.domain, node.op_type) == HALF_ATTENTION and slot in SCALES:
+        return HalfPrecision()
     if is_group_query(node):
         place = SCALES.get(slot, 0)
         scale = node.inputs[place] if 0 < place < len(node.inputs) else None

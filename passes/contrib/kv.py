@@ -86,7 +86,7 @@ class Kv(Pass):
         if between.used:
             graph.sort()
 
-    def _peaks(self, own: "_Cached | Appended") -> list[Floats]:
+    def _peaks(self, own: "Cached | Appended") -> list[Floats]:
         """(heads, width) of each of its caches; UserError where calibration saw none."""
         known = self.observers or {}
         seen = [known[name] for name in own.presents if name in known and known[name].rows]
@@ -99,13 +99,13 @@ class Kv(Pass):
         return "channel" if self.channels else "cache"
 
 
-def _found(graph: ir.Graph) -> Iterator[tuple[ir.Node, "_Cached | Appended | str"]]:
+def _found(graph: ir.Graph) -> Iterator[tuple[ir.Node, "Cached | Appended | str"]]:
     """The nodes that lengthen caches, each with what is known of these, or why they stay; of several that lengthen one
     alike, the one whose caches the graph gives back.
     """
     inputs, caches = Inputs.of(graph), {value for value in graph.inputs if is_cache(value)}
-    cached = {node: _Cached.of(node) for node in graph if is_group_query(node)}
-    beside = {node for own in cached.values() if isinstance(own, _Cached) for node in own.nodes[1:]}
+    cached = {node: Cached.of(node) for node in graph if is_group_query(node)}
+    beside = {node for own in cached.values() if isinstance(own, Cached) for node in own.nodes[1:]}
     for node in list(graph):
         if node in cached and node not in beside:
             yield node, cached[node]
@@ -113,7 +113,7 @@ def _found(graph: ir.Graph) -> Iterator[tuple[ir.Node, "_Cached | Appended | str
             yield node, Appended.of(node, inputs)
 
 
-def _tried(model: ir.Model) -> list["_Cached | Appended"]:
+def _tried(model: ir.Model) -> list["Cached | Appended"]:
     """What lengthens caches of a model that can be codes; UserError where nothing does."""
     if not any(is_cache(value) for value in model.graph.inputs):
         raise UserError("kv: the model has no caches to store in codes: export it with --kv-cache, or leave kv out")
@@ -125,7 +125,7 @@ def _tried(model: ir.Model) -> list["_Cached | Appended"]:
     return found
 
 
-def _store(own: "_Cached", codes: Sequence[CacheCodes], between: Between) -> None:
+def _store(own: "Cached", codes: Sequence[CacheCodes], between: Between) -> None:
     """Have GroupQueryAttention store keys and values in codes; what else reads these reads them in floats."""
     for (slot, place), code, kind in zip(SCALES.items(), codes, ("k", "v"), strict=True):
         past = own.nodes[0].inputs[slot]
@@ -145,7 +145,7 @@ def _store(own: "_Cached", codes: Sequence[CacheCodes], between: Between) -> Non
 
 
 @dataclass(frozen=True, eq=False)
-class _Cached:
+class Cached:
     """A GroupQueryAttention whose caches can be codes.
 
     nodes: it, and those of layers that share its caches: each lengthens them by the same keys and values.
@@ -157,7 +157,7 @@ class _Cached:
     width: int
 
     @classmethod
-    def of(cls, node: ir.Node) -> "_Cached | str":
+    def of(cls, node: ir.Node) -> "Cached | str":
         """Of a node, or why its caches stay."""
         if len(node.inputs) <= max(SCALES) or len(node.outputs) < 3:
             return "it has no caches"
@@ -174,6 +174,12 @@ class _Cached:
         key, value = (str(node.outputs[slot - 2].name) for slot in SCALES)
         width = _width(node)
         return cls([node, *others], (key, value), width) if width is not None else "how wide its heads are is not known"
+
+    @property
+    def dtype(self) -> ir.DataType | None:
+        """Of the caches."""
+        past = self.nodes[0].inputs[min(SCALES)]
+        return past.dtype if past is not None else None
 
     @property
     def observers(self) -> list[CachePeaks]:

@@ -1,13 +1,14 @@
 """GroupQueryAttention of domain `qcompile`: com.microsoft's, which the kernel library computes faster on the CPU.
 
-Inputs, outputs and attributes are com.microsoft's; its node is the body.
+Inputs, outputs and attributes are com.microsoft's; its node is the body. GroupQueryAttentionF16 has float16 caches
+beside float32 queries; its body casts them, whole, in every run.
 """
 
 import onnx
 import onnx_ir as ir
 from onnx import helper
 
-from qcompile.passes.caches import ATTENTION, MICROSOFT_ATTENTION
+from qcompile.passes.caches import ATTENTION, HALF_ATTENTION, MICROSOFT_ATTENTION
 from qcompile.passes.formats.base import DOMAIN, VERSION
 from qcompile.passes.graph import MICROSOFT
 
@@ -36,18 +37,46 @@ _TYPES = {
 }
 
 
-def attention_body() -> onnx.FunctionProto:
-    """com.microsoft's node alone; attributes and optional inputs go on to it as they are."""
+def attention_body(name: str = ATTENTION[1]) -> onnx.FunctionProto:
+    """com.microsoft's node alone, or between Casts of the caches; attributes and optional inputs go on as they are."""
     node = helper.make_node(MICROSOFT_ATTENTION[1], _INPUTS, _OUTPUTS, domain=MICROSOFT)
     kinds = {name: helper.make_attribute(name, value) for name, value in (_REQUIRED | _OPTIONAL).items()}
     node.attribute.extend(
         onnx.AttributeProto(name=name, ref_attr_name=name, type=own.type) for name, own in kinds.items()
     )
+    nodes = [node] if name == ATTENTION[1] else _between_casts(node)
     return helper.make_function(
-        DOMAIN, ATTENTION[1], _INPUTS, _OUTPUTS, [node],
+        DOMAIN, name, _INPUTS, _OUTPUTS, nodes,
         [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)],
         list(_REQUIRED), [kinds[name] for name in _OPTIONAL],
     )  # fmt: skip
+
+
+def _between_casts(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """The node over float16 caches."""
+    before, behind = [], []
+    for slot in (3, 4):
+        own, node.input[slot] = node.input[slot], f"{node.input[slot]}_float"
+        before.append(helper.make_node("Cast", [own], [node.input[slot]], to=onnx.TensorProto.FLOAT))
+    for slot in (1, 2):
+        own, node.output[slot] = node.output[slot], f"{node.output[slot]}_float"
+        behind.append(helper.make_node("Cast", [node.output[slot]], [own], to=onnx.TensorProto.FLOAT16))
+    return [*before, node, *behind]
+
+
+def to_half(node: ir.Node) -> None:
+    """Have a GroupQueryAttention of com.microsoft over float32 caches keep them in float16."""
+    node.domain, node.op_type = HALF_ATTENTION
+    _drop_others(node)
+    for cache in (*node.inputs[3:5], *node.outputs[1:3]):
+        assert cache is not None
+        cache.type = ir.TensorType(ir.DataType.FLOAT16)
+
+
+def _drop_others(node: ir.Node) -> None:
+    """Drop the attributes that the body has not: `has_kernel` lets none of them say anything."""
+    for name in [name for name in node.attributes if name not in _REQUIRED | _OPTIONAL]:
+        del node.attributes[name]
 
 
 def has_kernel(node: ir.Node) -> bool:
@@ -71,8 +100,7 @@ def to_native(model: ir.Model) -> bool:
     nodes = [node for node in model.graph.all_nodes() if has_kernel(node)]
     for node in nodes:
         node.domain = DOMAIN
-        for name in [name for name in node.attributes if name not in _REQUIRED | _OPTIONAL]:
-            del node.attributes[name]
+        _drop_others(node)
     if nodes:
         model.graph.opset_imports.setdefault(DOMAIN, VERSION)
     return bool(nodes)

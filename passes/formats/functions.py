@@ -11,7 +11,7 @@ The body is the specification, the oracle of the tests, and what runs where no k
 | GatherInt4 | indices (…) int; w (E, …, K / 2) uint8; scale (E, …, G); zero_point (E, …, G) uint8 | (…, …, K) |
 | GatherInt8 | indices (…) int; w (E, …, K); scale (E, …, G); zero_point (E, …, G) | (…, …, K) |
 | SwiGLU | x (…, 2 n) | (…, n) |
-| GroupQueryAttention | com.microsoft's (`attention`) | its three |
+| GroupQueryAttention, GroupQueryAttentionF16 | com.microsoft's (`attention`) | its three |
 
 F is the word of a format (Int4, Int8, …); its bodies lie in the format's file.
 The outliers' rows of w are zero, so what rounding makes of these channels of x adds nothing; see docs/formats.md.
@@ -30,7 +30,7 @@ from functools import cache
 import onnx
 import onnx_ir as ir
 
-from qcompile.passes.caches import ATTENTION
+from qcompile.passes.caches import ATTENTION, HALF_ATTENTION
 from qcompile.passes.formats import by_operator, format_of
 from qcompile.passes.formats.attention import attention_body
 from qcompile.passes.formats.base import COLUMNS_AT_8, DOMAIN, PRODUCT, VERSION, Format
@@ -41,8 +41,8 @@ from qcompile.passes.formats.gated import SWIGLU, SwiGLU
 def _proto(name: str) -> bytes:
     if name == SWIGLU:
         return bytes(SwiGLU.to_function_proto().SerializeToString())
-    if name == ATTENTION[1]:
-        return bytes(attention_body().SerializeToString())
+    if name in (ATTENTION[1], HALF_ATTENTION[1]):
+        return bytes(attention_body(name).SerializeToString())
     own = by_operator(name)
     if own is None:
         raise KeyError(name)

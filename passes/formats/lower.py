@@ -80,7 +80,7 @@ def _complete_zero_points(model: ir.Model) -> None:
     """
     for node in model.graph.all_nodes():
         function = model.functions.get(node.op_identifier())
-        if node.domain != DOMAIN or function is None or len(node.inputs) == len(function.inputs):
+        if format_of(node) is None or function is None or len(node.inputs) == len(function.inputs):
             continue
         own = operands(node)
         zeros, dtype = np.zeros(dimensions(own.scale), np.int8), constant(own.codes).dtype

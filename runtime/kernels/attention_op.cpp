@@ -283,8 +283,9 @@ OrtStatus* infer_shapes(const OrtCustomOp* self, OrtShapeInferContext* context) 
   });
 }
 
-LightOperator make_attention(const OrtApi& api, ONNXTensorElementDataType element, ONNXTensorElementDataType cache) {
-  LightOperator op = make(api, "GroupQueryAttention", element);
+LightOperator make_attention(const OrtApi& api, const char* name, ONNXTensorElementDataType element,
+                             ONNXTensorElementDataType cache) {
+  LightOperator op = make(api, name, element);
   op.cache = cache;
   op.GetInputType = input_type;
   op.GetInputTypeCount = [](const OrtCustomOp*) { return size_t(kSlots); };
@@ -308,9 +309,11 @@ std::vector<LightOperator> attention_operators(const OrtApi& api) {
   constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
   std::vector<LightOperator> all;
   for (auto element : {kFloat, kHalf}) {
-    for (auto cache : {element, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8}) all.push_back(make_attention(api, element, cache));
+    for (auto cache : {element, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8}) {
+      all.push_back(make_attention(api, "GroupQueryAttention", element, cache));
+    }
   }
-  all.push_back(make_attention(api, kFloat, kHalf));
+  all.push_back(make_attention(api, "GroupQueryAttentionF16", kFloat, kHalf));
   return all;
 }
 

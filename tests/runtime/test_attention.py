@@ -29,7 +29,7 @@ class Case:
     sharing: int = 2
     width: int = 16
     half: bool = False
-    cache: str = "float"  # or int8
+    cache: str = "float"  # as queries; int8; or float16, beside float32 queries
     channels: bool = True
     packed: bool = False
     room: int = 0
@@ -78,7 +78,8 @@ class Case:
         past = self.total - self.rows if self.room == 0 else self.total + self.room
         for name in ("past_key", "past_value"):
             own = numbers(batch, self.groups, past, self.width)
-            feeds[name] = np.clip(np.rint(own * 40), -128, 127).astype(np.int8) if self.cache == "int8" else own
+            kinds = {"float": own, "float16": own.astype(np.float16)}
+            feeds[name] = kinds.get(self.cache, np.clip(np.rint(own * 40), -128, 127).astype(np.int8))
         feeds["seqlens_k"] = np.array(self.lengths, np.int32) - 1
         feeds["total_sequence_length"] = np.array(self.total, np.int32)
         if self.pairs:
@@ -102,7 +103,8 @@ class Case:
         while not inputs[-1]:
             inputs.pop()
         names = ["output", "present_key", "present_value"]
-        node = helper.make_node("GroupQueryAttention", inputs, names, domain="qcompile", **self.attributes())
+        name = "GroupQueryAttentionF16" if self.cache == "float16" else "GroupQueryAttention"
+        node = helper.make_node(name, inputs, names, domain="qcompile", **self.attributes())
         kinds = [helper.np_dtype_to_tensor_dtype(feeds[name].dtype) for name in ("query", "past_key", "past_value")]
         graph = helper.make_graph(
             [node], "g",
@@ -116,7 +118,7 @@ class Case:
             ],
         )  # fmt: skip
         opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 21), ("qcompile", 1))]
-        model = helper.make_model(graph, opset_imports=opsets, functions=[attention_body()], ir_version=10)
+        model = helper.make_model(graph, opset_imports=opsets, functions=[attention_body(name)], ir_version=10)
         onnx.checker.check_model(model)
         return bytes(model.SerializeToString())
 
@@ -155,7 +157,7 @@ def check(case: Case, kernel: str, threads: int = 1) -> None:
         patch.setenv("QCOMPILE_KERNEL", kernel)
         session = open_session(model, native_library(), threads)
         found = [run(session, feeds, shared=False)] + ([run(session, feeds, shared=True)] if case.room else [])
-    close = {"rtol": 2e-3, "atol": 4e-3} if case.half else {"rtol": 1e-4, "atol": 2e-5}
+    close = {"rtol": 2e-3, "atol": 4e-3} if case.half or case.cache == "float16" else {"rtol": 1e-4, "atol": 2e-5}
     for y, *presents in found:
         assert y.dtype == case.dtype
         assert y.shape == wanted[0].shape
@@ -191,9 +193,10 @@ def cases(draw: st.DrawFn) -> Case:
         lengths = (rows + draw(st.integers(1, most)),)
     pairs = draw(st.sampled_from([0, 8, width // 2]))
     assume(pairs == 0 or (width % 16 == 0 and 2 * pairs <= width and pairs % 8 == 0))
+    half, cached = draw(st.booleans()), draw(st.sampled_from(["float", "int8", "float16"]))
     return Case(
-        lengths, rows, draw(st.integers(1, 3)), draw(st.integers(1, 4)), width, draw(st.booleans()),
-        draw(st.sampled_from(["float", "int8"])), draw(st.booleans()), draw(st.booleans()),
+        lengths, rows, draw(st.integers(1, 3)), draw(st.integers(1, 4)), width,
+        half and cached != "float16", cached, draw(st.booleans()), draw(st.booleans()),
         draw(st.sampled_from([0, 1, 40])), pairs, draw(st.booleans()),
         pairs > 0 and len(lengths) == 1 and draw(st.booleans()),
         draw(st.sampled_from([None, (0, 0), (1, 0), (1, 1)])), draw(st.sampled_from([-1, 1, 7, 100])),
@@ -208,7 +211,7 @@ def test_it_computes_what_its_body_does(case: Case, data: st.DataObject) -> None
 
 
 @pytest.mark.parametrize("width", [8, 24, 64])
-@pytest.mark.parametrize("cache", ["float", "int8"])
+@pytest.mark.parametrize("cache", ["float", "int8", "float16"])
 def test_every_instruction_set_and_long_steps(cache: str, width: int) -> None:
     """Steps whose positions are shared among threads, in parts, of sequences that end in different ones."""
     for kernel in kernels():

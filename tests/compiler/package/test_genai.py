@@ -333,7 +333,7 @@ def test_a_compile_may_make_the_folder(bench: Bench, capsys: pytest.CaptureFixtu
     assert bench.run(model, "--passes", "pack", "--for", "genai", "-o", str(out)) == 0
     assert "libqcompile_kernels" in capsys.readouterr().out
     compiled = onnx.load(out / "model.onnx", load_external_data=False)
-    attention = [node for node in compiled.graph.node if node.op_type == "GroupQueryAttention"]
+    attention = [node for node in compiled.graph.node if node.op_type == "GroupQueryAttentionF16"]
     assert {len(node.input) for node in attention} == {9}
     assert json.loads((out / "genai_config.json").read_text())["search"]["past_present_share_buffer"]
     assert (out / "model.report.json").exists()
