@@ -23,6 +23,7 @@ from qcompile.compiler.report.page import to_html
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.stages import finish, gather_data, load_statistics, prepare_model, walk, wish
 from qcompile.compiler.walk import activation_bits
+from qcompile.compiler.walk.accuracy import Accuracy
 from qcompile.compiler.walk.conformance import check_conformance
 from qcompile.compiler.walk.verify import check_outputs, check_reloaded, run_file, silent
 from qcompile.compiler.walk.verify_saved import check_saved
@@ -41,12 +42,15 @@ def compile_model(
     calibration: Given = (),
     progress: Progress | None = None,
     statistics: Path | str | None = None,
+    evaluation: Given | None = None,
 ) -> Report:
     """Compile the model file to `output` (with its data file and report.json beside it); everything or nothing.
 
     output: MODEL-int4.onnx beside the model where it is not given. calibration: files, a reader
     (`get_next`, or an iterable of dicts), or a Calibration, which has both and their settings.
     statistics: a file of `calibrate_model` that ranges are taken from, instead of a run over calibration data.
+    evaluation: what the accuracy in the report is measured on, given as calibration data is; none of it may be
+    calibrated on. Without it, a part of the calibration text that calibration has left out, where there is one.
 
     Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
     """
@@ -63,7 +67,7 @@ def compile_model(
     prepared = prepare_model(source, recipe, progress)
     saved = None if statistics is None else load_statistics(prepared, Path(statistics))
     graph, plan, report, job = prepared.model, prepared.plan, prepared.report, prepared.job
-    data = gather_data(prepared, calibration, saved)
+    data = gather_data(prepared, calibration, saved, None if evaluation is None else Calibration.of(evaluation))
     rungs = ladder.climb(source, recipe, prepared.passes, data, progress) if data.data_free and saved is None else []
     walked = walk(prepared, data, saved)
     if recipe.mixed:
@@ -87,7 +91,10 @@ def compile_model(
     with publish.staging(target) as staged:
         written = save_model(graph, staged, metadata=_metadata(report, recipe))
         progress.step("running the saved file")
-        reloaded = run_file(staged, plan, data.checks, recipe.provider, job.optimize)
+        accuracy = Accuracy(plan, data, job.floats)
+        reloaded = run_file(
+            staged, plan, data.checks, recipe.provider, job.optimize, more=data.evaluation, each=accuracy.add
+        )
         same = run_file(staged, plan, data.checks, recipe.provider, job.optimize, floats=int8) if int8 else reloaded
         integer = any(Fact.INTEGER in p.ensures for p in walked.passes)
         rounding = math.inf if integer else report.rounding
@@ -98,6 +105,7 @@ def compile_model(
         job.tell(plan, data, reloaded, original)
         judged = [o for o in report.outputs if o.name not in silent(reloaded, original, job.sigmoids)]
         check_outputs(judged, report.nodes, recipe.min_cosine)
+        accuracy.tell(report)
         report.compiled_bytes = written.model_bytes + written.data_bytes
         report.output = str(target)
         report.files = [file.name for file in (*written.paths, report_path(target), page_path(target))]

@@ -8,7 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.compiler.console.progress import Progress
-from qcompile.compiler.data.calibration import Calibration, Data, Sampling, gather
+from qcompile.compiler.data.apart import check_apart, digests
+from qcompile.compiler.data.calibration import Calibration, Data, Sampling, gather, with_evaluation
+from qcompile.compiler.data.calibration_files import named as named_files
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.data.npz import Arrays
@@ -107,7 +109,7 @@ def walk_model(
     """Load and prepare the model, and take the calibration data through it; `checks`: the check batches, too."""
     prepared = prepare_model(source, recipe, progress)
     data = gather_data(prepared, calibration)
-    return walk(prepared, data if checks else replace(data, checks=[]))
+    return walk(prepared, data if checks else replace(data, checks=[], evaluation=[]))
 
 
 def prepare_model(source: Path, recipe: Recipe, progress: Progress, *, dry: bool = False) -> Prepared:
@@ -154,8 +156,19 @@ def load_statistics(prepared: Prepared, path: Path) -> SavedStatistics:
     return saved
 
 
-def gather_data(prepared: Prepared, calibration: Calibration, saved: SavedStatistics | None = None) -> Data:
-    """The calibration data that the passes need; ranges may come from `saved`. UserError where it is not enough."""
+def gather_data(
+    prepared: Prepared,
+    calibration: Calibration,
+    saved: SavedStatistics | None = None,
+    evaluation: Calibration | None = None,
+) -> Data:
+    """The calibration data that the passes need; ranges may come from `saved`. UserError where it is not enough.
+
+    evaluation: data that the accuracy is told on; UserError for a file of it that is calibrated on, too.
+    """
+    files = digests(named_files([] if calibration.word else calibration.files))
+    if evaluation is not None:
+        check_apart(files, named_files(evaluation.files))
     observes, recipe = prepared.observes and saved is None, prepared.recipe
     needed = observes or any(p.reads - {Reads.RANGES} for p in prepared.passes)
     data = gather(
@@ -169,6 +182,9 @@ def gather_data(prepared: Prepared, calibration: Calibration, saved: SavedStatis
     looked = (*data.checks, *data.calibration[:_LOOKED_AT])
     if told := drop_contradicted(prepared.model, looked):
         data = replace(data, description=f"{data.description}; {told}")
+    if evaluation is not None:
+        data = with_evaluation(prepared.plan, prepared.source, data, evaluation)
+    prepared.report.calibrated = files if data.calibration or saved is not None else {}
     _check_fit(prepared, data)
     mark_infinite(prepared.model, _infinite(prepared.plan, (*data.calibration, *data.checks)))
     if data.guess:

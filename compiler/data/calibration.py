@@ -29,6 +29,10 @@ SELF, NORMS = "self", "norms"
 _CHECKS, _CHECK_TOKENS = 2, 48
 # Windows, or batches of anything else, for choices by measured errors, which the statistics have not seen.
 _UNSEEN, _ASIDE = 2, 4
+# Batches that the accuracy is told on, and tokens of each window among them.
+_JUDGED, _JUDGED_TOKENS = 2, 128
+# Windows of a text that the user gives for it.
+_GIVEN = 8
 # Windows of a model with caches that are followed by a decode step: each step is one more run, for one token.
 _DECODED = 4
 # An encoder sees windows of so many lengths, each half of the one before.
@@ -40,7 +44,9 @@ class Data:
     """Batches for statistics, batches to check the result on, and a sentence that says where both come from.
 
     real: the checks are what the model may meet, not random numbers. unseen: batches of the same data beside those of
-    the statistics, for choices by measured errors. data_free: nothing came from the user or the bundle.
+    the statistics, for choices by measured errors. held: more of them, that such a choice is judged by. evaluation:
+    batches that nothing is fitted to or chosen by, for the accuracy that is told, evaluated_on: what they are; where
+    there are none, the checks. data_free: nothing came from the user or the bundle.
     guess: passes have their statistics from the scales of norms (`proxies`), not from a run.
     """
 
@@ -51,6 +57,21 @@ class Data:
     unseen: Sequence[Batch] = ()
     data_free: bool = False
     guess: bool = False
+    held: Sequence[Batch] = ()
+    evaluation: Sequence[Batch] = ()
+    evaluated_on: str = ""
+
+    @property
+    def measured_on(self) -> str:
+        """What the accuracy is told on, in words."""
+        if self.evaluation:
+            return self.evaluated_on
+        count = f"{len(self.checks)} batches of {self.checks[0].rows} rows"
+        if not self.real:
+            return f"{count} of random inputs: --eval-data FILE … gives real ones"
+        if self.data_free:
+            return f"{count} that the model sampled and calibration has not seen"
+        return f"{count} of the calibration data itself: --eval-data FILE … gives others"
 
 
 @dataclass(frozen=True)
@@ -131,7 +152,11 @@ def gather(
         batches, described = _batches_given(plan, model, sampling, given, files)
         taken, others = apart(plan, batches) if sampling.aside and not learnt else (batches, [])
         described += f", {len(others)} more held aside to choose nodes by" if others else ""
-        return Data(taken if needed else [], batches[:_CHECKS], described, unseen=others)
+        made = Data(taken if needed else [], batches[:_CHECKS], described, unseen=others)
+        if needed or learnt:
+            return made
+        shown = batches[:_JUDGED]  # nothing is fitted to them
+        return replace(made, evaluation=shown, evaluated_on=f"{len(shown)} batches of {described}")
     if plan.floats or plan.unknown or plan.ids is None:
         if needed:
             plan.require_tokens()
@@ -160,6 +185,25 @@ def _batches_given(
     return batches, "; ".join([f"{len(batches)} batches of {label}", *remarks])
 
 
+def with_evaluation(plan: InputPlan, model: Path, data: Data, given: Calibration) -> Data:
+    """The data with batches of the user's for the accuracy that is told: files of arrays or images, or texts."""
+    files = Files.of(given.files)
+    if not files.texts and not given.texts:
+        batches = data_batches(plan, model, given)
+        where = _names([Path(file) for file in given.files]) if given.files else "the evaluation data"
+        return replace(data, evaluation=batches, evaluated_on=f"{len(batches)} batches of {where}")
+    documents, source = _documents(given, files)
+    found = load_tokenizer(given.tokenizer or model)
+    ids = [token for document in documents for token in found.encode(document)]
+    found.check_vocabulary(plan.vocabulary, ids)
+    windows = spread(ids, plan.sequence or min(_JUDGED_TOKENS, max(len(ids), 2)), _GIVEN * (plan.batch or 1))
+    if not windows:
+        raise UserError(f"{source}: the evaluation text has {len(ids)} tokens: give at least two")
+    batches = [batch for batch in token_batches(plan, windows) if batch.follows is None]
+    told = f"{len(windows)} windows of {len(windows[0])} tokens of {source}"
+    return replace(data, evaluation=batches, evaluated_on=told)
+
+
 def data_batches(plan: InputPlan, model: Path, given: Calibration) -> list[Batch]:
     """The batches of files of arrays or of images, of folders of them, or of a program; all of them."""
     files = Files.of(given.files)
@@ -183,13 +227,26 @@ def spread(ids: Sequence[int], context: int, count: int) -> list[Ids]:
 
 def unseen(ids: Sequence[int], context: int, count: int, wanted: int) -> list[Ids]:
     """Up to `wanted` windows of `context` tokens, spread evenly over those that `spread` of `count` leaves out."""
+    return evenly(left_out(ids, context, count), wanted)[0]
+
+
+def left_out(ids: Sequence[int], context: int, count: int) -> list[Ids]:
+    """The windows of `context` tokens that `spread` of `count` leaves out, in order."""
     flat = np.asarray(ids, np.int64)
     whole = len(flat) // context
     if whole <= count:
         return []
     left = np.setdiff1d(np.arange(whole), np.linspace(0, whole - 1, count).round().astype(int))
-    chosen = np.unique(((np.arange(wanted) + 0.5) / wanted * len(left)).astype(int))
-    return [flat[i * context : (i + 1) * context] for i in left[chosen]]
+    return [flat[i * context : (i + 1) * context] for i in left]
+
+
+def evenly(windows: Sequence[Ids], wanted: int) -> tuple[list[Ids], list[Ids]]:
+    """(up to `wanted` of the windows, spread evenly over them; the others)."""
+    chosen = set(((np.arange(wanted) + 0.5) / max(wanted, 1) * len(windows)).astype(int).tolist())
+    parts: tuple[list[Ids], list[Ids]] = ([], [])
+    for number, window in enumerate(windows):
+        parts[number not in chosen].append(window)
+    return parts
 
 
 def apart(plan: InputPlan, batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -242,19 +299,37 @@ def _from_text(
         _log.warning(
             "the calibration text holds %d windows of %d tokens, not %d", len(windows), context, sampling.samples
         )
-    others = unseen(ids, context, sampling.samples, _UNSEEN * (plan.batch or 1)) if sampling.aside else []
+    left, held, size = left_out(ids, context, sampling.samples), list[Ids](), plan.batch or 1
+    others, left = evenly(left, _UNSEEN * size) if sampling.aside else ([], left)
+    held, left = evenly(left, _UNSEEN * size) if sampling.aside else ([], left)
+    shown = _shown(plan, ids, left, [] if needed else windows, context)
     if sampling.aside and not others and len(windows) >= 2 * (plan.batch or 1):  # a text that is all windows
         stacks = min(_UNSEEN, max(len(windows) // (plan.batch or 1) // 4, 1))
         cut = len(windows) - stacks * (plan.batch or 1)
         windows, others = windows[:cut], windows[cut:]
     length = f"{len(windows[0])}"
     if plan.logits is None and not plan.past and not plan.sequence and plan.batch in (None, 1):
-        windows, others = _as_texts(tokenizer, windows), _as_texts(tokenizer, others)
+        windows, others, shown = (_as_texts(tokenizer, own) for own in (windows, others, shown))
         length = f"{min(map(len, windows))} to {max(map(len, windows))}"
     calibration = _batches(plan, windows) if needed else []
     described = f"{len(windows)} windows of {length} tokens from {source}" if needed else source
-    held = token_batches(plan, others) if len(others) >= (plan.batch or 1) else []
-    return Data(calibration, _checks(plan, windows), described, unseen=held)
+    unseen, judging, judged = (token_batches(plan, own) if len(own) >= size else [] for own in (others, held, shown))
+    judged = judged if all(batch.follows is None for batch in judged) else []
+    told = f"{len(shown)} windows of {len(shown[0])} tokens of {source}, not calibrated on" if judged else ""
+    checks = _checks(plan, windows)
+    return Data(calibration, checks, described, unseen=unseen, held=judging, evaluation=judged, evaluated_on=told)
+
+
+def _shown(plan: InputPlan, ids: Sequence[int], left: Sequence[Ids], free: Sequence[Ids], context: int) -> list[Ids]:
+    """The windows that accuracy is told on, cut short where the graph allows it: of those that were left out, or that
+    nothing needs; else what follows the last whole window.
+    """
+    rest = np.asarray(ids[len(ids) // context * context :], np.int64)
+    windows, _ = evenly(left or free or ([rest] if len(rest) > 1 else []), _JUDGED * (plan.batch or 1))
+    if plan.sequence:
+        return [window for window in windows if len(window) == plan.sequence]
+    length = min([_JUDGED_TOKENS, *map(len, windows)])
+    return [window[:length] for window in windows]
 
 
 def _as_texts(tokenizer: Tokenizer, windows: Sequence[Ids]) -> list[Ids]:

@@ -75,6 +75,20 @@ def mean_and_error(values: Sequence[Doubles]) -> tuple[float, float]:
     return float(flat.mean()), float(error)
 
 
+def relative_deviation(noise: Doubles, signal: Doubles) -> float | None:
+    """The standard error of sqrt(sum of noise / sum of signal) over rows (R,), by the delta method.
+
+    Rows are taken as independent. None of one row, and of rows that are not finite or all zero.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = float(signal.sum())
+        if len(noise) < 2 or not np.isfinite(noise).all() or not np.isfinite(total) or not total:
+            return None
+        ratio = float(noise.sum()) / total
+        deviation = float((noise - ratio * signal).std(ddof=1)) * math.sqrt(len(noise)) / total
+    return deviation / (2 * math.sqrt(ratio)) if ratio > 0 else 0.0
+
+
 @dataclass
 class OutputNoise:
     """How far an output is from the reference's, over all batches: sums of squares and of products in float64."""
@@ -84,10 +98,14 @@ class OutputNoise:
     power: float = 0.0
     product: float = 0.0
     size: int = 0
+    rows: list[tuple[Doubles, Doubles]] = field(default_factory=list)
 
     def add(self, reference: npt.NDArray[Any], output: npt.NDArray[Any]) -> None:
-        """Two arrays of one shape and any number type."""
+        """Two arrays of one shape and any number type. rows: (noise, signal) of the indices of the first axis."""
         a, b = reference.reshape(-1).astype(np.float64), output.reshape(-1).astype(np.float64)
+        if a.size:
+            shape = (len(reference) if reference.ndim else 1, -1)
+            self.rows.append((np.square(a - b).reshape(shape).sum(axis=1), np.square(a).reshape(shape).sum(axis=1)))
         self.signal += float(a @ a)
         self.noise += float(np.square(a - b).sum())
         self.power += float(b @ b)
@@ -100,6 +118,17 @@ class OutputNoise:
         if self.noise == 0:
             return float("inf")
         return float(10 * np.log10(self.signal / self.noise)) if self.signal else float("-inf")
+
+    @property
+    def relative(self) -> float:
+        """‖output - reference‖ / ‖reference‖; 0 of equal ones, 1 where the reference alone is zero."""
+        return math.sqrt(self.noise / self.signal) if self.signal else float(self.noise > 0)
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard error of `relative` over rows."""
+        parts = [np.concatenate(part) for part in zip(*self.rows, strict=True)] if self.rows else []
+        return relative_deviation(*parts) if parts else None
 
     @property
     def cosine(self) -> float:

@@ -78,9 +78,11 @@ def _print_errors(report: Report, console: Console) -> None:
     _print_activations(report, console)
     _print_slow(report, console)
     for output in report.outputs[:4]:
-        console.print(f"output    {output.name}: relative error {output.relative:.3g}, cosine {output.cosine:.5f}")
+        console.print(f"output    {output.name}: relative error {output.told}, cosine {output.cosine:.5f}")
     if report.predictions is not None:
         console.print(f"accuracy  {report.predictions.told()}", soft_wrap=True)
+    if report.measured:
+        console.print(f"          measured on {report.measured}", soft_wrap=True)
     if report.caches:
         console.print(f"caches    {report.caches}", soft_wrap=True)
     for line in report.target:

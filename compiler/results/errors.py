@@ -22,19 +22,30 @@ class NodeError:
 
 @dataclass(frozen=True)
 class OutputError:
-    """An output of the compiled model against the float one: relative error ‖a - b‖ / ‖b‖ and cosine, on the checks."""
+    """An output of the compiled model against the float one, on batches that the report names (`Report.measured`).
+
+    relative: ‖a - b‖ / ‖b‖, cosine: between the two. error: the standard error of `relative` over rows, taken as
+    independent; None of one row.
+    """
 
     name: str
     relative: float
     cosine: float
+    error: float | None = None
+
+    @property
+    def told(self) -> str:
+        """The relative error with its own."""
+        return f"{self.relative:.3g}" + (f" ± {self.error:.2g}" if self.error is not None else "")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Next-token predictions on the check batches: few tokens, so no more than a first look; `qcompile eval` has more.
+    """Next-token predictions on the batches that the report names (`Report.measured`); `qcompile eval` has more.
 
     tokens: scored ones. before, after: perplexity of the float and of the compiled model. kl: KL(float ‖ compiled),
-    nats a token. agreement: share of equal most likely tokens.
+    nats a token; kl_error: its standard error over tokens, taken as independent. agreement: share of equal most likely
+    tokens.
     """
 
     tokens: int
@@ -42,12 +53,18 @@ class Predictions:
     after: float
     kl: float
     agreement: float
+    kl_error: float | None = None
+
+    @property
+    def told_kl(self) -> str:
+        """KL with its standard error."""
+        return f"{self.kl:.3g}" + (f" ± {self.kl_error:.1g}" if self.kl_error is not None else "")
 
     def told(self) -> str:
         """In a line."""
         return (
-            f"KL {self.kl:.3g} nats a token, perplexity {self.before:.4g} → {self.after:.4g}, same most likely token "
-            f"{self.agreement:.0%}, on {self.tokens} check tokens"
+            f"KL {self.told_kl} nats a token, perplexity {self.before:.4g} → {self.after:.4g}, same most likely token "
+            f"{self.agreement:.0%}, on {self.tokens} tokens"
         )
 
 

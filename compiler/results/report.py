@@ -27,7 +27,9 @@ class Report(Shown):
     decisions: by pass, in order. quantizers: passes that say which weights became codes; the decisions of the first
     one account for every float constant of 1,024 elements or more (`coverage`). mixed: what stays in float by its
     sensitivity, where the recipe wants that. ladder: what each step without data gained, where there was no data.
-    predictions: of a decoder, on real tokens. rounding: what integer nodes changed in the outputs at most, relative.
+    calibrated: names of the files that statistics came from, by their sha256.
+    measured: what `outputs` and `predictions` were measured on. predictions: of a decoder, on real tokens.
+    rounding: what integer nodes changed in the outputs at most, relative.
     rows: of the activations that passes fitted to, the fewest and the most rows that one was seen on, and how many of
     them were held aside for judging. trials: what samples held aside said of a pass behind the walk. caches: what
     storing them in codes changed, beside what all other passes did. target: of one whose runtime is not at hand, what
@@ -45,6 +47,8 @@ class Report(Shown):
     quantizers: tuple[str, ...] = ()
     nodes: list[NodeError] = field(default_factory=list)
     outputs: list[OutputError] = field(default_factory=list)
+    measured: str = ""
+    calibrated: dict[str, str] = field(default_factory=dict)
     ranges: list[ActivationRange] = field(default_factory=list)
     mixed: Mixed | None = None
     ladder: Ladder | None = None

@@ -43,6 +43,52 @@ class Stream:
 
 
 @dataclass
+class Beside:
+    """A float stream that goes along with another one. outputs: by name, where graph outputs are put aside."""
+
+    stream: Stream
+    outputs: Mapping[str, Spill]
+
+    def joined(self, first: Stream) -> Stream:
+        """Both as one: the batches of the first, then its own, which follow none."""
+        names = first.quantized.keys() & self.stream.quantized.keys()
+        carried = {name: _Chain(first.quantized[name], self.stream.quantized[name]) for name in names}
+        return Stream([*first.batches, *self.stream.batches], carried, presents=first.presents)
+
+    def behind(self, segment: Segment) -> "_Behind":
+        """What takes in its results behind a segment."""
+        made = [str(value.name) for value in segment.made]
+        return _Behind({name: Spill(BUDGET // len(made)) for name in made}, self.outputs)
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """Arrays of a batch after the other: those that are carried on, and graph outputs."""
+
+    carried: Mapping[str, Spill]
+    outputs: Mapping[str, Spill]
+
+    def append(self, found: Arrays) -> None:
+        for name, spill in (*self.carried.items(), *self.outputs.items()):
+            if name in found:
+                spill.append(found[name])
+
+
+class _Chain(Sequence[npt.NDArray[Any]]):
+    """Two sequences, one behind the other; nothing is copied."""
+
+    def __init__(self, first: Sequence[npt.NDArray[Any]], second: Sequence[npt.NDArray[Any]]) -> None:
+        self._first, self._second = first, second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    def __getitem__(self, index: Any) -> Any:
+        count = len(self._first)
+        return self._first[index] if index < count else self._second[index - count]
+
+
+@dataclass
 class Runner:
     """Runs pieces of one model over streams; optimize: whether ONNX Runtime may rewrite them."""
 
@@ -107,11 +153,12 @@ class Runner:
         *,
         original: bool,
         prepare: Callable[[Piece], Sequence[str]] | None = None,
+        beside: "Beside | None" = None,
     ) -> list[Arrays]:
         """Everything the segment gives for each batch: what it makes for later ones, its graph outputs, and what
         `prepare` adds, which may read all that its nodes or their float twins read.
 
-        original: feed it the float stream.
+        original: feed it the float stream. beside: goes through the segment, too, in the same session.
         """
         wanted = list(dict.fromkeys([*segment.made, *self._outputs(segment)]))
         inside = _computed(segment) if prepare is not None else ()
@@ -120,7 +167,16 @@ class Runner:
             piece.outputs.extend(prepare(piece))
         carried = stream.original if original else stream.quantized
         source = Stream(stream.batches, carried, presents=stream.presents)
-        return list(self._run(piece, segment, source))
+        if beside is None:
+            return list(self._run(piece, segment, source))
+        after, results = beside.behind(segment), list[Arrays]()
+        for number, found in enumerate(self._run(piece, segment, beside.joined(source))):
+            if number < len(stream.batches):
+                results.append(found)
+            else:
+                after.append(found)
+        beside.stream.quantized = _kept(segment, {**beside.stream.quantized, **after.carried})
+        return results
 
     def _past(self, pair: PastPair, presents: Arrays) -> npt.NDArray[Any]:
         """The cache that a decode step continues. One that a later segment makes is read here for its shape only (a

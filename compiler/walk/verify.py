@@ -1,7 +1,7 @@
 """Trust, but run it: every packed node against its weights, the whole model before and after the disk."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +228,9 @@ def _compared(name: str, a: Sequence[npt.NDArray[Any]], b: Sequence[npt.NDArray[
     x, y = (v / largest if largest else v for v in (x, y))  # squares of 1e200 or 1e-200 are none
     scale, size = float(np.linalg.norm(y)), float(np.linalg.norm(x))
     difference = float(np.linalg.norm(x - y))
-    return OutputError(
-        name,
-        difference / scale if scale else float(difference > 0),
-        float(x @ y) / (scale * size) if scale and size else float(scale == size),
-    )
+    relative = difference / scale if scale else float(difference > 0)
+    cosine = float(x @ y) / (scale * size) if scale and size else float(scale == size)
+    return OutputError(name, relative, cosine)
 
 
 def check_outputs(errors: Sequence[OutputError], nodes: Sequence[NodeError], least: float) -> None:
@@ -261,12 +259,15 @@ def run_file(
     optimize: bool = True,
     *,
     floats: Collection[str] = (),
+    more: Sequence[Batch] = (),
+    each: Callable[[int, Arrays], None] = lambda number, outputs: None,
 ) -> list[Arrays]:
     """Every output of a saved model for each batch; `optimize` as in `runtime.session`.
 
     Caches are told in floats, whatever it stores them in. What it draws at random is what the graph drew that it was
     saved from, see `randomness`.
     floats: nodes that compute in floats here whatever accuracy level the file gives them.
+    more: batches whose outputs `each` is given, with their number, instead of being kept; they follow no other.
     """
     settings = {"providers": (provider,), "kernels": "portable", "optimize": optimize}
     running = repeatable(path, edit=lambda proto: _drop_levels(proto, floats), **settings)
@@ -276,6 +277,9 @@ def run_file(
         own = plan.coded(batch.feeds)
         feeds = own if batch.follows is None else complete(plan, own, results[batch.follows])
         results.append(dict(zip(names, run(running, names, feeds), strict=True)))
+    for number, batch in enumerate(more):
+        found = dict(zip(names, run(running, names, plan.coded(batch.feeds)), strict=True))
+        each(number, plan.decoded(found))
     return [plan.decoded(outputs) for outputs in results]
 
 

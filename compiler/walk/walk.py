@@ -9,12 +9,13 @@ from qcompile.compiler.console.progress import Progress
 from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.inputs import InputPlan
 from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.files.disk_arrays import Spill
 from qcompile.compiler.measure.predictions import predictions
 from qcompile.compiler.results.errors import RowsSeen
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.walk import promises
 from qcompile.compiler.walk.extract import Piece
-from qcompile.compiler.walk.runner import Runner, Stream, went_on
+from qcompile.compiler.walk.runner import Beside, Runner, Stream, went_on
 from qcompile.compiler.walk.segments import Segment, split, targets
 from qcompile.compiler.walk.trial import through, tried
 from qcompile.compiler.walk.verify import (
@@ -64,6 +65,7 @@ class Job:
         self.passes = [p for p in passes if p.stage == Stage.WALK]
         self.late = [p for p in passes if p.stage == Stage.BEHIND]
         self.guess = False
+        self.floats: dict[str, Spill] = {}  # by output, what the float model gives on each batch of the evaluation
         # Behind the walk, so that the outputs that it gave are not those of the finished graph.
         self.changed = any(Fact.FLOAT in p.takes or Fact.CACHES in p.ensures for p in self.late)
         self.sigmoids = probabilities(model)
@@ -79,6 +81,9 @@ class Job:
         runner = Runner(self.model, plan, self.provider, self.progress.advance)
         calibration, checks = Stream(data.calibration), Stream(data.checks)
         rows = 2 * sum(batch.rows for batch in (*data.calibration, *data.checks))
+        rows += sum(batch.rows for batch in data.evaluation)
+        self.floats = {name: Spill() for name in told(self.model, plan)} if data.evaluation else {}
+        evaluated = Beside(Stream(data.evaluation), self.floats) if data.evaluation else None
         self.progress.total(rows * len(segments))
         outputs: list[tuple[Arrays, Arrays]] = [({}, {}) for _ in data.checks]
         ranged = bool(observed(self.late, self.model))
@@ -88,7 +93,7 @@ class Job:
         loose = [node for node in self.model.graph if node not in inside]
         for number, segment in enumerate(segments, 1):
             self.progress.step(f"segment {number} of {len(segments)}")
-            self._rewrite(runner, segment, calibration, checks, outputs, int8=data.real)
+            self._rewrite(runner, segment, calibration, checks, outputs, int8=data.real, beside=evaluated)
             if not calibration.batches:
                 continue
             region = Region(self.model, [*(loose if number == 1 else ()), *segment.nodes], vocabulary=self.vocabulary)
@@ -187,6 +192,7 @@ class Job:
         outputs: list[tuple[Arrays, Arrays]],
         *,
         int8: bool,
+        beside: Beside | None,
     ) -> None:
         region = Region(self.model, list(segment.nodes), vocabulary=self.vocabulary)
         if any(rewrite.reads & {Reads.SCALES, Reads.STATISTICS} for rewrite in self.passes):
@@ -197,7 +203,7 @@ class Job:
                 region.statistics = runner.collect(segment, by_weights(linears), calibration)
                 for known in region.statistics.values():
                     self.report.rows = _rows(known).joined(self.report.rows)
-        before = runner.outputs(segment, checks, original=True)
+        before = runner.outputs(segment, checks, original=True, beside=beside)
         # The passes work on columns side by side in threads of their own; BLAS threads inside those only fight.
         with threadpool_limits(limits=1, user_api="blas"):
             for rewrite in self.passes:
@@ -216,6 +222,12 @@ class Job:
         for kept, a, b in zip(outputs, after, before, strict=True):
             kept[0].update((name, array) for name, array in a.items() if name in own)
             kept[1].update((name, array) for name, array in b.items() if name in own)
+
+
+def told(model: ir.Model, plan: InputPlan) -> list[str]:
+    """The outputs whose errors are told: all floats, a decoder's logits first."""
+    floats = [v.name or "" for v in model.graph.outputs if v.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)]
+    return sorted(floats, key=lambda name: name != plan.logits)
 
 
 def told_of_caches(plan: InputPlan, data: Data, coded: Sequence[Arrays], floats: Sequence[Arrays]) -> str:

@@ -81,7 +81,7 @@ def test_json_holds_everything() -> None:
     assert plain["nodes"] == [
         {"node": "a", "error": 0.1, "operator_error": 1e-7, "int8_error": None, "activation_bits": 16, "weights": 0}
     ]
-    assert plain["outputs"] == [{"name": "y", "relative": 0.02, "cosine": 0.999}]
+    assert plain["outputs"] == [{"name": "y", "relative": 0.02, "cosine": 0.999, "error": None}]
     assert plain["decisions"]["pack"][0]["detail"]["predicted_error"] == 0.25
     assert (plain["coverage"], plain["bits_per_weight"]) == (1.0, 5.0)
 

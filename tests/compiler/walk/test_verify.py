@@ -121,12 +121,12 @@ def test_a_saved_file_that_differs_is_found_and_removed(bench: Any, monkeypatch:
     bench.compile(source)
     original = verify.run_file
 
-    def damaged(path: Path, *rest: Any) -> Any:
+    def damaged(path: Path, *rest: Any, **named: Any) -> Any:
         (data,) = path.parent.glob("*.data")
         content = bytearray(data.read_bytes())
         content[: len(content) // 2] = bytes(len(content) // 2)
         data.write_bytes(content)
-        return original(path, *rest)
+        return original(path, *rest, **named)
 
     monkeypatch.setattr("qcompile.compiler.pipeline.run_file", damaged)
     before = bench.snapshot()
