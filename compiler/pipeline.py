@@ -14,6 +14,7 @@ from qcompile.compiler.facts.model import element_type
 from qcompile.compiler.files import publish
 from qcompile.compiler.files.load import check_model_file, check_output_path, save_model
 from qcompile.compiler.measure import randomness
+from qcompile.compiler.measure.speed import paired
 from qcompile.compiler.mixed.keep import keep
 from qcompile.compiler.mixed.ranking import RankingCache
 from qcompile.compiler.plan import fitted, steps_that
@@ -43,6 +44,7 @@ def compile_model(
     progress: Progress | None = None,
     statistics: Path | str | None = None,
     evaluation: Given | None = None,
+    bench: bool = False,
 ) -> Report:
     """Compile the model file to `output` (with its data file and report.json beside it); everything or nothing.
 
@@ -51,6 +53,7 @@ def compile_model(
     statistics: a file of `calibrate_model` that ranges are taken from, instead of a run over calibration data.
     evaluation: what the accuracy in the report is measured on, given as calibration data is; none of it may be
     calibrated on. Without it, a part of the calibration text that calibration has left out, where there is one.
+    bench: run both models in turns, and report how long they take.
 
     Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
     """
@@ -106,6 +109,9 @@ def compile_model(
         judged = [o for o in report.outputs if o.name not in silent(reloaded, original, job.sigmoids)]
         check_outputs(judged, report.nodes, recipe.min_cosine)
         accuracy.tell(report)
+        if bench:
+            progress.step("running both models in turns")
+            report.speed = paired(source, staged, plan, (*data.evaluation, *data.checks)[0], recipe.provider)
         report.compiled_bytes = written.model_bytes + written.data_bytes
         report.output = str(target)
         report.files = [file.name for file in (*written.paths, report_path(target), page_path(target))]

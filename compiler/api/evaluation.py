@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.console.numbers import megabytes
+from qcompile.compiler.data.apart import calibrated_on, check_apart
 from qcompile.compiler.data.calibration import Calibration, data_batches
+from qcompile.compiler.data.calibration_files import Files, named
 from qcompile.compiler.data.feeds import Batch, token_batches
 from qcompile.compiler.data.inputs import InputPlan, input_plan
+from qcompile.compiler.data.labels import Labels, read_labels
 from qcompile.compiler.data.tokens import Tokenizer, find_tokenizer, load_tokenizer
 from qcompile.compiler.files.load import load_model
 from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores, evaluate_many, score_outputs
 from qcompile.compiler.measure.loaded import text_windows
+from qcompile.compiler.measure.metric import Metric
 from qcompile.compiler.report.sizes import Sizes, model_sizes
 from qcompile.compiler.results.sheet import Sheet, Shown
 from qcompile.passes.errors import UserError
@@ -27,7 +31,8 @@ class EvaluationSet:
     """What models are judged on: texts, or batches: files (.npz, .npy, images, folders of them) or a program's.
 
     tokenizer: its folder, by default beside one of the models. context, tokens: of a window, and of each text; None for
-    all of it.
+    all of it. labels: a file of class numbers, one for each row of the data (`read_labels`). metric: module:function,
+    a score of the user's own (`Metric`).
     """
 
     texts: Sequence[Path] = ()
@@ -35,6 +40,8 @@ class EvaluationSet:
     tokenizer: Path | None = None
     context: int = 512
     tokens: int | None = 4096
+    labels: Path | None = None
+    metric: str | None = None
 
     def __post_init__(self) -> None:
         if bool(self.texts) == self.has_data:
@@ -46,6 +53,19 @@ class EvaluationSet:
     def has_data(self) -> bool:
         """Whether there are batches, not texts."""
         return bool(self.data.files) or self.data.reader is not None
+
+    def given_labels(self) -> Labels | None:
+        """The labels, by the names of images where they have some."""
+        if self.labels is None:
+            return None
+        images = Files.of(self.data.files).images if self.data.files else ()
+        return read_labels(self.labels, [str(path) for path in images])
+
+    def check_apart(self, models: Sequence[Path]) -> None:
+        """Raise UserError for a file that a model was calibrated on, by the report beside it."""
+        files = [*(Path(text) for text in self.texts), *named(self.data.files)]
+        for model in models:
+            check_apart(calibrated_on(model), files, str(model))
 
 
 @dataclass(frozen=True)
@@ -139,7 +159,10 @@ def evaluate_models(
     Raises UserError for bad input, and where outputs are to be compared without a reference.
     """
     running, told = running or Running(), progress or (lambda what, done, total: None)
+    on.check_apart([*([against] if against is not None else []), *models])
     plan = input_plan(load_model(against or models[0]))
+    if on.texts and plan.logits is not None and (on.labels or on.metric):
+        raise UserError("--labels and --metric are for outputs on --data: a decoder on --text has KL and perplexity")
     if on.texts and plan.logits is not None:
         rows = _on_texts(models, on, against, running, plan, told)
     elif against is None:
@@ -180,7 +203,11 @@ def _outputs(models: Sequence[Path], on: EvaluationSet, against: Path, running: 
     def progress(done: int, total: int) -> None:
         told("comparing outputs", done, total)
 
-    scores = score_outputs(against, models, batches, **running.settings(), progress=progress)
+    metric = Metric(on.metric) if on.metric is not None else None
+    labels = on.given_labels()
+    scores = score_outputs(
+        against, models, batches, **running.settings(), progress=progress, labels=labels, metric=metric
+    )
     return [Evaluated(score, model_sizes(Path(score.model))) for score in scores]
 
 

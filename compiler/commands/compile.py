@@ -2,12 +2,14 @@
 
 import os
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from qcompile.compiler.api.evaluation import EvaluationSet, evaluate_models
 from qcompile.compiler.api.folders import copy_companions, exported, home, strangers
 from qcompile.compiler.commands.dry_run import print_plan
+from qcompile.compiler.commands.eval import print_outputs
 from qcompile.compiler.commands.options import (
     Calibrating,
     Common,
@@ -26,6 +28,9 @@ from qcompile.compiler.data.images import Pictures
 from qcompile.compiler.files.folders import graphs, is_checkpoint
 from qcompile.compiler.files.load import check_model_file, check_output_path, check_result_path
 from qcompile.compiler.files.publish import replace_file, staging, writing
+from qcompile.compiler.measure.bounds import Bounds
+from qcompile.compiler.measure.evaluate import OutputScores
+from qcompile.compiler.measure.metric import Drop, Metric
 from qcompile.compiler.package.folder import MODEL
 from qcompile.compiler.package.genai import check_package, package
 from qcompile.compiler.pipeline import compile_model, default_output, page_path, report_path
@@ -76,6 +81,33 @@ class Options(Common, Calibrating, Recipes):
         Path | None,
         option("ranges of activations from `qcompile calibrate` instead of a calibration run", "FILE", under=DATA),
     ] = None
+    eval_data: Annotated[
+        list[str],
+        option(
+            "text, array or image files that the accuracy in the report is measured on; none of them may be calibrated "
+            "on (default: a part of the calibration text that is left out, else the calibration data itself)",
+            "FILE…",
+            under=DATA,
+            many=True,
+        ),
+    ] = field(default_factory=list)
+    labels: Annotated[Path | None, option("class numbers of the rows of --eval-data", "FILE", under=SAFETY)] = None
+    metric: Annotated[
+        str | None, option("a score of your own on --eval-data, see `qcompile eval --help`", "module:function",
+                           under=SAFETY)
+    ] = None  # fmt: skip
+    max_drop: Annotated[
+        str | None,
+        option(
+            "exit with 1 where the score on --eval-data (of --metric, else accuracy by --labels, else top-1 agreement) "
+            "loses more: 0.5% of the float model's, or 0.005",
+            "DROP",
+            under=SAFETY,
+        ),
+    ] = None
+    bench: Annotated[
+        bool, option("run both models in turns for a few seconds, and say if the compiled one is slower", under=SAFETY)
+    ] = False
     dry_run: Annotated[
         bool, option("print the plan: nodes, sizes before and after, memory; write nothing", under=SAFETY)
     ] = False
@@ -113,6 +145,7 @@ def _check_folder(source: Path, folder: Path) -> None:
 
 def _one(args: Options) -> dict[str, Any]:
     """Compile one model file."""
+    _check_scores(args)
     recipe = recipe_of(args)
     check_model_file(args.model)
     output = Path(args.output) if args.output else default_output(args.model, recipe)
@@ -139,6 +172,7 @@ def _one(args: Options) -> dict[str, Any]:
         screen.print(f"wrote     {file}", soft_wrap=True)
     if args.kind is not None:
         tell(package(output, output.parent, tokenizer=args.tokenizer or args.model), output.parent, args.kind)
+    _judge(args, output)
     return report.to_dict()
 
 
@@ -158,10 +192,40 @@ def _compiled(args: Options, recipe: Recipe, output: Path) -> Report:
                 calibration=calibration_of(args),
                 progress=bar,
                 statistics=args.statistics,
+                evaluation=_evaluation(args),
+                bench=args.bench,
             )
         if saved is not None and staged is not None:
             replace_file(staged, saved)
     return report
+
+
+def _evaluation(args: Options) -> Calibration | None:
+    """What the accuracy is told on; None for the default."""
+    return replace(calibration_of(args), files=args.eval_data) if args.eval_data else None
+
+
+def _judge(args: Options, output: Path) -> None:
+    """Print the scores of --metric and --labels; Verdict where they lose more than --max-drop. The files stay."""
+    data = _evaluation(args)
+    if data is None or (args.metric is None and args.labels is None and args.max_drop is None):
+        return
+    on = EvaluationSet(data=data, labels=args.labels, metric=args.metric)
+    scores = [own.scores for own in evaluate_models([output], on, against=args.model).rows]
+    print_outputs([own for own in scores if isinstance(own, OutputScores)])
+    drop = Drop(args.max_drop) if args.max_drop is not None else None
+    lower = args.metric is not None and Metric(args.metric).lower_is_better
+    Bounds(max_drop=drop, lower_is_better=lower).check(scores)
+
+
+def _check_scores(args: Options) -> None:
+    """What is wrong with the options of scores is said before the work."""
+    if not args.eval_data and (args.metric or args.labels or args.max_drop):
+        raise UserError("--metric, --labels and --max-drop are for --eval-data FILE …, which calibration has not seen")
+    if args.metric:
+        Metric(args.metric)
+    if args.max_drop:
+        Drop(args.max_drop)
 
 
 def _for_application(args: Options, kind: str, recipe: Recipe) -> tuple[Recipe, Path]:

@@ -14,12 +14,22 @@ from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
+from qcompile.compiler.measure.bounds import Bounds
 from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores
+from qcompile.compiler.measure.metric import Drop, Metric
+from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import operator_kernels
 
 _EPILOG = """Perplexity: non-overlapping windows of --context tokens from the start of the text; the first token of a
 window is given, not scored; no BOS is added. KL(reference ‖ model): mean over the scored tokens, in nats, ± its
-standard error. A model that is no decoder is compared with --against by SQNR and cosine of every output."""
+standard error. A model that is no decoder is compared with --against by SQNR and cosine of every output, and where
+an output scores classes (rows, classes) by the most likely ones. --metric calls function(inputs, outputs, labels):
+lists of dicts of arrays, one for each batch, and the labels or None; it returns a number of which more is better,
+unless it has an attribute lower_is_better. Exit code 1: a bound is broken (--max-kl, --min-sqnr, --max-drop). A file
+that the report beside a model names as calibrated on is refused."""
+
+
+_BOUNDS = "bounds"
 
 
 @command()
@@ -38,6 +48,25 @@ class Options(JsonFile, Threads, Runs, CustomOps):
     tokenizer: Annotated[Path | None, option("default: beside one of the models", "DIR")] = None
     context: Annotated[int, option("tokens in a window (default 512)", "N")] = 512
     tokens: Annotated[int, option("tokens of each text; 0 for all (default 4096)", "N")] = 4096
+    labels: Annotated[
+        Path | None,
+        option(
+            "class numbers of the rows of --data: .npy, .npz, or lines that end in one, maybe behind an image's name",
+            "FILE",
+        ),
+    ] = None
+    metric: Annotated[str | None, option("a score of your own on --data", "module:function")] = None
+    max_kl: Annotated[float | None, option("exit with 1 where a text has more", "NATS", under=_BOUNDS)] = None
+    min_sqnr: Annotated[float | None, option("exit with 1 where an output has less", "DB", under=_BOUNDS)] = None
+    max_drop: Annotated[
+        str | None,
+        option(
+            "exit with 1 where the score (of --metric, else accuracy by --labels, else top-1 agreement) loses more: "
+            "0.5% of the reference's, or 0.005",
+            "DROP",
+            under=_BOUNDS,
+        ),
+    ] = None
 
 
 def run(args: Options) -> Document:
@@ -45,10 +74,17 @@ def run(args: Options) -> Document:
     against = None if args.against is None else model_file(args.against)
     args = replace(args, models=tuple(map(model_file, args.models)), against=against)
     data = [str(path) for path in args.data]
-    test = EvaluationSet(args.text, Calibration(data), args.tokenizer, args.context, args.tokens or None)
+    test = EvaluationSet(
+        args.text, Calibration(data), args.tokenizer, args.context, args.tokens or None, args.labels, args.metric
+    )
+    lower = args.metric is not None and Metric(args.metric).lower_is_better
+    drop = Drop(args.max_drop) if args.max_drop is not None else None
+    bounds = Bounds(args.min_sqnr, args.max_kl, drop, lower)
     if args.json_file is not None:
         read = [*args.text, *named(data)]
         check_result_path([*([args.against] if args.against else []), *args.models], args.json_file, read)
+    if args.max_kl is not None and not (args.text and args.against):
+        raise UserError("--max-kl is for decoders on --text, with --against: give --min-sqnr for outputs")
     running = Running(args.accuracy_level, args.provider, args.kernels)
     with Bar() as bar:
         bar.step("loading")
@@ -63,9 +99,10 @@ def run(args: Options) -> Document:
     if isinstance(made.rows[0].scores, DecoderScores):
         _print_scores(rows, running, compared=args.against is not None)
     else:
-        _print_outputs([own.scores for own in made.rows if isinstance(own.scores, OutputScores)])
+        print_outputs([own.scores for own in made.rows if isinstance(own.scores, OutputScores)])
     if args.json_file is not None:
         write_text(args.json_file, json.dumps(rows, indent=2) + "\n")
+    bounds.check([own.scores for own in made.rows])
     return rows
 
 
@@ -89,8 +126,16 @@ def _print_scores(rows: list[dict[str, Any]], running: Running, *, compared: boo
     )
 
 
-def _print_outputs(scores: list[OutputScores]) -> None:
+def print_outputs(scores: list[OutputScores]) -> None:
+    """A table of errors, and a line for each output that scores classes, and for a metric."""
     shown = table("model", "output", "SQNR dB", "cosine", "values", numbers=3)
     for score in scores:
         shown.add_row(score.model, score.output, f"{score.sqnr:.2f}", f"{score.cosine:.6f}", str(score.values))
-    console(answer=True).print(shown)
+    out = console(answer=True)
+    out.print(shown)
+    for score in scores:
+        if score.classes is not None:
+            out.print(f"{score.model}, {score.output}: {score.classes.told()}", soft_wrap=True)
+    told = {own.model: (own.reference_metric, own.metric) for own in scores if own.metric is not None}
+    for model, (before, after) in told.items():
+        out.print(f"{model}: metric {before:.6g} → {after:.6g}", soft_wrap=True)

@@ -9,8 +9,12 @@ import numpy.typing as npt
 
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import InputPlan
+from qcompile.compiler.data.labels import Labels
+from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.data.tokens import Ids
+from qcompile.compiler.measure.classes import Classes, ClassScores, scores_classes
 from qcompile.compiler.measure.loaded import Subject
+from qcompile.compiler.measure.metric import Metric
 from qcompile.compiler.measure.metrics import OutputNoise, TokenScores, log_softmax_rows, mean_and_error, perplexity
 from qcompile.passes.errors import UserError
 
@@ -45,13 +49,20 @@ class DecoderScores:
 
 @dataclass(frozen=True)
 class OutputScores:
-    """One output of a model against the reference's, over all batches: SQNR in dB, cosine, number of values."""
+    """One output of a model against the reference's, over all batches: SQNR in dB, cosine, number of values.
+
+    classes: of an output that scores classes. metric, reference_metric: what a function of the user's says of the model
+    and of the reference, on all outputs.
+    """
 
     model: str
     output: str
     sqnr: float
     cosine: float
     values: int
+    classes: ClassScores | None = None
+    metric: float | None = None
+    reference_metric: float | None = None
 
 
 def evaluate(
@@ -117,10 +128,13 @@ def score_outputs(
     provider: str = "cpu",
     kernels: str = "auto",
     progress: Counted | None = None,
+    labels: Labels | None = None,
+    metric: Metric | None = None,
 ) -> list[OutputScores]:
     """SQNR and cosine of every output of every candidate, on the batches made for the reference's inputs.
 
-    Outputs of strings, and sequences, have neither; they are left out.
+    Outputs of strings, and sequences, have neither; they are left out. labels: of all rows. With a metric, all inputs
+    and outputs stay in memory.
     """
     paths = [reference, *candidates]
     first, *others = (
@@ -131,11 +145,18 @@ def score_outputs(
         if missing:
             raise UserError(f"{other.path} has no output {missing[0]!r}, which {reference} has")
     noise = {(str(other.path), name): OutputNoise() for other in others for name in first.outputs}
+    classes: dict[tuple[str, str], Classes] = {}
+    kept: dict[str, list[Arrays]] = {str(subject.path): [] for subject in (first, *others)}
     given = batches(first.plan)
     for number, batch in enumerate(given):
         expected = first.run(batch, first.outputs)
+        if metric is not None:
+            kept[str(first.path)].append(expected)
         for other in others:
-            for name, array in other.run(batch, first.outputs).items():
+            found = other.run(batch, first.outputs)
+            if metric is not None:
+                kept[str(other.path)].append(found)
+            for name, array in found.items():
                 if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufV":
                     continue
                 if array.shape != expected[name].shape:
@@ -144,9 +165,29 @@ def score_outputs(
                         f"that of {reference} {list(expected[name].shape)}"
                     )
                 noise[str(other.path), name].add(expected[name], array)
+                if scores_classes(array):
+                    classes.setdefault((str(other.path), name), Classes()).add(expected[name], array)
         if progress:
             progress(number + 1, len(given))
-    return [OutputScores(path, name, n.sqnr, n.cosine, n.size) for (path, name), n in noise.items() if n.size]
+    inputs = [batch.feeds for batch in given] if metric is not None else []
+    score = {path: metric.score(inputs, made, labels) for path, made in kept.items()} if metric is not None else {}
+    known = {key: own.scores(_fitting(labels, own)) for key, own in classes.items()}
+    return [
+        OutputScores(path, name, n.sqnr, n.cosine, n.size, known.get((path, name)), score.get(path),
+                     score.get(str(first.path)))
+        for (path, name), n in noise.items()
+        if n.size
+    ]  # fmt: skip
+
+
+def _fitting(labels: Labels | None, classes: Classes) -> Labels | None:
+    """Labels for the rows of an output; UserError where there are not as many, or a class that it has not."""
+    rows = sum(map(len, classes.before))
+    if labels is not None and len(labels) != rows:
+        raise UserError(f"--labels has {len(labels)} labels, and the evaluation data {rows} rows")
+    if labels is not None and len(labels) and int(labels.max()) >= classes.count:
+        raise UserError(f"--labels has class {int(labels.max())}, and the output {classes.count} classes (from 0 on)")
+    return labels
 
 
 def _decoder_scores(path: str, score: TokenScores, windows: Sequence[Ids], accuracy_level: int) -> DecoderScores:

@@ -65,6 +65,8 @@ def _print_passes(report: Report, console: Console) -> None:
 
 def _print_errors(report: Report, console: Console) -> None:
     console.print(f"data      {report.data}")
+    for told in report.warnings:
+        console.print(f"warning   {told}", soft_wrap=True)
     if report.rows is not None:
         console.print(f"rows      {report.rows}")
     for trial in report.trials:
@@ -83,6 +85,8 @@ def _print_errors(report: Report, console: Console) -> None:
         console.print(f"accuracy  {report.predictions.told()}", soft_wrap=True)
     if report.measured:
         console.print(f"          measured on {report.measured}", soft_wrap=True)
+    if report.speed is not None:
+        console.print(f"speed     {report.speed.told()}", soft_wrap=True)
     if report.caches:
         console.print(f"caches    {report.caches}", soft_wrap=True)
     for line in report.target:

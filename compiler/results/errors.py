@@ -69,6 +69,34 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """A paired run of both models on one batch of `rows` rows: medians in ms, of so many runs each; ratio: of compiled
+    to float, low and high: its quartiles.
+    """
+
+    before: float
+    after: float
+    ratio: float
+    low: float
+    high: float
+    runs: int
+    rows: int
+
+    @property
+    def slower(self) -> bool:
+        """Whether the compiled model is slower beyond the spread of the runs."""
+        return self.low > 1.0
+
+    def told(self) -> str:
+        """In a line."""
+        word = f"{self.ratio:.2f} × the time: SLOWER than the float model" if self.slower else f"{1 / self.ratio:.2f} ×"
+        return (
+            f"{self.before:.3g} → {self.after:.3g} ms a run of {self.rows} rows, {word} "
+            f"(medians of {self.runs} runs in turns, all cores, quartiles {1 / self.high:.2f} to {1 / self.low:.2f} ×)"
+        )
+
+
+@dataclass(frozen=True)
 class ActivationRange:
     """What was observed of an activation value on the calibration data, and the range [low, high] chosen for its codes.
 

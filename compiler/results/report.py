@@ -9,7 +9,7 @@ from typing import Any
 from qcompile.compiler.console.document import strict
 from qcompile.compiler.console.numbers import megabytes, percent
 from qcompile.compiler.facts.census import Family, family_of
-from qcompile.compiler.results.errors import ActivationRange, NodeError, OutputError, Predictions, RowsSeen
+from qcompile.compiler.results.errors import ActivationRange, NodeError, OutputError, Predictions, RowsSeen, Speed
 from qcompile.compiler.results.ladder import Ladder
 from qcompile.compiler.results.mixed import Mixed
 from qcompile.compiler.results.sheet import Sheet, Shown
@@ -28,7 +28,8 @@ class Report(Shown):
     one account for every float constant of 1,024 elements or more (`coverage`). mixed: what stays in float by its
     sensitivity, where the recipe wants that. ladder: what each step without data gained, where there was no data.
     calibrated: names of the files that statistics came from, by their sha256.
-    measured: what `outputs` and `predictions` were measured on. predictions: of a decoder, on real tokens.
+    measured: what `outputs` and `predictions` were measured on. speed: where a paired run was asked for.
+    warnings: what is odd about the calibration data. predictions: of a decoder, on real tokens.
     rounding: what integer nodes changed in the outputs at most, relative.
     rows: of the activations that passes fitted to, the fewest and the most rows that one was seen on, and how many of
     them were held aside for judging. trials: what samples held aside said of a pass behind the walk. caches: what
@@ -49,6 +50,8 @@ class Report(Shown):
     outputs: list[OutputError] = field(default_factory=list)
     measured: str = ""
     calibrated: dict[str, str] = field(default_factory=dict)
+    speed: Speed | None = None
+    warnings: list[str] = field(default_factory=list)
     ranges: list[ActivationRange] = field(default_factory=list)
     mixed: Mixed | None = None
     ladder: Ladder | None = None

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qcompile.compiler.data.feeds import Batch, InputPlan, complete
 from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.measure.metrics import OutputNoise
 from qcompile.compiler.measure.randomness import repeatable
 from qcompile.compiler.results.errors import NodeError, OutputError
 from qcompile.compiler.walk import verify_wide
@@ -230,7 +231,11 @@ def _compared(name: str, a: Sequence[npt.NDArray[Any]], b: Sequence[npt.NDArray[
     difference = float(np.linalg.norm(x - y))
     relative = difference / scale if scale else float(difference > 0)
     cosine = float(x @ y) / (scale * size) if scale and size else float(scale == size)
-    return OutputError(name, relative, cosine)
+    rows = OutputNoise()
+    for part, known in zip(a, b, strict=True):
+        usable = np.isfinite(part) & np.isfinite(known)
+        rows.add(np.where(usable, known, 0), np.where(usable, part, 0))
+    return OutputError(name, relative, cosine, rows.deviation)
 
 
 def check_outputs(errors: Sequence[OutputError], nodes: Sequence[NodeError], least: float) -> None:

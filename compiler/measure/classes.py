@@ -1,0 +1,81 @@
+"""What a change of numbers does to decisions: equal classes, and rows that flip from one class to another."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.compiler.data.labels import Labels
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """An output (rows, classes) against the reference's.
+
+    top1: share of rows with an equal most likely class, top1_error: its standard error. top5: share of rows whose class
+    is among the model's five most likely; None of fewer than six classes. flips: rows with another class. Where labels
+    are known: reference, accuracy: share of rows that each gets right; lost, won: rows that one alone got right.
+    """
+
+    rows: int
+    top1: float
+    top1_error: float
+    top5: float | None
+    flips: int
+    reference: float | None = None
+    accuracy: float | None = None
+    lost: int = 0
+    won: int = 0
+
+    def told(self) -> str:
+        """In a line."""
+        parts = [f"top-1 {self.top1:.2%} ± {self.top1_error:.2%}"]
+        parts += [f"top-5 {self.top5:.2%}"] if self.top5 is not None else []
+        parts.append(f"{self.flips} of {self.rows} rows flip")
+        if self.reference is not None and self.accuracy is not None:
+            rows = f"{self.lost} rows wrong now, {self.won} right now"
+            parts.append(f"accuracy {self.reference:.2%} → {self.accuracy:.2%} ({rows})")
+        return ", ".join(parts)
+
+
+@dataclass
+class Classes:
+    """Takes in batches of an output that scores classes: its most likely ones, row by row."""
+
+    before: list[Labels] = field(default_factory=list)
+    after: list[Labels] = field(default_factory=list)
+    among: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, reference: npt.NDArray[Any], output: npt.NDArray[Any]) -> None:
+        """Two arrays (rows, classes, 1, …) of one shape."""
+        a, b = (array.reshape(len(array), -1).astype(np.float64) for array in (reference, output))
+        self.count = a.shape[1]
+        first = a.argmax(axis=1)
+        self.before.append(first)
+        self.after.append(b.argmax(axis=1))
+        best = np.argsort(-b, axis=1, kind="stable")[:, :5]
+        self.among.append((best == first[:, None]).any(axis=1))
+
+    def scores(self, labels: Labels | None = None) -> ClassScores | None:
+        """Those of all rows; None without a row."""
+        if not self.before:
+            return None
+        before, after = np.concatenate(self.before), np.concatenate(self.after)
+        same, rows = before == after, len(before)
+        share = float(same.mean())
+        error = math.sqrt(share * (1 - share) / rows)
+        top5 = float(np.concatenate(self.among).mean()) if self.count > 5 else None
+        if labels is None:
+            return ClassScores(rows, share, error, top5, int((~same).sum()))
+        was, now = before == labels, after == labels
+        lost, won = int((was & ~now).sum()), int((now & ~was).sum())
+        flips, right = int((~same).sum()), (float(was.mean()), float(now.mean()))
+        return ClassScores(rows, share, error, top5, flips, right[0], right[1], lost, won)
+
+
+def scores_classes(array: npt.NDArray[Any]) -> bool:
+    """Whether an output has a number for each class of each row: (rows, classes), or with axes of 1 behind."""
+    return array.ndim >= 2 and array.shape[1] > 1 and array.shape[2:] == (1,) * (array.ndim - 2) and array.size > 0
