@@ -193,3 +193,19 @@ def test_labels_in_all_forms(tmp_path: Path) -> None:
     for name in ("bad.txt", "bad.npy", "none.txt"):
         with pytest.raises(UserError, match="--labels"):
             read_labels(tmp_path / name)
+
+
+def test_a_compile_with_a_bound_on_its_score(compiled: tuple[Path, ...], capsys: Any, tmp_path: Path) -> None:
+    source, output, seen, other = compiled
+    labels = tmp_path / "labels.npy"
+    np.save(labels, np.zeros(40, np.int64))
+    command = [str(source), "--passes", "qdq", "--calibration", str(seen), "-o", str(output)]
+    judged = ["--eval-data", str(other), "--labels", str(labels)]
+    assert cli.main([*command, *judged, "--max-drop", "50%", "--bench"]) == 0
+    shown = capsys.readouterr().out
+    assert "accuracy " in shown
+    assert "ms a run of 40 rows" in shown
+    assert json.loads(output.with_name("m.report.json").read_text())["speed"]["runs"] >= 5
+    assert cli.main([*command, "--max-drop", "1%"]) == 2
+    assert "are for --eval-data" in capsys.readouterr().err
+    assert cli.main([*command, *judged, "--max-drop", "a lot"]) == 2
