@@ -1,6 +1,7 @@
 """Folders in, folders out: what is compiled of a folder, and what goes beside the result."""
 
 import filecmp
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,17 @@ def copy_companions(source: Path, target: Path) -> list[Path]:
             write_atomically(other, path.read_bytes())
             copied.append(other)
     return copied
+
+
+def check_folder(source: Path, folder: Path) -> None:
+    """Raise UserError where the result would be mixed with its source, or with files of something else."""
+    if folder.exists() and folder.samefile(source):
+        raise UserError(f"{folder} is the folder that is compiled: choose another one with -o DIR")
+    if found := strangers(home(graphs(source)[0]), folder):
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"{folder} has files of something else ({names}): choose another folder with -o DIR")
+
+
+def within(output: str | os.PathLike[str]) -> bool:
+    """Whether an output names the folder to write to, not the file."""
+    return Path(output).is_dir() or os.fspath(output).endswith(("/", os.sep))

@@ -1,20 +1,22 @@
 """Compiling, calibrating, ranking and sweeping from a program."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
 from qcompile.compiler.api.calibrate import Calibrated, calibrate_model
 from qcompile.compiler.api.data import Data, Transform, data_of
 from qcompile.compiler.api.fields import Fields
+from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, strangers, within
 from qcompile.compiler.api.models import Model, PathLike, is_file, on_disk
 from qcompile.compiler.api.recipes import Passes, recipe_of
 from qcompile.compiler.api.sensitivity import rank_nodes
 from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.console.terminal import Bar
+from qcompile.compiler.files.folders import is_checkpoint, model_file
 from qcompile.compiler.mixed.ranking import Ranking
-from qcompile.compiler.pipeline import compile_model
+from qcompile.compiler.pipeline import compile_model, default_output
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.sweep.rows import Sweep
@@ -40,9 +42,11 @@ def compile(
     """Quantize a model, and write the result with its report; the same as `qcompile MODEL.onnx`.
 
     Args:
-        model: a path, bytes, an `onnx.ModelProto` or an `onnx_ir.Model`; it is left as it is.
+        model: a path, bytes, an `onnx.ModelProto` or an `onnx_ir.Model`; it is left as it is. A folder with a model in
+            it, a Hugging Face folder or a `.gguf` file (which are exported first) become a folder.
         passes: an ordered list such as `"smooth,awq,pack"`; without it the recipe's, or the best known list.
-        output: the file to write, `MODEL-int4.onnx` beside the model by default. A model in memory needs one.
+        output: the file to write, or a folder for it with tokenizer and configuration beside; `MODEL-int4.onnx` beside
+            the model by default, or `FOLDER-int4`. A model in memory needs one.
         calibration: files or texts (one, or a list), one batch (a dict by input name, or an array), or whatever gives
             batches or texts: a list, a generator, a torch `DataLoader`, a reader with `get_next`. Without it, bundled
             text where there is a tokenizer, else what the model itself generates.
@@ -64,11 +68,11 @@ def compile(
         raise UserError("a model in memory has no folder of its own: name the file to write with output=")
     wanted = recipe_of(recipe, passes, fields)
     given = data_of(calibration, transform=transform, tokenizer=tokenizer)
-    with on_disk(model) as path, _told(progress) as bar:
+    with _graph(model, output, wanted, progress) as (path, target, bar):
         return compile_model(
             path,
             wanted,
-            output=Path(output) if output is not None else None,
+            output=target,
             calibration=given,
             statistics=Path(statistics) if statistics is not None else None,
             progress=bar,
@@ -182,3 +186,29 @@ def _told(progress: Progress | bool) -> Iterator[Progress]:
             yield bar
     else:
         yield progress or Silent()
+
+
+@contextmanager
+def _graph(
+    model: Model, output: PathLike | None, recipe: Recipe, progress: Progress | bool
+) -> Iterator[tuple[Path, Path | None, Progress]]:
+    """(the graph to compile, the file to write, who is told): folders in, folders out, as on the command line.
+
+    What lies beside the graph is copied into an output folder behind the work, where no files of something else are.
+    """
+    own = Path(model) if is_file(model) else None  # type: ignore[arg-type]
+    with _told(progress) as bar, ExitStack() as stack:
+        if own is not None and (own.is_dir() or is_checkpoint(own)):
+            source, folder = exported(own, bar.step), Path(output or default_output(own, recipe))
+            check_folder(source, folder)
+            graph = model_file(source)
+        else:
+            graph = stack.enter_context(on_disk(model))
+            if output is None or not within(output):
+                yield graph, Path(output) if output is not None else None, bar
+                return
+            folder = Path(output)
+        others = strangers(home(graph), folder)
+        yield graph, folder / (graph.name if own is not None else "model.onnx"), bar
+        if not others:
+            copy_companions(home(graph), folder)

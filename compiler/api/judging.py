@@ -144,6 +144,8 @@ def _judge(
         files = stack.enter_context(_on_disk(models))
         reference = stack.enter_context(on_disk(against)) if against is not None else None
         names = {str(path): name for name, path in files.items()}
+        if reference is not None:
+            names[str(reference)] = str(os.fspath(against)) if isinstance(against, (str, os.PathLike)) else "reference"
         if text is not None:
             texts, told = stack.enter_context(_texts(text))
             names |= told

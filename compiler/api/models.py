@@ -10,9 +10,11 @@ from typing import TypeAlias
 import onnx
 import onnx_ir as ir
 
+from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.files.tensor_protos import external_locations
 from qcompile.passes.errors import UserError
 
+# Of a path: the file, or a folder with one model in it.
 PathLike: TypeAlias = str | os.PathLike[str]
 # A file, its bytes, an onnx.ModelProto, or an onnx_ir.Model.
 Model: TypeAlias = PathLike | bytes | onnx.ModelProto | ir.Model
@@ -23,12 +25,13 @@ _MOST_INLINE = 2**31 - 2**20
 
 @contextlib.contextmanager
 def on_disk(model: Model) -> Iterator[Path]:
-    """The file of a model: its own, or a temporary one as long as the context lasts. The model is left as it is.
+    """The file of a model: its own, the only one of a folder, or a temporary one as long as the context lasts. The
+    model is left as it is.
 
     Raises UserError for anything else than a `Model`, and for weights that lie in a file which bytes do not say.
     """
     if isinstance(model, (str, os.PathLike)):
-        yield Path(model)
+        yield model_file(Path(model))
         return
     if not isinstance(model, (bytes, onnx.ModelProto, ir.Model)):
         raise UserError(

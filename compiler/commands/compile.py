@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from qcompile.compiler.api.evaluation import EvaluationSet, evaluate_models
-from qcompile.compiler.api.folders import copy_companions, exported, home, strangers
+from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, strangers, within
 from qcompile.compiler.commands.dry_run import print_plan
 from qcompile.compiler.commands.eval import print_outputs
 from qcompile.compiler.commands.options import (
@@ -129,18 +129,9 @@ def run(args: Options) -> Document:
     with Bar() as bar:
         source = exported(args.model, bar.step)
     if args.kind is None:
-        _check_folder(source, folder)
+        check_folder(source, folder)
     made = [_one(replace(args, model=graph, output=f"{folder}{os.sep}")) for graph in graphs(source)]
     return made[0] if len(made) == 1 else made
-
-
-def _check_folder(source: Path, folder: Path) -> None:
-    """Raise UserError where the result would be mixed with its source, or with files of something else."""
-    if folder.exists() and folder.samefile(source):
-        raise UserError(f"{folder} is the folder that is compiled: choose another one with -o DIR")
-    if found := strangers(home(graphs(source)[0]), folder):
-        names = ", ".join(path.name for path in found)
-        raise UserError(f"{folder} has files of something else ({names}): choose another folder with -o DIR")
 
 
 def _one(args: Options) -> dict[str, Any]:
@@ -149,21 +140,21 @@ def _one(args: Options) -> dict[str, Any]:
     recipe = recipe_of(args)
     check_model_file(args.model)
     output = Path(args.output) if args.output else default_output(args.model, recipe)
-    within = args.kind is None and (output.is_dir() or (args.output or "").endswith(("/", os.sep)))
+    inside = args.kind is None and args.output is not None and within(args.output)
     if args.kind is not None:
         recipe, output = _for_application(args, args.kind, recipe)
-    elif within:
+    elif inside:
         output = output / args.model.name
     check_output_path(args.model, output, [args.recipe] if args.recipe is not None else [])
     if args.save_recipe is not None:
         _check_recipe_path(args, args.save_recipe, output)
     if args.dry_run:
         return print_plan(args.model, output, recipe, console(answer=True))
-    others = strangers(home(args.model), output.parent) if within else []
+    others = strangers(home(args.model), output.parent) if inside else []
     report = _compiled(args, recipe, output)
     screen = console()
     print_report(report, screen)
-    beside = copy_companions(home(args.model), output.parent) if within and not others else []
+    beside = copy_companions(home(args.model), output.parent) if inside and not others else []
     if others:
         names = ", ".join(path.name for path in others)
         told = f"kept      {names} in {output.parent}, which are not this model's: nothing was copied beside it"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qcompile.compiler.api.jobs import calibrate, compile, sensitivity, sweep
     from qcompile.compiler.api.judging import bench, compare, evaluate, inspect
     from qcompile.compiler.api.recipes import load_recipe, save_recipe
-    from qcompile.compiler.api.running import session
+    from qcompile.compiler.api.running import generate, session
     from qcompile.compiler.data.calibration import Calibration
     from qcompile.compiler.mixed.ranking import Ranking
     from qcompile.compiler.recipe import Recipe, Step
@@ -49,6 +49,7 @@ _HOMES = {
     "compile": f"{_API}.jobs",
     "custom_operators": "qcompile.runtime.sessions",
     "evaluate": f"{_API}.judging",
+    "generate": f"{_API}.running",
     "inspect": f"{_API}.judging",
     "library_path": "qcompile.runtime.library",
     "load_recipe": f"{_API}.recipes",
@@ -77,6 +78,7 @@ __all__ = [
     "compile",
     "custom_operators",
     "evaluate",
+    "generate",
     "inspect",
     "library_path",
     "load_recipe",

@@ -296,6 +296,41 @@ def test_weights_in_a_file_need_its_folder(bench: Any) -> None:
             qcompile.compile(model, "pack", output=bench.folder / "out.onnx")
 
 
+def test_folders_in_folders_out(bench: Any) -> None:
+    """A folder is its model; what lies beside it goes with the result, so that it is complete by itself."""
+    path, folder = bench.save(tiny_decoder(layers=1)), bench.folder / "small"
+    (path.parent / "config.json").write_text("{}")
+    fields: dict[str, Any] = {"group_size": 32}
+    report = qcompile.compile(path.parent, "pack", output=folder, **fields)
+    assert report.output == str(folder / "model.onnx")
+    assert {"tokenizer.json", "config.json"} <= {file.name for file in folder.iterdir()}
+    assert qcompile.generate(folder, "The fox", max_tokens=4) == qcompile.generate(
+        folder / "model.onnx", "The fox", max_tokens=4, tokenizer=path.parent
+    )
+    assert qcompile.inspect(folder).parameters == qcompile.inspect(folder / "model.onnx").parameters
+    scores = qcompile.evaluate(folder, against=path.parent, text=TEXT, context=64, tokens=256)
+    assert [row.scores.model for row in scores.rows] == [str(path.parent), str(folder)]
+    again = qcompile.compile(onnx.load(path), "pack", output=f"{bench.folder}/other/", **fields)
+    assert again.output == str(bench.folder / "other" / "model.onnx")
+    assert _weights(Path(again.output)) == _weights(Path(report.output))
+    named = qcompile.compile(path.parent, "pack", **fields)
+    assert Path(named.output).parent == bench.folder / "in-int4"
+    for source, target, message in (
+        (path.parent, path.parent, "is the folder that is compiled"),
+        (bench.folder, folder, "no .onnx model in it, and no Hugging Face model"),
+    ):
+        with pytest.raises(qcompile.UserError, match=message):
+            qcompile.compile(source, "pack", output=target, **fields)
+
+
+def test_text_comes_in_pieces(bench: Any) -> None:
+    path, pieces = bench.save(tiny_decoder(layers=1)), list[str]()
+    text = qcompile.generate(path, "The fox", max_tokens=6, raw=True, on_text=pieces.append)
+    assert "".join(pieces) == text
+    with pytest.raises(qcompile.UserError, match="at least 1"):
+        qcompile.generate(path, "The fox", max_tokens=0)
+
+
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
