@@ -141,6 +141,11 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress, *, dry: bool
     return Prepared(source, recipe, graph, passes, made.policy, plan, report, job, record(graph))
 
 
+def _bounded(recipe: Recipe) -> bool:
+    """Whether nodes are kept until a bound holds."""
+    return recipe.max_kl is not None or recipe.min_sqnr is not None
+
+
 def wish(recipe: Recipe) -> Wish:
     """What is to stay in float for its sensitivity."""
     return Wish(recipe.keep_worst, recipe.max_kl, recipe.min_sqnr, recipe.keep_as)
@@ -174,7 +179,7 @@ def gather_data(
     data = gather(
         prepared.plan,
         prepared.source,
-        Sampling(recipe.samples, recipe.context, bool(recipe.mixed), recipe.seed, recipe.provider),
+        Sampling(recipe.samples, recipe.context, bool(recipe.mixed), recipe.seed, recipe.provider, _bounded(recipe)),
         calibration,
         needed=bool(recipe.mixed) or needed,
         learnt=saved is not None,

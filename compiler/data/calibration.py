@@ -79,7 +79,8 @@ class Sampling:
     """How much is taken of the data, for `gather`.
 
     samples: windows of text, or images. context: tokens of a window. aside: some of it, or more, is held aside for
-    choices by measured errors. seed, provider: of what the model samples itself, and where it runs.
+    choices by measured errors. bound: such a choice is to keep a bound, and is judged by what is held aside of that.
+    seed, provider: of what the model samples itself, and where it runs.
     """
 
     samples: int
@@ -87,6 +88,7 @@ class Sampling:
     aside: bool = False
     seed: int = 0
     provider: str = "cpu"
+    bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,9 @@ def gather(
         batches, described = _batches_given(plan, model, sampling, given, files)
         taken, others = apart(plan, batches) if sampling.aside and not learnt else (batches, [])
         described += f", {len(others)} more held aside to choose nodes by" if others else ""
-        made = Data(taken if needed else [], batches[:_CHECKS], described, unseen=others)
+        halves = sampling.bound and len(others) > 1
+        others, held = (others[::2], others[1::2]) if halves else (others, [])
+        made = Data(taken if needed else [], batches[:_CHECKS], described, unseen=others, held=held)
         if needed or learnt:
             return made
         shown = batches[:_JUDGED]  # nothing is fitted to them
@@ -301,7 +305,7 @@ def _from_text(
         )
     left, held, size = left_out(ids, context, sampling.samples), list[Ids](), plan.batch or 1
     others, left = evenly(left, _UNSEEN * size) if sampling.aside else ([], left)
-    held, left = evenly(left, _UNSEEN * size) if sampling.aside else ([], left)
+    held, left = evenly(left, _UNSEEN * size) if sampling.bound else ([], left)
     shown = _shown(plan, ids, left, [] if needed else windows, context)
     if sampling.aside and not others and len(windows) >= 2 * (plan.batch or 1):  # a text that is all windows
         stacks = min(_UNSEEN, max(len(windows) // (plan.batch or 1) // 4, 1))
@@ -378,11 +382,12 @@ def _data_free(plan: InputPlan, model: Path, sampling: Sampling, kind: str, *, n
         return Data([], checks, "none: scales of norms stand in", data_free=True, guess=True)
     windows = sample_windows(running, plan, sampling.samples, sampling.context, sampling.seed)
     described = f"{len(windows)} windows of {len(windows[0])} tokens sampled from the model itself{why}"
-    held: list[Batch] = []
-    if sampling.aside:
-        count = _UNSEEN * (plan.batch or 1)
-        held = token_batches(plan, sample_windows(running, plan, count, sampling.context, sampling.seed + 2))
-    return Data(_batches(plan, windows), checks, described, data_free=True, unseen=held)
+    count, seed = _UNSEEN * (plan.batch or 1), sampling.seed
+    unseen, held = (
+        token_batches(plan, sample_windows(running, plan, count, sampling.context, seed + more)) if wanted else []
+        for more, wanted in ((2, sampling.aside), (3, sampling.bound))
+    )
+    return Data(_batches(plan, windows), checks, described, data_free=True, unseen=unseen, held=held)
 
 
 def _random(plan: InputPlan) -> Data:

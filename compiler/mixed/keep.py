@@ -9,7 +9,7 @@ import onnx_ir as ir
 from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.feeds import InputPlan
 from qcompile.compiler.mixed.ranking import Ranking, RankingCache
-from qcompile.compiler.mixed.sensitivity import Mixture, Steps, finished_distance, stored_bytes
+from qcompile.compiler.mixed.sensitivity import Mixture, Steps, finished_distances, stored_bytes
 from qcompile.compiler.plan import ensuring
 from qcompile.compiler.results.mixed import Kept, Mixed
 from qcompile.passes.base import IntegerPass, Pass, Reason, Region, on_clone
@@ -48,8 +48,9 @@ def keep(
     """Tell the pass behind the walk which nodes to keep in float, as is wished.
 
     Case 1: keep_worst: so many of the most sensitive nodes.
-    Case 2: max_kl, min_sqnr: the fewest, in the order of the ranking, with which the bound holds. The distance falls
-            with every node kept, but for noise: the bound holds with these and does not with one less.
+    Case 2: max_kl, min_sqnr: the fewest, in the order of the ranking, with which the bound holds, of the finished graph
+            also on batches held aside, by which nothing was ranked or searched. The distance falls with every node
+            kept, but for noise: the bound holds with these and does not with one less.
     Case 3: keep_as "weights": MatMuls that are kept have int8 weights all the same, for which ONNX Runtime's CPU
             provider has a kernel (MatMulNBits); it would decode the weight of a Conv in every run. "auto": so, unless
             floats gain clearly more, or they alone meet the bound.
@@ -67,16 +68,25 @@ def keep(
     made = choose(mixture, ranking, wish)
     late.policy = _keeping(late.policy, made.kept)
     ends = (ranking.all_integer, made.distance, mixture.nbytes, made.size)
-    return Mixed(ranking.metric, mixture.windows, len(ranking.nodes), made.kept, *ends)
+    told = (made.held, mixture.held_on) if made.held is not None else ()
+    return Mixed(ranking.metric, mixture.windows, len(ranking.nodes), made.kept, *ends, *told)
 
 
 @dataclass(frozen=True)
 class _Tried:
-    """A finished graph: the nodes kept, its distance from the float model, the bytes of its weights."""
+    """A finished graph: the nodes kept, its distance from the float model, the bytes of its weights, its distance on
+    what is held aside.
+    """
 
     kept: tuple[Kept, ...]
     distance: float
     size: int
+    held: float | None = None
+
+    @property
+    def worst(self) -> float:
+        """The larger of both distances."""
+        return max(self.distance, self.held if self.held is not None else 0.0)
 
 
 def check_metric(wish: Wish, plan: InputPlan) -> None:
@@ -113,10 +123,16 @@ def _fewest(mixture: Mixture, ranking: Ranking, wish: Wish) -> _Tried:
             f"({mixture.windows}); the passes before change that much"
         )
     count = smallest(lambda k: mixture.distance(mixture.without(nodes[:k])) <= bound, most)
-    made = _tried(mixture, ranking, count, wish, bound)
-    while made.distance > bound and count < most:  # one more, where values that shared a scale went apart
-        count += 1
-        made = _tried(mixture, ranking, count, wish, bound)
+    tried: dict[int, _Tried] = {}
+
+    def holds(more: int) -> bool:
+        tried[more] = _tried(mixture, ranking, count + more, wish, bound)
+        return tried[more].worst <= bound
+
+    # More, where values that shared a scale went apart, or what is held aside asks for it.
+    more = smallest(holds, most - count)
+    made = tried[more] if more in tried else _tried(mixture, ranking, count + more, wish, bound)
+    count += more
     if _nothing_left(mixture, ranking, count):
         raise UserError(
             f"{told} is met only with all {most} nodes in float: nothing would be quantized; with none of them it is "
@@ -158,18 +174,19 @@ def _tried(mixture: Mixture, ranking: Ranking, count: int, wish: Wish, bound: fl
     late = mixture.late
     light = _kept(mixture, ranking, count, weights_only=late.light and wish.keep_as != "float")
     made = _finished(mixture, light)
-    if wish.keep_as != "auto" or made.distance <= bound or not any(own.weights_only for own in light):
+    if wish.keep_as != "auto" or made.worst <= bound or not any(own.weights_only for own in light):
         return made
     in_float = _finished(mixture, _kept(mixture, ranking, count, weights_only=False))
     gains = [ranking.all_integer - tried.distance for tried in (made, in_float)]
-    return in_float if in_float.distance <= bound or gains[0] < _ENOUGH * gains[1] else made
+    return in_float if in_float.worst <= bound or gains[0] < _ENOUGH * gains[1] else made
 
 
 def _finished(mixture: Mixture, kept: tuple[Kept, ...]) -> _Tried:
     made, clone = on_clone(mixture.late, mixture.model)
     made.policy = _keeping(made.policy, kept)
     made.call(Region.whole(clone))
-    return _Tried(kept, finished_distance(mixture, clone), stored_bytes(clone))
+    own, held = finished_distances(mixture, clone)
+    return _Tried(kept, own, stored_bytes(clone), held)
 
 
 def _kept(mixture: Mixture, ranking: Ranking, count: int, *, weights_only: bool) -> tuple[Kept, ...]:

@@ -122,6 +122,8 @@ class RankingCache:
         files, word = ((), calibration.word) if calibration.word else (calibration.files, "")
         read = [*files, *([beside] if beside else []), *([statistics] if statistics else [])]
         own = {name: value for name, value in settings.items() if name not in _LATER}
+        bounded = any(settings.get(name) is not None for name in ("max_kl", "min_sqnr"))
+        own |= {"bounded": True} if bounded else {}  # ranked on a part of what is held aside
         content = {"version": _VERSION, "model": source_hash, "recipe": own, "data": files_digest(read)}
         self._key = digest(content | {"versions": versions} | ({"word": word} if word else {}))
 

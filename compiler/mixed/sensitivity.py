@@ -11,14 +11,15 @@ import onnx_ir as ir
 
 from qcompile.compiler.console.visible import visible
 from qcompile.compiler.data.calibration import Data
-from qcompile.compiler.data.feeds import InputPlan
+from qcompile.compiler.data.feeds import Batch, InputPlan
+from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.facts.census import census
 from qcompile.compiler.facts.memory import available
 from qcompile.compiler.measure.distance import Effect, effect_of
 from qcompile.compiler.mixed.if_nodes import ALL_FLOAT, Setting
 from qcompile.compiler.mixed.ranking import Ranked, Ranking
 from qcompile.compiler.mixed.switchable import Switched, rewritten
-from qcompile.compiler.mixed.windows import check_windows, float_outputs
+from qcompile.compiler.mixed.windows import check_windows, float_outputs, held_windows
 from qcompile.compiler.walk.extract import extract
 from qcompile.passes.base import IntegerPass
 from qcompile.passes.errors import UserError
@@ -53,6 +54,8 @@ class Mixture:
         self.sites, full = sites(late, model), chosen(late, model, {})
         _check_memory(model, sum(batch.rows for batch in self.batches) * (plan.vocabulary or 0))
         self.effect: Effect = effect_of(plan, float_outputs(source, plan, self.batches, provider))
+        self.held, self.held_on = held_windows(plan, data)
+        self.held_effect = effect_of(plan, float_outputs(source, plan, self.held, provider)) if self.held else None
         clone, whole = rewritten(late, model, sorted(full.values))
         self.switched = Switched(clone, whole, self.batches, self.effect.outputs, provider)
         self.nbytes = stored_bytes(clone)
@@ -128,16 +131,23 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
     return producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
 
 
-def finished_distance(mixture: "Mixture", model: ir.Model) -> float:
+def finished_distances(mixture: "Mixture", model: ir.Model) -> tuple[float, float | None]:
     """How far the outputs of a model that is done are from the float model's, as an application will run it: ONNX
     Runtime's own level for MatMulNBits, which rounds activations to int8 in blocks.
+
+    (on what nodes are ranked on, on what is held aside; None without any).
     """
     values = [value for value in model.graph.outputs if value.name in mixture.effect.outputs]
     piece = extract(model, [], values)
     running = piece.session(mixture.provider, accuracy_level=_ORT_DEFAULT)
-    given = [{name: array for name, array in batch.feeds.items() if name in piece.inputs} for batch in mixture.batches]
-    found = [dict(zip(piece.outputs, run(running, piece.outputs, feeds), strict=True)) for feeds in given]
-    return mixture.effect.distance(found)
+
+    def outputs(batches: Sequence[Batch]) -> list[Arrays]:
+        given = [{name: array for name, array in batch.feeds.items() if name in piece.inputs} for batch in batches]
+        return [dict(zip(piece.outputs, run(running, piece.outputs, feeds), strict=True)) for feeds in given]
+
+    own = mixture.effect.distance(outputs(mixture.batches))
+    held = mixture.held_effect.distance(outputs(mixture.held)) if mixture.held_effect is not None else None
+    return own, held
 
 
 def stored_bytes(model: ir.Model) -> int:

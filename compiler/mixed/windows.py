@@ -39,6 +39,15 @@ def check_windows(plan: InputPlan, data: Data) -> tuple[list[Batch], str]:
     return cut, f"{what}{size} out of the calibration data itself, none held aside ({data.description})"
 
 
+def held_windows(plan: InputPlan, data: Data) -> tuple[list[Batch], str]:
+    """(batches, what they are) that a bound is to hold on: of the same data, and nothing was ranked by them."""
+    alone = [batch for batch in data.held if batch.follows is None]
+    tokens = plan.ids is not None and not plan.floats and not plan.unknown
+    cut = [_cut(plan, batch) if tokens else batch for batch in alone]
+    size = f" of {max(batch.rows for batch in cut)} tokens" if cut and tokens else ""
+    return cut, f"{len(cut)} {'windows' if tokens else 'batches'}{size} held aside"
+
+
 def _cut(plan: InputPlan, batch: Batch) -> Batch:
     """The first tokens of a batch, where everything it holds follows from the ids."""
     feeds, given = batch.feeds, plan.require_tokens()

@@ -23,7 +23,8 @@ def _mixed(mixed: Mixed) -> Markup:
     made = table("Nodes with float activations, the worst first", columns, rows)
     ends = [number(d) if mixed.metric == "KL" else f"{decibels(d):.1f} dB" for d in (mixed.before, mixed.after)]
     told = f"{mixed.metric} {ends[0]} with none of {mixed.nodes} nodes kept, {ends[1]} with these, on {mixed.windows}."
-    return section("precision", "Mixed precision", paragraph(told), made)
+    held = f"{mixed.metric} {mixed.told(mixed.held)} on {mixed.held_on}." if mixed.held is not None else ""
+    return section("precision", "Mixed precision", paragraph(told), *([paragraph(held)] if held else []), made)
 
 
 def _ladder(ladder: Ladder) -> Markup:

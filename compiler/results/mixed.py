@@ -23,7 +23,7 @@ class Mixed:
     """Which of so many nodes were kept from integer activations, and what that changed on the check windows.
 
     before, after: distance from the float model with no node kept and with these (KL in nats a token, or a relative
-    error). bytes_before, bytes_after: of all weights.
+    error). bytes_before, bytes_after: of all weights. held: the distance with these on what was held aside, held_on.
     """
 
     metric: str
@@ -34,6 +34,12 @@ class Mixed:
     after: float
     bytes_before: int
     bytes_after: int
+    held: float | None = None
+    held_on: str = ""
+
+    def told(self, distance: float) -> str:
+        """A distance in the unit of the metric."""
+        return f"{distance:.4g} nats a token" if self.metric == "KL" else f"{decibels(distance):.1f} dB"
 
     def lines(self) -> list[str]:
         """For the terminal."""
@@ -46,4 +52,5 @@ class Mixed:
         return [
             f"mixed     {kept}" + (f": {names}" if names else ""),
             f"          {self.metric} {ends[0]} → {ends[1]}{unit}, weights {sizes[0]} → {sizes[1]}; {self.windows}",
+            *([f"          {self.metric} {self.told(self.held)} on {self.held_on}"] if self.held is not None else []),
         ]

@@ -236,3 +236,20 @@ def test_effects_against_their_formulas() -> None:
     assert decibels(0.1) == pytest.approx(20)
     with pytest.raises(UserError, match="'y' is NaN or infinite on the check windows"):
         effect.distance([{"y": np.full_like(p, np.nan)}])
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_bound_holds_on_what_nodes_were_not_chosen_by(bench: Any, text: bool) -> None:
+    """On text other windows, of arrays a half of the batches that are held aside; bounds between what nodes give."""
+    source, files = bench.save(bad_decoder()), []
+    for i in range(0 if text else 8):
+        files.append(str(bench.folder / f"{i}.npz"))
+        np.savez(files[-1], input_ids=np.random.default_rng(i).integers(0, 256, (1, 40)))
+    settings = {"keep_as": "float", "samples": 4, "context": 32, "calibration": files}
+    found = bench.compile(source, "qdq(lm_head=static)", keep_worst=2, **settings).mixed
+    assert found.held is None, "without a bound there is none to hold"
+    for bound in (0.7 * found.after, found.after, 1.5 * found.after):
+        report = bench.compile(source, "qdq(lm_head=static)", max_kl=bound, **settings)
+        assert report.mixed.held is not None
+        assert max(report.mixed.held, report.mixed.after) <= bound
+        assert any("held aside" in line for line in report.mixed.lines())

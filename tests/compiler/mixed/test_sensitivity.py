@@ -20,7 +20,7 @@ from qcompile.compiler.mixed import sensitivity
 from qcompile.compiler.mixed.if_nodes import ALL_FLOAT, Setting
 from qcompile.compiler.mixed.keep import integer_pass
 from qcompile.compiler.mixed.ranking import RankingCache
-from qcompile.compiler.mixed.sensitivity import Mixture, finished_distance
+from qcompile.compiler.mixed.sensitivity import Mixture, finished_distances
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.stages import Calibration, walk_model
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
@@ -49,7 +49,7 @@ def _finished(mixture: Mixture, kept: list[str]) -> float:
     late, clone = on_clone(mixture.late, mixture.model)
     late.policy = replace(late.policy, kept=dict.fromkeys(kept, "kept"))  # type: ignore[attr-defined]
     late.call(Region.whole(clone))
-    return finished_distance(mixture, clone)
+    return finished_distances(mixture, clone)[0]
 
 
 CASES = {
