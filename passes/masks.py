@@ -22,10 +22,11 @@ _CARRIES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("Slice", "Gather", "Split", "Tile", "Flatten", "Trilu", "ScatterND", "Clip"), (0,)),
     "Pad": (0, 2),
 }
-_ATTENTION = {"Attention", "MultiHeadAttention", "GroupQueryAttention"}
+_ATTENTION = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "GroupQueryAttentionF16"}
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "LSTM", "GRU", "RNN"} | _ATTENTION
 # Bodies that may multiply whatever they are handed.
 _LOOPS = {"Loop", "Scan"}
+_MEETS = _PRODUCTS | _LOOPS
 # Query, key and value, the first inputs of an attention, are multiplied; masks and biases come behind them.
 _OPERANDS = 3
 # What gives finite numbers of infinite ones, or none: an infinite operand goes no further.
@@ -88,7 +89,8 @@ def reaches_product(value: ir.Value) -> bool:
     for current in reached:  # grows while it is walked
         for use in current.uses():
             node = use.node
-            if node.op_type in _PRODUCTS | _LOOPS and not (node.op_type in _BOUND and use.idx >= _OPERANDS):
+            packed = node.domain == "qcompile" and node.op_type.startswith("MatMul")
+            if (packed or node.op_type in _MEETS) and not (node.op_type in _BOUND and use.idx >= _OPERANDS):
                 return True
             if node.op_type in _BOUND or (node.op_type == "Where" and use.idx == 0):
                 continue

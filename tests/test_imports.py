@@ -137,6 +137,14 @@ def test_the_command_line_starts_light() -> None:
     assert _loaded("import qcompile.compiler.cli") == []
 
 
+def test_reading_a_model_needs_no_onnxscript() -> None:
+    """It takes longer to load than a decoder: bodies of operators are made when one is put into a graph."""
+    code = "import sys; import qcompile.compiler.files.load, qcompile.compiler.data.inputs, qcompile.runtime.sessions"
+    code += "\nprint('onnxscript' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_the_probe_sees_a_loaded_runtime() -> None:
     assert "onnxruntime" in _loaded("import onnxruntime")
 

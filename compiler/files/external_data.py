@@ -55,25 +55,42 @@ def locate(model: ir.Model, path: Path) -> None:
     anywhere else does not. Locations become absolute paths without links, with an empty base folder: onnx_ir then
     leaves out checks of its own, which know neither that cache nor hard links. Raises UserError.
     """
+    files = DataFiles(path)
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = located(value.const_value, value.name or "", path)
+                value.const_value = located(value.const_value, value.name or "", files)
     for node, attribute in list(attributes_of(model)):
         tensors = tensors_in(attribute)
         if any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors):
             where = (node.outputs[0].name if node.outputs else node.name) or ""
-            found = [located(t, where, path) if isinstance(t, ir.ExternalTensor) else t for t in tensors]
+            found = [located(t, where, files) if isinstance(t, ir.ExternalTensor) else t for t in tensors]
             single = attribute.type == ir.AttributeType.TENSOR
             node.attributes[attribute.name] = (
                 ir.AttrTensor(attribute.name, found[0]) if single else ir.AttrTensors(attribute.name, found)
             )
 
 
-def located(tensor: ir.ExternalTensor, name: str, model: Path) -> ir.ExternalTensor:
-    """The tensor `name` of the model file `model`, its location an absolute path without links."""
-    file = _data_file(os.fspath(tensor.location), f"tensor {name!r} of the model in {model.parent}", model)
-    _check_extent(tensor, f"tensor {name!r} of the model in {model.parent}", file)
+class DataFiles:
+    """The files that hold the bytes of a model's tensors, each looked for once."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        self._known: dict[str, tuple[Path, int]] = {}
+
+    def find(self, location: str, where: str) -> tuple[Path, int]:
+        """The real file of a location, and its size in bytes."""
+        if location not in self._known:
+            file = _data_file(location, where, self.model)
+            self._known[location] = file, file.stat().st_size
+        return self._known[location]
+
+
+def located(tensor: ir.ExternalTensor, name: str, files: DataFiles) -> ir.ExternalTensor:
+    """The tensor `name` of a model, its location an absolute path without links."""
+    where = f"tensor {name!r} of the model in {files.model.parent}"
+    file, size = files.find(os.fspath(tensor.location), where)
+    _check_extent(tensor, where, size)
     found = ir.ExternalTensor(
         file, tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name or name
     )
@@ -100,9 +117,9 @@ def _data_file(location: str, where: str, model: Path) -> Path:
     return file
 
 
-def _check_extent(tensor: ir.ExternalTensor, where: str, file: Path) -> None:
+def _check_extent(tensor: ir.ExternalTensor, where: str, size: int) -> None:
     """Raise UserError unless the file holds as many bytes as the tensor's type and shape take, where it says."""
-    location, size = os.fspath(tensor.location), file.stat().st_size
+    location = os.fspath(tensor.location)
     offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
     if offset < 0 or length != tensor.nbytes:
         raise UserError(

@@ -3,13 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-import onnxscript
 
 from qcompile.passes.affine import Codes, Grid, Quantized
 from qcompile.passes.graph import add_initializer
@@ -18,13 +18,19 @@ from qcompile.passes.state import Tensors
 
 DOMAIN = "qcompile"
 VERSION = 1
-OPSET = onnxscript.values.Opset(DOMAIN, VERSION)
 # Attribute of the products that have native kernels: bits that these give each activation, 16 or 8.
 ACTIVATION_BITS = "activation_bits"
 # Of those at 16: ranges of columns, begins and ends, that take activations at 8. Declared where a node has some.
 COLUMNS_AT_8 = "columns_at_8"
 # What operators do: how their names begin. The format's own word follows.
 PRODUCT, BIASED, EMBEDDING, LOOKUP = "MatMul", "MatMulAdd", "Embedding", "Gather"
+
+
+def scripted(name: str) -> onnx.FunctionProto:
+    """The body of an operator that is written as an onnxscript function (`scripts`)."""
+    scripts = import_module("qcompile.passes.formats.scripts")
+    proto: onnx.FunctionProto = getattr(scripts, name).to_function_proto()
+    return proto
 
 
 @dataclass(frozen=True, eq=False)

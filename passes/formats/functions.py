@@ -33,14 +33,14 @@ import onnx_ir as ir
 from qcompile.passes.caches import ATTENTION, HALF_ATTENTION
 from qcompile.passes.formats import by_operator, format_of
 from qcompile.passes.formats.attention import attention_body
-from qcompile.passes.formats.base import COLUMNS_AT_8, DOMAIN, PRODUCT, VERSION, Format
-from qcompile.passes.formats.gated import SWIGLU, SwiGLU
+from qcompile.passes.formats.base import COLUMNS_AT_8, DOMAIN, PRODUCT, VERSION, Format, scripted
+from qcompile.passes.formats.gated import SWIGLU
 
 
 @cache
 def _proto(name: str) -> bytes:
     if name == SWIGLU:
-        return bytes(SwiGLU.to_function_proto().SerializeToString())
+        return bytes(scripted(SWIGLU).SerializeToString())
     if name in (ATTENTION[1], HALF_ATTENTION[1]):
         return bytes(attention_body(name).SerializeToString())
     own = by_operator(name)

@@ -2,16 +2,12 @@
 
 The code of element (k, n) decodes to (w - zero_point) * scale, both of group k // block_size.
 """
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,valid-type,misc,untyped-decorator"
 
 from collections.abc import Sequence
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxscript
-from onnxscript import INT64
-from onnxscript import opset21 as op
 
 from qcompile.passes.affine import Grid, Quantized
 from qcompile.passes.errors import UserError
@@ -20,7 +16,6 @@ from qcompile.passes.formats.base import (
     BIASED,
     EMBEDDING,
     LOOKUP,
-    OPSET,
     PRODUCT,
     Cache,
     Format,
@@ -32,6 +27,7 @@ from qcompile.passes.formats.base import (
     measured,
     operands,
     role,
+    scripted,
 )
 from qcompile.passes.graph import add_initializer
 from qcompile.passes.linears import stored
@@ -40,90 +36,13 @@ from qcompile.passes.state import Tensors
 from qcompile.passes.targets import TARGETS
 
 
-@onnxscript.script(OPSET, default_opset=op)
-def MatMulInt4(x, w, scale, zero_point, block_size: int, activation_bits: int = 16):
-    return op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size))
-
-
-@onnxscript.script(OPSET, default_opset=op)
-def MatMulInt8(x, w, scale, zero_point, block_size: int, activation_bits: int = 16):
-    return op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size))
-
-
-@onnxscript.script(OPSET, default_opset=op)
-def MatMulAddInt4(x, w, scale, bias, zero_point, block_size: int, activation_bits: int = 16):
-    return op.Add(op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size)), bias)
-
-
-@onnxscript.script(OPSET, default_opset=op)
-def MatMulAddInt8(x, w, scale, bias, zero_point, block_size: int, activation_bits: int = 16):
-    return op.Add(op.MatMul(x, op.DequantizeLinear(w, scale, zero_point, axis=0, block_size=block_size)), bias)
-
-
-@onnxscript.script(OPSET, default_opset=op)
-def EmbeddingInt8(indices: INT64, w, scale, zero_point, block_size: int):
-    flat = op.Reshape(indices, op.Constant(value_ints=[-1]))
-    codes = op.Gather(w, flat, axis=1)
-    scales = op.Gather(scale, flat, axis=1)
-    zero_points = op.Gather(zero_point, flat, axis=1)
-    columns = op.DequantizeLinear(codes, scales, zero_points, axis=0, block_size=block_size)
-    shape = op.Concat(op.Shape(indices), op.Shape(w, start=0, end=1), axis=0)
-    return op.Reshape(op.Transpose(columns, perm=[1, 0]), shape, allowzero=1)
-
-
-@onnxscript.script(OPSET, default_opset=op)
-def EmbeddingInt4(indices: INT64, w, scale, zero_point, block_size: int):
-    flat = op.Cast(op.Reshape(indices, op.Constant(value_ints=[-1])), to=7)
-    two = op.Constant(value_int=2)
-    # Negative indices count from V, not from the end of the bytes. The scales, gathered by `flat`, check the bounds.
-    column = op.Where(op.Less(flat, op.Constant(value_int=0)), op.Add(flat, op.Shape(scale, start=1, end=2)), flat)
-    # Element 2j of a row is the low nibble of byte j, element 2j + 1 the high one.
-    odd = op.Mod(column, two)
-    byte = op.Div(op.Sub(column, odd), two)
-    shift = op.Cast(op.Mul(odd, op.Constant(value_int=4)), to=2)
-    mask = op.Cast(op.Constant(value_int=15), to=2)
-    codes = op.BitwiseAnd(op.BitShift(op.Gather(w, byte, axis=1), shift, direction="RIGHT"), mask)
-    zero_points = op.BitwiseAnd(op.BitShift(op.Gather(zero_point, byte, axis=1), shift, direction="RIGHT"), mask)
-    scales = op.Gather(scale, flat, axis=1)
-    columns = op.DequantizeLinear(codes, scales, zero_points, axis=0, block_size=block_size)
-    shape = op.Concat(op.Shape(indices), op.Shape(w, start=0, end=1), axis=0)
-    return op.Reshape(op.Transpose(columns, perm=[1, 0]), shape, allowzero=1)
-
-
-@onnxscript.script(OPSET, default_opset=op)
-def GatherInt8(indices: INT64, w, scale, zero_point, block_size: int):
-    codes, zero_points = op.Gather(w, indices, axis=0), op.Gather(zero_point, indices, axis=0)
-    return op.DequantizeLinear(codes, op.Gather(scale, indices, axis=0), zero_points, axis=-1, block_size=block_size)
-
-
-@onnxscript.script(OPSET, default_opset=op)
-def GatherInt4(indices: INT64, w, scale, zero_point, block_size: int):
-    pairs = op.Gather(w, indices, axis=0)
-    low = op.BitwiseAnd(pairs, op.Cast(op.Constant(value_int=15), to=2))
-    high = op.BitShift(pairs, op.Cast(op.Constant(value_int=4), to=2), direction="RIGHT")
-    last = op.Constant(value_ints=[-1])
-    both = op.Concat(op.Unsqueeze(low, last), op.Unsqueeze(high, last), axis=-1)
-    columns = op.Mul(op.Shape(pairs, start=-1), op.Constant(value_ints=[2]))
-    codes = op.Reshape(both, op.Concat(op.Shape(pairs, end=-1), columns, axis=0), allowzero=1)
-    zero_points = op.Gather(zero_point, indices, axis=0)
-    return op.DequantizeLinear(codes, op.Gather(scale, indices, axis=0), zero_points, axis=-1, block_size=block_size)
-
-
-_BODIES = {
-    body.name: body
-    for body in (
-        MatMulInt4, MatMulInt8, MatMulAddInt4, MatMulAddInt8, EmbeddingInt8, EmbeddingInt4, GatherInt8, GatherInt4,
-    )
-}  # fmt: skip
-
-
 class Integers(Format):
     """Affine grids of 4 and 8 bits: what their native kernels, com.microsoft's operators and plain ONNX compute."""
 
     kinds, leveled = (PRODUCT, BIASED, EMBEDDING, LOOKUP), True
 
     def body(self, kind: str, word: str) -> onnx.FunctionProto:
-        return _BODIES[kind + word].to_function_proto()
+        return scripted(kind + word)
 
     def store(self, model: ir.Model, name: str, quantized: Quantized) -> Tensors:
         spec, qparams = _affine(quantized.spec), quantized.qparams

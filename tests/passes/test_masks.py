@@ -150,3 +150,19 @@ def test_padding_of_which_the_float_model_makes_nan_stops_nothing(tmp_path: Path
     assert np.isnan(wanted[0]).all()
     noise = np.square(found[1:] - wanted[1:]).sum() / np.square(wanted[1:]).sum()
     assert noise < (0.04 if "pack" in passes else 0.01)
+
+
+@pytest.mark.parametrize("op_type", ["MatMulInt4", "MatMulAddNF4", "EmbeddingInt8"])
+def test_packed_products_are_products(op_type: str) -> None:
+    """An infinity meets one as it meets a MatMul."""
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2, 8]))
+    node = ir.node(op_type, [x], domain="qcompile")
+    ir.Graph([x], node.outputs, nodes=[node])
+    assert reaches_product(x) is op_type.startswith("MatMul")
+
+
+def test_caches_in_half_precision_are_no_operands() -> None:
+    caches = [ir.Value(name=name) for name in ("q", "k", "v", "past")]
+    node = ir.node("GroupQueryAttentionF16", caches, domain="qcompile")
+    ir.Graph(caches, node.outputs, nodes=[node, ir.node("MatMul", [node.outputs[0], node.outputs[0]])])
+    assert [reaches_product(value) for value in caches] == [True, True, True, False]
