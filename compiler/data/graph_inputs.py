@@ -146,11 +146,19 @@ def cache_sizes(value: ir.Value) -> dict[int, int]:
 def _of_appended(node: ir.Node, cache: ir.Value) -> dict[int, int]:
     if node.op_type != "Concat" or node.domain != "":
         return {}
-    shapes = [own.shape for own in node.inputs if own is not None and own is not cache and own.shape is not None]
+    others = [_uncoded(own).shape for own in node.inputs if own is not None and own is not cache]
+    shapes = [shape for shape in others if shape is not None]
     axis = node.attributes.get_int("axis", 0)
     return {
         i: dim for shape in shapes for i, dim in enumerate(shape) if isinstance(dim, int) and i != axis % len(shape)
     }
+
+
+def _uncoded(value: ir.Value) -> ir.Value:
+    """What codes are made of: files state no shape of the codes that a QuantizeLinear gives."""
+    node = value.producer()
+    made = node.inputs[0] if node is not None and (node.op_type, node.domain) == ("QuantizeLinear", "") else None
+    return value if made is None else made
 
 
 def _of_attention(node: ir.Node) -> dict[int, int]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from conftest import QUICK
 
@@ -184,3 +185,16 @@ def test_standard_operators_alone_hold_codes(bench: Any, passes: str, capsys: py
     text = ["--text", str(bench.text), "--tokens", "64", "--context", "32"]
     assert cli.main(["eval", str(path), "--against", str(source), *text]) == 0
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("attention", ["plain", "fused"])
+def test_caches_whose_width_has_a_name_may_hold_codes(bench: Any, attention: str) -> None:
+    """As genai's builder writes them; the file tells heads and width by what is appended, or by the queries."""
+    model = tiny_decoder(kv_cache=True, outliers=False)
+    for value in model.graph.inputs:
+        if "past" in str(value.name) and value.shape is not None:
+            value.shape = ir.Shape([*list(value.shape)[:3], "kv_cache_dim"])
+    bench.compile(bench.save(model), "pack,kv", attention=attention)
+    plan = input_plan(load_model(bench.folder / "out" / "model.onnx"))
+    assert {pair.empty(1).shape for pair in plan.past} == {(1, 2, 0, 16)}
+    assert {pair.past.dtype for pair in plan.past} == {np.dtype(np.int8)}
