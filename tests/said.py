@@ -6,6 +6,7 @@ import re
 _PROGRESS = re.compile(r" *\d+ s  .*\n")
 
 
-def complaints(err: str) -> str:
-    """All but the lines of progress."""
-    return "".join(line for line in err.splitlines(keepends=True) if not _PROGRESS.fullmatch(line))
+def complaints(err: str, *, notes: bool = True) -> str:
+    """All but the lines of progress; without `notes`, what is no error is left out, too."""
+    told = [line for line in err.splitlines(keepends=True) if not _PROGRESS.fullmatch(line)]
+    return "".join(line for line in told if notes or not line.startswith("qcompile: note: "))

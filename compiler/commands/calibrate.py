@@ -1,7 +1,7 @@
 """`qcompile calibrate`: ranges of activations once, for many compiles."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +9,13 @@ from rich.console import Console
 
 from qcompile.compiler.api.calibrate import DEFAULT_PASSES, Calibrated, Seen, calibrate_model, with_observer
 from qcompile.compiler.commands import compile as compiling
+from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.options import (
     Calibrating,
     Common,
     Document,
     Recipes,
+    changed,
     command,
     option,
     positional,
@@ -49,10 +51,11 @@ class Options(Common, Calibrating, Recipes):
 
 def run(args: Options) -> Document:
     """Calibrate, and print what stands out."""
-    args = replace(args, model=model_file(args.model))
+    args = changed(args, model=model_file(args.model))
     if args.passes is None and args.recipe is None:
-        args = replace(args, passes=",".join(map(str, DEFAULT_PASSES)))
+        args = changed(args, passes=",".join(map(str, DEFAULT_PASSES)))
     recipe = recipe_of(args)
+    idle.of(args, recipe)
     if args.observer is not None:
         recipe = with_observer(recipe, args.observer)
     check_model_file(args.model)

@@ -2,12 +2,13 @@
 
 import os
 from contextlib import ExitStack
-from dataclasses import field, replace
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from qcompile.compiler.api.evaluation import EvaluationSet, evaluate_models
 from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, strangers, within
+from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.dry_run import print_plan
 from qcompile.compiler.commands.eval import print_outputs
 from qcompile.compiler.commands.options import (
@@ -15,6 +16,7 @@ from qcompile.compiler.commands.options import (
     Common,
     Document,
     Recipes,
+    changed,
     command,
     option,
     positional,
@@ -121,6 +123,7 @@ def calibration_of(args: Calibrating) -> Calibration:
 
 def run(args: Options) -> Document:
     """Compile a model, or all models of a folder; or with --dry-run say what would happen."""
+    idle.of(args, recipe_of(args))
     if not (args.model.is_dir() or is_checkpoint(args.model)):
         return _one(args)
     folder = Path(args.output) if args.output else default_output(args.model, recipe_of(args))
@@ -130,7 +133,7 @@ def run(args: Options) -> Document:
         source = exported(args.model, bar.step)
     if args.kind is None:
         check_folder(source, folder)
-    made = [_one(replace(args, model=graph, output=f"{folder}{os.sep}")) for graph in graphs(source)]
+    made = [_one(changed(args, model=graph, output=f"{folder}{os.sep}")) for graph in graphs(source)]
     return made[0] if len(made) == 1 else made
 
 

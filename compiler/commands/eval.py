@@ -1,12 +1,23 @@
 """`qcompile eval`: how good models are, alone or against a reference."""
 
 import json
-from dataclasses import field, replace
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
 from qcompile.compiler.api.evaluation import EvaluationSet, Running, evaluate_models
-from qcompile.compiler.commands.options import CustomOps, Document, JsonFile, Runs, Threads, command, option, positional
+from qcompile.compiler.commands import idle
+from qcompile.compiler.commands.options import (
+    CustomOps,
+    Document,
+    JsonFile,
+    Runs,
+    Threads,
+    changed,
+    command,
+    option,
+    positional,
+)
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.terminal import Bar, console, table
 from qcompile.compiler.data.calibration import Calibration
@@ -72,7 +83,9 @@ class Options(JsonFile, Threads, Runs, CustomOps):
 def run(args: Options) -> Document:
     """Evaluate, print a table, and write JSON if asked."""
     against = None if args.against is None else model_file(args.against)
-    args = replace(args, models=tuple(map(model_file, args.models)), against=against)
+    args = changed(args, models=tuple(map(model_file, args.models)), against=against)
+    if args.data and not args.text:
+        idle.told({name: "--data is no text" for name in ("context", "tokens", "tokenizer") if name in args.given})
     data = [str(path) for path in args.data]
     test = EvaluationSet(
         args.text, Calibration(data), args.tokenizer, args.context, args.tokens or None, args.labels, args.metric

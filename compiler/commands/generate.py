@@ -7,6 +7,7 @@ from typing import Annotated
 
 from rich.console import Console
 
+from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.options import Common, CustomOps, Document, Runs, command, option, positional
 from qcompile.compiler.console.terminal import console
 from qcompile.compiler.data.tokens import load_tokenizer
@@ -32,6 +33,9 @@ class Options(Common, Runs, CustomOps):
 
 def run(args: Options) -> Document:
     """Print the text on stdout, behind the prompt where it goes on with that, and the speed on stderr."""
+    if args.temperature == 0:
+        why = "--temperature 0 draws nothing"
+        idle.told({name: why for name in ("top_p", "seed") if name in args.given})
     model = model_file(args.model)
     subject = Subject(model, accuracy_level=args.accuracy_level, provider=args.provider, kernels=args.kernels)
     sampling = Sampling(args.temperature, args.top_p, args.seed)

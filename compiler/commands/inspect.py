@@ -1,13 +1,12 @@
 """`qcompile inspect`: what is in a model file."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
 
-from qcompile.compiler.commands.options import Common, Document, command, option, positional
+from qcompile.compiler.commands.options import Common, Document, changed, command, option, positional
 from qcompile.compiler.console.numbers import megabytes, percent
 from qcompile.compiler.console.terminal import console, table
 from qcompile.compiler.files.folders import model_file
@@ -28,7 +27,7 @@ class Options(Common):
 
 def run(args: Options) -> Document:
     """Print the summary."""
-    args = replace(args, model=model_file(args.model))
+    args = changed(args, model=model_file(args.model))
     summary = inspect(args.model, every=args.all)
     out = console(answer=True)
     _head(out, summary, every=args.all)

@@ -13,7 +13,7 @@ settings of a recipe that are declared under the headings named (compiler/recipe
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform, get_type_hints
 
@@ -94,9 +94,10 @@ def _size(_: Any, tokens: Sequence[Token]) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Talk:
-    """How much a command says. epilog: what stands below the options in its help."""
+    """How much a command says. epilog: what stands below the options in its help. given: names of what was given."""
 
     epilog: ClassVar[str] = ""
+    given: frozenset[str] = field(default=frozenset(), init=False, compare=False)
 
     quiet: Annotated[
         bool,
@@ -234,6 +235,13 @@ class Calibrating(CustomOps):
     tokenizer: Annotated[
         Path | None, option("folder with tokenizer.json (default: beside the model)", "DIR", under=DATA)
     ] = None
+
+
+def changed(args: T, **new: Any) -> T:
+    """The options with other values; what was given stays what was given."""
+    made: Any = replace(args, **new)  # type: ignore[type-var]
+    object.__setattr__(made, "given", getattr(args, "given", frozenset()))
+    return made  # type: ignore[no-any-return]
 
 
 def recipe_of(args: Any) -> Recipe:

@@ -1,10 +1,9 @@
 """`qcompile package`: the folder that an application copies."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from qcompile.compiler.commands.options import Common, Document, Kernels, command, option, positional
+from qcompile.compiler.commands.options import Common, Document, Kernels, changed, command, option, positional
 from qcompile.compiler.console.terminal import console
 from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.package.folder import Packaged
@@ -48,7 +47,7 @@ class Options(Common):
 
 def run(args: Options) -> Document:
     """Write the folder, and say what is in it."""
-    args = replace(args, model=model_file(args.model))
+    args = changed(args, model=model_file(args.model))
     done = KINDS[args.kind](args.model, args.output, tokenizer=args.tokenizer, kernels=args.kernels)
     tell(done, args.output, args.kind)
     return {"output": str(args.output), "files": list(map(str, done.files)), "lacking": done.lacking}

@@ -40,7 +40,9 @@ def parse(name: str, declared: type[T], words: Sequence[str]) -> T | None:
     except CycloptsError as error:
         raise UserError(f"{_told(error)} (see qcompile {name} --help)") from error
     if chosen is declared:
-        return declared(**bound.arguments)
+        made_of = declared(**bound.arguments)
+        object.__setattr__(made_of, "given", frozenset(bound.arguments))
+        return made_of
     chosen(*bound.args, **bound.kwargs)
     if declared.epilog:
         print("\n" + reflowed(declared.epilog))

@@ -1,7 +1,6 @@
 """`qcompile sensitivity`: which integer nodes change what a model says, from the worst on."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +8,13 @@ from rich.console import Console
 
 from qcompile.compiler.api.sensitivity import DEFAULT_PASSES, rank_nodes
 from qcompile.compiler.commands import compile as compiling
+from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.options import (
     Calibrating,
     Common,
     Document,
     Recipes,
+    changed,
     command,
     option,
     positional,
@@ -51,10 +52,11 @@ class Options(Common, Calibrating, Recipes):
 
 def run(args: Options) -> Document:
     """Rank, or read the ranking of an earlier call; print the worst."""
-    args = replace(args, model=model_file(args.model))
+    args = changed(args, model=model_file(args.model))
     if args.passes is None and args.recipe is None:
-        args = replace(args, passes=_DEFAULT_PASSES)
+        args = changed(args, passes=_DEFAULT_PASSES)
     recipe = recipe_of(args)
+    idle.of(args, recipe)
     if args.output is not None:
         check_result_path([args.model], args.output, named(args.calibration))
     screen = console(answer=True)

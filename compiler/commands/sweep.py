@@ -1,10 +1,20 @@
 """`qcompile sweep`: a model under many settings, accuracy against bits per weight."""
 
-from dataclasses import asdict, field, replace
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated
 
-from qcompile.compiler.commands.options import Common, CustomOps, Document, Kernelled, command, option, positional
+from qcompile.compiler.commands import idle
+from qcompile.compiler.commands.options import (
+    Common,
+    CustomOps,
+    Document,
+    Kernelled,
+    changed,
+    command,
+    option,
+    positional,
+)
 from qcompile.compiler.console.terminal import Bar, console
 from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.recipe import load_recipe
@@ -61,9 +71,11 @@ class Options(Common, Kernelled, CustomOps):
 
 def run(args: Options) -> Document:
     """Run what is open, write the results, print the table."""
-    args = replace(args, model=model_file(args.model))
+    args = changed(args, model=model_file(args.model))
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit must be 0 or more, got {args.limit}")
+    if args.data and args.text is None:
+        idle.told({name: "--data is no text" for name in ("context", "tokens") if name in args.given})
     evaluation = Evaluation(args.text, args.data, args.context, args.tokens, args.kernels, args.provider)
     with Bar() as bar:
         watcher = _Watcher(bar)

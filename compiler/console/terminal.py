@@ -52,6 +52,12 @@ def console(*, answer: bool = False, markup: bool = False) -> Console:
     return _Console(width=width, highlight=False, markup=markup, quiet=silent)
 
 
+def remark(text: str) -> None:
+    """One line on stderr that is no error."""
+    if not _VOICE.get()[0]:
+        print(f"qcompile: note: {visible(text)}", file=sys.stderr)
+
+
 def table(*columns: str, numbers: int = 0) -> Table:
     """A table whose last `numbers` columns are aligned to the right; names fold instead of being cut."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")

@@ -16,7 +16,7 @@ from qcompile.compiler.results.report import PRODUCTS, Report
 from qcompile.passes import lists
 from qcompile.passes.base import Decision, Pass
 from qcompile.passes.contract import Fact
-from qcompile.passes.errors import BrokenPromise, UserError
+from qcompile.passes.errors import BrokenPromise, UserError, Verdict
 from qcompile.passes.linears import as_linear, find_embeddings
 from qcompile.passes.policy import Policy
 from qcompile.passes.state import node_state
@@ -174,7 +174,7 @@ class Shortfall:
 
 
 def check_coverage(report: Report, least: float | None, passes: Sequence[Pass]) -> None:
-    """Raise UserError where too little was quantized.
+    """Raise Verdict where too little was quantized, UserError where nothing was.
 
     Case 1: a list with a quantizer that quantized nothing, though not all is in float by the user's choice.
     Case 2: `least` given: less of the MatMul-like weights, or of the convolutions', each by itself.
@@ -187,7 +187,7 @@ def check_coverage(report: Report, least: float | None, passes: Sequence[Pass]) 
     if not any(d.action in ("quantized", "kept") for d in report.quantizing):  # Case 1
         raise UserError(_nothing(report, own[0].name))
     for short in _shortfalls(report, least, {f for p in own for f in p.families}):
-        raise UserError(
+        raise Verdict(
             f"only {percent(short.share)} of the {short.told} weights were quantized, below "
             f"{'--min-coverage ' if least is not None else ''}{short.least:g}; "
             f"left in float: {'; '.join(_reasons(report))}{_better(report, own[0].name)}; "

@@ -19,7 +19,7 @@ from qcompile.compiler.walk import verify_wide
 from qcompile.compiler.walk.extract import Piece
 from qcompile.passes import activations
 from qcompile.passes.affine import Quantized
-from qcompile.passes.errors import UserError
+from qcompile.passes.errors import UserError, Verdict
 from qcompile.passes.formats.nbits import ACCURACY_LEVEL
 from qcompile.passes.observers import nodes as observers
 from qcompile.passes.state import Twin, node_state, set_node
@@ -239,7 +239,7 @@ def _compared(name: str, a: Sequence[npt.NDArray[Any]], b: Sequence[npt.NDArray[
 
 
 def check_outputs(errors: Sequence[OutputError], nodes: Sequence[NodeError], least: float) -> None:
-    """Raise UserError where an output's cosine to the float one is below `least`, naming the node that is worst.
+    """Raise Verdict where an output's cosine to the float one is below `least`, naming the node that is worst.
 
     1/2 is where the noise has three times the power of the signal: nothing that reads such an output can work, while
     the coarsest sound compiles (4 bits, rounded to nearest) lie above 0.9. least: 0 judges nothing.
@@ -249,7 +249,7 @@ def check_outputs(errors: Sequence[OutputError], nodes: Sequence[NodeError], lea
         return
     node = max(nodes, key=lambda own: own.error, default=None)
     most = f"; the node that is worst by itself is {node.node} (relative error {node.error:.2g})" if node else ""
-    raise UserError(
+    raise Verdict(
         f"output {worst.name} is destroyed: its cosine to the float model's is {worst.cosine:.3f}, below --min-cosine "
         f"{least:g} (relative error {worst.relative:.2g}){most}; keep nodes in float (--exclude, --keep-worst) or "
         "give other passes; nothing was written"

@@ -3,7 +3,7 @@
     make fuzz FUZZ_SECONDS=3600 FUZZ_SEED=7          until the time is over, seed 7
     make fuzz FUZZ_FIRST=1234 FUZZ_CASES=1 FUZZ_SEED=7   mutant 1234 again
 
-A mutant is decided by its seed and number alone. Good is success, or one line of UserError with exit code 2 and nothing
+A mutant is decided by its seed and number alone. Good is success, or one line of UserError with its exit code, nothing
 written; a traceback, another exit code, a second line, more than 20 s and a dead process are failures. Each is kept in
 the folder --keep: the files, the command, what was said.
 """

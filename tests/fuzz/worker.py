@@ -42,11 +42,11 @@ def arguments(seed: Seed, files: dict[str, bytes], folder: Path, random: np.rand
 
 
 def verdict(code: int, told: str, written: list[str]) -> str:
-    """ "ok" for success, and for a refusal in one line that wrote nothing; else what is wrong, in one line."""
+    """ "ok" for success, and for a refusal or a broken bound in one line that wrote nothing; else what is wrong."""
     lines = told.splitlines()
     if code == 0:
         return "ok" if "Traceback" not in told else "traceback with exit code 0"
-    if code != 2 or len(lines) != 1 or not lines[0].startswith("qcompile: error: "):
+    if code not in (1, 2) or len(lines) != 1 or not lines[0].startswith("qcompile: error: "):
         return f"exit code {code}: {' | '.join(lines[-3:])[:600]}" if lines else f"exit code {code}, not a word"
     if "NoneType" in told or " object has no attribute " in told:
         return f"a refusal that nobody understands: {told.strip()}"

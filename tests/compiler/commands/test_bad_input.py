@@ -160,17 +160,6 @@ def missing_text(bench: Any) -> Case:
 
 
 @case
-def coverage(bench: Any) -> Case:
-    model = tiny_decoder()
-    scale_at_run_time(model, WEIGHT.removesuffix(".weight"))
-    return (
-        bench.save(model),
-        ["--min-coverage", "0.99"],
-        r"only 90\.0% .*--min-coverage 0\.99.*left in float: .*\(10\.0% of all\); .*nothing was writ",
-    )
-
-
-@case
 def output_is_the_input(bench: Any) -> Case:
     path = bench.save(tiny_decoder())
     return path, ["-o", str(path)], r"the output .* is the input file .*; choose another name"
@@ -192,3 +181,13 @@ def recipe_with_an_unknown_key(bench: Any) -> Case:
 @pytest.mark.parametrize("name", CASES)
 def test_files_and_data(occupied: Any, capsys: Any, name: str) -> None:
     occupied.refuses(capsys, *CASES[name](occupied))
+
+
+def test_a_bound_that_does_not_hold_is_a_verdict(occupied: Any, capsys: Any) -> None:
+    """The input is sound: exit code 1, and nothing written all the same."""
+    model = tiny_decoder()
+    scale_at_run_time(model, WEIGHT.removesuffix(".weight"))
+    told = r"only 90\.0% .*--min-coverage 0\.99.*left in float: .*\(10\.0% of all\); .*nothing was writ"
+    occupied.refuses(capsys, occupied.save(model), ["--min-coverage", "0.99"], told, code=1)
+    told = r"output logits is destroyed: .* below --min-cosine 1"
+    occupied.refuses(capsys, occupied.save(tiny_decoder()), ["--min-cosine", "1"], told, code=1)
