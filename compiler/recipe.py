@@ -68,6 +68,7 @@ class Recipe:
 
     passes: in order; `prepare` runs first whether listed or not. weights: None: integers of so many bits and so large
     groups. lm_head, embedding: None keeps float. min_coverage: None: what `told` says, by the list's own formats.
+    Passes, formats and words may be given as a file has them: Recipe(passes="smooth,qdq", lm_head="keep").
     activations, accuracy_level: None: chosen node by node. keep_worst, max_kl, min_sqnr: one of them at most.
     """
 
@@ -268,6 +269,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, own in SETTINGS.items():
+            object.__setattr__(self, name, own.of_text(getattr(self, name)))
             own.check(getattr(self, name))
         if self.weights is not None and (self.bits != SETTINGS["bits"].default or self.symmetric):
             raise UserError(f"weights: {self.weights} says all of bits and symmetric: leave these out")

@@ -82,11 +82,9 @@ class Bench:
 
     def run(self, model: Path, *options: str) -> int:
         """The exit code of the command line, compiling to out/model.onnx."""
-        quick = ["--samples", "8", "--context", "32"]
-        if "--group-size" not in options:
-            quick += ["--group-size", "32"]
-        if "-o" not in options:
-            quick += ["-o", str(self.folder / "out" / "model.onnx")]
+        output = str(self.folder / "out" / "model.onnx")
+        own = {"--samples": "8", "--context": "32", "--group-size": "32", "-o": output}
+        quick = [word for name, value in own.items() if name not in options for word in (name, value)]
         return cli.main([str(model), *quick, *options])
 
     def refuses(

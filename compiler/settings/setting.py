@@ -102,13 +102,19 @@ class Setting:
             raise wrong
         return plain
 
+    def of_text(self, value: Any) -> Any:
+        """A value given in Python: one that is text where a file has text stands for what it does there."""
+        names = isinstance(value, (list, tuple)) and Step in self.kinds and any(isinstance(own, str) for own in value)
+        if names and not self.many:
+            return value
+        text = isinstance(value, str) and bool(value) and (self.many or Step in self.kinds or value == self.about.word)
+        return self.read(list(map(str, value)) if names else value, "recipe") if names or text else value
+
     def check(self, value: Any) -> None:
         """Raise UserError for a value without a meaning."""
         about = self.about
         items = value if isinstance(value, (tuple, list)) else None
         fits = items is not None if self.many else self._is_of(value, *self.kinds)
-        if isinstance(value, str) and Step in self.kinds:
-            raise UserError(f"{self.name} is text, which Recipe.from_dict({{{self.name!r}: {value!r}}}) reads")
         if not fits or not all(self._is_of(item, *self.kinds) for item in items or ()):
             raise UserError(f"{self.name} must be {self._expected}, got {shown(value)}")
         if self.many or isinstance(value, Step) or value is None:

@@ -234,15 +234,28 @@ def test_a_value_is_taken_or_told_by_the_name_of_its_key(name: str, value: Any) 
 
 def test_values_of_another_type_are_told_in_python_too() -> None:
     for given_, message in (
-        ({"passes": "smooth,pack"}, "passes is text, which Recipe.from_dict({'passes': 'smooth,pack'}) reads"),
-        ({"weights": "nf4"}, "weights is text, which Recipe.from_dict({'weights': 'nf4'}) reads"),
+        ({"passes": 3}, "passes must be a list of names, got 3"),
+        ({"passes": "smooth("}, "cannot read 'smooth('"),
+        ({"weights": 4}, "weights must be str, got 4"),
         ({"samples": "3"}, "samples must be int, got '3'"),
-        ({"exclude": "*down*"}, "exclude must be a list of patterns"),
+        ({"exclude": 3}, "exclude must be a list of patterns"),
         ({"bits": 4.0}, "bits must be int, got 4.0"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             Recipe(**given_)
     assert Recipe(exclude=["*down*"]).to_dict()["exclude"] == ["*down*"]  # type: ignore[arg-type]
+
+
+def test_texts_stand_in_python_for_what_they_do_in_a_file() -> None:
+    for given_ in (
+        {"passes": "smooth(alpha=0.5),qdq"},
+        {"passes": ["smooth(alpha=0.5)", "qdq"]},
+        {"weights": "nf4(group=16)", "lm_head": "keep", "embedding": "nf4"},
+        {"exclude": "*down*", "activations": "auto", "min_coverage": "auto"},
+    ):
+        assert Recipe(**given_) == Recipe.from_dict(given_)  # type: ignore[arg-type]
+    mixed: Any = ("smooth", Step("pack"))
+    assert Recipe(passes=mixed) == Recipe.from_dict({"passes": "smooth,pack"})
 
 
 def test_every_setting_has_an_option_and_its_row_in_the_documentation() -> None:
