@@ -27,6 +27,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tiny_tokenizer(256, folder / "decoder")
     save_model(tiny_conv(), folder / "detector.onnx")
     (folder / "my-text.txt").write_text(calibration_text()[:6000], encoding="utf-8")
+    (folder / "other-text.txt").write_text(calibration_text()[6000:9000], encoding="utf-8")
     names: dict[str, Any] = {"__name__": "__main__", "folder": folder}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -38,7 +39,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_examples_do_what_they_say(ran: dict[str, Any]) -> None:
     assert 0 < ran["kl"] < 1
     assert {row.scores.model for row in ran["table"].rows} == {"int4", "int8"}
-    assert len(ran["worst"]) == 3
+    assert 0 < ran["judged"].rows[0].scores.classes.top1 <= 1
+    assert len(ran["hardest"]) == 3
     assert ran["everything"]["coverage"] == ran["report"].coverage
     assert ran["best"].scores["kl"] <= min(row.scores["kl"] for row in ran["result"].done)
     assert ran["scores"].shape == (1, 7)

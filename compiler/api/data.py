@@ -32,7 +32,7 @@ def data_of(
     Case 5: anything else gives batches, or texts (`readers.document`); each goes through `transform` first.
     """
     own = Path(tokenizer) if tokenizer is not None else None
-    if transform is not None and (given is None or isinstance(given, Calibration) or _is_words(given)):
+    if transform is not None and not gives_items(given):
         raise UserError(
             "transform= is for calibration data that gives batches, such as a DataLoader; leave it out here"
         )
@@ -46,6 +46,11 @@ def data_of(
         given = [given]
     label = "the calibration data" if isinstance(given, (list, tuple)) else type(given).__name__
     return _given(given, label, transform, own)  # Case 5
+
+
+def gives_items(given: Data | None) -> bool:
+    """Whether it is data whose items a transform may see: neither files, texts, nor settings."""
+    return given is not None and not isinstance(given, Calibration) and not _is_words(given)
 
 
 def _given(given: Any, label: str, transform: Transform | None, tokenizer: Path | None) -> Calibration:

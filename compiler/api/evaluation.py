@@ -1,6 +1,6 @@
 """How good models are, alone or against a reference: on texts, or on arrays and images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from qcompile.compiler.data.tokens import Tokenizer, find_tokenizer, load_tokeni
 from qcompile.compiler.files.load import load_model
 from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores, evaluate_many, score_outputs
 from qcompile.compiler.measure.loaded import text_windows
-from qcompile.compiler.measure.metric import Metric
+from qcompile.compiler.measure.metric import Function, Metric
 from qcompile.compiler.report.sizes import Sizes, model_sizes
 from qcompile.compiler.results.sheet import Sheet, Shown
 from qcompile.passes.errors import UserError
@@ -31,8 +31,8 @@ class EvaluationSet:
     """What models are judged on: texts, or batches: files (.npz, .npy, images, folders of them) or a program's.
 
     tokenizer: its folder, by default beside one of the models. context, tokens: of a window, and of each text; None for
-    all of it. labels: a file of class numbers, one for each row of the data (`read_labels`). metric: module:function,
-    a score of the user's own (`Metric`).
+    all of it. labels: class numbers, one for each row of the data, or a file of them (`read_labels`). metric: a score
+    of the user's own, a function or module:function (`Metric`).
     """
 
     texts: Sequence[Path] = ()
@@ -40,8 +40,8 @@ class EvaluationSet:
     tokenizer: Path | None = None
     context: int = 512
     tokens: int | None = 4096
-    labels: Path | None = None
-    metric: str | None = None
+    labels: Path | Labels | None = None
+    metric: str | Function | None = None
 
     def __post_init__(self) -> None:
         if bool(self.texts) == self.has_data:
@@ -56,8 +56,8 @@ class EvaluationSet:
 
     def given_labels(self) -> Labels | None:
         """The labels, by the names of images where they have some."""
-        if self.labels is None:
-            return None
+        if not isinstance(self.labels, Path):
+            return self.labels
         images = Files.of(self.data.files).images if self.data.files else ()
         return read_labels(self.labels, [str(path) for path in images])
 
@@ -124,10 +124,21 @@ class Evaluation(Shown):
         first = self.rows[0].scores
         if isinstance(first, OutputScores):
             heads = ("model", "output", "size", "SQNR dB", "cosine", "values")
-            return Sheet(f"outputs; {by}", heads, [_output_cells(own) for own in self.rows], 4)
+            notes = [told for own in self.rows for told in _told(own.scores)]
+            return Sheet(
+                f"outputs; {by}", heads, [_output_cells(own) for own in self.rows], 4, list(dict.fromkeys(notes))
+            )
         heads = ("text", "model", "size", "perplexity", "KL to reference", "same top-1")
         title = f"{first.windows} windows of {first.context} tokens, {first.scored} scored; {by}"
         return Sheet(title, heads, [_text_cells(own) for own in self.rows], 4)
+
+
+def _told(score: DecoderScores | OutputScores) -> Iterator[str]:
+    """Of an output that scores classes, and of a metric of the user's, in a line each."""
+    if isinstance(score, OutputScores) and score.classes is not None:
+        yield f"{score.model}, {score.output}: {score.classes.told()}"
+    if isinstance(score, OutputScores) and score.metric is not None:
+        yield f"{score.model}: metric {score.reference_metric:.6g} → {score.metric:.6g}"
 
 
 def _output_cells(own: Evaluated) -> list[str]:
@@ -161,7 +172,7 @@ def evaluate_models(
     running, told = running or Running(), progress or (lambda what, done, total: None)
     on.check_apart([*([against] if against is not None else []), *models])
     plan = input_plan(load_model(against or models[0]))
-    if on.texts and plan.logits is not None and (on.labels or on.metric):
+    if on.texts and plan.logits is not None and (on.labels is not None or on.metric is not None):
         raise UserError("--labels and --metric are for outputs on --data: a decoder on --text has KL and perplexity")
     if on.texts and plan.logits is not None:
         rows = _on_texts(models, on, against, running, plan, told)

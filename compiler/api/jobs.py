@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from qcompile.compiler.api.calibrate import Calibrated, calibrate_model
-from qcompile.compiler.api.data import Data, Transform, data_of
+from qcompile.compiler.api.data import Data, Transform, data_of, gives_items
 from qcompile.compiler.api.fields import Fields
 from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, strangers, within
 from qcompile.compiler.api.models import Model, PathLike, is_file, on_disk
@@ -36,6 +36,8 @@ def compile(
     tokenizer: PathLike | None = None,
     recipe: Recipe | PathLike | None = None,
     statistics: PathLike | None = None,
+    evaluation: Data | None = None,
+    bench: bool = False,
     progress: Progress | bool = False,
     **fields: Unpack[Fields],
 ) -> Report:
@@ -50,11 +52,14 @@ def compile(
         calibration: files or texts (one, or a list), one batch (a dict by input name, or an array), or whatever gives
             batches or texts: a list, a generator, a torch `DataLoader`, a reader with `get_next`. Without it, bundled
             text where there is a tokenizer, else what the model itself generates.
-        transform: called with each item of `calibration`; gives a batch or a text. `lambda batch: batch[0]` drops
-            the labels of a `DataLoader`.
+        transform: called with each item of `calibration` and `evaluation`; gives a batch or a text.
+            `lambda batch: batch[0]` drops the labels of a `DataLoader`.
         tokenizer: a folder with `tokenizer.json`, by default the model's own.
         recipe: settings, as a `Recipe` or a file of them; `passes` and `fields` stand before them.
         statistics: ranges of activations that `calibrate` saved, instead of a run over calibration data.
+        evaluation: what the accuracy in the report is measured on, in every form that `calibration` takes; none of it
+            may be calibrated on. By default a part of the calibration text that is left out, where there is one.
+        bench: run both models in turns for a few seconds, and report how fast they are.
         progress: True shows on stderr what is going on; or an object that is told.
         **fields: settings of a recipe by their keys: `bits=8`, `group_size=64`, `target="qdq"`, `exclude=["*head*"]`.
 
@@ -67,7 +72,11 @@ def compile(
     if output is None and not is_file(model):
         raise UserError("a model in memory has no folder of its own: name the file to write with output=")
     wanted = recipe_of(recipe, passes, fields)
-    given = data_of(calibration, transform=transform, tokenizer=tokenizer)
+    judged = evaluation is not None and gives_items(evaluation)
+    given = data_of(
+        calibration, transform=transform if gives_items(calibration) or not judged else None, tokenizer=tokenizer
+    )
+    other = data_of(evaluation, transform=transform if judged else None) if evaluation is not None else None
     with _graph(model, output, wanted, progress) as (path, target, bar):
         return compile_model(
             path,
@@ -75,6 +84,8 @@ def compile(
             output=target,
             calibration=given,
             statistics=Path(statistics) if statistics is not None else None,
+            evaluation=other,
+            bench=bench,
             progress=bar,
         )
 

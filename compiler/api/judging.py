@@ -6,12 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from qcompile.compiler.api.bench import Benchmark, Candidate, bench_models
 from qcompile.compiler.api.data import Data, Transform, data_of
 from qcompile.compiler.api.evaluation import Evaluation, EvaluationSet, Running, evaluate_models
 from qcompile.compiler.api.models import Model, PathLike, on_disk
+from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.data.labels import Labels
+from qcompile.compiler.data.readers import array_of
+from qcompile.compiler.measure.metric import Function
 from qcompile.compiler.measure.workload import Workload
 from qcompile.compiler.report.inspection import Summary
 from qcompile.compiler.report.inspection import inspect as inspect_file
@@ -28,6 +35,8 @@ def evaluate(
     text: PathLike | Sequence[PathLike] | None = None,
     data: Data | None = None,
     transform: Transform | None = None,
+    labels: PathLike | Sequence[int] | npt.NDArray[Any] | None = None,
+    metric: str | Function | None = None,
     tokenizer: PathLike | None = None,
     context: int = 512,
     tokens: int = 4096,
@@ -43,6 +52,9 @@ def evaluate(
         text: files or texts for a language model.
         data: batches instead, in every form that `compile` takes for calibration: files, arrays, a `DataLoader`.
         transform: called with each item of `data`, as in `compile`.
+        labels: class numbers of the rows of `data`, or a file of them: top-1 and top-5 accuracy are told.
+        metric: a score of your own, `function(inputs, outputs, labels)` or `"module:function"`: dicts of arrays, one
+            for each batch, and the labels or None. More is better, unless it has an attribute `lower_is_better`.
         tokenizer: a folder with `tokenizer.json`, by default beside one of the models.
         context: tokens of a window.
         tokens: of each text, 0 for all of it.
@@ -53,8 +65,9 @@ def evaluate(
     Returns:
         A row for each text (the reference's first), or for each output.
     """
-    return _judge([model], against, text, data, transform, tokenizer, context, tokens,
-                  Running(accuracy_level, provider, kernels))  # fmt: skip
+    running = Running(accuracy_level, provider, kernels)
+    with _set(text, data, transform, labels, metric, tokenizer, context, tokens) as (on, names):
+        return _judge([model], against, on, running, names)
 
 
 def compare(
@@ -64,6 +77,8 @@ def compare(
     text: PathLike | Sequence[PathLike] | None = None,
     data: Data | None = None,
     transform: Transform | None = None,
+    labels: PathLike | Sequence[int] | npt.NDArray[Any] | None = None,
+    metric: str | Function | None = None,
     tokenizer: PathLike | None = None,
     context: int = 512,
     tokens: int = 4096,
@@ -77,8 +92,9 @@ def compare(
         models: a list of models, or a dict of them by the names that the result gives them.
         against: the reference.
     """
-    return _judge(models, against, text, data, transform, tokenizer, context, tokens,
-                  Running(accuracy_level, provider, kernels))  # fmt: skip
+    running = Running(accuracy_level, provider, kernels)
+    with _set(text, data, transform, labels, metric, tokenizer, context, tokens) as (on, names):
+        return _judge(models, against, on, running, names)
 
 
 def bench(
@@ -127,33 +143,51 @@ def inspect(model: Model, *, every: bool = False) -> Summary:
 
 
 def _judge(
-    models: Models,
-    against: Model | None,
+    models: Models, against: Model | None, on: EvaluationSet, running: Running, names: Mapping[str, str]
+) -> Evaluation:
+    """The scores, with the names that models and texts were given. names: of the texts."""
+    with ExitStack() as stack:
+        files = stack.enter_context(_on_disk(models))
+        known = {str(path): name for name, path in files.items()}
+        reference = stack.enter_context(on_disk(against)) if against is not None else None
+        if reference is not None:
+            known[str(reference)] = str(os.fspath(against)) if isinstance(against, (str, os.PathLike)) else "reference"
+        made = evaluate_models(list(files.values()), on, against=reference, running=running)
+    return replace(made, rows=[row.renamed({**known, **names}) for row in made.rows])
+
+
+@contextmanager
+def _set(
     text: PathLike | Sequence[PathLike] | None,
     data: Data | None,
     transform: Transform | None,
+    labels: PathLike | Sequence[int] | npt.NDArray[Any] | None,
+    metric: str | Function | None,
     tokenizer: PathLike | None,
     context: int,
     tokens: int,
-    running: Running,
-) -> Evaluation:
+) -> Iterator[tuple[EvaluationSet, dict[str, str]]]:
+    """What to judge on, and the names of texts that lie in temporary files."""
     if (text is None) == (data is None):
         raise UserError("give either text= (files or texts) for a language model, or data= (files, arrays, batches)")
     own = Path(tokenizer) if tokenizer is not None else None
-    with ExitStack() as stack:
-        files = stack.enter_context(_on_disk(models))
-        reference = stack.enter_context(on_disk(against)) if against is not None else None
-        names = {str(path): name for name, path in files.items()}
-        if reference is not None:
-            names[str(reference)] = str(os.fspath(against)) if isinstance(against, (str, os.PathLike)) else "reference"
-        if text is not None:
-            texts, told = stack.enter_context(_texts(text))
-            names |= told
-            on = EvaluationSet(texts=texts, tokenizer=own, context=context, tokens=tokens or None)
-        else:
-            on = EvaluationSet(data=data_of(data, transform=transform, tokenizer=tokenizer))
-        made = evaluate_models(list(files.values()), on, against=reference, running=running)
-    return replace(made, rows=[row.renamed(names) for row in made.rows])
+    classes = _classes(labels)
+    if text is None:
+        batches = data_of(data, transform=transform, tokenizer=tokenizer)
+        yield EvaluationSet(data=batches, labels=classes, metric=metric), {}
+        return
+    with _texts(text) as (texts, names):
+        yield EvaluationSet(texts, Calibration(), own, context, tokens or None, classes, metric), names
+
+
+def _classes(labels: PathLike | Sequence[int] | npt.NDArray[Any] | None) -> Path | Labels | None:
+    """Labels as they come, of torch too; UserError for what are no class numbers."""
+    if labels is None or isinstance(labels, (str, os.PathLike)):
+        return Path(labels) if labels is not None else None
+    array = array_of(labels)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise UserError(f"labels are class numbers, one a row, got {array.dtype} {list(array.shape)}")
+    return array.astype(np.int64)
 
 
 @contextmanager

@@ -17,9 +17,13 @@ Function = Callable[[Sequence[Arrays], Sequence[Arrays], Labels | None], float]
 
 
 class Metric:
-    """The function of a reference such as "metrics:f1"."""
+    """A function, or that of a reference such as "metrics:f1"."""
 
-    def __init__(self, reference: str) -> None:
+    def __init__(self, reference: str | Function) -> None:
+        if not isinstance(reference, str):
+            self.name, self._function = getattr(reference, "__name__", type(reference).__name__), reference
+            self.lower_is_better = bool(getattr(reference, "lower_is_better", False))
+            return
         self.name = reference
         module, _, name = reference.partition(":")
         if not module or not name:
@@ -27,7 +31,7 @@ class Metric:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:
-            self._function: Function = getattr(importlib.import_module(module), name)
+            self._function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise UserError(f"--metric {reference}: {error}") from error
         self.lower_is_better = bool(getattr(self._function, "lower_is_better", False))

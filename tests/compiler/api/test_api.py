@@ -23,6 +23,7 @@ from qcompile.compiler.api.fields import Fields
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.inputs import input_plan
 from qcompile.compiler.data.readers import read_batches
+from qcompile.compiler.measure.evaluate import OutputScores
 from qcompile.compiler.recipe import SETTINGS
 from qcompile.models.tiny import tiny_decoder, tiny_mlp
 
@@ -321,6 +322,39 @@ def test_folders_in_folders_out(bench: Any) -> None:
     ):
         with pytest.raises(qcompile.UserError, match=message):
             qcompile.compile(source, "pack", output=target, **fields)
+
+
+def test_labels_and_metrics_are_told(bench: Any) -> None:
+    path, out = bench.save(tiny_mlp(), tokenizer=False), bench.folder / "out.onnx"
+    data, other = [(ROWS[:32], "label"), (ROWS[32:], "label")], [(0.9 * ROWS[:16], "label")]
+    fields: dict[str, Any] = {"evaluation": other, "transform": lambda item: item[0]}
+    report = qcompile.compile(path, "qdq", output=out, calibration=data, **fields)
+    assert report.data == "2 batches of the calibration data"
+    known = qcompile.session(path).run(None, {"x": ROWS})[0].argmax(axis=1)
+
+    def share(inputs: Any, outputs: Any, labels: Any) -> float:
+        (name,) = outputs[0]
+        return float((np.concatenate([own[name] for own in outputs]).argmax(axis=1) == labels).mean())
+
+    fields = {"data": data, "transform": lambda item: item[0], "labels": Tensor(known), "metric": share}
+    scores = qcompile.evaluate(out, against=path, **fields)
+    (own,) = (row.scores for row in scores.rows)
+    assert isinstance(own, OutputScores)
+    assert own.classes is not None
+    assert own.classes.reference == own.reference_metric == 1.0
+    assert own.classes.accuracy == own.metric == own.classes.top1
+    assert "top-1" in str(scores)
+    assert "metric 1 →" in str(scores)
+    for labels, message in ((known[:5], "5"), (known * 0.5, "class numbers, one a row"), (bench.folder / "no", "no")):
+        with pytest.raises(qcompile.UserError, match=message):
+            qcompile.evaluate(out, against=path, data=ROWS, labels=labels)
+
+
+def test_a_text_that_was_calibrated_on_is_no_test(bench: Any) -> None:
+    path, out = bench.save(tiny_decoder(layers=1)), bench.folder / "out.onnx"
+    qcompile.compile(path, "smooth,pack", output=out, calibration=bench.text, samples=4, context=32, group_size=32)
+    with pytest.raises(qcompile.UserError, match="is no test data"):
+        qcompile.evaluate(out, against=path, text=bench.text)
 
 
 def test_text_comes_in_pieces(bench: Any) -> None:
