@@ -1,5 +1,7 @@
 """Linear algebra on Gram matrices: damping, and a factor of the inverse."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -28,6 +30,28 @@ def inverse_factor(gram: Array) -> Array64:
     """Upper triangular U (K, K) with UᵀU = gram⁻¹, from the Cholesky factor of the matrix read backwards."""
     backwards = np.linalg.cholesky(gram[::-1, ::-1].astype(np.float64))
     return _inverse_lower(backwards)[::-1, ::-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Compensation:
+    """What error compensation takes of a Gram matrix G (K, K).
+
+    order: the channels as they are rounded, int64 (K,): those of most energy first. factor: U of `inverse_factor` with
+    its channels in that order, float32 (K, K).
+    """
+
+    order: npt.NDArray[np.int64]
+    factor: Array
+
+    @classmethod
+    def of(cls, gram: Array) -> "Compensation":
+        """That of a positive definite G."""
+        order = np.argsort(-np.diagonal(gram), kind="stable")
+        return cls(order, inverse_factor(gram[order][:, order]).astype(np.float32))
+
+    def rescaled(self, by: Array) -> "Compensation":
+        """That of G / (s sᵀ), s (K,): the factor of its inverse is U with columns times s. The order is kept."""
+        return Compensation(self.order, self.factor * by[self.order].astype(np.float32))
 
 
 def _inverse_lower(lower: Array64) -> Array64:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array, Grid, QParams, Quantized
-from qcompile.passes.algebra import damped, inverse_factor
+from qcompile.passes.algebra import Compensation, damped
 from qcompile.passes.base import Decision, Pass, Region
 from qcompile.passes.contract import Fact, Reads
 from qcompile.passes.errors import UserError
@@ -22,7 +22,6 @@ from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import (
     Fit,
     Rounding,
-    column_errors,
     fitted,
     merge_columns,
     relative_error,
@@ -74,14 +73,14 @@ class ErrorCompensated:
         damping = default_damping(len(w), statistics.rows) if self.damping is None else self.damping
         gram = damped(statistics.evened, damping)
         qparams = spec.fit(w, np.diagonal(gram))
-        best = _Candidate(w, statistics.gram, Quantized(spec.project(w, qparams), qparams, spec))
-        best.improve(_compensate(w, gram, qparams, spec))
+        best = _Candidate(w, statistics.gram, gram, Quantized(spec.project(w, qparams), qparams, spec))
+        best.improve(_compensate(w, statistics.compensation(damping), qparams, spec))
         for _ in range(self.sweeps):
             if self.refit:
-                best.improve(_refit_scales(w, gram, best.quantized))
-            best.improve(_descend(w, gram, best.quantized))
+                best.improve(_refit_scales(gram, best.quantized, best.pull))
+            best.improve(*_descend(gram, best.quantized, best.pull))
         if self.refit:
-            best.improve(_refit_scales(w, gram, best.quantized))
+            best.improve(_refit_scales(gram, best.quantized, best.pull))
         return best.quantized
 
 
@@ -115,17 +114,27 @@ def _few_directions(statistics: Statistics) -> bool:
 
 
 class _Candidate:
-    """The best rounding so far of each column, with its exact output error."""
+    """The best rounding so far of each column of w (K, N), with its exact output error.
 
-    def __init__(self, w: Array, gram: Array, quantized: Quantized) -> None:
-        self.w, self.gram, self.quantized = w, gram, quantized
-        self.errors = column_errors(quantized.dequantize() - w, gram)
+    pull (K, N): G (W - Ŵ) by the damped G, from which each step starts; the error takes what damping adds off it.
+    """
 
-    def improve(self, other: Quantized) -> None:
-        """Take over every column that `other` rounds with less error."""
-        errors = column_errors(other.dequantize() - self.w, self.gram)
-        self.quantized = merge_columns(self.quantized, other, errors < self.errors)
-        self.errors = np.minimum(errors, self.errors)
+    def __init__(self, w: Array, gram: Array, damped: Array, quantized: Quantized) -> None:
+        self.w, self.damped, self.quantized = w, damped, quantized
+        self.added = np.diagonal(damped) - np.diagonal(gram)
+        self.pull, self.errors = self._judged(quantized, None)
+
+    def _judged(self, quantized: Quantized, pull: Array | None) -> tuple[Array, Array]:
+        delta = self.w - quantized.dequantize()
+        pull = self.damped @ delta if pull is None else pull
+        return pull, np.einsum("kn,kn->n", delta, pull - self.added[:, None] * delta)
+
+    def improve(self, other: Quantized, pull: Array | None = None) -> None:
+        """Take over every column that `other` rounds with less error. pull: where it is known."""
+        pull, errors = self._judged(other, pull)
+        better = errors < self.errors
+        self.quantized = merge_columns(self.quantized, other, better)
+        self.pull, self.errors = np.where(better, pull, self.pull), np.minimum(errors, self.errors)
 
 
 _MOST_DAMPING, _MOST_SWEEPS = 1000, 1000
@@ -225,11 +234,9 @@ def _columns(q: Quantized, start: int, stop: int) -> Quantized:
     return Quantized(np.ascontiguousarray(q.codes[:, start:stop]), part, q.spec)
 
 
-def _compensate(w: Array, gram: Array, qparams: QParams, spec: Grid, *, rows: Rows = nearest) -> Quantized:
-    """The GPTQ sweep over w (K, N) in order of falling energy."""
-    k = w.shape[0]
-    order = np.argsort(-np.diagonal(gram), kind="stable")
-    upper = inverse_factor(gram[order][:, order]).astype(np.float32)
+def _compensate(w: Array, by: Compensation, qparams: QParams, spec: Grid, *, rows: Rows = nearest) -> Quantized:
+    """The GPTQ sweep over w (K, N)."""
+    k, order, upper = len(w), by.order, by.factor
     round_row, work, codes = rows(qparams, spec, k), w[order], np.empty(w.shape, np.float32)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
@@ -243,37 +250,44 @@ def _compensate(w: Array, gram: Array, qparams: QParams, spec: Grid, *, rows: Ro
     return Quantized(codes.astype(spec.code_dtype), qparams, spec)
 
 
-def _descend(w: Array, gram: Array, q: Quantized, *, steps: Callable[[Quantized], Descent] = descent) -> Quantized:
-    """One pass of coordinate descent: each code set to its best value with all other codes fixed."""
-    k, moving = len(w), steps(q)
-    pull = gram @ (w - moving.start())
+def _descend(
+    gram: Array, q: Quantized, pull: Array, *, steps: Callable[[Quantized], Descent] = descent
+) -> tuple[Quantized, Array]:
+    """One pass of coordinate descent: each code set to its best value with all other codes fixed.
+
+    pull: G (W - Ŵ), (K, N). Returns the new codes, and what it is with them.
+    """
+    (k, n), moving, pull = pull.shape, steps(q), pull.copy()
     diagonal = np.diagonal(gram)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
-        local, change = gram[start:stop, start:stop], np.zeros((stop - start, w.shape[1]), np.float32)
-        block = pull[start:stop]
+        local, change = gram[start:stop, start:stop], np.zeros((stop - start, n), np.float32)
+        block = pull[start:stop].copy()
         for i in range(stop - start):
             change[i] = moving.move(start + i, block[i], diagonal[start + i])
             block[i + 1 :] -= local[i + 1 :, i, None] * change[i]
-        if stop < k:
-            pull[stop:] -= gram[stop:, start:stop] @ change
-    return moving.result()
+        pull -= gram[:, start:stop] @ change
+    return moving.result(), pull
 
 
-def _refit_scales(w: Array, gram: Array, q: Quantized) -> Quantized:
-    """The least-squares group scales for fixed codes: with A the group-wise levels, solve (AᵀGA) s = AᵀGw a column."""
-    spec, (k, n) = q.spec, w.shape
+def _refit_scales(gram: Array, q: Quantized, pull: Array) -> Quantized:
+    """The least-squares group scales for fixed codes: with A the group-wise levels, a column's scales s become s + d,
+    (AᵀGA) d = AᵀG (w - A s). pull: G (W - Ŵ), (K, N).
+    """
+    spec, (k, n) = q.spec, pull.shape
     groups, size = spec.groups(k), spec.group_size(k)
     levels = spec.decode(q.codes, QParams(np.ones_like(q.qparams.scale), q.qparams.zero_point))
     starts = np.arange(0, k, size)
-    right = np.add.reduceat(levels * (gram @ w), starts, axis=0)
+    right = np.add.reduceat(levels * pull, starts, axis=0)
     normal = np.empty((n, groups, groups), np.float64)
     for j in range(groups):
-        part = slice(j * size, min((j + 1) * size, k))
-        normal[:, j] = np.add.reduceat(levels * (gram[:, part] @ levels[part]), starts, axis=0).T
+        begin, end = j * size, min((j + 1) * size, k)
+        product = levels[:end] * (gram[:end, begin:end] @ levels[begin:end])
+        normal[:, j, : j + 1] = normal[:, : j + 1, j] = np.add.reduceat(product, starts[: j + 1], axis=0).T
     diagonal = np.einsum("nii->ni", normal)
     diagonal += 1e-4 * diagonal + 1e-9 * diagonal.max(initial=0.0) + 1e-30
-    solved = np.linalg.solve(normal, right.T.astype(np.float64)[..., None])[..., 0].T.astype(np.float32)
+    change = np.linalg.solve(normal, right.T.astype(np.float64)[..., None])[..., 0].T
+    solved = (q.qparams.scale + change).astype(np.float32)
     usable = np.isfinite(solved) & (np.abs(solved) > 0)
     if spec.positive:
         usable &= solved > 0

@@ -20,7 +20,7 @@ little for those that are not in the sample at all.
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -277,7 +277,7 @@ class Judges:
             for i in (0, 1)
         )
         fitted, held = statistics.split() or (statistics, None)
-        return Judge(pair, statistics, fitted, held, self.rounding, first, others_of, self.grid)
+        return Judge(pair, statistics, replace(fitted, kept={}), held, self.rounding, first, others_of, self.grid)
 
 
 def _sample(spec: Grid, w: Array, chosen: Indices, told: Indices, statistics: Statistics) -> tuple[Columns, Columns]:

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.passes.affine import Array
+from qcompile.passes.algebra import Compensation, damped
 
 Numbers = npt.NDArray[np.int64]
 
@@ -31,6 +32,7 @@ class Statistics:
     rest: largest magnitudes of the rows that are not in the sample, float32 (K,); zeros where there are none.
     groups: of each row of the sample the number of the text or picture that it is of, int64 (n,). None: each stands
     alone.
+    kept: what `compensation` gave, by damping, for who asks often; None: it is made anew each time.
     """
 
     rows: int
@@ -39,6 +41,7 @@ class Statistics:
     sample: Array | None = None
     rest: Array | None = None
     groups: Numbers | None = None
+    kept: dict[float, Compensation] | None = None
 
     @property
     def mean_square(self) -> Array:
@@ -60,6 +63,13 @@ class Statistics:
         gram = self.gram.copy()
         np.fill_diagonal(gram, np.diagonal(gram) + _PRIOR * self._usual)
         return gram
+
+    def compensation(self, damping: float) -> Compensation:
+        """That of the damped Gram matrix of `evened`."""
+        known = {} if self.kept is None else self.kept
+        if damping not in known:
+            known[damping] = Compensation.of(damped(self.evened, damping))
+        return known[damping]
 
     @property
     def reach(self) -> Array:
@@ -129,6 +139,7 @@ class Statistics:
     def rescale(self, factor: Array) -> None:
         """Follow a rewrite that divides channel k of the activation by factor[k] (K,)."""
         inverse = (1.0 / factor).astype(np.float32)
+        self.kept = None if self.kept is None else {}
         self.gram = self.gram * inverse[:, None] * inverse[None, :]
         self.absmax = self.absmax * np.abs(inverse)
         if self.sample is not None:
@@ -137,9 +148,12 @@ class Statistics:
             self.rest = self.rest * np.abs(inverse)
 
     def rescaled(self, factor: Array) -> "Statistics":
-        """A copy that followed such a rewrite."""
+        """A copy that followed such a rewrite. What is kept of the Gram matrix follows, too, so that it is factored
+        once for all factors: channels are rounded in the order that they had before.
+        """
         copy = replace(self)
         copy.rescale(factor)
+        copy.kept = self.kept and {damping: own.rescaled(factor) for damping, own in self.kept.items()}
         return copy
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from qcompile.passes.affine import QParams, Quantized
+from qcompile.passes.algebra import Compensation
 from qcompile.passes.gptq import ErrorCompensated, _compensate, _descend, _refit_scales, default_damping
 from qcompile.passes.rounding import column_errors, round_to_nearest, round_with_clip
-from qcompile.passes.row_steps import Descent, Nearest
+from qcompile.passes.row_steps import Descent, Nearest, descent
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
 
@@ -45,6 +46,11 @@ def _errors(q: Quantized, w: np.ndarray, gram: np.ndarray) -> np.ndarray:
     return column_errors(q.dequantize().astype(np.float64) - w, gram.astype(np.float64))
 
 
+def _pull(w: np.ndarray, gram: np.ndarray, q: Quantized) -> np.ndarray:
+    """What each row of W would have to gain, (K, N)."""
+    return gram @ (w - q.dequantize())
+
+
 def _textbook(w: np.ndarray, gram: np.ndarray, qparams: QParams, spec: QuantSpec) -> np.ndarray:
     """Frantar et al. 2022, one row at a time in float64, the inverse Hessian updated after each: codes (K, N)."""
     k, size = w.shape[0], spec.group_size(w.shape[0])
@@ -66,7 +72,9 @@ def test_the_sweep_is_the_textbook_s(k, size, grid) -> None:
     w, statistics = _problem(k, 6, seed=k)
     spec, gram = QuantSpec(4, PerGroup(size), **GRIDS[grid]), _raised(statistics.gram, 0.01)
     qparams = spec.fit(w)
-    np.testing.assert_array_equal(_compensate(w, gram, qparams, spec).codes, _textbook(w, gram, qparams, spec))
+    np.testing.assert_array_equal(
+        _compensate(w, Compensation.of(gram), qparams, spec).codes, _textbook(w, gram, qparams, spec)
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -77,9 +85,9 @@ def test_the_fast_form_for_integers_is_the_general_one(k, size, grid, bits) -> N
     w, statistics = _problem(k, 40, seed=k)
     spec, gram = QuantSpec(bits, PerGroup(size), **GRIDS[grid]), _raised(statistics.gram, 0.01)
     qparams = spec.fit(w, np.diagonal(gram))
-    fast = _compensate(w, gram, qparams, spec)
-    np.testing.assert_array_equal(fast.codes, _compensate(w, gram, qparams, spec, rows=Nearest).codes)
-    moved, general = _descend(w, gram, fast), _descend(w, gram, fast, steps=Descent)
+    fast = _compensate(w, Compensation.of(gram), qparams, spec)
+    np.testing.assert_array_equal(fast.codes, _compensate(w, Compensation.of(gram), qparams, spec, rows=Nearest).codes)
+    (moved, _), (general, _) = (_descend(gram, fast, _pull(w, gram, fast), steps=own) for own in (descent, Descent))
     assert (moved.codes != general.codes).mean() < 1e-3
     np.testing.assert_allclose(_errors(moved, w, gram).sum(), _errors(general, w, gram).sum(), rtol=1e-3)
 
@@ -89,7 +97,7 @@ def test_uncorrelated_channels_need_no_compensation() -> None:
     spec = QuantSpec(4, PerGroup(8))
     gram = np.diag(np.linspace(3, 1, 20)).astype(np.float32)
     q = _nearest(w, spec)
-    np.testing.assert_array_equal(_compensate(w, gram, q.qparams, spec).codes, q.codes)
+    np.testing.assert_array_equal(_compensate(w, Compensation.of(gram), q.qparams, spec).codes, q.codes)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -100,7 +108,7 @@ def test_descent_ends_where_no_single_code_lowers_the_error(grid) -> None:
     q = _nearest(w, spec)
     moved = 0
     for _ in range(20):
-        following = _descend(w, gram, q)
+        following, _ = _descend(gram, q, _pull(w, gram, q))
         moved += int((following.codes != q.codes).sum())
         q = following
     assert moved > 20, "plain rounding is no minimum here"
@@ -116,8 +124,11 @@ def test_descent_works_across_blocks() -> None:
     """The error falls with every round, though the products are updated 128 rows at a time."""
     w, statistics = _problem(200, 8)
     q = _nearest(w, QuantSpec(4, PerGroup(64)))
+    pull = _pull(w, statistics.gram, q)
     for _ in range(3):
-        following = _descend(w, statistics.gram, q)
+        following, pull = _descend(statistics.gram, q, pull)
+        wanted = _pull(w, statistics.gram, following)
+        np.testing.assert_allclose(pull, wanted, atol=1e-5 * np.abs(statistics.gram @ w).max())
         assert (_errors(following, w, statistics.gram) < _errors(q, w, statistics.gram) * (1 + 1e-5)).all()
         q = following
     assert _errors(q, w, statistics.gram).sum() < 0.7 * _errors(_nearest(w, q.spec), w, statistics.gram).sum()
@@ -129,7 +140,7 @@ def test_refit_is_the_least_squares_solution(size, grid) -> None:
     w, statistics = _problem(96, 10)
     spec, gram = QuantSpec(4, PerGroup(size), **GRIDS[grid]), statistics.gram
     q = _nearest(w, spec)
-    refit = _refit_scales(w, gram, q)
+    refit = _refit_scales(gram, q, _pull(w, gram, q))
     np.testing.assert_array_equal(refit.codes, q.codes)
     assert (_errors(refit, w, gram) <= _errors(q, w, gram) * (1 + 1e-4)).all()
     assert _errors(refit, w, gram).sum() < 0.99 * _errors(q, w, gram).sum()
@@ -147,7 +158,8 @@ def test_refit_turns_a_scale_round_only_where_it_may(grid) -> None:
     spec, levels = QuantSpec(4, PerGroup(1), **GRIDS[grid]), np.array([[1.0], [-1.0]], np.float32)
     zero = np.full((2, 1), 0 if spec.symmetric else 4, np.float32)
     q = Quantized((levels + zero).astype(spec.code_dtype), QParams(np.full((2, 1), 0.5, np.float32), zero), spec)
-    refit = _refit_scales(np.ones((2, 1), np.float32), np.eye(2, dtype=np.float32), q)
+    gram = np.eye(2, dtype=np.float32)
+    refit = _refit_scales(gram, q, _pull(np.ones((2, 1), np.float32), gram, q))
     np.testing.assert_allclose(refit.qparams.scale[:, 0], [1, -1 if grid == "sym" else 0.5], rtol=2e-4)
 
 
@@ -186,7 +198,7 @@ def test_more_damping_means_less_compensation() -> None:
     spec = QuantSpec(4, PerGroup(16))
     gram = _raised(statistics.gram, 1e6)
     qparams = spec.fit(w)
-    np.testing.assert_array_equal(_compensate(w, gram, qparams, spec).codes, spec.project(w, qparams))
+    np.testing.assert_array_equal(_compensate(w, Compensation.of(gram), qparams, spec).codes, spec.project(w, qparams))
 
 
 def test_statistics_are_demanded() -> None:
