@@ -41,7 +41,7 @@ FAMILIES = {name: ARCHITECTURES[name] for name in ("llama", "qwen2", "qwen3", "g
     "smollm3": Architecture("SmolLM3ForCausalLM", "SmolLM3Config", _PLAIN),
 }
 PRECISIONS = ("fp32", "fp16", "int4")
-LISTS = ("pack", "smooth,awq,gptq,pack", "smooth,qdq")
+LISTS = ("pack", "smooth,awq,gptq,pack", "smooth,qdq", "pack,kv")
 _TOKENS, _END = 12, 2
 # Greedy tokens behind a prompt, until one ends the text.
 _PROGRAM = """
