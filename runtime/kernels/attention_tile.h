@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "attention.h"
 #include "swiglu.h"
@@ -13,8 +14,9 @@
 namespace qcompile {
 namespace {
 
-// Set gives: Vector of kLanes numbers, aligned as they are; kTileRows and kTileVectors, of a product's sums in registers; turn, which transposes kLanes rows of
-// kLanes numbers; from_half.
+// Set gives: Vector of kLanes numbers, aligned as they are; kTileRows and kTileVectors, of a product's sums in registers;
+// turn, which transposes kLanes rows of kLanes numbers; from_half; wide, a vector of float16 or int8 numbers; four and join,
+// which make a vector of the sums of kLanes vectors.
 template <typename Set>
 struct Attend {
   static constexpr int kLanes = Set::kLanes, kVectors = Set::kTileVectors;
@@ -99,12 +101,12 @@ struct Attend {
   // What is read next is fetched little by little while there is something to compute: memory that is asked for at once
   // has the processor wait.
   struct Fetch {
-    static constexpr int64_t kSteps = 12, kLine = 64;
+    static constexpr int64_t kLine = 64;
     const uint8_t *keys, *values;
-    int64_t bytes, done = 0;
+    int64_t bytes, steps, done = 0;
 
     void step() {
-      const int64_t until = std::min(bytes, done + (bytes / kSteps + kLine) / kLine * kLine);
+      const int64_t until = std::min(bytes, done + (bytes / steps + kLine) / kLine * kLine);
       for (; done < until; done += kLine) {
         __builtin_prefetch(keys + done, 0, 2);
         __builtin_prefetch(values + done, 0, 2);
@@ -199,13 +201,120 @@ struct Attend {
     }
   }
 
+  // ---- few rows: each number of the caches is read once or twice, so none is decoded into memory or turned
+
+  template <CacheType type>
+  static Vector load(const uint8_t* numbers) {
+    if constexpr (type == CacheType::kFloat) return at(reinterpret_cast<const float*>(numbers));
+    if constexpr (type == CacheType::kHalf) return Set::wide(reinterpret_cast<const uint16_t*>(numbers));
+    if constexpr (type == CacheType::kInt8) return Set::wide(reinterpret_cast<const int8_t*>(numbers));
+  }
+
+  // scores (kRows, kKeysAtOnce) of rows from `row` on; those of the last vector's keys behind `count` are not theirs.
+  template <CacheType type, int kRows>
+  static void multiply_keys(const AttentionTile& tile, int64_t row, int64_t key, int64_t count, float* scores, Fetch& fetch) {
+    constexpr int kFours = kLanes / 4;
+    const int64_t bytes = tile.width * bytes_of(type);
+    const float* q = tile.q + row * tile.stride;
+    for (int64_t first = 0; first < count; first += kLanes) {
+      Vector quarters[kRows][kFours];
+      for (int f = 0; f < kFours; ++f) {
+        const uint8_t* keys[4];
+        for (int i = 0; i < 4; ++i) keys[i] = tile.keys + (key + std::min(first + 4 * f + i, count - 1)) * bytes;
+        Vector sums[kRows][4] = {};
+        for (int64_t j = 0; j < tile.width; j += kLanes) {
+          Vector k[4];
+          for (int i = 0; i < 4; ++i) k[i] = load<type>(keys[i] + j * bytes_of(type));
+          for (int r = 0; r < kRows; ++r) {
+            const Vector x = at(q + r * tile.stride + j);
+            for (int i = 0; i < 4; ++i) sums[r][i] += x * k[i];
+          }
+        }
+        for (int r = 0; r < kRows; ++r) quarters[r][f] = Set::four(sums[r]);
+        if (row == 0) fetch.step();
+      }
+      for (int r = 0; r < kRows; ++r) at(scores + r * kKeysAtOnce + first) = Set::join(quarters[r]);
+    }
+  }
+
+  // out += weights (kRows, kKeysAtOnce) times the values, of rows from `row` on.
+  template <CacheType type, int kRows>
+  static void add_values(const AttentionTile& tile, int64_t row, int64_t key, int64_t count, const float* weights,
+                         Fetch& fetch) {
+    for (int64_t j = 0; j < tile.width; j += kVectors * kLanes) {
+      const auto part = [&](auto vectors) {
+        const bool fetches = row == 0 && j == 0;
+        add_columns<type, kRows, vectors>(tile, row, key, count, weights, j, fetch, fetches);
+      };
+      if (tile.width - j >= kVectors * kLanes) {
+        part(std::integral_constant<int, kVectors>());
+      } else {
+        for (; j < tile.width; j += kLanes) part(std::integral_constant<int, 1>());
+      }
+    }
+  }
+
+  template <CacheType type, int kRows, int kCount>
+  static void add_columns(const AttentionTile& tile, int64_t row, int64_t key, int64_t count, const float* weights,
+                          int64_t column, Fetch& fetch, bool fetches) {
+    const int64_t bytes = tile.width * bytes_of(type);
+    const uint8_t* values = tile.values + key * bytes + column * bytes_of(type);
+    float* out = tile.out + row * tile.stride + column;
+    Vector sums[kRows][kCount];
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kCount; ++i) sums[r][i] = at(out + r * tile.stride + i * kLanes);
+    }
+    for (int64_t n = 0; n < count; ++n, values += bytes) {
+      Vector v[kCount];
+      for (int i = 0; i < kCount; ++i) v[i] = load<type>(values + i * kLanes * bytes_of(type));
+      for (int r = 0; r < kRows; ++r) {
+        const float weight = weights[r * kKeysAtOnce + n];
+        for (int i = 0; i < kCount; ++i) sums[r][i] += weight * v[i];
+      }
+      if (fetches && n % 8 == 7) fetch.step();
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kCount; ++i) at(out + r * tile.stride + i * kLanes) = sums[r][i];
+    }
+  }
+
+  // work(type, count, row) for all rows, up to four at once.
+  template <typename Work>
+  static void by_rows(const AttentionTile& tile, const Work& work) {
+    const auto of_type = [&](auto type) {
+      for (int64_t row = 0; row < tile.rows; row += 4) {
+        const int64_t left = tile.rows - row;
+        if (left >= 4) work(type, std::integral_constant<int, 4>(), row);
+        if (left == 3) work(type, std::integral_constant<int, 3>(), row);
+        if (left == 2) work(type, std::integral_constant<int, 2>(), row);
+        if (left == 1) work(type, std::integral_constant<int, 1>(), row);
+      }
+    };
+    if (tile.type == CacheType::kFloat) of_type(std::integral_constant<CacheType, CacheType::kFloat>());
+    if (tile.type == CacheType::kHalf) of_type(std::integral_constant<CacheType, CacheType::kHalf>());
+    if (tile.type == CacheType::kInt8) of_type(std::integral_constant<CacheType, CacheType::kInt8>());
+  }
+
   static void run(const AttentionTile& tile) {
     float *turned = tile.scratch, *plain = turned + kKeysAtOnce * tile.stride, *scores = plain + kKeysAtOnce * tile.stride;
     const int64_t bytes = tile.width * bytes_of(tile.type);
     for (int64_t key = tile.begin; key < tile.end; key += kKeysAtOnce) {
       const int64_t count = std::min(kKeysAtOnce, tile.end - key), columns = (count + kLanes - 1) / kLanes * kLanes;
       const int64_t next = key + kKeysAtOnce, ahead = tile.rows > kFew ? 0 : std::clamp<int64_t>(tile.held - next, 0, kKeysAtOnce);
-      Fetch fetch = {tile.keys + next * bytes, tile.values + next * bytes, ahead * bytes};
+      const bool few = tile.rows <= kFew && tile.width == tile.stride;
+      Fetch fetch = {tile.keys + next * bytes, tile.values + next * bytes, ahead * bytes, few ? 24 : 12};
+      if (few) {
+        const auto score = [&](auto type, auto rows, int64_t row) {
+          multiply_keys<type, rows>(tile, row, key, count, scores + row * kKeysAtOnce, fetch);
+        };
+        by_rows(tile, score);
+        for (int64_t row = 0; row < tile.rows; ++row) soften(tile, row, key, count, columns, scores + row * kKeysAtOnce);
+        const auto add = [&](auto type, auto rows, int64_t row) {
+          add_values<type, rows>(tile, row, key, count, scores + row * kKeysAtOnce, fetch);
+        };
+        by_rows(tile, add);
+        continue;
+      }
       turn(rows_of(tile, tile.keys, key, count, plain), count, tile.stride, turned, fetch);
       multiply<false>({tile.q, tile.stride}, tile.rows, {turned, kKeysAtOnce}, tile.width, scores, kKeysAtOnce, columns, fetch);
       for (int64_t row = 0; row < tile.rows; ++row) soften(tile, row, key, count, columns, scores + row * kKeysAtOnce);

@@ -240,6 +240,27 @@ struct AttentionSet {
   static constexpr int kLanes = 16, kTileRows = 6, kTileVectors = 4;
   static constexpr auto from_half = qcompile::from_half;
 
+  static Vector wide(const uint16_t* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+  static Vector wide(const int8_t* x) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+  }
+
+  // In each quarter, the sums of that quarter of four vectors.
+  static Vector four(const Vector (&x)[4]) {
+    const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    const __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    const __m512d a = _mm512_castps_pd(low), b = _mm512_castps_pd(high);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+
+  // The quarters of each of four vectors added up, one behind the other.
+  static Vector join(const Vector (&x)[4]) {
+    const auto halves = [](__m512 a, __m512 b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+    };
+    return halves(halves(x[0], x[1]), halves(x[2], x[3]));
+  }
+
   static void turn(const float* x, int64_t stride, float* y, int64_t y_stride) {
     __m512 rows[16], pairs[16];
 #pragma GCC unroll 16

@@ -246,6 +246,18 @@ struct AttentionSet {
   static constexpr int kLanes = 4, kTileRows = 6, kTileVectors = 4;
   static constexpr auto from_half = qcompile::from_half;
 
+  static Vector wide(const uint16_t* x) {
+    float numbers[kLanes];
+    from_half(x, numbers, kLanes);
+    return Vector{numbers[0], numbers[1], numbers[2], numbers[3]};
+  }
+  static Vector wide(const int8_t* x) { return Vector{float(x[0]), float(x[1]), float(x[2]), float(x[3])}; }
+  static Vector four(const Vector (&x)[4]) {
+    const auto sum = [](const Vector& v) { return v[0] + v[1] + v[2] + v[3]; };
+    return Vector{sum(x[0]), sum(x[1]), sum(x[2]), sum(x[3])};
+  }
+  static Vector join(const Vector (&x)[1]) { return x[0]; }
+
   static void turn(const float* x, int64_t stride, float* y, int64_t y_stride) {
     for (int i = 0; i < kLanes; ++i) {
       for (int j = 0; j < kLanes; ++j) y[j * y_stride + i] = x[i * stride + j];

@@ -228,6 +228,21 @@ struct AttentionSet {
   static constexpr int kLanes = 8, kTileRows = 6, kTileVectors = 2;
   static constexpr auto from_half = qcompile::from_half;
 
+  static Vector wide(const uint16_t* x) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }
+  static Vector wide(const int8_t* x) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+  }
+
+  // In each half, the sums of that half of four vectors.
+  static Vector four(const Vector (&x)[4]) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+  }
+
+  // The halves of each of two vectors added up, one behind the other.
+  static Vector join(const Vector (&x)[2]) {
+    return _mm256_add_ps(_mm256_permute2f128_ps(x[0], x[1], 0x20), _mm256_permute2f128_ps(x[0], x[1], 0x31));
+  }
+
   static void turn(const float* x, int64_t stride, float* y, int64_t y_stride) {
     __m256 rows[8], pairs[8];
 #pragma GCC unroll 8
