@@ -7,16 +7,19 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import platformdirs
+
 from qcompile.passes.errors import UserError
 
 
 def cache_dir() -> Path:
-    """QCOMPILE_CACHE, else qcompile in XDG_CACHE_HOME, else ~/.cache/qcompile; UserError where nobody has a home."""
+    """QCOMPILE_CACHE, else the system's folder for caches (on Linux ~/.cache/qcompile); UserError without a home."""
     try:
         if chosen := os.environ.get("QCOMPILE_CACHE"):
             return Path(chosen).expanduser()
-        base = os.environ.get("XDG_CACHE_HOME")
-        return (Path(base) if base else Path.home() / ".cache") / "qcompile"
+        if not os.environ.get("XDG_CACHE_HOME"):
+            Path.home()  # platformdirs would go on without one
+        return platformdirs.user_cache_path("qcompile", appauthor=False)
     except RuntimeError as error:  # a user of a container, whom no list of users knows
         raise UserError("the cache has no place, for this user has no home folder: set QCOMPILE_CACHE") from error
 

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy.typing as npt
+import psutil
 
 from qcompile.passes.errors import UserError
 from qcompile.runtime.caches import Caches, Decoder
@@ -293,13 +294,11 @@ def spread(values: Sequence[float]) -> float:
 
 
 def resident_memory() -> int | None:
-    """Bytes of this process in memory, pages of mapped files included; None where the system (not Linux) is silent."""
+    """Bytes of this process in memory, pages of mapped files included; None where the system is silent."""
     try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            line = next(line for line in status if line.startswith("VmRSS:"))
-    except (OSError, StopIteration):
+        return int(psutil.Process().memory_info().rss)
+    except (OSError, psutil.Error):
         return None
-    return int(line.split()[1]) * 1024
 
 
 def cpu_name() -> str:

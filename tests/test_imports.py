@@ -19,13 +19,22 @@ ERRORS = "qcompile.passes.errors"
 # What the modules of each layer may import; a package stands for its submodules too.
 ALLOWED = {
     "compiler": {"qcompile.compiler", "qcompile.passes", "qcompile.runtime", "qcompile.models"}
-    | {"cyclopts", "numpy", "onnx", "onnx_ir", "rich", "yaml", "tokenizers", "threadpoolctl"},
+    | {"cyclopts", "msgspec", "psutil", "numpy", "onnx", "onnx_ir", "rich", "yaml", "tokenizers", "threadpoolctl"},
     "passes": {"qcompile.passes", "numpy", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"},
-    "runtime": {"qcompile.runtime", ERRORS, "qcompile.passes.interrupts", "qcompile.passes.threads", "numpy", "onnx"},
+    "runtime": {
+        "qcompile.runtime",
+        ERRORS,
+        "qcompile.passes.interrupts",
+        "qcompile.passes.threads",
+        "numpy",
+        "onnx",
+        "psutil",
+    },
     "models": {
         "qcompile.models",
         ERRORS,
         "qcompile.passes.near",
+        "platformdirs",
         "numpy",
         "onnx",
         "onnx_ir",

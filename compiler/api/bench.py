@@ -1,6 +1,5 @@
 """How fast models run here, and how much memory they take, against each other."""
 
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import psutil
 
 from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.files.folders import model_file
@@ -214,4 +214,5 @@ def _case_row(case: Case, result: Measured, first: Measured, fewest: Measured) -
 
 def cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = psutil.Process()
+    return len(own.cpu_affinity()) if hasattr(own, "cpu_affinity") else psutil.cpu_count() or 1

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
+import psutil
 
 from qcompile.passes.errors import UserError
 
@@ -14,7 +15,7 @@ _LEAST = 2 << 30
 
 
 def available() -> int | None:
-    """Bytes that can be had without swapping, within the container's limit; None where nobody tells (not Linux)."""
+    """Bytes that can be had without swapping, within the container's limit; None where nobody tells."""
     found = [size for size in (_system(), _container()) if size is not None]
     return min(found, default=None)
 
@@ -57,9 +58,9 @@ def bounded() -> Iterator[None]:
     try:
         import resource
 
-        held = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[5])
+        held = int(psutil.Process().memory_info().data)  # Linux tells it
         before = resource.getrlimit(resource.RLIMIT_DATA)
-    except (ImportError, OSError):
+    except (ImportError, AttributeError, OSError, psutil.Error):
         free = None
     if free is None:
         yield
@@ -75,12 +76,10 @@ def bounded() -> Iterator[None]:
 
 
 def _system() -> int | None:
-    """MemAvailable of /proc/meminfo (proc_meminfo(5)), in kB there."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+        return int(psutil.virtual_memory().available)
+    except (OSError, RuntimeError, psutil.Error):
         return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _container() -> int | None:
