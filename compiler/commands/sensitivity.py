@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
-
 from qcompile.compiler.api.sensitivity import DEFAULT_PASSES, rank_nodes
 from qcompile.compiler.commands import compile as compiling
 from qcompile.compiler.commands import idle
@@ -20,13 +18,11 @@ from qcompile.compiler.commands.options import (
     positional,
     recipe_of,
 )
-from qcompile.compiler.console.numbers import decibels
-from qcompile.compiler.console.terminal import Bar, console, table
+from qcompile.compiler.console.terminal import Bar, console
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
-from qcompile.compiler.mixed.ranking import Ranking
 from qcompile.compiler.recipe import DATA, WHICH
 
 _DEFAULT_PASSES = ",".join(map(str, DEFAULT_PASSES))
@@ -64,26 +60,7 @@ def run(args: Options) -> Document:
         ranking = rank_nodes(args.model, recipe, calibration=compiling.calibration_of(args), progress=bar)
     if args.output is not None:
         write_text(args.output, json.dumps(ranking.to_dict(), indent=1) + "\n")
-    print_ranking(ranking, screen)
+    ranking.sheet(_SHOWN).show(screen)
     if args.output is not None:
         screen.print(f"wrote     {args.output}", soft_wrap=True)
     return ranking.to_dict()
-
-
-def print_ranking(ranking: Ranking, screen: Console) -> None:
-    """The worst nodes, and all together."""
-    kl = ranking.metric == "KL"
-    made = table("rank", "node", "operator", "weights MB", "KL alone" if kl else "SQNR alone, dB", numbers=2)
-    for rank, node in enumerate(ranking.nodes[:_SHOWN], 1):
-        made.add_row(str(rank), node.node, node.operator, f"{node.nbytes / 1e6:.2f}", _told(ranking, node.effect))
-    screen.print(made)
-    unit = "KL in nats a token" if kl else "SQNR of the output that is worst off"
-    count = len(ranking.nodes)
-    more = f"{count - _SHOWN} more nodes; " if count > _SHOWN else ""
-    all_integer, all_float = _told(ranking, ranking.all_integer), _told(ranking, ranking.all_float)
-    screen.print(f"{more}all {count} nodes integer: {all_integer}, none: {all_float} ({unit})", soft_wrap=True)
-    screen.print(f"data      {ranking.windows}; took {ranking.seconds:.0f} s", soft_wrap=True)
-
-
-def _told(ranking: Ranking, effect: float) -> str:
-    return f"{effect:.2e}" if ranking.metric == "KL" else f"{decibels(effect):.1f}"

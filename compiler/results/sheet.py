@@ -32,13 +32,17 @@ class Sheet:
         console = Console(  # in a notebook, too: rich would display there by itself
             file=out, width=_WIDTH, color_system=None, highlight=False, markup=False, force_jupyter=False
         )
+        self.show(console)
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+    def show(self, console: Console) -> None:
+        """On a console."""
         made = table(*self.heads, numbers=self.numbers)
         for row in self.rows:
             made.add_row(*map(visible, row))
         parts = [*filter(None, [visible(self.title)]), *([made] if self.rows else []), *map(visible, self.notes)]
         for part in parts:
             console.print(part, soft_wrap=isinstance(part, str))
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
     def html(self) -> str:
         """For a notebook; what comes from a model is escaped."""

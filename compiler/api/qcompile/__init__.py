@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qcompile.compiler.report.inspection import Summary
     from qcompile.compiler.results.report import Report
     from qcompile.compiler.sweep.rows import Sweep
-    from qcompile.passes.errors import UserError
+    from qcompile.passes.errors import UserError, Verdict
     from qcompile.runtime.library import library_path
     from qcompile.runtime.sessions import custom_operators
 
@@ -43,6 +43,7 @@ _HOMES = {
     "Summary": f"{_COMPILER}.report.inspection",
     "Sweep": f"{_COMPILER}.sweep.rows",
     "UserError": "qcompile.passes.errors",
+    "Verdict": "qcompile.passes.errors",
     "bench": f"{_API}.judging",
     "calibrate": f"{_API}.jobs",
     "compare": f"{_API}.judging",
@@ -71,6 +72,7 @@ __all__ = [
     "Summary",
     "Sweep",
     "UserError",
+    "Verdict",
     "__version__",
     "bench",
     "calibrate",
