@@ -244,8 +244,8 @@ def _fitted_lookups(recipe: Recipe, own: Target) -> Iterator[_Change]:
     if own.decodes or recipe.embedding is None:
         return
     if recipe.embedding != SETTINGS["embedding"].default:
-        raise _unfitting(recipe, f"no codes in tables of lookups, got embedding {recipe.embedding}", "keep it")
-    yield "embedding", None, "takes constant scales alone, and those of a lookup are not"
+        raise _unfitting(recipe, f"no codes in embedding tables, got embedding {recipe.embedding}", "keep it")
+    yield "embedding", None, "takes constant scales alone, and those of an embedding are not"
 
 
 def _unfitting(recipe: Recipe, wanted: str, advice: str) -> UserError:
@@ -283,19 +283,19 @@ def _check_place(name: str, earlier: Sequence[str], later: Sequence[str], held: 
     kind = PASSES[name]
     for fact in (own for own in PENDING if own in kind.ensures):
         if not any(fact in PASSES[own].takes for own in later):
-            raise UserError(f"pass {name!r} must be followed by {taking(fact)}: add it to --passes behind {name}")
+            raise UserError(f"pass {name!r} must be followed by {taking(fact)}: add it to --passes after {name}")
     for fact in (own for own in Fact if own in kind.needs):
         last = next((own for own in reversed(earlier) if fact in PASSES[own].ensures | PASSES[own].takes), None)
         if last is None and fact in held:
             continue
         if last is None:
-            raise UserError(f"pass {name!r} must stand behind {ensuring(fact)}: add it to --passes before {name}")
+            raise UserError(f"pass {name!r} must come after {ensuring(fact)}: add it to --passes before {name}")
         if fact in PASSES[last].ensures:
             continue
         if fact in kind.takes & PASSES[last].needs:
             told = "quantize the weights" if fact == Fact.FLOAT else f"need {fact.value} to themselves"
             raise UserError(f"passes {last!r} and {name!r} both {told}: choose one")
-        told = f"stands behind {last!r}, where no {fact.value} are left: move it before {last}"
+        told = f"comes after {last!r}, where no {fact.value} are left: move it before {last}"
         raise UserError(f"pass {name!r} {told}")
 
 

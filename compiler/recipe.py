@@ -160,7 +160,7 @@ class Recipe:
         Literal["fused", "plain"],
         About(
             "attention beside packed weights: ONNX Runtime's MultiHeadAttention, in decoders with caches "
-            "GroupQueryAttention behind joined products (default), or standard operators",
+            "GroupQueryAttention after joined products (default), or standard operators",
             WHAT,
         ),
     ] = "fused"

@@ -14,6 +14,7 @@ from qcompile.compiler.data.calibration_files import named as named_files
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.data.oddities import oddities
 from qcompile.compiler.data.size_names import drop_contradicted
 from qcompile.compiler.facts.memory import check_sizes
 from qcompile.compiler.facts.model import file_size, versions
@@ -23,7 +24,7 @@ from qcompile.compiler.measure import randomness
 from qcompile.compiler.mixed.keep import Wish, check_metric
 from qcompile.compiler.plan import HELD, Planned, effective, facts_of, packages, planned, reading
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.report.coverage import Recorded, account, quantizers, record
+from qcompile.compiler.report.coverage import Recorded, account, in_order, quantizers, record
 from qcompile.compiler.results.errors import ActivationRange, RowsSeen
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.walk import promises, saved_statistics
@@ -51,7 +52,7 @@ _LOOKED_AT = 8
 class Prepared:
     """A model as the walk takes it, with the passes of its recipe, and which weight gets which grid.
 
-    constants: the large floats of it, for coverage.
+    constants: the large floats of it, for coverage. order: the places of its nodes, by name.
     """
 
     source: Path
@@ -63,6 +64,7 @@ class Prepared:
     report: Report
     job: Job
     constants: Sequence[Recorded]
+    order: Mapping[str, int]
 
     @property
     def observes(self) -> bool:
@@ -138,7 +140,21 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress, *, dry: bool
     check_metric(wish(recipe), plan)
     int8 = INT8.get(recipe.target) if recipe.activation_bits != 16 else None
     job = Job(graph, passes, report, progress, provider=recipe.provider, int8=int8)
-    return Prepared(source, recipe, graph, passes, made.policy, plan, report, job, record(graph))
+    order = {str(node.name): place for place, node in enumerate(graph.graph.all_nodes())}
+    return Prepared(source, recipe, graph, passes, made.policy, plan, report, job, record(graph), order)
+
+
+def _options(given: Calibration) -> list[str]:
+    """Calibration data as the command line is given it; none of what a program gives."""
+    pictures = given.pictures
+    words = ["--calibration", *given.files] if given.files else []
+    for option, own in (
+        ("--image-mean", pictures.mean),
+        ("--image-std", pictures.std),
+        ("--image-size", pictures.size),
+    ):
+        words += [option, ",".join(map(str, own))] if own else []
+    return words + (["--tokenizer", str(given.tokenizer)] if given.tokenizer is not None else [])
 
 
 def _bounded(recipe: Recipe) -> bool:
@@ -189,6 +205,8 @@ def gather_data(
         data = replace(data, description=f"{data.description}; {told}")
     if evaluation is not None:
         data = with_evaluation(prepared.plan, prepared.source, data, evaluation)
+    prepared.report.warnings = list(oddities(prepared.plan, data.calibration, ranges=observes))
+    prepared.report.given = _options(calibration)
     prepared.report.calibrated = files if data.calibration or saved is not None else {}
     _check_fit(prepared, data)
     mark_infinite(prepared.model, _infinite(prepared.plan, (*data.calibration, *data.checks)))
@@ -276,7 +294,8 @@ def _account(walked: Walked) -> None:
     policy = getattr(own[0], "policy", walked.prepared.policy) if own else walked.prepared.policy
     for other in report.quantizers[1:]:
         report.decisions[other] = []
-    report.decisions[report.quantizers[0]] = account(walked.prepared.constants, walked.model, walked.passes, policy)
+    made = account(walked.prepared.constants, walked.model, walked.passes, policy)
+    report.decisions[report.quantizers[0]] = in_order(made, walked.prepared.order)
 
 
 def check_target(model: ir.Model, target: str, made: Planned) -> None:

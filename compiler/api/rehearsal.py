@@ -15,7 +15,7 @@ from qcompile.compiler.files.save import foretold_size
 from qcompile.compiler.mixed.keep import integer_pass
 from qcompile.compiler.mixed.sensitivity import sites
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.report.coverage import account, check_coverage, quantizers
+from qcompile.compiler.report.coverage import account, check_coverage, in_order, quantizers
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.stages import Prepared, prepare_model
 from qcompile.compiler.walk.segments import split, targets
@@ -63,7 +63,8 @@ def rehearse(source: Path, recipe: Recipe) -> Rehearsal:
     report.quantizers = tuple(p.name for p in own) or ("float",)
     report.decisions = {name: [] for name in report.quantizers}
     policy = getattr(own[0], "policy", prepared.policy) if own else prepared.policy
-    report.decisions[report.quantizers[0]] = account(prepared.constants, graph, prepared.passes, policy)
+    made = account(prepared.constants, graph, prepared.passes, policy)
+    report.decisions[report.quantizers[0]] = in_order(made, prepared.order)
     report.compiled_bytes = foretold_size(graph)
     names = tuple(p.name for p in prepared.passes)
     return Rehearsal(report, _refusal(prepared), names, inputs, len(segments), memory, _open(prepared))

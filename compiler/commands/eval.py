@@ -62,7 +62,7 @@ class Options(JsonFile, Threads, Runs, CustomOps):
     labels: Annotated[
         Path | None,
         option(
-            "class numbers of the rows of --data: .npy, .npz, or lines that end in one, maybe behind an image's name",
+            "class numbers of the rows of --data: .npy, .npz, or lines that end in one, maybe after an image's name",
             "FILE",
         ),
     ] = None

@@ -65,7 +65,7 @@ def _write(out: Console, text: str) -> None:
 def _speed(times: Sequence[float], prompt: int) -> str:
     """First token and speed after it: the prompt's run is not the speed of a token."""
     tokens = len(times) - 1
-    line = f"{tokens} tokens behind a prompt of {prompt}"
+    line = f"{tokens} tokens after a prompt of {prompt}"
     if tokens:
         line += f", the first after {times[1] - times[0]:.2f} s"
     if tokens > 1:

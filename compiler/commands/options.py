@@ -33,7 +33,7 @@ _COMMON = "every command"
 _GROUPS = {
     name: Group(title, sort_key=order)
     for order, (name, title) in enumerate(
-        {WHAT: WHAT, WHICH: WHICH, DATA: DATA, MIXED: f"{MIXED}, behind qdq or dynamic", SAFETY: SAFETY}.items(), 2
+        {WHAT: WHAT, WHICH: WHICH, DATA: DATA, MIXED: f"{MIXED}, with qdq or dynamic", SAFETY: SAFETY}.items(), 2
     )
 }
 _FIRST, _LAST = 1, 99

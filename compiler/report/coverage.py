@@ -74,6 +74,15 @@ def account(before: Sequence[Recorded], model: ir.Model, passes: Sequence[Pass],
     return list(_merged(made, left, {reader.name for constant in after for reader in constant.readers}))
 
 
+def in_order(made: Sequence[Decision], order: Mapping[str, int]) -> list[Decision]:
+    """Decisions by the places of their nodes in the prepared graph; one without a place goes with the one before it."""
+    places, last = list[int](), -1
+    for decision in made:
+        last = order.get(decision.node, last)
+        places.append(last)
+    return [made[i] for i in sorted(range(len(made)), key=lambda i: places[i])]
+
+
 def _check_codes(made: Pass, after: Sequence[FloatConstant]) -> None:
     """BrokenPromise where a pass says of a product or lookup that it is quantized, and of nothing in it that it is not,
     and it reads a float weight.
@@ -131,7 +140,7 @@ def _reason(reader: Reader, names: Sequence[str]) -> str:
     if reader.family == "Gather" and list(find_embeddings([reader.node])):
         return f"a small table of {operator} that belongs to no segment of the calibration run"
     if reader.family == "Gather":
-        return f"a table of {operator} of another form than a lookup of rows"
+        return f"a table of {operator} that is read in another way than by rows"
     if reader.node.op_type == "MatMul" and reader.node.domain == "" and isinstance(why := as_linear(reader.node), str):
         return why
     return f"{names[0]} has no format for weights of {operator}"

@@ -4,8 +4,11 @@ import math
 from pathlib import Path
 
 from qcompile.compiler.console.numbers import megabytes
+from qcompile.compiler.recipe import SETTINGS
+from qcompile.compiler.report.advice import packs
 from qcompile.compiler.report.chart import chart
 from qcompile.compiler.report.decisions import decisions
+from qcompile.compiler.report.hurting import hurts
 from qcompile.compiler.report.markup import Markup, join, number, percent, table, text
 from qcompile.compiler.report.nodes import coverage, node_list, node_rows
 from qcompile.compiler.report.ranges import ranges
@@ -18,7 +21,9 @@ def to_html(report: Report) -> str:
     """The whole page: readable in light and dark, without scripts too, whatever the names in the model are."""
     rows = node_rows(report)
     title = text(f"qcompile report: {Path(report.source).name}")
-    parts = {"Coverage": coverage(report, rows), "Errors": chart(rows)}
+    worst = hurts(report)
+    parts = {"What hurts most": worst} if worst is not None else {}
+    parts |= {"Coverage": coverage(report, rows), "Errors": chart(rows)}
     if rows:
         parts["Nodes"] = node_list(rows)
     if report.ranges:
@@ -55,15 +60,19 @@ def _tiles(report: Report) -> Markup:
 
 
 def _tile(told: str, value: str) -> Markup:
-    return Markup(f"<div><span>{text(told, 40)}</span><b>{text(value)}</b></div>")
+    return Markup(f"<div><span>{text(told, 120)}</span><b>{text(value)}</b></div>")
 
 
 def _errors(report: Report) -> list[tuple[str, str]]:
     """The error of the first output, which is the logits where there are any, and of the nodes."""
-    tiles = [(f"error of {output.name}", number(output.relative)) for output in report.outputs[:1]]
+    on = f" on {report.measured}" if report.measured else ""
+    tiles = [(f"error of {output.name}{on}", output.told) for output in report.outputs[:1]]
     if (found := report.predictions) is not None:
         ends = f"{number(found.before)} → {number(found.after)}"
-        tiles += [("KL, nats a token", number(found.kl)), ("perplexity of the checks", ends)]
+        tiles += [(f"KL, nats a token{on}", found.told_kl), (f"perplexity, {found.tokens} tokens", ends)]
+    if report.speed is not None:
+        word = "time of the float model: slower" if report.speed.slower else "time of the float model"
+        tiles.append((word, f"{report.speed.ratio:.2f} ×"))
     errors = sorted((node.error for node in report.nodes), key=lambda error: (math.isnan(error), error))
     if errors:
         middle = errors[len(errors) // 2]
@@ -72,14 +81,17 @@ def _errors(report: Report) -> list[tuple[str, str]]:
 
 
 def _facts(report: Report) -> Markup:
-    recipe = {key: value for key, value in report.recipe.items() if key != "passes"}
+    recipe = _settings(report)
     facts = {
         "model": report.source,
         "hash": report.source_hash,
         "output": ", ".join(report.files),
         "passes": " → ".join(map(str, report.recipe.get("passes", []))),
-        "recipe": ", ".join(f"{key} {_setting(value)}" for key, value in recipe.items()),
-        "data": report.data,
+        "recipe": ", ".join([*(f"{key} {_setting(value)}" for key, value in recipe.items()), "else the defaults"]),
+        "calibration": report.data,
+        "warnings": "; ".join(report.warnings),
+        "accuracy on": report.measured,
+        "speed": report.speed.told() if report.speed is not None else "",
         "rows": str(report.rows or ""),
         "trial": "; ".join(report.trials),
         "caches": report.caches,
@@ -89,6 +101,15 @@ def _facts(report: Report) -> Markup:
     }
     lines = (Markup(f"<dt>{name}</dt><dd>{text(value, 1000)}</dd>") for name, value in facts.items() if value)
     return Markup(f'<dl class="facts">{join(lines)}</dl>\n')
+
+
+def _settings(report: Report) -> dict[str, object]:
+    """Those settings of the recipe that decided something: of the weights' form where weights were packed, and what
+    differs from the defaults.
+    """
+    form = {"bits", "group_size", "symmetric", "target", "lm_head", "embedding"} if packs(report) else set()
+    rest = {key: value for key, value in report.recipe.items() if key in SETTINGS and key != "passes"}
+    return {k: v for k, v in rest.items() if k in form or v != SETTINGS[k].plain(SETTINGS[k].default)}
 
 
 def _setting(value: object) -> str:
@@ -101,9 +122,12 @@ def _outputs(report: Report) -> Markup:
     """Every output of the compiled model against the float one, and whether the file reproduces that."""
     if not report.outputs:
         return Markup()
-    rows = [[output.name, number(output.relative), f"{output.cosine:.5f}"] for output in report.outputs]
+    rows = [[output.name, output.told, f"{output.cosine:.5f}"] for output in report.outputs]
     made = table(
-        "Outputs against the float model, on the check batches", ["Output", "Relative error", "Cosine"], rows, numbers=2
+        f"Outputs against the float model, on {report.measured or 'the check batches'}",
+        ["Output", "Relative error", "Cosine"],
+        rows,
+        numbers=2,
     )
     if report.predictions is not None:
         told = report.predictions.told()

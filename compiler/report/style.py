@@ -15,6 +15,8 @@ body{margin:0 auto;max-width:1160px;padding:16px 20px 60px;background:var(--bg);
 font:15px/1.5 system-ui,sans-serif;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 h1{font-size:24px;line-height:1.25;margin:8px 0 4px}h2{font-size:18px;margin:36px 0 8px}
 p{margin:6px 0 10px;max-width:90ch}
+pre{white-space:pre-wrap;background:var(--card);border:1px solid var(--line);border-radius:6px;padding:6px 10px;
+margin:2px 0 10px;font-size:13px}section dd{margin:0}section dt{font-weight:600}
 a{color:var(--link)}nav{margin:10px 0}nav a{margin-right:16px;white-space:nowrap}
 section{content-visibility:auto;contain-intrinsic-size:auto 600px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:10px;margin:16px 0}

@@ -5,10 +5,17 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from qcompile.compiler.console.numbers import percent
 from qcompile.compiler.console.terminal import table
+from qcompile.compiler.report.advice import hurting, remedies
 from qcompile.compiler.report.nodes import node_rows
 from qcompile.compiler.results.errors import NodeError
 from qcompile.compiler.results.report import Report
+
+# Nodes that are named on the terminal.
+_WORST = 3
+# Commands that are shown there.
+_TRIED = 2
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -20,10 +27,21 @@ def print_report(report: Report, console: Console) -> None:
         for line in told.lines() if told is not None else ():
             console.print(line, soft_wrap=True)
     _print_errors(report, console)
+    _print_advice(report, console)
     saved = f"{_mb(report.source_bytes)} → {_mb(report.compiled_bytes)}"
     bits = f", {report.bits_per_weight:.2f} bits per quantized {report.kinds} weight" if report.bits_per_weight else ""
     console.print(f"size      {saved}{bits}")
     console.print(f"took      {report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB")
+
+
+def _print_advice(report: Report, console: Console) -> None:
+    """What hurts most, and what to try; the page has all of it."""
+    for own in hurting(report)[:_WORST]:
+        told = f"{own.node}: relative error {own.error:.3g}, {percent(own.share)} of all squared errors"
+        console.print(f"{'hurts' if own.rank == 1 else '':<9} {own.rank}. {told}", soft_wrap=True)
+    for number, remedy in enumerate(remedies(report)[:_TRIED]):
+        console.print(f"{'try' if not number else '':<9} {remedy.what}:", soft_wrap=True)
+        console.print(f"{'':<9}   {remedy.command}", soft_wrap=True)
 
 
 def print_coverage(report: Report, console: Console) -> None:

@@ -28,6 +28,7 @@ class Report(Shown):
     one account for every float constant of 1,024 elements or more (`coverage`). mixed: what stays in float by its
     sensitivity, where the recipe wants that. ladder: what each step without data gained, where there was no data.
     calibrated: names of the files that statistics came from, by their sha256.
+    given: options of the command line that say where its data came from.
     measured: what `outputs` and `predictions` were measured on. speed: where a paired run was asked for.
     warnings: what is odd about the calibration data. predictions: of a decoder, on real tokens.
     rounding: what integer nodes changed in the outputs at most, relative.
@@ -50,6 +51,7 @@ class Report(Shown):
     outputs: list[OutputError] = field(default_factory=list)
     measured: str = ""
     calibrated: dict[str, str] = field(default_factory=dict)
+    given: list[str] = field(default_factory=list)
     speed: Speed | None = None
     warnings: list[str] = field(default_factory=list)
     ranges: list[ActivationRange] = field(default_factory=list)

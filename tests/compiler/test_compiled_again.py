@@ -129,10 +129,10 @@ def test_products_of_other_bits_are_joined_too(bench: Any) -> None:
 
 def test_a_file_without_packed_products_has_nothing_to_fuse(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     source = bench.save(tiny_encoder())
-    bench.refuses(capsys, source, ["--passes", "fuse"], "pass 'fuse' must stand behind pack: add it to --passes before")
+    bench.refuses(capsys, source, ["--passes", "fuse"], "pass 'fuse' must come after pack: add it to --passes before")
     bench.compile(source, "pack", output="in/packed.onnx", target="matmulnbits")
     packed = bench.folder / "in" / "packed.onnx"
-    bench.refuses(capsys, packed, ["--passes", "fuse"], "pass 'fuse' must stand behind pack")
+    bench.refuses(capsys, packed, ["--passes", "fuse"], "pass 'fuse' must come after pack")
 
 
 def test_an_encoder_is_fused_later_for_any_target(bench: Any) -> None:

@@ -81,7 +81,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "zero points": (
         {"target": "qnn", "weights": Step("int4", {"symmetric": False})}, "takes no zero points, got .*: leave out"
     ),
-    "lookups": ({"target": "tensorrt", "embedding": 4}, "takes no codes in tables of lookups, got embedding 4: keep"),
+    "lookups": ({"target": "tensorrt", "embedding": 4}, "takes no codes in embedding tables, got embedding 4: keep"),
     "dynamic": ({"target": "qnn", "passes": "dynamic"}, "pass dynamic does not go with target qnn: .* choose qdq"),
     "attention": (
         {"target": "tensorrt", "passes": "pack,fuse_attention"},

@@ -202,7 +202,7 @@ def test_without_data_nothing_is_corrected() -> None:
 @pytest.mark.parametrize("passes", ["bias_correction", "bias_correction,qdq", "dynamic,bias_correction"])
 def test_order(bench, capsys, passes) -> None:
     path = bench.save(_linear("bias", ("b", "s", K)), tokenizer=False)
-    bench.refuses(capsys, path, ["--passes", passes], "pass 'bias_correction' must stand behind qdq")
+    bench.refuses(capsys, path, ["--passes", passes], "pass 'bias_correction' must come after qdq")
 
 
 def test_few_samples_correct_nothing(bench, tmp_path) -> None:

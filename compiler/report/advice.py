@@ -1,0 +1,136 @@
+"""What hurts most, and the commands that may help: ranked nodes, and what to try, to be pasted."""
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qcompile.compiler.console.numbers import percent
+from qcompile.compiler.plan import effective, ensuring, steps_that
+from qcompile.compiler.recipe import SETTINGS, Recipe
+from qcompile.compiler.results.report import Report
+from qcompile.passes import lists
+from qcompile.passes.contract import Fact
+from qcompile.passes.errors import UserError
+from qcompile.passes.targets import TARGETS
+
+_RANKED = 5
+# A share of all squared errors from which on a few nodes are worth leaving in float, and how many at most.
+_ENOUGH, _FEW = 0.5, 3
+# Group sizes to go down to, each from the one before.
+_SMALLER = {0: 128, 256: 128, 128: 64, 64: 32}
+
+
+@dataclass(frozen=True)
+class Hurting:
+    """A node among those that err most. share: of the squared errors of all nodes."""
+
+    rank: int
+    node: str
+    told: str
+    error: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Something to try: what it does, and the whole command."""
+
+    what: str
+    command: str
+
+
+def hurting(report: Report) -> list[Hurting]:
+    """The nodes of largest error by themselves, in falling order; none where no error was measured."""
+    squares = [(own, own.error**2) for own in report.nodes if math.isfinite(own.error)]
+    total = sum(square for _, square in squares)
+    decisions = {d.node: d.told for d in report.quantizing}
+    ranked = sorted(squares, key=lambda pair: (-pair[1], pair[0].node))[:_RANKED]
+    return [
+        Hurting(rank, own.node, decisions.get(own.node, ""), own.error, square / total)
+        for rank, (own, square) in enumerate(ranked, 1)
+        if total
+    ]
+
+
+def remedies(report: Report) -> list[Remedy]:
+    """What to try, the cheapest in bytes first; none for a report without a recipe, or without errors."""
+    worst, recipe = hurting(report), recipe_of(report)
+    if not worst or recipe is None:
+        return []
+    integer = bool(steps_that(recipe, ensure=Fact.INTEGER))
+    if not integer and not packs(report):
+        return []
+    tried = [*(_of_integers(recipe, report) if integer else _of_weights(recipe)), *_in_float(recipe, worst)]
+    return [Remedy(what, command(report, changes)) for what, changes in tried]
+
+
+def recipe_of(report: Report) -> Recipe | None:
+    """The recipe that ran; None where the report has none, or one of another version."""
+    try:
+        return Recipe.from_dict({k: v for k, v in report.recipe.items() if k in SETTINGS}, "report")
+    except UserError:
+        return None
+
+
+def packs(report: Report) -> bool:
+    """Whether the recipe stores weights in a form of its own settings: bits, groups, zero points."""
+    recipe = recipe_of(report)
+    return recipe is not None and bool(steps_that(recipe, ensure=Fact.PACKED))
+
+
+def _of_integers(recipe: Recipe, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+    nodes, products = report.nodes, bool(report.packed("MatMul"))
+    own, marking = str(steps_that(recipe, ensure=Fact.INTEGER)[0]), ensuring(Fact.OUTLIERS)
+    if not recipe.mixed and len(nodes) > 2 * _FEW:
+        what = f"keep the {_FEW} nodes in float that change the output most (ranks them first)"
+        yield what, {"keep_worst": _FEW}
+    steps = [str(step) for step in recipe.passes]
+    if marking not in steps and not TARGETS[effective(recipe).target].runtime and products:
+        at = steps.index(own)
+        yield "leave outlying channels of MatMuls in float", {"passes": [*steps[:at], marking, *steps[at:]]}
+
+
+def _of_weights(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    target = TARGETS[effective(recipe).target]
+    best = lists.BEST.split(",")
+    if not {step.name for step in recipe.passes} >= set(best):
+        yield "fit codes to calibration data (slower to compile, the same size)", {"passes": best}
+    smaller = _SMALLER.get(recipe.group_size)
+    if smaller and recipe.weights is None and (not target.groups or smaller in target.groups):
+        yield f"groups of {smaller} rows share a scale, not {recipe.group_size or 'all'}", {"group_size": smaller}
+    if recipe.bits < 8 and recipe.weights is None and 8 in target.bits:
+        yield "8 bits for all weights (about twice the size)", {"bits": 8}
+
+
+def _in_float(recipe: Recipe, worst: Sequence[Hurting]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The few nodes that make up most of the error, or the worst one."""
+    share, names = 0.0, list[str]()
+    for own in worst[:_FEW]:
+        share, names = share + own.share, [*names, own.node]
+        if share >= _ENOUGH:
+            break
+    chosen = names if share >= _ENOUGH else names[:1]
+    part = percent(share if share >= _ENOUGH else worst[0].share)
+    told = f"leave {'it' if len(chosen) == 1 else 'them'} in float: {part} of the squared errors of all nodes"
+    yield told, {"exclude": [*recipe.exclude, *chosen]}
+
+
+def command(report: Report, changes: dict[str, Any]) -> str:
+    """The command that made a report, with other settings."""
+    words = ["qcompile", report.source]
+    for name, value in ({**report.recipe, **changes}).items():
+        own = SETTINGS.get(name)
+        if own is not None and value != own.plain(own.default) and value is not None:
+            words += _option(own.option, own.about.opposite, name, value)
+    words += [*report.given, *(["-o", report.output] if report.output else [])]
+    return shlex.join(words)
+
+
+def _option(option: str, opposite: tuple[str, str] | None, name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [option] if value or opposite is None else [opposite[0]]
+    if isinstance(value, list) and name != "passes":
+        return [word for item in value for word in (option, str(item))]
+    return [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
