@@ -106,3 +106,11 @@ def test_generated_pages_have_what_is_declared(pages: ModuleType) -> None:
     assert "bias_correction" in pages.passes()
     for name in qcompile._HOMES:
         assert f".{name}\n" in pages.reference()
+
+
+def test_every_page_of_docs_is_in_the_navigation(pages: ModuleType) -> None:
+    """`make docs` is strict about it, too; pages of benchmarks/ are there by themselves."""
+    text = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r": (docs/[\w-]+\.md)$", text, re.MULTILINE))
+    generated = {f"docs/{name}.md" for name in ("commands", "passes", "reference", "tour")}
+    assert listed == {page.relative_to(DOCS.parent).as_posix() for page in DOCS.glob("*.md")} | generated
