@@ -9,6 +9,7 @@ from qcompile.compiler.api.calibrate import Calibrated, calibrate_model
 from qcompile.compiler.api.data import Data, Transform, data_of, gives_items
 from qcompile.compiler.api.fields import Fields
 from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, strangers, within
+from qcompile.compiler.api.idle import warn
 from qcompile.compiler.api.models import Model, PathLike, is_file, on_disk
 from qcompile.compiler.api.recipes import Passes, recipe_of
 from qcompile.compiler.api.sensitivity import rank_nodes
@@ -76,6 +77,7 @@ def compile(
     given = data_of(
         calibration, transform=transform if gives_items(calibration) or not judged else None, tokenizer=tokenizer
     )
+    warn(wanted, given, fields)
     other = data_of(evaluation, transform=transform if judged else None) if evaluation is not None else None
     with _graph(model, output, wanted, progress) as (path, target, bar):
         return compile_model(
@@ -108,6 +110,7 @@ def calibrate(
     """
     wanted = recipe_of(recipe, passes, fields, lists.INTEGER)
     given = data_of(calibration, transform=transform, tokenizer=tokenizer)
+    warn(wanted, given, fields)
     with on_disk(model) as path, _told(progress) as bar:
         return calibrate_model(path, wanted, output=Path(output), calibration=given, progress=bar)
 
@@ -130,6 +133,7 @@ def sensitivity(
     """
     wanted = recipe_of(recipe, passes, fields, lists.INTEGER)
     given = data_of(calibration, transform=transform, tokenizer=tokenizer)
+    warn(wanted, given, fields)
     with on_disk(model) as path, _told(progress) as bar:
         return rank_nodes(path, wanted, calibration=given, progress=bar)
 

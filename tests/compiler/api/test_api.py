@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -426,6 +427,18 @@ def test_results_have_the_names_that_were_given(results: Any) -> None:
     assert [row.scores.model for row in results["evaluation"].rows] == ["small <b>"]
     assert [row.text for row in results["text"].rows] == ["text 1"]
     assert {own["label"] for own in results["bench"].records()} == {"float", "int8"}
+
+
+def test_settings_without_effect_are_warned_of(bench: Any) -> None:
+    """As the command line tells options of no effect; the warning points at the caller's line."""
+    path, out = bench.save(tiny_mlp(), tokenizer=False), bench.folder / "out.onnx"
+    with pytest.warns(UserWarning, match="has no effect here") as told:
+        qcompile.compile(path, "qdq", output=out, calibration=ROWS, bits=8, samples=4)
+    assert [str(own.message).split()[0] for own in told] == ["bits", "samples"]
+    assert {own.filename for own in told} == {__file__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qcompile.compile(path, "pack", output=out, bits=8, group_size=32)
 
 
 def test_progress_is_shown_on_stderr_alone(bench: Any, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,55 @@
+"""Settings that are given and change nothing in a run, with the reason: commands and programs are told."""
+
+import warnings
+from collections.abc import Collection, Iterator
+
+from qcompile.compiler.data.calibration import NORMS, Calibration
+from qcompile.compiler.data.calibration_files import Files
+from qcompile.compiler.plan import ensuring, steps_that
+from qcompile.compiler.recipe import SETTINGS, Recipe
+from qcompile.passes.contract import Fact
+
+# Settings of packed weights and of what computes with them; others of these are errors without a pass that packs.
+_PACKED = ("bits", "group_size", "symmetric", "activations", "accuracy_level", "attention")
+_PICTURES = ("image_mean", "image_std", "image_size")
+
+
+def of_recipe(recipe: Recipe, given: Collection[str]) -> dict[str, str]:
+    """Settings given that this list of passes does not read, by name, with the reason."""
+    found: dict[str, str] = {}
+    if not steps_that(recipe, ensure=Fact.PACKED):
+        names = ",".join(step.name for step in recipe.passes)
+        found = {name: f"no pass of {names} packs weights ({ensuring(Fact.PACKED)} does)" for name in _PACKED}
+    elif recipe.target != "matmulnbits":
+        found["accuracy_level"] = f"it is for target matmulnbits, this is {recipe.target}"
+    if recipe.weights is not None:
+        found["group_size"] = f"--weights {recipe.weights} has its own"
+    if not recipe.mixed:
+        found["keep_as"] = "no node is kept in float (--keep-worst, --max-kl or --min-sqnr do that)"
+    return {name: why for name, why in found.items() if name in given and name in SETTINGS}
+
+
+def of_data(data: Calibration, given: Collection[str]) -> dict[str, str]:
+    """Settings of calibration data given that this kind of data does not read."""
+    return {name: why for name, why in _of_data(data) if name in given}
+
+
+def warn(recipe: Recipe, data: Calibration, given: Collection[str]) -> None:
+    """Warn a program of its keywords without effect; the warning points at the caller of the public function."""
+    for name, why in (of_recipe(recipe, given) | of_data(data, given)).items():
+        warnings.warn(f"{name} has no effect here: {why}", stacklevel=3)
+
+
+def _of_data(data: Calibration) -> Iterator[tuple[str, str]]:
+    files = Files.of([] if data.word else data.files)
+    if files.arrays or files.reference or data.reader is not None:
+        every = (
+            f"{files.reference} gives what it gives" if files.reference else "arrays are taken as they are, all of them"
+        )
+        yield from ((name, every) for name in ("samples", "context"))
+    if files.images:
+        yield "context", "images have no windows"
+    if data.word == NORMS:
+        yield from ((name, "--calibration norms runs nothing") for name in ("samples", "context"))
+    if not files.images:
+        yield from ((name, "no images are given with --calibration") for name in _PICTURES)
