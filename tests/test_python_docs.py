@@ -28,6 +28,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     save_model(tiny_conv(), folder / "detector.onnx")
     (folder / "my-text.txt").write_text(calibration_text()[:6000], encoding="utf-8")
     (folder / "other-text.txt").write_text(calibration_text()[6000:9000], encoding="utf-8")
+    images = pytest.importorskip("PIL.Image", reason="the extra images")
+    (folder / "images").mkdir()
+    for number in range(4):
+        images.new("RGB", (40, 40), (60 * number, 90, 200 - 50 * number)).save(folder / "images" / f"{number}.png")
     names: dict[str, Any] = {"__name__": "__main__", "folder": folder}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qcompile.compiler.api.recipes import load_recipe, save_recipe
     from qcompile.compiler.api.running import generate, session
     from qcompile.compiler.data.calibration import Calibration
+    from qcompile.compiler.data.images import Pictures
     from qcompile.compiler.mixed.ranking import Ranking
     from qcompile.compiler.recipe import Recipe, Step
     from qcompile.compiler.report.inspection import Summary
@@ -36,6 +37,7 @@ _HOMES = {
     "Calibrated": f"{_API}.calibrate",
     "Calibration": f"{_COMPILER}.data.calibration",
     "Evaluation": f"{_API}.evaluation",
+    "Pictures": f"{_COMPILER}.data.images",
     "Ranking": f"{_COMPILER}.mixed.ranking",
     "Recipe": f"{_COMPILER}.recipe",
     "Report": f"{_COMPILER}.results.report",
@@ -65,6 +67,7 @@ __all__ = [
     "Calibrated",
     "Calibration",
     "Evaluation",
+    "Pictures",
     "Ranking",
     "Recipe",
     "Report",

@@ -37,7 +37,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
 def test_importing_it_imports_nothing_else() -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); import qcompile; took = time.perf_counter() - start; "
+        "import sys, time; start = time.process_time(); import qcompile; took = time.process_time() - start; "
         "qcompile.__version__; print(took, *(n for n in ('numpy', 'onnx', 'rich', 'yaml') if n in sys.modules))"
     )
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
