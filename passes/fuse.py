@@ -23,7 +23,7 @@ from qcompile.passes.formats.base import (
     element_type,
     operands,
 )
-from qcompile.passes.gates import fuse_gates, gates
+from qcompile.passes.gates import fuse_gates, gates, in_gate
 from qcompile.passes.graph import Names, add_initializer, take_over
 from qcompile.passes.linears import constant, dimensions
 
@@ -35,7 +35,7 @@ class Fuse(Pass):
     Case 2 (inputs): products that read one value, of the same operator, group size, code type, scale type and kind of
     zero points become one node whose weights are concatenated along N, and a Split into the outputs they had. Columns
     take activations at the bits that they had (COLUMNS_AT_8): kernels compute the same bit for bit, where what takes 8
-    fills whole panels.
+    fills whole panels. A gate and what it gates stay apart from several others.
     Case 3: a product whose weight another node reads too keeps its own copy: it joins no other.
     Case 4 (gates): silu(a) b becomes a SwiGLU where a and b are the halves that a Split makes of one value, such as the
     product that Case 2 made of them, and nothing else reads a half (`gates`). For that a gate is joined before others.
@@ -79,7 +79,7 @@ class Fuse(Pass):
             return
         own = operands(node)
         inputs = [node.inputs[0], own.codes, own.scale, bias, *([own.zero_point] if own.zero_point else [])]
-        made = self._made(model, node.op_type.replace(PRODUCT, BIASED, 1), inputs, [node], _name(node))
+        made = self._made(model, node.op_type.replace(PRODUCT, BIASED, 1), inputs, [node], _name(node), before=node)
         self.decide(_name(node), "fused", f"with its bias, {_name(add)}", operator=made.op_type)
         take_over(add.outputs[0], made.outputs[0], names)
         model.graph.remove(add, safe=True)
@@ -101,12 +101,14 @@ class Fuse(Pass):
                     alike.setdefault(_kind(node), []).append(node)
             for kind, group in alike.items():
                 if len(group) > 1:
-                    self._join(model, sorted(group, key=lambda node: not gates(node.outputs[0])), names)
+                    for part in _apart(group):
+                        self._join(model, part, names)
                 else:
                     others = " and ".join(sorted(set(alike) - {kind})) or "shared weights"
                     self.decide(_name(group[0]), "kept", f"it is {kind}, beside {others}")
 
-    def _join(self, model: ir.Model, nodes: Sequence[ir.Node], names: Names) -> None:
+    def _join(self, model: ir.Model, group: Sequence[ir.Node], names: Names) -> None:
+        nodes = sorted(group, key=lambda node: not gates(node.outputs[0]))
         parts, name = [operands(node) for node in nodes], joined_name([_name(node) for node in nodes])
         own = by_operator(nodes[0].op_type)
         assert own is not None, "a packed product is that of a format"
@@ -119,7 +121,7 @@ class Fuse(Pass):
             elif values:
                 joined = np.concatenate([constant(value).numpy() for value in values], axis=-1)
                 inputs.append(add_initializer(model.graph, f"{end}.{what}", ir.tensor(joined)))
-        made = self._made(model, nodes[0].op_type, inputs, nodes, name)
+        made = self._made(model, nodes[0].op_type, inputs, nodes, name, before=group[0])
         self.decide(name, "fused", ", ".join(_name(node) for node in nodes), operator=made.op_type)
         whole = made.outputs[0]
         widths = np.array([dimensions(part.codes)[1] for part in parts], np.int64)
@@ -128,7 +130,7 @@ class Fuse(Pass):
         whole.shape = None if like.shape is None else ir.Shape([*list(like.shape)[:-1], int(widths.sum())])
         sizes = add_initializer(model.graph, f"{name}.split", ir.tensor(widths))
         split = ir.node("Split", [whole, sizes], {"axis": -1}, num_outputs=len(nodes), name=f"{name}.split")
-        nodes[0].prepend(split)
+        group[0].prepend(split)
         for node, output in zip(nodes, split.outputs, strict=True):
             take_over(node.outputs[0], output, names)
             model.graph.remove(node, safe=True)
@@ -136,9 +138,18 @@ class Fuse(Pass):
             drop_unused(model, value)
 
     def _made(
-        self, model: ir.Model, operator: str, inputs: Sequence[ir.Value | None], nodes: Sequence[ir.Node], name: str
+        self,
+        model: ir.Model,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        nodes: Sequence[ir.Node],
+        name: str,
+        *,
+        before: ir.Node,
     ) -> ir.Node:
-        """The node that stands for the products `nodes`, in front of the first of them."""
+        """The node that stands for the products `nodes`, in the order of their columns. before: the first in the graph,
+        so that what reads any of them stays behind it.
+        """
         bits = {_bits(node) for node in nodes}
         columns = [] if bits == {8} else _columns_at_8(nodes)
         zero_points = operands(nodes[0]).zero_point is not None
@@ -148,8 +159,17 @@ class Fuse(Pass):
         attributes |= {} if bits == {None} else {ACTIVATION_BITS: 8 if bits == {8} else 16}
         attributes |= {COLUMNS_AT_8: columns} if columns else {}
         made = ir.node(operator, inputs, attributes, domain=DOMAIN, name=name)
-        nodes[0].prepend(made)
+        before.prepend(made)
         return made
+
+
+def _apart(group: Sequence[ir.Node]) -> list[Sequence[ir.Node]]:
+    """Products that may be one, in graph order: all, or a gate and what it gates apart from others, as of attention
+    that reads the same norm: each operator then reads what it wants of one product, without a Split.
+    """
+    gated = [node for node in group if in_gate(node.outputs[0])]
+    others = [node for node in group if node not in gated]
+    return [gated, others] if len(gated) > 1 and len(others) > 1 else [group]
 
 
 def joined_name(names: Sequence[str]) -> str:

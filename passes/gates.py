@@ -50,6 +50,11 @@ def gates(value: ir.Value) -> bool:
     return any(_silu_of(out) is value and _gated(use.node) is not None for out in silus for use in out.uses())
 
 
+def in_gate(value: ir.Value) -> bool:
+    """Whether a value is a or b of silu(a) b."""
+    return gates(value) or any((own := _gated(use.node)) is not None and own[1] is value for use in value.uses())
+
+
 def _gated(node: ir.Node) -> tuple[ir.Value, ir.Value, list[ir.Node]] | None:
     """(a, b, the nodes of silu(a)) of a node silu(a) b."""
     for first, second in _factors(node):

@@ -21,6 +21,7 @@ class Around:
     """Nodes that several attentions read, each made once, before the first one that does.
 
     padding: see `attention.FuseAttention`. place: before it nodes are put.
+    moved: by the name of a norm, the one that is taken elsewhere in its place; it has that name once the other is gone.
     """
 
     graph: ir.Graph
@@ -28,6 +29,7 @@ class Around:
     names: Names
     padding: bool
     place: ir.Node = field(init=False)
+    moved: dict[str, ir.Node | None] = field(default_factory=dict)
     _made: dict[object, ir.Value] = field(default_factory=dict)
 
     def op(self, op_type: str, operands: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
@@ -76,7 +78,9 @@ class Around:
         if node is None or before is None:
             return self.op("Transpose", [x], f"{x.name}.rows", perm=[0, 2, 1, 3])
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        return self.op(node.op_type, [before, *node.inputs[1:]], f"{x.name}.normed", **attributes)
+        made = self.op(node.op_type, [before, *node.inputs[1:]], f"{x.name}.normed", **attributes)
+        self.moved[str(node.name)] = made.producer()
+        return made
 
     # Lengths
 

@@ -105,6 +105,10 @@ class FuseAttention(Pass):
             _replace(own, around)
             self.decide(own.own.name, "fused", "GroupQueryAttention")
         RemoveUnusedNodesPass()(model)
+        left = {node.name for node in model.graph}
+        for name, node in around.moved.items():
+            if node is not None and name not in left:
+                node.name = name
         model.graph.sort()
 
     def _found(self, graph: ir.Graph, inputs: Inputs) -> "list[_Cached]":

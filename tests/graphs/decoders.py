@@ -20,6 +20,7 @@ class Written:
     looked at. sizes: what batch, rows, past and total are called. wide: of the values' heads. shared: odd layers read
     the caches of the one before. named: outputs are Identities. encoder: cross attention to encoder_hidden_states, with
     encoder_mask. inverted: the mask says what is hidden. turned: keys and queries by their positions.
+    normed: queries and keys have a norm of their own, of each head. beside: gates read the norm that attention reads.
     half: in half precision, but for rotations and Softmax, which are computed in single.
     at: sequences, rows and cached rows of the data; first: its first position.
     """
@@ -38,6 +39,8 @@ class Written:
     encoder_mask: str = "encoder_attention_mask"
     inverted: bool = False
     turned: bool = True
+    normed: bool = False
+    beside: bool = False
     half: bool = False
     at: tuple[int, int, int] = (1, 3, 5)
     first: int = 0
@@ -65,7 +68,7 @@ class _Decoder:
         presents: list[str] = []
         for layer in range(own.layers):
             n = self._norm(x)
-            q = self._turned(self._heads(n, own.heads, own.width))
+            q = self._turned(self._of_heads(n, own.heads))
             if not (own.shared and layer % 2):
                 presents[-2:] = [*presents[-2:], *self._appended(n, layer)]
             x = make.one("Add", x, self._attention(q, *presents[-2:], mask))
@@ -73,7 +76,7 @@ class _Decoder:
                 k, v = (self._heads("encoder_hidden_states", own.groups, size) for size in (own.width, own.wide))
                 q = self._heads(self._norm(x), own.heads, own.width)
                 x = make.one("Add", x, self._attention(q, k, v, across))
-            n = self._norm(x)
+            n = n if own.beside else self._norm(x)
             gate, up = make.linear(n, 96, _WIDTH), make.linear(n, 96, _WIDTH)
             h = make.one("Mul", make.one("Mul", gate, make.one("Sigmoid", gate)), up)
             x = make.one("Add", x, make.linear(h, _WIDTH, 96))
@@ -163,7 +166,7 @@ class _Decoder:
 
     def _appended(self, n: str, layer: int) -> list[str]:
         own, names = self.own, [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
-        new = self._turned(self._heads(n, own.groups, own.width)), self._heads(n, own.groups, own.wide)
+        new = self._turned(self._of_heads(n, own.groups)), self._heads(n, own.groups, own.wide)
         return [self.make.one("Concat", *pair, axis=2) for pair in zip(names, new, strict=True)]
 
     def _repeated(self, x: str, width: int) -> str:
@@ -179,6 +182,11 @@ class _Decoder:
         return self.make.one(
             "Transpose", self.make.one("Reshape", projected, self._numbers(0, -1, count, width)), perm=[0, 2, 1, 3]
         )
+
+    def _of_heads(self, x: str, count: int) -> str:
+        """Queries or keys before they are turned."""
+        found = self._heads(x, count, self.own.width)
+        return self._norm(found, self.own.width) if self.own.normed else found
 
     def _turned(self, x: str) -> str:
         make, half = self.make, self.own.width // 2
@@ -198,11 +206,11 @@ class _Decoder:
     def _narrow(self, x: str) -> str:
         return self.make.one("Cast", x, to=TensorProto.FLOAT16) if self.own.half else x
 
-    def _norm(self, x: str) -> str:
+    def _norm(self, x: str, width: int = _WIDTH) -> str:
         make = self.make
         mean = make.one("ReduceMean", make.one("Mul", x, x), self._numbers(-1), keepdims=1)
         root = make.one("Sqrt", make.one("Add", mean, make.constant(make.dtype(1e-5))))
-        return make.one("Mul", make.one("Div", x, root), make.constant(np.ones(_WIDTH, make.dtype)))
+        return make.one("Mul", make.one("Div", x, root), make.constant(np.ones(width, make.dtype)))
 
     # Shapes
 
@@ -264,3 +272,15 @@ def a_decoder_whose_mask_says_what_is_hidden(make: Graph) -> None:
 @case({"pack": 12}, packed={"GroupQueryAttention": 2}, options=_OPTIONS)
 def a_half_decoder_with_single_softmax(make: Graph) -> None:
     Written(half=True, at=(1, 4, 0)).build(make)
+
+
+@case({"pack": 12}, packed={"GroupQueryAttention": 2, "SimplifiedLayerNormalization": 5}, options=_OPTIONS)
+def a_decoder_with_norms_of_heads(make: Graph) -> None:
+    """As Gemma 3 and Qwen 3 have them, but behind the Transpose: they go before it, and keep their names."""
+    Written(normed=True).build(make)
+
+
+@case({"pack": 12}, packed={"GroupQueryAttention": 2, "SwiGLU": 2, "Split": 0}, options=_OPTIONS)
+def a_decoder_whose_gates_read_what_attention_reads(make: Graph) -> None:
+    """As Cohere has it. Products of one input, of which attention reads the first before the gates are there."""
+    Written(beside=True).build(make)
