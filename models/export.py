@@ -113,9 +113,10 @@ def _export(
     kind = kinds.kind_of(config)
     if logits != "all" and kind != kinds.DECODER:
         raise UserError(f"{config.model_type} is no decoder of text alone: --logits {logits} does not apply")
-    kv_cache = kind == kinds.DECODER if kv_cache is None else kv_cache
     hf.cut_layers(config, max_layers)
     model = hf.load_model(checkpoint, config, kind=kind, dtype=dtype)
+    if kv_cache is None:
+        kv_cache = kind == kinds.DECODER and trace.takes_caches(model)
     hf.copy_companions(checkpoint, config, work)
     run = Exporting(work, open_model, dtype, say)
     if kind in (kinds.DECODER, kinds.ENCODER):

@@ -194,12 +194,21 @@ def empty_past(model: Any, signature: Signature) -> dict[str, npt.NDArray[Any]]:
         return {}
     import torch
 
-    with torch.no_grad():
+    with hf.quiet(), torch.no_grad():  # transformers remarks on its own interfaces
         layers = model(input_ids=torch.zeros((2, 2), dtype=torch.int64), use_cache=True).past_key_values.layers
     if any(getattr(layer, "keys", None) is None for layer in layers) or len(layers) != signature.cache_layers:
-        raise UserError(f"{model.config.model_type} has a cache of its own kind: export it without --kv-cache")
+        raise UserError(f"{model.config.model_type} has a cache of its own kind: export it with --no-kv-cache")
     tensors = (tensor[:, :, :0].numpy() for layer in layers for tensor in (layer.keys, layer.values))
     return dict(zip(list(signature.inputs)[-2 * len(layers) :], tensors, strict=True))
+
+
+def takes_caches(model: Any) -> bool:
+    """Whether a decoder's caches can be inputs and outputs; some have caches of a kind of their own."""
+    try:
+        empty_past(model, signature_of(model, decoder=True, kv_cache=True))
+    except UserError:
+        return False
+    return True
 
 
 def examples(feeds: dict[str, npt.NDArray[Any]], signature: Signature) -> list[Any]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -16,6 +17,8 @@ from qcompile.compiler.console.visible import visible
 
 # Into a file or a pipe nothing is cut or wrapped, however long a node's name is.
 _PIPE_WIDTH = 10_000
+# Spaces between columns.
+_GAP = 2
 # Seconds between lines of progress where stderr is no terminal.
 _OFTEN = 15
 # (quiet, document): --quiet, and stdout kept for one JSON document.
@@ -39,6 +42,19 @@ class _Console(Console):
         """The string as rich prints it, which would let escape sequences through."""
         return super().render_str(visible(text), **options)
 
+    def print(self, *objects: Any, **how: Any) -> None:
+        """As rich does it, but no table breaks a word, such as a path: lines that get too long the terminal wraps."""
+        width = self.width
+        needed = max((_fitted(own, width) for own in objects if isinstance(own, Table)), default=width)
+        if needed > width:
+            how |= {"crop": False}
+            self.width = needed
+        try:
+            super().print(*objects, **how)
+        finally:
+            if needed > width:
+                self.width = width
+
     def on_broken_pipe(self) -> None:
         """Leave a reader that went away to the command line, instead of rich's exit code 1."""
         raise BrokenPipeError
@@ -52,6 +68,23 @@ def console(*, answer: bool = False, markup: bool = False) -> Console:
     return _Console(width=width, highlight=False, markup=markup, quiet=silent)
 
 
+def _fitted(made: Table, width: int) -> int:
+    """Give the columns of a table widths that together take `width`, where that breaks no word; what they take."""
+    cells = [[str(cell) for cell in (column.header, *column.cells)] for column in made.columns]
+    longest = [max(map(cell_len, own), default=0) for own in cells]
+    words = [max((cell_len(word) for cell in own for word in cell.split()), default=0) for own in cells]
+    words = [most if column.no_wrap else word for column, most, word in zip(made.columns, longest, words, strict=True)]
+    gaps = _GAP * (len(cells) - 1)
+    if sum(longest) + gaps <= width:
+        return width
+    rest = max(0, width - sum(words) - gaps)
+    for column, most, word in sorted(zip(made.columns, longest, words, strict=True), key=lambda own: own[1] - own[2]):
+        growing = sum(1 for other in made.columns if other.width is None)
+        column.width = word + min(most - word, rest // growing)
+        rest -= column.width - word
+    return max(width, sum(column.width or 0 for column in made.columns) + gaps)
+
+
 def remark(text: str) -> None:
     """One line on stderr that is no error."""
     if not _VOICE.get()[0]:
@@ -60,7 +93,7 @@ def remark(text: str) -> None:
 
 def table(*columns: str, numbers: int = 0) -> Table:
     """A table whose last `numbers` columns are aligned to the right; names fold instead of being cut."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    made = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for index, column in enumerate(columns):
         right = index >= len(columns) - numbers
         made.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)

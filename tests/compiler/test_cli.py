@@ -1,5 +1,7 @@
 """compiler/cli.py: choosing commands, one line for every failure, exit codes."""
 
+import io
+import re
 import subprocess
 import sys
 import types
@@ -218,3 +220,22 @@ def test_tables_in_a_pipe_keep_long_names(capsys: pytest.CaptureFixture[str]) ->
     console().print(shown)
     line = capsys.readouterr().out.splitlines()[1]
     assert line.split() == [name, "1.5", "MB"]
+
+
+@pytest.mark.parametrize("width", [30, 60, 100])
+def test_tables_on_a_narrow_terminal_keep_names_whole(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    path = "exported/smollm2-135m/model-int4-of-a-long-name.onnx"
+    shown = table("model", "why", "size", numbers=1)
+    shown.add_row(path, "it is left in float, for its rows are shorter than a group", "91.2 MB")
+    out = console()
+    out.print(shown)
+    assert out.width == width
+    lines = re.sub("\x1b\\[\\d*m", "", stream.getvalue()).splitlines()
+    assert sum(path in line for line in lines) == 1
+    assert all(word in stream.getvalue() for word in ("shorter", "91.2 MB"))
+    assert all(len(line.rstrip()) <= max(width, len(path) + 40) for line in lines)
