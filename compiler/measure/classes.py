@@ -9,6 +9,9 @@ import numpy.typing as npt
 
 from qcompile.compiler.data.labels import Labels
 
+# What names of embeddings have in them.
+_EMBEDDINGS = ("embed", "pool", "hidden", "feature")
+
 
 @dataclass(frozen=True)
 class ClassScores:
@@ -76,6 +79,11 @@ class Classes:
         return ClassScores(rows, share, error, top5, flips, right[0], right[1], lost, won)
 
 
-def scores_classes(array: npt.NDArray[Any]) -> bool:
-    """Whether an output has a number for each class of each row: (rows, classes), or with axes of 1 behind."""
+def scores_classes(name: str, array: npt.NDArray[Any]) -> bool:
+    """Whether an output has a number for each class of each row: (rows, classes), or with axes of 1 after them.
+
+    Embeddings have that shape, too, and are known by their names.
+    """
+    if any(word in name.lower() for word in _EMBEDDINGS):
+        return False
     return array.ndim >= 2 and array.shape[1] > 1 and array.shape[2:] == (1,) * (array.ndim - 2) and array.size > 0

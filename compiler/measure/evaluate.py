@@ -165,7 +165,7 @@ def score_outputs(
                         f"that of {reference} {list(expected[name].shape)}"
                     )
                 noise[str(other.path), name].add(expected[name], array)
-                if scores_classes(array):
+                if scores_classes(name, array):
                     classes.setdefault((str(other.path), name), Classes()).add(expected[name], array)
         if progress:
             progress(number + 1, len(given))

@@ -14,7 +14,7 @@ _AWAY = 9  # points between the last marker and the names
 
 def label_ends(axes: Any, ends: Sequence[tuple[Point, str, str]]) -> None:
     """Write (end, name, colour) in a column right of the last end, near each end's height, and make room for it."""
-    names = [textwrap.fill(name, _LETTERS, break_long_words=False) for _, name, _ in ends]
+    names = [wrapped(name) for _, name, _ in ends]
     lines = [line for name in names for line in name.split("\n")]
     taken = max(map(len, lines)) * _WIDE * FONT + _AWAY + 4
     (low, high), last = axes.get_xlim(), max(x for (x, _), _, _ in ends)
@@ -24,7 +24,9 @@ def label_ends(axes: Any, ends: Sequence[tuple[Point, str, str]]) -> None:
     points = axes.figure.dpi / 72  # pixels in a point
     own = [float(axes.transData.transform(point)[1]) / points for point, _, _ in ends]
     gap = _HIGH * FONT * max(name.count("\n") + 1 for name in names)
-    for ((_, y), _, color), name, start, height in zip(ends, names, own, spread(own, gap), strict=True):
+    bottom, top = (edge / points for edge in axes.get_window_extent().get_points()[:, 1])
+    heights = within(spread(own, gap), gap, bottom + gap / 2, top - gap / 2)
+    for ((_, y), _, color), name, start, height in zip(ends, names, own, heights, strict=True):
         axes.annotate(
             name,
             (last, y),
@@ -34,6 +36,22 @@ def label_ends(axes: Any, ends: Sequence[tuple[Point, str, str]]) -> None:
             fontsize=FONT,
             color=color,
         )
+
+
+def wrapped(name: str) -> str:
+    """A name in lines that end at a space or behind a comma."""
+    lines = textwrap.wrap(name.replace(",", ", "), _LETTERS, break_long_words=False)
+    return "\n".join(line.replace(", ", ",") for line in lines)
+
+
+def within(placed: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions at least `gap` apart, moved between two ends, the upper one first where there is no room for all."""
+    found, order = list(placed), sorted(range(len(placed)), key=lambda index: placed[index])
+    for step, index in enumerate(order):
+        found[index] = max(found[index], low + gap * step)
+    for step, index in enumerate(reversed(order)):
+        found[index] = min(found[index], high - gap * step)
+    return found
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:

@@ -19,7 +19,8 @@ _MARKERS = "osD^vPX*"
 _FRONT = {"marker": "o", "markersize": 15, "color": "0.85", "linestyle": "none", "markeredgewidth": 0, "zorder": 1}
 # What a logarithmic axis shows of an error of 0.
 _SMALLEST = 1e-9
-_LEFT, _RIGHT, _BOTTOM, _TOP, _BETWEEN = 0.085, 0.975, 0.19, 0.82, 0.065  # of the axes, as shares of the picture
+# Inches, and letters in a line of the caption and of the title.
+_WIDTH, _HEIGHT, _LETTERS, _TITLE = 9, 5.2, 140, 85
 _SETTINGS = {
     "svg.hashsalt": "qcompile",
     "svg.fonttype": "none",
@@ -50,9 +51,8 @@ def draw(sweep: Sweep) -> dict[str, bytes]:
 
     made = {}
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(9, 5), layout=None)
+        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         _panels(figure, sweep)
-        _words(figure, sweep)
         for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
             content = io.BytesIO()
             figure.savefig(content, format=kind, dpi=160, metadata=metadata)
@@ -86,23 +86,31 @@ def _drawn(sweep: Sweep) -> list[Row]:
 
 
 def _panels(figure: Any, sweep: Sweep) -> None:
-    """One for each number of bits, with axes of its own: their errors lie too far apart for one."""
+    """One for each number of bits, with axes of its own: their errors lie too far apart for one.
+
+    Names behind lines are set when the layout has given everything else its room.
+    """
     rows = _drawn(sweep)
     sizes = list(dict.fromkeys(_size(row) for row in rows))
     panels = list(dict.fromkeys(row.values.get("bits", "") for row in rows))
-    width = (_RIGHT - _LEFT - _BETWEEN * (len(panels) - 1)) / len(panels)
-    for number, bits in enumerate(panels):
-        axes = figure.add_axes((_LEFT + number * (width + _BETWEEN), _BOTTOM, width, _TOP - _BOTTOM))
-        _fill(axes, sweep, bits, sizes)
+    made, ends = figure.subplots(1, len(panels), squeeze=False)[0], []
+    for axes, bits in zip(made, panels, strict=True):
+        ends.append(_fill(axes, sweep, bits, sizes))
         if bits:
             axes.set_title(word("bits", bits), loc="left", fontsize=9, weight="bold")
-        if number == 0:
-            axes.set_ylabel(sweep.axis)
-    _legend(figure, axes, sizes, front=any(row.pareto for row in rows))
+    made[0].set_ylabel(sweep.axis)
+    _legend(made[-1], sizes, front=any(row.pareto for row in rows))
+    _words(figure, sweep)
+    figure.get_layout_engine().set(rect=(0, 0, 0.985, 1))  # half of the last number below an axis
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes, own in zip(made, ends, strict=True):
+        if own:
+            label_ends(axes, own)
 
 
-def _fill(axes: Any, sweep: Sweep, bits: str, sizes: Sequence[str]) -> None:
-    """Lines, markers, the Pareto front, and the names behind the lines' ends."""
+def _fill(axes: Any, sweep: Sweep, bits: str, sizes: Sequence[str]) -> list[tuple[Point, str, str]]:
+    """Lines, markers and the Pareto front; (end, name, colour) of each line."""
     axes.set_yscale("log")
     axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))  # powers of ten alone may all lie outside a panel
     axes.yaxis.set_major_formatter("{x:g}")
@@ -118,7 +126,7 @@ def _fill(axes: Any, sweep: Sweep, bits: str, sizes: Sequence[str]) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), color=one.color, linestyle=one.style, linewidth=1.4)
             ends.append((points[-1], one.label, one.color))
-    label_ends(axes, ends)
+    return ends
 
 
 def _mark(axes: Any, point: Point, row: Row, one: Series, marker: str) -> None:
@@ -128,7 +136,7 @@ def _mark(axes: Any, point: Point, row: Row, one: Series, marker: str) -> None:
     axes.plot(*point, marker=marker, markersize=6, color=one.color, markerfacecolor=face, linestyle="none", zorder=3)
 
 
-def _legend(figure: Any, axes: Any, sizes: Sequence[str], *, front: bool) -> None:
+def _legend(axes: Any, sizes: Sequence[str], *, front: bool) -> None:
     """What the markers and the grey discs mean, above the panels."""
     shown = [
         axes.plot([], [], color="0.3", marker=_MARKERS[i % len(_MARKERS)], linestyle="none", label=size)[0]
@@ -137,20 +145,22 @@ def _legend(figure: Any, axes: Any, sizes: Sequence[str], *, front: bool) -> Non
     ]
     if front:
         shown += axes.plot([], [], label="Pareto front", **(_FRONT | {"markersize": 10}))
-    figure.legend(handles=shown, loc="upper right", bbox_to_anchor=(_RIGHT, 0.905), ncols=len(shown) or 1,
-                  frameon=False, fontsize=FONT, handlelength=1.6, handletextpad=0.5, columnspacing=1.4)  # fmt: skip
+    axes.legend(handles=shown, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(shown) or 1, frameon=False,
+                fontsize=FONT, handlelength=1.2, handletextpad=0.4, columnspacing=1.0, borderaxespad=0.2)  # fmt: skip
 
 
 def _words(figure: Any, sweep: Sweep) -> None:
-    """Title, the axis that all panels share, and caption."""
+    """Title, the axis that all panels share, and caption, in as many lines as they take."""
     path = Path(sweep.model).absolute()
-    figure.text(_LEFT, 0.955, f"{path.parent.name}/{path.name}: accuracy against size", fontsize=11, weight="bold")
-    figure.text(_LEFT, 0.94, f"on {sweep.source}", fontsize=FONT, color="0.3", va="top")
-    label = "bits per quantized weight, scales and zero points included"
-    figure.text((_LEFT + _RIGHT) / 2, 0.115, label, ha="center")
+    title = textwrap.fill(f"{path.parent.name}/{path.name}: accuracy against size", _TITLE)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
     own = "".join(f", {name} {value:.4g}" for name, value in sweep.float_scores.items())
-    told = f"Each panel has a scale of its own. The float model would be at error 0, below the axis{own}. {sweep.note}"
-    figure.text(0.02, 0.09, textwrap.fill(told, 150), fontsize=FONT, color="0.3", va="top")
+    told = (
+        f"Scored on {sweep.source}. Each panel has a scale of its own. The float model would be at error 0, below the "
+        f"axis{own}. {sweep.note}"
+    )
+    label = "bits per quantized weight, scales and zero points included"
+    figure.supxlabel(f"{label}\n\n{textwrap.fill(told, _LETTERS)}", x=0.01, ha="left", fontsize=FONT, color="0.3")
 
 
 def _point(sweep: Sweep, row: Row) -> Point:

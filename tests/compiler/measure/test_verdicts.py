@@ -169,7 +169,8 @@ def test_classes_count_what_changed(seed: int, rows: int, count: int) -> None:
 
 def test_which_outputs_score_classes() -> None:
     shapes = {(4, 10): True, (4, 10, 1, 1): True, (4, 1): False, (4,): False, (4, 10, 7): False, (0, 10): False}
-    assert {shape: scores_classes(np.zeros(shape)) for shape in shapes} == shapes
+    assert {shape: scores_classes("scores", np.zeros(shape)) for shape in shapes} == shapes
+    assert not scores_classes("pooler_output", np.zeros((4, 384)))
 
 
 @pytest.mark.parametrize(("text", "lost"), [("0.5%", 10.0), ("0.01", 0.08)])

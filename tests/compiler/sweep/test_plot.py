@@ -1,13 +1,16 @@
 """compiler/sweep/plot.py: what is drawn, where labels go, and life without matplotlib."""
 
+import io
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from qcompile.compiler.sweep.labels import spread
+from qcompile.compiler.sweep.labels import spread, within, wrapped
 from qcompile.compiler.sweep.plot import draw, series
 from qcompile.compiler.sweep.rows import DONE, OPEN, Row, Sweep
 from qcompile.compiler.sweep.tables import INSTALL, write_plots, write_tables
@@ -54,6 +57,29 @@ def test_labels_keep_their_distance() -> None:
     placed = spread([0.0, 1.0, 2.0, 30.0, 30.0, 33.0], 5.0)
     assert placed == pytest.approx([-4.0, 1.0, 6.0, 26.0, 31.0, 36.0])
     assert spread([], 5.0) == []
+
+
+def test_names_stay_within_the_panel_and_break_at_commas() -> None:
+    assert within([-4.0, 1.0, 6.0], 5.0, 0.0, 30.0) == [0.0, 5.0, 10.0]
+    assert within([26.0, 31.0, 36.0], 5.0, 0.0, 30.0) == [20.0, 25.0, 30.0]
+    assert within([5.0, 20.0], 5.0, 0.0, 30.0) == [5.0, 20.0]
+    name = "smooth(alpha=0.5),outlier(count=8),awq,gptq,pack symmetric"
+    lines = wrapped(name).split("\n")
+    assert max(map(len, lines)) <= 22
+    assert "".join(lines).replace(" ", "") == name.replace(" ", "")
+
+
+def test_nothing_lies_outside_of_the_picture() -> None:
+    """Long names of lists, of the data and of the model, and a long remark: the frame of the picture is white."""
+    long = "a sentence of a good many words that goes on and on, " * 4
+    made = _made(source=long, note=long)
+    made.model = f"{'a-long-folder-name-' * 4}/{'model-' * 5}.onnx"
+    for row in made.rows:
+        row.values["passes"] = f"smooth(alpha=0.5),outlier(count=8),{row.values['passes']}"
+    image = Image.open(io.BytesIO(draw(made)["png"])).convert("L")
+    pixels = np.asarray(image)
+    for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]):
+        assert (edge == 255).all()
 
 
 def test_the_picture_names_all_that_it_shows() -> None:
