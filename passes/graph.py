@@ -50,6 +50,11 @@ def stem(name: str | None, limit: int = 48) -> str:
     return text if len(text) <= limit else f"{text[: limit - 9]}~{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+def producer_of(value: ir.Value | None) -> ir.Node | None:
+    """The node that makes a value; None for an operand that is left out, an input and an initializer."""
+    return value.producer() if value is not None else None
+
+
 def is_constant(value: ir.Value | None) -> bool:
     """Whether the value is an initializer whose content nobody can change when the model runs."""
     return value is not None and value.is_initializer() and value.const_value is not None and not value.is_graph_input()

@@ -18,6 +18,7 @@ from qcompile.passes.conform.findings import (
     operand,
     rows_of,
 )
+from qcompile.passes.graph import producer_of
 from qcompile.passes.targets import TARGETS
 
 _ACTIVATIONS = (ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.UINT16, ir.DataType.INT16)
@@ -125,7 +126,7 @@ def _check_weight(node: ir.Node, readers: list[ir.Node], found: Findings) -> Non
 
 def _check_fixed(node: ir.Node, scale: float, found: Findings) -> None:
     """Rule 5."""
-    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    producer = producer_of(node.inputs[0])
     dtype = codes_type(node)
     if producer is None or producer.op_type not in _FIXED or dtype not in (ir.DataType.UINT16, ir.DataType.INT16):
         return
@@ -137,11 +138,11 @@ def _check_fixed(node: ir.Node, scale: float, found: Findings) -> None:
 
 
 def _behind_q(node: ir.Node) -> bool:
-    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    producer = producer_of(node.inputs[0])
     return producer is not None and producer.op_type == QUANTIZE
 
 
 def _is_activation(value: ir.Value | None) -> bool:
     """Whether a value is an activation that went through codes."""
-    producer = value.producer() if value is not None else None
+    producer = producer_of(value)
     return producer is not None and producer.op_type == DEQUANTIZE and _behind_q(producer)

@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from qcompile.passes.graph import MICROSOFT, Decide, Names, is_constant, small_array, take_over
+from qcompile.passes.graph import MICROSOFT, Decide, Names, is_constant, producer_of, small_array, take_over
 
 
 def fuse_norms(model: ir.Model, decide: Decide) -> None:
@@ -67,7 +67,7 @@ def _normed(value: ir.Value) -> tuple[ir.Value, float] | None:
     if node is None or node.op_type not in ("Div", "Mul"):
         return None
     for i in (0, 1) if node.op_type == "Mul" else (0,):
-        x, by = node.inputs[i], _producer(node.inputs[1 - i])
+        x, by = node.inputs[i], producer_of(node.inputs[1 - i])
         root = _reciprocal(by) if by is not None and node.op_type == "Mul" else by
         epsilon = _mean_square(root, x) if x is not None else None
         if x is not None and epsilon is not None:
@@ -77,11 +77,11 @@ def _normed(value: ir.Value) -> tuple[ir.Value, float] | None:
 
 def _normed_in_float32(value: ir.Value) -> tuple[ir.Value, float] | None:
     """The same of a float16 x that is cast to float32 before, and back behind."""
-    back = _producer(value)
+    back = producer_of(value)
     if back is None or back.op_type != "Cast" or value.dtype != ir.DataType.FLOAT16 or back.inputs[0] is None:
         return None
     found = _normed(back.inputs[0])
-    wide = _producer(found[0]) if found is not None and found[0].dtype == ir.DataType.FLOAT else None
+    wide = producer_of(found[0]) if found is not None and found[0].dtype == ir.DataType.FLOAT else None
     x = wide.inputs[0] if wide is not None and wide.op_type == "Cast" else None
     return (x, found[1]) if found is not None and x is not None and x.dtype == ir.DataType.FLOAT16 else None
 
@@ -89,19 +89,19 @@ def _normed_in_float32(value: ir.Value) -> tuple[ir.Value, float] | None:
 def _reciprocal(node: ir.Node) -> ir.Node | None:
     """What makes y of a node 1 / y."""
     if node.op_type == "Reciprocal":
-        return _producer(node.inputs[0])
-    return _producer(node.inputs[1]) if node.op_type == "Div" and _number(node.inputs[0]) == 1 else None
+        return producer_of(node.inputs[0])
+    return producer_of(node.inputs[1]) if node.op_type == "Div" and _number(node.inputs[0]) == 1 else None
 
 
 def _mean_square(root: ir.Node | None, x: ir.Value) -> float | None:
     """epsilon of sqrt(mean(x²) + epsilon)."""
-    add = _producer(root.inputs[0]) if root is not None and root.op_type == "Sqrt" else None
+    add = producer_of(root.inputs[0]) if root is not None and root.op_type == "Sqrt" else None
     if add is None or add.op_type != "Add":
         return None
     for i in (0, 1):
-        epsilon, mean = _number(add.inputs[i]), _producer(add.inputs[1 - i])
+        epsilon, mean = _number(add.inputs[i]), producer_of(add.inputs[1 - i])
         if epsilon is not None and mean is not None and _is_mean(mean, len(x.shape or ())):
-            square = _producer(mean.inputs[0])
+            square = producer_of(mean.inputs[0])
             if square is not None and _is_square(square, x):
                 return epsilon
     return None
@@ -117,10 +117,6 @@ def _is_square(node: ir.Node, x: ir.Value) -> bool:
     if node.op_type == "Pow":
         return node.inputs[0] is x and _number(node.inputs[1]) == 2
     return node.op_type == "Mul" and list(node.inputs) == [x, x]
-
-
-def _producer(value: ir.Value | None) -> ir.Node | None:
-    return value.producer() if value is not None else None
 
 
 def _number(value: ir.Value | None) -> float | None:

@@ -82,7 +82,7 @@ def _open(node: ir.Node) -> _Convolution | str:
     if not weight.size:
         return "its weight has no elements"
     rows, columns = weight.shape.numpy()[:2]
-    groups = node.attributes.get_int("group", 1) or 1
+    groups = node.attributes.get_int("group", 1)
     split = (rows, 1, 1, -1) if node.op_type == "Conv" else (groups, rows // groups, columns, -1)
     largest = np.abs(read(weight).reshape(split)).max(axis=(1, 3), initial=0).astype(np.float64).reshape(-1)
     bias = tensors[1] if len(tensors) > 1 else None

@@ -5,7 +5,7 @@ from collections import defaultdict
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.passes.graph import Decide, Names, add_initializer, insert_before, small_array
+from qcompile.passes.graph import Decide, Names, add_initializer, insert_before, producer_of, small_array
 
 # Operand positions at which a constant of this value changes nothing.
 _NEUTRAL = {
@@ -118,8 +118,8 @@ def _guarded(node: ir.Node) -> ir.Node | None:
     if node.op_type != "Where" or node.domain != "" or small_array(node.inputs[1], 1) is None:
         return None
     test, value = node.inputs[0], node.inputs[2]
-    check = test.producer() if test is not None else None
-    softmax = value.producer() if value is not None else None
+    check = producer_of(test)
+    softmax = producer_of(value)
     if check is None or check.op_type != "IsNaN" or check.inputs[0] is not value:
         return None
     rank = len(node.inputs[1].shape or ()) if node.inputs[1] is not None else 0
@@ -130,7 +130,7 @@ def _guarded(node: ir.Node) -> ir.Node | None:
 def _can_be_infinite(softmax: ir.Node) -> str:
     """Why a row of the Softmax may be -inf throughout, or an empty string."""
     scores = softmax.inputs[0]
-    total = scores.producer() if scores is not None else None
+    total = producer_of(scores)
     if total is None or total.op_type != "Add" or total.domain != "":
         return "no mask is added before the Softmax"
     masks = [found for value in total.inputs if (found := _mask(value)) is not None]
@@ -146,9 +146,9 @@ def _can_be_infinite(softmax: ir.Node) -> str:
 
 def _mask(value: ir.Value | None) -> list[np.ndarray] | None:
     """The two constants that the mask is made of."""
-    node = value.producer() if value is not None else None
+    node = producer_of(value)
     while node is not None and node.domain == "" and node.op_type in _MOVES:
-        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+        node = producer_of(node.inputs[0])
     if node is None or node.op_type != "Where" or node.domain != "":
         return None
     arrays = [small_array(branch) for branch in node.inputs[1:]]
@@ -192,7 +192,7 @@ def _drop_signs(concat: ir.Node) -> int:
     """Join what the Neg nodes read in their place; how many there were."""
     negations = 0
     for i, part in enumerate(concat.inputs):
-        negation = part.producer() if part is not None else None
+        negation = producer_of(part)
         if negation is not None and negation.op_type == "Neg":
             concat.replace_input_with(i, negation.inputs[0])
             negations += 1
@@ -206,7 +206,7 @@ def _signs(node: ir.Node, position: int) -> tuple[float, ...]:
     joined, table = node.inputs
     if position:
         joined, table = table, joined
-    concat = joined.producer() if joined is not None else None
+    concat = producer_of(joined)
     if joined is None or concat is None or concat.op_type != "Concat" or len(joined.uses()) > 1:
         return ()
     if joined.is_graph_output() or joined.shape is None or table is None or not table.shape or table.dtype is None:
@@ -215,7 +215,7 @@ def _signs(node: ir.Node, position: int) -> tuple[float, ...]:
         return ()
     signs: list[float] = []
     for part in concat.inputs:
-        producer = part.producer() if part is not None else None
+        producer = producer_of(part)
         width = part.shape[-1] if part is not None and part.shape else None
         if not isinstance(width, int):
             return ()

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qcompile.passes.affine import Array
 from qcompile.passes.formats.base import drop_unused
-from qcompile.passes.graph import add_initializer, insert_before, is_constant, stem
+from qcompile.passes.graph import add_initializer, insert_before, is_constant, producer_of, stem
 from qcompile.passes.linears import CONVOLUTIONS, constant
 from qcompile.passes.masks import FILL
 from qcompile.passes.qdq.providers import Rule
@@ -167,7 +167,7 @@ def _columns(node: ir.Node) -> int:
 
 def _state_zero_point(model: ir.Model, gemm: ir.Node) -> None:
     """Give the DequantizeLinear of a Gemm's weight its zero point, 0 for each scale."""
-    read = gemm.inputs[1].producer() if gemm.inputs[1] is not None else None
+    read = producer_of(gemm.inputs[1])
     if read is None or read.op_type != "DequantizeLinear" or len(read.inputs) > 2:
         return
     codes, scale = read.inputs[0], read.inputs[1]
