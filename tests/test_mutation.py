@@ -52,8 +52,9 @@ def test_faults_of_a_line(line: str, faults: set[str]) -> None:
 def test_a_fault_is_in_the_lines_of_its_statement() -> None:
     text = "LEAST = 1\ndef f(a=2):\n    if (a and\n        f(a)):\n        return g(a,\n            3)\n"
     text += "@onnxscript.script(OPSET)\ndef Body(x):\n    return op.Add(x, 1)\n"
+    text += "@property\ndef size(x):\n    text = x\n    return 1\n"
     found = {one.start[0]: one.lines for one in mutants("x.py", text)}
-    assert found == {1: None, 2: None, 3: (3, 4), 6: (5, 6), 7: None, 9: None}
+    assert found == {1: None, 2: None, 3: (3, 4), 6: (5, 6), 7: None, 9: None, 10: (12, 13), 13: (13, 13)}
 
 
 def test_every_mutant_is_python_and_differs() -> None:

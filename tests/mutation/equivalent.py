@@ -18,6 +18,12 @@ _LIMIT = "a limit of effort or a threshold of real numbers: nobody is promised o
 EQUIVALENT = (
     Equivalent("passes/absorb.py", "if most <= 0:", "if most <= 1:", _LIMIT),
     Equivalent(
+        "passes/contrib/appended.py",
+        """return f"{'a ' + others[0] if others else 'the graph'} reads it, too\"""",
+        """return f"{'a ' + others[ -1] if others else 'the graph'} reads it, too\"""",
+        "of several that read it any will do",
+    ),
+    Equivalent(
         "passes/formats/decoded.py",
         "if place is None or not isinstance(graph, ir.Graph):",
         "if place is None and not isinstance(graph, ir.Graph):",
@@ -42,6 +48,13 @@ EQUIVALENT = (
         _NEVER,
     ),
     Equivalent(
+        "passes/prepare/constant_ops.py",
+        "return Made((tuple(letters[letter] for letter in result),), dtype, function, "
+        "work=prod(letters.values()) // 8)",
+        "return Made((tuple(letters[letter] for letter in result),), dtype, function, work=prod(letters.values()) * 8)",
+        _LIMIT,
+    ),
+    Equivalent(
         "passes/prepare/doubles.py",
         'if node.op_type == "Cast" and node.graph is place.graph and node.attributes.get_int("to", 0) == 1:',
         'if node.op_type == "Cast" and node.graph is place.graph and node.attributes.get_int("to", 1) == 1:',
@@ -52,6 +65,18 @@ EQUIVALENT = (
         "if extra <= limit and (extra <= 0 or grown + extra <= budget):",
         "if extra <= limit and (extra <= 1 or grown + extra <= budget):",
         _LIMIT,
+    ),
+    Equivalent(
+        "passes/prepare/infer.py",
+        '"weights", 0, None, tensor.dtype, shape=shape, name=value.name or ""',
+        '"weights", 1, None, tensor.dtype, shape=shape, name=value.name or ""',
+        "a place in a file that nobody reads",
+    ),
+    Equivalent(
+        "passes/prepare/products.py",
+        "return producer.inputs[0]",
+        "return producer.inputs[ -1]",
+        "a Transpose has one input",
     ),
     Equivalent(
         "passes/prepare/sizes.py",

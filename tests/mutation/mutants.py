@@ -107,12 +107,17 @@ def _first_output(number: Any) -> bool:
 
 
 def _statements(tree: ast.Module) -> dict[int, tuple[int, int]]:
-    """By line of a function's body: first and last line of its innermost statement, up to the body that it may have."""
+    """By line of a function's body: first and last line of its innermost statement, up to the body that it may have.
+
+    A decorator's are those of the body: who runs that can see what becomes of it.
+    """
     found = {}
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
         if any(_name(own) == "script" for own in function.decorator_list):
             continue  # an ONNX function, which onnxscript reads as it is imported
-        found.update((line, (line, line)) for line in range(function.body[0].lineno, (function.end_lineno or 0) + 1))
+        first, last = function.body[0].lineno, function.end_lineno or 0
+        found.update((line, (line, line)) for line in range(first, last + 1))
+        found.update((own.lineno, (first, last)) for own in function.decorator_list)
     for node in ast.walk(tree):  # outer ones come first
         if isinstance(node, ast.stmt) and node.lineno in found:
             body = getattr(node, "body", None)

@@ -90,6 +90,14 @@ def test_what_is_kept_has_its_reason(body: str, reason: str) -> None:
     assert [node.op_type for node in model.graph] == before
 
 
+@pytest.mark.parametrize(("split", "action"), [("<axis=-1>(x, halves)", "fused"), ("<axis=-2>(x, rows)", "kept")])
+def test_the_last_axis_is_known_without_a_rank(split: str, action: str) -> None:
+    model = _parsed(f"a, b = Split{split} {SILU} y = Mul(g, b)")
+    for value in model.graph[0].outputs:
+        value.shape = None
+    assert [own[1] for own in _fused(model)] == [action]
+
+
 @pytest.mark.parametrize("kind", ["double", "bfloat16"])
 def test_other_types_stay_as_they_are(kind: str) -> None:
     model = _parsed(f"{HALVES} {SILU} y = Mul(g, b)", kind=kind)

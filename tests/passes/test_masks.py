@@ -13,7 +13,7 @@ from observing import UINT8, observe
 from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
 from qcompile.compiler.files.load import load_model
 from qcompile.passes.errors import UserError
-from qcompile.passes.masks import holds_fill, masked, reaches_product
+from qcompile.passes.masks import holds_fill, mark_infinite, masked, reaches_product
 from qcompile.passes.observers import OBSERVERS
 from qcompile.runtime.sessions import run, session
 
@@ -45,6 +45,13 @@ def test_what_joins_scores_is_a_mask_whatever_it_holds() -> None:
         i = Identity(m) p = MatMul(q, q) c = Constant <value_float = 2.0> () d = Div(p, c) a = Add(i, d)
         s = Softmax <axis = -1> (a) o = MatMul(s, q) y = Add(o, q) }"""
     assert _names(text) == {"i", "a"}
+
+
+def test_inputs_that_are_fed_infinities_are_masks_and_what_carries_them_on() -> None:
+    text = "(float[2, 3] x, float[2, 3] m) => (float[2, 3] y) { i = Identity(m) n = Neg(x) a = Add(i, n) y = Relu(a) }"
+    model = ir.from_onnx_text(f'<ir_version: 8, opset_import: ["" : 17]> g {text}')
+    mark_infinite(model, {"m"})
+    assert {value.name for value in masked(model)} == {"m", "i", "a"}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from qcompile.passes.formats import FORMATS
 from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding, round_to_nearest, round_with_clip
-from qcompile.passes.scale_search import Judge
+from qcompile.passes.scale_search import Columns, Judge, _Loss
 from qcompile.passes.smooth import Smooth
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.statistics import Statistics
@@ -130,3 +130,33 @@ def test_the_noise_of_an_activation_is_what_its_rounding_adds(grid: ActivationSp
     added = np.square((rounded - x / factor) @ w).sum(axis=0)
     np.testing.assert_allclose(judge._noise(w.astype(np.float32), factor), added, rtol=0.03)
     assert Judge(None, known, known, None, round_to_nearest, [], [])._noise(w, factor) == 0
+
+
+class _Told(Judge):
+    """A judge of whom it is known what he sees: errors (1,) of the chosen column, of the others by `told`."""
+
+    gains: tuple[float, ...]
+
+    def losses(self, factor: Array | None, sample: list[Columns], rounding: Rounding | None = None) -> _Loss:
+        plain = np.full(sample[0].w.shape[1], 10.0)
+        gain = 0 if factor is None else np.array(self.gains if sample is self.told else (1,))
+        return _Loss(plain - gain, np.zeros(0, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("gains", "deviation"), [((3, 3, 3, 3), 0), ((1, 5, 1, 5), 2 * np.sqrt(4 / 3)), ((3,), 3)], ids=str
+)
+def test_what_columns_tell_counts_less_the_more_they_differ(gains: tuple[float, ...], deviation: float) -> None:
+    """Each stands for 4 columns, of which 3 were not seen: their sum gains 4 Σ gains, but for a quarter of its standard
+    error, sqrt(Σ (1 - 1/4) (4 deviation)²). One column alone may be any gain off.
+    """
+    known = Statistics(1, np.eye(2, dtype=np.float32), np.ones(2, np.float32))
+    one, others = (
+        [Columns(GRIDS["int4"], np.zeros((2, n), np.float32), np.ones(n), np.full(n, 4.0))] for n in (1, len(gains))
+    )
+    judge = _Told(None, known, known, None, round_to_nearest, one, others)
+    object.__setattr__(judge, "gains", gains)
+    choice = judge.best(lambda statistics: {"a": np.ones(2, np.float32)}, finalists=1)
+    assert choice is not None
+    seen = 1 + 4 * sum(gains) - 0.25 * np.sqrt(len(gains) * 0.75 * (4 * deviation) ** 2)
+    assert 1 - choice.relative_loss == pytest.approx(seen / (10 + 40 * len(gains)))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from qcompile.models.tiny import tiny_mlp
@@ -82,3 +83,11 @@ def test_no_other_module_has_the_keys() -> None:
             if isinstance(node, ast.Constant) and node.value in ("qcompile.weight", "qcompile.node"):
                 holders.setdefault(node.value, set()).add(path.name)
     assert holders == {"qcompile.weight": {"state.py"}, "qcompile.node": {"state.py"}}
+
+
+def test_what_a_twin_read_is_constant_or_an_activation() -> None:
+    x, bias = ir.val("x"), ir.val("b", const_value=ir.tensor(np.zeros(4, np.float32)))
+    w = ir.val("w", const_value=ir.tensor(np.zeros((3, 4), np.float32)))
+    twin = Twin(onnx.NodeProto(op_type="Gemm"), (x, w, None, bias))
+    assert twin.activations == [x]
+    assert twin.weights == 12

@@ -271,6 +271,23 @@ def _written(**how: Any) -> ir.Model:
     return ir.from_proto(graph.model())
 
 
+def test_caches_for_the_next_run_are_those_that_attention_reads() -> None:
+    """In the first layer it reads keys that it does not leave there."""
+    model = _written()
+    kept = next(value for value in model.graph.outputs if value.name == "present.0.key")
+    past, new = kept.producer().inputs
+    changed = ir.node("Relu", [new], name="changed")
+    read = ir.node("Concat", [past, changed.outputs[0]], {"axis": 2}, name="read")
+    for use in list(kept.uses()):
+        use.node.replace_input_with(use.idx, read.outputs[0])
+    changed.outputs[0].name, read.outputs[0].name = "changed", "read"
+    kept.producer().append([changed, read])
+    fused, decisions = fuse_attention(model)
+    told = [(own.action, own.reason) for own in decisions if "Softmax" in own.node]
+    assert told == [("kept", "its keys and values are not appended to caches"), ("fused", "GroupQueryAttention")]
+    check_same(model, fused, np.ones((2, 5), np.int64), [1])
+
+
 def test_keys_that_other_layers_read_stay_turned_as_they_are() -> None:
     """What a fused attention lengthens by keys turned in its own way would be other keys for them."""
     model = _written(layers=4, shared=True)
@@ -308,6 +325,22 @@ def test_however_it_is_written_it_stays_what_it_was(how: dict[str, Any], lead: i
     if how["padding"] and how["mask"] == "causal":
         mask[0, :lead] = 0
     check_same(model, fused, mask, [1, 1])
+
+
+def test_a_fill_may_take_either_branch_of_the_choice() -> None:
+    model = _written(inverted=True)
+    swapped = model.clone()
+    for node in nodes_of(swapped, "Where"):
+        hidden, fill, scores = node.inputs
+        seen = ir.node("Not", [hidden], name=f"{node.name}.seen")
+        seen.outputs[0].name = seen.name
+        node.prepend(seen)
+        for i, value in enumerate((seen.outputs[0], scores, fill)):
+            node.replace_input_with(i, value)
+    for own in (model, swapped):
+        fused, _ = fuse_attention(own)
+        assert len(nodes_of(fused, "GroupQueryAttention")) == 2
+        check_same(own, fused, np.array([[0, 1, 1, 1, 1], [1] * 5]), [1])
 
 
 @pytest.mark.parametrize("padding", [True, False])

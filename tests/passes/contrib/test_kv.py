@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from fusing import fuse_attention, nodes_of
-from graphs.decoders import Written
+from graphs import decoders
 from graphs.table import Graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +22,7 @@ from qcompile.passes.contrib.appended import Appended
 from qcompile.passes.contrib.codes import CacheCodes, codes_of
 from qcompile.passes.contrib.inputs import Inputs
 from qcompile.passes.contrib.kv import Kv
+from qcompile.passes.contrib.written import Written, written
 from qcompile.passes.errors import UserError
 from qcompile.passes.graph import add_initializer
 from qcompile.passes.observers.caches import CachePeaks
@@ -239,7 +240,7 @@ def _half(*, single: bool) -> ir.Model:
     if not single:
         return tiny_decoder(kv_cache=True, dtype="fp16", outliers=False)
     graph = Graph()
-    Written(half=True).build(graph)
+    decoders.Written(half=True).build(graph)
     return ir.from_proto(graph.model())
 
 
@@ -349,13 +350,29 @@ def test_caches_that_more_than_attention_reads_are_multiplied_by_their_scales() 
         np.testing.assert_allclose(coded_ones[name], floats[name], atol=0.02 * np.abs(floats[name]).max())
 
 
+def test_queries_and_results_that_the_graph_shows_are_those_of_floats() -> None:
+    """Scales beside these would be in what is shown: the caches are multiplied in their stead."""
+    model = tiny_decoder(kv_cache=True, outliers=False)
+    Prepare().call(Region.whole(model))
+    first, second = (own for own in written(model.graph) if isinstance(own, Written))
+    shown = ir.node("Neg", [second.q], name="shown")
+    made = shown.outputs[0]
+    made.name, made.type, made.shape = "shown", second.q.type, second.q.shape
+    model.graph.append(shown)
+    model.graph.outputs.extend([first.result, made])
+    before, after, _ = coded(model, fused=False)
+    floats, coded_ones = (_run(made, np.ones((2, 9), np.int64), 2)[1] for made in (before, after))
+    for name in (first.result.name, "shown"):
+        np.testing.assert_allclose(coded_ones[name], floats[name], atol=0.03 * np.ptp(floats[name]))
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_caches_that_several_layers_read_are_multiplied_by_their_scales(fused: bool) -> None:
     """A scale beside the queries or the result of one layer would miss the others. Each of their GroupQueryAttention
     appends the same to the cache, which all of them must take for codes.
     """
     graph = Graph()
-    Written(layers=4, shared=True).build(graph)
+    decoders.Written(layers=4, shared=True).build(graph)
     before, after, own = coded(ir.from_proto(graph.model()), fused=fused)
     assert [decision.action for decision in own.decisions] == ["coded"] * 4
     assert len(nodes_of(after, "GroupQueryAttention")) == (4 if fused else 0)

@@ -104,6 +104,17 @@ def test_float16_scores() -> None:
     np.testing.assert_allclose(half.losses, full.losses, rtol=1e-5)
 
 
+def test_symmetric_grids_choose_among_symmetric_ranges() -> None:
+    """Of the least loss, cut to what was seen."""
+    own, ends = observe(CrossEntropy("x"), [np.array([[-300.0, 200.0]])]), candidates()
+    symmetric = np.flatnonzero(-ends[:, 0] == ends[:, 1])
+    best = int(np.argmax(-ends[:, 0] != ends[:, 1])), symmetric[len(symmetric) // 2]
+    own.losses = np.full(len(ends), 9.0)
+    own.losses[list(best)] = 1, 2
+    for grid, chosen in zip((UINT8, INT8_SYM), best, strict=True):
+        assert own.range(grid) == (max(-300, ends[chosen, 0]), min(200, ends[chosen, 1]))
+
+
 def test_16_bits_keep_everything() -> None:
     own = observe(CrossEntropy("x", bits=16), [SCORES])
     low, high = own.range(UINT16)

@@ -76,6 +76,15 @@ def test_importance_is_relative_at_any_size(size) -> None:
     np.testing.assert_allclose(importance(list(model.graph)), np.arange(1, 5) ** 2 / 16, rtol=1e-5)
 
 
+def test_importance_of_a_convolution_is_by_channels_of_its_groups() -> None:
+    """w (outputs, channels of a group, kernel): channel c of group g meets the outputs of the group alone."""
+    w, tiny = np.random.default_rng(0).standard_normal((6, 2, 3, 1)).astype(np.float32), Tiny()
+    tiny.output(tiny.one("Conv", tiny.input(1, 4, 8, 8), tiny.constant(w), group=2))
+    power = np.array([np.square(w[3 * g : 3 * g + 3, c]).sum() for g in range(2) for c in range(2)])
+    found = importance(list(ir.from_proto(onnx.load_from_string(tiny.model())).graph))
+    np.testing.assert_allclose(found, (power / power.max()).reshape(4, 1, 1), rtol=1e-5)
+
+
 def test_the_scale_of_zeros_and_of_a_number() -> None:
     """A channel's scale is that of the end which needs the larger one: -4 is code -128, 127 is code 127."""
     w = np.array([[0, -4, 127], [0, 2, 0]], np.float32)
