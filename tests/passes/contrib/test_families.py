@@ -9,6 +9,7 @@ import pytest
 from architectures_zoo import ARCHITECTURES, Architecture
 from fusing import check_same, fuse_attention, nodes_of
 
+from qcompile.compiler import Recipe, compile_model, parse_passes
 from qcompile.compiler.commands.export import open_model
 from qcompile.models.export import export_model
 from qcompile.runtime.sessions import session
@@ -72,6 +73,19 @@ def test_what_cannot_be_fused_says_so(name: str, tmp_path: Path) -> None:
     assert not nodes_of(made, "GroupQueryAttention")
     assert [decision.reason for decision in decisions if decision.action == "kept"] == [reason] * 2
     check_same(model, made, np.ones((2, 9), np.int64), [1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*_FAMILIES, *_KEPT])
+def test_every_family_compiles(name: str, tmp_path: Path) -> None:
+    """With joined products, gates and caches in codes, each pass held to what it promises, and every cache coded."""
+    _exported(_FAMILIES[name] if name in _FAMILIES else _KEPT[name][0], tmp_path)
+    for passes in ("pack", "smooth,awq,pack,kv", "smooth,qdq,kv"):
+        recipe = Recipe(passes=parse_passes(passes), samples=8, context=32, group_size=32, min_cosine=0)
+        report = compile_model(tmp_path / "onnx" / "model.onnx", recipe, output=tmp_path / "model.onnx")
+        coded = [decision for decision in report.decisions.get("kv", ()) if decision.action == "coded"]
+        assert bool(coded) == passes.endswith("kv")
+        assert report.caches.startswith("4 of 4 in codes" if coded else "")
 
 
 # Of each graph, how many inputs its attentions have: 3 without a mask, or with one that hides nothing, 6 with one.
