@@ -1,6 +1,6 @@
 // Every instruction set against float64 and against `reference`, without ONNX Runtime.
 //
-//   kernel_check [--sabotage code|activation|guard] [NAME …]     names of kernel sets; all that this machine runs
+//   kernel_check [--sabotage code|activation|cache|guard] [NAME …]     names of kernel sets; all that this machine runs
 //
 // One line a path: how many products, tiles and conversions, the worst errors beside their limits. Exit code 1 if any
 // failed. --sabotage plants one fault, so that a test can see the check fail.
@@ -8,6 +8,7 @@
 #include <atomic>
 #include <thread>
 
+#include "check_attention.h"
 #include "check_data.h"
 #include "matmul.h"
 
@@ -24,8 +25,8 @@ constexpr double kLimitReference = 1e-6;  // a tile against the reference: only 
 std::string sabotage;
 
 struct Report {
-  int products = 0, tiles = 0, conversions = 0, gates = 0, failures = 0;
-  double worst16 = 0, worst_codes = 0, worst_reference = 0;
+  int products = 0, tiles = 0, conversions = 0, gates = 0, attentions = 0, failures = 0;
+  double worst_attention = 0, worst16 = 0, worst_codes = 0, worst_reference = 0;
 
   void fail(const std::string& where, const std::string& what) {
     if (++failures <= 10) std::printf("  FAILED %s: %s\n", where.c_str(), what.c_str());
@@ -392,6 +393,25 @@ void check_swiglu(const Kernels* kernels, Report& report) {
   }
 }
 
+constexpr double kLimitAttention = 2e-5, kLimitHalfAttention = 3e-3;  // sums of up to 300 values near 1, and fp16 results
+
+// Against float64, on one thread and several.
+void check_attention(const Kernels* kernels, Report& report) {
+  uint64_t seed = 0;
+  for (const AttentionCase& own : attentions()) {
+    for (const Parallel& parallel : {serial(), Parallel{run_threads, nullptr}}) {
+      AttentionRun run(own, ++seed);
+      run.keep();
+      if (sabotage == "cache" && own.rows == 1) run.sabotage();
+      run.run(kernels, parallel);
+      ++report.attentions;
+      const double limit = own.half ? kLimitHalfAttention : kLimitAttention, appended = own.type == CacheType::kFloat ? 0 : 0.51;
+      if (!(run.worst_appended() <= appended)) report.fail(own.name(), "appended " + std::to_string(run.worst_appended()));
+      report.error(run.worst_result() / limit, 1, report.worst_attention, own.name(), "result");
+    }
+  }
+}
+
 int check_kernels(const Kernels* reference, const Kernels* kernels) {
   Report report;
   if (sabotage == "guard") {
@@ -400,6 +420,7 @@ int check_kernels(const Kernels* reference, const Kernels* kernels) {
   }
   check_half(kernels, report);
   check_swiglu(kernels, report);
+  check_attention(kernels, report);
   check_not_finite(kernels, report);
   check_tiles(reference, kernels, report);
   for (const Case& c : products()) check_product(kernels, c, report);
@@ -407,7 +428,8 @@ int check_kernels(const Kernels* reference, const Kernels* kernels) {
   std::printf("%-10s %d products: a16 %.1e (limit %.0e), of codes %.1e (%.0e); %d tiles: %.1e (%.0e); ", kernels->name,
               report.products, report.worst16, kLimit16, report.worst_codes, kLimitCodes, report.tiles,
               report.worst_reference, kLimitReference);
-  std::printf("%d fp16, %d gates; %d failures\n", report.conversions, report.gates, report.failures);
+  std::printf("%d fp16, %d gates, %d attentions: %.2f of the limit; %d failures\n", report.conversions, report.gates,
+              report.attentions, report.worst_attention, report.failures);
   std::fflush(stdout);
   return report.failures;
 }
