@@ -21,6 +21,13 @@ from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.runtime.sessions import session
 
 
+def _unseen(bench: Any) -> Path:
+    """A text that no calibration has seen."""
+    path = Path(bench.folder) / "unseen.txt"
+    path.write_text(bench.text.read_text().swapcase())
+    return path
+
+
 @pytest.fixture(scope="module")
 def made(make_bench: Any) -> Any:
     """The tiny decoder compiled with float and with int8 caches, weights alike."""
@@ -67,7 +74,7 @@ def test_generate_eval_and_bench_run_it(made: Any, capsys: pytest.CaptureFixture
     bench, source, _ = made
     path, folder = str(bench.folder / "out" / "kv.onnx"), str(source.parent)
     assert cli.main(["generate", path, "--prompt", "To be", "--max-tokens", "4", "--tokenizer", folder]) == 0
-    text = ["--text", str(bench.text), "--tokens", "64", "--context", "32"]
+    text = ["--text", str(_unseen(bench)), "--tokens", "64", "--context", "32"]
     assert cli.main(["eval", path, "--against", str(source), *text]) == 0
     sizes = ["--prompt-tokens", "4", "--decode", "2", "--decode-after", "3", "--threads", "1", "--rounds", "1"]
     assert cli.main(["bench", path, "--against", str(source), *sizes]) == 0
@@ -182,7 +189,7 @@ def test_standard_operators_alone_hold_codes(bench: Any, passes: str, capsys: py
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=exact * np.abs(whole).max())
     folder = str(source.parent)
     assert cli.main(["generate", str(path), "--prompt", "To be", "--max-tokens", "4", "--tokenizer", folder]) == 0
-    text = ["--text", str(bench.text), "--tokens", "64", "--context", "32"]
+    text = ["--text", str(_unseen(bench)), "--tokens", "64", "--context", "32"]
     assert cli.main(["eval", str(path), "--against", str(source), *text]) == 0
     capsys.readouterr()
 

@@ -63,7 +63,7 @@ def test_every_path_under_sanitizers(sanitized: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["code", "activation", "cache", "guard"])
 def test_the_check_can_fail(sanitized: Path, names: list[str], fault: str) -> None:
-    """One code of a weight off by one, one activation off by one, one number of a cache, one byte read behind a buffer."""
+    """One code of a weight off by one, one activation, one number of a cache, one byte read behind a buffer."""
     command = [sanitized, "--sabotage", fault, names[-1]]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode != 0
