@@ -226,7 +226,7 @@ def test_the_table_filters_and_sorts(browser: Browser) -> None:
     report.ranges = sample_ranges()
     dom, console = browser.dump(_with_script(to_html(report), script))
     assert console == []
-    left, told, up, down, direction, numbers, cards = json.loads(Page(dom).told("pre")[0])
+    left, told, up, down, direction, numbers, cards = json.loads(Page(dom).told("pre")[-1])
     static = sum(d.reason == "int8 static" for d in report.decisions["pack"])
     assert (left, told) == (static, f"{static} of 40")
     errors = [f"{value:.3g}" for value in sorted(node.error for node in report.nodes)]
