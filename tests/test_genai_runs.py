@@ -84,8 +84,10 @@ def _model(bench: Bench, model: ir.Model) -> Path:
         ("pack,fuse,fuse_attention(padding=false)", {}),
         ("", {}),
         ("pack,kv", {"attention": "plain"}),
+        ("pack,kv", {}),
+        ("pack", {"caches": "float16"}),
     ],
-    ids=["fused", "joined", "plain", "matmulnbits", "by lengths", "float", "plain coded"],
+    ids=["fused", "joined", "plain", "matmulnbits", "by lengths", "float", "plain coded", "coded", "half precision"],
 )
 def test_the_text_is_that_of_generate(
     bench: Bench, genai: Path, passes: str, settings: dict[str, str], dtype: str, *, batch: bool
