@@ -29,7 +29,7 @@ from qcompile.passes.linears import constant, dimensions
 
 
 class Fuse(Pass):
-    """Join packed products of one input along N, and biases with their products; behind `pack`.
+    """Join packed products of one input along N, and biases with their products; after `pack`.
 
     Case 1 (bias): a MatMulInt… whose only reader is an Add of a constant (N,) becomes a MatMulAddInt….
     Case 2 (inputs): products that read one value, of the same operator, group size, code type, scale type and kind of

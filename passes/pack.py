@@ -42,7 +42,7 @@ _Key = tuple[ir.Value, Grid, bool]
 
 
 class Pack(Pass):
-    """Replace float weights by integer codes and scales: MatMul by MatMulInt4, MatMulInt8, …, lookups by Embedding…
+    """Replace float weights by integer codes and scales: MatMul by MatMulInt4, MatMulInt8, …, embeddings by Embedding…
 
     Case 1: codes chosen by an earlier pass (`gptq`) are written as they are.
     Case 2: with statistics, ranges are clipped by E[x²]-weighted search where that lowers the exact output error; rows

@@ -18,7 +18,7 @@ kernels), portable (by their ONNX bodies), level=N (accuracy level of the 4-bit 
 portable bodies: 0 exact, 4 int8 activations). So one compiled file stands for three models:
   qcompile bench small.onnx --against float.onnx a4=small.onnx@portable,level=4 a0=small.onnx@portable,level=0
 Each model runs in a process of its own; they take turns, round by round. Prefill is one run over a prompt; decoding
-runs single tokens behind a prompt, each taking the caches of the run before, or adding to them in one buffer where
+runs single tokens after a prompt, each taking the caches of the run before, or adding to them in one buffer where
 GroupQueryAttention can. Times are of the runs alone: choosing tokens and handing over inputs are left out. Ratios are
 medians of the ratios of each round."""
 _NOISY = 0.2

@@ -109,7 +109,7 @@ def _weights(node: ir.Node) -> Iterator[Weight]:
     elif node.domain == "" and node.op_type == "Gather":
         yield from _gathered_codes(node)
     elif node.domain == "" and node.op_type in CONVOLUTIONS:
-        yield from _operand(node, 1, "conv", f"kept in float: `{ensuring(Fact.STATIC)}` is for convolutions")
+        yield from _operand(node, 1, "conv", f"float: `{ensuring(Fact.STATIC)}` quantizes convolutions")
     elif node.domain == "" and node.op_type in _RECURRENT:
         for position in (1, 2):
             yield from _operand(node, position, "weight", "kept in float")

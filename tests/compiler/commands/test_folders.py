@@ -129,7 +129,7 @@ def test_an_instruct_model_answers_by_its_template(folder: Path, capsys: pytest.
     words = ["generate", str(folder), "--prompt", "hello", "--max-tokens", "2"]
     assert main(words) == 0
     told = capsys.readouterr()
-    assert f"behind a prompt of {len(tokenizer.encode('<user>hello' + chr(10) + '<a>'))}" in told.err
+    assert f"after a prompt of {len(tokenizer.encode('<user>hello' + chr(10) + '<a>'))}" in told.err
     assert not told.out.startswith("hello"), "the answer alone"
     assert main([*words, "--raw", "--json"]) == 0
     raw = json.loads(capsys.readouterr().out)

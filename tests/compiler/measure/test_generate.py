@@ -109,7 +109,7 @@ def test_generate_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["generate", model, "--prompt", "Once upon", "--max-tokens", "8", "--temperature", "1"]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("Once upon")
-    assert "8 tokens behind a prompt of 9" in captured.err
+    assert "8 tokens after a prompt of 9" in captured.err
     assert "tokens/s" in captured.err
     assert main(["generate", model, "--prompt", "x", "--max-tokens", "0"]) == 2
     assert main(["generate", model]) == 2

@@ -155,7 +155,7 @@ def test_convolutions_are_one_line(tmp_path: Path) -> None:
     path = _save(tmp_path / "m.onnx", nodes, [_array(f"w{i}", np.ones((1, 1, i + 1), "f")) for i in range(3)])
     group = _only(inspect(path))
     assert (group.pattern, group.kind, group.count, group.quantized) == ("Conv", "conv", 3, False)
-    assert group.reason == "kept in float: `qdq` is for convolutions"
+    assert group.reason == "float: `qdq` quantizes convolutions"
 
 
 def test_shared_regions_of_external_data_are_ties(tmp_path: Path) -> None:
