@@ -10,7 +10,7 @@ from qcompile.compiler.files.cache import write_atomically
 from qcompile.compiler.files.folders import graphs, is_checkpoint
 from qcompile.compiler.package.beside import companions
 from qcompile.models import cache, hf
-from qcompile.models.export import export_model
+from qcompile.models.export import RECORD, export_model
 from qcompile.models.trace import Arrays
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import run, session
@@ -37,6 +37,9 @@ def exported(source: Path, say: Callable[[str], None] = lambda step: None) -> Pa
     if not is_checkpoint(source):
         if not graphs(source):
             raise UserError(f"{source}: no .onnx model in it, and no Hugging Face model (config.json and weights)")
+        if len(found := graphs(source)) > 1 and not (source / RECORD).is_file():
+            names = ", ".join(own.name for own in found)
+            raise UserError(f"{source} holds {len(found)} models ({names}), and no {RECORD} makes them one: give one")
         return source
     say("hashing the weights")
     known = hf.open_folder(source, str(source)).sha256 if source.is_dir() else cache.sha256([source])

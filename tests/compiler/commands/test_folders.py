@@ -86,6 +86,9 @@ def test_every_graph_of_a_folder_is_compiled(bench: Any, tmp_path: Path, capsys:
     for name in ("encoder", "decoder"):
         (tmp_path / "m").mkdir(exist_ok=True)
         onnx.save(model, tmp_path / "m" / f"{name}.onnx")
+    assert main([str(tmp_path / "m"), *QUICK]) == 2
+    assert "holds 2 models (decoder.onnx, encoder.onnx), and no export.json makes them one" in capsys.readouterr().err
+    (tmp_path / "m" / "export.json").write_text('{"graphs": {"encoder.onnx": 0, "decoder.onnx": 0}}')
     assert [path.name for path in graphs(tmp_path / "m")] == ["decoder.onnx", "encoder.onnx"]
     assert main([str(tmp_path / "m"), *QUICK, "-o", str(tmp_path / "out"), "--json"]) == 0
     made = json.loads(capsys.readouterr().out)

@@ -119,10 +119,12 @@ def test_a_model_is_read_back_whatever_the_end_of_its_name(here: Path, output: s
 
 
 @pytest.mark.parametrize("command", ["compile", "calibrate", "sensitivity"])
-def test_a_folder_is_no_model(here: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its name, of which the output's is made, is empty."""
+def test_a_folder_of_several_models_is_none(here: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing says that they belong together, and nothing is written."""
+    before = _content(here)
     assert main([command, ".", *QDQ]) == 2
-    assert ". is not a file" in capsys.readouterr().err
+    assert ". holds 2 models (m.onnx, q.onnx)" in capsys.readouterr().err
+    assert _content(here) == before
 
 
 def test_absurd_numbers_of_threads(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
