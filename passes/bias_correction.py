@@ -171,7 +171,7 @@ def levels(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
 
 def _is_integer(node: ir.Node) -> bool:
     twin = node_state(node).twin
-    return twin is not None and twin.weights > 0
+    return twin is not None and bool(twin.weights)
 
 
 def _mean(value: ir.Value, operator: str, every: int = 1) -> Mean:

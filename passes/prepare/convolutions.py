@@ -72,7 +72,7 @@ def _absorb(node: ir.Node, names: Names) -> tuple[list[str], tuple[ir.Node, str]
 
 def _open(node: ir.Node) -> _Convolution | str:
     """The convolution with its constants, or why they cannot be changed."""
-    operands = node.inputs[1:3] if len(node.inputs) > 2 and node.inputs[2] is not None else node.inputs[1:2]
+    operands = node.inputs[1:]
     tensors = [value.const_value for value in operands if value is not None and is_constant(value)]
     if len(tensors) < len(operands) or tensors[0] is None:
         return "its weight or bias is no constant"
