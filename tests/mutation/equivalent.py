@@ -13,6 +13,7 @@ class Equivalent(NamedTuple):
 
 
 _NEVER = "the two differ only where the other operand decides already"
+_REQUIRED = "ONNX requires it, so that what stands in its stead is never read"
 _LIMIT = "a limit of effort or a threshold of real numbers: nobody is promised on which side its last element falls"
 
 EQUIVALENT = (
@@ -28,6 +29,12 @@ EQUIVALENT = (
         "if place is None or not isinstance(graph, ir.Graph):",
         "if place is None and not isinstance(graph, ir.Graph):",
         _NEVER,
+    ),
+    Equivalent(
+        "passes/gates.py",
+        "if a is not None and b is not None:",
+        "if a is not None or b is not None:",
+        "a Mul has both its operands",
     ),
     Equivalent(
         "passes/observers/counting.py",
@@ -58,7 +65,7 @@ EQUIVALENT = (
         "passes/prepare/doubles.py",
         'if node.op_type == "Cast" and node.graph is place.graph and node.attributes.get_int("to", 0) == 1:',
         'if node.op_type == "Cast" and node.graph is place.graph and node.attributes.get_int("to", 1) == 1:',
-        "a Cast without `to` is none",
+        _REQUIRED,
     ),
     Equivalent(
         "passes/prepare/folding.py",
@@ -79,6 +86,12 @@ EQUIVALENT = (
         "a Transpose has one input",
     ),
     Equivalent(
+        "passes/prepare/scans.py",
+        'body, count = node.attributes["body"].as_graph(), node.attributes.get_int("num_scan_inputs", 0) or 0',
+        'body, count = node.attributes["body"].as_graph(), node.attributes.get_int("num_scan_inputs", 1) or 0',
+        _REQUIRED,
+    ),
+    Equivalent(
         "passes/prepare/sizes.py",
         "return (int(number),) * length[0] if 0 <= length[0] <= _LOOKS else None",
         "return (int(number),) * length[0] if 0 <= length[0] < _LOOKS else None",
@@ -91,10 +104,22 @@ EQUIVALENT = (
         _NEVER,
     ),
     Equivalent(
+        "passes/qdq/ranges.py",
+        "return endless if array is None or not array.size else float(array.reshape(-1)[0])",
+        "return endless if array is None or not array.size else float(array.reshape(1)[0])",
+        "an array of one number",
+    ),
+    Equivalent(
         "passes/routers.py",
         "if indices is not None and slot == 0 and len(node.outputs) > indices and node.outputs[indices].uses():",
         "if indices is not None and slot == 0 and len(node.outputs) >= indices and node.outputs[indices].uses():",
         "TopK has two outputs and ArgMax one, by their definition",
+    ),
+    Equivalent(
+        "passes/smooth.py",
+        "_INT8_ALPHAS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85)",
+        "_INT8_ALPHAS = ( -0.6, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85)",
+        "one of eight candidates, of which the best is taken: how many are tried is a limit of effort",
     ),
     Equivalent(
         "passes/smooth.py",

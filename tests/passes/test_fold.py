@@ -11,7 +11,8 @@ from qcompile.models.tiny import tiny_decoder
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.absorb import other_consumers
 from qcompile.passes.base import Region
-from qcompile.passes.fold import fold
+from qcompile.passes.fold import fold, row_peaks
+from qcompile.passes.linears import find_linears
 from qcompile.passes.pairs import Pair, find_pairs
 from qcompile.passes.statistics import Statistics
 
@@ -237,6 +238,14 @@ def test_half_precision_factors_stay_in_range(extreme: float) -> None:
     for linear in pair.linears:
         assert np.isfinite(linear.read()).all()
     np.testing.assert_allclose(run(model)[0], before[0], atol=5e-3 * np.abs(before[0]).max())
+
+
+def test_the_peak_of_a_row_has_either_sign() -> None:
+    b, x = start()
+    w = weight(K, 8)
+    w[:, 0] = np.resize([9, -9], K)
+    (linear,) = find_linears(b.model({"y": b.MatMul(x, b.weight("w", w))}).graph)
+    np.testing.assert_array_equal(row_peaks(linear), np.full(K, 9, np.float32))
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from qcompile.passes.formats import functions
-from qcompile.passes.formats.base import DOMAIN, pack_nibbles
+from qcompile.passes.formats.base import ACTIVATION_BITS, DOMAIN, pack_nibbles
 from qcompile.runtime.sessions import run, session
 
 # Relative to the largest output. Level 0 keeps float32 activations; ONNX Runtime's own choice rounds them to int8.
@@ -152,6 +152,11 @@ def test_every_nibble_decodes_in_both_halves_of_a_byte(symmetric) -> None:
         session(model, threads=1, kernels="portable", optimize=False), None, {"x": np.eye(16, dtype=np.float32)[None]}
     )
     np.testing.assert_array_equal(found[0], _decoded(operands, 16))
+
+
+def test_activations_keep_their_bits_where_no_node_says_how_many() -> None:
+    bodies = [functions.body(f"{name}{bits}") for name in ("MatMulInt", "MatMulAddInt") for bits in (4, 8)]
+    assert [own.attributes[ACTIVATION_BITS].value for own in bodies] == [16] * 4
 
 
 def test_nibbles_are_low_first_and_padded_with_zero() -> None:

@@ -391,6 +391,15 @@ def test_models_of_others_with_matmulbnb4_are_read() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_group_that_is_a_whole_column_is_told_as_one(name: str) -> None:
+    """However many columns there are."""
+    for k, size in ((32, "per-column"), (64, "g32")):
+        model, _ = _product(_sized(named(name), 32), _weight(k, 48))
+        (weight,) = find_weights(model.graph)
+        assert size in weight.form.split()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_computed_codes_are_no_weight(name) -> None:
     spec = _sized(named(name), 32)
     model, _ = _product(spec, _weight(64, 8))

@@ -8,7 +8,7 @@ import pytest
 from graphs.table import Graph
 from onnx import TensorProto, helper
 from opened import opened
-from preparing import check, operators, reasons
+from preparing import check, operators, prepare, reasons
 
 from qcompile.compiler.data.graph_inputs import caches
 from qcompile.passes.base import Decision
@@ -104,6 +104,23 @@ def test_fused_gemm(activation):
     told = {"activation": activation, "transB": 1, "alpha": 0.5, "beta": 2.0}
     model, _ = _checked(make, make.one("FusedGemm", x, w, b, domain=MS, **told, **ACTIVATIONS[activation]))
     assert operators(model) == ["MatMul", "Add", activation]
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"activation": "Gelu"}, "its activation is Gelu"),
+        ({"activation": "HardSigmoid", "activation_alpha": 0.3}, "its activation is HardSigmoid"),
+        ({}, "its activation is not told"),
+    ],
+)
+def test_fused_gemm_that_stays(told, reason):
+    make = Graph()
+    make.output(make.one("FusedGemm", make.input(3, 8), make.floats(8, 9), domain=MS, **told))
+    model = ir.from_proto(make.model())
+    model.graph.outputs[0].shape = ir.Shape([3, 9])
+    assert reasons(prepare(model), "skipped") == [f"FusedGemm cannot be taken apart: {reason}"]
+    assert operators(model) == ["FusedGemm"]
 
 
 @pytest.mark.parametrize("activation", ["Relu", "Tanh", "Sigmoid", "LeakyRelu", "HardSigmoid", "Clip"])

@@ -2,6 +2,7 @@
 contradicts it.
 """
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -121,6 +122,11 @@ def unknown() -> Iterator[None]:
     inference._known.cache_clear()
     yield
     inference._known.cache_clear()
+
+
+def test_nobody_is_taken_for_asleep_of_whom_the_system_says_nothing() -> None:
+    assert not inference._sleeps(os.getpid())
+    assert not inference._sleeps(-1)
 
 
 @pytest.mark.usefixtures("unknown")

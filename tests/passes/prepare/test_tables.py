@@ -55,7 +55,7 @@ def test_every_way_round_ends_at_one_table(
 def test_most_lookups_decide_and_constant_ones_do_not_count() -> None:
     """Rows of w^T are looked up twice, rows of w once; parts of a weight are no lookups."""
     w = np.random.default_rng(0).standard_normal((K, K)).astype(np.float32)
-    body = "t = Transpose(w) a = Gather(t, ids) b = Gather(t, more) c = Gather(w, ids) d = Add(a, b) y = Add(c, d)"
+    body = "c = Gather(w, ids) t = Transpose(w) a = Gather(t, ids) b = Gather(t, more) d = Add(a, b) y = Add(c, d)"
     model = parse(body, "int64[b, s] ids, int64[b, s] more", "float[b, s, n] y", w=w)
     check(model, {"ids": FEEDS["ids"] % K, "more": FEEDS["ids"][::-1] % K})
     tables = [embedding.table.const_value.numpy() for embedding in find_embeddings(model.graph)]

@@ -18,7 +18,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare import Prepare
 from qcompile.passes.qdq import qdq
-from qcompile.passes.qdq.selection import MASKED, quantized_output, select
+from qcompile.passes.qdq.selection import MASKED, quantized_output, select, weight_position
 from qcompile.passes.qdq.weights import SPEC
 
 
@@ -259,6 +259,22 @@ def test_an_lm_head_is_integer_unless_it_is_kept(lm_head) -> None:
     left = [found.kept[node][1] for node in products if node in found.kept]
     assert left == ([] if lm_head is not None else ["lm_head is kept in float"])
     assert sum(node in found.nodes or node in found.heads for node in products) == len(products) - len(left) > 2
+
+
+@pytest.mark.parametrize("operators", ["auto", "all"])
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_one_thing_is_decided_of_a_node(graph: str, operators: str) -> None:
+    """Whichever product is to have but an int8 weight, or to stay as it is: it becomes nothing else besides."""
+    model = ir.from_proto(onnx.load_from_string(GRAPHS[graph]().model()))
+    Prepare().call(Region.whole(model))
+    plain = select(model, Policy(SPEC, SPEC, None), "cpu", operators, slower=True)
+    for node in [node for node in plain.nodes if weight_position(node) is not None]:
+        name = str(node.name)
+        alone, kept = Policy(SPEC, SPEC, None, weights_only={name: "x"}), Policy(SPEC, SPEC, None, kept={name: "x"})
+        found = select(model, alone, "cpu", operators, slower=True)
+        assert (node in found.heads, node in found.nodes, node in found.kept) == (True, False, False)
+        found = select(model, kept, "cpu", operators, slower=True)
+        assert (node in found.heads, node in found.nodes, node in found.kept) == (False, False, True)
 
 
 @pytest.mark.parametrize("operators", ["auto", "all"])
