@@ -60,7 +60,7 @@ def test_a_report_tells_it(bench: Any, capsys: pytest.CaptureFixture[str], kv_ca
     report = bench.compile(path, "smooth,pack")
     assert report.predictions.kl > 0
     assert "Perplexity" not in report.predictions.told()
-    assert "perplexity of the checks" in to_html(report)
+    assert f"perplexity, {report.predictions.tokens} tokens" in to_html(report)
     exact = bench.compile(path, "smooth")
     assert exact.predictions.kl < 1e-6
     assert exact.predictions.agreement == 1
