@@ -52,7 +52,7 @@ def _divergence(score: DecoderScores) -> float:
 def _generated(model: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     words = ["generate", str(model), "--prompt", "The capital of France is", "--tokenizer", str(tokenizer)]
-    assert cli.main([*words, "--max-tokens", "6"]) == 0
+    assert cli.main([*words, "--raw", "--max-tokens", "6"]) == 0
     return capsys.readouterr().out
 
 
