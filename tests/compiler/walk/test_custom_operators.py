@@ -81,7 +81,9 @@ def test_every_command_takes_the_library(model: Path, library: Path, capsys: pyt
     assert main(["calibrate", *calibrated, "-o", statistics]) == 0
     assert main([*calibrated, "--keep-worst", "1", "-o", str(output)]) == 0
     assert main(["sensitivity", *calibrated]) == 0
-    assert main(["eval", str(output), "--against", str(model), "--data", data, *given]) == 0
+    unseen = str(model.with_name("unseen.npz"))
+    np.savez(unseen, x=np.random.default_rng(7).standard_normal((8, 64)).astype(np.float32))
+    assert main(["eval", str(output), "--against", str(model), "--data", unseen, *given]) == 0
     assert main(["bench", str(output), "--against", str(model), "--rounds", "1", "--shape", "x=4,64", *given]) == 0
     sweep = ["sweep", str(model), "--grid", "passes=pack", "--data", data, "-o", str(model.with_name("sweep"))]
     assert main([*sweep, *given]) == 0
