@@ -153,7 +153,8 @@ class Statistics:
         """
         copy = replace(self)
         copy.rescale(factor)
-        copy.kept = self.kept and {damping: own.rescaled(factor) for damping, own in self.kept.items()}
+        if self.kept is not None:
+            copy.kept = {damping: own.rescaled(factor) for damping, own in self.kept.items()}
         return copy
 
 

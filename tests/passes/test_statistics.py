@@ -1,6 +1,9 @@
 """passes/statistics.py: following rewrites."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from observing import UINT8, observe
 
 from qcompile.passes.observers.gram import Gram
@@ -43,3 +46,22 @@ def test_ranges_of_a_gram_are_of_each_index_on_its_axis() -> None:
     low, high = own.range(UINT8)
     np.testing.assert_allclose(high, peaks, rtol=1e-6)
     np.testing.assert_array_equal(low, -high)
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_what_is_kept_of_a_gram_matrix_follows_a_factor_into_the_copy_alone(asked_before: bool) -> None:
+    """U of G / (s sᵀ) is U of G with columns times s, in the order of before; the original keeps its own."""
+    factor, own = np.exp(_w()[:, 0]), replace(_of(_x()), kept={})
+    wanted = _of(_x()).compensation(0.01)
+    if asked_before:
+        own.compensation(0.01)
+    found = own.rescaled(factor).compensation(0.01)
+    np.testing.assert_array_equal(own.compensation(0.01).factor, wanted.factor)
+    if asked_before:
+        np.testing.assert_array_equal(found.order, wanted.order)
+        np.testing.assert_allclose(found.factor, wanted.factor * factor[wanted.order], rtol=1e-6)
+    gram, of_factor = _of(_x() / factor).gram.astype(np.float64), np.linalg.inv(found.factor.astype(np.float64))
+    back = np.argsort(found.order)
+    seen = (of_factor @ of_factor.T)[back][:, back]
+    apart = ~np.eye(K, dtype=bool)  # the diagonal is damped
+    np.testing.assert_allclose(seen[apart], gram[apart], rtol=1e-3, atol=1e-4 * np.abs(gram).max())
