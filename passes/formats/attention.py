@@ -28,6 +28,7 @@ _OPTIONAL = {
     "v_quant_type": "NONE",
     "kv_cache_bit_width": 0,
 }
+_WIDEST = 1024  # head that the kernel takes: kMaxWidth of runtime/kernels/attention.h
 # (queries, caches) that the kernel has.
 _TYPES = {
     (ir.DataType.FLOAT, ir.DataType.FLOAT),
@@ -91,7 +92,15 @@ def has_kernel(node: ir.Node) -> bool:
     # What other attributes say in their other settings (sliding caches, smooth softmax) it does not do.
     if any(attribute.value for name, attribute in node.attributes.items() if name not in _REQUIRED | _OPTIONAL):
         return False
+    widths = [
+        own.shape[3] for own in node.inputs[3:5] if own is not None and own.shape is not None and len(own.shape) == 4
+    ]
+    if any(isinstance(width, int) and width > _WIDEST for width in widths):
+        return False
     query, key, value = (own.dtype if own is not None else None for own in (node.inputs[0], *node.inputs[3:5]))
+    # com.microsoft's leaves scales beside other caches unread.
+    if any((given.get(name) is not None) != (key == ir.DataType.INT8) for name in ("k_scale", "v_scale")):
+        return False
     return key == value and any(own == (query or own[0], key) for own in _TYPES)
 
 

@@ -125,8 +125,8 @@ void Run::keep_past(int64_t head) const {
 }
 
 const float* Run::bias_of(int64_t sequence, int64_t head, int64_t row, int64_t count, float* to) const {
-  const int64_t first = ((own.bias_batch > 1 ? sequence : 0) * own.bias_heads + (own.bias_heads > 1 ? head : 0)) * own.bias_rows +
-                        (own.bias_rows > 1 ? row : 0);
+  const int64_t plane = (own.bias_batch > 1 ? sequence : 0) * own.bias_heads + (own.bias_heads > 1 ? head : 0);
+  const int64_t first = plane * own.rows + row;
   if (!own.bias_half) return static_cast<const float*>(own.bias) + first * own.bias_positions;
   kernels.from_half(static_cast<const uint16_t*>(own.bias) + first * own.bias_positions, to, count);
   return to;
@@ -254,10 +254,10 @@ void attend(const Attention& attention, const Kernels& kernels, const Parallel& 
   const int64_t copied = attention.past_key == attention.present_key ? 0 : heads * longest * attention.width;
   for_all(parallel, copied > kSmall, heads, [&](int64_t head) { run.keep_past(head); });
   constexpr int64_t kTokens = 16;
-  const int64_t runs = attention.batch * ((attention.rows + kTokens - 1) / kTokens), per = runs / std::max<int64_t>(1, attention.batch);
-  for_all(parallel, attention.rows >= 2 * kTokens, runs, [&](int64_t i) {
-    const int64_t first = i % per * kTokens, last = std::min(attention.rows, first + kTokens);
-    for (int64_t row = first; row < last; ++row) run.append(i / per, row);
+  const int64_t tokens = attention.batch * attention.rows;
+  for_all(parallel, tokens >= 2 * kTokens, (tokens + kTokens - 1) / kTokens, [&](int64_t i) {
+    const int64_t last = std::min(tokens, (i + 1) * kTokens);
+    for (int64_t token = i * kTokens; token < last; ++token) run.append(token / attention.rows, token % attention.rows);
   });
   // Pieces of one tile alone are put together: more rows are several tiles anyhow.
   std::vector<float> parted;

@@ -60,9 +60,9 @@ struct Attention {
   int64_t pairs, table_rows;
   bool interleaved, tables_half;
   const int64_t* position;
-  // Added to scores, float32 or float16 (batch or 1, heads or 1, rows or 1, positions); nullptr: nothing.
+  // Added to scores, float32 or float16 (batch or 1, heads or 1, rows, positions); nullptr: nothing.
   const void* bias;
-  int64_t bias_batch, bias_heads, bias_rows, bias_positions;
+  int64_t bias_batch, bias_heads, bias_positions;
   bool bias_half;
   // Scales of int8 codes, (groups, width) or one.
   const float *key_scale, *value_scale;
@@ -71,10 +71,11 @@ struct Attention {
 
   int64_t sharing() const { return heads / groups; }
   // Positions that a sequence has before this run.
-  int64_t before(int64_t sequence) const { return prompt ? 0 : last[sequence] + 1 - rows; }
+  int64_t before(int64_t sequence) const { return prompt ? 0 : int64_t(last[sequence]) + 1 - rows; }
 };
 
-// Throws std::bad_alloc. Scratch is kept by each thread.
+// Throws std::bad_alloc. Scratch is kept by each thread, and pieces allocate it: on other threads too, so `parallel` must
+// catch std::bad_alloc there and throw it on the calling one, as Pool::run (pool.h) does.
 void attend(const Attention& attention, const Kernels& kernels, const Parallel& parallel);
 
 }  // namespace qcompile

@@ -154,17 +154,19 @@ void AttentionNode::take_caches(const Inputs& given, Attention& run, int64_t tot
   }
   run.past_key = static_cast<const uint8_t*>(data(given[kPastKey]));
   run.past_value = static_cast<const uint8_t*>(data(given[kPastValue]));
+  if (total < 1) refuse(op_, "total_sequence_length is %lld, it must be positive", (long long)total);
   run.room = std::max(run.past, total);
   if (product(given[kSeqlens].shape, given[kSeqlens].shape.rank) != run.batch) {
     refuse(op_, "seqlens_k has shape %s for %lld sequences", given[kSeqlens].shape.text().c_str(), (long long)run.batch);
   }
   run.last = static_cast<const int32_t*>(data(given[kSeqlens]));
   run.prompt = total == run.rows;
+  // No sequence is longer than total: what has numbers for total positions, as the bias, has them for all that are read.
   for (int64_t i = 0; i < run.batch; ++i) {
-    const int64_t before = run.before(i);
-    if (before < 0 || before > run.past || before + run.rows > run.room || run.last[i] < 0 || run.last[i] >= run.room) {
-      refuse(op_, "sequence %lld ends at position %lld, with %lld rows, caches of %lld and room for %lld", (long long)i,
-             (long long)run.last[i], (long long)run.rows, (long long)run.past, (long long)run.room);
+    const int64_t before = run.before(i), last = run.last[i];
+    if (before < 0 || before > run.past || before + run.rows > total || last < 0 || last >= total) {
+      refuse(op_, "sequence %lld ends at position %lld, with %lld rows, caches of %lld and total_sequence_length %lld",
+             (long long)i, (long long)last, (long long)run.rows, (long long)run.past, (long long)total);
     }
   }
 }
@@ -210,7 +212,6 @@ void AttentionNode::take_bias(const Inputs& given, Attention& run, int64_t total
   run.bias = data(given[kBias_]);
   run.bias_batch = shape[0];
   run.bias_heads = shape[1];
-  run.bias_rows = shape[2];
   run.bias_positions = shape[3];
   run.bias_half = op_.element == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
 }

@@ -259,6 +259,11 @@ def test_rows_that_nothing_is_let_through_to_are_zeros() -> None:
         ({"query": np.zeros((1, 1, 63), np.float32)}, "query has shape (1, 1, 63), for 4 heads"),
         ({"seqlens_k": np.array([9], np.int32)}, "sequence 0 ends at position 9"),
         ({"seqlens_k": np.array([-1], np.int32)}, "sequence 0 ends at position -1"),
+        ({"seqlens_k": np.array([5], np.int32)}, "sequence 0 ends at position 5"),
+        ({"seqlens_k": np.array([2**31 - 1], np.int32)}, "sequence 0 ends at position 2147483647"),
+        ({"total_sequence_length": np.array(4, np.int32)}, "sequence 0 ends at position 4"),
+        ({"total_sequence_length": np.array(0, np.int32)}, "total_sequence_length is 0, it must be positive"),
+        ({"total_sequence_length": np.array(-1, np.int32)}, "total_sequence_length is -1"),
         ({"seqlens_k": np.array([4, 4], np.int32)}, "seqlens_k has shape (2,) for 1 sequences"),
         ({"cos_cache": np.zeros((4, 8), np.float32)}, "cos_cache (4, 8) and sin_cache (8, 8)"),
         ({"position_ids": np.array([[8]])}, "position 8 is beyond the 8 rows of cos_cache"),
@@ -271,3 +276,42 @@ def test_what_does_not_fit_is_refused(changed: dict[str, np.ndarray], told: str)
     session = open_session(case.model(), native_library())
     with pytest.raises(Exception, match=re.escape(f"GroupQueryAttention: {told}")):
         session.run(None, case.feeds() | changed)
+
+
+@pytest.mark.parametrize("total", [1, 2, 4095])
+def test_no_sequence_is_longer_than_the_total(total: int) -> None:
+    """The caches have room for it, but a bias as long as the total has not: it would be read behind its end."""
+    case = Case((4096,), groups=1, sharing=1, room=1, bias=(0, 0))
+    short = {
+        "total_sequence_length": np.array(total, np.int32),
+        "attention_bias": np.zeros((1, 1, 1, total), np.float32),
+    }
+    session = open_session(case.model(), native_library())
+    with pytest.raises(Exception, match=f"sequence 0 ends at position 4095, .* total_sequence_length {total}"):
+        session.run(None, case.feeds() | short)
+
+
+def test_a_bias_has_all_rows_as_com_microsoft_s() -> None:
+    case = Case((7,), rows=3, bias=(0, 0))
+    feeds = case.feeds() | {"attention_bias": np.zeros((1, 1, 1, 7), np.float32)}
+    for library, told in (
+        (native_library(), "attention_bias has shape (1, 1, 1, 7)"),
+        (None, "attention_bias dimension 2"),
+    ):
+        with pytest.raises(Exception, match=re.escape(told)):
+            open_session(case.model(), library).run(None, feeds)
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("cache", ["float", "int8"])
+def test_what_many_short_sequences_append_is_shared_among_threads(cache: str, rows: int) -> None:
+    """Pieces of it begin and end within sequences."""
+    lengths = tuple(range(1, 41)) if rows == 1 else (9, 5, 7, 9, 1)
+    check(Case(lengths, rows, cache=cache, pairs=8, room=3, bias=(1, 1)), kernels()[0], 2)
+
+
+def test_the_widest_head() -> None:
+    check(Case((5,), width=1024), kernels()[0])
+    case = Case((5,), width=1032)
+    with pytest.raises(Exception, match="heads of 1032 numbers, it takes 1 to 1024"):
+        open_session(case.model(), native_library()).run(None, case.feeds())

@@ -36,7 +36,9 @@ def test_files_for_others_keep_com_microsoft_s(fused: ir.Model) -> None:
     assert {node.domain for node in _attentions(fused)} == {"com.microsoft"}
 
 
-@pytest.mark.parametrize("what", ["sink", "smooth_softmax", "sliding_window_cache", "4 bits", "scores"])
+@pytest.mark.parametrize(
+    "what", ["sink", "smooth_softmax", "sliding_window_cache", "4 bits", "scores", "wide", "scales"]
+)
 def test_what_the_kernel_does_not_do_stays(fused: ir.Model, what: str) -> None:
     first, second = _attentions(fused)
     if what == "sink":
@@ -45,6 +47,13 @@ def test_what_the_kernel_does_not_do_stays(fused: ir.Model, what: str) -> None:
     elif what == "4 bits":
         for value in first.inputs[3:5]:
             value.type = ir.TensorType(ir.DataType.UINT8)
+    elif what == "wide":
+        for node, width in ((first, 1032), (second, 1024)):
+            for value in node.inputs[3:5]:
+                value.shape = ir.Shape([1, 2, "past", width])
+    elif what == "scales":
+        first.resize_inputs(14)
+        first.replace_input_with(12, first.inputs[0])
     elif what == "scores":
         first.resize_outputs(4)
     else:
