@@ -14,6 +14,7 @@ from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.data.labels import Labels, read_labels
 from qcompile.compiler.data.tokens import Tokenizer, find_tokenizer, load_tokenizer
 from qcompile.compiler.files.load import load_model
+from qcompile.compiler.measure.bounds import Bounds
 from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores, evaluate_many, score_outputs
 from qcompile.compiler.measure.loaded import text_windows
 from qcompile.compiler.measure.metric import Function, Metric
@@ -164,9 +165,11 @@ def evaluate_models(
     against: Path | None = None,
     running: Running | None = None,
     progress: Told | None = None,
+    bounds: Bounds | None = None,
 ) -> Evaluation:
     """Scores of all models. On texts: perplexity of decoders, and KL to the reference; else SQNR and cosine of outputs.
 
+    bounds: that the caller checks; those that such scores cannot have are refused before the work.
     Raises UserError for bad input, and where outputs are to be compared without a reference.
     """
     running, told = running or Running(), progress or (lambda what, done, total: None)
@@ -175,6 +178,8 @@ def evaluate_models(
     if on.texts and plan.logits is not None and (on.labels is not None or on.metric is not None):
         raise UserError("--labels and --metric are for outputs on --data: a decoder on --text has KL and perplexity")
     if on.texts and plan.logits is not None:
+        if bounds is not None:
+            bounds.check_decoder()
         rows = _on_texts(models, on, against, running, plan, told)
     elif against is None:
         if on.texts:

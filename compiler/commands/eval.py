@@ -107,6 +107,7 @@ def run(args: Options) -> Document:
             against=args.against,
             running=running,
             progress=lambda what, done, total: bar.at(done, total, what),
+            bounds=bounds,
         )
     rows = [own.row() for own in made.rows]
     if isinstance(made.rows[0].scores, DecoderScores):

@@ -32,6 +32,14 @@ class Bounds:
         if broken:
             raise Verdict("; ".join(broken))
 
+    def check_decoder(self) -> None:
+        """Raise UserError for a bound that decoders on text have no score for: said before they are run."""
+        told = "a decoder on --text has KL and perplexity: give --max-kl"
+        if self.min_sqnr is not None:
+            raise UserError(f"--min-sqnr is for outputs of models that are no decoders; {told}")
+        if self.max_drop is not None:
+            raise UserError(f"--max-drop is for scores of outputs on --data; {told}")
+
     def _texts(self, scores: Sequence[DecoderScores]) -> Iterator[str]:
         for own in scores if self.max_kl is not None else ():
             if own.kl is not None and self.max_kl is not None and not own.kl <= self.max_kl:

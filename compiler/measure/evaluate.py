@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import InputPlan
-from qcompile.compiler.data.labels import Labels
+from qcompile.compiler.data.labels import Labels, check_classes
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.data.tokens import Ids
 from qcompile.compiler.measure.classes import Classes, ClassScores, scores_classes
@@ -133,8 +133,8 @@ def score_outputs(
 ) -> list[OutputScores]:
     """SQNR and cosine of every output of every candidate, on the batches made for the reference's inputs.
 
-    Outputs of strings, and sequences, have neither; they are left out. labels: of all rows. With a metric, all inputs
-    and outputs stay in memory.
+    Outputs of strings, and sequences, have neither; they are left out. labels: of all rows; UserError where neither an
+    output that scores classes nor a metric takes them. With a metric, all inputs and outputs stay in memory.
     """
     paths = [reference, *candidates]
     first, *others = (
@@ -167,6 +167,11 @@ def score_outputs(
                 noise[str(other.path), name].add(expected[name], array)
                 if scores_classes(name, array):
                     classes.setdefault((str(other.path), name), Classes()).add(expected[name], array)
+        if labels is not None and metric is None and not classes:
+            raise UserError(
+                f"--labels: no output of {reference} scores classes, (rows, classes) and no embedding by its name; "
+                f"leave them out, or give a --metric that takes them (outputs: {', '.join(first.outputs)})"
+            )
         if progress:
             progress(number + 1, len(given))
     inputs = [batch.feeds for batch in given] if metric is not None else []
@@ -183,6 +188,8 @@ def score_outputs(
 def _fitting(labels: Labels | None, classes: Classes) -> Labels | None:
     """Labels for the rows of an output; UserError where there are not as many, or a class that it has not."""
     rows = sum(map(len, classes.before))
+    if labels is not None:
+        check_classes(labels, "--labels")
     if labels is not None and len(labels) != rows:
         raise UserError(f"--labels has {len(labels)} labels, and the evaluation data {rows} rows")
     if labels is not None and len(labels) and int(labels.max()) >= classes.count:

@@ -12,10 +12,12 @@ import pytest
 from graphs.inputs import strings_that_become_rows_of_a_table
 from said import complaints
 
+from qcompile.compiler.api import evaluation
 from qcompile.compiler.cli import main
 from qcompile.compiler.data.feeds import npz_batches
 from qcompile.compiler.data.inputs import input_plan
 from qcompile.compiler.measure.evaluate import evaluate, evaluate_many, score_outputs
+from qcompile.compiler.measure.metric import Metric
 from qcompile.compiler.measure.metrics import OutputNoise, log_softmax
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
 from qcompile.passes.base import Region
@@ -159,6 +161,36 @@ def test_outputs_against_a_reference(tmp_path: Path) -> None:
     assert (score.output, score.values) == ("y", 50)
     with pytest.raises(UserError, match="has no output 'y'"):
         score_outputs(reference, [_saved(tiny_encoder(), tmp_path / "c.onnx")], lambda plan: [])
+
+
+def test_labels_that_no_output_takes(tmp_path: Path) -> None:
+    model, data = _saved(tiny_mlp(), tmp_path / "a.onnx"), _inputs(tmp_path / "x.npz")
+    graph = onnx.load(model)
+    graph.graph.node[-1].output[0] = graph.graph.output[0].name = "pooled_logits"
+    onnx.save(graph, tmp_path / "b.onnx")
+    labels = np.zeros(5, np.int64)
+
+    def score(path: Path, given: Any, metric: Any = None) -> None:
+        score_outputs(path, [path], lambda plan: npz_batches(plan, [data]), labels=given, metric=metric)
+
+    score(model, labels)
+    with pytest.raises(UserError, match=r"no output of .*b\.onnx scores classes.*--metric.*pooled_logits"):
+        score(tmp_path / "b.onnx", labels)
+    score(tmp_path / "b.onnx", labels, Metric(lambda inputs, outputs, labels: float(len(labels))))
+    with pytest.raises(UserError, match="--labels: class -1"):
+        score(model, labels - 1)
+
+
+def test_bounds_that_decoders_have_not(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before any is run."""
+    monkeypatch.setattr(evaluation, "evaluate_many", None)
+    (tmp_path / "t.txt").write_text("some words of a text")
+    command = ["eval", str(pair[1]), "--against", str(pair[0]), "--text", str(tmp_path / "t.txt")]
+    for bound in (["--max-drop", "1%"], ["--min-sqnr", "20"]):
+        assert main([*command, *bound]) == 2
+        assert f"{bound[0]} is for " in complaints(capsys.readouterr().err)
 
 
 def test_outputs_without_numbers_are_left_out(tmp_path: Path) -> None:
