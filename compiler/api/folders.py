@@ -15,8 +15,6 @@ from qcompile.models.trace import Arrays
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import run, session
 
-_REPORT = "*.report.json"
-
 
 def open_model(path: Path) -> Any:
     """A model file as a function from inputs by name to outputs by name, on the CPU."""
@@ -57,25 +55,33 @@ def home(graph: Path) -> Path:
 
 
 def strangers(source: Path, target: Path) -> list[Path]:
-    """Files in `target` of the names of companions in `source`, of other content, that no earlier compile put there."""
-    if any(target.glob(_REPORT)):
-        return []
+    """Whatever in `target` has the name of a companion in `source` and is no file of its content.
+
+    Whose it is cannot be told: a report lies beside the user's own model, too, where that was compiled in its place.
+    """
     found = [(path, target / path.name) for path in companions(source)]
-    return [other for path, other in found if other.exists() and not filecmp.cmp(path, other, shallow=False)]
+    return [other for path, other in found if os.path.lexists(other) and not _same(path, other)]
 
 
-def copy_companions(source: Path, target: Path) -> list[Path]:
+def _same(path: Path, other: Path) -> bool:
+    return other.exists() and filecmp.cmp(path, other, shallow=False)
+
+
+def copy_companions(source: Path, target: Path) -> tuple[list[Path], list[Path]]:
     """Copy what lies beside a model into the folder of what was made of it: tokenizer, configuration, chat template.
 
-    Nothing is copied onto itself. Returns the files that were written.
+    Nothing is replaced: where there are `strangers` now, behind the work, nothing is copied. Returns (the files that
+    were written, the strangers).
     """
+    if others := strangers(source, target):
+        return [], others
     copied = []
     for path in companions(source):
         other = target / path.name
-        if not (other.exists() and (other.samefile(path) or filecmp.cmp(path, other, shallow=False))):
+        if not os.path.lexists(other):
             write_atomically(other, path.read_bytes())
             copied.append(other)
-    return copied
+    return copied, []
 
 
 def check_folder(source: Path, folder: Path) -> None:
@@ -84,7 +90,9 @@ def check_folder(source: Path, folder: Path) -> None:
         raise UserError(f"{folder} is the folder that is compiled: choose another one with -o DIR")
     if found := strangers(home(graphs(source)[0]), folder):
         names = ", ".join(path.name for path in found)
-        raise UserError(f"{folder} has files of something else ({names}): choose another folder with -o DIR")
+        raise UserError(
+            f"{folder} has files of something else ({names}): choose another folder with -o DIR, or remove them"
+        )
 
 
 def within(output: str | os.PathLike[str]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from qcompile.compiler.api.calibrate import Calibrated, calibrate_model
 from qcompile.compiler.api.data import Data, Transform, data_of, gives_items
 from qcompile.compiler.api.fields import Fields
-from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, strangers, within
+from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, within
 from qcompile.compiler.api.idle import warn
 from qcompile.compiler.api.models import Model, PathLike, is_file, on_disk
 from qcompile.compiler.api.recipes import Passes, recipe_of
@@ -223,7 +223,5 @@ def _graph(
                 yield graph, Path(output) if output is not None else None, bar
                 return
             folder = Path(output)
-        others = strangers(home(graph), folder)
         yield graph, folder / (graph.name if own is not None else "model.onnx"), bar
-        if not others:
-            copy_companions(home(graph), folder)
+        copy_companions(home(graph), folder)

@@ -1,13 +1,14 @@
 """`qcompile MODEL.onnx …`: the main job."""
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from qcompile.compiler.api.evaluation import EvaluationSet, evaluate_models
-from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, strangers, within
+from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, within
 from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.dry_run import print_plan
 from qcompile.compiler.commands.eval import print_outputs
@@ -25,7 +26,7 @@ from qcompile.compiler.commands.options import (
 from qcompile.compiler.commands.package import tell
 from qcompile.compiler.console.terminal import Bar, console
 from qcompile.compiler.data.calibration import Calibration
-from qcompile.compiler.data.calibration_files import named
+from qcompile.compiler.data.calibration_files import Files, named
 from qcompile.compiler.data.images import Pictures
 from qcompile.compiler.files.folders import graphs, is_checkpoint
 from qcompile.compiler.files.load import check_model_file, check_output_path, check_result_path
@@ -46,6 +47,8 @@ _MODEL = "the float model: an .onnx file, its folder, or a Hugging Face folder o
 _OUTPUT = (
     "the compiled model, or a folder for it, its tokenizer and configuration (default: MODEL-int4.onnx, or FOLDER-int4)"
 )
+# Inode and time of a file, None where there is none.
+Stamp = tuple[int, int] | None
 
 
 @command(WHAT, WHICH, DATA, MIXED, SAFETY)
@@ -125,7 +128,8 @@ def run(args: Options) -> Document:
     """Compile a model, or all models of a folder; or with --dry-run say what would happen."""
     idle.of(args, recipe_of(args))
     if not (args.model.is_dir() or is_checkpoint(args.model)):
-        return _one(args)
+        with _told_what_is_written() as seen:
+            return _one(args, seen)
     folder = Path(args.output) if args.output else default_output(args.model, recipe_of(args))
     if folder.suffix == ".onnx" or folder.is_file():
         raise UserError(f"{args.model} makes a folder, with its tokenizer and configuration: name one with -o DIR")
@@ -133,12 +137,37 @@ def run(args: Options) -> Document:
         source = exported(args.model, bar.step)
     if args.kind is None:
         check_folder(source, folder)
-    made = [_one(changed(args, model=graph, output=f"{folder}{os.sep}")) for graph in graphs(source)]
+    with _told_what_is_written() as seen:
+        made = [_one(changed(args, model=graph, output=f"{folder}{os.sep}"), seen) for graph in graphs(source)]
     return made[0] if len(made) == 1 else made
 
 
-def _one(args: Options) -> dict[str, Any]:
-    """Compile one model file."""
+@contextmanager
+def _told_what_is_written() -> Iterator[dict[Path, Stamp]]:
+    """Have an interrupt say which models are written by then. Yields what takes the outputs, each before its compile,
+    by their stamps: one that has another stamp at the interrupt has been published."""
+    seen: dict[Path, Stamp] = {}
+    try:
+        yield seen
+    except KeyboardInterrupt as stopped:
+        written = [str(output) for output, before in seen.items() if _stamp(output) != before]
+        if not written or stopped.args:
+            raise
+        told = f"{', '.join(written)} {'is' if len(written) == 1 else 'are'} written"
+        raise KeyboardInterrupt(f"{told}, and what was to come behind that is not") from None
+
+
+def _stamp(path: Path) -> Stamp:
+    """Other numbers after a file was replaced; None without one."""
+    try:
+        told = path.stat()
+    except OSError:
+        return None
+    return told.st_ino, told.st_mtime_ns
+
+
+def _one(args: Options, seen: dict[Path, Stamp]) -> dict[str, Any]:
+    """Compile one model file; `seen` takes its output, as it is before."""
     _check_scores(args)
     recipe = recipe_of(args)
     check_model_file(args.model)
@@ -153,11 +182,11 @@ def _one(args: Options) -> dict[str, Any]:
         _check_recipe_path(args, args.save_recipe, output)
     if args.dry_run:
         return print_plan(args.model, output, recipe, console(answer=True))
-    others = strangers(home(args.model), output.parent) if inside else []
+    seen[output] = _stamp(output)
     report = _compiled(args, recipe, output)
     screen = console()
     print_report(report, screen)
-    beside = copy_companions(home(args.model), output.parent) if inside and not others else []
+    beside, others = copy_companions(home(args.model), output.parent) if inside else ([], [])
     if others:
         names = ", ".join(path.name for path in others)
         told = f"kept      {names} in {output.parent}, which are not this model's: nothing was copied beside it"
@@ -216,6 +245,13 @@ def _check_scores(args: Options) -> None:
     """What is wrong with the options of scores is said before the work."""
     if not args.eval_data and (args.metric or args.labels or args.max_drop):
         raise UserError("--metric, --labels and --max-drop are for --eval-data FILE …, which calibration has not seen")
+    if (args.metric or args.labels or args.max_drop) and (texts := Files.of(args.eval_data).texts):
+        told = "--metric, --labels and --max-drop judge outputs on arrays (.npz, .npy) or images"
+        raise UserError(
+            f"--eval-data {texts[0]} is text: {told}; leave them out, and see qcompile eval --text --max-kl"
+        )
+    if args.labels:
+        EvaluationSet(data=Calibration(args.eval_data), labels=args.labels).given_labels()
     if args.metric:
         Metric(args.metric)
     if args.max_drop:

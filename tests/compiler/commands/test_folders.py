@@ -10,9 +10,11 @@ import pytest
 from said import complaints
 
 from qcompile.compiler.cli import main
+from qcompile.compiler.commands import compile as compile_command
 from qcompile.compiler.data.chat import chat_template, prompt_of
 from qcompile.compiler.data.tokens import load_tokenizer
 from qcompile.compiler.files.folders import graphs, is_checkpoint, model_file
+from qcompile.compiler.pipeline import compile_model
 from qcompile.models.tiny import tiny_decoder, tiny_tokenizer
 from qcompile.passes.errors import UserError
 
@@ -124,6 +126,54 @@ def test_a_file_into_a_folder_of_something_else(
     assert "kept      config.json" in capsys.readouterr().out
     assert (tmp_path / "config.json").read_text() == "of something else"
     assert (tmp_path / "model.onnx").is_file()
+
+
+def test_a_report_makes_no_file_ours(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A compile without -o puts its report beside the user's own model."""
+    (tmp_path / "tokenizer.json").write_text("mine")
+    (tmp_path / "config.json").symlink_to("nowhere")
+    (tmp_path / "own-int4.report.json").write_text("{}")
+    assert main([str(folder), *QUICK, "-o", str(tmp_path)]) == 2
+    assert "files of something else (config.json, tokenizer.json)" in capsys.readouterr().err
+    assert main([str(folder / "model.onnx"), *QUICK, "-o", str(tmp_path)]) == 0
+    assert (tmp_path / "tokenizer.json").read_text() == "mine"
+    assert not (tmp_path / "tokenizer_config.json").exists()
+
+
+def test_a_file_that_comes_during_the_compile_stays(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compiling(*given: Any, **how: Any) -> Any:
+        report = compile_model(*given, **how)
+        (tmp_path / "config.json").write_text("mine")
+        return report
+
+    monkeypatch.setattr(compile_command, "compile_model", compiling)
+    assert main([str(folder), *QUICK, "-o", str(tmp_path)]) == 0
+    assert "kept      config.json" in capsys.readouterr().out
+    assert (tmp_path / "config.json").read_text() == "mine"
+
+
+def test_an_interrupt_behind_the_first_of_several_models_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(folder / "model.onnx", folder / "second.onnx")
+    (folder / "model.onnx").rename(folder / "first.onnx")
+    (folder / "export.json").write_text('{"graphs": {"first.onnx": 0, "second.onnx": 0}}')
+
+    def compiling(model: Path, *given: Any, **how: Any) -> Any:
+        if model.name == "second.onnx":
+            raise KeyboardInterrupt
+        return compile_model(model, *given, **how)
+
+    monkeypatch.setattr(compile_command, "compile_model", compiling)
+    assert main([str(folder), *QUICK, "-o", str(tmp_path / "out")]) == 130
+    told = complaints(capsys.readouterr().err)
+    assert f"interrupted: {tmp_path / 'out' / 'first.onnx'} is written" in told
+    (folder / "first.onnx").unlink()
+    (folder / "export.json").unlink()
+    assert main([str(folder), *QUICK, "-o", str(tmp_path / "out")]) == 130
+    assert "interrupted, nothing was written" in complaints(capsys.readouterr().err)
 
 
 def test_an_instruct_model_answers_by_its_template(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

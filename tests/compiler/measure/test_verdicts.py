@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompile.compiler import cli
+from qcompile.compiler.commands import compile as compile_command
 from qcompile.compiler.data.labels import read_labels
 from qcompile.compiler.measure.classes import Classes, scores_classes
 from qcompile.compiler.measure.metric import Drop
@@ -210,3 +211,34 @@ def test_a_compile_with_a_bound_on_its_score(compiled: tuple[Path, ...], capsys:
     assert cli.main([*command, "--max-drop", "1%"]) == 2
     assert "are for --eval-data" in capsys.readouterr().err
     assert cli.main([*command, *judged, "--max-drop", "a lot"]) == 2
+
+
+def test_what_cannot_be_scored_is_said_before_the_compile(
+    compiled: tuple[Path, ...], capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output, seen, other = compiled
+    monkeypatch.setattr(compile_command, "compile_model", None)
+    (tmp_path / "t.txt").write_text("words")
+    np.save(tmp_path / "hot.npy", np.eye(40, dtype=np.int64))
+    command = [str(source), "--passes", "qdq", "--calibration", str(seen), "-o", str(output), "--eval-data"]
+    for words in (["--max-drop", "1%"], ["--labels", str(tmp_path / "hot.npy")]):
+        assert cli.main([*command, str(tmp_path / "t.txt"), *words]) == 2
+        assert "t.txt is text: " in capsys.readouterr().err
+    assert cli.main([*command, str(other), "--labels", str(tmp_path / "hot.npy")]) == 2
+    assert "one-hot" in capsys.readouterr().err
+
+
+def test_an_interrupt_while_a_model_is_judged_says_that_it_is_written(
+    compiled: tuple[Path, ...], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output, seen, other = compiled
+    before = output.stat().st_mtime_ns
+
+    def judging(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compile_command, "evaluate_models", judging)
+    command = [str(source), "--passes", "qdq", "--calibration", str(seen), "-o", str(output)]
+    assert cli.main([*command, "--eval-data", str(other), "--max-drop", "50%"]) == 130
+    assert f"interrupted: {output} is written" in capsys.readouterr().err
+    assert output.stat().st_mtime_ns > before
