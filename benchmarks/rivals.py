@@ -152,12 +152,12 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, of each text")
-    parser.add_argument("--only", help="rows that contain this")
+    parser.add_argument("--only", action="append", help="rows that contain this; may repeat")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     job = Job(args.source.resolve(), args.output.resolve(), args.python.absolute(), args.group_size)
     check_context(job)
-    chosen = {name: rival for name, rival in RIVALS.items() if (args.only or "") in name}
+    chosen = {name: rival for name, rival in RIVALS.items() if any(part in name for part in args.only or [""])}
     if args.what == "make":
         for rival in chosen.values():
             model = job.output / rival.model
