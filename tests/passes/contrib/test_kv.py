@@ -268,18 +268,23 @@ def test_caches_that_others_read_stay_with_the_reason() -> None:
     assert codes_of(next(value for value in after.graph.inputs if value.name == "past_key_values.0.key")) is None
 
 
-@pytest.mark.parametrize("kind", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
-@pytest.mark.parametrize("scales", ["channel", "tensor"])
-def test_what_else_reads_a_cache_of_codes_reads_floats(kind: ir.DataType, scales: str) -> None:
-    """An output that shows the keys of the first layer, and the values of the second."""
-    model = tiny_decoder(kv_cache=True, outliers=False, dtype="fp32" if kind == ir.DataType.FLOAT else "fp16")
-    names = ("present.0.key", "present.1.value")
+def _show(model: ir.Model, *names: str) -> None:
+    """Add outputs that read these caches."""
     for name in names:
         cache = next(value for value in model.graph.outputs if value.name == name)
         shown = ir.node("Neg", [cache], name=f"{name}.shown")
         shown.outputs[0].name, shown.outputs[0].type, shown.outputs[0].shape = shown.name, cache.type, cache.shape
         model.graph.append(shown)
         model.graph.outputs.append(shown.outputs[0])
+
+
+@pytest.mark.parametrize("kind", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
+@pytest.mark.parametrize("scales", ["channel", "tensor"])
+def test_what_else_reads_a_cache_of_codes_reads_floats(kind: ir.DataType, scales: str) -> None:
+    """An output that shows the keys of the first layer, and the values of the second."""
+    model = tiny_decoder(kv_cache=True, outliers=False, dtype="fp32" if kind == ir.DataType.FLOAT else "fp16")
+    names = ("present.0.key", "present.1.value")
+    _show(model, *names)
     before, after, own = coded(model, scales=scales)
     assert [decision.action for decision in own.decisions] == ["coded"] * 2
     (expected, floats), (found, codes) = (_run(made, np.ones((2, 9), np.int64), 2) for made in (before, after))
@@ -330,12 +335,7 @@ def test_appended_caches_that_something_else_holds_stay_with_the_reason() -> Non
 def test_caches_that_more_than_attention_reads_are_multiplied_by_their_scales() -> None:
     """Of the first layer; the others' scales are with their queries and results."""
     model = tiny_decoder(kv_cache=True, outliers=False)
-    for name in ("present.0.key", "present.0.value"):
-        cache = next(value for value in model.graph.outputs if value.name == name)
-        shown = ir.node("Neg", [cache], name=f"{name}.shown")
-        shown.outputs[0].name, shown.outputs[0].type, shown.outputs[0].shape = shown.name, cache.type, cache.shape
-        model.graph.append(shown)
-        model.graph.outputs.append(shown.outputs[0])
+    _show(model, "present.0.key", "present.0.value")
     before, after, own = coded(model, fused=False)
     assert [decision.action for decision in own.decisions] == ["coded"] * 4
     scaled = {node.name for node in nodes_of(after, "Mul") if str(node.name).endswith("scaled")}
