@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from graphs.table import CASES, Case, Feeds, pairs, sqnr
 
-from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
+from qcompile.compiler import compile_model
 from qcompile.passes.errors import UserError
 
 for module in sorted(path.stem for path in (Path(__file__).parent / "graphs").glob("*.py")):
@@ -33,14 +33,7 @@ def _is_maps(output: Any) -> bool:
 @pytest.mark.parametrize(("row", "passes"), [pytest.param(c, p, id=f"{c.name}-{p}") for c, p in pairs()])
 def test_graph(row: Case, passes: str, tmp_path: Path) -> None:
     graph, least = row.made(), row.lists[passes]
-    source, output = tmp_path / "model.onnx", tmp_path / "out" / "model.onnx"
-    onnx.save(graph.model(), source)
-    data = [tmp_path / f"{seed}.npz" for seed in range(row.batches)]
-    for seed, path in enumerate(data):
-        np.savez(path, **graph.feeds(seed))
-    output.parent.mkdir()
-    recipe = Recipe(**{"passes": parse_passes(passes), "group_size": 32, **row.options})
-    calibration = Calibration([str(path) for path in data] if graph.inputs else ())
+    source, output, recipe, calibration = row.saved(graph, passes, tmp_path)
     if isinstance(least, str):
         with pytest.raises(UserError, match=least):
             compile_model(source, recipe, output=output, calibration=calibration)

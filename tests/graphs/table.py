@@ -12,12 +12,15 @@ A new case is one function in a module of this folder:
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
+
+from qcompile.compiler import Calibration, Recipe, parse_passes
 
 Feeds = dict[str, npt.NDArray[Any]]
 
@@ -123,6 +126,17 @@ class Case:
         graph = Graph()
         self.build(graph)
         return graph
+
+    def saved(self, graph: Graph, passes: str, folder: Path) -> tuple[Path, Path, Recipe, Calibration]:
+        """What a compile takes: the graph and calibration data in a folder, where the output goes, the recipe."""
+        source, output = folder / "model.onnx", folder / "out" / "model.onnx"
+        onnx.save(graph.model(), source)
+        data = [folder / f"{seed}.npz" for seed in range(self.batches)]
+        for seed, path in enumerate(data):
+            np.savez(path, **graph.feeds(seed))
+        output.parent.mkdir()
+        recipe = Recipe(**{"passes": parse_passes(passes), "group_size": 32, **self.options})
+        return source, output, recipe, Calibration([str(path) for path in data] if graph.inputs else ())
 
 
 CASES: dict[str, Case] = {}

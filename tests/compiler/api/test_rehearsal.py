@@ -4,12 +4,10 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 from graphs.table import Case, pairs
 
-from qcompile.compiler import Calibration, Recipe, compile_model, parse_passes
+from qcompile.compiler import Recipe, compile_model, parse_passes
 from qcompile.compiler.api.rehearsal import rehearse
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.base import Decision
@@ -38,14 +36,7 @@ def _told(decision: Decision) -> tuple[Any, ...]:
     ],
 )
 def test_a_dry_run_foretells_nodes_bytes_and_refusals(row: Case, passes: str, tmp_path: Path) -> None:
-    graph, source, output = row.made(), tmp_path / "model.onnx", tmp_path / "out" / "model.onnx"
-    onnx.save(graph.model(), source)
-    data = [tmp_path / f"{seed}.npz" for seed in range(row.batches)]
-    for seed, path in enumerate(data):
-        np.savez(path, **graph.feeds(seed))
-    output.parent.mkdir()
-    recipe = Recipe(**{"passes": parse_passes(passes), "group_size": 32, **row.options})
-    calibration = Calibration([str(path) for path in data] if graph.inputs else ())
+    source, output, recipe, calibration = row.saved(row.made(), passes, tmp_path)
     try:
         report = compile_model(source, recipe, output=output, calibration=calibration)
     except UserError:
