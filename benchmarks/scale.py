@@ -1,0 +1,211 @@
+"""Time and memory of a compile against depth and width: decoders of real shapes, made by scale_models.py.
+
+    python benchmarks/scale.py llama-3.2-1b --layers 1 2 4 8 --lists pack awq default
+    python benchmarks/scale.py llama-2-7b --layers 1 2 4 --lists default --python OLD/.venv/bin/python .venv/bin/python
+
+Each compile is a child process. CPU seconds are user and system time of it and of what it started; memory is sampled
+from /proc every 20 ms: anonymous pages (what must be free), and all that is resident (mapped weights, too, which the
+system may drop). Fits are straight lines over the depths, by least squares; what they say beyond the greatest depth
+that ran is marked extrapolated. Models and tokens are kept in --cache; they are large (llama-2-7b of 8 layers: 3.8 GB).
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from scale_models import SHAPES, Shape, at_depth, decoder, tokens
+
+LISTS = {"pack": "pack", "awq": "smooth,awq,pack", "default": ""}
+DEPTHS = (32, 80)  # that are extrapolated to
+_PERIOD = 0.02  # seconds between looks at the memory
+_PAGE = resource.getpagesize()
+
+
+@dataclass
+class Run:
+    """What one compile took. cpu, elapsed in seconds; anonymous, resident (peaks) and packed in bytes."""
+
+    python: str
+    shape: str
+    passes: str
+    layers: int
+    cpu: float = 0.0
+    elapsed: float = 0.0
+    anonymous: int = 0
+    resident: int = 0
+    packed: int = 0
+    failed: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight line over depths: y = start + slope * layers."""
+
+    start: float
+    slope: float
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[int, float]]) -> "Line":
+        """By least squares; of one point, a constant."""
+        x, y = np.array(points, np.float64).T
+        if len(set(x)) < 2:
+            return cls(float(y.mean()), 0.0)
+        slope, start = np.polyfit(x, y, 1)
+        return cls(float(start), float(slope))
+
+    def at(self, layers: int) -> float:
+        """Its value at a depth."""
+        return self.start + self.slope * layers
+
+
+def memory(pid: int) -> tuple[int, int]:
+    """Bytes (anonymous, resident) of a process and of those that it started, now; zeros of one that has ended."""
+    anonymous = resident = 0
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        own = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Rss")}
+        anonymous = 1024 * int(own.get("RssAnon", 0))
+        resident = anonymous + 1024 * (int(own.get("RssFile", 0)) + int(own.get("RssShmem", 0)))
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (OSError, IndexError, ValueError):
+        return anonymous, resident
+    for child in children:
+        more = memory(int(child))
+        anonymous, resident = anonymous + more[0], resident + more[1]
+    return anonymous, resident
+
+
+def measured(run: Run, words: Sequence[str], output: Path, limit: float) -> Run:
+    """Run a command to its end, or to the limit in seconds, and look at it meanwhile."""
+    with tempfile.TemporaryFile() as said:
+        before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said)
+        while process.poll() is None:
+            seen = memory(process.pid)
+            run.anonymous, run.resident = max(run.anonymous, seen[0]), max(run.resident, seen[1])
+            if time.monotonic() - started > limit:
+                process.kill()
+                process.wait()
+                run.failed = f"over {limit:.0f} s"
+            time.sleep(_PERIOD)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        said.seek(0)
+        lines = said.read().decode(errors="replace").strip().splitlines()
+    run.elapsed = time.monotonic() - started
+    run.cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    if process.returncode and not run.failed:
+        run.failed = lines[-1] if lines else f"exit code {process.returncode}"
+    run.packed = sum(file.stat().st_size for file in output.glob("*.data"))
+    return run
+
+
+def compiled(run: Run, model: Path, data: Path, context: int, options: Sequence[str], limit: float) -> Run:
+    """Compile a model of the cache into a folder beside it, which is removed."""
+    output = Path(tempfile.mkdtemp(prefix=".out-", dir=model.parent.parent))
+    samples = np.load(data)["input_ids"].shape[0]
+    words = [run.python, "-m", "qcompile", str(model), "-o", str(output / "model.onnx"), "--calibration", str(data)]
+    words += ["--samples", str(samples), "--context", str(context), "--min-cosine", "0"]
+    words += ["--passes", LISTS[run.passes]] if LISTS[run.passes] else []
+    try:
+        return measured(run, [*words, *options], output, limit)
+    finally:
+        shutil.rmtree(output)
+
+
+def table(runs: Sequence[Run]) -> str:
+    """All of them as a table."""
+    head = "| qcompile | shape | list | layers | CPU s | elapsed s | anonymous MB | resident MB | packed MB | |"
+    lines = [head, "|---|---|---|---:|---:|---:|---:|---:|---:|---|"]
+    lines += [
+        f"| {run.python} | {run.shape} | {run.passes} | {run.layers} | {run.cpu:.1f} | {run.elapsed:.1f} "
+        f"| {run.anonymous / 1e6:.0f} | {run.resident / 1e6:.0f} | {run.packed / 1e6:.0f} | {run.failed} |"
+        for run in runs
+    ]
+    return "\n".join(lines)
+
+
+def fits(runs: Sequence[Run]) -> str:
+    """Lines over the depths of each list, and what they say of deeper models."""
+    head = ["qcompile", "shape", "list", "CPU s a layer", "memory a layer, % of its packed bytes"]
+    head += [f"{name} at {depth} layers (extrapolated)" for depth in DEPTHS for name in ("CPU h", "anonymous GB")]
+    lines = [f"| {' | '.join(head)} |", f"|---|---|---|{'---:|' * (len(head) - 3)}"]
+    for key in dict.fromkeys((run.python, run.shape, run.passes) for run in runs):
+        own = [run for run in runs if (run.python, run.shape, run.passes) == key and not run.failed]
+        if len({run.layers for run in own}) < 2:
+            continue
+        cpu, anonymous, packed = (
+            Line.through([(run.layers, getattr(run, name)) for run in own]) for name in ("cpu", "anonymous", "packed")
+        )
+        cells = [*key, f"{cpu.slope:.2f}", f"{100 * anonymous.slope / packed.slope:.1f}"]
+        for depth in DEPTHS:
+            cells += [f"{cpu.at(depth) / 3600:.2f}", f"{anonymous.at(depth) / 1e9:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parsed() -> tuple[argparse.Namespace, list[str]]:
+    """Options, and those that are left for qcompile."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Other options go to qcompile.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--lists", choices=LISTS, nargs="+", default=["pack"])
+    parser.add_argument("--python", nargs="+", default=[sys.executable], help="Pythons that have a qcompile each")
+    parser.add_argument("--tokens", type=int, nargs=2, metavar=("N", "T"), default=(32, 512), help="default: 32 512")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds on the clock after which a compile is ended")
+    parser.add_argument("--rounds", type=int, default=1, help="compiles of each; the Pythons take turns")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qcompile" / "scale"
+    parser.add_argument("--cache", type=Path, default=cache, help=f"default: {cache}")
+    parser.add_argument("--drop", action="store_true", help="remove each model behind its last compile")
+    for name in ("hidden", "ffn", "heads", "kv-heads", "vocab"):
+        parser.add_argument(f"--{name}", type=int, help="instead of the shape's")
+    return parser.parse_known_args()
+
+
+def shape_of(args: argparse.Namespace) -> Shape:
+    """The shape that is asked for."""
+    own = {name: getattr(args, name) for name in ("hidden", "ffn", "heads", "kv_heads", "vocab")}
+    return replace(SHAPES[args.shape], **{name: value for name, value in own.items() if value is not None})
+
+
+def main() -> None:
+    """Make the models, compile them, print tables."""
+    args, options = parsed()
+    shape, runs = shape_of(args), list[Run]()
+    args.cache.mkdir(parents=True, exist_ok=True)
+    for layers in args.layers:
+        own = at_depth(shape, layers)
+        model, data = decoder(own, args.cache), tokens(own, *args.tokens, args.cache)
+        for passes in args.lists:
+            for python in args.rounds * args.python:
+                run = compiled(
+                    Run(python, args.shape, passes, layers), model, data, args.tokens[1], options, args.limit
+                )
+                runs.append(run)
+                print(table([run]).splitlines()[-1], file=sys.stderr, flush=True)
+        if args.drop:
+            shutil.rmtree(model.parent)
+    print(f"{args.shape}: {shape}; {args.tokens[0]} x {args.tokens[1]} random tokens; qcompile {' '.join(options)}\n")
+    print(f"{table(runs)}\n\n{fits(runs)}")
+    if args.json is not None:
+        record = {"shape": asdict(shape), "tokens": args.tokens, "options": options, "runs": [asdict(r) for r in runs]}
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
