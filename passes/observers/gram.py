@@ -18,6 +18,8 @@ _GRAM, _ABSMAX, _ROWS, _SAMPLE, _REST = ".gram", ".absmax", ".rows_seen", ".samp
 _SHAPE = ".shape_seen"
 # Rows of a sample at most, of a batch and of all: with K channels that takes less than the Gram matrix if K is more.
 CAPACITY = 1024
+# Consecutive batches whose sums are added up by themselves before they join the total.
+UNIT = 4
 
 
 class Gram(Observer):
@@ -27,16 +29,22 @@ class Gram(Observer):
     `CAPACITY` at least, whatever batches they came in. Rows of one batch are of one text or picture; where the
     activation has more than two axes, those with one index on its first.
     others: more activations, whose rows are taken together with its own: those that the same weights multiply.
+
+    Float sums depend on their order, so that is fixed: each `UNIT` of batches is added up from zero, and the units to
+    the total, in the order of the data. Another process may watch a unit with an observer of its own (`whole`: it
+    leaves no row of the sample out); its `state`, given to `merge` in that order, makes the same numbers bit by bit.
     """
 
     name: ClassVar[str] = "gram"
     calibrates: ClassVar[bool] = False
 
-    def __init__(self, value: str, *others: str) -> None:
+    def __init__(self, value: str, *others: str, whole: bool = False) -> None:
         super().__init__(value, axis=-1)
-        self.others = others
+        self.others, self.whole = others, whole
         self.rows = 0
         self._gram: Array | None = None
+        self._unit: Array | None = None  # the sum of the unit that is not at its end
+        self._batches = 0
         self._absmax = self._rest = np.zeros(0, np.float32)
         self._sample: list[Array] = []  # parts (n, K)
         self._groups: list[Numbers] = []  # their texts or pictures (n,)
@@ -45,10 +53,17 @@ class Gram(Observer):
     @property
     def statistics(self) -> Statistics | None:
         """Of everything so far; None before the first row."""
-        if self._gram is None:
+        if self.gram is None:
             return None
         self._sample, self._groups = [np.concatenate(self._sample)], [np.concatenate(self._groups)]
-        return Statistics(self.rows, self._gram, self._absmax, self._sample[0], self._rest, self._groups[0])
+        return Statistics(self.rows, self.gram, self._absmax, self._sample[0], self._rest, self._groups[0])
+
+    @property
+    def gram(self) -> Array | None:
+        """XᵀX (K, K) of everything so far; None before the first row."""
+        if self._gram is None or self._unit is None:
+            return self._unit if self._gram is None else self._gram
+        return self._gram + self._unit
 
     def append(self, graph: onnx.GraphProto) -> None:
         """`value`.gram (K, K), .absmax (K,), .sample (n, K), and .rest_absmax (K,) of the rows that are not in the
@@ -78,18 +93,50 @@ class Gram(Observer):
 
     def update(self, outputs: Outputs) -> None:
         """Sums and maxima. The diagonal of the sums has every NaN, which a maximum may hide."""
-        rows = int(outputs[self.value + _ROWS][0])
-        if not rows:
+        if rows := int(outputs[self.value + _ROWS][0]):
+            self._add(rows, outputs)
+        self._batches += 1
+        if self._batches % UNIT == 0:
+            self._close()
+
+    def merge(self, state: State) -> None:
+        """Add the `state` of an observer that saw the next unit of batches, all of it, and no row before."""
+        if self._batches % UNIT:
+            raise ValueError("units are merged behind whole units")
+        self._batches += UNIT
+        if not state:
             return
+        self._unit = state["gram"]
+        self._close()
+        _, _, begun = map(int, state["spread"])
+        self._peaks(state["absmax"], state["rest"])
+        self.rows += int(state["rows"])
+        self._take(state["sample"], self._begun + state["groups"])
+        self._begun += begun
+
+    def _close(self) -> None:
+        """The unit is at its end: its sum joins the total."""
+        if self._gram is None:
+            self._gram = self._unit
+        elif self._unit is not None:
+            self._gram += self._unit
+        self._unit = None
+
+    def _peaks(self, absmax: Array, rest: Array) -> None:
+        if len(self._absmax):
+            absmax, rest = np.maximum(self._absmax, absmax), np.maximum(self._rest, rest)
+        self._absmax, self._rest = absmax, rest
+
+    def _add(self, rows: int, outputs: Outputs) -> None:
         gram, absmax, sample, rest = (outputs[self.value + end] for end in (_GRAM, _ABSMAX, _SAMPLE, _REST))
         if gram.ndim != 2:  # what a Loop makes of a value is known only when it runs
             raise UserError(f"activation {self.value} has no axes when the model runs: nothing can be multiplied by it")
         self.check_finite(absmax, gram.diagonal())
-        if self._gram is None:
-            self._gram, self._absmax, self._rest = gram, absmax, rest
+        if self._unit is None:
+            self._unit = gram
         else:
-            self._gram += gram
-            self._absmax, self._rest = np.maximum(self._absmax, absmax), np.maximum(self._rest, rest)
+            self._unit += gram
+        self._peaks(absmax, rest)
         self.rows += rows
         groups = [_groups(outputs[self._shape(number)]) for number in range(1 + len(self.others))]
         self._take(sample, self._begun + np.concatenate(groups)[:: _step(rows)])
@@ -97,7 +144,7 @@ class Gram(Observer):
 
     def range(self, spec: ActivationSpec) -> tuple[Array, Array]:
         """Of each channel, symmetric: the sign of the largest value is not known."""
-        assert self._gram is not None
+        assert self.gram is not None
         return -self._absmax, self._absmax
 
     def state(self) -> State:
@@ -111,7 +158,7 @@ class Gram(Observer):
 
     def restore(self, state: State) -> None:
         """From `state`."""
-        self.__init__(self.value, *self.others)  # type: ignore[misc]
+        self.__init__(self.value, *self.others, whole=self.whole)  # type: ignore[misc]
         if state:
             self.rows, self._gram, self._absmax = int(state["rows"]), state["gram"], state["absmax"]
             self._sample, self._groups, self._rest = [state["sample"]], [state["groups"]], state["rest"]
@@ -127,7 +174,7 @@ class Gram(Observer):
         self._drop(rows[~due])
         self._sample.append(rows[due])
         self._groups.append(groups[due])
-        while sum(map(len, self._sample)) > CAPACITY:
+        while not self.whole and sum(map(len, self._sample)) > CAPACITY:
             whole = np.concatenate(self._sample)
             self._drop(whole[1::2])
             self._sample, self._stride = [np.ascontiguousarray(whole[::2])], 2 * self._stride

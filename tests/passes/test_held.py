@@ -26,7 +26,7 @@ from qcompile.passes.gptq import ErrorCompensated
 from qcompile.passes.held import FEWEST, alike, confirmed, too_few
 from qcompile.passes.observers.entropy import Entropy
 from qcompile.passes.observers.extremes import MinMax, MovingAverage
-from qcompile.passes.observers.gram import CAPACITY, Gram
+from qcompile.passes.observers.gram import CAPACITY, UNIT, Gram
 from qcompile.passes.observers.mean import PARTS, Mean
 from qcompile.passes.observers.mse import Mse
 from qcompile.passes.observers.percentile import Percentile
@@ -139,6 +139,20 @@ def test_a_text_is_held_aside_as_a_whole(texts: int, length: int, stacked: bool,
     aside = {i for i, held in zip(wanted, statistics.aside, strict=True) if held}
     assert len(aside) == int(held_aside(texts).sum())
     assert len(statistics.split()[1]) == len(aside) * length * others  # type: ignore[index]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 900), min_size=1, max_size=14))
+def test_units_watched_apart_make_the_same_numbers(sizes: list[int]) -> None:
+    """Bit by bit, the rows of the sample among them, wherever batches are empty."""
+    batches = np.split(_rows(sum(sizes), k=3), np.cumsum(sizes)[:-1])
+    merged = Gram("x")
+    for start in range(0, len(batches), UNIT):
+        merged.merge(observe(Gram("x", whole=True), batches[start : start + UNIT]).state())
+    together = observe(Gram("x"), batches).state()
+    assert merged.state().keys() == together.keys()
+    for key, array in merged.state().items():
+        np.testing.assert_array_equal(array, together[key], key)
 
 
 def test_the_observer_tells_texts_apart() -> None:
