@@ -109,12 +109,11 @@ def measured(run: Run, words: Sequence[str], output: Path, limit: float) -> Run:
     return run
 
 
-def compiled(run: Run, model: Path, data: Path, context: int, options: Sequence[str], limit: float) -> Run:
+def compiled(run: Run, model: Path, data: Path, options: Sequence[str], limit: float) -> Run:
     """Compile a model of the cache into a folder beside it, which is removed."""
     output = Path(tempfile.mkdtemp(prefix=".out-", dir=model.parent.parent))
-    samples = np.load(data)["input_ids"].shape[0]
     words = [run.python, "-m", "qcompile", str(model), "-o", str(output / "model.onnx"), "--calibration", str(data)]
-    words += ["--samples", str(samples), "--context", str(context), "--min-cosine", "0"]
+    words += ["--min-cosine", "0"]
     words += ["--passes", LISTS[run.passes]] if LISTS[run.passes] else []
     try:
         return measured(run, [*words, *options], output, limit)
@@ -193,9 +192,7 @@ def main() -> None:
         model, data = decoder(own, args.cache), tokens(own, *args.tokens, args.cache)
         for passes in args.lists:
             for python in args.rounds * args.python:
-                run = compiled(
-                    Run(python, args.shape, passes, layers), model, data, args.tokens[1], options, args.limit
-                )
+                run = compiled(Run(python, args.shape, passes, layers), model, data, options, args.limit)
                 runs.append(run)
                 print(table([run]).splitlines()[-1], file=sys.stderr, flush=True)
         if args.drop:

@@ -225,13 +225,14 @@ def decoder(shape: Shape, cache: Path) -> Path:
 
 
 def tokens(shape: Shape, samples: int, context: int, cache: Path) -> Path:
-    """Random tokens, input_ids (samples, context), in a file of the cache."""
+    """A folder of random tokens: a file for each window, input_ids (1, context), as texts give them."""
 
     def write(folder: Path) -> None:
-        drawn = np.random.default_rng(1).integers(0, shape.vocab, (samples, context))
-        np.savez(folder / "tokens.npz", input_ids=drawn)
+        random = np.random.default_rng(1)
+        for number in range(samples):
+            np.savez(folder / f"{number:04}.npz", input_ids=random.integers(0, shape.vocab, (1, context)))
 
-    return made(cache / f"tokens-{shape.vocab}-{samples}-{context}", write) / "tokens.npz"
+    return made(cache / f"windows-{shape.vocab}-{samples}-{context}", write)
 
 
 def made(folder: Path, write: Callable[[Path], None]) -> Path:

@@ -1,7 +1,6 @@
 """The whole job: load, prepare, calibrate and rewrite segment by segment, verify, save."""
 
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from qcompile.compiler.facts.model import element_type
 from qcompile.compiler.files import publish
 from qcompile.compiler.files.load import check_model_file, check_output_path, save_model
 from qcompile.compiler.measure import randomness
+from qcompile.compiler.measure.phases import peak_memory, phase, phases, recorded
 from qcompile.compiler.measure.speed import paired
 from qcompile.compiler.mixed.keep import keep
 from qcompile.compiler.mixed.ranking import RankingCache
@@ -35,6 +35,7 @@ from qcompile.passes.formats.lower import lower
 from qcompile.passes.targets import TARGETS
 
 
+@recorded
 def compile_model(
     model: Path | str,
     recipe: Recipe | None = None,
@@ -92,7 +93,8 @@ def compile_model(
     graph.meta[HALF_SCALES] = halved and not TARGETS[recipe.target].runtime
     halve(graph)
     with publish.staging(target) as staged:
-        written = save_model(graph, staged, metadata=_metadata(report, recipe))
+        with phase("save"):
+            written = save_model(graph, staged, metadata=_metadata(report, recipe))
         progress.step("running the saved file")
         accuracy = Accuracy(plan, data, job.floats)
         reloaded = run_file(
@@ -116,20 +118,12 @@ def compile_model(
         report.output = str(target)
         report.files = [file.name for file in (*written.paths, report_path(target), page_path(target))]
         report.seconds, report.peak_memory = time.monotonic() - started, peak_memory()
+        report.phases = phases()
         with publish.writing(target):
             report_path(staged).write_text(report.to_json(), encoding="utf-8")
             page_path(staged).write_text(to_html(report), encoding="utf-8")
         publish.publish(written.paths, target.absolute(), (report_path(staged), page_path(staged)))
     return report
-
-
-def peak_memory() -> int:
-    """Bytes of the largest resident memory of this process so far; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def default_output(model: Path, recipe: Recipe) -> Path:

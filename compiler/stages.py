@@ -21,6 +21,7 @@ from qcompile.compiler.facts.model import file_size, versions
 from qcompile.compiler.facts.value_types import told_by_runtime
 from qcompile.compiler.files.load import check_finite, load_model, model_hash
 from qcompile.compiler.measure import randomness
+from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.mixed.keep import Wish, check_metric
 from qcompile.compiler.plan import HELD, Planned, effective, facts_of, packages, planned, reading
 from qcompile.compiler.recipe import Recipe
@@ -114,6 +115,7 @@ def walk_model(
     return walk(prepared, data if checks else replace(data, checks=[], evaluation=[]))
 
 
+@phase("load")
 def prepare_model(source: Path, recipe: Recipe, progress: Progress, *, dry: bool = False) -> Prepared:
     """Load the model and canonicalize its graph. Raises UserError for a model or a recipe that cannot work.
 
@@ -177,6 +179,7 @@ def load_statistics(prepared: Prepared, path: Path) -> SavedStatistics:
     return saved
 
 
+@phase("data")
 def gather_data(
     prepared: Prepared,
     calibration: Calibration,
@@ -244,6 +247,7 @@ def walk(prepared: Prepared, data: Data, saved: SavedStatistics | None = None) -
     return Walked(prepared, data, watched, outputs)
 
 
+@phase("finish")
 def finish(walked: Walked, progress: Progress) -> list[Arrays]:
     """Run the passes behind the walk; the outputs of the finished graph on the check batches."""
     job, report = walked.prepared.job, walked.report

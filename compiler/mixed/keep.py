@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.feeds import InputPlan
+from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.mixed.ranking import Ranking, RankingCache
 from qcompile.compiler.mixed.sensitivity import Mixture, Steps, finished_distances, stored_bytes
 from qcompile.compiler.plan import ensuring
@@ -34,6 +35,7 @@ class Wish:
     keep_as: str
 
 
+@phase("sensitivity")
 def keep(
     model: ir.Model,
     passes: Sequence[Pass],

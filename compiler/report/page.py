@@ -11,6 +11,7 @@ from qcompile.compiler.report.decisions import decisions
 from qcompile.compiler.report.hurting import hurts
 from qcompile.compiler.report.markup import Markup, join, number, percent, table, text
 from qcompile.compiler.report.nodes import coverage, node_list, node_rows
+from qcompile.compiler.report.phases import waterfall
 from qcompile.compiler.report.ranges import ranges
 from qcompile.compiler.report.steps import steps
 from qcompile.compiler.report.style import POLICY, SCRIPT, STYLE
@@ -29,6 +30,8 @@ def to_html(report: Report) -> str:
     if report.ranges:
         parts["Activation ranges"] = ranges(report.ranges)
     parts |= steps(report)
+    if report.phases:
+        parts["Phases"] = waterfall(report.phases)
     parts["Decisions"] = decisions(report)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -10,6 +10,7 @@ from qcompile.compiler.console.terminal import table
 from qcompile.compiler.report.advice import hurting, remedies
 from qcompile.compiler.report.nodes import node_rows
 from qcompile.compiler.results.errors import NodeError
+from qcompile.compiler.results.phases import longest
 from qcompile.compiler.results.report import Report
 
 # Nodes that are named on the terminal.
@@ -32,6 +33,8 @@ def print_report(report: Report, console: Console) -> None:
     bits = f", {report.bits_per_weight:.2f} bits per quantized {report.kinds} weight" if report.bits_per_weight else ""
     console.print(f"size      {saved}{bits}")
     console.print(f"took      {report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB")
+    if report.phases:
+        console.print(f"phases    {longest(report.phases)}", soft_wrap=True)
 
 
 def _print_advice(report: Report, console: Console) -> None:

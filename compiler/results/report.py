@@ -12,6 +12,7 @@ from qcompile.compiler.facts.census import Family, family_of
 from qcompile.compiler.results.errors import ActivationRange, NodeError, OutputError, Predictions, RowsSeen, Speed
 from qcompile.compiler.results.ladder import Ladder
 from qcompile.compiler.results.mixed import Mixed
+from qcompile.compiler.results.phases import Phase
 from qcompile.compiler.results.sheet import Sheet, Shown
 from qcompile.passes.base import Decision
 from qcompile.passes.prepare.folding import ALREADY
@@ -36,6 +37,7 @@ class Report(Shown):
     them were held aside for judging. trials: what samples held aside said of a pass behind the walk. caches: what
     storing them in codes changed, beside what all other passes did. target: of one whose runtime is not at hand, what
     settings it changed and what its rules say of the file.
+    phases: where the time went.
     output: the model file. files: names of all that was written beside it. sizes in bytes, seconds, peak_memory in
     bytes.
     """
@@ -70,6 +72,7 @@ class Report(Shown):
     compiled_bytes: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
+    phases: list[Phase] = field(default_factory=list)
 
     @property
     def roundings(self) -> dict[int, str]:

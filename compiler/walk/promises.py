@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qcompile.compiler.measure.phases import phase
 from qcompile.passes.base import STATIC, Decision, Pass, Region
 from qcompile.passes.contract import PENDING, Fact, Stage
 from qcompile.passes.contrib.codes import codes_of
@@ -27,7 +28,8 @@ _PRODUCTS = ("MatMul", "Gemm", *CONVOLUTIONS)
 def run(made: Pass, region: Region) -> None:
     """Call a pass on a region; BrokenPromise where it did not do what it says, or did what it does not say."""
     before, count = _Before.of(region), len(made.decisions)
-    made.call(region)
+    with phase(made.name, of_pass=True):
+        made.call(region)
     nodes = list(region.model.graph) if made.stage != Stage.WALK else list(region.live_nodes())
     own = {str(node.name): node for node in nodes}
     found = [

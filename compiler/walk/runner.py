@@ -11,6 +11,7 @@ import onnx_ir as ir
 from qcompile.compiler.data.feeds import Batch, InputPlan, PastPair
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.files.disk_arrays import BUDGET, Spill
+from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.walk.extract import Piece, extract, reads
 from qcompile.compiler.walk.segments import Segment
 from qcompile.passes.observers.base import Observer
@@ -112,6 +113,7 @@ class Runner:
         known = ((group, own.statistics) for group, own in groups.items())
         return {value: found for group, found in known if found is not None and found.rows for value in group}
 
+    @phase("statistics")
     def observe(
         self,
         segment: Segment,
@@ -131,6 +133,7 @@ class Runner:
             for observer in every:
                 observer.update(results)
 
+    @phase("advance")
     def advance(self, segment: Segment, stream: Stream, outputs: Mapping[str, Spill] | None = None) -> None:
         """Advance the quantized stream through the segment as it is now. outputs: where graph outputs are put aside."""
         made = [str(value.name) for value in segment.made]

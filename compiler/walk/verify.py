@@ -13,6 +13,7 @@ import onnx_ir as ir
 from qcompile.compiler.data.feeds import Batch, InputPlan, complete
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.measure.metrics import OutputNoise
+from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.measure.randomness import repeatable
 from qcompile.compiler.results.errors import NodeError, OutputError
 from qcompile.compiler.walk import verify_wide
@@ -256,6 +257,7 @@ def check_outputs(errors: Sequence[OutputError], nodes: Sequence[NodeError], lea
     )
 
 
+@phase("run the saved file")
 def run_file(
     path: Path,
     plan: InputPlan,

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.compiler.files.external_data import attributes_of, tensors_in
+from qcompile.compiler.measure.phases import phase
 from qcompile.passes.errors import UserError
 from qcompile.passes.map_types import set_maps_aside
 from qcompile.passes.tensors import chunks
@@ -17,6 +18,7 @@ from qcompile.passes.tensors import chunks
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
+@phase("read the saved file")
 def check_saved(path: Path, model: ir.Model) -> None:
     """Raise UserError where the file at `path` is not the model, node by node and byte by byte.
 

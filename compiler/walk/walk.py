@@ -10,6 +10,7 @@ from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.inputs import InputPlan
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.files.disk_arrays import Spill
+from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.measure.predictions import predictions
 from qcompile.compiler.results.errors import RowsSeen
 from qcompile.compiler.results.report import Report
@@ -71,6 +72,7 @@ class Job:
         self.sigmoids = probabilities(model)
         self.vocabulary: int | None = None
 
+    @phase("walk")
     def walk(self, plan: InputPlan, data: Data, watched: Mapping[ir.Value, Observer]) -> list[tuple[Arrays, Arrays]]:
         """Take both streams through all segments, rewriting each; `watched` sees what the rewritten graph gives.
 
@@ -108,6 +110,7 @@ class Job:
             self.changed |= any(decision.action == "quantized" for decision in rewrite.decisions[before:])
         return outputs
 
+    @phase("checks")
     def verify(self, plan: InputPlan, data: Data, outputs: list[tuple[Arrays, Arrays]]) -> list[Arrays]:
         """The outputs of the graph as it is on the check batches, compared with the float ones.
 
@@ -146,6 +149,7 @@ class Job:
         """Whether ONNX Runtime's CPU provider may rewrite the finished graph in checks."""
         return all(p.fused for p in self.late)
 
+    @phase("trial")
     def walk_again(self, late: WalksAgain, plan: InputPlan, data: Data, original: ir.Model) -> None:
         """Take the calibration data through the graph as it is now for one pass, where a trial confirms what it does.
 
@@ -203,7 +207,8 @@ class Job:
                 region.statistics = runner.collect(segment, by_weights(linears), calibration)
                 for known in region.statistics.values():
                     self.report.rows = _rows(known).joined(self.report.rows)
-        before = runner.outputs(segment, checks, original=True, beside=beside)
+        with phase("float outputs"):
+            before = runner.outputs(segment, checks, original=True, beside=beside)
         # The passes work on columns side by side in threads of their own; BLAS threads inside those only fight.
         with threadpool_limits(limits=1, user_api="blas"):
             for rewrite in self.passes:
@@ -214,8 +219,9 @@ class Job:
         def probe(piece: Piece) -> list[str]:
             return probe_nodes(piece, segment.nodes, int8=rounding)
 
-        after = runner.outputs(segment, checks, original=False, prepare=probe)
-        self.report.nodes += node_errors(segment.nodes, after)
+        with phase("probes"):
+            after = runner.outputs(segment, checks, original=False, prepare=probe)
+            self.report.nodes += node_errors(segment.nodes, after)
         checks.original = went_on(segment, checks.original, before)
         checks.quantized = went_on(segment, checks.quantized, after)
         own = {str(value.name) for value in self.model.graph.outputs}
