@@ -7,6 +7,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array, Codes, Grid, IntegerRange, QParams
+from qcompile.passes.bit_fields import FIELDS, byte_rows
 from qcompile.passes.errors import UserError
 
 
@@ -56,6 +57,7 @@ _DTYPES = {
     (8, True): ir.DataType.INT8,
     (8, False): ir.DataType.UINT8,
 }
+_BITS = sorted({4, 8, *FIELDS})
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,12 @@ class QuantSpec(Grid):
     scale_dtype: npt.DTypeLike = np.float32
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise UserError(f"weights are quantized to 4 or 8 bits, got {self.bits}")
+        if self.bits not in _BITS:
+            raise UserError(f"weights are quantized to {', '.join(map(str, _BITS))} bits, got {self.bits}")
 
     @property
     def dtype(self) -> ir.DataType:
-        """The ONNX element type of the codes."""
+        """The ONNX element type of codes of 4 and 8 bits; others are stored in fields (`bit_fields`)."""
         return _DTYPES[self.bits, self.symmetric]
 
     @property
@@ -110,7 +112,8 @@ class QuantSpec(Grid):
 
     @property
     def plain(self) -> "QuantSpec":
-        return self
+        """4 bits for fewer, else 8."""
+        return self if self.bits in (4, 8) else replace(self, bits=4) if self.bits < 4 else self.eight()
 
     @property
     def positive(self) -> bool:
@@ -147,8 +150,13 @@ class QuantSpec(Grid):
         return self.granularity.size(k)
 
     def bits_per_weight(self, k: int) -> float:
-        overhead = 8 * np.dtype(self.scale_dtype).itemsize + (0 if self.symmetric else self.bits)
-        return self.bits + overhead * self.groups(k) / max(k, 1)
+        scales = 8 * np.dtype(self.scale_dtype).itemsize * self.groups(k)
+        zero_points = 0 if self.symmetric else self._column_bits(self.groups(k))
+        return (self._column_bits(k) + scales + zero_points) / max(k, 1)
+
+    def _column_bits(self, rows: int) -> int:
+        """Bits of so many codes of a column as they are stored."""
+        return 8 * sum(byte_rows(rows, self.bits)) if self.bits in FIELDS else rows * self.bits
 
     def __str__(self) -> str:
         return f"{self.format} {self.granularity} {'sym' if self.symmetric else 'asym'}"

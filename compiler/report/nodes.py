@@ -12,8 +12,7 @@ from qcompile.passes.formats import named
 
 # What became of a node: the class of its colour (style.py) and what the legend says.
 KINDS = {
-    "int4": "4-bit weights",
-    "int8": "8-bit weights",
+    **{f"int{bits}": f"{bits}-bit weights" for bits in (2, 3, 4, 5, 6, 8)},
     "static": "static int8",
     "kept": "float, as asked for",
     "skipped": "float, no format",
@@ -86,7 +85,7 @@ def _kind(decision: Decision) -> str:
         return "kept" if decision.action == "kept" else "skipped"
     if decision.format == STATIC:
         return "static"
-    return "int4" if decision.format and named(decision.format).bits <= 4 else "int8"
+    return f"int{named(decision.format).bits}" if decision.format else "int8"
 
 
 def _size(decision: Decision, seen: set[str]) -> int | None:

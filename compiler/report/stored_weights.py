@@ -21,6 +21,8 @@ _INTEGERCONVOLUTIONS = {"ConvInteger": (1, -1, 3), "QLinearConv": (3, 4, 5)}
 _MOVED = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Slice", "Split", "QuantizeLinear",
     "DequantizeLinear"}  # fmt: skip
 _REMADE = {"Cast": 1, "CastLike": 1, "Sub": 2, "Pow": 2}
+# What takes codes out of the fields of bytes, or puts them together.
+_UNPACKING = {"Cast", "Identity", "Slice", "Flatten", "Gather", "BitShift", "BitwiseAnd", "BitwiseOr"}
 _RECURRENT = ("LSTM", "GRU", "RNN")
 # By family, what `Weight.kind` says.
 KINDS: Mapping[Family, tuple[str, ...]] = {"MatMul": ("linear", "weight"), "Conv": ("conv",), "Gather": ("embedding",)}
@@ -239,6 +241,7 @@ def _product(node: ir.Node) -> Weight:
     name = node.name or ""
     if decoded is not None:
         tensors, codes = decoded.tensors, _dims(decoded.tensors[0])
+        codes = (decoded.rows, *codes[1:]) if decoded.rows else codes
         flipped = node.attributes.get_int("transB", 0) != (_behind_transpose(weight) is not None)
         shape = codes[::-1] if flipped and len(codes) == 2 else codes
         form = _form(decoded.codes, decoded.block, shape[0], symmetric=len(tensors) < 3)
@@ -272,6 +275,15 @@ def _gathered_codes(node: ir.Node) -> Iterator[Weight]:
         return
     axis, readers = node.attributes.get_int("axis", 0), [use.node for use in node.outputs[0].uses()]
     rows, columns = _dims(tensor)
+    codes = _unpacked_behind(node) if axis == 1 else None
+    if codes is not None and (fields := _fields(codes)) is not None:
+        decoder = next(use.node for use in codes.uses())
+        zero = decoder.inputs[2] if len(decoder.inputs) > 2 else None
+        block, symmetric = decoder.attributes.get_int("block_size", 0), zero is None or _fields(zero) is None
+        form = _form(fields.format, block, fields.rows, symmetric=symmetric)
+        shape, operator = (columns, fields.rows), "Gather + DequantizeLinear"
+        yield Weight(node.name or "", operator, "embedding", shape, form, True, "", (tensor,))
+        return
     for reader in readers:
         if reader.op_type == "DequantizeLinear" and reader.inputs[0] is node.outputs[0]:
             shape = (columns, rows) if axis == 1 else (rows, columns)
@@ -288,13 +300,62 @@ def _gathered_codes(node: ir.Node) -> Iterator[Weight]:
 class Decoded:
     """What a DequantizeLinear decodes. tensors: codes, scale, zero point if any, as they are stored. block: its size.
 
-    codes: in a word, their type or the format whose table they are looked up in.
+    codes: in a word, their type or the format whose table they are looked up in. rows: K, where they are fields of
+    bytes.
     """
 
     tensors: tuple[ir.TensorProtocol, ...]
     block: int
     codes: str
     looked_up: bool = False
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Codes in fields of bytes, as a body unpacks them. packed: (bytes, N). rows: K."""
+
+    packed: ir.TensorProtocol
+    format: str
+    rows: int
+
+
+def _fields(value: ir.Value) -> _Fields | None:
+    """The bytes that a value is unpacked of, if it is."""
+    packed: ir.TensorProtocol | None = None
+    rows, shifts, found = 0, [], [value]
+    for current in found:  # grows while it is walked
+        own, producer = stored(current), current.producer()
+        packed = own if own is not None and len(own.shape) == 2 else packed
+        if own is not None or producer is None or producer.op_type not in _UNPACKING:
+            continue
+        amounts = stored(producer.inputs[1]) if producer.op_type == "BitShift" and producer.inputs[1] else None
+        if amounts is not None and len(amounts.shape) == 3:
+            shifts.append(sorted(int(n) for n in amounts.numpy().reshape(-1)))
+        if producer.op_type == "Slice" and not rows:
+            rows = _given(producer.inputs[2])
+        count = 2 if producer.op_type == "BitwiseOr" else 1
+        found += [v for v in producer.inputs[:count] if v is not None]
+    name = next((own.name for own in BY_NAME.usable() if shifts and sorted(own.shifts()) == sorted(shifts)), "")
+    return _Fields(packed, name, rows) if packed is not None and name else None
+
+
+def _given(value: ir.Value | None) -> int:
+    """The integer attribute of an operator that its inlined body reads as a tensor (1,); 0 where it is none."""
+    shaped = value.producer() if value is not None else None
+    number = shaped.inputs[0].producer() if shaped is not None and shaped.inputs and shaped.inputs[0] else None
+    return number.attributes.get_int("value_int", 0) if number is not None else 0
+
+
+def _unpacked_behind(node: ir.Node) -> ir.Value | None:
+    """The codes that a DequantizeLinear reads, unpacked of what a node gives."""
+    nodes = [node]
+    for current in nodes:  # grows while it is walked
+        for use in current.outputs[0].uses():
+            if use.node.op_type == "DequantizeLinear" and use.idx == 0:
+                return current.outputs[0]
+            nodes += [use.node] if use.node.op_type in _UNPACKING and use.idx < 2 and len(nodes) < 32 else []
+    return None
 
 
 def dequantized(value: ir.Value | None) -> Decoded | None:
@@ -311,6 +372,9 @@ def dequantized(value: ir.Value | None) -> Decoded | None:
     block, lookup = producer.attributes.get_int("block_size", 0), codes.producer()
     if tensors and (own := stored(codes)) is not None:
         return Decoded((own, *tensors), block, own.dtype.name.lower())
+    if (fields := _fields(codes)) is not None:
+        tensors += [zero.packed for v in producer.inputs[2:] if v is not None and (zero := _fields(v)) is not None]
+        return Decoded((fields.packed, *tensors), block, fields.format, rows=fields.rows)
     table, index = lookup.inputs[:2] if lookup is not None and lookup.op_type == "Gather" else (None, None)
     if not tensors or table is None or index is None or (levels := stored(table)) is None:
         return None

@@ -33,9 +33,8 @@ td{max-width:34em;overflow-wrap:break-word}td:has(i){min-width:11em}.n{text-alig
 th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid var(--link)}
 th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}
 i{display:inline-block;width:11px;height:11px;margin-right:7px;border-radius:2px}
-.k-int4{--k:var(--int4)}.k-int8{--k:var(--int8)}.k-static{--k:var(--static)}.k-kept{--k:var(--kept)}
-.k-skipped{--k:var(--skipped)}i[class^=k-]{background:var(--k)}svg .k-int4,svg .k-int8,svg .k-static,svg .k-kept,
-svg .k-skipped{fill:var(--k)}
+.k-int2,.k-int3,.k-int4{--k:var(--int4)}.k-int5,.k-int6,.k-int8{--k:var(--int8)}.k-static{--k:var(--static)}
+.k-kept{--k:var(--kept)}.k-skipped{--k:var(--skipped)}i[class^=k-]{background:var(--k)}svg [class^=k-]{fill:var(--k)}
 .shares{width:100%;height:14px;display:block;border-radius:4px;margin:8px 0}
 .legend{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:4px 20px;margin:8px 0}
 i.dot{border-radius:50%;border:2px solid var(--fg);width:10px;height:10px}i.dot.taken{background:var(--fg)}

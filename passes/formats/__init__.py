@@ -14,12 +14,13 @@ from qcompile.passes.affine import Grid
 from qcompile.passes.errors import UserError
 from qcompile.passes.extensions import Table
 from qcompile.passes.formats.base import DOMAIN, Format, Operators, role
+from qcompile.passes.formats.bits import Int2, Int3, Int5, Int6
 from qcompile.passes.formats.integers import Int4, Int8
 from qcompile.passes.formats.mxfp4 import MXFP4
 from qcompile.passes.formats.nf4 import NF4
 from qcompile.passes.formats.static_columns import StaticColumns
 
-FORMATS: tuple[Format, ...] = (Int4(), Int8(), NF4(), MXFP4())
+FORMATS: tuple[Format, ...] = (Int4(), Int8(), NF4(), MXFP4(), Int2(), Int3(), Int5(), Int6())
 OTHERS: tuple[Operators, ...] = (StaticColumns(),)
 _OPERATORS = {name: own for own in (*FORMATS, *OTHERS) for name in (*own.operators, *own.foreign)}
 

@@ -81,6 +81,20 @@ class Operators(ABC):
     def body(self, kind: str, word: str) -> onnx.FunctionProto:
         """The ONNX function of standard operators that is the specification of an operator."""
 
+    def without_zero_points(self, kind: str, word: str) -> onnx.FunctionProto:
+        """The body for nodes that give none: what reads them does without."""
+        proto = self.body(kind, word)
+        if "zero_point" in proto.input:
+            proto.input.remove("zero_point")
+            for node in proto.node:
+                if "zero_point" in node.input:
+                    node.input.remove("zero_point")
+        return proto
+
+    def middle_points(self, codes: ir.Value, scale: ir.Value) -> ir.TensorProtocol:
+        """Explicit zero points of codes that are stored without: the integer that stands for 0, for each scale."""
+        return coded(np.zeros(dimensions(scale), np.int8), constant(codes).dtype)
+
     @property
     def operators(self) -> dict[str, tuple[str, str]]:
         """(kind, word) of its operators by name."""
@@ -114,8 +128,8 @@ class Format(Operators):
         """The end of the names of the operators that read codes of a grid."""
         return self.words[0]
 
-    def attributes(self, spec: Grid, block_size: int) -> dict[str, int]:
-        """The attributes of an operator that reads codes of a grid."""
+    def attributes(self, spec: Grid, block_size: int, k: int) -> dict[str, int]:
+        """The attributes of an operator that reads codes (k, N) of a grid."""
         return {"block_size": block_size}
 
     @abstractmethod
@@ -126,6 +140,10 @@ class Format(Operators):
     def lookup(self, model: ir.Model, tensors: Tensors) -> list[ir.Value]:
         """What an embedding operator reads behind its indices: other names of the same tensors."""
 
+    def codes(self, value: ir.Value, k: int) -> npt.NDArray[Any]:
+        """The codes (k, N) of a tensor that `store` made, unsigned where the format adds to signed ones."""
+        return np.asarray(constant(value).numpy())
+
     def refusal(self, target: str, spec: Grid, k: int) -> str:
         """Why a target has no operator for the products of a (k, N) weight, and what to do; empty where it has one."""
         return ""
@@ -133,6 +151,10 @@ class Format(Operators):
     def looks_up(self, levels: npt.NDArray[Any]) -> bool:
         """Whether its bodies look codes up in this table."""
         return False
+
+    def shifts(self) -> list[list[int]]:
+        """By how many bits its bodies shift bytes to the right, by field; none where codes are no fields of bytes."""
+        return []
 
 
 def grouped_by(block_size: int, k: int) -> str:
@@ -194,11 +216,16 @@ def pack_nibbles(codes: Codes) -> npt.NDArray[np.uint8]:
     return np.asarray(flat[::2] | (flat[1::2] << 4), np.uint8)
 
 
+def coded(codes: Codes, dtype: ir.DataType) -> ir.TensorProtocol:
+    """A tensor of integers of 4 or 8 bits."""
+    if dtype.bitwidth == 8:
+        return ir.Tensor(codes, dtype=dtype)
+    return ir.PackedTensor(pack_nibbles(codes), dtype, shape=ir.Shape(codes.shape))
+
+
 def add_codes(model: ir.Model, name: str, codes: Codes, dtype: ir.DataType) -> ir.Value:
     """A new initializer of integers of 4 or 8 bits."""
-    if dtype.bitwidth == 8:
-        return add_initializer(model.graph, name, ir.Tensor(codes, dtype=dtype))
-    return add_initializer(model.graph, name, ir.PackedTensor(pack_nibbles(codes), dtype, shape=ir.Shape(codes.shape)))
+    return add_initializer(model.graph, name, coded(codes, dtype))
 
 
 def drop_unused(model: ir.Model, value: ir.Value) -> None:

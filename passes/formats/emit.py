@@ -21,14 +21,14 @@ def store(model: ir.Model, name: str, quantized: Quantized) -> Tensors:
 def replace_matmul(model: ir.Model, linear: Linear, spec: Grid, tensors: Tensors) -> None:
     """Turn the MatMul node into the product of the weight's format, in place: its outputs stay the same values."""
     read = linear.node.inputs[1]
-    _become(model, linear.node, PRODUCT, spec, [linear.activation, *tensors.values()], tensors)
+    _become(model, linear.node, PRODUCT, spec, [linear.activation, *tensors.values()], tensors, linear.shape[0])
     drop_weight(model, linear.weight, read)
 
 
 def replace_embedding(model: ir.Model, embedding: Embedding, spec: Grid, tensors: Tensors) -> None:
     """Turn the Gather node into the lookup of the table's format, in place."""
     inputs = [embedding.indices, *named(spec.format).lookup(model, tensors)]
-    _become(model, embedding.node, EMBEDDING, spec, inputs, tensors)
+    _become(model, embedding.node, EMBEDDING, spec, inputs, tensors, embedding.shape[1])
     drop_unused(model, embedding.table)
 
 
@@ -38,8 +38,8 @@ def floats(value: ir.Value) -> Array:
 
 
 def _become(
-    model: ir.Model, node: ir.Node, kind: str, spec: Grid, inputs: Sequence[ir.Value], tensors: Tensors
+    model: ir.Model, node: ir.Node, kind: str, spec: Grid, inputs: Sequence[ir.Value], tensors: Tensors, k: int
 ) -> None:
     name = operator(kind, spec)
     functions.register(model, name, zero_points=tensors.zero_point is not None)
-    become(node, name, inputs, named(spec.format).attributes(spec, tensors.block_size), domain=DOMAIN)
+    become(node, name, inputs, named(spec.format).attributes(spec, tensors.block_size, k), domain=DOMAIN)

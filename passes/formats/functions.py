@@ -38,7 +38,7 @@ from qcompile.passes.formats.gated import SWIGLU
 
 
 @cache
-def _proto(name: str) -> bytes:
+def _proto(name: str, zero_points: bool) -> bytes:
     if name == SWIGLU:
         return bytes(scripted(SWIGLU).SerializeToString())
     if name in (ATTENTION[1], HALF_ATTENTION[1]):
@@ -46,7 +46,8 @@ def _proto(name: str) -> bytes:
     own = by_operator(name)
     if own is None:
         raise KeyError(name)
-    return bytes(own.body(*own.operators[name]).SerializeToString())
+    made = own.body if zero_points else own.without_zero_points
+    return bytes(made(*own.operators[name]).SerializeToString())
 
 
 def body(name: str, *, zero_points: bool = True) -> ir.Function:
@@ -55,13 +56,7 @@ def body(name: str, *, zero_points: bool = True) -> ir.Function:
     zero_points: False leaves that input out. ONNX Runtime fuses a DequantizeLinear of two inputs, and one of three, but
     none whose third is absent, which is what inlining makes of an optional input that a node does not give.
     """
-    proto = onnx.FunctionProto.FromString(_proto(name))
-    if not zero_points and "zero_point" in proto.input:
-        proto.input.remove("zero_point")
-        for node in proto.node:
-            if "zero_point" in node.input:
-                node.input.remove("zero_point")
-    return ir.serde.deserialize_function(proto)
+    return ir.serde.deserialize_function(onnx.FunctionProto.FromString(_proto(name, zero_points)))
 
 
 def is_product(node: ir.Node) -> bool:

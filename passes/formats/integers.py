@@ -45,7 +45,7 @@ class Integers(Format):
         return scripted(kind + word)
 
     def store(self, model: ir.Model, name: str, quantized: Quantized) -> Tensors:
-        spec, qparams = _affine(quantized.spec), quantized.qparams
+        spec, qparams = affine(quantized.spec), quantized.qparams
         codes = add_codes(model, f"{name}.{self.name}", quantized.codes, spec.dtype)
         scale = ir.tensor(qparams.scale.astype(spec.scale_dtype))
         scales = add_initializer(model.graph, f"{name}.{self.name}.scale", scale)
@@ -119,7 +119,8 @@ def checked(group: int) -> int:
     return group
 
 
-def _affine(spec: Grid) -> QuantSpec:
+def affine(spec: Grid) -> QuantSpec:
+    """The grid of a weight that is stored as integers."""
     if not isinstance(spec, QuantSpec):
         raise TypeError(f"{spec} is no grid of integers")
     return spec

@@ -1,6 +1,5 @@
 """From the operators of domain `qcompile` to what other runtimes know: plain ONNX (QDQ), or com.microsoft nodes."""
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
@@ -13,15 +12,13 @@ from qcompile.passes.formats.base import (
     DOMAIN,
     PRODUCT,
     Cache,
-    add_codes,
     become,
     drop_unused,
     operands,
 )
 from qcompile.passes.formats.decoded import sink
 from qcompile.passes.formats.functions import register
-from qcompile.passes.graph import MICROSOFT, Names, insert_before
-from qcompile.passes.linears import constant, dimensions
+from qcompile.passes.graph import MICROSOFT, Names, add_initializer, insert_before
 from qcompile.passes.targets import TARGETS
 
 
@@ -80,13 +77,15 @@ def _complete_zero_points(model: ir.Model) -> None:
     """
     for node in model.graph.all_nodes():
         function = model.functions.get(node.op_identifier())
-        if format_of(node) is None or function is None or len(node.inputs) == len(function.inputs):
+        own = format_of(node)
+        if own is None or function is None or len(node.inputs) == len(function.inputs):
             continue
-        own = operands(node)
-        zeros, dtype = np.zeros(dimensions(own.scale), np.int8), constant(own.codes).dtype
+        codes, scale, last = node.inputs[1], node.inputs[2], len(function.inputs) - 1
+        assert codes is not None
+        assert scale is not None
+        points = add_initializer(model.graph, f"{codes.name}.zero_point", own.middle_points(codes, scale))
         node.resize_inputs(len(function.inputs))
-        last = len(function.inputs) - 1
-        node.replace_input_with(last, add_codes(model, f"{own.codes.name}.zero_point", zeros, dtype))
+        node.replace_input_with(last, points)
 
 
 def to_microsoft(model: ir.Model) -> None:

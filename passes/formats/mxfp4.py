@@ -67,10 +67,10 @@ class MXFP4(Tables):
         _, exponent = np.frexp(quantized.qparams.scale)
         return np.asarray(exponent - 1 + _BIAS, np.uint8)
 
-    def attributes(self, spec: Grid, block_size: int) -> dict[str, int]:
+    def attributes(self, spec: Grid, block_size: int, k: int) -> dict[str, int]:
         """dtype: that of the output, as ONNX numbers types; the stored scales do not tell it."""
         dtype = int(ir.DataType.from_numpy(np.dtype(spec.scale_dtype)))
-        return super().attributes(spec, block_size) | {"dtype": dtype}
+        return super().attributes(spec, block_size, k) | {"dtype": dtype}
 
     def factor(self, stored: str) -> tuple[str, str]:
         return _FACTOR.format(stored=stored, bias=_BIAS), "factor"
