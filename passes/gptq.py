@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array, Grid, QParams, Quantized
-from qcompile.passes.algebra import Compensation, damped
+from qcompile.passes.algebra import Compensation
 from qcompile.passes.base import Decision, Pass, Region
 from qcompile.passes.contract import Fact, Reads
 from qcompile.passes.errors import UserError
@@ -71,9 +71,9 @@ class ErrorCompensated:
             raise TypeError("error-compensated rounding needs statistics")
         w = np.ascontiguousarray(w, dtype=np.float32)
         damping = default_damping(len(w), statistics.rows) if self.damping is None else self.damping
-        gram = damped(statistics.evened, damping)
+        gram = statistics.damped(damping)
         qparams = spec.fit(w, np.diagonal(gram))
-        best = _Candidate(w, statistics.gram, gram, Quantized(spec.project(w, qparams), qparams, spec))
+        best = _Candidate(w, statistics, gram, Quantized(spec.project(w, qparams), qparams, spec))
         best.improve(_compensate(w, statistics.compensation(damping), qparams, spec))
         for _ in range(self.sweeps):
             if self.refit:
@@ -119,15 +119,23 @@ class _Candidate:
     pull (K, N): G (W - Ŵ) by the damped G, from which each step starts; the error takes what damping adds off it.
     """
 
-    def __init__(self, w: Array, gram: Array, damped: Array, quantized: Quantized) -> None:
+    def __init__(self, w: Array, statistics: Statistics, damped: Array, quantized: Quantized) -> None:
         self.w, self.damped, self.quantized = w, damped, quantized
-        self.added = np.diagonal(damped) - np.diagonal(gram)
+        self.rotation = statistics.rotation
+        own = np.diagonal if self.rotation is None else self.rotation.diagonal_before
+        self.added = own(damped) - own(statistics.gram)
         self.pull, self.errors = self._judged(quantized, None)
 
     def _judged(self, quantized: Quantized, pull: Array | None) -> tuple[Array, Array]:
         delta = self.w - quantized.dequantize()
         pull = self.damped @ delta if pull is None else pull
-        return pull, np.einsum("kn,kn->n", delta, pull - self.added[:, None] * delta)
+        return pull, np.einsum("kn,kn->n", delta, pull - self._taken(delta))
+
+    def _taken(self, delta: Array) -> Array:
+        """What damping adds to `pull`, (K, N): it raised the diagonal, that of the channels before their rotation."""
+        if self.rotation is None:
+            return np.asarray(self.added[:, None] * delta)
+        return self.rotation.rows(self.added[:, None] * self.rotation.rows_before(delta))
 
     def improve(self, other: Quantized, pull: Array | None = None) -> None:
         """Take over every column that `other` rounds with less error. pull: where it is known."""

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from qcompile.passes.affine import Array
 from qcompile.passes.algebra import Compensation, damped
+from qcompile.passes.rotation import Rotation
 
 Numbers = npt.NDArray[np.int64]
 
@@ -33,6 +34,8 @@ class Statistics:
     groups: of each row of the sample the number of the text or picture that it is of, int64 (n,). None: each stands
     alone.
     kept: what `compensation` gave, by damping, for who asks often; None: it is made anew each time.
+    rotation: what turned X, if something did. Damping then is that of the channels as they were before: a loud one,
+    damped as much as all the channels among which it is spread, would drown them.
     """
 
     rows: int
@@ -42,6 +45,7 @@ class Statistics:
     rest: Array | None = None
     groups: Numbers | None = None
     kept: dict[float, Compensation] | None = None
+    rotation: Rotation | None = None
 
     @property
     def mean_square(self) -> Array:
@@ -68,8 +72,14 @@ class Statistics:
         """That of the damped Gram matrix of `evened`."""
         known = {} if self.kept is None else self.kept
         if damping not in known:
-            known[damping] = Compensation.of(damped(self.evened, damping))
+            known[damping] = Compensation.of(self.damped(damping))
         return known[damping]
+
+    def damped(self, damping: float) -> Array:
+        """`evened` with each channel's energy raised by a fraction of it (`algebra.damped`), (K, K)."""
+        if self.rotation is None:
+            return damped(self.evened, damping)
+        return self.rotation.gram(damped(self.rotation.gram_before(self.evened), damping))
 
     @property
     def reach(self) -> Array:
@@ -80,8 +90,11 @@ class Statistics:
 
     @property
     def _usual(self) -> np.float32:
-        """The square of the channels' mean magnitude, the loudest tenth left out."""
-        magnitudes = np.sort(np.sqrt(np.maximum(self.mean_square, 0)))
+        """The square of the channels' mean magnitude, the loudest tenth left out: as they were before a rotation."""
+        squares = self.mean_square
+        if self.rotation is not None:
+            squares = self.rotation.diagonal_before(self.gram) / np.float32(max(self.rows, 1))
+        magnitudes = np.sort(np.sqrt(np.maximum(squares, 0)))
         return np.float32(np.square(magnitudes[: max(1, int(_QUIET * len(magnitudes)))].mean()))
 
     def directions(self, most: int) -> int:
@@ -114,7 +127,7 @@ class Statistics:
         absmax = np.abs(kept).max(axis=0)
         if self.rest is not None:
             absmax = np.maximum(absmax, self.rest)
-        return Statistics(self.rows - len(held), gram, absmax), held
+        return Statistics(self.rows - len(held), gram, absmax, rotation=self.rotation), held
 
     @property
     def aside(self) -> npt.NDArray[np.bool_]:
@@ -139,6 +152,7 @@ class Statistics:
     def rescale(self, factor: Array) -> None:
         """Follow a rewrite that divides channel k of the activation by factor[k] (K,)."""
         inverse = (1.0 / factor).astype(np.float32)
+        self.rotation = None
         self.kept = None if self.kept is None else {}
         self.gram = self.gram * inverse[:, None] * inverse[None, :]
         self.absmax = self.absmax * np.abs(inverse)
@@ -146,6 +160,16 @@ class Statistics:
             self.sample = self.sample * inverse
         if self.rest is not None:
             self.rest = self.rest * np.abs(inverse)
+
+    def rotated(self, rotation: Rotation) -> "Statistics":
+        """Those of X R. The largest magnitudes are those of the sample, and what its energy says of a channel."""
+        gram = rotation.gram(self.gram)
+        sample = None if self.sample is None else rotation.turned(self.sample)
+        rows = np.zeros((0, len(gram)), np.float32) if sample is None else np.abs(sample)
+        usual = np.sqrt(np.maximum(np.diagonal(gram), 0) / np.float32(max(self.rows, 1)))
+        absmax = np.maximum(rows.max(axis=0, initial=0.0), usual)
+        rest = None if self.rest is None else np.zeros_like(absmax)
+        return Statistics(self.rows, gram, absmax, sample, rest, self.groups, rotation=rotation)
 
     def rescaled(self, factor: Array) -> "Statistics":
         """A copy that followed such a rewrite. What is kept of the Gram matrix follows, too, so that it is factored

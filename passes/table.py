@@ -14,6 +14,7 @@ from qcompile.passes.pack import Pack
 from qcompile.passes.prepare import Prepare
 from qcompile.passes.qdq.dynamic import Dynamic
 from qcompile.passes.qdq.qdq import Qdq
+from qcompile.passes.rotate import Rotate
 from qcompile.passes.smooth import Smooth
 
 
@@ -31,6 +32,21 @@ PASSES: Table[type[Pass]] = Table(
     "qcompile.passes",
     "pass",
     Pass,
-    (Prepare, Smooth, Awq, Gptq, Pack, Fuse, FuseAttention, Outlier, Qdq, Dynamic, BiasCorrection, Kv, HalfCaches),
+    (
+        Prepare,
+        Smooth,
+        Awq,
+        Rotate,
+        Gptq,
+        Pack,
+        Fuse,
+        FuseAttention,
+        Outlier,
+        Qdq,
+        Dynamic,
+        BiasCorrection,
+        Kv,
+        HalfCaches,
+    ),
     check=_check,
 )

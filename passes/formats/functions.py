@@ -11,6 +11,7 @@ The body is the specification, the oracle of the tests, and what runs where no k
 | GatherInt4 | indices (…) int; w (E, …, K / 2) uint8; scale (E, …, G); zero_point (E, …, G) uint8 | (…, …, K) |
 | GatherInt8 | indices (…) int; w (E, …, K); scale (E, …, G); zero_point (E, …, G) | (…, …, K) |
 | SwiGLU | x (…, 2 n) | (…, n) |
+| Hadamard | x (…, K); matrix (B, B), B a divisor of K | (…, K) |
 | GroupQueryAttention, GroupQueryAttentionF16 | com.microsoft's (`attention`) | its three |
 
 F is the word of a format (Int4, Int8, …); its bodies lie in the format's file.
@@ -20,6 +21,7 @@ The attribute `activation_bits` of products with native kernels, 16 where it is 
 round x to. The bodies compute in the type of x and do not read it, nor `columns_at_8`: ranges of columns (begin, end,
 begin, end, …) that take 8 bits among others at 16, as a product that was joined of some at 8 and some at 16 has them.
 SwiGLU is silu of the first half of x times the second.
+Hadamard multiplies each block of B channels of x by the matrix, diag(signs) H / √B (`rotation`).
 GatherInt… look up whole matrices, those of experts, along axis 0; blocks lie along the last axis.
 An embedding reads columns of the very tensor that a tied lm_head multiplies with, so both can share one copy; 4-bit
 tables are read as bytes because ONNX Runtime gathers no 4-bit types.
@@ -35,12 +37,13 @@ from qcompile.passes.formats import by_operator, format_of
 from qcompile.passes.formats.attention import attention_body
 from qcompile.passes.formats.base import COLUMNS_AT_8, DOMAIN, PRODUCT, VERSION, Format, scripted
 from qcompile.passes.formats.gated import SWIGLU
+from qcompile.passes.formats.hadamard import HADAMARD
 
 
 @cache
 def _proto(name: str, zero_points: bool) -> bytes:
-    if name == SWIGLU:
-        return bytes(scripted(SWIGLU).SerializeToString())
+    if name in (SWIGLU, HADAMARD):
+        return bytes(scripted(name).SerializeToString())
     if name in (ATTENTION[1], HALF_ATTENTION[1]):
         return bytes(attention_body(name).SerializeToString())
     own = by_operator(name)

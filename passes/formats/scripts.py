@@ -93,3 +93,9 @@ def MatMulInt8Outlier(x, w, scale, x_scale, x_zero_point, channels: INT64, w_out
 def SwiGLU(x):
     gate, up = op.Split(x, num_outputs=2, axis=-1)
     return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+
+
+@onnxscript.script(OPSET, default_opset=op)
+def Hadamard(x, matrix):
+    blocks = op.Reshape(x, op.Concat(op.Constant(value_ints=[-1]), op.Shape(matrix, start=0, end=1), axis=0))
+    return op.Reshape(op.MatMul(blocks, matrix), op.Shape(x), allowzero=1)

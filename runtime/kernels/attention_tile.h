@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "hadamard.h"
 #include "swiglu.h"
 
 namespace qcompile {

@@ -233,6 +233,6 @@ constexpr Products avx2_products(std::integer_sequence<int, kFormat...>) {
 extern const Kernels kAvx2;
 const Kernels kAvx2 = {
     "avx2", available, quantize, avx2_products(std::make_integer_sequence<int, kFormatCount>()),
-    from_half, to_half, swiglu, Attend<AttentionSet>::run};
+    from_half, to_half, swiglu, hadamard, Attend<AttentionSet>::run};
 
 }  // namespace qcompile

@@ -297,7 +297,7 @@ struct AttentionSet {
 }  // namespace
 
 extern const Kernels kAvx512Vnni;
-const Kernels kAvx512Vnni = {"avx512vnni", available, quantize, kProducts<kRows>, from_half, to_half, swiglu,
+const Kernels kAvx512Vnni = {"avx512vnni", available, quantize, kProducts<kRows>, from_half, to_half, swiglu, hadamard,
                              Attend<AttentionSet>::run};
 
 }  // namespace qcompile

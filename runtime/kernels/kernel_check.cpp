@@ -25,7 +25,7 @@ constexpr double kLimitReference = 1e-6;  // a tile against the reference: only 
 std::string sabotage;
 
 struct Report {
-  int products = 0, tiles = 0, conversions = 0, gates = 0, attentions = 0, failures = 0;
+  int products = 0, tiles = 0, conversions = 0, gates = 0, turns = 0, attentions = 0, failures = 0;
   double worst_attention = 0, worst16 = 0, worst_codes = 0, worst_reference = 0;
 
   void fail(const std::string& where, const std::string& what) {
@@ -393,6 +393,31 @@ void check_swiglu(const Kernels* kernels, Report& report) {
   }
 }
 
+// Against the matrix in float64, in blocks of all sizes; a NaN and an infinity stay in their block.
+void check_hadamard(const Kernels* kernels, Report& report) {
+  for (int64_t block : {16, 32, 64}) {
+    const int64_t n = 5 * block, odd = 2 * block + 3;
+    Guarded<float> x(n), signs(block), y(n);
+    for (int64_t i = 0; i < n; ++i) x[i] = std::ldexp(float(i * 37 % 101) - 50.0f, int(i % 13) - 6);
+    for (int64_t i = 0; i < block; ++i) signs[i] = i * i % 7 < 3 ? -0.125f : 0.125f;
+    for (float special : {0.0f, INFINITY, std::nanf("")}) {
+      x[odd] = special;
+      kernels->hadamard(x.data(), signs.data(), y.data(), n, block);
+      for (int64_t i = 0; i < n; ++i) {
+        double wanted = 0, size = 0;
+        for (int64_t j = 0; j < block; ++j) {
+          const double term = double(x[i / block * block + j]) * signs[j];
+          wanted += __builtin_parityll(uint64_t(i % block & j)) ? -term : term;
+          size += std::fabs(term);
+        }
+        ++report.turns;
+        const bool right = std::isfinite(wanted) ? std::fabs(y[i] - wanted) <= 1e-6 * size : !std::isfinite(y[i]);
+        if (!right) return report.fail("hadamard", std::to_string(wanted) + " becomes " + std::to_string(y[i]));
+      }
+    }
+  }
+}
+
 constexpr double kLimitAttention = 2e-5, kLimitHalfAttention = 3e-3;  // sums of up to 300 values near 1, and fp16 results
 
 // Against float64, on one thread and several.
@@ -420,6 +445,7 @@ int check_kernels(const Kernels* reference, const Kernels* kernels) {
   }
   check_half(kernels, report);
   check_swiglu(kernels, report);
+  check_hadamard(kernels, report);
   check_attention(kernels, report);
   check_not_finite(kernels, report);
   check_tiles(reference, kernels, report);
@@ -428,8 +454,8 @@ int check_kernels(const Kernels* reference, const Kernels* kernels) {
   std::printf("%-10s %d products: a16 %.1e (limit %.0e), of codes %.1e (%.0e); %d tiles: %.1e (%.0e); ", kernels->name,
               report.products, report.worst16, kLimit16, report.worst_codes, kLimitCodes, report.tiles,
               report.worst_reference, kLimitReference);
-  std::printf("%d fp16, %d gates, %d attentions: %.2f of the limit; %d failures\n", report.conversions, report.gates,
-              report.attentions, report.worst_attention, report.failures);
+  std::printf("%d fp16, %d gates, %d turns, %d attentions: %.2f of the limit; %d failures\n", report.conversions, report.gates,
+              report.turns, report.attentions, report.worst_attention, report.failures);
   std::fflush(stdout);
   return report.failures;
 }

@@ -44,6 +44,9 @@ struct Kernels {
   // y = silu(gate) * up, each (n,): swiglu.h
   void (*swiglu)(const float* gate, const float* up, float* y, int64_t n);
 
+  // Each block of x (n,), of 64, 32 or 16 numbers, times diag(signs) H: hadamard.h
+  void (*hadamard)(const float* x, const float* signs, float* y, int64_t n, int64_t block);
+
   // attention.h, attention_tile.h
   void (*attend)(const AttentionTile& tile);
 };

@@ -1,4 +1,5 @@
-// Operators that pack nothing: the halves of a product that gate each other, and lookups in a quantized table.
+// Operators that pack nothing: the halves of a product that gate each other, channels turned in blocks, and lookups in a
+// quantized table.
 
 #include "light.h"
 
@@ -74,6 +75,101 @@ OrtStatus* infer_swiglu(const OrtCustomOp* self, OrtShapeInferContext* context) 
     ONNXTensorElementDataType type;
     check(api.call<GetTensorElementType>(x, &type));
     infer_output(api, context, x, y.rank - 1, y, type);
+  });
+}
+
+// ---- Hadamard: x (…, K), matrix (B, B) = diag(signs) H -> (…, K), each block of B channels times the matrix
+
+class Hadamard {
+ public:
+  Hadamard(const LightOperator& op, const OrtKernelInfo* info) : op_(op), kernels_(chosen_kernels()) {
+    check_attributes(op, info);
+    if (!kernels_) refuse(op, "QCOMPILE_KERNEL was changed since the library was registered: it may be %s", kernel_names());
+    int is_constant = 0;
+    const OrtValue* matrix = nullptr;
+    check(api().call<KernelInfoGetConstantInput_tensor>(info, kMatrix, &is_constant, &matrix));
+    if (!is_constant) refuse(op, "matrix must be an initializer");
+    read_signs(matrix);
+  }
+  const OrtApi& api() const { return *op_.api; }
+  void compute(OrtKernelContext* context) const;
+
+ private:
+  enum Operand : size_t { kX, kMatrix };
+
+  void read_signs(const OrtValue* matrix);
+  void turn_halves(const uint16_t* x, uint16_t* y, int64_t n) const;
+
+  const LightOperator& op_;
+  const Kernels* kernels_;
+  std::vector<float> signs_;  // (B,): the first column of the matrix
+};
+
+constexpr int64_t kMostChannels = 64;
+
+void Hadamard::read_signs(const OrtValue* value) {
+  const Shape shape = shape_of(api(), value);
+  const int64_t block = shape.rank == 2 && shape[0] == shape[1] ? shape[0] : 0;
+  if (block != 64 && block != 32 && block != 16) {
+    refuse(op_, "matrix has shape %s, it must be (B, B) with B = 16, 32 or 64", shape.text().c_str());
+  }
+  std::vector<float> matrix(static_cast<size_t>(block * block));
+  if (op_.element == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+    std::copy_n(static_cast<const float*>(data_of(api(), value)), matrix.size(), matrix.begin());
+  } else {
+    kernels_->from_half(static_cast<const uint16_t*>(data_of(api(), value)), matrix.data(), block * block);
+  }
+  for (int64_t i = 0; i < block; ++i) {
+    signs_.push_back(matrix[size_t(i * block)]);
+    for (int64_t j = 0; j < block; ++j) {
+      const float sign = __builtin_parityll(uint64_t(i & j)) ? -1.0f : 1.0f;
+      if (!(matrix[size_t(i * block + j)] == sign * signs_.back())) refuse(op_, "matrix is no Hadamard matrix with signs");
+    }
+  }
+}
+
+void Hadamard::compute(OrtKernelContext* context) const {
+  constexpr int64_t kPiece = 128 * kMostChannels;
+  const OrtValue* value = input(op_, context, kX);
+  const Shape shape = shape_of(api(), value);
+  const int64_t block = int64_t(signs_.size());
+  if (shape.rank == 0 || shape[shape.rank - 1] % block) {
+    refuse(op_, "x has shape %s, its last dimension must be a multiple of %lld", shape.text().c_str(), (long long)block);
+  }
+  const int64_t n = product(shape, shape.rank);
+  void* result = output(op_, context, shape);
+  if (n == 0) return;
+  const void* x = data_of(api(), value);
+  for_all(op_, context, div_up(n, kPiece), n, [&](int64_t piece) {
+    const int64_t begin = piece * kPiece, count = std::min(kPiece, n - begin);
+    if (op_.element == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+      kernels_->hadamard(static_cast<const float*>(x) + begin, signs_.data(), static_cast<float*>(result) + begin, count, block);
+    } else {
+      turn_halves(static_cast<const uint16_t*>(x) + begin, static_cast<uint16_t*>(result) + begin, count);
+    }
+  });
+}
+
+void Hadamard::turn_halves(const uint16_t* x, uint16_t* y, int64_t n) const {
+  constexpr int64_t kRun = 8 * kMostChannels;
+  float numbers[kRun];
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    const int64_t count = std::min(kRun, n - begin);
+    kernels_->from_half(x + begin, numbers, count);
+    kernels_->hadamard(numbers, signs_.data(), numbers, count, int64_t(signs_.size()));
+    kernels_->to_half(numbers, y + begin, count);
+  }
+}
+
+OrtStatus* infer_hadamard(const OrtCustomOp* self, OrtShapeInferContext* context) {
+  const OrtApi& api = *static_cast<const LightOperator*>(self)->api;
+  return guarded(api, [&] {
+    const OrtTensorTypeAndShapeInfo* x = input_info(api, context, 0);
+    const Shape y = shape_of(api, x);
+    if (y.rank == 0) return;
+    ONNXTensorElementDataType type;
+    check(api.call<GetTensorElementType>(x, &type));
+    infer_output(api, context, x, y.rank, y, type);
   });
 }
 
@@ -209,7 +305,7 @@ OrtStatus* infer_embedding(const OrtCustomOp* self, OrtShapeInferContext* contex
   });
 }
 
-// ---- The table of both
+// ---- The table of all
 
 LightOperator make_swiglu(const OrtApi& api, ONNXTensorElementDataType element) {
   LightOperator op = make(api, "SwiGLU", element);
@@ -217,6 +313,15 @@ LightOperator make_swiglu(const OrtApi& api, ONNXTensorElementDataType element) 
   op.GetInputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
   op.InferOutputShapeFn = infer_swiglu;
   run_with<SwiGLU>(op);
+  return op;
+}
+
+LightOperator make_hadamard(const OrtApi& api, ONNXTensorElementDataType element) {
+  LightOperator op = make(api, "Hadamard", element);
+  op.GetInputType = [](const OrtCustomOp* op, size_t) { return static_cast<const LightOperator*>(op)->element; };
+  op.GetInputTypeCount = [](const OrtCustomOp*) { return size_t(2); };
+  op.InferOutputShapeFn = infer_hadamard;
+  run_with<Hadamard>(op);
   return op;
 }
 
@@ -241,6 +346,7 @@ std::vector<LightOperator> light_operators(const OrtApi& api) {
   std::vector<LightOperator> all;
   for (auto element : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16}) {
     all.push_back(make_swiglu(api, element));
+    all.push_back(make_hadamard(api, element));
     for (int format = 0; format < kFormatCount; ++format) {
       if (kFormats[format].powers) continue;  // an attribute says the type of the output: no inputs tell it
       for (auto index : {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}) {

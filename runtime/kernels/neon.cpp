@@ -268,7 +268,7 @@ struct AttentionSet {
 }  // namespace
 
 extern const Kernels kNeon;
-const Kernels kNeon = {"neon", available, quantize, kProducts<kTileRows>, from_half, to_half, swiglu,
+const Kernels kNeon = {"neon", available, quantize, kProducts<kTileRows>, from_half, to_half, swiglu, hadamard,
                       Attend<AttentionSet>::run};
 
 }  // namespace qcompile

@@ -152,6 +152,6 @@ struct AttentionSet {
 extern const Kernels kReference;
 const Kernels kReference = {
     "reference", always, quantize, products(std::make_integer_sequence<int, kFormatCount>()), from_half, to_half,
-    swiglu, Attend<AttentionSet>::run};
+    swiglu, hadamard, Attend<AttentionSet>::run};
 
 }  // namespace qcompile

@@ -139,7 +139,7 @@ def test_impossible_lists_are_told(passes: str, message: str) -> None:
 # Which lists make sense, told by names: the second way to say what follows from what passes declare.
 BEHIND = {"awq": {"pack"}, "gptq": {"pack", "qdq", "dynamic"}, "outlier": {"pack", "qdq", "dynamic"}}
 BEFORE = {"fuse": {"pack"}, "bias_correction": {"qdq"}}
-QUANTIZING, ON_FLOATS = {"pack", "qdq", "dynamic"}, {"smooth", "awq", "gptq", "outlier"}
+QUANTIZING, ON_FLOATS = {"pack", "qdq", "dynamic"}, {"smooth", "awq", "rotate", "gptq", "outlier"}
 
 
 def _sensible(names: Sequence[str]) -> bool:

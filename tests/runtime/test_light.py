@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 
 from qcompile.passes.formats import functions
 from qcompile.passes.formats.base import pack_nibbles
+from qcompile.passes.rotation import Rotation
 from qcompile.runtime.sessions import session
 
 Shape = tuple[int | str | None, ...]
@@ -93,6 +94,57 @@ def test_shapes_of_swiglu(library: Path) -> None:
     assert (last, first != second) == (4, True)
     with pytest.raises(Exception, match=r"SwiGLU: x has shape \(2, 7\), its last dimension must be even"):
         open_session(_swiglu(x, ("a", "b")), library).run(None, {"x": np.zeros((2, 7), np.float32)})
+
+
+def _hadamard(x: np.ndarray, matrix: np.ndarray, shape: Shape | None = None) -> bytes:
+    return _model("Hadamard", {"x": x}, {"x": shape}, [numpy_helper.from_array(matrix, "matrix")])
+
+
+def _matrix(block: int, kind: type = np.float32) -> np.ndarray:
+    own = Rotation.of(block, seed=1)
+    assert own is not None
+    return own.matrix.astype(kind)
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (1,), (17,), (2, 0, 3), (2, 3), (300,)])
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_hadamard_is_its_body(library: Path, kind: type, leading: tuple[int, ...], block: int) -> None:
+    x = (np.random.default_rng(block).standard_normal((*leading, 3 * block)) * 4).astype(kind)
+    model = _hadamard(x, _matrix(block, kind))
+    (y,) = open_session(model, library, threads=2).run(None, {"x": x})
+    (plain,) = session(model, kernels="portable", threads=1).run(None, {"x": x})
+    assert (y.dtype, y.shape) == (plain.dtype, plain.shape) == (x.dtype, x.shape)
+    wanted = x.reshape(-1, block).astype(np.float64) @ _matrix(block, kind).astype(np.float64)
+    limit = 3e-6 if kind is np.float32 else 2e-2
+    np.testing.assert_allclose(y, wanted.reshape(x.shape), rtol=0, atol=limit)
+    np.testing.assert_allclose(plain, wanted.reshape(x.shape), rtol=0, atol=4 * limit)  # sums of 64, one after another
+
+
+def test_every_instruction_set_turns_alike(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ctypes.CDLL(str(library))
+    own.qcompile_kernels.restype = ctypes.c_char_p
+    x, found = np.random.default_rng(0).standard_normal((40, 576)).astype(np.float32), []
+    for name in own.qcompile_kernels().decode().split(","):
+        monkeypatch.setenv("QCOMPILE_KERNEL", name)
+        run = open_session(_hadamard(x, _matrix(64)), library, threads=2)
+        found.append(run.run(None, {"x": x})[0])
+        for row in (0, 7, 39):  # the same bits in every batch
+            np.testing.assert_array_equal(run.run(None, {"x": x[row : row + 1]})[0], found[-1][row : row + 1])
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=0, atol=1e-5)
+
+
+def test_what_hadamard_refuses(library: Path) -> None:
+    x, matrix = np.zeros((2, 64), np.float32), _matrix(64)
+    assert list(open_session(_hadamard(x, matrix, ("a", 64)), library).get_outputs()[0].shape) == ["a", 64]
+    with pytest.raises(Exception, match=r"Hadamard: matrix has shape \(8, 8\), it must be \(B, B\)"):
+        open_session(_hadamard(x, matrix[:8, :8]), library)
+    matrix[3, 4] *= -1
+    with pytest.raises(Exception, match="Hadamard: matrix is no Hadamard matrix with signs"):
+        open_session(_hadamard(x, matrix), library)
+    odd = _hadamard(x, _matrix(64), ("a", "b"))
+    with pytest.raises(Exception, match=r"x has shape \(2, 32\), its last dimension must be a multiple of 64"):
+        open_session(odd, library).run(None, {"x": x[:, :32]})
 
 
 def _table(word: str, k: int, v: int, block_size: int, kind: type, seed: int = 0) -> list[onnx.TensorProto]:

@@ -1,0 +1,217 @@
+"""Rotating inputs of products, so that neither they nor their weights have outliers (QuaRot, Ashkboos et al. 2024)."""
+
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.passes.absorb import weight_users
+from qcompile.passes.affine import Array, Grid
+from qcompile.passes.base import Pass, Region
+from qcompile.passes.formats import functions
+from qcompile.passes.formats.base import DOMAIN
+from qcompile.passes.formats.hadamard import HADAMARD
+from qcompile.passes.graph import Names, add_initializer
+from qcompile.passes.held import confirmed, too_few
+from qcompile.passes.linears import Linear, constant, find_linears
+from qcompile.passes.policy import Policy
+from qcompile.passes.rotation import LEAST, Rotation
+from qcompile.passes.rounding import Rounding, round_to_nearest
+from qcompile.passes.state import weight_state
+from qcompile.passes.statistics import Statistics
+from qcompile.passes.threads import allowed
+
+_THREADS = 2
+# Columns of all the weights of an input that tell what turning it gains.
+_SAMPLES = 96
+# The share of the squared output error that may be left for a node at run time to be worth it.
+_WORTH_IT = 0.95
+# Rows of more than so many times the median norm count as if they had that: a decoder's first token carries nearly all
+# of the output energy of some products, and what is best for it alone is not for the others.
+_LOUDEST = 4.0
+# What a float16 activation may reach where it is turned: sums of a block are up to √64 times as large as the largest.
+_HALF_MOST = 3e4
+_NO_GAIN = "turning its input leaves too much of the squared error for a node at run time"
+
+
+class Rotate(Pass):
+    """Turn products' inputs in blocks of 64 channels by a Hadamard matrix with random signs, and their weights as much.
+
+    (X R) (Rᵀ W) = X W: a node turns X, once for all products that read it; see `rotation`.
+    Case 1: inputs whose quantized products have less error so, by at least a twentieth, on rows held aside; without
+            data by the error of the weights.
+    Case 2: blocks are the largest power of two up to 64 that divides the channels; below 16 the input stays as it is.
+    Case 3: a weight that other nodes read, or that is read both ways round, is not turned, nor the input of its product
+            for the sake of others.
+    judge: False turns every input that can be turned, whatever it gains.
+    """
+
+    name: ClassVar[str] = "rotate"
+
+    def __init__(self, policy: Policy, rounding: Rounding, *, judge: bool = True, seed: int = 0) -> None:
+        super().__init__()
+        self.policy, self.rounding, self.judge, self.seed = policy, rounding, judge, seed
+
+    def call(self, region: Region) -> None:
+        """Turn the inputs of the region's linears; each linear has a decision."""
+        inputs: dict[ir.Value, dict[Linear, Grid]] = {}
+        vocabulary = region.vocabulary
+        for linear in find_linears(region.live_nodes()):
+            spec = self.policy.for_linear(linear, vocabulary)
+            if isinstance(spec, str):
+                self.decide(linear.name, "skipped", spec)
+            else:
+                inputs.setdefault(linear.activation, {})[linear] = spec
+        with ThreadPoolExecutor(allowed(_THREADS)) as pool:
+            judged = list(pool.map(lambda value: self._judged(value, inputs[value], region), inputs))
+        for (value, linears), left in zip(inputs.items(), judged, strict=True):
+            if isinstance(left, str):
+                for linear in linears:
+                    self.decide(linear.name, "skipped", left)
+                continue
+            told = left <= _WORTH_IT or not self.judge
+            if told:
+                self._turn(region, value, list(linears))
+            for linear in linears:
+                action, reason = ("rotated", "in blocks") if told else ("skipped", _NO_GAIN)
+                self.decide(linear.name, action, reason, relative_loss=left)
+
+    def call_rest(self, model: ir.Model) -> None:
+        """Make one of the nodes that linears of several regions gave an input."""
+        made: dict[tuple[ir.Value | None, ...], ir.Value] = {}
+        for node in [own for own in model.graph if (own.op_type, own.domain) == (HADAMARD, DOMAIN)]:
+            turned = made.setdefault(tuple(node.inputs), node.outputs[0])
+            if turned is not node.outputs[0]:
+                ir.convenience.replace_all_uses_with(node.outputs[0], turned)
+                model.graph.remove(node, safe=True)
+
+    def _judged(self, value: ir.Value, linears: Mapping[Linear, Grid], region: Region) -> float | str:
+        """The share of the squared error of the linears that is left where their input is turned; or why it is not."""
+        statistics = region.statistics.get(value)
+        first, *_ = linears
+        channels = first.shape[0]
+        rotation = Rotation.of(channels, self.seed)
+        if rotation is None:  # Case 2
+            return f"{channels} channels have no blocks of {LEAST} and more"
+        if reason := foreign(list(linears)):  # Case 3
+            return reason
+        half = constant(first.weight).dtype == ir.DataType.FLOAT16
+        if half and statistics is not None and statistics.rotated(rotation).absmax.max() > _HALF_MOST:
+            return "turned, its input would leave the range of float16"
+        return Trial(rotation, self.rounding, statistics).left(self._sampled(value, linears))
+
+    def _sampled(self, value: ir.Value, linears: Mapping[Linear, Grid]) -> list[tuple[Array, Grid]]:
+        """Some columns of each weight, as many of each as it is wide."""
+        rng = np.random.default_rng([self.seed, zlib.crc32(str(value.name).encode())])
+        share = min(1.0, _SAMPLES / sum(linear.shape[1] for linear in linears))
+        sampled = []
+        for linear, spec in linears.items():
+            n = linear.shape[1]
+            columns = np.sort(rng.choice(n, int(np.ceil(n * share)), replace=False))
+            sampled.append((np.ascontiguousarray(linear.read()[:, columns]), spec))
+        return sampled
+
+    def _turn(self, region: Region, value: ir.Value, linears: list[Linear]) -> None:
+        """Case 1: a node before the first of the linears, and its output as the input of all of them."""
+        rotation = Rotation.of(linears[0].shape[0], self.seed)
+        assert rotation is not None
+        model, first, names = region.model, linears[0].node, Names(region.model)
+        functions.register(model, HADAMARD)
+        inputs = [value, _matrix(model, rotation, constant(linears[0].weight).dtype)]
+        node = ir.node(HADAMARD, inputs, domain=DOMAIN, name=f"{first.name}.rotate")
+        turned = node.outputs[0]
+        turned.name, turned.shape = names.fresh(f"{value.name}.rotated"), value.shape
+        turned.type = value.type or ir.TensorType(constant(linears[0].weight).dtype)
+        model.graph.insert_before(first, node)
+        region.nodes.insert(region.nodes.index(first), node)
+        for weight, transposed in {(linear.weight, linear.transposed): linear for linear in linears}:
+            _turn_weight(weight, transposed, rotation)
+        for linear in linears:
+            linear.node.replace_input_with(0, turned)
+        if value in region.statistics:
+            region.statistics[turned] = region.statistics[value].rotated(rotation)
+
+
+class Trial:
+    """What turning an activation gains for columns of weights, rounded by the statistics of some rows and judged on
+    others.
+    """
+
+    def __init__(self, rotation: Rotation, rounding: Rounding, statistics: Statistics | None) -> None:
+        self.rotation, self.statistics = rotation, statistics
+        self.fitted = self.held = None
+        if statistics is not None and (parts := None if too_few(statistics) else statistics.split()) is not None:
+            self.fitted, rows = parts
+            self.held = capped(rows, statistics)
+        self.turned = None if self.fitted is None else self.fitted.rotated(rotation)
+        self.rounding = round_to_nearest if self.fitted is None else rounding
+
+    def left(self, sampled: list[tuple[Array, Grid]]) -> float:
+        """The error behind the rotation, relative to that without; each weight counts by its columns."""
+        losses = [self._losses(w, spec) for w, spec in sampled]
+        if self.statistics is not None and self.held is not None:
+            before, after = (np.sum([own[i] for own in losses], axis=0) for i in (0, 1))
+            return confirmed(before, after, self.statistics)
+        before, after = (np.concatenate([own[i] for own in losses]) for i in (0, 1))
+        return float(after.sum() / before.sum()) if before.any() else 1.0
+
+    def _losses(self, w: Array, spec: Grid) -> tuple[Array, Array]:
+        """Squared errors without and with the rotation, each column counting alike: of rows held aside (h,), or of
+        columns (n,).
+        """
+        turned = self.rotation.rows(w)
+        plain = self.rounding(w, spec, self.fitted).dequantize() - w
+        other = self.rounding(turned, spec, self.turned).dequantize() - turned
+        if self.held is not None:
+            unit = float(np.square(self.held @ w).sum()) / w.shape[1] or 1.0
+            errors = self.held @ plain, self.rotation.turned(self.held) @ other
+            return np.square(errors[0]).sum(axis=1) / unit, np.square(errors[1]).sum(axis=1) / unit
+        unit = float(np.square(w).sum()) / w.shape[1] or 1.0
+        return np.square(plain).sum(axis=0) / unit, np.square(other).sum(axis=0) / unit
+
+
+def capped(rows: Array, statistics: Statistics) -> Array:
+    """Rows (h, K), those of extreme norm scaled down to `_LOUDEST` times the sample's median."""
+    assert statistics.sample is not None
+    most = _LOUDEST * np.median(np.linalg.norm(statistics.sample, axis=1))
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows * np.minimum(1, most / np.maximum(norms, np.finfo(np.float32).tiny)), np.float32)
+
+
+def foreign(linears: list[Linear]) -> str:
+    """Why a weight of the linears cannot be turned: somebody else would see it, or it is turned already; else empty."""
+    known = {linear.node for linear in linears}
+    ways: dict[ir.Value, bool] = {}
+    for linear in linears:
+        weight = linear.weight
+        if weight.is_graph_output():
+            return f"the weight {weight.name} is a graph output"
+        if weight_state(weight).packed or weight_state(weight).codes:
+            return f"the weight {weight.name} is rounded already, for a node of an earlier segment"
+        if ways.setdefault(weight, linear.transposed) != linear.transposed:
+            return f"the weight {weight.name} is read both ways round"
+        for node in weight_users(weight):
+            if node not in known:
+                tied = node.op_type == "Gather"
+                return "weight is tied to the embedding" if tied else f"{weight.name} is also read by {node.name}"
+    return ""
+
+
+def _turn_weight(weight: ir.Value, transposed: bool, rotation: Rotation) -> None:
+    tensor = constant(weight)
+    stored = np.asarray(tensor.numpy(), np.float32)
+    turned = rotation.rows(np.ascontiguousarray(stored.T) if transposed else stored)
+    made = np.ascontiguousarray((turned.T if transposed else turned).astype(tensor.dtype.numpy()))
+    weight.const_value = ir.tensor(made, dtype=tensor.dtype, name=weight.name)
+
+
+def _matrix(model: ir.Model, rotation: Rotation, dtype: ir.DataType) -> ir.Value:
+    """The initializer of the rotation's matrix, one for all nodes of a type and size."""
+    name = f"qcompile.hadamard.{len(rotation.signs)}.{dtype.name.lower()}"
+    known = model.graph.initializers.get(name)
+    if known is not None:
+        return known
+    return add_initializer(model.graph, name, ir.tensor(rotation.matrix.astype(dtype.numpy()), dtype=dtype, name=name))
