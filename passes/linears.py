@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array
@@ -42,8 +43,12 @@ class Linear:
 
     def read(self) -> Array:
         """The weight as float32 (K, N); a copy or a read-only view. Nothing of it stays in memory with the model."""
+        return np.asarray(self.mapped(), dtype=np.float32)
+
+    def mapped(self) -> npt.NDArray[np.floating]:
+        """The weight (K, N) in the type that it is stored in: a read-only view of its file, where it lies in one."""
         stored = read(constant(self.weight))
-        return np.asarray(stored.T if self.transposed else stored, dtype=np.float32)
+        return stored.T if self.transposed else stored
 
 
 @dataclass(frozen=True, eq=False)

@@ -162,7 +162,7 @@ class Pack(Pass):
     ) -> None:
         key, columns = (linear.weight, spec, linear.transposed), Columns.of(linear, str(spec))
         quantized, tensors = _stored(region.model, *key, lambda: rounded[key])
-        reference = (coded(linear), quantized)
+        reference = (linear.mapped() if columns is None else columns.rest(linear), quantized)
         set_node(linear.node, reference=reference, outliers=None)
         if columns is None:
             emit.replace_matmul(region.model, linear, spec, tensors)

@@ -119,7 +119,7 @@ class NodeState:
 
     left: str = ""
     outliers: Outliers | None = None
-    reference: tuple[Array, Quantized] | None = None
+    reference: tuple[npt.NDArray[np.floating], Quantized] | None = None
     twin: Twin | None = None
     decoded: Decoded | None = None
 

@@ -156,12 +156,14 @@ class Runner:
         *,
         original: bool,
         prepare: Callable[[Piece], Sequence[str]] | None = None,
+        each: Callable[[Arrays], None] = lambda found: None,
         beside: "Beside | None" = None,
     ) -> list[Arrays]:
         """Everything the segment gives for each batch: what it makes for later ones, its graph outputs, and what
         `prepare` adds, which may read all that its nodes or their float twins read.
 
-        original: feed it the float stream. beside: goes through the segment, too, in the same session.
+        original: feed it the float stream. each: is shown what a batch gives as soon as it is there, and may take from
+        it what `prepare` added. beside: goes through the segment, too, in the same session.
         """
         wanted = list(dict.fromkeys([*segment.made, *self._outputs(segment)]))
         inside = _computed(segment) if prepare is not None else ()
@@ -170,11 +172,16 @@ class Runner:
             piece.outputs.extend(prepare(piece))
         carried = stream.original if original else stream.quantized
         source = Stream(stream.batches, carried, presents=stream.presents)
+        results = list[Arrays]()
         if beside is None:
-            return list(self._run(piece, segment, source))
-        after, results = beside.behind(segment), list[Arrays]()
+            for found in self._run(piece, segment, source):
+                each(found)
+                results.append(found)
+            return results
+        after = beside.behind(segment)
         for number, found in enumerate(self._run(piece, segment, beside.joined(source))):
             if number < len(stream.batches):
+                each(found)
                 results.append(found)
             else:
                 after.append(found)

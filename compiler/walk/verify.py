@@ -1,6 +1,5 @@
 """Trust, but run it: every packed node against its weights, the whole model before and after the disk."""
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,73 +15,16 @@ from qcompile.compiler.measure.metrics import OutputNoise
 from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.measure.randomness import repeatable
 from qcompile.compiler.results.errors import NodeError, OutputError
-from qcompile.compiler.walk import verify_wide
 from qcompile.compiler.walk.extract import Piece
-from qcompile.passes import activations
-from qcompile.passes.affine import Quantized
+from qcompile.compiler.walk.verify_products import EXACT, ratio
 from qcompile.passes.errors import UserError, Verdict
 from qcompile.passes.formats.nbits import ACCURACY_LEVEL
 from qcompile.passes.observers import nodes as observers
 from qcompile.passes.state import Twin, node_state, set_node
 from qcompile.runtime.sessions import run
 
-# A packed node must compute with exactly its dequantized weights, but for the rounding of its element type.
-_EXACT = {ir.DataType.FLOAT: 1e-4, ir.DataType.DOUBLE: 1e-4, ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}
 # Operators behind a Sigmoid that leave its numbers as they are.
 _MOVES = ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Cast")
-
-
-def probe_nodes(piece: Piece, nodes: Sequence[ir.Node], *, int8: activations.Int8 | None = None) -> list[str]:
-    """Add to a piece, beside each packed node, products with its float and dequantized weights, and compare.
-
-    For a wide weight only what `node_errors` needs for that is added, see `wide_probe`.
-    int8: measure what activations rounded to int8 would add, too, for the products that take them.
-    """
-    names: list[str] = []
-    for node in nodes:
-        reference = node_state(node).reference
-        if reference is None:
-            continue
-        y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
-        graph, quantized = piece.proto.graph, reference[1]
-        rounded = int8 if int8 is not None and int8.takes(node) else None
-        if verify_wide.is_wide(quantized):
-            names += verify_wide.watch(graph, y, x, quantized, int8=rounded)
-            continue
-        exact = piece.add_weight(y + ".exact", quantized.dequantize())
-        wanted = piece.add_weight(y + ".wanted", reference[0])
-        k = len(quantized.codes)
-        change = activations.int8_change(graph, x, k, quantized.spec.group_size(k), rounded) if rounded else None
-        names += observers.compare_product(graph, y, x, exact, ".exact", change=change)
-        names += observers.compare_product(graph, y, x, wanted, ".wanted")
-    return names
-
-
-def node_errors(nodes: Sequence[ir.Node], outputs: Sequence[Arrays]) -> list[NodeError]:
-    """Errors of the packed nodes, summed over batches; UserError where an operator does not compute what it should."""
-    found = []
-    for node in nodes:
-        reference = node_state(node).reference
-        if reference is None:
-            continue
-        set_node(node, reference=None)
-        y, x = str(node.outputs[0].name), str(node.inputs[0].name)  # type: ignore[union-attr]
-        if verify_wide.is_wide(reference[1]):
-            verify_wide.compare(y, x, *reference, outputs)
-        wanted, exact = (_ratio([y], end, outputs) for end in (".wanted", ".exact"))
-        measured = math.isfinite(_total(observers.reference(y, ".exact"), outputs))  # else the float product overflows
-        if measured and not exact <= _EXACT[_element_type(reference[1])]:
-            raise UserError(
-                f"node {node.name}: the packed operator differs from its own weights by {exact:.1e} in this ONNX "
-                "Runtime; please report it with the model"
-            )
-        found.append(NodeError(node.name or "", wanted, exact, _int8_error(y, outputs), weights=reference[0].size))
-    return found
-
-
-def _element_type(quantized: Quantized) -> ir.DataType:
-    """The type that a packed node computes in: that of its decoded weight."""
-    return ir.DataType.from_numpy(np.dtype(quantized.spec.scale_dtype))
 
 
 def probe_twins(piece: Piece, nodes: Sequence[ir.Node]) -> list[str]:
@@ -137,29 +79,16 @@ def _activation_bits(node: ir.Node, twin: Twin) -> int:
     return codes.dtype.bitwidth if codes is not None and codes.dtype is not None else 8
 
 
-def _int8_error(y: str, outputs: Sequence[Arrays]) -> float | None:
-    name = observers.added(y, ".exact")
-    if not all(name in batch for batch in outputs):
-        return None
-    return _root(_total(name, outputs), _total(observers.reference(y, ".exact"), outputs), 0.0)
-
-
 def _ratio(values: Sequence[str], end: str, outputs: Sequence[Arrays]) -> float:
     """‖y - reference‖ / ‖reference‖ over all batches and all outputs of a node together: 1 where there is an error and
     no reference, inf where one of both is NaN or infinite.
     """
     difference = sum(_total(observers.difference(y, end), outputs) for y in values)
-    return _root(difference, sum(_total(observers.reference(y, end), outputs) for y in values), float(difference > 0))
+    return ratio(difference, sum(_total(observers.reference(y, end), outputs) for y in values))
 
 
 def _total(name: str, outputs: Sequence[Arrays]) -> float:
     return sum(float(batch[name]) for batch in outputs)
-
-
-def _root(part: float, whole: float, without: float) -> float:
-    if not (math.isfinite(part) and math.isfinite(whole)):
-        return math.inf
-    return math.sqrt(part) / math.sqrt(whole) if whole > 0 else without
 
 
 def probabilities(model: ir.Model) -> set[str]:
@@ -312,7 +241,7 @@ def check_reloaded(
     against the verified graph by `reloaded`, where nothing is rounded, and against the float model by `check_outputs`.
     """
     worst = max((error.relative for error in compare_outputs(reloaded, verified)), default=0.0)
-    limit = max(_EXACT.get(dtype, 1e-4), rounding)
+    limit = max(EXACT.get(dtype, 1e-4), rounding)
     if not worst <= limit:
         raise UserError(
             f"the saved file differs from the verified graph by {worst:.1e} (limit {limit:.0e}); nothing was kept"

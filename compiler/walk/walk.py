@@ -21,13 +21,12 @@ from qcompile.compiler.walk.segments import Segment, split, targets
 from qcompile.compiler.walk.trial import through, tried
 from qcompile.compiler.walk.verify import (
     compare_outputs,
-    node_errors,
     probabilities,
-    probe_nodes,
     probe_twins,
     twin_errors,
 )
 from qcompile.compiler.walk.verify_decoded import check_decoded
+from qcompile.compiler.walk.verify_products import Products
 from qcompile.passes.activations import Int8
 from qcompile.passes.base import Pass, Region, WalksAgain
 from qcompile.passes.contract import Fact, Reads, Stage
@@ -214,14 +213,10 @@ class Job:
             for rewrite in self.passes:
                 promises.run(rewrite, region)
         segment.nodes[:] = region.live_nodes()
-        rounding = self.int8 if int8 else None
-
-        def probe(piece: Piece) -> list[str]:
-            return probe_nodes(piece, segment.nodes, int8=rounding)
-
+        products = Products(segment.nodes, self.int8 if int8 else None)
         with phase("probes"):
-            after = runner.outputs(segment, checks, original=False, prepare=probe)
-            self.report.nodes += node_errors(segment.nodes, after)
+            after = runner.outputs(segment, checks, original=False, prepare=products.add, each=products.take)
+            self.report.nodes += products.errors()
         checks.original = went_on(segment, checks.original, before)
         checks.quantized = went_on(segment, checks.quantized, after)
         own = {str(value.name) for value in self.model.graph.outputs}

@@ -50,45 +50,18 @@ def _given(graph: onnx.GraphProto) -> Mapping[str, int | None]:
 
 
 def difference(value: str, end: str) -> str:
-    """The name of ‖value - reference‖² that `compare_product` adds."""
+    """The name of ‖value - reference‖² that `compare` adds."""
     return f"{value}{end}.difference2"
 
 
 def reference(value: str, end: str) -> str:
-    """The name of ‖reference‖² that `compare_product` adds."""
+    """The name of ‖reference‖² that `compare` adds."""
     return f"{value}{end}.reference2"
-
-
-def added(value: str, end: str) -> str:
-    """The name of ‖change·weight‖² that `compare_product` adds."""
-    return f"{value}{end}.added2"
 
 
 def rows(value: str) -> str:
     """The name of the value as a matrix that `matrix` adds."""
     return f"{value}.rows"
-
-
-def compare_product(
-    graph: onnx.GraphProto, y: str, x: str, weight: str, end: str, *, change: str | None = None
-) -> list[str]:
-    """Append ‖y - x·weight‖² and ‖x·weight‖², float64 scalars, as outputs; returns their names.
-
-    change: a matrix like the rows of x; ‖change·weight‖² is a third output. Both share one product, since ONNX Runtime
-    keeps a packed copy of the weight for each.
-    """
-    product, delta, given = f"{y}{end}.product", f"{y}{end}.delta", matrix(graph, x)
-    names = {delta: difference(y, end), product: reference(y, end)}
-    if change is None:
-        graph.node.append(helper.make_node("MatMul", [given, weight], [product]))
-    else:
-        both, result, moved = f"{y}{end}.both", f"{y}{end}.result", f"{y}{end}.moved"
-        graph.node.append(helper.make_node("Concat", [given, change], [both], axis=0))
-        graph.node.append(helper.make_node("MatMul", [both, weight], [result]))
-        graph.node.append(helper.make_node("Split", [result], [product, moved], axis=0, num_outputs=2))
-        names[moved] = added(y, end)
-    graph.node.append(helper.make_node("Sub", [matrix(graph, y), product], [delta]))
-    return _sums(graph, names)
 
 
 def compare(graph: onnx.GraphProto, y: str, wanted: str, end: str) -> list[str]:

@@ -48,23 +48,16 @@ def _int8(x: np.ndarray, block: int) -> np.ndarray:
 def test_the_rounding_is_that_of_the_kernels(k: int, block: int) -> None:
     x = np.random.default_rng(0).standard_normal((3, 4, k)).astype(np.float32)
     x[0, 1], x[1, 2, : k // 2], x[:, :, k // 3] = 0, 0, 20
-    w = np.random.default_rng(1).standard_normal((k, 5)).astype(np.float32)
     graph = helper.make_graph([], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 4, k])], [])
-    graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
-    graph.node.append(helper.make_node("MatMul", ["x", "w"], ["y"]))
     change = int8_change(graph, "x", k, block, INT8["qcompile"])
     assert int8_change(graph, "x", k, block, INT8["qcompile"]) == change, "made once"
-    names = observers.compare_product(graph, "y", "x", "w", ".exact", change=change)
     observers.add_outputs(graph, [change])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     made = session(proto.SerializeToString(), threads=1, kernels="portable")
-    found = dict(zip([*names, change], run(made, [*names, change], {"x": x}), strict=True))
+    (found,) = run(made, [change], {"x": x})
     rows = x.reshape(-1, k)
     wanted = _int8(rows, block) - rows
-    np.testing.assert_allclose(found[change], wanted, rtol=0, atol=2e-6 * np.abs(rows).max())
-    assert found[observers.added("y", ".exact")] == pytest.approx(np.square(wanted @ w).sum(), rel=1e-3)
-    assert found[observers.reference("y", ".exact")] == pytest.approx(np.square(rows @ w).sum(), rel=1e-4)
-    assert found[observers.difference("y", ".exact")] < 1e-6
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.abs(rows).max())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
