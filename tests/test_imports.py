@@ -26,6 +26,7 @@ ALLOWED = {
         ERRORS,
         "qcompile.passes.interrupts",
         "qcompile.passes.threads",
+        "qcompile.passes.workers",
         "numpy",
         "onnx",
         "psutil",
@@ -52,6 +53,7 @@ LAZY = {
 # What the functions of a single module may import beside that.
 LAZY_OF_MODULE = {
     "runtime/sessions.py": {"onnxruntime"},
+    "runtime/cluster.py": {"ray"},
     "compiler/sweep/plot.py": {"matplotlib"},
     "compiler/data/images.py": {"PIL"},
     "compiler/data/chat.py": {"jinja2"},

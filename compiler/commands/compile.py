@@ -14,6 +14,7 @@ from qcompile.compiler.commands.dry_run import print_plan
 from qcompile.compiler.commands.eval import print_outputs
 from qcompile.compiler.commands.options import (
     Calibrating,
+    Clustered,
     Common,
     Document,
     Recipes,
@@ -52,7 +53,7 @@ Stamp = tuple[int, int] | None
 
 
 @command(WHAT, WHICH, DATA, MIXED, SAFETY)
-class Options(Common, Calibrating, Recipes):
+class Options(Common, Clustered, Calibrating, Recipes):
     """Quantize the weights of an ONNX model. The result is one ONNX file (and its data file) that any ONNX Runtime
     application can load. Without --passes the best known list runs: smooth,awq,gptq,pack. `--passes pack` alone is
     plain rounding to nearest and needs no data. Parameters go in parentheses:

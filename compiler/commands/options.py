@@ -161,6 +161,20 @@ class CustomOps:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Clustered:
+    """--cluster; the command line has Ray's machines compute around the whole command."""
+
+    cluster: Annotated[
+        str | None,
+        option(
+            "have Ray's machines compute: auto, those of the cluster that this machine is in (else its own cores), or "
+            "HOST:PORT of another; needs the extra cluster (docs/cluster.md)",
+            "auto|ADDRESS",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kernelled:
     """--kernels: who computes the operators of qcompile."""
 

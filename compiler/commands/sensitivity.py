@@ -9,6 +9,7 @@ from qcompile.compiler.commands import compile as compiling
 from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.options import (
     Calibrating,
+    Clustered,
     Common,
     Document,
     Recipes,
@@ -30,7 +31,7 @@ _SHOWN = 30
 
 
 @command(WHICH, DATA)
-class Options(Common, Calibrating, Recipes):
+class Options(Common, Clustered, Calibrating, Recipes):
     """Rank the nodes that qdq or dynamic make integer by what each of them alone changes in the output, all others in
     float: KL of a decoder's logits (nats a token), else the signal to noise of the outputs. Measured on two windows of
     256 tokens of the calibration text that calibration does not use (of other data, on four calibration batches). The

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.options import (
+    Clustered,
     Common,
     CustomOps,
     Document,
@@ -34,7 +35,7 @@ what the figures are."""
 
 
 @command()
-class Options(Common, Kernelled, CustomOps):
+class Options(Common, Clustered, Kernelled, CustomOps):
     """Compile a model under every combination of settings, and draw accuracy against bits per weight."""
 
     epilog = _EPILOG

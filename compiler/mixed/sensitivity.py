@@ -25,6 +25,7 @@ from qcompile.passes.base import IntegerPass
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_embeddings
 from qcompile.passes.tensors import chunks
+from qcompile.passes.workers import Threads, elsewhere
 from qcompile.runtime.sessions import run
 
 # session.qdq_matmulnbits_accuracy_level where an application sets none.
@@ -62,7 +63,7 @@ class Mixture:
 
     def distance(self, setting: Setting) -> float:
         """How far the outputs are from the float model's under a setting."""
-        return self.effect.distance(self.switched.run(setting))
+        return _distance(self.switched, self.effect, setting)
 
     def without(self, kept: Sequence[str]) -> Setting:
         """The setting of all nodes that stay integer where the user keeps some in float."""
@@ -74,15 +75,25 @@ class Mixture:
         settings = {site: Setting.of([site.node], whole) for site, whole in self.sites.items()}
         costs = {site: self.switched.share(setting) for site, setting in settings.items()}
         found: list[Ranked] = []
-        for number, (site, setting) in enumerate(settings.items(), 1):
-            done = sum(costs[site] for site in list(costs)[: number - 1])
+
+        def load(site: Ranked) -> tuple[Setting]:
+            done = sum(costs[own] for own in measured)
             left = (time.monotonic() - started) * (sum(costs.values()) - done) / done if done else 0.0
             told = f", {left:.0f} s left" if left else ""
-            progress.step(f"sensitivity: node {number} of {len(settings)}{told}")
-            found.append(replace(site, effect=self.distance(setting)))
+            progress.step(f"sensitivity: node {len(measured) + 1} of {len(settings)}{told}")
+            return (settings[site],)
+
+        workers, every, measured = elsewhere() or Threads(1), list(settings), list[Ranked]()
+        for number, effect in workers.each(_distance, every, load=load, given=(self.switched, self.effect)):
+            measured.append(every[number])
+            found.append(replace(every[number], effect=effect))
         found.sort(key=lambda ranked: (-ranked.effect, ranked.node))
         ends = (self.distance(ALL_FLOAT), self.distance(self.without([])))
         return Ranking(self.effect.metric, self.windows, *ends, tuple(found), time.monotonic() - started)
+
+
+def _distance(switched: Switched, effect: Effect, setting: Setting) -> float:
+    return effect.distance(switched.run(setting))
 
 
 def chosen(late: IntegerPass, model: ir.Model, kept: Mapping[str, str]) -> Setting:

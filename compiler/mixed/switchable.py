@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -91,10 +92,22 @@ class _Part:
         self._names = [output.name for output in piece.proto.graph.output]
         self._open = partial(piece.session, provider)
         self._draws = draws(piece.proto)
-        self._session = self._open() if self._names else None
-        inputs = [given.name for given in self._session.get_inputs()] if self._session is not None else []
+        self._opened: Any = None
+        session = self._session
+        inputs = [given.name for given in session.get_inputs()] if session is not None else []
         self._switches = [name for name in inputs if is_switch(name)]
         self._inputs = {name for name in inputs if not is_switch(name)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the session, which is opened anew where it is wanted: as another process has it."""
+        return self.__dict__ | {"_opened": None}
+
+    @property
+    def _session(self) -> Any:
+        """The session that stays; None of a segment that gives nothing."""
+        if self._opened is None and self._names:
+            self._opened = self._open()
+        return self._opened
 
     def changes(self, setting: Setting) -> bool:
         """Whether anything in the segment is integer."""
@@ -102,8 +115,8 @@ class _Part:
 
     def begin(self) -> None:
         """Draw random numbers from the first one on: a session that stays would go on with the next."""
-        if self._draws and self._session is not None:
-            self._session = self._open()
+        if self._draws:
+            self._opened = None
 
     def went_on(self, carried: Arrays, given: Arrays) -> Arrays:
         """What goes on behind the segment, of what entered it and of what it gave."""
@@ -111,12 +124,13 @@ class _Part:
 
     def run(self, setting: Setting, batch: Batch, carried: Arrays) -> Arrays:
         """What the segment gives: the values it makes for later ones, and its outputs."""
-        if self._session is None:
+        session = self._session
+        if session is None:
             return {}
         feeds = {name: array for name, array in batch.feeds.items() if name in self._inputs}
         feeds |= {name: np.asarray(switched_on(name, setting)) for name in self._switches}
         feeds |= {name: array for name, array in carried.items() if name in self._inputs}
-        return dict(zip(self._names, run(self._session, self._names, feeds), strict=True))
+        return dict(zip(self._names, run(session, self._names, feeds), strict=True))
 
 
 def rewritten(late: Pass, model: ir.Model, values: Sequence[str]) -> tuple[ir.Model, dict[str, ir.Value]]:

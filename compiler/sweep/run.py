@@ -23,6 +23,7 @@ from qcompile.compiler.sweep.rows import DONE, FAILED, OPEN, REFUSED, SAME, Row,
 from qcompile.compiler.sweep.scoring import Evaluation, Scoring, calibration_digest, scoring
 from qcompile.compiler.sweep.tables import write_plots, write_tables
 from qcompile.passes.errors import UserError
+from qcompile.passes.workers import Threads, elsewhere
 
 _KEPT = ("status", "reason", "bits_per_weight", "compiled_bytes", "coverage", "scores", "seconds", "data", "model")
 
@@ -131,26 +132,37 @@ class _Job:
             self.watcher.share("running the float model", 0.0)
             self.scoring.metric.prepare(lambda done, total: self.watcher.share("running the float model", 0.0))
             self.sweep.float_scores = self.scoring.metric.float_scores
-        for done, row in enumerate(chosen):
-            self.watcher.begin(self.sweep, row, done, len(chosen))
-            self._run(row)
+        ended = list[Row]()
+
+        def load(row: Row) -> tuple[Row]:
+            self.watcher.begin(self.sweep, row, len(ended), len(chosen))
+            return (row,)
+
+        workers = elsewhere() or Threads(1)
+        for number, figures in workers.each(_Job.figures, chosen, load=load, given=(self,)):
+            ended.append(row := chosen[number])
+            _fill(row, figures)
+            if row.status != FAILED:
+                self.cache.put(row.key, {field: asdict(row)[field] for field in _KEPT})
             write_tables(self.sweep, self.folder)
-            self.watcher.end(self.sweep, row, self._left(chosen[done + 1 :]))
+            self.watcher.end(self.sweep, row, self._left([one for one in chosen if one not in ended]))
         if len(chosen) == len(pending):
             self.scoring.metric.close()
 
-    def _run(self, row: Row) -> None:
-        """One row: figures, or the reason why there are none; both are kept, but for failures that may pass."""
+    def __getstate__(self) -> dict[str, Any]:
+        """As another process has it, to which nobody listens."""
+        return self.__dict__ | {"watcher": Quiet()}
+
+    def figures(self, row: Row) -> dict[str, Any]:
+        """Of one row, by the names of its fields; or the reason why there are none."""
         started = time.monotonic()
         try:
-            _fill(row, self._figures(row))
+            found = self._figures(row)
         except Exception as error:  # a bug or a full disk in one combination ends no sweep of hours
             passing = not isinstance(error, UserError) or isinstance(error.__cause__, OSError)
             told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            row.status, row.reason = FAILED if passing else REFUSED, " ".join(told.split())
-        row.seconds = time.monotonic() - started
-        if row.status != FAILED:
-            self.cache.put(row.key, {field: asdict(row)[field] for field in _KEPT})
+            found = {"status": FAILED if passing else REFUSED, "reason": " ".join(told.split())}
+        return found | {"seconds": time.monotonic() - started}
 
     def _figures(self, row: Row) -> dict[str, Any]:
         """Compile and score; the model is removed unless it is to be kept."""

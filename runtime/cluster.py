@@ -1,0 +1,147 @@
+"""Computed where? Here, or on Ray's machines (the extra `cluster`): one task an item.
+
+Ray schedules the tasks, and runs what a lost machine had again.
+
+Invariant: what comes back is what this process would have computed, bit by bit, on machines with the same versions and
+the same kind of processor: a task computes one item alone, on one thread, and no sum follows the order of arrival.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qcompile.passes.errors import UserError
+from qcompile.passes.threads import limited
+from qcompile.passes.workers import working
+from qcompile.runtime.sessions import custom_operators, registered_libraries
+
+T = TypeVar("T")
+R = TypeVar("R")
+AUTO = "auto"
+_RETRIES = 5  # of a task whose process or machine is lost
+_AHEAD = 2  # items for each processor that are loaded and on their way
+# In a worker: what all items of the last job were given, by the job.
+_GIVEN: dict[str, tuple[Any, ...]] = {}
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where names of files begin, and the libraries of operators of this process."""
+
+    folder: Path
+    libraries: Sequence[Path]
+
+
+class Cluster:
+    """Ray at an address, as `passes.workers.Workers`."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_computed)
+        self._number = itertools.count()
+
+    @property
+    def processors(self) -> int:
+        """Of all machines that are there now."""
+        return max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
+
+    def each(
+        self,
+        compute: Callable[..., R],
+        items: Sequence[T],
+        *,
+        load: Callable[[T], tuple[Any, ...]],
+        given: tuple[Any, ...] = (),
+    ) -> Iterator[tuple[int, R]]:
+        """As `Workers`. `given`, and what `load` gives, go into the object store: once, however many items share it."""
+        job = f"{os.getpid()}.{next(self._number)}"
+        shared = [self._ray.put(given)]  # in a list: each process takes it once
+        where = Where(Path.cwd(), registered_libraries())
+        waiting, pending = iter(enumerate(items)), dict[Any, int]()
+        try:
+            while True:
+                room = _AHEAD * self.processors - len(pending)
+                for number, item in itertools.islice(waiting, max(room, 0)):
+                    loaded = [self._ray.put(part) for part in load(item)]
+                    pending[self._task.remote(where, job, compute, shared, *loaded)] = number
+                if not pending:
+                    return
+                (done, *_), _ = self._ray.wait(list(pending), num_returns=1)
+                number = pending.pop(done)
+                yield number, self._got(done)
+        finally:
+            for left in pending:
+                self._ray.cancel(left)
+
+    def _got(self, done: Any) -> Any:
+        """The result of a task; what it raised, as this process would have."""
+        try:
+            return self._ray.get(done)
+        except self._ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except self._ray.exceptions.RayError as error:
+            told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"the cluster lost a task {_RETRIES + 1} times ({told:.200})") from error
+
+
+def _computed(where: Where, job: str, compute: Callable[..., R], shared: list[Any], *loaded: Any) -> R:
+    """In a worker: one item."""
+    import ray
+
+    if job not in _GIVEN:
+        _GIVEN.clear()
+        _GIVEN[job] = ray.get(shared[0])
+    if where.folder.is_dir():
+        os.chdir(where.folder)
+    with custom_operators(where.libraries), limited(1):
+        return compute(*_GIVEN[job], *loaded)
+
+
+@contextmanager
+def clustered(address: str | None) -> Iterator[None]:
+    """Inside, Ray's machines compute: of the cluster at an address, or by "auto" of the one that runs here, else of one
+    that is started on this machine and ends with the block. None: this process computes.
+    """
+    if address is None:
+        yield
+        return
+    ray = _ray()
+    own = not ray.is_initialized()
+    if own:
+        _join(ray, address)
+    try:
+        with working(Cluster(ray)):
+            yield
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _join(ray: Any, address: str) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+    settings = {name: value for name, value in os.environ.items() if name.startswith("QCOMPILE_")}
+    try:
+        ray.init(
+            address=None if address == AUTO else address,
+            log_to_driver=False,
+            logging_level="ERROR",
+            include_dashboard=None if address != AUTO else False,
+            runtime_env={"env_vars": settings} if settings else None,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        told = (str(error).strip().splitlines() or ["?"])[0]
+        raise UserError(
+            f"--cluster {address}: Ray cannot be reached ({told:.200}); start it with `ray start --head`"
+        ) from error
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--cluster needs Ray: pip install 'qcompile-onnx[cluster]'") from error
+    return ray
