@@ -105,6 +105,7 @@ class Pass(ABC):
     unserved: targets whose runtime does not run what it writes, and what it lacks.
     observer: by which ranges of activations are chosen, in a pass that reads them.
     dry: it is asked what it would do alone: codes and scales may be blank, and it takes no ranges; for the sizes.
+    decided: what data decides of it that changes a graph's nodes, in words; dry runs tell it.
     parts: the small passes that it is a list of, in their order, each with a line on what it does.
     """
 
@@ -120,6 +121,7 @@ class Pass(ABC):
     unserved: ClassVar[Mapping[str, str]] = {}
     observer: str = ""
     dry: bool = False
+    decided: ClassVar[str] = ""
     parts: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self) -> None:

@@ -46,6 +46,7 @@ class Outlier(Pass):
     """
 
     name: ClassVar[str] = "outlier"
+    decided: ClassVar[str] = "which channels outlier leaves in float"
     reads: Set[Reads] = frozenset({Reads.SCALES})
     ensures: ClassVar[Set[Fact]] = frozenset({Fact.OUTLIERS})
 

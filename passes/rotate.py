@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from qcompile.passes.linears import Linear, constant, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rotation import LEAST, Rotation
 from qcompile.passes.rounding import Rounding, round_to_nearest
+from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.state import weight_state
 from qcompile.passes.statistics import Statistics
 from qcompile.passes.threads import allowed
@@ -50,10 +52,20 @@ class Rotate(Pass):
     """
 
     name: ClassVar[str] = "rotate"
+    decided: ClassVar[str] = "which inputs rotate turns"
 
-    def __init__(self, policy: Policy, rounding: Rounding, *, judge: bool = True, seed: int = 0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        rounding: Rounding,
+        activations: ActivationSpec | None = None,
+        *,
+        judge: bool = True,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.policy, self.rounding, self.judge, self.seed = policy, rounding, judge, seed
+        self.activations = activations
 
     def call(self, region: Region) -> None:
         """Turn the inputs of the region's linears; each linear has a decision."""
@@ -101,7 +113,7 @@ class Rotate(Pass):
         half = constant(first.weight).dtype == ir.DataType.FLOAT16
         if half and statistics is not None and statistics.rotated(rotation).absmax.max() > _HALF_MOST:
             return "turned, its input would leave the range of float16"
-        return Trial(rotation, self.rounding, statistics).left(self._sampled(value, linears))
+        return Trial(rotation, self.rounding, statistics, self.activations).left(self._sampled(value, linears))
 
     def _sampled(self, value: ir.Value, linears: Mapping[Linear, Grid]) -> list[tuple[Array, Grid]]:
         """Some columns of each weight, as many of each as it is wide."""
@@ -138,47 +150,90 @@ class Rotate(Pass):
 class Trial:
     """What turning an activation gains for columns of weights, rounded by the statistics of some rows and judged on
     others.
+
+    activations: the grid that it is rounded to behind the list, None where it stays in float.
     """
 
-    def __init__(self, rotation: Rotation, rounding: Rounding, statistics: Statistics | None) -> None:
-        self.rotation, self.statistics = rotation, statistics
-        self.fitted = self.held = None
+    def __init__(
+        self,
+        rotation: Rotation,
+        rounding: Rounding,
+        statistics: Statistics | None,
+        activations: ActivationSpec | None = None,
+    ) -> None:
+        self.statistics, self.rounding = statistics, round_to_nearest
+        self.before, self.after = _Side(None, None, None), _Side(rotation, None, None)
+        self.count = np.ones(0, np.float32)
         if statistics is not None and (parts := None if too_few(statistics) else statistics.split()) is not None:
-            self.fitted, rows = parts
-            self.held = capped(rows, statistics)
-        self.turned = None if self.fitted is None else self.fitted.rotated(rotation)
-        self.rounding = round_to_nearest if self.fitted is None else rounding
+            fitted, held = parts
+            self.rounding, self.count = rounding, row_weights(held, statistics)
+            self.before = _Side.of(None, fitted, held, statistics, activations)
+            self.after = _Side.of(rotation, fitted.rotated(rotation), held, statistics, activations)
 
     def left(self, sampled: list[tuple[Array, Grid]]) -> float:
-        """The error behind the rotation, relative to that without; each weight counts by its columns."""
-        losses = [self._losses(w, spec) for w, spec in sampled]
-        if self.statistics is not None and self.held is not None:
-            before, after = (np.sum([own[i] for own in losses], axis=0) for i in (0, 1))
-            return confirmed(before, after, self.statistics)
-        before, after = (np.concatenate([own[i] for own in losses]) for i in (0, 1))
-        return float(after.sum() / before.sum()) if before.any() else 1.0
+        """The error behind the rotation, relative to that without; each column counts alike."""
+        before, after = ([self._losses(side, w, spec) for w, spec in sampled] for side in (self.before, self.after))
+        if self.statistics is not None and len(self.count):
+            return confirmed(np.sum(before, axis=0), np.sum(after, axis=0), self.statistics)
+        whole = float(np.concatenate(before).sum())
+        return float(np.concatenate(after).sum()) / whole if whole > 0 else 1.0
 
-    def _losses(self, w: Array, spec: Grid) -> tuple[Array, Array]:
-        """Squared errors without and with the rotation, each column counting alike: of rows held aside (h,), or of
-        columns (n,).
-        """
-        turned = self.rotation.rows(w)
-        plain = self.rounding(w, spec, self.fitted).dequantize() - w
-        other = self.rounding(turned, spec, self.turned).dequantize() - turned
-        if self.held is not None:
-            unit = float(np.square(self.held @ w).sum()) / w.shape[1] or 1.0
-            errors = self.held @ plain, self.rotation.turned(self.held) @ other
-            return np.square(errors[0]).sum(axis=1) / unit, np.square(errors[1]).sum(axis=1) / unit
-        unit = float(np.square(w).sum()) / w.shape[1] or 1.0
-        return np.square(plain).sum(axis=0) / unit, np.square(other).sum(axis=0) / unit
+    def _losses(self, side: "_Side", w: Array, spec: Grid) -> Array:
+        """Squared errors: of rows held aside (h,); of columns (n,) where there are none."""
+        turned = w if side.rotation is None else side.rotation.rows(w)
+        rounded = self.rounding(turned, spec, side.fitted).dequantize()
+        if side.held is None:
+            return np.asarray(np.square(rounded - turned).sum(axis=0) * w.shape[1] / (np.square(w).sum() or 1.0))
+        wanted = side.held @ turned
+        power = float(self.count @ np.square(wanted).sum(axis=1)) / w.shape[1] or 1.0
+        return np.asarray(self.count * np.square(side.given @ rounded - wanted).sum(axis=1) / power)
 
 
-def capped(rows: Array, statistics: Statistics) -> Array:
-    """Rows (h, K), those of extreme norm scaled down to `_LOUDEST` times the sample's median."""
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """An activation as it is, or turned. fitted: what weights are rounded by. held: rows (h, K) to judge on."""
+
+    rotation: Rotation | None
+    fitted: Statistics | None
+    held: Array | None
+    grid: ActivationSpec | None = None
+    limit: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        rotation: Rotation | None,
+        fitted: Statistics,
+        held: Array,
+        statistics: Statistics,
+        grid: ActivationSpec | None,
+    ) -> "_Side":
+        """By the rows held aside as they are; the end of the grid is that of all rows that are known."""
+        assert statistics.sample is not None
+        if rotation is None:
+            return cls(None, fitted, held, grid, float(np.abs(statistics.sample).max()))
+        return cls(
+            rotation, fitted, rotation.turned(held), grid, float(np.abs(rotation.turned(statistics.sample)).max())
+        )
+
+    @property
+    def given(self) -> Array:
+        """The rows held aside, on the grid."""
+        assert self.held is not None
+        if self.grid is None or not self.limit > 0:
+            return self.held
+        step = np.float32(2 * self.limit / (self.grid.qmax - self.grid.qmin))
+        return np.asarray(np.rint(self.held / step) * step, np.float32)
+
+
+def row_weights(rows: Array, statistics: Statistics) -> Array:
+    """What the squared error of each of the rows (h, K) counts, (h,): those of extreme norm as if they had no more than
+    `_LOUDEST` times the median of the sample.
+    """
     assert statistics.sample is not None
     most = _LOUDEST * np.median(np.linalg.norm(statistics.sample, axis=1))
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows * np.minimum(1, most / np.maximum(norms, np.finfo(np.float32).tiny)), np.float32)
+    norms = np.maximum(np.linalg.norm(rows, axis=1), np.finfo(np.float32).tiny)
+    return np.asarray(np.square(np.minimum(1, most / norms)), np.float32)
 
 
 def foreign(linears: list[Linear]) -> str:

@@ -20,7 +20,7 @@ from qcompile.compiler.results.report import Report
 from qcompile.compiler.stages import Prepared, prepare_model
 from qcompile.compiler.walk.segments import split, targets
 from qcompile.passes.base import Region
-from qcompile.passes.contract import Fact, Reads, Stage
+from qcompile.passes.contract import Reads, Stage
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_linears
 
@@ -81,8 +81,7 @@ def _refusal(prepared: Prepared) -> str:
 def _open(prepared: Prepared) -> tuple[str, ...]:
     """What data decides, in words."""
     told = ["which nodes stay in float for their sensitivity"] if prepared.recipe.mixed else []
-    marking = [p.name for p in prepared.passes if Fact.OUTLIERS in p.ensures]
-    return (*told, *(f"which channels {name} leaves in float" for name in marking))
+    return (*told, *(p.decided for p in prepared.passes if p.decided))
 
 
 def _memory(prepared: Prepared, segments: list[list[ir.Node]]) -> float:

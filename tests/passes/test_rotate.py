@@ -14,10 +14,10 @@ from qcompile.passes.base import Region
 from qcompile.passes.gptq import ErrorCompensated
 from qcompile.passes.linears import find_linears
 from qcompile.passes.policy import Policy
-from qcompile.passes.rotate import Rotate, capped
+from qcompile.passes.rotate import Rotate, row_weights
 from qcompile.passes.rotation import Rotation
 from qcompile.passes.rounding import round_to_nearest, round_with_clip
-from qcompile.passes.spec import PerGroup, QuantSpec
+from qcompile.passes.spec import ActivationSpec, PerGroup, QuantSpec
 from qcompile.passes.state import set_weight
 from qcompile.passes.statistics import Statistics
 
@@ -190,8 +190,18 @@ def test_rows_of_extreme_norm_count_as_four_times_the_median() -> None:
     x = given_x(64).reshape(-1, 64)
     x[0] *= 1000
     region = Statistics(len(x), x.T @ x, np.abs(x).max(axis=0), x)
-    found = capped(x, region)
-    np.testing.assert_array_equal(found[1:], x[1:])
-    median = float(np.median(np.linalg.norm(x, axis=1)))
-    assert np.linalg.norm(found[0]) == pytest.approx(4 * median, rel=1e-4)
-    np.testing.assert_allclose(found[0] / np.linalg.norm(found[0]), x[0] / np.linalg.norm(x[0]), rtol=1e-4)
+    found, median = row_weights(x, region), float(np.median(np.linalg.norm(x, axis=1)))
+    np.testing.assert_array_equal(found[1:], 1)
+    assert np.sqrt(found[0]) * np.linalg.norm(x[0]) == pytest.approx(4 * median, rel=1e-4)
+
+
+@pytest.mark.parametrize("loud", [1, 40])
+def test_activations_on_a_grid_gain_where_they_have_outliers(loud: float) -> None:
+    """A channel forty times as loud takes the common step of int8 with it."""
+    model, x = products(128, (200,)), given_x(128)
+    x[..., 5] *= loud
+    rotate = Rotate(Policy(QuantSpec(8, PerGroup(64)), None, None), round_to_nearest, ActivationSpec())
+    rotate.call(region_of(model, x))
+    (decision,) = rotate.decisions
+    share = decision.detail["relative_loss"]
+    assert (decision.action, share < 0.2) == ("rotated", True) if loud > 1 else 0.8 < share < 1.1

@@ -77,6 +77,8 @@ def test_what_only_data_tells_is_named(bench: Any, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "open      which nodes stay in float for their sensitivity: only data tells" in shown
     assert "open      which channels outlier leaves in float: only data tells" in shown
+    assert bench.run(source, "--passes", "rotate,pack", "--dry-run") == 0
+    assert "open      which inputs rotate turns: only data tells" in capsys.readouterr().out
 
 
 def test_a_compile_that_would_be_refused_is_told(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
