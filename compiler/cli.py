@@ -55,12 +55,19 @@ def _guarded(arguments: list[str]) -> int:
         raise
     except KeyboardInterrupt as stopped:
         told = f": {stopped}" if stopped.args else ", nothing was written"
-        return _fail(f"interrupted{told}", 130)
+        return _noted(stopped, _fail(f"interrupted{told}", 130))
     except Exception as error:
         if "--traceback" in arguments:
             traceback.print_exc()
         _drop_output(error)
-        return _explain(error)
+        return _noted(error, _explain(error))
+
+
+def _noted(error: BaseException, code: int) -> int:
+    """Print what is noted of a failure beside it: how a compile goes on; the exit code."""
+    for note in getattr(error, "__notes__", ()):
+        _fail(f"note: {note}", code)
+    return code
 
 
 def _drop_output(error: Exception) -> None:

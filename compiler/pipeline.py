@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qcompile.compiler import ladder
@@ -12,6 +14,7 @@ from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.facts.model import element_type
 from qcompile.compiler.files import publish
 from qcompile.compiler.files.load import check_model_file, check_output_path, save_model
+from qcompile.compiler.files.work import Work
 from qcompile.compiler.measure import randomness
 from qcompile.compiler.measure.phases import peak_memory, phase, phases, recorded
 from qcompile.compiler.measure.speed import paired
@@ -22,7 +25,7 @@ from qcompile.compiler.recipe import Recipe, dump_recipe
 from qcompile.compiler.report.coverage import check_coverage
 from qcompile.compiler.report.page import to_html
 from qcompile.compiler.results.report import Report
-from qcompile.compiler.stages import finish, gather_data, load_statistics, prepare_model, walk, wish
+from qcompile.compiler.stages import checkpoints, finish, gather_data, load_statistics, prepare_model, walk, wish
 from qcompile.compiler.walk import activation_bits
 from qcompile.compiler.walk.accuracy import Accuracy
 from qcompile.compiler.walk.conformance import check_conformance
@@ -46,6 +49,7 @@ def compile_model(
     statistics: Path | str | None = None,
     evaluation: Given | None = None,
     bench: bool = False,
+    fresh: bool = False,
 ) -> Report:
     """Compile the model file to `output` (with its data file and report.json beside it); everything or nothing.
 
@@ -55,6 +59,7 @@ def compile_model(
     evaluation: what the accuracy in the report is measured on, given as calibration data is; none of it may be
     calibrated on. Without it, a part of the calibration text that calibration has left out, where there is one.
     bench: run both models in turns, and report how long they take.
+    fresh: begin anew, where the same compile was interrupted and would go on behind its last checkpoint.
 
     Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
     """
@@ -68,14 +73,44 @@ def compile_model(
     read = [*named(calibration.files), *(() if statistics is None else (Path(statistics),))]
     for file in (target, report_path(target), page_path(target)):
         check_output_path(source, file, read)
+    judged = None if evaluation is None else Calibration.of(evaluation)
+    job = _Job(source, target, recipe, changed, calibration, None if statistics is None else Path(statistics), judged)
+    with Work(target, fresh=fresh) as work:
+        return _compiled(job, work, progress, started, bench=bench)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What `compile_model` was asked for. changed: what a target changed in the recipe."""
+
+    source: Path
+    target: Path
+    recipe: Recipe
+    changed: Sequence[str]
+    calibration: Calibration
+    statistics: Path | None
+    evaluation: Calibration | None
+
+
+def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, bench: bool) -> Report:
+    """The work itself; what is finished of it is put aside in `work`."""
+    source, target, recipe, statistics = asked.source, asked.target, asked.recipe, asked.statistics
     prepared = prepare_model(source, recipe, progress)
-    saved = None if statistics is None else load_statistics(prepared, Path(statistics))
+    saved = None if statistics is None else load_statistics(prepared, statistics)
     graph, plan, report, job = prepared.model, prepared.plan, prepared.report, prepared.job
-    data = gather_data(prepared, calibration, saved, None if evaluation is None else Calibration.of(evaluation))
-    rungs = ladder.climb(source, recipe, prepared.passes, data, progress) if data.data_free and saved is None else []
-    walked = walk(prepared, data, saved)
+    data = gather_data(prepared, asked.calibration, saved, asked.evaluation)
+    aside = checkpoints(work, prepared, data, statistics)
+    if report.resumed:
+        progress.step(f"going on at {report.resumed}")
+    climbed = data.data_free and saved is None
+    rungs = aside.once(
+        "rungs", lambda: ladder.climb(source, recipe, prepared.passes, data, progress) if climbed else []
+    )
+    walked = walk(prepared, data, saved, aside)
     if recipe.mixed:
-        rankings = RankingCache(source, report.source_hash, recipe.to_dict(), report.versions, calibration, statistics)
+        rankings = RankingCache(
+            source, report.source_hash, recipe.to_dict(), report.versions, asked.calibration, statistics
+        )
         report.mixed = keep(graph, walked.passes, plan, data, source, wish(recipe), recipe.provider, progress, rankings)
     if recipe.target in INT8:
         taking = activation_bits.taking(graph, INT8[recipe.target])
@@ -105,7 +140,7 @@ def compile_model(
         rounding = math.inf if integer else report.rounding
         report.reload_error = check_reloaded(same, verified, element_type(graph), rounding=rounding)
         check_saved(staged, graph)
-        report.target = [*changed, *check_conformance(staged, recipe.target)]
+        report.target = [*asked.changed, *check_conformance(staged, recipe.target)]
         original = [original for _, original in walked.outputs]
         job.tell(plan, data, reloaded, original)
         judged = [o for o in report.outputs if o.name not in silent(reloaded, original, job.sigmoids)]
@@ -117,7 +152,7 @@ def compile_model(
         report.compiled_bytes = written.model_bytes + written.data_bytes
         report.output = str(target)
         report.files = [file.name for file in (*written.paths, report_path(target), page_path(target))]
-        report.seconds, report.peak_memory = time.monotonic() - started, peak_memory()
+        report.seconds, report.peak_memory = aside.seconds + time.monotonic() - started, peak_memory()
         report.phases = phases()
         with publish.writing(target):
             report_path(staged).write_text(report.to_json(), encoding="utf-8")

@@ -19,7 +19,9 @@ from qcompile.compiler.data.size_names import drop_contradicted
 from qcompile.compiler.facts.memory import check_sizes
 from qcompile.compiler.facts.model import file_size, versions
 from qcompile.compiler.facts.value_types import told_by_runtime
+from qcompile.compiler.files.cache import files_digest
 from qcompile.compiler.files.load import check_finite, load_model, model_hash
+from qcompile.compiler.files.work import Work
 from qcompile.compiler.measure import randomness
 from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.mixed.keep import Wish, check_metric
@@ -29,6 +31,7 @@ from qcompile.compiler.report.coverage import Recorded, account, in_order, quant
 from qcompile.compiler.results.errors import ActivationRange, RowsSeen
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.walk import promises, saved_statistics
+from qcompile.compiler.walk.checkpoints import Checkpoints
 from qcompile.compiler.walk.patterns import check_patterns
 from qcompile.compiler.walk.saved_statistics import SavedStatistics
 from qcompile.compiler.walk.walk import Job, observed, told_of_caches
@@ -230,11 +233,24 @@ def _infinite(plan: InputPlan, batches: Sequence[Batch]) -> set[str]:
     return {name for batch in batches if names for name in names if np.isinf(batch.feeds.get(name, 0)).any()}
 
 
-def walk(prepared: Prepared, data: Data, saved: SavedStatistics | None = None) -> Walked:
-    """Take the data through the graph, segment by segment. Observers are filled from `saved` where there is one."""
+def checkpoints(work: Work, prepared: Prepared, data: Data, statistics: Path | None) -> Checkpoints:
+    """Those of a compile that keeps them in `work`; statistics: the file that ranges come from."""
+    more = [] if statistics is None else [files_digest([statistics])]
+    return Checkpoints(work, prepared.model, prepared.passes, prepared.report, data, more)
+
+
+def walk(
+    prepared: Prepared, data: Data, saved: SavedStatistics | None = None, keep: Checkpoints | None = None
+) -> Walked:
+    """Take the data through the graph, segment by segment. Observers are filled from `saved` where there is one.
+
+    keep: where finished segments are put aside, and those of an interrupted compile are.
+    """
     report, graph = prepared.report, prepared.model
     report.data = data.description
-    outputs = prepared.job.walk(prepared.plan, data, observed(prepared.passes, graph) if saved is None else {})
+    begun = keep is not None and keep.found is not None
+    wanted = {} if saved is not None or begun else observed(prepared.passes, graph)
+    outputs = prepared.job.walk(prepared.plan, data, wanted, keep)
     watched = observed(prepared.passes, graph)
     for observer in watched.values() if saved is None else ():
         rows = observer.row_extremes.rows if isinstance(observer, Extremes) else 0

@@ -39,6 +39,7 @@ def compile(
     statistics: PathLike | None = None,
     evaluation: Data | None = None,
     bench: bool = False,
+    fresh: bool = False,
     progress: Progress | bool = False,
     **fields: Unpack[Fields],
 ) -> Report:
@@ -61,6 +62,7 @@ def compile(
         evaluation: what the accuracy in the report is measured on, in every form that `calibration` takes; none of it
             may be calibrated on. By default a part of the calibration text that is left out, where there is one.
         bench: run both models in turns for a few seconds, and report how fast they are.
+        fresh: start over, where the same compile was interrupted and would go on behind its last checkpoint.
         progress: True shows on stderr what is going on; or an object that is told.
         **fields: settings of a recipe by their keys: `bits=8`, `group_size=64`, `target="qdq"`, `exclude=["*head*"]`.
 
@@ -88,6 +90,7 @@ def compile(
             statistics=Path(statistics) if statistics is not None else None,
             evaluation=other,
             bench=bench,
+            fresh=fresh,
             progress=bar,
         )
 

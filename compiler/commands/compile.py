@@ -114,6 +114,11 @@ class Options(Common, Clustered, Calibrating, Recipes):
     bench: Annotated[
         bool, option("run both models in turns for a few seconds, and say if the compiled one is slower", under=SAFETY)
     ] = False
+    fresh: Annotated[
+        bool,
+        option("start over, where the same command was interrupted and would go on behind its last checkpoint",
+               under=SAFETY),
+    ] = False  # fmt: skip
     dry_run: Annotated[
         bool, option("print the plan: nodes, sizes before and after, memory; write nothing", under=SAFETY)
     ] = False
@@ -155,7 +160,8 @@ def _told_what_is_written() -> Iterator[dict[Path, Stamp]]:
         if not written or stopped.args:
             raise
         told = f"{', '.join(written)} {'is' if len(written) == 1 else 'are'} written"
-        raise KeyboardInterrupt(f"{told}, and what was to come behind that is not") from None
+        stopped.args = (f"{told}, and what was to come behind that is not",)
+        raise
 
 
 def _stamp(path: Path) -> Stamp:
@@ -218,6 +224,7 @@ def _compiled(args: Options, recipe: Recipe, output: Path) -> Report:
                 statistics=args.statistics,
                 evaluation=_evaluation(args),
                 bench=args.bench,
+                fresh=args.fresh,
             )
         if saved is not None and staged is not None:
             replace_file(staged, saved)

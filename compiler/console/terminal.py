@@ -151,7 +151,9 @@ class Bar:
         now = time.monotonic()
         if not self._out.is_terminal and (not often or now - self._printed > _OFTEN):
             self._printed = now
-            self.line(f"{now - self._started:5.0f} s  {text}")
+            left = self._bar.tasks[self._task].time_remaining
+            ahead = f", {left:.0f} s left" if often and left else ""
+            self.line(f"{now - self._started:5.0f} s  {text}{ahead}")
 
     def _show(self, **fields: Any) -> None:
         self._bar.update(self._task, **fields)

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,16 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """Where an array lies in the file."""
+class _Place:
+    """Where an array lies in a file."""
 
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+
+
+# An array, or its place. Those of objects are never in a file.
+Slot = _Place | Array
 
 
 class Spill(Sequence[Array]):
@@ -39,9 +43,28 @@ class Spill(Sequence[Array]):
 
     def __init__(self, budget: int = BUDGET) -> None:
         self._left = budget
-        self._slots: list[_Slot | Array] = []
+        self._slots: list[Slot] = []
         self._file: Any = None
         self._end = 0
+        self._stored, self._first = None, 0  # a file that `dump` wrote, and how many arrays lie in it
+
+    @classmethod
+    def stored(cls, file: Any, slots: Sequence[Slot]) -> "Spill":
+        """One with the arrays that `dump` wrote to a file, which is read as long as it is there."""
+        made = cls()
+        made._slots, made._stored, made._first = list(slots), file, len(slots)
+        return made
+
+    def dump(self, file: BinaryIO) -> list[Slot]:
+        """Append the arrays to a file, one in memory at a time; returns what `stored` takes."""
+        slots: list[Slot] = []
+        for array in self:
+            if array.dtype.hasobject:
+                slots.append(array)
+            else:
+                slots.append(_Place(file.tell(), array.shape, array.dtype))
+                file.write(_bytes(np.ascontiguousarray(array)))
+        return slots
 
     def append(self, array: Array) -> int:
         """Put an array behind the others; returns its number. UserError where the file system does not take it."""
@@ -49,7 +72,7 @@ class Spill(Sequence[Array]):
             self._left -= array.nbytes
             self._slots.append(array)
         else:
-            self._slots.append(_Slot(self._end, array.shape, array.dtype))
+            self._slots.append(_Place(self._end, array.shape, array.dtype))
             with _told():
                 self._write(_bytes(np.ascontiguousarray(array)))
         return len(self._slots) - 1
@@ -66,11 +89,11 @@ class Spill(Sequence[Array]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         slot = self._slots[index]
-        if not isinstance(slot, _Slot):
+        if not isinstance(slot, _Place):
             return slot
         array = np.empty(slot.shape, slot.dtype)
         with _told():
-            self._read(slot.offset, _bytes(array))
+            _read(self._stored if index % len(self) < self._first else self._file, slot.offset, _bytes(array))
         return array
 
     def _write(self, data: memoryview) -> None:
@@ -83,13 +106,14 @@ class Spill(Sequence[Array]):
         while data:  # a raw file may take a part
             data = data[self._file.write(data) :]
 
-    def _read(self, offset: int, into: memoryview) -> None:
-        self._file.seek(offset)
-        while into:
-            count = self._file.readinto(into)
-            if not count:
-                raise OSError("it became shorter")
-            into = into[count:]
+
+def _read(file: Any, offset: int, into: memoryview) -> None:
+    file.seek(offset)
+    while into:
+        count = file.readinto(into)
+        if not count:
+            raise OSError("it became shorter")
+        into = into[count:]
 
 
 def _bytes(array: Array) -> memoryview:

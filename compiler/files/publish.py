@@ -62,7 +62,7 @@ def staging(path: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with locks.exclusive(_lock(path)):  # or another might find the folder before its lock is held
+            with locks.exclusive(lock(path)):  # or another might find the folder before its lock is held
                 remove_stale(path)
                 folder = _hidden(path, path.parent, _STAGE)
                 stack.callback(_remove, folder)
@@ -77,7 +77,7 @@ def publish(staged: Sequence[Path], path: Path, beside: Sequence[Path] = ()) -> 
     """
     model, *data = staged
     targets = [path.with_name(file.name) for file in data]
-    with writing(path), locks.exclusive(_lock(path)):
+    with writing(path), locks.exclusive(lock(path)):
         for target in (path, *targets, *(path.with_name(file.name) for file in beside)):
             check_replaceable(target)
         before = [file for file in data_files(path) if _mentions(path, file.name)]
@@ -98,7 +98,7 @@ def publish_named(staged: Sequence[Path], path: Path) -> tuple[Path, ...]:
     """
     model, *data = staged
     targets = [path.with_name(file.name) for file in data]
-    with writing(path), locks.exclusive(_lock(path)):
+    with writing(path), locks.exclusive(lock(path)):
         for target in (path, *targets):
             check_replaceable(target)
         path.unlink(missing_ok=True)
@@ -163,7 +163,7 @@ def _hidden(path: Path, folder: Path, end: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=end, dir=folder))
 
 
-def _lock(path: Path) -> Path:
+def lock(path: Path) -> Path:
     return path.with_name(f".{path.stem}.lock")
 
 

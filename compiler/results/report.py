@@ -38,6 +38,8 @@ class Report(Shown):
     storing them in codes changed, beside what all other passes did. target: of one whose runtime is not at hand, what
     settings it changed and what its rules say of the file.
     phases: where the time went.
+    resumed: where the compile went on after an interrupt ("segment 7 of 61"); its seconds include those
+    before, phases are those since.
     output: the model file. files: names of all that was written beside it. sizes in bytes, seconds, peak_memory in
     bytes.
     """
@@ -66,6 +68,7 @@ class Report(Shown):
     caches: str = ""
     target: list[str] = field(default_factory=list)
     reload_error: float | None = None
+    resumed: str = ""
     output: str = ""
     files: list[str] = field(default_factory=list)
     source_bytes: int = 0

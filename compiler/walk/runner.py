@@ -38,6 +38,10 @@ class Stream:
     original: Carried = field(default_factory=dict)
     presents: dict[int, Arrays] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the batches: who goes on has them, and gives them anew."""
+        return {**vars(self), "batches": ()}
+
     def followed(self) -> dict[int, int]:
         """By the number of a batch whose caches are read: the last batch that reads them."""
         return {batch.follows: i for i, batch in enumerate(self.batches) if batch.follows is not None}

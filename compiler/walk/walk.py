@@ -1,6 +1,7 @@
 """One model on its way through the segments: rewritten, observed, checked."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
@@ -15,7 +16,9 @@ from qcompile.compiler.measure.predictions import predictions
 from qcompile.compiler.results.errors import RowsSeen
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.walk import promises
+from qcompile.compiler.walk.checkpoints import Checkpoints
 from qcompile.compiler.walk.extract import Piece
+from qcompile.compiler.walk.pace import Pace
 from qcompile.compiler.walk.runner import Beside, Runner, Stream, went_on
 from qcompile.compiler.walk.segments import Segment, split, targets
 from qcompile.compiler.walk.trial import through, tried
@@ -41,6 +44,36 @@ from qcompile.passes.statistics import Statistics
 def observed(passes: Sequence[Pass], model: ir.Model) -> dict[ir.Value, Observer]:
     """The observers of all passes for the activations of the graph as it is."""
     return {value: own for p in passes for value, own in p.observed(model).items()}
+
+
+@dataclass
+class Walk:
+    """How far a walk has come: with the graph, the passes and the report all that the next segments depend on.
+
+    shown: by segment, what its observers see. loose: nodes of the prepared graph in no segment. floats: by output, what
+    the float model gives on each batch of the evaluation. outputs: of the check batches, compiled and float.
+    watched, ranged: whether anything is observed for the walk's caller, and whether passes behind the walk want ranges.
+    done: segments that are finished.
+    """
+
+    segments: list[Segment]
+    shown: list[dict[ir.Value, Observer]]
+    loose: list[ir.Node]
+    floats: dict[str, Spill]
+    calibration: Stream
+    checks: Stream
+    evaluated: Beside | None
+    outputs: list[tuple[Arrays, Arrays]]
+    vocabulary: int | None
+    watched: bool
+    ranged: bool
+    done: int = 0
+
+    def feed(self, data: Data) -> None:
+        """Give the streams their batches, which are not put aside."""
+        self.calibration.batches, self.checks.batches = data.calibration, data.checks
+        if self.evaluated is not None:
+            self.evaluated.stream.batches = data.evaluation
 
 
 class Job:
@@ -72,42 +105,69 @@ class Job:
         self.vocabulary: int | None = None
 
     @phase("walk")
-    def walk(self, plan: InputPlan, data: Data, watched: Mapping[ir.Value, Observer]) -> list[tuple[Arrays, Arrays]]:
+    def walk(
+        self, plan: InputPlan, data: Data, watched: Mapping[ir.Value, Observer], keep: Checkpoints | None = None
+    ) -> list[tuple[Arrays, Arrays]]:
         """Take both streams through all segments, rewriting each; `watched` sees what the rewritten graph gives.
 
-        Returns the outputs on the check batches, compiled and float.
+        Returns the outputs on the check batches, compiled and float. keep: where finished segments are put aside; the
+        first ones are left out where it has them.
         """
-        self.guess, self.vocabulary = data.guess, vocabulary_size(self.model)
-        segments = split(self.model, targets(self.model).__contains__)
-        runner = Runner(self.model, plan, self.provider, self.progress.advance)
-        calibration, checks = Stream(data.calibration), Stream(data.checks)
+        progress, self.guess = self.progress, data.guess
+        found = keep.found if keep is not None else None
+        walk = self._begun(plan, data, watched) if found is None else found
+        walk.feed(data)
+        self.vocabulary, self.floats = walk.vocabulary, walk.floats
+        runner = Runner(self.model, plan, self.provider, progress.advance)
         rows = 2 * sum(batch.rows for batch in (*data.calibration, *data.checks))
         rows += sum(batch.rows for batch in data.evaluation)
-        self.floats = {name: Spill() for name in told(self.model, plan)} if data.evaluation else {}
-        evaluated = Beside(Stream(data.evaluation), self.floats) if data.evaluation else None
-        self.progress.total(rows * len(segments))
-        outputs: list[tuple[Arrays, Arrays]] = [({}, {}) for _ in data.checks]
-        ranged = bool(observed(self.late, self.model))
-        asked = [p for p in (*self.passes, *self.late) if ranged and (watched or Reads.RANGES not in p.reads)]
-        shown = seen_in(segments, watched)
-        inside = {node for segment in segments for node in segment.nodes}
-        loose = [node for node in self.model.graph if node not in inside]
-        for number, segment in enumerate(segments, 1):
-            self.progress.step(f"segment {number} of {len(segments)}")
-            self._rewrite(runner, segment, calibration, checks, outputs, int8=data.real, beside=evaluated)
-            if not calibration.batches:
-                continue
-            region = Region(self.model, [*(loose if number == 1 else ()), *segment.nodes], vocabulary=self.vocabulary)
-            more = [pair for p in asked for pair in p.observed_in(region).items()]
-            own = shown[number - 1]
-            if own or more:
-                runner.observe(segment, own, calibration, more=more)
-            runner.advance(segment, calibration)
+        progress.total(rows * len(walk.segments))
+        progress.advance(rows * walk.done)
+        asked = [p for p in (*self.passes, *self.late) if walk.ranged and (walk.watched or Reads.RANGES not in p.reads)]
+        pace = Pace(len(walk.segments), walk.done)
+        while walk.done < len(walk.segments):
+            progress.step(pace.told(walk.done))
+            self._step(runner, walk, data, asked)
+            walk.done += 1
+            if keep is not None:
+                keep.after(walk, walk.done, len(walk.segments))
         for rewrite in self.passes:
             before = len(rewrite.decisions)
             rewrite.call_rest(self.model)
             self.changed |= any(decision.action == "quantized" for decision in rewrite.decisions[before:])
-        return outputs
+        return walk.outputs
+
+    def _begun(self, plan: InputPlan, data: Data, watched: Mapping[ir.Value, Observer]) -> Walk:
+        """Before the first segment."""
+        segments = split(self.model, targets(self.model).__contains__)
+        floats = {name: Spill() for name in told(self.model, plan)} if data.evaluation else {}
+        inside = {node for segment in segments for node in segment.nodes}
+        return Walk(
+            segments,
+            seen_in(segments, watched),
+            [node for node in self.model.graph if node not in inside],
+            floats,
+            Stream(data.calibration),
+            Stream(data.checks),
+            Beside(Stream(data.evaluation), floats) if data.evaluation else None,
+            [({}, {}) for _ in data.checks],
+            vocabulary_size(self.model),
+            watched=bool(watched),
+            ranged=bool(observed(self.late, self.model)),
+        )
+
+    def _step(self, runner: Runner, walk: Walk, data: Data, asked: Sequence[Pass]) -> None:
+        """Rewrite one segment, observe what it gives, and take the calibration data through it."""
+        segment, calibration, first = walk.segments[walk.done], walk.calibration, walk.done == 0
+        self._rewrite(runner, segment, calibration, walk.checks, walk.outputs, int8=data.real, beside=walk.evaluated)
+        if not calibration.batches:
+            return
+        region = Region(self.model, [*(walk.loose if first else ()), *segment.nodes], vocabulary=self.vocabulary)
+        more = [pair for p in asked for pair in p.observed_in(region).items()]
+        own = walk.shown[walk.done]
+        if own or more:
+            runner.observe(segment, own, calibration, more=more)
+        runner.advance(segment, calibration)
 
     @phase("checks")
     def verify(self, plan: InputPlan, data: Data, outputs: list[tuple[Arrays, Arrays]]) -> list[Arrays]:

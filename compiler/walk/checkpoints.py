@@ -1,0 +1,207 @@
+"""A compile goes on where one that was killed had come to: behind the last segment that became a checkpoint.
+
+Invariant: a compile that goes on writes the bytes that it would have written undisturbed. So a checkpoint is only
+taken up where all that decides the result is the same (`_key`): the source's content, the recipe, the content of all
+batches, the versions of the packages, and this program's own text. What goes from one segment to the next is in it:
+the graph with what passes noted there, the passes themselves, streams, observers, decisions, the report (`snapshot`).
+
+When: no more often than every `EVERY` seconds, nor so often that writing takes more than `_SHARE` of the time. A
+compile of seconds has none. A list whose passes have a state that cannot be pickled has none either, which is said.
+Tensors that passes made go to the folder beside the output (`work`) as soon as more than `HELD` bytes of them are in
+memory, or with a checkpoint: memory does not grow with the packed model.
+"""
+
+import hashlib
+import logging
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.compiler.data.calibration import Data
+from qcompile.compiler.data.feeds import Batch
+from qcompile.compiler.files.cache import digest
+from qcompile.compiler.files.snapshot import Saver, is_marked, mark, objects_of, restore
+from qcompile.compiler.files.work import Damaged, Work
+from qcompile.compiler.measure.phases import phase
+from qcompile.compiler.results.report import Report
+from qcompile.passes.base import Pass
+
+_log = logging.getLogger(__name__)
+
+# Seconds of work between two checkpoints at least, and the share of the time that they may take.
+EVERY, _SHARE = 20.0, 1 / 30
+# Bytes of tensors that passes made and that stay in memory; smaller ones than the second stay in any case.
+HELD, _SMALL = 64 << 20, 4096
+# Raised with every change of what is in a checkpoint.
+_VERSION = 1
+# Fields of a report that are of the command, not of the work.
+_OF_COMMAND = {"source", "source_hash", "recipe", "versions", "given", "calibrated", "warnings", "data", "source_bytes"}
+_UNPICKLED = (pickle.PicklingError, TypeError, AttributeError)
+T = TypeVar("T")
+
+
+class Checkpoints:
+    """Those of one compile, of a model that is prepared and not walked through yet.
+
+    found: what `after` was given for the checkpoint that is gone on from; None where there is none. seconds: worked
+    until then. Where there is one, model, passes and report are as they were there.
+    """
+
+    def __init__(
+        self, work: Work, model: ir.Model, passes: Sequence[Pass], report: Report, data: Data, more: Iterable[str] = ()
+    ) -> None:
+        """more: words for whatever else decides the result."""
+        self._work, self._model, self._passes, self._report, self._data = work, model, passes, report, data
+        self._more, self._prepared = [*more, *objects_of(model)], mark(model)
+        self._beside: dict[str, Any] = {}
+        self._last, self._cost, self._off = time.monotonic(), 0.0, False
+        self._begun, self.seconds = self._last, 0.0
+        self.found = self._resumed() if work.waiting else None
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives; what it gave where the compile goes on."""
+        if name not in self._beside:
+            self._beside[name] = make()
+        found: T = self._beside[name]
+        return found
+
+    @phase("checkpoints")
+    def after(self, state: Any, done: int, of: int) -> None:
+        """Behind a finished segment: put aside what is large, and make it a checkpoint where one is due."""
+        now = time.monotonic()
+        due = not self._off and now - self._last >= max(EVERY, self._cost / _SHARE)
+        self.settle(everything=due)
+        if not due:
+            return
+        try:
+            with self._work.arrays(done) as arrays:
+                saved = Saver(self._model, arrays, self._work.tensors).saved(self._state(state))
+            self._work.keep(self._key, done, of, self.seconds + now - self._begun, saved)
+        except _UNPICKLED as error:
+            self._off = True
+            _log.warning("if this compile is interrupted, it begins anew: %s (%s)", self._unpickled(), error)
+        except OSError as error:
+            self._off = True
+            _log.warning("no more checkpoints beside %s: %s", self._work.output, error.strerror or error)
+        self._last = time.monotonic()
+        self._cost = self._last - now
+
+    def settle(self, *, everything: bool = False) -> None:
+        """Put tensors that passes made into the folder's file, where they are many."""
+        made = [value for value in self._model.graph.initializers.values() if _is_large(value.const_value, everything)]
+        if not everything and sum(value.const_value.nbytes for value in made if value.const_value) <= HELD:
+            return
+        placed: dict[int, ir.ExternalTensor] = {}
+        tensors = [value.const_value for value in made if value.const_value is not None]  # none is freed meanwhile
+        for value, tensor in zip(made, tensors, strict=True):
+            if id(tensor) not in placed:
+                placed[id(tensor)] = self._work.place(tensor)
+            value.const_value = placed[id(tensor)]
+
+    def _state(self, state: Any) -> Mapping[str, Any]:
+        told = {name: value for name, value in vars(self._report).items() if name not in _OF_COMMAND}
+        return {"walk": state, "passes": [vars(own) for own in self._passes], "report": told, "beside": self._beside}
+
+    def _resumed(self) -> Any:
+        """Continue from the checkpoint that is there, if it is of the same compile."""
+        if not self._work.adopted(self._key):
+            _log.warning(
+                "%s: an unfinished compile with other settings, data or versions lies there; it is not gone on from",
+                self._work.output,
+            )
+            return None
+        try:
+            content, arrays = self._work.content()
+        except Damaged as error:
+            _log.warning("begun anew: %s", error)
+            self._work.drop()
+            return None
+        state = restore(self._model, content, self._prepared, arrays, self._work.tensors)
+        for own, known in zip(self._passes, state["passes"], strict=True):
+            vars(own).clear()
+            vars(own).update(known)
+        vars(self._report).update(state["report"])
+        self._beside = state["beside"]
+        header = self._work.kept
+        assert header is not None
+        self.seconds = header.seconds
+        self._report.resumed = header.next
+        return state["walk"]
+
+    def _unpickled(self) -> str:
+        """Which pass cannot be pickled, in words."""
+        for own in self._passes:
+            try:
+                Saver(self._model, _Nowhere(), Path()).saved(vars(own))  # type: ignore[arg-type]
+            except _UNPICKLED:
+                return f"the state of pass {own.name} cannot be put aside"
+        return "its state cannot be put aside"
+
+    @cached_property
+    def _key(self) -> str:
+        """Names all that decides the result; the data is read once for it."""
+        report, data = self._report, self._data
+        streams = (data.calibration, data.checks, data.evaluation)
+        return digest(
+            {
+                "version": _VERSION,
+                "source": report.source_hash,
+                "recipe": report.recipe,
+                "versions": {**report.versions, "python": sys.version},
+                "program": _program(),
+                "data": [_digest_of(stream) for stream in streams],
+                "told": [data.real, data.guess, data.description],
+                "more": self._more,
+            }
+        )
+
+
+class _Nowhere:
+    """A file that takes everything."""
+
+    def tell(self) -> int:
+        return 0
+
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def _is_large(tensor: ir.TensorProtocol | None, lazy: bool) -> bool:
+    """Whether a tensor was made by a pass and takes memory; `lazy`: or is computed whenever it is read."""
+    if tensor is None or is_marked(tensor) or tensor.nbytes < _SMALL:
+        return False
+    return isinstance(tensor, (ir.Tensor, ir.PackedTensor)) or (lazy and isinstance(tensor, ir.LazyTensor))
+
+
+def _program() -> str:
+    """A digest of this program's own text: another one may compute other bytes."""
+    root, total = Path(__file__).resolve().parents[2], hashlib.sha256()
+    for folder in ("compiler", "passes", "runtime", "models"):
+        for file in sorted((root / folder).rglob("*.py")):
+            total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def _digest_of(batches: Sequence[Batch]) -> str:
+    """Of the arrays of all batches, with their names and types."""
+    total = hashlib.sha256()
+    for batch in batches:
+        total.update(f"{batch.rows} {batch.follows}".encode())
+        for name, array in sorted(batch.feeds.items()):
+            total.update(f"{name} {array.dtype} {array.shape}".encode())
+            total.update(_bytes(array))
+    return total.hexdigest()
+
+
+def _bytes(array: npt.NDArray[Any]) -> Any:
+    if array.dtype.hasobject:
+        return repr(array.tolist()).encode()
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -1,0 +1,281 @@
+"""A compile that was stopped goes on behind its last checkpoint, and ends with the bytes of an undisturbed one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from conftest import Bench
+from graphs.table import Graph
+
+from qcompile.compiler import stages
+from qcompile.compiler.files.snapshot import is_marked
+from qcompile.compiler.files.work import Work
+from qcompile.compiler.results.report import Report
+from qcompile.compiler.walk import checkpoints
+from qcompile.compiler.walk import segments as segments_of
+from qcompile.compiler.walk.checkpoints import Checkpoints
+from qcompile.models.tiny import tiny_decoder, tiny_encoder
+from qcompile.passes.base import Region
+from qcompile.passes.smooth import Smooth
+
+# By name of the model: the lists that are stopped behind every segment.
+LISTS = {
+    "decoder": ("pack", "smooth,awq,gptq,pack", "smooth,awq,gptq,pack,fuse_attention,kv", "smooth,qdq"),
+    "encoder": ("outlier,pack", "smooth,qdq(observer=entropy)", "qdq,bias_correction"),
+    "convolutions": ("qdq,bias_correction",),
+}
+
+
+# Of a report: what a run took, and where its files lie.
+_OF_RUN = {"seconds", "peak_memory", "phases", "resumed", "output", "files"}
+
+
+class Stopped(Exception):
+    """What ends a compile behind a segment."""
+
+
+@pytest.fixture(autouse=True)
+def _always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint behind every segment, and nothing of what passes made held in memory."""
+    monkeypatch.setattr(checkpoints, "EVERY", 0.0)
+    monkeypatch.setattr(checkpoints, "_SHARE", float("inf"))
+    monkeypatch.setattr(checkpoints, "HELD", 0)
+
+
+def _stopped(
+    bench: Bench, source: Path, passes: str, monkeypatch: pytest.MonkeyPatch, *, behind: int, **settings: Any
+) -> Stopped:
+    """Compile until so many segments are finished; 0: until the first is, which is not put aside."""
+    after = Checkpoints.after
+
+    def stopped(self: Checkpoints, state: Any, done: int, of: int) -> None:
+        if behind:
+            after(self, state, done, of)
+        if done >= behind:
+            raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "after", stopped)
+        with pytest.raises(Stopped) as raised:
+            bench.compile(source, passes, **settings)
+    return raised.value
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of segments, as they are finished."""
+    done, after = list[int](), Checkpoints.after
+
+    def counted(self: Checkpoints, state: Any, number: int, of: int) -> None:
+        done.append(number)
+        after(self, state, number, of)
+
+    monkeypatch.setattr(Checkpoints, "after", counted)
+    return done
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    """What a compile wrote, but for its reports, which tell how long it took; hidden folders among it."""
+    return {file.name: file.read_bytes() if file.is_file() else b"" for file in sorted(folder.iterdir())
+            if ".report." not in file.name}  # fmt: skip
+
+
+def _convolutions() -> Any:
+    make = Graph()
+    value = make.input("b", 3, 12, 12, sizes={"b": 4})
+    for channels in (8, 8, 8, 8, 8):
+        weight = make.floats(channels, 3 if value == make.inputs[0].name else 8, 3, 3)
+        value = make.one("Relu", make.one("Conv", value, weight, kernel_shape=[3, 3]))
+    pooled = make.one("Flatten", make.one("GlobalAveragePool", value))
+    make.output(make.linear(make.linear(pooled, 16, 8), 16, 16))
+    return make
+
+
+def _saved(bench: Bench, kind: str) -> tuple[Path, dict[str, Any]]:
+    """A model of that kind, and the settings that fit it."""
+    if kind == "decoder":
+        return bench.save(tiny_decoder(layers=2, kv_cache=True)), {"min_coverage": 0.0}
+    if kind == "encoder":
+        return bench.save(tiny_encoder()), {"min_coverage": 0.0}
+    make = _convolutions()
+    folder = bench.folder / "in"
+    folder.mkdir(parents=True)
+    onnx.save(make.model(), folder / "model.onnx")
+    np.savez(folder / "data.npz", **make.feeds(0))
+    return folder / "model.onnx", {"min_coverage": 0.0, "calibration": [str(folder / "data.npz")]}
+
+
+def _story(report: Report) -> dict[str, Any]:
+    """What a report tells, but for what it took and where it lies."""
+    told = json.loads(report.to_json())
+    return {name: value for name, value in told.items() if name not in _OF_RUN}
+
+
+CASES = [(kind, passes) for kind, lists in LISTS.items() for passes in lists]
+
+
+@pytest.mark.parametrize(("kind", "passes"), CASES)
+def test_same_bytes_after_a_stop_behind_every_segment(
+    kind: str, passes: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One compile, stopped behind the first segment, gone on with, stopped behind the second …"""
+    source, options = _saved(bench, kind)
+    monkeypatch.setattr(segments_of, "_SEGMENTS", 4)  # so that convolutions are cut at, too
+    done = _counted(monkeypatch)
+    whole = bench.compile(source, passes, output="whole/model.onnx", **options)
+    segments, wanted = done[-1], _bytes(bench.folder / "whole")
+    assert done == list(range(1, segments + 1))
+    assert segments > 2
+    for behind in range(1, segments + 1):
+        done.clear()
+        stopped = _stopped(bench, source, passes, monkeypatch, behind=behind, **options)
+        assert done == [behind], "finished segments are left out"
+        there = f"segment {behind + 1} of {segments}" if behind < segments else "the end of the segments"
+        assert stopped.__notes__ == [f"run the same command again to go on at {there}; --fresh starts over"]
+    report = bench.compile(source, passes, **options)
+    assert report.resumed == there
+    assert _bytes(bench.folder / "out") == wanted
+    assert _story(report) == _story(whole)
+
+
+@pytest.mark.parametrize("behind", [0, 2])
+def test_same_bytes_after_one_stop(behind: int, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not restored time and again; 0: stopped before the first checkpoint, which leaves nothing."""
+    source = bench.save(tiny_decoder(layers=2, tied=False))
+    bench.compile(source, "smooth,awq,gptq,pack", output="whole/model.onnx")
+    _stopped(bench, source, "smooth,awq,gptq,pack", monkeypatch, behind=behind)
+    assert len(list((bench.folder / "out").glob(".*"))) == bool(behind)
+    assert bool(bench.compile(source, "smooth,awq,gptq,pack").resumed) == bool(behind)
+    assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
+
+
+Change = Callable[[Bench, pytest.MonkeyPatch], dict[str, Any]]
+
+
+def _other_source(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    bench.save(tiny_decoder(layers=2, seed=1))
+    return {}
+
+
+def _other_data(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    other = bench.folder / "other.txt"
+    other.write_text(bench.text.read_text()[1000:])
+    return {"calibration": [str(other)]}
+
+
+def _other_version(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(stages, "versions", lambda: {"onnxruntime": "0.0"})
+    return {}
+
+
+def _other_program(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(checkpoints, "_program", lambda: "another text")
+    return {}
+
+
+CHANGES: dict[str, Change] = {
+    "source": _other_source,
+    "recipe": lambda bench, monkeypatch: {"bits": 8},
+    "data": _other_data,
+    "version": _other_version,
+    "program": _other_program,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_nothing_else_is_gone_on_from(
+    change: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = bench.save(tiny_decoder(layers=2))
+    _stopped(bench, source, "smooth,pack", monkeypatch, behind=2)
+    settings = CHANGES[change](bench, monkeypatch)
+    report = bench.compile(source, "smooth,pack", **settings)
+    assert not report.resumed
+    assert "is not gone on from" in caplog.text
+    bench.compile(source, "smooth,pack", output="whole/model.onnx", **settings)
+    assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole"), "and what was left is removed"
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "arrays-2", "tensors"])
+def test_a_truncated_checkpoint_is_ignored(
+    name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = bench.save(tiny_decoder(layers=2))
+    bench.compile(source, "smooth,pack", output="whole/model.onnx")
+    _stopped(bench, source, "smooth,pack", monkeypatch, behind=2)
+    (folder,) = (bench.folder / "out").glob(".model.onnx.*.work.tmp")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-1])
+    assert not bench.compile(source, "smooth,pack").resumed
+    assert "begun anew" in caplog.text
+    assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
+
+
+def test_fresh_starts_over(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    source = bench.save(tiny_decoder(layers=2))
+    words = ["--passes", "pack", "--calibration", str(bench.text)]
+
+    def interrupted(self: Checkpoints, state: Any, done: int, of: int) -> None:
+        after(self, state, done, of)
+        raise KeyboardInterrupt
+
+    for option, behind in (([], 1), ([], 2), (["--fresh"], 1)):
+        with monkeypatch.context() as patched:
+            after = Checkpoints.after
+            patched.setattr(Checkpoints, "after", interrupted)
+            assert bench.run(source, *words, *option) == 130
+        error = capsys.readouterr().err
+        assert "qcompile: interrupted, nothing was written\n" in error
+        assert f"go on at segment {behind + 1} of " in error
+        assert len(list((bench.folder / "out").iterdir())) == 1, "one folder, whatever was interrupted"
+    assert bench.run(source, *words) == 0
+    assert "it was interrupted, and went on at segment 2 of " in capsys.readouterr().out
+
+
+def test_a_list_that_cannot_be_put_aside_says_so(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, begin = bench.save(tiny_decoder(layers=2)), Smooth.call
+
+    def call(self: Smooth, region: Region) -> None:
+        self.held = lambda: region  # type: ignore[attr-defined]
+        begin(self, region)
+
+    monkeypatch.setattr(Smooth, "call", call)
+    bench.compile(source, "smooth,pack")
+    (told,) = [own.getMessage() for own in caplog.records if "begins anew" in own.getMessage()]
+    assert "the state of pass smooth" in told
+    assert not list((bench.folder / "out").glob(".*"))
+
+
+def test_a_compile_of_seconds_pays_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+
+    def never(self: Work) -> Path:
+        raise AssertionError("a folder was made")
+
+    monkeypatch.setattr(Work, "_made", never)
+    bench.compile(bench.save(tiny_decoder()), "pack")
+
+
+def test_nothing_that_passes_make_stays_in_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `HELD` 0 every initializer of 4 KB or more is the source's or lies in the folder, behind each segment."""
+    after = Checkpoints.after
+
+    def looked_at(self: Checkpoints, state: Any, done: int, of: int) -> None:
+        after(self, state, done, of)
+        for value in self._model.graph.initializers.values():
+            tensor = value.const_value
+            assert tensor is not None
+            assert is_marked(tensor) or tensor.nbytes < 4096 or isinstance(tensor, ir.ExternalTensor)
+
+    monkeypatch.setattr(Checkpoints, "after", looked_at)
+    monkeypatch.setattr(checkpoints, "EVERY", float("inf"))
+    bench.compile(bench.save(tiny_decoder(layers=2)), "smooth,awq,gptq,pack", output="out/model.onnx")
+    monkeypatch.undo()
+    bench.compile(bench.folder / "in" / "model.onnx", "smooth,awq,gptq,pack", output="whole/model.onnx")
+    assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
