@@ -62,6 +62,16 @@ class Threads:
             yield from ((numbers[done], done.result()) for done in as_completed(numbers))
 
 
+def in_order(found: Iterator[tuple[int, R]]) -> Iterator[R]:
+    """Results by their numbers, 0 first; those that come early are held back."""
+    early, wanted = dict[int, R](), 0
+    for number, result in found:
+        early[number] = result
+        while wanted in early:
+            yield early.pop(wanted)
+            wanted += 1
+
+
 _WORKERS: ContextVar[Workers | None] = ContextVar("workers", default=None)
 
 
@@ -90,5 +100,4 @@ def mapped(
 ) -> list[R]:
     """compute(*given, *load(item)) of every item, in order; by so many threads at most where this process computes."""
     workers = elsewhere() or Threads(allowed(threads))
-    found = dict(workers.each(compute, items, load=load, given=given))
-    return [found[number] for number in range(len(items))]
+    return list(in_order(workers.each(compute, items, load=load, given=given)))

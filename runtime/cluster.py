@@ -8,6 +8,7 @@ the same kind of processor: a task computes one item alone, on one thread, and n
 
 import itertools
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Cluster:
     def _got(self, done: Any) -> Any:
         """The result of a task; what it raised, as this process would have."""
         try:
-            return self._ray.get(done)
+            return pickle.loads(self._ray.get(done))
         except self._ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
         except self._ray.exceptions.RayError as error:
@@ -88,8 +89,8 @@ class Cluster:
             raise UserError(f"the cluster lost a task {_RETRIES + 1} times ({told:.200})") from error
 
 
-def _computed(where: Where, job: str, compute: Callable[..., R], shared: list[Any], *loaded: Any) -> R:
-    """In a worker: one item."""
+def _computed(where: Where, job: str, compute: Callable[..., R], shared: list[Any], *loaded: Any) -> bytes:
+    """In a worker: one item. Its result as bytes: of arrays, Ray would show the caller what it must not change."""
     import ray
 
     if job not in _GIVEN:
@@ -98,7 +99,7 @@ def _computed(where: Where, job: str, compute: Callable[..., R], shared: list[An
     if where.folder.is_dir():
         os.chdir(where.folder)
     with custom_operators(where.libraries), limited(1):
-        return compute(*_GIVEN[job], *loaded)
+        return pickle.dumps(compute(*_GIVEN[job], *loaded), pickle.HIGHEST_PROTOCOL)
 
 
 @contextmanager

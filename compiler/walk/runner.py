@@ -12,12 +12,14 @@ from qcompile.compiler.data.feeds import Batch, InputPlan, PastPair
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.files.disk_arrays import BUDGET, Spill
 from qcompile.compiler.measure.phases import phase
+from qcompile.compiler.measure.randomness import draws
 from qcompile.compiler.walk.extract import Piece, extract, reads
+from qcompile.compiler.walk.opened import Opened
 from qcompile.compiler.walk.segments import Segment
 from qcompile.passes.observers.base import Observer
-from qcompile.passes.observers.gram import Gram
+from qcompile.passes.observers.gram import UNIT, Gram
 from qcompile.passes.statistics import Statistics
-from qcompile.runtime.sessions import run
+from qcompile.passes.workers import Threads, Workers, elsewhere, in_order
 
 # By the name of a carried value: its array for each batch.
 Carried = Mapping[str, Sequence[npt.NDArray[Any]]]
@@ -133,7 +135,11 @@ class Runner:
         piece = extract(self.model, segment.carried, presents, [value for value, _ in pairs])
         for observer in every:
             observer.append(piece.proto.graph)
-        for results in self._run(piece, segment, stream):
+        others, grams = self._others(piece, stream), [own for own in every if isinstance(own, Gram)]
+        if others is not None and len(grams) == len(every):
+            self._merge(others, piece, segment, stream, grams)
+            return
+        for results in self._run(piece, segment, stream, others):
             for observer in every:
                 observer.update(results)
 
@@ -147,7 +153,7 @@ class Runner:
             piece = extract(self.model, segment.carried, list(dict.fromkeys([*segment.made, *ends, *presents])))
             carried = {name: Spill(BUDGET // len(made)) for name in made}
             aside = [*carried.items(), *((str(v.name), outputs[str(v.name)]) for v in ends if outputs)]
-            for results in self._run(piece, segment, stream):
+            for results in self._run(piece, segment, stream, self._others(piece, stream)):
                 for name, spill in aside:
                     spill.append(results[name])
             stream.quantized = {**stream.quantized, **carried}
@@ -225,19 +231,40 @@ class Runner:
             if pair.present in made and all(n in own or n.op_type == "Shape" for n in readers[pair.past.name])
         }
 
-    def _run(self, piece: Piece, segment: Segment, stream: Stream) -> Iterator[Arrays]:
-        """The outputs of each batch, in arrays of their own."""
-        names = [output.name for output in piece.proto.graph.output]
-        if not names:
+    def _others(self, piece: Piece, stream: Stream) -> Workers | None:
+        """Who may run batches elsewhere: those that follow no other one, of a piece that draws no random numbers."""
+        alone = self.provider != "cpu" or stream.followed() or draws(piece.proto)
+        return None if alone else elsewhere()
+
+    def _merge(self, others: Workers, piece: Piece, segment: Segment, stream: Stream, grams: Sequence[Gram]) -> None:
+        """Have units of batches watched elsewhere, and add up what was seen in their order."""
+        opened, count = Opened(piece, self.provider, optimize=self.optimize), len(stream.batches)
+        units = [range(start, min(start + UNIT, count)) for start in range(0, count, UNIT)]
+        names = [(own.value, *own.others) for own in grams]
+
+        def load(unit: range) -> tuple[list[Arrays]]:
+            return ([self._feeds(opened.inputs, segment, stream, i) for i in unit],)
+
+        found = others.each(Opened.watched, units, load=load, given=(opened, names))
+        for unit, states in zip(units, in_order(found), strict=True):
+            for own, state in zip(grams, states, strict=True):
+                own.merge(state)
+            self.progress(sum(stream.batches[i].rows for i in unit))
+
+    def _run(self, piece: Piece, segment: Segment, stream: Stream, others: Workers | None = None) -> Iterator[Arrays]:
+        """The outputs of each batch, in arrays of their own. others: who runs them, if not this process."""
+        opened = Opened(piece, self.provider, optimize=self.optimize)
+        if not opened.names:
             yield from ({} for _ in stream.batches)
             return
-        session = piece.session(self.provider, optimize=self.optimize)
-        inputs = {given.name for given in session.get_inputs()}
         followed, passing = stream.followed(), self._passing(segment)
-        for i, batch in enumerate(stream.batches):
-            feeds = self._feeds(inputs, segment, stream, i)
-            # An array of ONNX Runtime's is a view that keeps the whole arena of its session alive.
-            outputs = {name: np.array(array) for name, array in zip(names, run(session, names, feeds), strict=True)}
+
+        def load(number: int) -> tuple[Arrays]:
+            return (self._feeds(opened.inputs, segment, stream, number),)
+
+        found = (others or Threads(1)).each(Opened.run, range(len(stream.batches)), load=load, given=(opened,))
+        for i, outputs in enumerate(in_order(found)):
+            batch = stream.batches[i]
             if i in followed:
                 made = stream.presents.setdefault(i, {})
                 made.update((p.present, outputs[p.present]) for p in self.plan.past if p.present in outputs)

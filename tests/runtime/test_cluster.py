@@ -12,7 +12,9 @@ import pytest
 
 from qcompile.compiler.api.sensitivity import rank_nodes
 from qcompile.compiler.cli import main
+from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.mixed import ranking
+from qcompile.compiler.pipeline import compile_model
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.sweep import run as sweeping
 from qcompile.compiler.sweep.scoring import Evaluation
@@ -168,6 +170,36 @@ def test_the_command_compiles_to_the_same_bytes(nodes: Nodes, bench: Any) -> Non
         return {file.name: file.read_bytes() for file in (bench.folder / "out").glob("model*[xa]")}
 
     assert compiled("--cluster", nodes.address) == compiled()
+
+
+class _Advancing(Silent):
+    """Does something once, when so many rows went through a segment."""
+
+    def __init__(self, rows: int, done: Callable[[], None]) -> None:
+        self.rows, self.done = rows, done
+
+    def advance(self, rows: int) -> None:
+        """Rows more."""
+        self.rows, before = self.rows - rows, self.rows
+        if before > 0 >= self.rows:
+            self.done()
+
+
+@pytest.mark.parametrize("passes", ["smooth,awq,gptq,pack", "smooth,qdq"])
+def test_a_compile_whose_node_dies_is_that_of_one_machine(nodes: Nodes, bench: Any, passes: str) -> None:
+    """Units of calibration batches are watched, and batches run, by two nodes, and then by one: the same bytes."""
+    model, settings = bench.save(tiny_decoder()), {"samples": 20, "bits": 4 if "pack" in passes else 8}
+    recipe = Recipe(passes=parse_passes(passes), context=32, group_size=32, **settings)
+
+    def compiled(name: str, progress: Silent) -> dict[str, bytes]:
+        target = bench.folder / name / "model.onnx"
+        compile_model(model, recipe, output=target, calibration=[str(bench.text)], progress=progress)
+        return {file.name: file.read_bytes() for file in target.parent.glob("model*[xa]")}
+
+    with clustered(nodes.address):
+        spread = compiled("spread", _Advancing(1000, nodes.lose))
+    assert nodes.second is None, "it was killed"
+    assert spread == compiled("alone", Silent())
 
 
 def test_a_cluster_that_is_not_there(capsys: pytest.CaptureFixture[str], bench: Any) -> None:
