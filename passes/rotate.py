@@ -2,9 +2,8 @@
 
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +23,7 @@ from qcompile.passes.rounding import Rounding, round_to_nearest
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.state import weight_state
 from qcompile.passes.statistics import Statistics
-from qcompile.passes.threads import allowed
+from qcompile.passes.workers import mapped
 
 _THREADS = 2
 # Columns of all the weights of an input that tell what turning it gains.
@@ -77,19 +76,24 @@ class Rotate(Pass):
                 self.decide(linear.name, "skipped", spec)
             else:
                 inputs.setdefault(linear.activation, {})[linear] = spec
-        with ThreadPoolExecutor(allowed(_THREADS)) as pool:
-            judged = list(pool.map(lambda value: self._judged(value, inputs[value], region), inputs))
-        for (value, linears), left in zip(inputs.items(), judged, strict=True):
-            if isinstance(left, str):
-                for linear in linears:
-                    self.decide(linear.name, "skipped", left)
-                continue
-            told = left <= _WORTH_IT or not self.judge
-            if told:
+        refused = {value: self._refused(list(linears), region) for value, linears in inputs.items()}
+        judged = [value for value in inputs if self.judge and not refused[value]]
+        left = mapped(
+            share_left,
+            judged,
+            load=lambda value: self._loaded(value, inputs[value], region),
+            given=(self.rounding, self.activations),
+            threads=_THREADS,
+        )
+        gained = dict(zip(judged, left, strict=True))
+        for value, linears in inputs.items():
+            share = gained.get(value)
+            reason = refused[value] or (_NO_GAIN if share is not None and share > _WORTH_IT else "")
+            if not reason:
                 self._turn(region, value, list(linears))
             for linear in linears:
-                action, reason = ("rotated", "in blocks") if told else ("skipped", _NO_GAIN)
-                self.decide(linear.name, action, reason, relative_loss=left)
+                detail: dict[str, Any] = {} if share is None else {"relative_loss": share}
+                self.decide(linear.name, "skipped" if reason else "rotated", reason or "in blocks", **detail)
 
     def call_rest(self, model: ir.Model) -> None:
         """Make one of the nodes that linears of several regions gave an input."""
@@ -100,20 +104,26 @@ class Rotate(Pass):
                 ir.convenience.replace_all_uses_with(node.outputs[0], turned)
                 model.graph.remove(node, safe=True)
 
-    def _judged(self, value: ir.Value, linears: Mapping[Linear, Grid], region: Region) -> float | str:
-        """The share of the squared error of the linears that is left where their input is turned; or why it is not."""
-        statistics = region.statistics.get(value)
-        first, *_ = linears
-        channels = first.shape[0]
-        rotation = Rotation.of(channels, self.seed)
+    def _refused(self, linears: list[Linear], region: Region) -> str:
+        """Why the input of these cannot be turned, or an empty string."""
+        first = linears[0]
+        rotation = Rotation.of(first.shape[0], self.seed)
         if rotation is None:  # Case 2
-            return f"{channels} channels have no blocks of {LEAST} and more"
-        if reason := foreign(list(linears)):  # Case 3
+            return f"{first.shape[0]} channels have no blocks of {LEAST} and more"
+        if reason := foreign(linears):  # Case 3
             return reason
+        known = region.statistics.get(first.activation)
         half = constant(first.weight).dtype == ir.DataType.FLOAT16
-        if half and statistics is not None and statistics.rotated(rotation).absmax.max() > _HALF_MOST:
+        if half and known is not None and known.rotated(rotation).absmax.max() > _HALF_MOST:
             return "turned, its input would leave the range of float16"
-        return Trial(rotation, self.rounding, statistics, self.activations).left(self._sampled(value, linears))
+        return ""
+
+    def _loaded(
+        self, value: ir.Value, linears: Mapping[Linear, Grid], region: Region
+    ) -> tuple[Rotation | None, Statistics | None, list[tuple[Array, Grid]]]:
+        """What `share_left` judges an input by."""
+        rotation = Rotation.of(next(iter(linears)).shape[0], self.seed)
+        return rotation, region.statistics.get(value), self._sampled(value, linears)
 
     def _sampled(self, value: ir.Value, linears: Mapping[Linear, Grid]) -> list[tuple[Array, Grid]]:
         """Some columns of each weight, as many of each as it is wide."""
@@ -145,6 +155,17 @@ class Rotate(Pass):
             linear.node.replace_input_with(0, turned)
         if value in region.statistics:
             region.statistics[turned] = region.statistics[value].rotated(rotation)
+
+
+def share_left(
+    rounding: Rounding,
+    activations: ActivationSpec | None,
+    rotation: Rotation,
+    statistics: Statistics | None,
+    sampled: list[tuple[Array, Grid]],
+) -> float:
+    """The squared error of columns of weights where their input is turned, relative to that where it is not."""
+    return Trial(rotation, rounding, statistics, activations).left(sampled)
 
 
 class Trial:
