@@ -29,7 +29,8 @@ from qcompile.compiler.stages import checkpoints, finish, gather_data, load_stat
 from qcompile.compiler.walk import activation_bits
 from qcompile.compiler.walk.accuracy import Accuracy
 from qcompile.compiler.walk.conformance import check_conformance
-from qcompile.compiler.walk.verify import check_outputs, check_reloaded, run_file, silent
+from qcompile.compiler.walk.saved_run import run_saved
+from qcompile.compiler.walk.verify import check_outputs, check_reloaded, silent
 from qcompile.compiler.walk.verify_saved import check_saved
 from qcompile.passes.activations import INT8
 from qcompile.passes.contract import Fact
@@ -132,10 +133,10 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
             written = save_model(graph, staged, metadata=_metadata(report, recipe))
         progress.step("running the saved file")
         accuracy = Accuracy(plan, data, job.floats)
-        reloaded = run_file(
+        reloaded = run_saved(
             staged, plan, data.checks, recipe.provider, job.optimize, more=data.evaluation, each=accuracy.add
         )
-        same = run_file(staged, plan, data.checks, recipe.provider, job.optimize, floats=int8) if int8 else reloaded
+        same = run_saved(staged, plan, data.checks, recipe.provider, job.optimize, floats=int8) if int8 else reloaded
         integer = any(Fact.INTEGER in p.ensures for p in walked.passes)
         rounding = math.inf if integer else report.rounding
         report.reload_error = check_reloaded(same, verified, element_type(graph), rounding=rounding)

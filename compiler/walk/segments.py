@@ -119,7 +119,7 @@ class _Line:
             begun = [value for value in node.outputs if last.get(value, i) > i]
             width += len(begun) - len(self.ending[i])
             bad += sum(not _carriable(v) for v in begun) - sum(not _carriable(v) for v in self.ending[i])
-            weights = [value for value in reads(node) if _is_large(value) and value not in seen]
+            weights = [value for value in reads(node) if is_large(value) and value not in seen]
             seen.update(weights)
             sizes = [value.const_value.nbytes for value in dict.fromkeys(weights) if value.const_value is not None]
             if is_target(node):
@@ -190,7 +190,8 @@ def _carriable(value: ir.Value) -> bool:
     return isinstance(value.type, ir.TensorType) and not rounding
 
 
-def _is_large(value: ir.Value) -> bool:
+def is_large(value: ir.Value) -> bool:
+    """Whether the value is a constant of rank 2 or more that makes what reads it part of the stream."""
     tensor = value.const_value
     return tensor is not None and len(tensor.shape) > 1 and tensor.nbytes >= _LARGE
 
@@ -200,7 +201,7 @@ def _weights(node: ir.Node) -> Iterator[ir.Value]:
     for value in node.inputs:
         producer = value.producer() if value is not None else None
         source = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
-        if source is not None and _is_large(source):
+        if source is not None and is_large(source):
             yield source
 
 
@@ -214,7 +215,7 @@ def _downstream(model: ir.Model, is_target: Callable[[ir.Node], bool]) -> list[i
     nodes = []
     for node in model.graph:
         read = list(reads(node))
-        if not is_target(node) and not any(value in reached or value in weights or _is_large(value) for value in read):
+        if not is_target(node) and not any(value in reached or value in weights or is_large(value) for value in read):
             continue
         if not is_target(node) and node.op_type not in _ROUNDING and all(_constant(v) or v in weights for v in read):
             weights.update(node.outputs)

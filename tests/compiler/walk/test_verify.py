@@ -126,7 +126,7 @@ def test_a_saved_file_that_differs_is_found_and_removed(bench: Any, monkeypatch:
         data.write_bytes(content)
         return original(path, *rest, **named)
 
-    monkeypatch.setattr("qcompile.compiler.pipeline.run_file", damaged)
+    monkeypatch.setattr("qcompile.compiler.walk.saved_run.run_file", damaged)
     before = bench.snapshot()
     with pytest.raises(UserError, match=r"saved file differs from the verified graph by .*nothing was kept"):
         bench.compile(source, "gptq,pack")

@@ -216,7 +216,7 @@ def test_a_compile_notices_a_bit_that_hardly_counts(bench: Any, monkeypatch: pyt
         data.write_bytes(content)
         return outputs
 
-    monkeypatch.setattr("qcompile.compiler.pipeline.run_file", damaged)
+    monkeypatch.setattr("qcompile.compiler.walk.saved_run.run_file", damaged)
     (bench.folder / "out").mkdir()
     before = bench.snapshot()
     with pytest.raises(UserError, match=DIFFERS.format("tensor")):

@@ -1,0 +1,108 @@
+"""The saved file run as applications run it: small ones as a whole, others segment by segment with mapped weights.
+
+Invariant: both ways give the same numbers but for rounding of floats; and what is run by segments takes the memory of
+its largest segment, however large the file is.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qcompile.compiler.data.feeds import Batch, InputPlan
+from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.files.disk_arrays import Spill
+from qcompile.compiler.measure import randomness
+from qcompile.compiler.measure.phases import phase
+from qcompile.compiler.walk.runner import Beside, Runner, Stream, went_on
+from qcompile.compiler.walk.segments import is_large, split
+from qcompile.compiler.walk.verify import run_file
+from qcompile.compiler.walk.verify_saved import read_saved
+from qcompile.passes.formats.nbits import ACCURACY_LEVEL
+
+# Bytes of files that one session runs: ONNX Runtime holds about 2.6 times as much, which is no more than what a compile
+# holds anyway. One session also shows that ONNX Runtime takes the file as a whole.
+WHOLE = 128 << 20
+# What rows of a table are looked up by: one that products read as well ties nothing together.
+_LOOKUPS = ("Gather", "Embedding")
+_BEFORE = ("DequantizeLinear", "Transpose")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether one session runs the file."""
+    return _bytes(path, read_saved(path)) <= WHOLE
+
+
+def run_saved(
+    path: Path,
+    plan: InputPlan,
+    batches: Sequence[Batch],
+    provider: str,
+    optimize: bool = True,
+    *,
+    floats: Collection[str] = (),
+    more: Sequence[Batch] = (),
+    each: Callable[[int, Arrays], None] = lambda number, outputs: None,
+) -> list[Arrays]:
+    """As `run_file`, by segments where the file is large."""
+    run = run_file if is_whole(path) else by_segments
+    return run(path, plan, batches, provider, optimize, floats=floats, more=more, each=each)
+
+
+@phase("run the saved file")
+def by_segments(
+    path: Path,
+    plan: InputPlan,
+    batches: Sequence[Batch],
+    provider: str,
+    optimize: bool = True,
+    *,
+    floats: Collection[str] = (),
+    more: Sequence[Batch] = (),
+    each: Callable[[int, Arrays], None] = lambda number, outputs: None,
+) -> list[Arrays]:
+    """As `run_file`: each segment of the file runs by itself, on what the segments before it gave.
+
+    Outputs for `more` are put aside until all are there.
+    """
+    saved = read_saved(path)
+    randomness.settle(saved)
+    for node in saved.graph:
+        if node.name in floats:
+            node.attributes.pop(ACCURACY_LEVEL, None)
+    runner, stream = Runner(saved, plan, provider, optimize=optimize), Stream(batches)
+    aside = {str(value.name): Spill() for value in saved.graph.outputs}
+    beside = Beside(Stream(more), aside) if more else None
+    results: list[Arrays] = [{} for _ in batches]
+    for segment in split(saved, is_heavy):
+        after = runner.outputs(segment, stream, original=False, beside=beside)
+        stream.quantized = went_on(segment, stream.quantized, after)
+        for kept, found in zip(results, after, strict=True):
+            kept.update((name, array) for name, array in found.items() if name in aside)
+    for number in range(len(more)):
+        each(number, plan.decoded({name: spill[number] for name, spill in aside.items()}))
+    return [plan.decoded(found) for found in results]
+
+
+def is_heavy(node: ir.Node) -> bool:
+    """Whether segments of a finished graph are made around the node: it computes with a large constant."""
+    if node.op_type.startswith(_LOOKUPS) or node.op_type in _BEFORE:
+        return False
+    return any(is_large(value) for given in node.inputs if given is not None for value in _sources(given))
+
+
+def _sources(value: ir.Value) -> list[ir.Value]:
+    """The value, and what is before it where it is a decoded or turned constant."""
+    found = [value]
+    for current in found:  # grows while it is walked
+        producer = current.producer()
+        if producer is not None and producer.op_type in _BEFORE and producer.inputs[0] is not None:
+            found.append(producer.inputs[0])
+    return found
+
+
+def _bytes(path: Path, saved: ir.Model) -> int:
+    """Of the file and of all that it names."""
+    tensors = [value.const_value for graph in saved.graphs() for value in graph.initializers.values()]
+    files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    return sum(file.stat().st_size for file in (path, *files))
