@@ -58,7 +58,7 @@ def compile_model(
     (`get_next`, or an iterable of dicts), or a Calibration, which has both and their settings.
     statistics: a file of `calibrate_model` that ranges are taken from, instead of a run over calibration data.
     evaluation: what the accuracy in the report is measured on, given as calibration data is; none of it may be
-    calibrated on. Without it, a part of the calibration text that calibration has left out, where there is one.
+    calibrated on. Without it, a part of the calibration data that is left out, where there is enough of it.
     bench: run both models in turns, and report how long they take.
     fresh: begin anew, where the same compile was interrupted and would go on behind its last checkpoint.
 
@@ -109,9 +109,8 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
     )
     walked = walk(prepared, data, saved, aside)
     if recipe.mixed:
-        rankings = RankingCache(
-            source, report.source_hash, recipe.to_dict(), report.versions, asked.calibration, statistics
-        )
+        key = source, report.source_hash, recipe.to_dict(), report.versions, asked.calibration, statistics
+        rankings = RankingCache(*key, judged=asked.evaluation is not None)
         report.mixed = keep(graph, walked.passes, plan, data, source, wish(recipe), recipe.provider, progress, rankings)
     if recipe.target in INT8:
         taking = activation_bits.taking(graph, INT8[recipe.target])

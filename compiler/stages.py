@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.compiler.console.progress import Progress
-from qcompile.compiler.data.apart import check_apart, digests
+from qcompile.compiler.data.apart import bundled, check_apart, digests
 from qcompile.compiler.data.calibration import Calibration, Data, Sampling, gather, with_evaluation
 from qcompile.compiler.data.calibration_files import named as named_files
 from qcompile.compiler.data.feeds import Batch
@@ -191,17 +191,27 @@ def gather_data(
 ) -> Data:
     """The calibration data that the passes need; ranges may come from `saved`. UserError where it is not enough.
 
-    evaluation: data that the accuracy is told on; UserError for a file of it that is calibrated on, too.
+    evaluation: data that the accuracy is told on; UserError where something of it is calibrated on, too. Without it,
+    rows of the calibration data are held aside for that, where there are enough.
     """
-    files = digests(named_files([] if calibration.word else calibration.files))
-    if evaluation is not None:
-        check_apart(files, named_files(evaluation.files))
+    files = digests(named_files([] if calibration.word else calibration.files), calibration.texts)
+    judged = digests(named_files(evaluation.files), evaluation.texts) if evaluation is not None else {}
+    known = saved.header.calibrated if saved is not None else {}
+    check_apart({**files, **known}, judged)
     observes, recipe = prepared.observes and saved is None, prepared.recipe
     needed = observes or any(p.reads - {Reads.RANGES} for p in prepared.passes)
     data = gather(
         prepared.plan,
         prepared.source,
-        Sampling(recipe.samples, recipe.context, bool(recipe.mixed), recipe.seed, recipe.provider, _bounded(recipe)),
+        Sampling(
+            recipe.samples,
+            recipe.context,
+            aside=bool(recipe.mixed),
+            seed=recipe.seed,
+            provider=recipe.provider,
+            bound=_bounded(recipe),
+            accuracy=evaluation is None,
+        ),
         calibration,
         needed=bool(recipe.mixed) or needed,
         learnt=saved is not None,
@@ -209,11 +219,17 @@ def gather_data(
     looked = (*data.checks, *data.calibration[:_LOOKED_AT])
     if told := drop_contradicted(prepared.model, looked):
         data = replace(data, description=f"{data.description}; {told}")
+    if data.bundled:
+        files = bundled()
+        check_apart(files, judged)
     if evaluation is not None:
         data = with_evaluation(prepared.plan, prepared.source, data, evaluation)
+    elif saved is not None and not saved.leaves(files, drawn(recipe)):
+        data = replace(data, evaluation=(), none_aside="the statistics may have seen all of it")
     prepared.report.warnings = list(oddities(prepared.plan, data.calibration, ranges=observes))
     prepared.report.given = _options(calibration)
-    prepared.report.calibrated = files if data.calibration or saved is not None else {}
+    own = data.calibration or (saved is not None and not known)  # files of older versions do not say
+    prepared.report.calibrated = {**(files if own else {}), **known}
     _check_fit(prepared, data)
     mark_infinite(prepared.model, _infinite(prepared.plan, (*data.calibration, *data.checks)))
     if data.guess:
@@ -225,6 +241,11 @@ def gather_data(
                 "--calibration self"
             )
     return data
+
+
+def drawn(recipe: Recipe) -> str:
+    """What decides, beside the data itself, which of it is calibrated on, and what is held aside."""
+    return f"{recipe.samples} windows of {recipe.context}"
 
 
 def _infinite(plan: InputPlan, batches: Sequence[Batch]) -> set[str]:

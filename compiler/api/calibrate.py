@@ -12,7 +12,7 @@ from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.plan import reading, steps_that
 from qcompile.compiler.recipe import Recipe, Step, parse_passes
-from qcompile.compiler.stages import walk_model
+from qcompile.compiler.stages import drawn, walk_model
 from qcompile.compiler.walk import saved_statistics
 from qcompile.passes import lists
 from qcompile.passes.affine import Array
@@ -88,6 +88,8 @@ def calibrate_model(
         walked.report.data,
         walked.report.versions,
         saved_statistics.fingerprint(walked.model),
+        walked.report.calibrated,
+        drawn(recipe),
     )
     progress.step("saving")
     size = saved_statistics.save(target, header, walked.watched)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.console.numbers import megabytes
-from qcompile.compiler.data.apart import calibrated_on, check_apart
+from qcompile.compiler.data.apart import calibrated_on, check_apart, digests
 from qcompile.compiler.data.calibration import Calibration, data_batches
 from qcompile.compiler.data.calibration_files import Files, named
 from qcompile.compiler.data.feeds import Batch, token_batches
@@ -63,10 +63,12 @@ class EvaluationSet:
         return read_labels(self.labels, [str(path) for path in images])
 
     def check_apart(self, models: Sequence[Path]) -> None:
-        """Raise UserError for a file that a model was calibrated on, by the report beside it."""
-        files = [*(Path(text) for text in self.texts), *named(self.data.files)]
+        """Raise UserError for a file or text that a model was calibrated on, by the report beside it."""
+        scored: dict[str, str] | None = None
         for model in models:
-            check_apart(calibrated_on(model), files, str(model))
+            if calibrated := calibrated_on(model):
+                scored = scored or digests([*map(Path, self.texts), *named(self.data.files)], self.data.texts)
+                check_apart(calibrated, scored, str(model))
 
 
 @dataclass(frozen=True)

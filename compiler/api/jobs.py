@@ -60,7 +60,7 @@ def compile(
         recipe: settings, as a `Recipe` or a file of them; `passes` and `fields` stand before them.
         statistics: ranges of activations that `calibrate` saved, instead of a run over calibration data.
         evaluation: what the accuracy in the report is measured on, in every form that `calibration` takes; none of it
-            may be calibrated on. By default a part of the calibration text that is left out, where there is one.
+            may be calibrated on. By default rows of the calibration data that are left out, where there are enough.
         bench: run both models in turns for a few seconds, and report how fast they are.
         fresh: start over, where the same compile was interrupted and would go on behind its last checkpoint.
         progress: True shows on stderr what is going on; or an object that is told.

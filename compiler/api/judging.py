@@ -215,7 +215,7 @@ def _texts(given: PathLike | Sequence[PathLike]) -> Iterator[tuple[list[Path], d
         yield [Path(file) for file in words.files], {}
         return
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
-        paths = [Path(folder) / f"text-{number}.txt" for number in range(1, len(words.texts) + 1)]
+        paths = [Path(folder) / f"text {number}" for number in range(1, len(words.texts) + 1)]
         for path, text in zip(paths, words.texts, strict=True):
             path.write_text(text, encoding="utf-8")
         yield paths, {str(path): f"text {number}" for number, path in enumerate(paths, 1)}

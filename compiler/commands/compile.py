@@ -91,7 +91,7 @@ class Options(Common, Clustered, Calibrating, Recipes):
         list[str],
         option(
             "text, array or image files that the accuracy in the report is measured on; none of them may be calibrated "
-            "on (default: a part of the calibration text that is left out, else the calibration data itself)",
+            "on (default: a part of the calibration data that is left out; of fewer than 36 rows, these themselves)",
             "FILE…",
             under=DATA,
             many=True,

@@ -36,8 +36,8 @@ window is given, not scored; no BOS is added. KL(reference ‖ model): mean over
 standard error. A model that is no decoder is compared with --against by SQNR and cosine of every output, and where
 an output scores classes (rows, classes) by the most likely ones. --metric calls function(inputs, outputs, labels):
 lists of dicts of arrays, one for each batch, and the labels or None; it returns a number of which more is better,
-unless it has an attribute lower_is_better. Exit code 1: a bound is broken (--max-kl, --min-sqnr, --max-drop). A file
-that the report beside a model names as calibrated on is refused."""
+unless it has an attribute lower_is_better. Exit code 1: a bound is broken (--max-kl, --min-sqnr, --max-drop). What
+the report beside a model names as calibrated on is refused."""
 
 
 _BOUNDS = "bounds"

@@ -1,15 +1,22 @@
-"""What a model was calibrated on is no test of it: files are told apart by their content, whatever they are called."""
+"""What a model was calibrated on is no test of it: files and texts are told apart by content, whatever their names."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from qcompile.models.text import calibration_text
 from qcompile.passes.errors import UserError
 
+# Texts in memory whose content is kept: whoever judges on the same ones meets these.
+_MOST = 4096
 
-def digests(files: Iterable[Path]) -> dict[str, str]:
-    """By the sha256 of its content, the name of each file that can be read."""
+
+def digests(files: Iterable[Path], texts: Sequence[str] = ()) -> dict[str, str]:
+    """By the sha256 of its content, the name of each file that can be read, and of texts in memory.
+
+    A text is the same in a file and in memory: its content is its UTF-8. Of many texts the first `_MOST` count.
+    """
     found: dict[str, str] = {}
     for file in files:
         try:
@@ -17,20 +24,28 @@ def digests(files: Iterable[Path]) -> dict[str, str]:
                 found.setdefault(hashlib.file_digest(stream, "sha256").hexdigest(), file.name)
         except OSError:  # whoever reads its data says so
             continue
+    for number, text in enumerate(texts[:_MOST], 1):
+        name = f"text {number}" if len(texts) > 1 else "the text"
+        found.setdefault(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), name)
     return found
 
 
-def check_apart(calibrated: Mapping[str, str], scored: Sequence[Path], model: str = "") -> None:
-    """Raise UserError for a file that models are scored on and whose content is among that of `digests`."""
-    for content, name in digests(scored).items() if calibrated else ():
+def bundled() -> dict[str, str]:
+    """`digests` of the text that comes with qcompile."""
+    return dict.fromkeys(digests([], [calibration_text()]), "the bundled text")
+
+
+def check_apart(calibrated: Mapping[str, str], scored: Mapping[str, str], model: str = "") -> None:
+    """Raise UserError where models are scored on what is calibrated on; both are `digests`."""
+    for content, name in scored.items():
         if content in calibrated:
             own = "" if calibrated[content] == name else f" (as {calibrated[content]})"
             told = f"{model} was calibrated on it{own}" if model else f"it is calibrated on{own}, too"
-            raise UserError(f"{name} is no test data: {told}; give a file that calibration has not seen")
+            raise UserError(f"{name} is no test data: {told}; give data that calibration has not seen")
 
 
 def calibrated_on(model: Path) -> dict[str, str]:
-    """`digests` of the files that a compiled model was calibrated on, by the report beside it; empty without one."""
+    """`digests` of what a compiled model was calibrated on, by the report beside it; empty without one."""
     try:
         plain = json.loads(model.with_name(f"{model.stem}.report.json").read_text(encoding="utf-8"))
         found = plain.get("calibrated")

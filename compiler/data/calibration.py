@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from qcompile.compiler.data import aside
 from qcompile.compiler.data.calibration_files import Files
 from qcompile.compiler.data.feeds import Batch, InputPlan, array_conversions, npz_batches, token_batches
 from qcompile.compiler.data.images import SUFFIXES as IMAGES
 from qcompile.compiler.data.images import Pictures, picture_input
 from qcompile.compiler.data.inputs import Dim
+from qcompile.compiler.data.picture_batches import left_out as pictures_left_out
 from qcompile.compiler.data.picture_batches import picture_batches
 from qcompile.compiler.data.readers import Reader, is_reference, read_batches
 from qcompile.compiler.data.sampling import sample_windows
@@ -27,8 +29,8 @@ _log = logging.getLogger(__name__)
 SELF, NORMS = "self", "norms"
 # Batches that the finished model is checked on: few and short, since every output of theirs is kept.
 _CHECKS, _CHECK_TOKENS = 2, 48
-# Windows, or batches of anything else, for choices by measured errors, which the statistics have not seen.
-_UNSEEN, _ASIDE = 2, 4
+# Windows for choices by measured errors, which the statistics have not seen.
+_UNSEEN = 2
 # Batches that the accuracy is told on, and tokens of each window among them.
 _JUDGED, _JUDGED_TOKENS = 2, 128
 # Windows of a text that the user gives for it.
@@ -46,7 +48,8 @@ class Data:
     real: the checks are what the model may meet, not random numbers. unseen: batches of the same data beside those of
     the statistics, for choices by measured errors. held: more of them, that such a choice is judged by. evaluation:
     batches that nothing is fitted to or chosen by, for the accuracy that is told, evaluated_on: what they are; where
-    there are none, the checks. data_free: nothing came from the user or the bundle.
+    there are none, the checks, and none_aside says why. data_free: nothing came from the user or the bundle.
+    bundled: the text is the one that comes with qcompile.
     guess: passes have their statistics from the scales of norms (`proxies`), not from a run.
     """
 
@@ -60,6 +63,8 @@ class Data:
     held: Sequence[Batch] = ()
     evaluation: Sequence[Batch] = ()
     evaluated_on: str = ""
+    none_aside: str = ""
+    bundled: bool = False
 
     @property
     def measured_on(self) -> str:
@@ -71,7 +76,8 @@ class Data:
             return f"{count} of random inputs: --eval-data FILE … gives real ones"
         if self.data_free:
             return f"{count} that the model sampled and calibration has not seen"
-        return f"{count} of the calibration data itself: --eval-data FILE … gives others"
+        why = f" ({self.none_aside})" if self.none_aside else ""
+        return f"{count} of the calibration data itself{why}: --eval-data FILE … gives others"
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ class Sampling:
 
     samples: windows of text, or images. context: tokens of a window. aside: some of it, or more, is held aside for
     choices by measured errors. bound: such a choice is to keep a bound, and is judged by what is held aside of that.
-    seed, provider: of what the model samples itself, and where it runs.
+    seed, provider: of what the model samples itself, and where it runs. accuracy: rows of arrays and pictures are held
+    aside to tell the accuracy on (`aside.for_accuracy`); texts have such rows without that.
     """
 
     samples: int
@@ -89,6 +96,7 @@ class Sampling:
     seed: int = 0
     provider: str = "cpu"
     bound: bool = False
+    accuracy: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,16 +159,7 @@ def gather(
         return _data_free(plan, model, sampling, given.word, needed=needed)
     files = Files.of(given.files)
     if files.arrays or files.images or files.reference or given.reader is not None:
-        batches, described = _batches_given(plan, model, sampling, given, files)
-        taken, others = apart(plan, batches) if sampling.aside and not learnt else (batches, [])
-        described += f", {len(others)} more held aside to choose nodes by" if others else ""
-        halves = sampling.bound and len(others) > 1
-        others, held = (others[::2], others[1::2]) if halves else (others, [])
-        made = Data(taken if needed else [], batches[:_CHECKS], described, unseen=others, held=held)
-        if needed or learnt:
-            return made
-        shown = batches[:_JUDGED]  # nothing is fitted to them
-        return replace(made, evaluation=shown, evaluated_on=f"{len(shown)} batches of {described}")
+        return _from_batches(plan, model, sampling, given, files, needed=needed, learnt=learnt)
     if plan.floats or plan.unknown or plan.ids is None:
         if needed:
             plan.require_tokens()
@@ -170,8 +169,41 @@ def gather(
         told = f"--calibration {files.texts[0]}" if files.texts else "the calibration data"
         raise UserError(f"{told} is text, but no tokenizer.json lies beside {model}: give --tokenizer")
     if found is not None:
-        return _from_text(plan, sampling, found, *_documents(given, files), needed=needed)
+        data = _from_text(plan, sampling, found, *_documents(given, files), needed=needed, learnt=learnt)
+        return replace(data, bundled=not given.texts and not files.texts)
     return _data_free(plan, model, sampling, SELF, needed=needed, why=" (no tokenizer beside it)")
+
+
+def _from_batches(
+    plan: InputPlan, model: Path, sampling: Sampling, given: Calibration, files: Files, *, needed: bool, learnt: bool
+) -> Data:
+    """The data of arrays, images, or a program. Where nothing is fitted to it, all of it may tell the accuracy."""
+    batches, described = _batches_given(plan, model, sampling, given, files)
+    shown, why = list[Batch](), ""
+    if sampling.accuracy and files.images:
+        shown = pictures_left_out(plan, files.images, given.pictures.beside(model), sampling.samples, aside.MOST)
+    if sampling.accuracy and sum(batch.rows for batch in shown) < aside.FEWEST:
+        batches, shown, why = aside.for_accuracy(plan, batches)
+        rows = sum(batch.rows for batch in shown)
+        described += f"; {rows} rows of them held aside to tell the accuracy on" if shown else ""
+    taken, others = aside.apart(plan, batches) if sampling.aside and not learnt else (batches, [])
+    described += f", {len(others)} more held aside to choose nodes by" if others else ""
+    halves = sampling.bound and len(others) > 1
+    others, held = (others[::2], others[1::2]) if halves else (others, [])
+    made = Data(taken if needed else [], batches[:_CHECKS], described, unseen=others, held=held, none_aside=why)
+    if not shown and not needed and not learnt:
+        shown = batches[:_JUDGED]
+    if not shown:
+        return made
+    told = f"{sum(batch.rows for batch in shown)} rows of {_source(given, files)}, not calibrated on"
+    return replace(made, evaluation=shown, evaluated_on=told)
+
+
+def _source(given: Calibration, files: Files) -> str:
+    """Arrays, images or a program in a few words."""
+    if files.arrays or files.images:
+        return _names([Path(file) for file in given.files])
+    return files.reference or str(getattr(given.reader, "label", type(given.reader).__name__))
 
 
 def _batches_given(
@@ -184,7 +216,7 @@ def _batches_given(
     if files.images:
         picture_input(plan).check(given.pictures.size)
         return picture_batches(plan, files.images, given.pictures.beside(model), sampling.samples)
-    label = files.reference or str(getattr(given.reader, "label", type(given.reader).__name__))
+    label = _source(given, files)
     batches, remarks = read_batches(plan, files.reference or given.reader, label)
     return batches, "; ".join([f"{len(batches)} batches of {label}", *remarks])
 
@@ -195,7 +227,8 @@ def with_evaluation(plan: InputPlan, model: Path, data: Data, given: Calibration
     if not files.texts and not given.texts:
         batches = data_batches(plan, model, given)
         where = _names([Path(file) for file in given.files]) if given.files else "the evaluation data"
-        return replace(data, evaluation=batches, evaluated_on=f"{len(batches)} batches of {where}")
+        rows = sum(batch.rows for batch in batches)
+        return replace(data, evaluation=batches, evaluated_on=f"{rows} row{'s' * (rows != 1)} of {where}")
     documents, source = _documents(given, files)
     found = load_tokenizer(given.tokenizer or model)
     ids = [token for document in documents for token in found.encode(document)]
@@ -253,34 +286,6 @@ def evenly(windows: Sequence[Ids], wanted: int) -> tuple[list[Ids], list[Ids]]:
     return parts
 
 
-def apart(plan: InputPlan, batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """(batches for statistics, batches for choices by measured errors) of arrays, each of which is used for one alone.
-
-    Case 1: a quarter of the batches, one of two or three, `_ASIDE` at most, spread evenly.
-    Case 2: the last quarter of the rows of one batch alone, where the graph leaves their number free and all inputs
-            have as many.
-    Case 3: none of a batch that cannot be cut.
-    """
-    if len(batches) > 1:  # Case 1
-        count = min(_ASIDE, max(len(batches) // 4, 1))
-        chosen = set(((np.arange(count) + 0.5) / count * len(batches)).astype(int).tolist())
-        parts: tuple[list[Batch], list[Batch]] = ([], [])
-        for number, batch in enumerate(batches):
-            parts[number in chosen].append(batch)
-        return parts
-    rows = {array.shape[:1] for array in batches[0].feeds.values()}
-    free = all(given.shape and not isinstance(given.shape[0], int) for given in plan.inputs)
-    count = batches[0].rows
-    if not free or rows != {(count,)} or count < 2:  # Case 3
-        return list(batches), []
-    cut = count - max(count // 4, 1)
-    return [_rows_of(batches[0], 0, cut)], [_rows_of(batches[0], cut, count)]  # Case 2
-
-
-def _rows_of(batch: Batch, start: int, stop: int) -> Batch:
-    return Batch(lambda: {name: array[start:stop] for name, array in batch.feeds.items()}, stop - start)
-
-
 def _documents(given: Calibration, files: Files) -> tuple[Sequence[str], str]:
     """(texts to calibrate on, what they are)."""
     if given.texts:
@@ -291,7 +296,14 @@ def _documents(given: Calibration, files: Files) -> tuple[Sequence[str], str]:
 
 
 def _from_text(
-    plan: InputPlan, sampling: Sampling, tokenizer: Tokenizer, documents: Sequence[str], source: str, *, needed: bool
+    plan: InputPlan,
+    sampling: Sampling,
+    tokenizer: Tokenizer,
+    documents: Sequence[str],
+    source: str,
+    *,
+    needed: bool,
+    learnt: bool,
 ) -> Data:
     ids = [token for document in documents for token in tokenizer.encode(document)]
     tokenizer.check_vocabulary(plan.vocabulary, ids)
@@ -306,7 +318,7 @@ def _from_text(
     left, held, size = left_out(ids, context, sampling.samples), list[Ids](), plan.batch or 1
     others, left = evenly(left, _UNSEEN * size) if sampling.aside else ([], left)
     held, left = evenly(left, _UNSEEN * size) if sampling.bound else ([], left)
-    shown = _shown(plan, ids, left, [] if needed else windows, context)
+    shown = _shown(plan, ids, left, [] if needed or learnt else windows, context)
     if sampling.aside and not others and len(windows) >= 2 * (plan.batch or 1):  # a text that is all windows
         stacks = min(_UNSEEN, max(len(windows) // (plan.batch or 1) // 4, 1))
         cut = len(windows) - stacks * (plan.batch or 1)
@@ -321,7 +333,9 @@ def _from_text(
     judged = judged if all(batch.follows is None for batch in judged) else []
     told = f"{len(shown)} windows of {len(shown[0])} tokens of {source}, not calibrated on" if judged else ""
     checks = _checks(plan, windows)
-    return Data(calibration, checks, described, unseen=unseen, held=judging, evaluation=judged, evaluated_on=told)
+    why = "" if judged else "all of the text is calibrated on"
+    data = Data(calibration, checks, described, unseen=unseen, held=judging, none_aside=why)
+    return replace(data, evaluation=judged, evaluated_on=told)
 
 
 def _shown(plan: InputPlan, ids: Sequence[int], left: Sequence[Ids], free: Sequence[Ids], context: int) -> list[Ids]:

@@ -17,7 +17,7 @@ from qcompile.passes.errors import UserError
 _log = logging.getLogger(__name__)
 
 # Raised with every change of what is measured, or how.
-_VERSION = 3
+_VERSION = 4
 # Settings that do not change the ranking.
 _LATER = (
     "keep_worst",
@@ -98,7 +98,7 @@ class RankingCache:
     """The place of one ranking. Nothing is kept of data whose content no digest of files tells: a function's, say.
 
     Where there is no place to write, the ranking is made anew each time: no reason to lose one that is made.
-    settings: all that a recipe says.
+    settings: all that a recipe says. judged: the accuracy is told on other data, so that no rows are held aside for it.
     """
 
     def __init__(
@@ -109,6 +109,8 @@ class RankingCache:
         versions: dict[str, str],
         calibration: Calibration,
         statistics: Path | str | None = None,
+        *,
+        judged: bool = False,
     ) -> None:
         self._key: str | None = None
         if not calibration.only_files:
@@ -124,6 +126,7 @@ class RankingCache:
         own = {name: value for name, value in settings.items() if name not in _LATER}
         bounded = any(settings.get(name) is not None for name in ("max_kl", "min_sqnr"))
         own |= {"bounded": True} if bounded else {}  # ranked on a part of what is held aside
+        own |= {"judged": True} if judged else {}
         content = {"version": _VERSION, "model": source_hash, "recipe": own, "data": files_digest(read)}
         self._key = digest(content | {"versions": versions} | ({"word": word} if word else {}))
 

@@ -28,7 +28,7 @@ class Report(Shown):
     decisions: by pass, in order. quantizers: passes that say which weights became codes; the decisions of the first
     one account for every float constant of 1,024 elements or more (`coverage`). mixed: what stays in float by its
     sensitivity, where the recipe wants that. ladder: what each step without data gained, where there was no data.
-    calibrated: names of the files that statistics came from, by their sha256.
+    calibrated: names of the files and texts that statistics came from, by the sha256 of their content.
     given: options of the command line that say where its data came from.
     measured: what `outputs` and `predictions` were measured on. speed: where a paired run was asked for.
     warnings: what is odd about the calibration data. predictions: of a decoder, on real tokens.
@@ -198,10 +198,10 @@ class Report(Shown):
         notes = [f"coverage: {self.told}", f"data: {self.data}"]
         if self.predictions is not None:
             notes.append(f"accuracy: {self.predictions.told()}")
-        told = "output {}: relative error {:.3g}, cosine {:.5f}"
-        notes += [told.format(out.name, out.relative, out.cosine) for out in self.outputs[:2]]
+        notes += [f"output {o.name}: relative error {o.told}, cosine {o.cosine:.5f}" for o in self.outputs[:2]]
         more = len(self.outputs) - 2
-        return notes + ([f"{more} more outputs"] if more > 0 else [])
+        notes += [f"{more} more outputs"] if more > 0 else []
+        return notes + ([f"measured on {self.measured}"] if self.measured else [])
 
 
 def _unique(decisions: Sequence[Decision]) -> list[Decision]:

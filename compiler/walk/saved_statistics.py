@@ -37,7 +37,7 @@ class Header:
 
     model: hash of the source model. passes: what ran before the ranges were taken, as a recipe writes it. observer: as
     the recipe names it. data: a sentence. fingerprint: by initializer of the graph that was observed, its norm and a
-    projection.
+    projection. calibrated: `digests` of the data, drawn: what decides which of it was taken.
     """
 
     model: str
@@ -46,6 +46,8 @@ class Header:
     data: str
     versions: Mapping[str, str]
     fingerprint: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    calibrated: Mapping[str, str] = field(default_factory=dict)
+    drawn: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,15 @@ class SavedStatistics:
                 f"{self.path}: these statistics were taken behind passes {other!r}, this list has {own!r} before the "
                 "ranges: use the same, or calibrate again"
             )
+
+    def leaves(self, data: Mapping[str, str], drawn: str) -> bool:
+        """Whether what a compile holds aside of its own data, whose `digests` these are, was not learnt from.
+
+        Case 1: other data. Case 2: the same, of which the same was held aside. False where contents are not known.
+        """
+        known = self.header.calibrated
+        same = dict(data) == dict(known) and drawn == self.header.drawn
+        return bool(data and known) and (same or not data.keys() & known.keys())
 
     def check_graph(self, model: ir.Model) -> None:
         """Raise UserError where the graph whose activations are to be rounded is not the one that was observed."""
@@ -172,7 +183,9 @@ def _read(path: Path, told: Mapping[str, Any], stored: Mapping[str, npt.NDArray[
     marks = {name: (float(a), float(b)) for name, (a, b) in told["fingerprint"].items()}
     plain = {key: str(told[key]) for key in ("model", "passes", "observer", "data")}
     names = {value: str(own) for value, (own, *_) in told["values"].items()}
-    return SavedStatistics(path, Header(**plain, versions=told["versions"], fingerprint=marks), states, names)
+    digests, drawn = told.get("calibrated", {}), str(told.get("drawn", ""))  # files of older versions have none
+    header = Header(**plain, versions=told["versions"], fingerprint=marks, calibrated=digests, drawn=drawn)
+    return SavedStatistics(path, header, states, names)
 
 
 def _restore(observer: Observer, state: State, path: Path, made_with: str) -> None:

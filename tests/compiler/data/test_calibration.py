@@ -13,7 +13,8 @@ from hypothesis import given as given_data
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from qcompile.compiler.data.calibration import Calibration, Data, Sampling, apart, gather, spread
+from qcompile.compiler.data.aside import apart
+from qcompile.compiler.data.calibration import Calibration, Data, Sampling, gather, spread
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import input_plan
 from qcompile.compiler.data.tokens import load_tokenizer

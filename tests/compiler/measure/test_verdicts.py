@@ -115,9 +115,9 @@ def test_accuracy_is_told_of_rows_that_nothing_was_fitted_to(compiled: tuple[Pat
     before = output.read_bytes()
     command = [str(source), "--passes", "qdq", "--calibration", str(seen), "--eval-data", str(other), "-o", str(output)]
     assert cli.main(command) == 0
-    assert "measured on 1 batches of other.npz" in capsys.readouterr().out
+    assert "measured on 40 rows of other.npz" in capsys.readouterr().out
     plain = json.loads(output.with_name("m.report.json").read_text())
-    assert plain["measured"] == "1 batches of other.npz"
+    assert plain["measured"] == "40 rows of other.npz"
     assert plain["outputs"][0]["error"] > 0
     assert output.read_bytes() == before, "what the accuracy is told on changes nothing else"
 

@@ -1,0 +1,85 @@
+"""Batches that are held aside: of arrays and pictures given as calibration data, what is used for one thing alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qcompile.compiler.data.feeds import Batch
+from qcompile.compiler.data.inputs import InputPlan
+from qcompile.passes.held import FEWEST_KNOWN
+
+# Batches for choices by measured errors, at most.
+_CHOOSE = 4
+# Rows that accuracy is told on: a share of one in so many, so many at least (of fewer no standard error is worth much)
+# and at most (each is run in float and compiled); calibration keeps the rows that its passes ask for.
+_SHARE, FEWEST, MOST = 8, 4, 32
+
+
+def apart(plan: InputPlan, batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """(batches for statistics, batches for choices by measured errors) of arrays, each of which is used for one alone.
+
+    Case 1: a quarter of the batches, one of two or three, `_CHOOSE` at most, spread evenly.
+    Case 2: the last quarter of the rows of one batch alone, where it can be cut (`_cuttable`).
+    Case 3: none of a batch that cannot be cut.
+    """
+    if len(batches) > 1:  # Case 1
+        return _spread(batches, min(_CHOOSE, max(len(batches) // 4, 1)))
+    if not _cuttable(plan, batches[0]) or batches[0].rows < 2:  # Case 3
+        return list(batches), []
+    return _cut(batches, [max(batches[0].rows // 4, 1)])  # Case 2
+
+
+def for_accuracy(plan: InputPlan, batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch], str]:
+    """(batches for everything else, batches that the accuracy is told on, why there are none of these).
+
+    About an eighth of the rows, 4 to 32, so that 32 stay: so many `smooth` asks for (`held.FEWEST_KNOWN`).
+    Case 1: whole batches, spread evenly; the first, which check batches are, never.
+    Case 2: the last rows of batches, where these are too large for that and can be cut (`_cuttable`).
+    Case 3: none. Batches that follow others, through a decoder's caches, are never parted from them.
+    """
+    rows = sum(batch.rows for batch in batches)
+    wanted = min(rows // _SHARE, MOST, rows - FEWEST_KNOWN)
+    if wanted < FEWEST:
+        least = FEWEST_KNOWN + FEWEST
+        return (
+            list(batches),
+            [],
+            f"{rows} row{'s are' if rows != 1 else ' is'} too few to hold some aside, {least} are not",
+        )
+    if any(batch.follows is not None for batch in batches):
+        return list(batches), [], "its batches follow one another"
+    if count := max(wanted * len(batches) // rows, int(len(batches) >= _SHARE)):  # Case 1
+        parts = _spread(batches, count)
+        held = sum(batch.rows for batch in parts[1])
+        if FEWEST <= held <= 2 * wanted and rows - held >= FEWEST_KNOWN:
+            return *parts, ""
+    if all(_cuttable(plan, batch) for batch in batches):  # Case 2
+        ends = np.cumsum([batch.rows for batch in batches]) * wanted // rows
+        return *_cut(batches, np.diff(ends, prepend=0).tolist()), ""
+    return list(batches), [], f"its {len(batches)} batches are too few to hold one aside, and cannot be cut"
+
+
+def _spread(batches: Sequence[Batch], count: int) -> tuple[list[Batch], list[Batch]]:
+    """(the others, `count` of the batches, spread evenly)."""
+    chosen = set(((np.arange(count) + 0.5) / count * len(batches)).astype(int).tolist())
+    parts: tuple[list[Batch], list[Batch]] = ([], [])
+    for number, batch in enumerate(batches):
+        parts[number in chosen].append(batch)
+    return parts
+
+
+def _cuttable(plan: InputPlan, batch: Batch) -> bool:
+    """Whether the graph leaves the number of rows free, and all inputs have as many."""
+    free = all(given.shape and not isinstance(given.shape[0], int) for given in plan.inputs)
+    return free and {array.shape[:1] for array in batch.feeds.values()} == {(batch.rows,)}
+
+
+def _cut(batches: Sequence[Batch], last: Sequence[int]) -> tuple[list[Batch], list[Batch]]:
+    """(batches without their last rows, those rows), of each batch as many as `last` says."""
+    own = [(batch, batch.rows - count) for batch, count in zip(batches, last, strict=True)]
+    kept = [_rows_of(batch, 0, cut) if cut < batch.rows else batch for batch, cut in own if cut]
+    return kept, [_rows_of(batch, cut, batch.rows) for batch, cut in own if cut < batch.rows]
+
+
+def _rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    return Batch(lambda: {name: array[start:stop] for name, array in batch.feeds.items()}, stop - start)
