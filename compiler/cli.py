@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qcompile.compiler.commands.table import COMMANDS, load
+from qcompile.compiler.commands.table import COMMANDS, declared, load
 from qcompile.compiler.console.visible import visible
 from qcompile.passes.errors import UserError, Verdict
 from qcompile.passes.interrupts import heeded, uninterrupted
@@ -106,13 +106,12 @@ def _run(arguments: list[str]) -> int:
     if not rest or rest[0] in ("-h", "--help", "--version", "-V"):
         return _top_level(rest)
     name = rest.pop(0) if rest[0] in COMMANDS else _default_command(rest[0])
-    module = load(name)
-    args = _parsed(name, module, [*rest, *options])
+    args = _parsed(name, [*rest, *options])
     if args is None:  # after --help
         return 0
     _start_logging(args)
     try:
-        _answered(module, args)
+        _answered(load(name), args)
         return 0
     except SystemExit as exit:  # nothing here calls it: a module of the user's, a library
         if isinstance(exit.__context__, BrokenPipeError):  # rich, where the reader of a list went away
@@ -222,11 +221,11 @@ def _leading(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:count], arguments[count:]
 
 
-def _parsed(name: str, module: Any, words: list[str]) -> Any:
+def _parsed(name: str, words: list[str]) -> Any:
     """The options of a command; None behind its help."""
     with uninterrupted():
         from qcompile.compiler.commands.parse import parse
-    return parse(name, module.Options, words)
+    return parse(name, declared(name), words)
 
 
 def _start_logging(args: Any) -> None:

@@ -1,12 +1,9 @@
 """What to do with a model: an ordered list of passes and the settings around it, each declared here alone."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-
-import yaml
 
 from qcompile.compiler.settings.setting import About, settings, shown
 from qcompile.compiler.settings.steps import Step, parse_passes, parse_step, split_list
@@ -319,41 +316,21 @@ class Recipe:
 SETTINGS = settings(Recipe)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases, of which a recipe needs none: a few lines of them stand for more than any memory holds."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node, unless it is an alias."""
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read here: write the value out",
-                problem_mark=mark)  # fmt: skip
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A table, of which no key is there twice: one of the two would be dropped without a word."""
-        made = super().construct_mapping(node, deep)
-        if len(made) < len(node.value):
-            keys = [key.value for key, _ in node.value]
-            again = next(key for key, _ in node.value if keys.count(key.value) > 1)
-            raise yaml.MarkedYAMLError(problem=f"key {again.value!r} is there twice", problem_mark=again.start_mark)
-        return made
-
-
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a .yaml, .yml or .toml file."""
+    from qcompile.compiler.settings.files import plain_of  # what declares options loads no parser
+
     if path.exists() and not path.is_file():  # reading a pipe may wait for ever
         raise UserError(f"recipe {path} is not a regular file")
     try:
         if path.exists() and path.stat().st_size > _LARGEST_FILE:
             raise UserError(f"recipe {path} has over {_LARGEST_FILE} bytes: that is no recipe")
-        text = path.read_text(encoding="utf-8")
-        plain = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, _Loader)
+        plain = plain_of(path.read_text(encoding="utf-8"), toml=path.suffix == ".toml")
     except UserError:
         raise
     except RecursionError as error:
         raise UserError(f"recipe {path} is nested too deeply: it must be a table of keys and values") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: bad UTF-8, TOML, dates, endless numbers
+    except (OSError, ValueError) as error:  # bad UTF-8, YAML, TOML, dates, endless numbers
         raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())[:400]}") from error
     if not isinstance(plain, dict):
         raise UserError(f"recipe {path} must be a table of keys and values, such as 'bits: 4'")
@@ -367,4 +344,6 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML text."""
-    return str(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    from qcompile.compiler.settings.files import yaml_of
+
+    return yaml_of(recipe.to_dict())

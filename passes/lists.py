@@ -6,3 +6,5 @@ BEST = "smooth,awq,gptq,pack"
 QUICK, PLAIN = "smooth,awq,pack", "pack"
 # Integer products on ranges of activations, and with what suits convolutions.
 INTEGER, CORRECTED = "smooth,qdq", "smooth,qdq,bias_correction"
+# The names of the weight formats (`formats.FORMATS`), for who tells of them without loading them.
+FORMATS = ("int4", "int8", "nf4", "mxfp4")

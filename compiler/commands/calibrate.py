@@ -2,51 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated
 
 from rich.console import Console
 
 from qcompile.compiler.api.calibrate import DEFAULT_PASSES, Calibrated, Seen, calibrate_model, with_observer
 from qcompile.compiler.commands import compile as compiling
 from qcompile.compiler.commands import idle
+from qcompile.compiler.commands.declared.calibrate import Options
 from qcompile.compiler.commands.options import (
-    Calibrating,
-    Common,
     Document,
-    Recipes,
     changed,
-    command,
-    option,
-    positional,
     recipe_of,
 )
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.terminal import Bar, console, table
 from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.files.load import check_model_file
-from qcompile.compiler.recipe import DATA, WHICH
 
 _SHOWN = 8
-
-
-@command(WHICH, DATA)
-class Options(Common, Calibrating, Recipes):
-    """Run the calibration data through a model and save what the observers of its activations learn.
-    `qcompile MODEL.onnx --passes smooth,qdq --statistics FILE` then takes its ranges from the file: behind the same
-    passes, for any grid (activations=int8, provider=tensorrt, ...) that leaves those passes alone. What the observers
-    mse, percentile and entropy learn is the same, and serves minmax, too."""
-
-    model: Annotated[Path, positional("MODEL", "the float model, or its folder")]
-    output: Annotated[
-        Path | None,
-        option("the file of statistics (default: MODEL.statistics beside the model)", "STATS", alias="-o"),
-    ] = None
-    passes: Annotated[
-        str | None,
-        option("ordered list of passes with qdq in it (default: smooth,qdq)", "PASSES", under=WHICH),
-    ] = None
-    observer: Annotated[str | None, option("short for qdq(observer=NAME)", "NAME", under=WHICH)] = None
 
 
 def run(args: Options) -> Document:

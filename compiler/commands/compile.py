@@ -3,25 +3,20 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from qcompile.compiler.api.evaluation import EvaluationSet, evaluate_models
 from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, within
 from qcompile.compiler.commands import idle
+from qcompile.compiler.commands.declared.compile import Options
 from qcompile.compiler.commands.dry_run import print_plan
 from qcompile.compiler.commands.eval import print_outputs
 from qcompile.compiler.commands.options import (
     Calibrating,
-    Clustered,
-    Common,
     Document,
-    Recipes,
     changed,
-    command,
-    option,
-    positional,
     recipe_of,
 )
 from qcompile.compiler.commands.package import tell
@@ -39,89 +34,14 @@ from qcompile.compiler.package.folder import MODEL
 from qcompile.compiler.package.genai import check_package, package
 from qcompile.compiler.pipeline import compile_model, default_output, page_path, report_path
 from qcompile.compiler.plan import for_application
-from qcompile.compiler.recipe import DATA, MIXED, SAFETY, WHAT, WHICH, Recipe, save_recipe
+from qcompile.compiler.recipe import Recipe, save_recipe
 from qcompile.compiler.report.terminal import print_report
 from qcompile.compiler.results.report import Report
 from qcompile.passes.errors import UserError
 
 _MODEL = "the float model: an .onnx file, its folder, or a Hugging Face folder or .gguf file, which is exported first"
-_OUTPUT = (
-    "the compiled model, or a folder for it, its tokenizer and configuration (default: MODEL-int4.onnx, or FOLDER-int4)"
-)
 # Inode and time of a file, None where there is none.
 Stamp = tuple[int, int] | None
-
-
-@command(WHAT, WHICH, DATA, MIXED, SAFETY)
-class Options(Common, Clustered, Calibrating, Recipes):
-    """Quantize the weights of an ONNX model. The result is one ONNX file (and its data file) that any ONNX Runtime
-    application can load. Without --passes the best known list runs: smooth,awq,gptq,pack. `--passes pack` alone is
-    plain rounding to nearest and needs no data. Parameters go in parentheses:
-    "smooth(alpha=0.5),awq,pack(clip=false)"; `qcompile passes` lists them."""
-
-    model: Annotated[
-        Path,
-        positional(
-            "MODEL", "the float model: an .onnx file, a folder with one, or a Hugging Face folder (exported first)"
-        ),
-    ]
-    output: Annotated[
-        str | None,
-        option(
-            _OUTPUT,
-            "FILE",
-            alias="-o",
-        ),
-    ] = None
-    kind: Annotated[
-        Literal["genai"] | None,
-        option(
-            "make -o the folder that an application copies, as qcompile package does (docs/genai.md)",
-            "{genai}",
-            name="--for",
-            under=WHAT,
-        ),
-    ] = None
-    save_recipe: Annotated[Path | None, option("write the settings used to a YAML file", "FILE", under=WHAT)] = None
-    statistics: Annotated[
-        Path | None,
-        option("ranges of activations from `qcompile calibrate` instead of a calibration run", "FILE", under=DATA),
-    ] = None
-    eval_data: Annotated[
-        list[str],
-        option(
-            "text, array or image files that the accuracy in the report is measured on; none of them may be calibrated "
-            "on (default: a part of the calibration data that is left out; of fewer than 36 rows, these themselves)",
-            "FILE…",
-            under=DATA,
-            many=True,
-        ),
-    ] = field(default_factory=list)
-    labels: Annotated[Path | None, option("class numbers of the rows of --eval-data", "FILE", under=SAFETY)] = None
-    metric: Annotated[
-        str | None, option("a score of your own on --eval-data, see `qcompile eval --help`", "module:function",
-                           under=SAFETY)
-    ] = None  # fmt: skip
-    max_drop: Annotated[
-        str | None,
-        option(
-            "exit with 1 where the score on --eval-data (of --metric, else accuracy by --labels, else top-1 agreement) "
-            "loses more: 0.5% of the float model's, or 0.005",
-            "DROP",
-            under=SAFETY,
-        ),
-    ] = None
-    bench: Annotated[
-        bool, option("run both models in turns for a few seconds, and say if the compiled one is slower", under=SAFETY)
-    ] = False
-    fresh: Annotated[
-        bool,
-        option("start over, where the same command was interrupted and would go on behind its last checkpoint",
-               under=SAFETY),
-    ] = False  # fmt: skip
-    dry_run: Annotated[
-        bool, option("print the plan: nodes, sizes before and after, memory; write nothing", under=SAFETY)
-    ] = False
 
 
 def calibration_of(args: Calibrating) -> Calibration:

@@ -1,26 +1,13 @@
 """`qcompile completion`: what a shell needs to complete commands, options and their values."""
 
-from typing import Annotated, Literal
-
 from cyclopts import App
 
-from qcompile.compiler.commands.options import Common, Document, command, option, positional
+from qcompile.compiler.commands.declared.completion import Options
+from qcompile.compiler.commands.options import Document
 from qcompile.compiler.commands.parse import application
-from qcompile.compiler.commands.table import COMMANDS, load
+from qcompile.compiler.commands.table import COMMANDS, declared
 from qcompile.compiler.console.terminal import console
 from qcompile.passes.errors import UserError
-
-Shell = Literal["bash", "zsh", "fish", "powershell"]
-
-
-@command()
-class Options(Common):
-    """Print the completion script of a shell, or install it for this user (--install)."""
-
-    shell: Annotated[Shell | None, positional("SHELL", "bash, zsh, fish or powershell (default: the one in use)")] = (
-        None
-    )
-    install: Annotated[bool, option("write it where the shell finds it, and tell its startup file")] = False
 
 
 def run(args: Options) -> Document:
@@ -44,7 +31,7 @@ def run(args: Options) -> Document:
 
 def _whole() -> App:
     """All commands in one application; words that are none are options of compile."""
-    made = application("qcompile", load("compile").Options)
+    made = application("qcompile", declared("compile"))
     for name in COMMANDS:
-        made.command(application(name, load(name).Options))
+        made.command(application(name, declared(name)))
     return made

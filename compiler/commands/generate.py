@@ -2,33 +2,17 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
 
 from rich.console import Console
 
 from qcompile.compiler.commands import idle
-from qcompile.compiler.commands.options import Common, CustomOps, Document, Runs, command, option, positional
+from qcompile.compiler.commands.declared.generate import Options
+from qcompile.compiler.commands.options import Document
 from qcompile.compiler.console.terminal import console
 from qcompile.compiler.data.tokens import load_tokenizer
 from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.measure.generate import Sampling, answer
 from qcompile.compiler.measure.loaded import Subject
-
-
-@command()
-class Options(Common, Runs, CustomOps):
-    """Let a decoder answer a prompt, word by word as it comes: an instruct model by its own chat template, where one
-    lies beside its tokenizer, others by going on with the text."""
-
-    model: Annotated[Path, positional("MODEL", "a decoder: its .onnx file, or the folder that it is in")]
-    prompt: Annotated[str, option("the question, or the text to go on with", "TEXT", allow_leading_hyphen=True)]
-    raw: Annotated[bool, option("go on with the text as it is, without the chat template")] = False
-    max_tokens: Annotated[int, option("at most this many new tokens (default 64)", "N")] = 64
-    temperature: Annotated[float, option("0 (default) takes the most likely token", "T")] = 0.0
-    top_p: Annotated[float, option("draw from the likeliest tokens only (default 1: all)", "P")] = 1.0
-    seed: Annotated[int, option("of the draws (default 0)", "SEED")] = 0
-    tokenizer: Annotated[Path | None, option("default: beside the model", "DIR")] = None
 
 
 def run(args: Options) -> Document:

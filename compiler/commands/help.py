@@ -3,41 +3,36 @@
 import inspect
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
+
+from qcompile.compiler.commands.options import COMMON, group
 
 # Columns before the text of an option; names that are longer have their text in the line below.
 _INDENT = 26
 
 
-class Formatter:
-    """Prints what cyclopts has gathered for a help page; nothing is cut, and no name or path is broken."""
+def show(usage: str, declared: Any, arguments: Iterable[Any]) -> None:
+    """Print the help of a command: nothing is cut, and no name or path is broken.
 
-    def __init__(self, description: str, places: Sequence[str]) -> None:
-        self.description = inspect.cleandoc(description)
-        self._places = {place.upper(): place for place in places}
-
-    def render_usage(self, console: Any, options: Any, usage: Any) -> None:
-        """The first line."""
-        print(f"usage: {str(usage).strip()}")
-
-    def render_description(self, console: Any, options: Any, description: Any) -> None:
-        """What the command is for."""
-        print("\n" + reflowed(self.description))
-
-    def __call__(self, console: Any, options: Any, panel: Any) -> None:
-        """One heading and its options."""
-        print(f"\n{panel.title}:")
-        for entry in panel.entries:
-            names = [*entry.positive_shorts, *entry.positive_names, *entry.negative_names]
-            place = entry.positional_label and self._places[entry.positional_label]
-            label = place or " ".join(filter(None, [", ".join(names), entry.metavar]))
-            print(_row(label, _text(entry.description)))
+    declared: its `Options`. arguments: as cyclopts has them, whose own pages take longer to load than all the rest.
+    """
+    print(f"usage: {usage}\n\n{reflowed(inspect.cleandoc(declared.__doc__ or ''))}")
+    rows: dict[Any, list[str]] = {}
+    for own in arguments:
+        if own.parameter.show is not False:
+            rows.setdefault(own.parameter.group[0], []).append(_row(_label(own), own.parameter.help or ""))
+    rows.setdefault(group(COMMON), []).append(_row("-h, --help", "show this and stop"))
+    for heading, lines in sorted(rows.items(), key=lambda item: item[0].sort_key):
+        print("\n".join([f"\n{heading.name}:", *lines]))
+    if declared.epilog:
+        print("\n" + reflowed(declared.epilog))
 
 
-def _text(description: Any) -> str:
-    primary = getattr(description, "primary_renderable", description)
-    return str(getattr(primary, "plain", primary) or "")
+def _label(own: Any) -> str:
+    """An option's names, short ones first, with its opposite and what its value is; an argument's name."""
+    names = sorted(own.names, key=lambda name: (name in own.negatives, name.startswith("--")))
+    return " ".join(filter(None, [", ".join(names), own.parameter.metavar]))
 
 
 def _width() -> int:

@@ -1,12 +1,12 @@
 """`qcompile inspect`: what is in a model file."""
 
 import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from rich.console import Console
 
-from qcompile.compiler.commands.options import Common, Document, changed, command, option, positional
+from qcompile.compiler.commands.declared.inspect import Options
+from qcompile.compiler.commands.options import Document, changed
 from qcompile.compiler.console.numbers import megabytes, percent
 from qcompile.compiler.console.terminal import console, table
 from qcompile.compiler.files.folders import model_file
@@ -15,14 +15,6 @@ from qcompile.compiler.report.inspection import Summary, WeightGroup, inspect
 # Inputs and outputs of a model with caches are alike by the dozen.
 _FEW = 8
 _LONG = 200
-
-
-@command()
-class Options(Common):
-    """Show what is in a model: types, sizes, what is quantized."""
-
-    model: Annotated[Path, positional("MODEL", "the model, or its folder")]
-    all: Annotated[bool, option("list every weight instead of alike ones together")] = False
 
 
 def run(args: Options) -> Document:

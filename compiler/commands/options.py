@@ -21,7 +21,7 @@ from cyclopts import Group, Parameter, Token
 
 from qcompile.compiler.recipe import DATA, MIXED, SAFETY, SETTINGS, WHAT, WHICH, Recipe, Step, load_recipe
 from qcompile.compiler.settings.setting import Setting
-from qcompile.passes.formats import FORMATS
+from qcompile.passes import lists
 
 T = TypeVar("T")
 # What a command found, for --json; None where there is nothing to tell.
@@ -29,7 +29,7 @@ Document = dict[str, Any] | list[Any] | None
 LogLevel = Literal["debug", "info", "warning", "error"]
 Kernels = Literal["auto", "native", "portable"]
 # Headings of a command's help that stand in this order; others stand between them and the last.
-_COMMON = "every command"
+COMMON = "every command"
 _GROUPS = {
     name: Group(title, sort_key=order)
     for order, (name, title) in enumerate(
@@ -41,7 +41,7 @@ _FIRST, _LAST = 1, 99
 
 def group(name: str) -> Group:
     """The heading of that name in a command's help."""
-    return _GROUPS.get(name) or Group(name, sort_key=_LAST if name == _COMMON else _FIRST)
+    return _GROUPS.get(name) or Group(name, sort_key=_LAST if name == COMMON else _FIRST)
 
 
 def option(
@@ -101,13 +101,13 @@ class Talk:
 
     quiet: Annotated[
         bool,
-        option("no progress, no reports: nothing but errors, and what was asked for", alias="-q", under=_COMMON),
+        option("no progress, no reports: nothing but errors, and what was asked for", alias="-q", under=COMMON),
     ] = False
-    verbose: Annotated[int, option("say more on stderr (-vv: everything)", alias="-v", count=True, under=_COMMON)] = 0
+    verbose: Annotated[int, option("say more on stderr (-vv: everything)", alias="-v", count=True, under=COMMON)] = 0
     log_level: Annotated[
-        LogLevel | None, option("how much the log says on stderr, instead of -v", "LEVEL", under=_COMMON)
+        LogLevel | None, option("how much the log says on stderr, instead of -v", "LEVEL", under=COMMON)
     ] = None
-    traceback: Annotated[bool, option("show the Python traceback of an error", under=_COMMON)] = False
+    traceback: Annotated[bool, option("show the Python traceback of an error", under=COMMON)] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class Threads(Talk):
 
     threads: Annotated[
         int | None,
-        option("at most so many threads (default: every core)", "N", under=_COMMON, validator=_positive),
+        option("at most so many threads (default: every core)", "N", under=COMMON, validator=_positive),
     ] = None
 
 
@@ -124,7 +124,7 @@ class Threads(Talk):
 class Common(Threads):
     """What every command takes."""
 
-    json: Annotated[bool, option("one JSON document on stdout, and nothing else there", under=_COMMON)] = False
+    json: Annotated[bool, option("one JSON document on stdout, and nothing else there", under=COMMON)] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class JsonFile:
         option(
             "one JSON document on stdout, and nothing else there; with FILE: written there, beside the tables",
             "[FILE]",
-            under=_COMMON,
+            under=COMMON,
             consume_multiple=(0, 1),
         ),
     ] = None
@@ -304,7 +304,7 @@ def _signature(kind: Any, settings: set[str]) -> inspect.Signature:
 
 def _annotation(own: Setting) -> Any:
     """The option of a setting; what it gives is what a file holds."""
-    told = own.told(formats=", ".join(known.name for known in FORMATS))
+    told = own.told(formats=", ".join(lists.FORMATS))
     about, under = own.about, own.about.group
     if about.opposite is not None:
         other, otherwise = about.opposite

@@ -6,8 +6,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import cyclopts
 from cyclopts import App, CycloptsError, Parameter, Token
 
-from qcompile.compiler.commands.help import Formatter, reflowed
-from qcompile.compiler.commands.options import Common, group
+from qcompile.compiler.commands.help import show
+from qcompile.compiler.commands.options import COMMON, Common, group
 from qcompile.passes.errors import UserError
 from qcompile.passes.near import near
 
@@ -19,14 +19,12 @@ def application(name: str, declared: Any) -> App:
     """The command of that name, whose options a class of `@command` declares, as cyclopts knows it."""
     made = App(
         name=name,
-        usage=" ".join([*dict.fromkeys(["qcompile", name]), *_placed(declared).values(), "[options]"]),
         help="",
         help_format="plaintext",
-        help_formatter=Formatter(declared.__doc__ or "", list(_placed(declared))),
         version_flags=(),
         default_parameter=_PLAIN,
     )
-    made["--help"].group = (group("every command"),)
+    made["--help"].group = (group(COMMON),)
     made["--help"].help = "show this and stop"
     made.default(declared)
     return made
@@ -35,18 +33,18 @@ def application(name: str, declared: Any) -> App:
 def parse(name: str, declared: type[T], words: Sequence[str]) -> T | None:
     """The options that the words of a command line give; None where they ask for help, which is printed."""
     made = application(name, declared)
+    before = words[: words.index("--")] if "--" in words else words
+    if {"-h", "--help"} & set(before):
+        usage = " ".join(["qcompile", name, *_placed(declared).values(), "[options]"])
+        show(usage, declared, made.assemble_argument_collection())
+        return None
     try:
-        chosen, bound, _ = made.parse_args(list(words), print_error=False, exit_on_error=False, verbose=False)
+        _, bound, _ = made.parse_args(list(words), print_error=False, exit_on_error=False, verbose=False)
     except CycloptsError as error:
         raise UserError(f"{_told(error)} (see qcompile {name} --help)") from error
-    if chosen is declared:
-        made_of = declared(**bound.arguments)
-        object.__setattr__(made_of, "given", frozenset(bound.arguments))
-        return made_of
-    chosen(*bound.args, **bound.kwargs)
-    if declared.epilog:
-        print("\n" + reflowed(declared.epilog))
-    return None
+    made_of = declared(**bound.arguments)
+    object.__setattr__(made_of, "given", frozenset(bound.arguments))
+    return made_of
 
 
 def _placed(declared: Any) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """`qcompile passes`: what can stand in a pass list, and the observers and weight formats that a recipe can name."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 
-from qcompile.compiler.commands.options import Common, Document, command, positional
+from qcompile.compiler.commands.declared.passes import Options
+from qcompile.compiler.commands.options import Document
 from qcompile.compiler.console.terminal import console
 from qcompile.compiler.plan import describe, needs_calibration, summary
 from qcompile.passes.base import Pass
@@ -17,14 +18,6 @@ from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.table import PASSES
 
 T = TypeVar("T")
-
-
-@command()
-class Options(Common):
-    """The passes, the observers (for qdq(observer=NAME)) and the weight formats (for --weights NAME), with their
-    parameters; those of other packages with the package that adds them."""
-
-    name: Annotated[str | None, positional("PASS", "this one alone, with the small passes that it is made of")] = None
 
 
 def run(args: Options) -> Document:

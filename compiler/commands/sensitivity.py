@@ -1,22 +1,14 @@
 """`qcompile sensitivity`: which integer nodes change what a model says, from the worst on."""
 
 import json
-from pathlib import Path
-from typing import Annotated
 
 from qcompile.compiler.api.sensitivity import DEFAULT_PASSES, rank_nodes
 from qcompile.compiler.commands import compile as compiling
 from qcompile.compiler.commands import idle
+from qcompile.compiler.commands.declared.sensitivity import Options
 from qcompile.compiler.commands.options import (
-    Calibrating,
-    Clustered,
-    Common,
     Document,
-    Recipes,
     changed,
-    command,
-    option,
-    positional,
     recipe_of,
 )
 from qcompile.compiler.console.terminal import Bar, console
@@ -24,27 +16,9 @@ from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
-from qcompile.compiler.recipe import DATA, WHICH
 
 _DEFAULT_PASSES = ",".join(map(str, DEFAULT_PASSES))
 _SHOWN = 30
-
-
-@command(WHICH, DATA)
-class Options(Common, Clustered, Calibrating, Recipes):
-    """Rank the nodes that qdq or dynamic make integer by what each of them alone changes in the output, all others in
-    float: KL of a decoder's logits (nats a token), else the signal to noise of the outputs. Measured on two windows of
-    256 tokens of the calibration text that calibration does not use (of other data, on four calibration batches). The
-    float and the integer weights are in memory at once.
-    The result is kept in ~/.cache/qcompile (QCOMPILE_CACHE moves it). `qcompile MODEL.onnx --keep-worst N`,
-    `--max-kl NATS` and `--min-sqnr DB` leave the worst nodes in float."""
-
-    model: Annotated[Path, positional("MODEL", "the float model, or its folder")]
-    output: Annotated[Path | None, option("write the whole ranking there", "FILE.json", alias="-o")] = None
-    passes: Annotated[
-        str | None,
-        option(f"ordered list of passes with qdq or dynamic in it (default: {_DEFAULT_PASSES})", "PASSES", under=WHICH),
-    ] = None
 
 
 def run(args: Options) -> Document:

@@ -1,4 +1,4 @@
-"""The commands of `qcompile`: their modules, imported only when chosen, so that --help answers at once."""
+"""The commands of `qcompile`: their modules, imported only when chosen, their options without what runs them."""
 
 import importlib
 from typing import Any
@@ -30,9 +30,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+def declared(name: str) -> Any:
+    """The `Options` of a command, whose help answers at once: nothing that runs it is imported."""
+    home, _, module = COMMANDS[name][0].rpartition(".")
+    return _imported(name, f"{home}.declared.{module}").Options
+
+
 def load(name: str) -> Any:
     """The module of a command, with its `Options` and `run`; UserError where it is not there."""
-    path = COMMANDS[name][0]
+    return _imported(name, COMMANDS[name][0])
+
+
+def _imported(name: str, path: str) -> Any:
     try:
         with uninterrupted():
             return importlib.import_module(path)

@@ -194,6 +194,23 @@ def test_help_imports_no_numeric_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
+def test_help_of_every_command_loads_nothing_that_runs_it() -> None:
+    """Its options are declared apart: the second that onnx and the passes take is not spent on help."""
+    code = (
+        "import sys; from qcompile.compiler.cli import COMMANDS, main\n"
+        "for name in COMMANDS: assert main([name, '--help']) == 0\n"
+        "homes = ('qcompile.compiler.commands', 'qcompile.compiler.recipe', 'qcompile.compiler.settings',"
+        " 'qcompile.compiler.cli', 'qcompile.compiler.console')\n"
+        "own = [m for m in sys.modules if m.startswith('qcompile.compiler.') and not m.startswith(homes)]\n"
+        "slow = [m for m in ('numpy', 'onnx', 'onnx_ir', 'onnxscript', 'rich', 'yaml', 'msgspec', 'torch', 'psutil')"
+        " if m in sys.modules]\n"
+        "print(own + slow, file=sys.stderr)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert process.stderr == "[]\n"
+    assert process.stdout.count("usage: qcompile") == len(COMMANDS)
+
+
 @pytest.mark.parametrize("printer", ["print", "rich.print"])
 def test_a_reader_that_goes_away_is_no_error(printer: str) -> None:
     code = (
@@ -201,7 +218,7 @@ def test_a_reader_that_goes_away_is_no_error(printer: str) -> None:
         "from qcompile.compiler.commands.options import Common, command\n"
         f"def run(args):\n    for _ in range(100): {printer}('line ' * 1000)\n    return 0\n"
         "Options = command()(type('Options', (Common,), {'__doc__': 'x'}))\n"
-        "cli.load = lambda name: types.SimpleNamespace(run=run, Options=Options)\n"
+        "cli.load, cli.declared = lambda name: types.SimpleNamespace(run=run), lambda name: Options\n"
         "sys.exit(cli.main(['inspect']))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -23,6 +23,7 @@ from qcompile.compiler.recipe import Recipe, Step, parse_step
 from qcompile.compiler.report.inspection import inspect
 from qcompile.compiler.report.stored_weights import find_weights
 from qcompile.models.tiny import tiny_branch, tiny_decoder
+from qcompile.passes import lists
 from qcompile.passes.affine import Grid, Quantized
 from qcompile.passes.base import Region
 from qcompile.passes.bit_fields import FIELDS, byte_rows
@@ -89,6 +90,7 @@ def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
 
 def test_the_table_and_its_operators_are_told_apart() -> None:
     assert NAMES[:2] == ["int4", "int8"]
+    assert tuple(NAMES) == lists.FORMATS
     assert len({name for own in FORMATS for name in own.operators}) == sum(len(own.operators) for own in FORMATS)
     for own in FORMATS:
         assert named(own.name) is own
