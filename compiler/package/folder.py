@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from qcompile.compiler.files import publish
 from qcompile.compiler.files.load import check_output_path, data_files, save_model
-from qcompile.compiler.package.beside import GENAI, LICENCES
+from qcompile.compiler.package.beside import GENAI
+from qcompile.compiler.package.written import check_replaced, digest, known, note
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.half_scales import halve
 from qcompile.runtime.library import DOMAIN, check_version, library_path
@@ -31,16 +32,29 @@ class Packaged:
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes beside the graph: files that are copied, and texts by name."""
+    """What goes beside the graph: files that are copied, and texts by name.
+
+    derived: names of texts that are made of the file that lies in their place, and say all that it says.
+    """
 
     copied: tuple[Path, ...]
     texts: Mapping[str, str]
     lacking: str
+    derived: frozenset[str] = frozenset()
 
     @property
     def names(self) -> list[str]:
         """Of all of them, the configuration last: what is there without it is not yet a package."""
         return sorted((*(path.name for path in self.copied), *self.texts), key=lambda name: name == GENAI)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the contents, by name."""
+        return {path.name: digest(path) for path in self.copied} | {n: digest(own) for n, own in self.texts.items()}
+
+    def check(self, folder: Path) -> None:
+        """Raise UserError for a file in the folder that would be replaced, and is of no earlier package."""
+        check_replaced(folder, {name: own for name, own in self.digests.items() if name not in self.derived})
 
     def write(self, folder: Path) -> list[Path]:
         """Write all into a folder."""
@@ -56,24 +70,29 @@ def write_folder(model: ir.Model, source: Path, target: Path, contents: Contents
 
     within: weights of at most so many bytes are written into the model file.
     """
-    inside = target.exists() and target.samefile(source)
+    inside, folder = target.exists() and target.samefile(source), target.parent
     if not inside:
-        check_replaced(target, target.parent)
+        check_model(target)
+    contents.check(folder)
     for name in [*contents.names, *([] if inside else [target.name])]:
         check_output_path(source, target.with_name(name), contents.copied)
     with publish.staging(target) as staged, publish.writing(target):
-        others = contents.write(staged.parent)
+        others, written, before = contents.write(staged.parent), contents.digests, known(folder)
         if inside:
+            note(folder, written, before)
             for path in others:
                 publish.replace_file(path, target.with_name(path.name))
             files: tuple[Path, ...] = (target, *sorted(data_files(target)))
         else:
             halve(model)
             saved = save_model(model, staged)
-            written = _in_one(saved.paths) if saved.data_bytes <= within else saved.paths
+            saved_files = _in_one(saved.paths) if saved.data_bytes <= within else saved.paths
             session(staged, kernels="portable" if contents.lacking else "auto")
-            files = publish.publish(written, target, others)
-    return Packaged((*files, *(target.with_name(path.name) for path in others)), contents.lacking)
+            written |= {target.name: digest(staged)}
+            note(folder, written, before)
+            files = publish.publish(saved_files, target, others)
+        sums = note(folder, written, {name: own for name, own in before.items() if name not in written})
+    return Packaged((*files, *(target.with_name(path.name) for path in others), sums), contents.lacking)
 
 
 def _in_one(paths: Sequence[Path]) -> Sequence[Path]:
@@ -88,10 +107,14 @@ def _in_one(paths: Sequence[Path]) -> Sequence[Path]:
     return (model,)
 
 
-def check_replaced(target: Path, folder: Path) -> None:
-    """Raise UserError where a model in a folder is none that was packaged there."""
-    if target.exists() and not (folder / LICENCES).exists():
-        raise UserError(f"{target} is no earlier package, and would be replaced: choose another folder with -o")
+def check_model(target: Path, name: str = "") -> None:
+    """Raise UserError where a model would be replaced that was neither packaged nor compiled there.
+
+    name: in the package, where the model does not lie at its top.
+    """
+    folder = target.parents[name.count("/")]
+    if not target.with_name(f"{target.stem}.report.json").exists():  # what a compile writes, the next one replaces
+        check_replaced(folder, {name or target.name: None})
 
 
 @contextmanager

@@ -14,7 +14,16 @@ import onnx_ir as ir
 from qcompile.compiler.data.inputs import Input, InputPlan, input_plan, role_by_name
 from qcompile.compiler.files.load import check_model_file, check_output_path, load_model
 from qcompile.compiler.package.beside import GENAI, LICENCES, Beside
-from qcompile.compiler.package.folder import MODEL, Contents, Packaged, about, licences, native_library, write_folder
+from qcompile.compiler.package.folder import (
+    MODEL,
+    Contents,
+    Packaged,
+    about,
+    check_model,
+    licences,
+    native_library,
+    write_folder,
+)
 from qcompile.passes.caches import is_group_query
 from qcompile.passes.errors import UserError
 
@@ -77,8 +86,10 @@ def check_package(source: Path | str, folder: Path | str, tokenizer: Path | None
     model = load_model(source)
     with about(source):
         contents = _contents(model, source, Path(folder), tokenizer, "auto")
-    for name in contents.names:
+    for name in (MODEL, *contents.names):
         check_output_path(source, Path(folder) / name, contents.copied)
+    check_model(Path(folder).absolute() / MODEL)
+    contents.check(Path(folder))
 
 
 def _contents(model: ir.Model, source: Path, folder: Path, tokenizer: Path | None, kernels: str) -> Contents:
@@ -93,7 +104,7 @@ def _contents(model: ir.Model, source: Path, folder: Path, tokenizer: Path | Non
         texts[_TOKENIZER] = '{"tokenizer_class": "PreTrainedTokenizerFast"}\n'
     there = folder.is_dir() and folder.samefile(beside.folder)
     copied = ([] if there else beside.files) + ([library] if library else [])
-    return Contents(tuple(copied), texts, lacking)
+    return Contents(tuple(copied), texts, lacking, frozenset({GENAI} if there else ()))
 
 
 def genai_config(model: ir.Model, plan: InputPlan, beside: Beside, library: str | None) -> dict[str, Any]:

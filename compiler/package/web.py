@@ -1,5 +1,6 @@
 """The folder that transformers.js loads: a graph named by its type, in onnx/, and weights in chunks for browsers."""
 
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ from qcompile.compiler.facts.model import element_type
 from qcompile.compiler.files import publish
 from qcompile.compiler.files.load import check_model_file, check_output_path, load_model, save_model
 from qcompile.compiler.package.beside import LICENCES, Beside, table
-from qcompile.compiler.package.folder import Contents, Packaged, about, check_replaced, licences
+from qcompile.compiler.package.folder import Contents, Packaged, about, check_model, licences
 from qcompile.compiler.package.genai import cache_names
+from qcompile.compiler.package.written import check_replaced, digest, known, note
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.half_scales import halve
 from qcompile.runtime.sessions import session
@@ -53,9 +55,14 @@ def package_web(
     _state_sizes(model, plan)
     kind = dtype(model)
     target = folder / "onnx" / f"model{SUFFIXES[kind]}.onnx"
-    check_replaced(target, folder)
+    place = f"{target.parent.name}/"
+    check_model(target, f"{place}{target.name}")
     copied = [path for path in beside.files if path.name != _CONFIG]
-    for path in (target, *(folder / name for name in (_CONFIG, LICENCES, *(own.name for own in copied)))):
+    beside_it = Contents(tuple(copied), {LICENCES: licences(beside.licences, None)}, "")
+    beside_it.check(folder)
+    chunks = target.parent.glob(f"{glob.escape(target.name)}_data*")
+    check_replaced(folder, {_CONFIG: None, **{f"{place}{path.name}": None for path in chunks}})
+    for path in (target, *(folder / name for name in (_CONFIG, *beside_it.names))):
         check_output_path(source, path, copied)
     with publish.staging(target) as staged, publish.writing(target):
         halve(model)
@@ -63,12 +70,15 @@ def package_web(
         data = _in_chunks(*written) if len(written) > 1 else []
         session(staged, kernels="portable")
         config = json.dumps(_config(beside, folder, kind, target.name, len(data)), indent=2) + "\n"
-        contents = Contents(tuple(copied), {_CONFIG: config, LICENCES: licences(beside.licences, None)}, "")
-        others = contents.write(staged.parent)
+        contents = Contents(tuple(copied), {_CONFIG: config, **beside_it.texts}, "")
+        others, before = contents.write(staged.parent), known(folder)
+        own = contents.digests | {f"{place}{path.name}": digest(path) for path in (staged, *data)}
+        note(folder, own, before)
         files = publish.publish_named((staged, *data), target)
         for path in others:
             publish.replace_file(path, folder / path.name)
-    return Packaged((*files, *(folder / path.name for path in others)), "")
+        sums = note(folder, own, {name: kept for name, kept in before.items() if name not in own})
+    return Packaged((*files, *(folder / path.name for path in others), sums), "")
 
 
 def _state_sizes(model: ir.Model, plan: InputPlan) -> None:

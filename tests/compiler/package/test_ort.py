@@ -11,6 +11,7 @@ from conftest import Bench
 
 from qcompile.compiler.package import ort as packaging
 from qcompile.compiler.package.ort import package_ort
+from qcompile.compiler.package.written import SUMS
 from qcompile.models.tiny import tiny_decoder, tiny_mlp
 from qcompile.passes.errors import UserError
 from qcompile.runtime.library import library_path
@@ -22,7 +23,7 @@ def test_a_small_model_is_one_file_that_its_readme_opens(bench: Bench, monkeypat
     (bench.folder / "out" / "NOTICE").write_text("made by somebody")
     package_ort(bench.folder / "out/model.onnx", out)
     library = library_path().name
-    assert {path.name for path in out.iterdir()} == {"model.onnx", library, "README.md", "LICENSES.txt", "NOTICE"}
+    assert {path.name for path in out.iterdir()} == {"model.onnx", library, "README.md", "LICENSES.txt", "NOTICE", SUMS}
     readme = (out / "README.md").read_text()
     monkeypatch.chdir(out)
     names: dict[str, Any] = {"onnxruntime": ort}
@@ -54,6 +55,6 @@ def test_the_same_again_and_from_its_own_folder(bench: Bench) -> None:
 
 def test_no_other_model_is_replaced(bench: Bench) -> None:
     model = bench.save(tiny_mlp(), tokenizer=False)
-    with pytest.raises(UserError, match="no earlier package"):
+    with pytest.raises(UserError, match="of no earlier package"):
         package_ort(bench.save(tiny_mlp(), "other.onnx", tokenizer=False), model.parent)
     assert Path(model).exists()

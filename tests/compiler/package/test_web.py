@@ -57,7 +57,7 @@ def test_a_model_is_called_by_its_type(
     assert (out / "onnx" / f"{name}_data").exists()
     assert _config(out) == _CONFIG | {"transformers.js_config": {"dtype": told, "use_external_data_format": {name: 1}}}
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "tokenizer.json", "tokenizer_config.json", "LICENSES.txt", "onnx",
+        "config.json", "tokenizer.json", "tokenizer_config.json", "LICENSES.txt", "onnx", "SHA256SUMS",
     }  # fmt: skip
 
 
