@@ -36,6 +36,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
             return types.SimpleNamespace(Options=Options, run=body)
 
         monkeypatch.setattr(cli, "load", module)
+        monkeypatch.setattr(cli, "declared", lambda name: module(name).Options)
 
     return install
 
