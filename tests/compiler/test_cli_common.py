@@ -187,7 +187,7 @@ def test_narrow_help_breaks_no_name(
         (["m.onnx", "--passes", "smoth,pack"], "'smooth'"),
         (["m.onnx", "--passes", "qdq(observer=mset)"], "'mse'"),
         (["m.onnx", "--passes", "awq(gird=3),pack"], "'grid'"),
-        (["m.onnx", "--weights", "int5"], "'int8' or 'int4'"),
+        (["m.onnx", "--weights", "nf5"], "'nf4'"),
         (["m.onnx", "--target", "qd"], "'qdq'"),
         (["m.onnx", "--attention", "fuse"], "'fused'"),
         (["m.onnx", "--recipe", "r.yaml"], "'bits'"),
