@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,9 @@ _PAGE = resource.getpagesize()
 
 @dataclass
 class Run:
-    """What one compile took. cpu, elapsed in seconds; anonymous, resident (peaks) and packed in bytes."""
+    """What one compile took. cpu, elapsed in seconds; anonymous, resident (peaks) and packed in bytes; phases: the
+    processor seconds of each kind of its work, as its report has them.
+    """
 
     python: str
     shape: str
@@ -45,6 +47,7 @@ class Run:
     resident: int = 0
     packed: int = 0
     failed: str = ""
+    phases: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,9 @@ def measured(run: Run, words: Sequence[str], output: Path, limit: float) -> Run:
     run.cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if process.returncode and not run.failed:
         run.failed = lines[-1] if lines else f"exit code {process.returncode}"
+    for report in output.glob("*.report.json"):
+        told = json.loads(report.read_text()).get("phases", [])  # an older qcompile tells none
+        run.phases = {phase["name"]: phase["cpu"] for phase in told}
     run.packed = sum(file.stat().st_size for file in output.glob("*.data"))
     return run
 

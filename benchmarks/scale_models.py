@@ -38,9 +38,20 @@ class Shape:
         return self.hidden // self.heads
 
     @property
+    def products(self) -> list[tuple[int, int]]:
+        """(K, N) of what each activation of a layer multiplies, side by side: q, k, v; o; gate, up; down."""
+        narrow = self.kv_heads * self.head_dim
+        return [
+            (self.hidden, self.hidden + 2 * narrow),
+            (self.hidden, self.hidden),
+            (self.hidden, 2 * self.ffn),
+            (self.ffn, self.hidden),
+        ]
+
+    @property
     def layer_weights(self) -> int:
         """Elements of one layer's products."""
-        return self.hidden * (2 * self.hidden + 2 * self.kv_heads * self.head_dim + 3 * self.ffn)
+        return sum(k * n for k, n in self.products)
 
     @property
     def weights(self) -> int:
@@ -54,6 +65,7 @@ SHAPES = {
     "llama-3.2-1b": Shape(2048, 8192, 32, 8, 128256, tied=True),
     "llama-2-7b": Shape(4096, 11008, 32, 32, 32000),
     "llama-2-70b": Shape(8192, 28672, 64, 8, 32000),
+    "llama-3.1-405b": Shape(16384, 53248, 128, 8, 128256),
 }
 
 

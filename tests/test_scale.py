@@ -1,9 +1,11 @@
 """benchmarks/scale.py: the decoders that it makes run, their weights are heavy-tailed; lines through figures."""
 
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 import pytest
+from plan import Plan, Rates, Work
 from scale import Line, Run, fits
 from scale_models import SHAPES, at_depth, decoder, tokens
 
@@ -35,3 +37,27 @@ def test_fits() -> None:
     assert fits([*runs, Run("py", "s", "pack", 8, failed="killed")]).splitlines()[-1].split(" | ")[3:] == [
         "3.00", "1.0", "0.03", "1.03", "0.07", "1.08 |",
     ]  # fmt: skip
+
+
+def test_plan() -> None:
+    """Constants of runs that have them are found again, and more machines shorten what they share, no further."""
+    shape, rates = SHAPES["small"], Rates(2e-11, 3e-11, 4e-8)
+    work = Work.of(shape, 1000)
+    runs = [
+        {
+            "layers": n,
+            "phases": {
+                "statistics": 1 + n * rates.calibration * work.calibration,
+                "gptq": 2 + n * rates.rounding * work.rounding,
+                "probes": 3 + n * rates.other * work.weights,
+            },
+        }
+        for n in (1, 2, 4)
+    ]
+    found = Rates.measured(shape, 1000, runs)
+    assert astuple(found) == pytest.approx(astuple(rates), rel=1e-6)
+    one, eight, many = (Plan.of(SHAPES["llama-2-7b"], rates, 32, 512, n, 1, 1e9) for n in (1, 8, 1000))
+    assert eight.rounding == pytest.approx(one.rounding / 8)
+    assert many.calibration == eight.calibration, "eight units of four windows"
+    assert many.other == one.other
+    assert one.network == 0 < eight.network
