@@ -26,6 +26,7 @@ import numpy as np
 from scale_models import SHAPES, Shape, at_depth, decoder, tokens
 
 LISTS = {"pack": "pack", "awq": "smooth,awq,pack", "default": ""}
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qcompile" / "scale"
 DEPTHS = (32, 80)  # that are extrapolated to
 _PERIOD = 0.02  # seconds between looks at the memory
 _PAGE = resource.getpagesize()
@@ -174,8 +175,7 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--limit", type=float, default=3600, help="seconds on the clock after which a compile is ended")
     parser.add_argument("--rounds", type=int, default=1, help="compiles of each; the Pythons take turns")
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qcompile" / "scale"
-    parser.add_argument("--cache", type=Path, default=cache, help=f"default: {cache}")
+    parser.add_argument("--cache", type=Path, default=CACHE, help=f"default: {CACHE}")
     parser.add_argument("--drop", action="store_true", help="remove each model behind its last compile")
     for name in ("hidden", "ffn", "heads", "kv-heads", "vocab"):
         parser.add_argument(f"--{name}", type=int, help="instead of the shape's")
