@@ -21,6 +21,8 @@ SHRINK = tuple(1.0 - 0.03 * step for step in range(18))
 _FINE = 8
 # The smallest float32 scale. Its products with the scales of usual activations are normal numbers still.
 LEAST_SCALE = np.float32(2.0**-120)
+# Numbers of a weight whose ranges are searched together: what is made of them stays in a core's own cache.
+_AT_ONCE = 1 << 18
 # Between these float16 numbers are dense enough for a scale (below the first, the spacing is more than 2^-8 of it).
 _HALF_LEAST, _HALF_MOST = np.float32(2.0**-16), np.float32(65504)
 
@@ -122,6 +124,15 @@ class Grid(ABC):
         if importance is None:
             return self.span(blocks, np.float32(1))
         weight = grouped(np.ascontiguousarray(importance[:, None], dtype=np.float32), self, fill=0.0)
+        step = max(1, _AT_ONCE // max(blocks[:1].size, 1))
+        parts = [
+            self._shrunk(blocks[start : start + step], weight[start : start + step])
+            for start in range(0, len(blocks), step)
+        ]
+        return QParams(np.concatenate([own.scale for own in parts]), np.concatenate([own.zero_point for own in parts]))
+
+    def _shrunk(self, blocks: Array, weight: Array) -> QParams:
+        """The best of `shrinks` for blocks (groups, rows, N), weighted by (groups, rows, 1)."""
         best = self.span(blocks, np.float32(1))
         best_error = _weighted_error(blocks, best, self, weight)
         for shrink in self.shrinks:

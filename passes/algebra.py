@@ -1,67 +1,157 @@
-"""Linear algebra on Gram matrices: damping, and a factor of the inverse."""
+"""Linear algebra on Gram matrices: damping, and Cholesky's factor, in place and by blocks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompile.passes.affine import Array
+from qcompile.passes.threads import side_by_side
 
 Array64 = npt.NDArray[np.float64]
 
-# Triangles up to this size are inverted by LAPACK.
-_SMALL = 128
+# Columns of a factor that are made at once, and rows of them in one piece of work.
+_BLOCK, _ROWS = 128, 512
+# What float32 may be off by: of the channels' correlations, beside which 0.01 at least are added to their diagonal.
+_RESIDUAL = 1e-4
 
 
-def damped(gram: Array, damping: float) -> Array:
-    """The Gram matrix (K, K) with its diagonal raised, each channel by a fraction of itself.
+def damping_of(diagonal: Array, damping: float) -> Array:
+    """What damping adds to the diagonal (K,) of a Gram matrix: a fraction of each channel's own energy.
 
     Relative to the channel, not to the mean as usual: one outlier channel must not drown the others in damping. Dead
     channels get a trace of the mean, so that the result is positive definite.
     """
-    diagonal = np.diagonal(gram).astype(np.float64)
-    floor = 1e-6 * float(diagonal.mean()) + 1e-12
-    raised = gram.copy()
-    np.fill_diagonal(raised, (diagonal * (1 + damping) + floor).astype(np.float32))
-    return raised
-
-
-def inverse_factor(gram: Array) -> Array64:
-    """Upper triangular U (K, K) with UᵀU = gram⁻¹, from the Cholesky factor of the matrix read backwards."""
-    backwards = np.linalg.cholesky(gram[::-1, ::-1].astype(np.float64))
-    return _inverse_lower(backwards)[::-1, ::-1]
+    exact = diagonal.astype(np.float64)
+    return np.asarray(damping * exact + (1e-6 * float(exact.mean()) + 1e-12), np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class Compensation:
-    """What error compensation takes of a Gram matrix G (K, K).
+    """What error compensation takes of a positive definite Gram matrix G (K, K).
 
-    order: the channels as they are rounded, int64 (K,): those of most energy first. factor: U of `inverse_factor` with
-    its channels in that order, float32 (K, K).
+    gram, added: G but for its diagonal, and what is to be added to that (K,). by: channels of G are divided by these
+    (K,), None where by nothing.
+    order: the channels, int64 (K,), from the last to be rounded to the first: those of most energy at the end.
+    lower: L, float32 (K, K), of which the lower triangle is meant: G in that order is s L Lᵀ s, s = `scale` (K,).
     """
 
+    gram: Array
+    added: Array
     order: npt.NDArray[np.int64]
-    factor: Array
+    lower: Array
+    scale: Array
+    by: Array | None = None
 
     @classmethod
-    def of(cls, gram: Array) -> "Compensation":
-        """That of a positive definite G."""
-        order = np.argsort(-np.diagonal(gram), kind="stable")
-        return cls(order, inverse_factor(gram[order][:, order]).astype(np.float32))
+    def of(cls, gram: Array, added: Array) -> "Compensation":
+        """That of a Gram matrix with a diagonal (K,) added to it.
+
+        In float32, or in float64 and rounded to it where the matrix is too near to a singular one for that. One that
+        sums in float32 left indefinite has more added, as little of each channel's energy as will do.
+        """
+        diagonal = np.diagonal(gram) + added
+        order = np.argsort(diagonal, kind="stable")
+        lower = _in_order(gram, diagonal, order)
+        if not _factored(lower) or _residual(lower, gram, diagonal, order) > _RESIDUAL:
+            more = (0.0, *10.0 ** np.arange(-6, 3))
+            exact = (_in_order(gram, diagonal * (1 + own), order).astype(np.float64) for own in more)
+            lower = next(own for own in exact if _factored(own)).astype(np.float32)
+        return cls(gram, added, order, lower, np.ones(len(order), np.float32))
 
     def rescaled(self, by: Array) -> "Compensation":
-        """That of G / (s sᵀ), s (K,): the factor of its inverse is U with columns times s. The order is kept."""
-        return Compensation(self.order, self.factor * by[self.order].astype(np.float32))
+        """That of G / (b bᵀ), b (K,), with the order and the factor of G; no matrix is copied."""
+        scale = np.asarray(self.scale / by[self.order], np.float32)
+        return replace(self, scale=scale, by=by if self.by is None else self.by * by)
+
+    @property
+    def diagonal(self) -> Array:
+        """That of G, (K,)."""
+        own = np.diagonal(self.gram) + self.added
+        return np.asarray(own if self.by is None else own / np.square(self.by), np.float32)
+
+    @property
+    def damped(self) -> tuple[Array, Array]:
+        """(G but for its diagonal (K, K), what is to be added to that (K,))."""
+        if self.by is None:
+            return self.gram, self.added
+        gram: Array = self.gram / self.by[:, None] / self.by
+        return gram, np.asarray(self.added / np.square(self.by), np.float32)
+
+    def transposed_times(self, x: Array) -> Array:
+        """(s L)ᵀ x of x (K, n), all in `order`; the squares of a column of it are what G makes of one of x."""
+        scaled, result = x * self.scale[:, None], np.empty_like(x)
+        for start, stop in _blocks(len(x)):
+            corner = np.tril(self.lower[start:stop, start:stop])
+            result[start:stop] = corner.T @ scaled[start:stop] + self.lower[stop:, start:stop].T @ scaled[stop:]
+        return result
+
+    def times(self, e: Array) -> Array:
+        """s L e of e (K, n), all in `order`."""
+        result = np.empty_like(e)
+        for start, stop in _blocks(len(e)):
+            corner = np.tril(self.lower[start:stop, start:stop])
+            result[start:stop] = corner @ e[start:stop] + self.lower[start:stop, :start] @ e[:start]
+        result *= self.scale[:, None]
+        return result
 
 
-def _inverse_lower(lower: Array64) -> Array64:
-    """The inverse of a lower triangular matrix, by halves."""
-    size = lower.shape[0]
-    if size <= _SMALL:
-        return np.asarray(np.tril(np.linalg.inv(lower)), np.float64)
-    half = size // 2
-    top, bottom = _inverse_lower(lower[:half, :half]), _inverse_lower(lower[half:, half:])
-    inverse = np.zeros_like(lower)
-    inverse[:half, :half], inverse[half:, half:] = top, bottom
-    inverse[half:, :half] = -bottom @ (lower[half:, :half] @ top)
-    return inverse
+def cholesky(matrix: Array | Array64) -> None:
+    """Put L with L Lᵀ = the symmetric matrix (K, K) in the place of its lower triangle; the rest is left as it is.
+
+    LinAlgError where it is not positive definite to the precision of its numbers.
+    """
+    for start, stop in _blocks(len(matrix)):
+        left = matrix[start:stop, :start]
+        corner = np.linalg.cholesky((matrix[start:stop, start:stop] - left @ left.T).astype(np.float64))
+        matrix[start:stop, start:stop] = corner
+        below = _Below(matrix, start, stop, np.asarray(np.linalg.inv(corner).T, np.float64))
+        side_by_side(below, range(stop, len(matrix), _ROWS))
+
+
+@dataclass(frozen=True, eq=False)
+class _Below:
+    """Makes rows of L below the corner that ends at column `stop`; inverse: that of the corner, transposed."""
+
+    matrix: Array | Array64
+    start: int
+    stop: int
+    inverse: Array64
+
+    def __call__(self, row: int) -> None:
+        rows, columns = slice(row, row + _ROWS), slice(self.start, self.stop)
+        known = self.matrix[rows, : self.start] @ self.matrix[columns, : self.start].T
+        self.matrix[rows, columns] = (self.matrix[rows, columns] - known) @ self.inverse.astype(self.matrix.dtype)
+
+
+def _blocks(k: int) -> list[tuple[int, int]]:
+    return [(start, min(start + _BLOCK, k)) for start in range(0, k, _BLOCK)]
+
+
+def _in_order(gram: Array, diagonal: Array, order: npt.NDArray[np.int64]) -> Array:
+    """The matrix with that diagonal and its channels in that order, in memory of its own."""
+    found = np.empty_like(gram)
+    for start, stop in _blocks(len(gram)):
+        found[start:stop] = gram[order[start:stop]][:, order]
+    np.fill_diagonal(found, diagonal[order])
+    return found
+
+
+def _factored(matrix: Array | Array64) -> bool:
+    try:
+        cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
+def _residual(lower: Array, gram: Array, diagonal: Array, order: npt.NDArray[np.int64]) -> float:
+    """How far L Lᵀ is from the matrix, of the correlations that they mean: by a product with signs of a seed."""
+    size = np.sqrt(diagonal)
+    signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), len(size))
+    x = np.asarray(signs / size, np.float32)
+    wanted = gram @ x + (diagonal - np.diagonal(gram)) * x
+    own = Compensation(gram, diagonal, order, lower, np.ones_like(size))
+    found = own.times(own.transposed_times(x[order][:, None]))[:, 0]
+    error = np.linalg.norm((found - wanted[order]) / size[order]) / np.sqrt(len(size))
+    return float(error) if np.isfinite(error) else np.inf

@@ -1,27 +1,25 @@
 """Error-compensated rounding (GPTQ, Frantar et al. 2022) from the Gram matrix alone."""
 
-import itertools
-from collections.abc import Callable, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array, Grid, QParams, Quantized
 from qcompile.passes.algebra import Compensation
-from qcompile.passes.base import Decision, Pass, Region
+from qcompile.passes.base import Pass, Region
 from qcompile.passes.contract import Fact, Reads
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.columns import coded
+from qcompile.passes.formats.columns import Columns, coded
 from qcompile.passes.held import NOT_CONFIRMED, too_few
 from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import (
-    Fit,
     Rounding,
+    by_input,
     fitted,
     merge_columns,
     relative_error,
@@ -31,18 +29,16 @@ from qcompile.passes.rounding import (
 from qcompile.passes.row_steps import Descent, Nearest, descent, nearest
 from qcompile.passes.state import set_weight, weight_state
 from qcompile.passes.statistics import Statistics
-from qcompile.passes.threads import allowed
 
-# Rows rounded one by one before the rest follows in one matrix product.
-_BLOCK = 32
-_THREADS = 2
+# Rows rounded one by one before others follow in matrix products; rows whose changes reach all others in one product.
+_RUN, _BLOCK = 32, 128
 # For each direction that rows lie in, so many channels and rows make it one of few: of fewer channels, codes that keep
 # one direction give others away.
 _CHANNELS, _ROWS = 32, 8
 # The damping of endless data, and what is added by K / rows.
 _LEAST_DAMPING, _SHARE = 0.01, 0.5
-# A linear, the codes of its weight where they are kept, and what is told of it.
-_Rounded = tuple[Linear, Quantized | None, Decision]
+# Columns that tell the error of a weight.
+_TOLD = 512
 # Why codes of a linear would not be stored; empty where they would.
 Refused = Callable[[Linear], str]
 # What rounds rows of a (k, N) weight on its parameters.
@@ -54,15 +50,15 @@ class ErrorCompensated:
     """Rounds a weight row by row, in order of falling activation energy, and spreads each error over the rows to come.
 
     Groups are static: their ranges are chosen before any row is rounded, so codes stay in natural order and nothing
-    is permuted at run time. Afterwards `sweeps` rounds of coordinate descent revisit every code with all others
-    fixed, and the group scales are refit by least squares for the codes chosen; a column keeps a step only if its exact
-    output error fell.
+    is permuted at run time. Afterwards `sweeps` rounds of coordinate descent revisit every scale and every code with
+    all others fixed, each set to its best value: the exact output error of no column rises. A column for which plain
+    rounding was better starts there.
 
     damping: added to the Gram matrix's diagonal, as a fraction of it; None chooses it by `default_damping`.
     """
 
     damping: float | None = None
-    sweeps: int = 2
+    sweeps: int = 3
     refit: bool = True
 
     def __call__(self, w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
@@ -70,18 +66,22 @@ class ErrorCompensated:
         if statistics is None:
             raise TypeError("error-compensated rounding needs statistics")
         w = np.ascontiguousarray(w, dtype=np.float32)
-        damping = default_damping(len(w), statistics.rows) if self.damping is None else self.damping
-        gram = statistics.damped(damping)
-        qparams = spec.fit(w, np.diagonal(gram))
-        best = _Candidate(w, statistics, gram, Quantized(spec.project(w, qparams), qparams, spec))
-        best.improve(_compensate(w, statistics.compensation(damping), qparams, spec))
-        for _ in range(self.sweeps):
-            if self.refit:
-                best.improve(_refit_scales(gram, best.quantized, best.pull))
-            best.improve(*_descend(gram, best.quantized, best.pull))
-        if self.refit:
-            best.improve(_refit_scales(gram, best.quantized, best.pull))
-        return best.quantized
+        by = self._known(statistics)
+        best = _started(w, by, spec.fit(w, by.diagonal), spec)
+        if not self.sweeps and not self.refit:
+            return best
+        descending = _Descending(*by.damped, w, best)
+        for number in range(max(self.sweeps, 1)):
+            descending.round(forward=number % 2 == 0, codes=self.sweeps > 0, scales=self.refit)
+        return descending.moving.result()
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Factor the Gram matrix where it is kept, before several threads round by it."""
+        self._known(statistics)
+
+    def _known(self, statistics: Statistics) -> Compensation:
+        own = default_damping(len(statistics.absmax), statistics.rows) if self.damping is None else self.damping
+        return statistics.compensation(own)
 
 
 def default_damping(k: int, rows: int) -> float:
@@ -103,46 +103,13 @@ def round_by_rows(w: Array, spec: Grid, statistics: Statistics | None) -> Quanti
     """
     if statistics is None or not _few_directions(statistics):
         return round_with_clip(w, spec, statistics)
-    others: list[Fit] = [partial(rounding, w, spec) for rounding in (round_to_nearest, round_with_clip)]
-    found = fitted(w, statistics, lambda rows: ErrorCompensated()(w, spec, rows), others)
-    return found or round_with_clip(w, spec, statistics)
+    others = (round_to_nearest, round_with_clip)
+    return fitted(w, spec, statistics, ErrorCompensated(), others) or round_with_clip(w, spec, statistics)
 
 
 def _few_directions(statistics: Statistics) -> bool:
     most = min(len(statistics.gram) // _CHANNELS, statistics.rows // _ROWS)
     return statistics.sample is not None and 1 <= statistics.directions(most) <= most
-
-
-class _Candidate:
-    """The best rounding so far of each column of w (K, N), with its exact output error.
-
-    pull (K, N): G (W - Ŵ) by the damped G, from which each step starts; the error takes what damping adds off it.
-    """
-
-    def __init__(self, w: Array, statistics: Statistics, damped: Array, quantized: Quantized) -> None:
-        self.w, self.damped, self.quantized = w, damped, quantized
-        self.rotation = statistics.rotation
-        own = np.diagonal if self.rotation is None else self.rotation.diagonal_before
-        self.added = own(damped) - own(statistics.gram)
-        self.pull, self.errors = self._judged(quantized, None)
-
-    def _judged(self, quantized: Quantized, pull: Array | None) -> tuple[Array, Array]:
-        delta = self.w - quantized.dequantize()
-        pull = self.damped @ delta if pull is None else pull
-        return pull, np.einsum("kn,kn->n", delta, pull - self._taken(delta))
-
-    def _taken(self, delta: Array) -> Array:
-        """What damping adds to `pull`, (K, N): it raised the diagonal, that of the channels before their rotation."""
-        if self.rotation is None:
-            return np.asarray(self.added[:, None] * delta)
-        return self.rotation.rows(self.added[:, None] * self.rotation.rows_before(delta))
-
-    def improve(self, other: Quantized, pull: Array | None = None) -> None:
-        """Take over every column that `other` rounds with less error. pull: where it is known."""
-        pull, errors = self._judged(other, pull)
-        better = errors < self.errors
-        self.quantized = merge_columns(self.quantized, other, better)
-        self.pull, self.errors = np.where(better, pull, self.pull), np.minimum(errors, self.errors)
 
 
 _MOST_DAMPING, _MOST_SWEEPS = 1000, 1000
@@ -164,7 +131,7 @@ class Gptq(Pass):
         refused: Refused | None = None,
         *,
         damping: float | Literal["auto"] = "auto",
-        sweeps: int = 2,
+        sweeps: int = 3,
         refit: bool = True,
     ) -> None:
         super().__init__()
@@ -208,96 +175,216 @@ class Gptq(Pass):
                 continue
             begun.add((linear.weight, linear.transposed))
             together.setdefault((id(linear.activation), spec), []).append(linear)
-        with ThreadPoolExecutor(allowed(_THREADS)) as pool:
-            jobs = [(group, spec, region.statistics[group[0].activation]) for (_, spec), group in together.items()]
-            for linear, codes, decision in itertools.chain.from_iterable(pool.map(lambda job: self._round(*job), jobs)):
-                self.decisions.append(decision)
-                if codes is not None:
-                    own = weight_state(linear.weight).codes
-                    set_weight(linear.weight, codes={**own, linear.transposed: codes})
-
-    def _round(self, linears: list[Linear], spec: Grid, statistics: Statistics) -> list[_Rounded]:
-        """Round the weights that share an input side by side: columns do not affect each other."""
-        wanted = np.concatenate([coded(linear) for linear in linears], axis=1)
-        others: list[Fit] = [lambda rows: round_to_nearest(wanted, spec, rows)]
-        if not spec.fine:  # else `pack` and `qdq` do not clip
-            others.append(lambda rows: round_with_clip(wanted, spec, rows))
-        joint = fitted(wanted, statistics, lambda rows: self.rounding(wanted, spec, rows), others)
-        if joint is None:
-            reason = too_few(statistics) or NOT_CONFIRMED
-            return [(linear, None, Decision(linear.name, "skipped", reason)) for linear in linears]
-        start, found = 0, list[_Rounded]()
-        for linear in linears:
-            stop = start + linear.shape[1]
-            part, w = _columns(joint, start, stop), wanted[:, start:stop]
-            error = relative_error(part.dequantize() - w, w, statistics.gram)
-            decision = Decision(linear.name, "rounded", "error-compensated", {"relative_error": error})
-            found.append((linear, part, decision))
-            start = stop
-        return found
+        groups = list(together.items())
+        rounded = by_input(
+            round_together,
+            groups,
+            load=lambda own: (Beside.of(own[1]), own[0][1], region.statistics[own[1][0].activation]),
+            given=(self.rounding,),
+            channels=lambda own: own[1][0].shape[0],
+        )
+        for (_, linears), found in zip(groups, rounded, strict=True):
+            for number, linear in enumerate(linears):
+                if isinstance(found, str):
+                    self.decide(linear.name, "skipped", found)
+                    continue
+                codes, error = found[number]
+                self.decide(linear.name, "rounded", "error-compensated", relative_error=error)
+                own = weight_state(linear.weight).codes
+                set_weight(linear.weight, codes={**own, linear.transposed: codes})
 
 
-def _columns(q: Quantized, start: int, stop: int) -> Quantized:
-    part = QParams(q.qparams.scale[:, start:stop], q.qparams.zero_point[:, start:stop])
-    return Quantized(np.ascontiguousarray(q.codes[:, start:stop]), part, q.spec)
+def round_together(
+    rounding: Rounding, wanted: "Beside", spec: Grid, statistics: Statistics
+) -> list[tuple[Quantized, float]] | str:
+    """The codes of each of several weights that share an input, and their relative errors; or why there are none."""
+    others: list[Rounding] = [round_to_nearest]
+    if not spec.fine:  # else `pack` and `qdq` do not clip
+        others.append(round_with_clip)
+    joint = fitted(wanted, spec, statistics, rounding, others)
+    if joint is None:
+        return too_few(statistics) or NOT_CONFIRMED
+    start, found = 0, list[tuple[Quantized, float]]()
+    for w in wanted.weights:
+        part = _columns(joint, start, start + w.shape[1])
+        found.append((part, _error(part, w, statistics)))
+        start += w.shape[1]
+    return found
 
 
-def _compensate(w: Array, by: Compensation, qparams: QParams, spec: Grid, *, rows: Rows = nearest) -> Quantized:
-    """The GPTQ sweep over w (K, N)."""
-    k, order, upper = len(w), by.order, by.factor
-    round_row, work, codes = rows(qparams, spec, k), w[order], np.empty(w.shape, np.float32)
-    for start in range(0, k, _BLOCK):
-        stop = min(start + _BLOCK, k)
-        block, errors = work[start:stop], np.empty((stop - start, w.shape[1]), np.float32)
-        for i in range(stop - start):
-            row = start + i
-            codes[order[row]], decoded = round_row(order[row], block[i])
-            errors[i] = (block[i] - decoded) / upper[row, row]
-            block[i + 1 :] -= upper[row, row + 1 : stop, None] * errors[i]
-        work[stop:] -= upper[start:stop, stop:].T @ errors
-    return Quantized(codes.astype(spec.code_dtype), qparams, spec)
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """Weights of as many rows, read as one: a part becomes float32 when it is read."""
+
+    weights: Sequence[npt.NDArray[np.floating]]
+
+    @classmethod
+    def of(cls, linears: Sequence[Linear]) -> "Beside":
+        """Those of linears, as codes are chosen for them."""
+        return cls([coded(own) if Columns.of(own, "") else own.mapped() for own in linears])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N)."""
+        return len(self.weights[0]), sum(w.shape[1] for w in self.weights)
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Array:
+        rows, columns = place
+        parts, before = list[npt.NDArray[np.floating]](), 0
+        for w in self.weights:
+            own = slice(max(columns.start - before, 0), max(columns.stop - before, 0))
+            parts.append(w[rows, own])
+            before += w.shape[1]
+        return np.concatenate(parts, axis=1, dtype=np.float32)
 
 
-def _descend(
-    gram: Array, q: Quantized, pull: Array, *, steps: Callable[[Quantized], Descent] = descent
+def _error(q: Quantized, w: npt.NDArray[np.floating], statistics: Statistics) -> float:
+    """‖X (Ŵ - W)‖ / ‖X W‖, by columns evenly spread."""
+    step = max(1, w.shape[1] // _TOLD)
+    wanted = np.asarray(w[:, ::step], np.float32)
+    return relative_error(_columns(q, 0, None, step).dequantize() - wanted, wanted, statistics.gram)
+
+
+def _columns(q: Quantized, start: int, stop: int | None, step: int = 1) -> Quantized:
+    if (start, stop, step) == (0, q.codes.shape[1], 1):
+        return q
+    own = slice(start, stop, step)
+    part = QParams(q.qparams.scale[:, own], q.qparams.zero_point[:, own])
+    return Quantized(np.ascontiguousarray(q.codes[:, own]), part, q.spec)
+
+
+def _started(w: Array, by: Compensation, qparams: QParams, spec: Grid) -> Quantized:
+    """Codes of w (K, N) after the sweep, or of a column those of plain rounding where their error is less.
+
+    That is looked at where the sweep leaves more than plain rounding would by the diagonal alone: where it ran
+    into the ends of the grid, as a rule nowhere.
+    """
+    swept, spread = _compensate(w, by, qparams, spec)
+    plain = Quantized(spec.project(w, qparams), qparams, spec)
+    delta, errors = w - plain.dequantize(), np.einsum("kn,kn->n", spread, spread)
+    doubtful = np.flatnonzero(errors > by.diagonal @ np.square(delta))
+    others = np.full_like(errors, np.inf)
+    if len(doubtful):
+        others[doubtful] = np.square(by.transposed_times(delta[:, doubtful][by.order])).sum(axis=0)
+    return merge_columns(swept, plain, others < errors)
+
+
+def _compensate(
+    w: Array, by: Compensation, qparams: QParams, spec: Grid, *, rows: Rows = nearest
 ) -> tuple[Quantized, Array]:
-    """One pass of coordinate descent: each code set to its best value with all other codes fixed.
+    """The GPTQ sweep over w (K, N), and what is left of each row's error, (K, N) in `by.order`: e = (s L)ᵀ (W - Ŵ).
 
-    pull: G (W - Ŵ), (K, N). Returns the new codes, and what it is with them.
+    Rows are rounded from the last to the first. The damped error of a column is the sum of its squares of e, and a row
+    of e depends on the rows behind it alone: each code is the one that makes its own e least, the rest being as it is
+    (Babai's nearest plane; the same codes as by the inverse's factor: Chen et al. 2025, "The Geometry of LLM
+    Quantization"). No inverse is needed.
     """
-    (k, n), moving, pull = pull.shape, steps(q), pull.copy()
-    diagonal = np.diagonal(gram)
-    for start in range(0, k, _BLOCK):
-        stop = min(start + _BLOCK, k)
-        local, change = gram[start:stop, start:stop], np.zeros((stop - start, n), np.float32)
-        block = pull[start:stop].copy()
-        for i in range(stop - start):
-            change[i] = moving.move(start + i, block[i], diagonal[start + i])
-            block[i + 1 :] -= local[i + 1 :, i, None] * change[i]
-        pull -= gram[:, start:stop] @ change
-    return moving.result(), pull
+    round_row, lower, scale = rows(qparams, spec, len(w)), by.lower, by.scale
+    codes, left, spread = np.empty(w.shape, spec.code_dtype), np.empty_like(w), np.zeros_like(w)
+
+    def one(i: int, stop: int) -> None:
+        row, unit = by.order[i], lower[i, i] * scale[i]
+        carried = spread[i] + lower[i + 1 : stop, i] @ left[i + 1 : stop]
+        wish = w[row] + carried / unit
+        codes[row], decoded = round_row(row, wish)
+        left[i], spread[i] = scale[i] * (w[row] - decoded), unit * (wish - decoded)
+
+    def several(start: int, stop: int) -> None:
+        if stop - start <= _RUN:
+            for i in reversed(range(start, stop)):
+                one(i, stop)
+            return
+        middle = (start + stop) // 2
+        several(middle, stop)
+        spread[start:middle] += lower[middle:stop, start:middle].T @ left[middle:stop]
+        several(start, middle)
+
+    several(0, len(w))
+    return Quantized(codes, qparams, spec), spread
 
 
-def _refit_scales(gram: Array, q: Quantized, pull: Array) -> Quantized:
-    """The least-squares group scales for fixed codes: with A the group-wise levels, a column's scales s become s + d,
-    (AᵀGA) d = AᵀG (w - A s). pull: G (W - Ŵ), (K, N).
+class _Descending:
+    """Rounds of coordinate descent: every scale and every code is set to its best value with all others fixed.
+
+    gram: G without what is `added` to its diagonal (K,). left: W - Ŵ, (K, N). outside: of each block of rows
+    G (W - Ŵ) as far as the rows count that the next round meets behind the block. Rounds go to and fro, so these are
+    the rows that the last round met before it, and their share is known from there: a round takes K² N operations,
+    half of a product by G (Niethammer 1964, of symmetric relaxation).
     """
-    spec, (k, n) = q.spec, pull.shape
-    groups, size = spec.groups(k), spec.group_size(k)
-    levels = spec.decode(q.codes, QParams(np.ones_like(q.qparams.scale), q.qparams.zero_point))
-    starts = np.arange(0, k, size)
-    right = np.add.reduceat(levels * pull, starts, axis=0)
-    normal = np.empty((n, groups, groups), np.float64)
-    for j in range(groups):
-        begin, end = j * size, min((j + 1) * size, k)
-        product = levels[:end] * (gram[:end, begin:end] @ levels[begin:end])
-        normal[:, j, : j + 1] = normal[:, : j + 1, j] = np.add.reduceat(product, starts[: j + 1], axis=0).T
-    diagonal = np.einsum("nii->ni", normal)
-    diagonal += 1e-4 * diagonal + 1e-9 * diagonal.max(initial=0.0) + 1e-30
-    change = np.linalg.solve(normal, right.T.astype(np.float64)[..., None])[..., 0].T
-    solved = (q.qparams.scale + change).astype(np.float32)
-    usable = np.isfinite(solved) & (np.abs(solved) > 0)
-    if spec.positive:
-        usable &= solved > 0
-    scale = spec.storable(np.where(usable, solved, q.qparams.scale))
-    return Quantized(q.codes, QParams(scale, q.qparams.zero_point), spec)
+
+    def __init__(self, gram: Array, added: Array, w: Array, start: Quantized) -> None:
+        self.gram, self.added, self.moving = gram, added, descent(start)
+        k, size = len(w), self.moving.size
+        width = max(size, _BLOCK // size * size)
+        self.blocks = [slice(top, min(top + width, k)) for top in range(0, k, width)]
+        self.left, self.outside = w - start.dequantize(), np.empty_like(w)
+        for rows in self.blocks:
+            self.outside[rows] = gram[rows, rows.stop :] @ self.left[rows.stop :]
+
+    def round(self, *, forward: bool, codes: bool, scales: bool) -> None:
+        """Rows from the first to the last, or from the last to the first; the two take turns, forward first."""
+        for rows in self.blocks if forward else reversed(self.blocks):
+            met = slice(0, rows.start) if forward else slice(rows.stop, None)
+            own = _Block(self.gram[rows, rows], self.added[rows], self.moving, rows.start)
+            before = self.gram[rows, met] @ self.left[met]
+            pull = self.outside[rows] + before + own.times(self.left[rows])
+            self.outside[rows] = before
+            self.left[rows] -= own.descend(pull, codes=codes, scales=scales)
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Rows of whole groups, from `top` on: their part of G (M, M) without what is `added` to its diagonal (M,).
+
+    pull: these rows of G (W - Ŵ), (M, N), which follows every change in place.
+    """
+
+    gram: Array
+    added: Array
+    moving: Descent
+    top: int
+
+    def times(self, x: Array) -> Array:
+        """G x of x (M, N)."""
+        return np.asarray(self.gram @ x + self.added[:, None] * x)
+
+    def descend(self, pull: Array, *, codes: bool, scales: bool) -> Array:
+        """Set scales and codes to their best values; returns the change of all values (M, N)."""
+        size, change = self.moving.size, np.zeros_like(pull)
+        for start in range(0, len(pull), size):
+            rows = slice(start, min(start + size, len(pull)))
+            if scales:
+                change[rows] += self._rescale(pull, rows)
+            if codes:
+                self._recode(pull, change, rows)
+                if scales:
+                    change[rows] += self._rescale(pull, rows)
+        return change
+
+    def _rescale(self, pull: Array, rows: slice) -> Array:
+        """Set the scales (N,) of a group to those of least error, where the file can hold better ones."""
+        moving, spec, group = self.moving, self.moving.q.spec, (self.top + rows.start) // self.moving.size
+        levels = moving.levels(slice(self.top + rows.start, self.top + rows.stop))
+        product = self.gram[:, rows] @ levels
+        product[rows] += self.added[rows, None] * levels
+        power, gain = (np.einsum("kn,kn->n", levels, by[rows]) for by in (product, pull))
+        scale = moving.scale[group]
+        wish = scale + np.divide(gain, power, out=np.zeros_like(gain), where=power > 0)
+        usable = np.isfinite(wish) & ((wish > 0) if spec.positive else (wish != 0))
+        step = spec.storable(np.where(usable, wish, scale)) - scale
+        step = np.where(step * (step * power - 2 * gain) < 0, step, np.float32(0))
+        moving.scale[group] = scale + step
+        pull -= step * product
+        return np.asarray(step * levels)
+
+    def _recode(self, pull: Array, change: Array, rows: slice) -> None:
+        """Set each code of a group to its best."""
+        for start in range(rows.start, rows.stop, _RUN):
+            stop = min(start + _RUN, rows.stop)
+            own = np.zeros((stop - start, pull.shape[1]), np.float32)
+            for i in range(start, stop):
+                wanted = pull[i] - self.gram[i, start:i] @ own[: i - start]
+                own[i - start] = self.moving.move(self.top + i, wanted, self.gram[i, i] + self.added[i])
+            pull -= self.gram[:, start:stop] @ own
+            pull[start:stop] -= self.added[start:stop, None] * own
+            change[start:stop] += own

@@ -1,7 +1,6 @@
 """Writing quantized weights into the graph."""
 
 from collections.abc import Callable, Set
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ClassVar
 
@@ -34,9 +33,8 @@ from qcompile.passes.rounding import blank, round_to_nearest
 from qcompile.passes.spec import integers
 from qcompile.passes.state import Tensors, node_state, set_node, set_weight, weight_state
 from qcompile.passes.targets import TARGETS, TargetName
-from qcompile.passes.threads import allowed
+from qcompile.passes.threads import side_by_side
 
-_THREADS = 2
 # A weight as it is packed: its initializer, its spec, and whether it is read transposed.
 _Key = tuple[ir.Value, Grid, bool]
 
@@ -154,8 +152,7 @@ class Pack(Pass):
             rounding = round_to_nearest if state.clip is False else round_by_rows
             return rounding(coded(linear), spec, region.statistics.get(linear.activation))
 
-        with ThreadPoolExecutor(allowed(_THREADS)) as pool:
-            return dict(zip(jobs, pool.map(one, jobs), strict=True))
+        return dict(zip(jobs, side_by_side(one, jobs), strict=True))
 
     def _pack_linear(
         self, region: Region, linear: Linear, spec: Grid, rounded: dict[_Key, Quantized], told: str

@@ -25,7 +25,6 @@ from qcompile.passes.state import weight_state
 from qcompile.passes.statistics import Statistics
 from qcompile.passes.workers import mapped
 
-_THREADS = 2
 # Columns of all the weights of an input that tell what turning it gains.
 _SAMPLES = 96
 # The share of the squared output error that may be left for a node at run time to be worth it.
@@ -83,7 +82,6 @@ class Rotate(Pass):
             judged,
             load=lambda value: self._loaded(value, inputs[value], region),
             given=(self.rounding, self.activations),
-            threads=_THREADS,
         )
         gained = dict(zip(judged, left, strict=True))
         for value, linears in inputs.items():

@@ -70,6 +70,14 @@ class Rotation:
         blocks = np.stack([gram[start : start + block, start : start + block] for start in starts])
         return np.asarray(np.einsum("ij,bjk,ik->bi", self.matrix, blocks, self.matrix, optimize=True).reshape(-1))
 
+    def raised(self, gram: Array, added: Array) -> Array:
+        """G (K, K) of X R with `added` (K,) on the diagonal of that of X: Rᵀ diag(added) R lies in the blocks."""
+        made, block = gram.copy(), len(self.signs)
+        for start in range(0, len(gram), block):
+            rows = slice(start, start + block)
+            made[rows, rows] += self.matrix.T @ (added[rows, None] * self.matrix)
+        return made
+
 
 def _symmetric(matrix: Array) -> Array:
     return np.asarray((matrix + matrix.T) / 2)

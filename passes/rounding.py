@@ -1,7 +1,8 @@
 """How a weight becomes codes. `awq` and `smooth` judge their candidates by the rounding that will follow them."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -9,13 +10,30 @@ import numpy.typing as npt
 from qcompile.passes.affine import Array, Grid, QParams, Quantized, output_error
 from qcompile.passes.held import confirmed, too_few
 from qcompile.passes.statistics import Statistics
+from qcompile.passes.threads import side_by_side
+from qcompile.passes.workers import elsewhere, mapped
 
 # Of so many rows one may be held aside and not be fitted to at all: the fit is as good.
 _SMALL_SHARE = 16
+# A chunk of columns has so many numbers at most, and so many columns; the least of them whatever its rows.
+_NUMBERS, _WIDEST, _LEAST = 1 << 23, 1024, 64
+# Channels above which inputs are worked on one after the other.
+_ALONE = 2048
+# Columns, evenly spread, by which rows held aside judge.
+_JUDGED = 512
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-# A weight quantized by the statistics of its input.
-Fit = Callable[[Statistics], Quantized]
+class Weight(Protocol):
+    """What is read of a weight (K, N), float32: an array, or several of them side by side."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(K, N)."""
+
+    def __getitem__(self, place: tuple[slice, slice], /) -> Array:
+        """Columns."""
 
 
 class Rounding(Protocol):
@@ -23,6 +41,14 @@ class Rounding(Protocol):
 
     def __call__(self, w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
         """The codes and their parameters."""
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A rounding that keeps something with statistics which all chunks of a weight need."""
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Make it."""
 
 
 def round_to_nearest(w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
@@ -43,43 +69,102 @@ def round_with_clip(w: Array, spec: Grid, statistics: Statistics | None) -> Quan
     """Rounding on ranges clipped by E[x²]-weighted search, column by column only where that lowers ‖X(Ŵ - W)‖²; plain
     rounding where rows held aside do not confirm that.
     """
-    plain = round_to_nearest(w, spec, statistics)
+    if statistics is None:
+        return round_to_nearest(w, spec, statistics)
+    return fitted(w, spec, statistics, _clipped, [round_to_nearest]) or round_to_nearest(w, spec, None)
+
+
+def _clipped(w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
+    plain = round_to_nearest(w, spec, None)
     if statistics is None:
         return plain
-    return fitted(w, statistics, lambda rows: _clipped(w, spec, plain, rows), [lambda rows: plain]) or plain
-
-
-def _clipped(w: Array, spec: Grid, plain: Quantized, statistics: Statistics) -> Quantized:
     qparams = spec.fit(w, statistics.energy)
     return better_columns(plain, Quantized(spec.project(w, qparams), qparams, spec), w, statistics)
 
 
-def fitted(w: Array, statistics: Statistics, make: Fit, others: Sequence[Fit]) -> Quantized | None:
-    """What `make` fits to the statistics of all rows; None where rows held aside show no gain over each of the
-    `others`, all fitted to the same rows.
+def fitted(
+    w: Weight, spec: Grid, statistics: Statistics, make: Rounding, others: Sequence[Rounding]
+) -> Quantized | None:
+    """What `make` makes of w (K, N) by the statistics of all rows; None where rows held aside show no gain over each of
+    the `others`, all fitted to the same rows.
 
     Case 1: guessed statistics, or those that `split` gave to somebody who judges: nothing is held aside.
     Case 2: too few rows: None.
     Case 3: of many rows, those held aside are a small share, and what was judged is what is given.
+
+    Columns do not affect each other: they are rounded by the chunk, in `threads`, which bounds the memory.
     """
     if statistics.sample is None:  # Case 1
-        return make(statistics)
+        return _joined(spec, side_by_side(lambda own: make(w[:, own], spec, statistics), chunks(*w.shape)))
     parts = statistics.split()
     if parts is None or too_few(statistics):  # Case 2
         return None
     rest, held = parts
-    trial = make(rest)
-    made = (trial, *(other(rest) for other in others))
-    losses = [np.square(held @ (own.dequantize() - w)).sum(axis=1) for own in made]
+    rest.kept, step = {}, max(1, w.shape[1] // _JUDGED)
+    if isinstance(make, Prepared):
+        make.prepare(rest)
+
+    def trial(columns: slice) -> tuple[Quantized, list[Array]]:
+        own = w[:, columns]
+        judged = slice(-columns.start % step, None, step)
+        made, seen = make(own, spec, rest), np.ascontiguousarray(own[:, judged])
+        wanted = held @ seen
+        found = [made.dequantize()[:, judged], *(other(seen, spec, rest).dequantize() for other in others)]
+        return made, [np.square(held @ given - wanted).sum(axis=1) for given in found]
+
+    found = side_by_side(trial, chunks(*w.shape))
+    losses = [np.sum(own, axis=0) for own in zip(*(judged for _, judged in found), strict=True)]
     if any(confirmed(other, losses[0], statistics) >= 1 for other in losses[1:]):
         return None
-    return trial if len(held) * _SMALL_SHARE <= statistics.rows else make(statistics)  # Case 3
+    if len(held) * _SMALL_SHARE <= statistics.rows:  # Case 3
+        return _joined(spec, [made for made, _ in found])
+    every = replace(statistics, kept={})
+    if isinstance(make, Prepared):
+        make.prepare(every)
+    return _joined(spec, side_by_side(lambda own: make(w[:, own], spec, every), chunks(*w.shape)))
+
+
+def chunks(k: int, n: int) -> list[slice]:
+    """Columns of a weight (K, N) that are worked on together; the same however many threads there are."""
+    width = min(_WIDEST, max(_LEAST, _NUMBERS // max(k, 1) // _LEAST * _LEAST))
+    return [slice(start, min(start + width, n)) for start in range(0, n, width)] or [slice(0, 0)]
+
+
+def by_input(
+    compute: Callable[..., R],
+    items: Sequence[T],
+    *,
+    load: Callable[[T], tuple[Any, ...]],
+    given: tuple[Any, ...] = (),
+    channels: Callable[[T], int],
+) -> list[R]:
+    """`workers.mapped` of inputs of linears. In this process those of many channels are worked on one after the other,
+    so that of their Gram matrices one is copied and factored at a time.
+    """
+    if elsewhere() is not None:
+        return mapped(compute, items, load=load, given=given)
+    large = [channels(item) > _ALONE for item in items]
+    alone = iter([compute(*given, *load(item)) for item, own in zip(items, large, strict=True) if own])
+    small = [item for item, own in zip(items, large, strict=True) if not own]
+    others = iter(mapped(compute, small, load=load, given=given))
+    return [next(alone if own else others) for own in large]
+
+
+def _joined(spec: Grid, parts: list[Quantized]) -> Quantized:
+    if len(parts) == 1:
+        return parts[0]
+    scale = np.concatenate([part.qparams.scale for part in parts], axis=1)
+    zero_point = np.concatenate([part.qparams.zero_point for part in parts], axis=1)
+    return Quantized(np.concatenate([part.codes for part in parts], axis=1), QParams(scale, zero_point), spec)
 
 
 def better_columns(a: Quantized, b: Quantized, w: Array, statistics: Statistics) -> Quantized:
-    """For each column of w, the candidate with the smaller output error."""
-    error_a, error_b = (column_errors(q.dequantize() - w, statistics.gram) for q in (a, b))
-    return merge_columns(a, b, error_b < error_a)
+    """For each column of w, the candidate with the smaller output error: by a, b with errors δ, ε the sign of
+    ε G ε - δ G δ = (ε - δ) G (ε + δ), which takes one product.
+    """
+    first, second = a.dequantize(), b.dequantize()
+    gain = np.einsum("kn,kn->n", second - first, statistics.times(first + second - 2 * w))
+    return merge_columns(a, b, gain < 0)
 
 
 def merge_columns(a: Quantized, b: Quantized, use_b: npt.NDArray[np.bool_]) -> Quantized:

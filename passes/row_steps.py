@@ -29,61 +29,72 @@ class AffineNearest(Nearest):
     def __init__(self, qparams: QParams, spec: Grid, k: int, ends: IntegerRange) -> None:
         super().__init__(qparams, spec, k)
         self.low, self.high = ends.qmin, ends.qmax
-        self.scale, self.zero = (expand(own, spec, k) for own in (qparams.scale, qparams.zero_point))
 
     def __call__(self, row: int, values: Array) -> tuple[Array | Codes, Array]:
-        scale, zero = self.scale[row], self.zero[row]
+        group = row // self.size
+        scale, zero = self.qparams.scale[group], self.qparams.zero_point[group]
         codes = np.clip(np.rint(values / scale) + zero, self.low, self.high)
         return codes, (codes - zero) * scale
 
 
 class Descent:
-    """Moves one row after another of a quantized weight (K, N) to the codes of least error, all others fixed."""
+    """Moves rows and scales of a quantized weight (K, N) to the values of least error, all others fixed."""
 
     def __init__(self, q: Quantized) -> None:
-        self.q, self.codes, self.values = q, q.codes.copy(), q.dequantize()
-        self._nearest = Nearest(q.qparams, q.spec, len(q.codes))
+        self.q, self.size = q, q.spec.group_size(len(q.codes))
+        self.scale, self.zero = q.qparams.scale.copy(), q.qparams.zero_point
+        self.codes = q.codes.copy()
 
-    def start(self) -> Array:
-        """What the codes (K, N) stand for before any row is moved."""
-        return self.values
+    def levels(self, rows: slice) -> Array:
+        """What the codes of rows of one group stand for at scale 1."""
+        group = rows.start // self.size
+        own = self._own(group, np.ones_like(self.scale[group : group + 1]))
+        return self.q.spec.decode(self.codes[rows], own)
 
     def move(self, row: int, pull: Array, energy: np.float32) -> Array:
         """Change the codes of a row; returns by how much (N,) its values change.
 
         pull (N,): the row of XᵀX (W - Ŵ). energy: the row's diagonal element of XᵀX.
         """
-        codes, values = self._nearest(row, self.values[row] + pull / energy)
-        change: Array = values - self.values[row]
-        self.codes[row], self.values[row] = codes, values
+        group, spec = row // self.size, self.q.spec
+        own = self._own(group, self.scale[group : group + 1])
+        before = spec.decode(self.codes[row : row + 1], own)
+        codes = spec.project(before + pull / energy, own)
+        self.codes[row] = codes[0]
+        change: Array = (spec.decode(codes, own) - before)[0]
         return change
 
     def result(self) -> Quantized:
-        """The weight with its codes as they are now."""
-        return Quantized(self.codes, self.q.qparams, self.q.spec)
+        """The weight with its codes and scales as they are now."""
+        return Quantized(self.codes, QParams(self.scale, self.zero), self.q.spec)
+
+    def _own(self, group: int, scale: Array) -> QParams:
+        return QParams(scale, self.zero[group : group + 1])
 
 
 class AffineDescent(Descent):
     """The same where codes are integers."""
 
     def __init__(self, q: Quantized, ends: IntegerRange) -> None:
-        self.q, k = q, len(q.codes)
-        self.scale, self.zero = (expand(own, q.spec, k) for own in (q.qparams.scale, q.qparams.zero_point))
-        self.levels, self.low, self.high = q.codes.astype(np.float32) - self.zero, ends.qmin, ends.qmax
+        self.q, self.size = q, q.spec.group_size(len(q.codes))
+        self.scale, self.zero = q.qparams.scale.copy(), q.qparams.zero_point
+        self.low, self.high = ends.qmin - self.zero, ends.qmax - self.zero
+        self._levels = q.codes - expand(self.zero, q.spec, len(q.codes))
 
-    def start(self) -> Array:
-        return self.levels * self.scale
+    def levels(self, rows: slice) -> Array:
+        return self._levels[rows]
 
     def move(self, row: int, pull: Array, energy: np.float32) -> Array:
-        scale, zero = self.scale[row], self.zero[row]
-        wish = self.levels[row] + pull / (energy * scale)
-        better = np.clip(np.rint(wish), self.low - zero, self.high - zero)
-        change: Array = (better - self.levels[row]) * scale
-        self.levels[row] = better
+        group, levels = row // self.size, self._levels[row]
+        wish = np.rint(levels + pull / (energy * self.scale[group]))
+        better = np.minimum(np.maximum(wish, self.low[group]), self.high[group])
+        change: Array = (better - levels) * self.scale[group]
+        self._levels[row] = better
         return change
 
     def result(self) -> Quantized:
-        return Quantized((self.levels + self.zero).astype(self.q.codes.dtype), self.q.qparams, self.q.spec)
+        codes = self._levels + expand(self.zero, self.q.spec, len(self._levels))
+        return Quantized(codes.astype(self.q.codes.dtype), QParams(self.scale, self.zero), self.q.spec)
 
 
 def nearest(qparams: QParams, spec: Grid, k: int) -> Nearest:

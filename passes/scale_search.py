@@ -19,7 +19,6 @@ little for those that are not in the sample at all.
 
 import zlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -33,10 +32,10 @@ from qcompile.passes.held import confirmed, too_few
 from qcompile.passes.observers.room import RowExtremes
 from qcompile.passes.pairs import Pair
 from qcompile.passes.policy import Policy
-from qcompile.passes.rounding import Rounding, column_errors, round_to_nearest
+from qcompile.passes.rounding import Rounding, by_input, round_to_nearest
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.statistics import Statistics
-from qcompile.passes.threads import allowed
+from qcompile.passes.threads import side_by_side
 
 # A factor must lower the sampled loss by this fraction to be kept: less is within the noise of the sample.
 MARGIN = 0.005
@@ -47,7 +46,6 @@ _OTHERS = 0.5
 _DEVIATIONS = 0.25
 # Factors lie within this range around their geometric mean.
 _WIDEST = 1e3
-_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,8 @@ class Judge:
         for columns in sample:
             w, scaled = columns.w, columns.w * own[:, None]
             rounded = rounding(scaled, columns.spec, statistics).dequantize()
-            squares = column_errors(rounded / own[:, None] - w, self.fitted.gram) + self._noise(scaled, own)
+            delta = rounded / own[:, None] - w
+            squares = np.einsum("kn,kn->n", delta, self.fitted.times(delta)) + self._noise(scaled, own)
             errors.append(columns.unit * squares)
             if inputs is not None and rows is not None:
                 wanted = self._outputs[columns] if rows is self.held else rows @ w
@@ -199,12 +198,11 @@ class Judge:
             return None
         if len(made) > finalists:
             plain = self.losses(None, self.chosen, round_to_nearest)
-            screened = {
-                label: self._relative(self.losses(factor, self.chosen, round_to_nearest), plain)
-                for label, factor in made.items()
-            }
+            seen = side_by_side(lambda own: self.losses(own, self.chosen, round_to_nearest), made.values())
+            screened = {label: self._relative(own, plain) for label, own in zip(made, seen, strict=True)}
             made = {label: made[label] for label in sorted(screened, key=screened.__getitem__)[:finalists]}
-        losses = {label: self.losses(factor, self.chosen) for label, factor in made.items()}
+        found = side_by_side(lambda own: self.losses(own, self.chosen), made.values())
+        losses = dict(zip(made, found, strict=True))
         label = min(losses, key=lambda own: self._relative(losses[own], base))
         return Choice(label, candidates(self.statistics)[label], self._left(made[label], losses[label], base))
 
@@ -307,8 +305,7 @@ def search_all(pairs: list[Pair], judges: Judges, search: Callable[[Judge], Choi
             return judge
         return search(judge) or "its inputs or weights are all zero, or rounding is exact"
 
-    with ThreadPoolExecutor(allowed(_THREADS)) as pool:
-        return list(pool.map(one, pairs))
+    return by_input(one, pairs, load=lambda pair: (pair,), channels=lambda pair: len(pair.channels))
 
 
 def fold_choice(pair: Pair, choice: Choice | str, region: Region, *, nothing: str | None) -> Decision:

@@ -1,12 +1,13 @@
 """Sufficient statistics of an activation: what every pass needs instead of the activations themselves."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompile.passes.affine import Array
-from qcompile.passes.algebra import Compensation, damped
+from qcompile.passes.algebra import Compensation, damping_of
 from qcompile.passes.rotation import Rotation
 
 Numbers = npt.NDArray[np.int64]
@@ -50,7 +51,7 @@ class Statistics:
     @property
     def mean_square(self) -> Array:
         """E[x²] of each channel, float32 (K,)."""
-        return np.diagonal(self.gram) / np.float32(max(self.rows, 1))
+        return self.diagonal / np.float32(max(self.rows, 1))
 
     @property
     def energy(self) -> Array:
@@ -61,25 +62,29 @@ class Statistics:
         """
         return np.asarray((self.rows * self.mean_square + _PRIOR * self._usual) / np.float32(self.rows + _PRIOR))
 
-    @property
-    def evened(self) -> Array:
-        """The Gram matrix (K, K) with the rows that `energy` takes as known, all channels independent in them."""
-        gram = self.gram.copy()
-        np.fill_diagonal(gram, np.diagonal(gram) + _PRIOR * self._usual)
-        return gram
-
     def compensation(self, damping: float) -> Compensation:
-        """That of the damped Gram matrix of `evened`."""
+        """That of the Gram matrix with the rows that `energy` takes as known, all channels independent in them, and
+        damping on its diagonal; on the one that it had before a rotation.
+        """
         known = {} if self.kept is None else self.kept
         if damping not in known:
-            known[damping] = Compensation.of(self.damped(damping))
+            rows = np.float32(_PRIOR) * self._usual
+            if self.rotation is None:
+                known[damping] = Compensation.of(self.gram, rows + damping_of(self.diagonal + rows, damping))
+            else:
+                before = rows + damping_of(self.rotation.diagonal_before(self.gram) + rows, damping)
+                gram = self.rotation.raised(self.gram, before)
+                known[damping] = Compensation.of(gram, np.zeros_like(before))
         return known[damping]
 
-    def damped(self, damping: float) -> Array:
-        """`evened` with each channel's energy raised by a fraction of it (`algebra.damped`), (K, K)."""
-        if self.rotation is None:
-            return damped(self.evened, damping)
-        return self.rotation.gram(damped(self.rotation.gram_before(self.evened), damping))
+    def times(self, x: Array) -> Array:
+        """The Gram matrix times x (K, n)."""
+        return self.gram @ x
+
+    @property
+    def diagonal(self) -> Array:
+        """That of the Gram matrix, (K,)."""
+        return np.diagonal(self.gram)
 
     @property
     def reach(self) -> Array:
@@ -122,7 +127,8 @@ class Statistics:
             return None
         aside = self.aside
         held, kept = self.sample[aside], self.sample[~aside]
-        gram = self.gram - held.T @ held
+        gram = held.T @ held
+        np.subtract(self.gram, gram, out=gram)
         np.fill_diagonal(gram, np.maximum(np.diagonal(gram), 0))
         absmax = np.abs(kept).max(axis=0)
         if self.rest is not None:
@@ -175,11 +181,36 @@ class Statistics:
         """A copy that followed such a rewrite. What is kept of the Gram matrix follows, too, so that it is factored
         once for all factors: channels are rounded in the order that they had before.
         """
-        copy = replace(self)
-        copy.rescale(factor)
-        if self.kept is not None:
-            copy.kept = {damping: own.rescaled(factor) for damping, own in self.kept.items()}
-        return copy
+        return _Rescaled(self, factor)
+
+
+class _Rescaled(Statistics):
+    """Statistics of X / factor, of which the Gram matrix is made where it is asked for: products need none."""
+
+    def __init__(self, base: Statistics, factor: Array) -> None:
+        self.base, self.inverse = base, (1.0 / factor).astype(np.float32)
+        self.rows, self.rotation, size = base.rows, None, np.abs(self.inverse)
+        self.absmax, self.groups = base.absmax * size, base.groups
+        self.sample = None if base.sample is None else base.sample * self.inverse
+        self.rest = None if base.rest is None else base.rest * size
+        self.kept = None
+        if base.kept is not None:
+            self.kept = {damping: own.rescaled(factor) for damping, own in base.kept.items()}
+
+    def rescale(self, factor: Array) -> None:
+        self.__init__(self.base, factor / self.inverse)  # type: ignore[misc]
+        self.__dict__.pop("gram", None)
+
+    @cached_property
+    def gram(self) -> Array:  # type: ignore[override]
+        return self.base.gram * self.inverse[:, None] * self.inverse[None, :]
+
+    def times(self, x: Array) -> Array:
+        return self.base.times(x * self.inverse[:, None]) * self.inverse[:, None]
+
+    @property
+    def diagonal(self) -> Array:
+        return self.base.diagonal * np.square(self.inverse)
 
 
 def held_aside(count: int) -> npt.NDArray[np.bool_]:

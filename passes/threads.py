@@ -1,10 +1,21 @@
-"""How many threads may work side by side: as many as there are cores, unless the user says how many."""
+"""How many threads work side by side: as many as there are cores, unless the user says how many.
 
-from collections.abc import Iterator
+Work is cut the same way whatever their number, and results are joined in the order of the work, so that no number
+depends on it.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
+from typing import Generic, TypeVar
 
 _LIMIT: ContextVar[int | None] = ContextVar("threads", default=None)
+_HELPERS: ContextVar[Executor | None] = ContextVar("helpers", default=None)
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -22,7 +33,58 @@ def limit() -> int | None:
     return _LIMIT.get()
 
 
-def allowed(wanted: int) -> int:
-    """Threads of a pool that would have `wanted`."""
-    most = _LIMIT.get()
-    return wanted if most is None else min(wanted, most)
+def workers() -> int:
+    """Threads that work side by side: `limit`, or one for each core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _LIMIT.get() or cores
+
+
+def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """function(item) of each item, in order; called by `workers` threads, this one among them.
+
+    Inside, it may be called again: whoever has nothing else to do helps there, and nobody waits for a free thread.
+    """
+    work = _Work(function, list(items))
+    helpers, more = _HELPERS.get(), min(workers(), len(work.items)) - 1
+    if more < 1:
+        work.help()
+    elif helpers is not None:
+        work.shared(helpers, more)
+    else:
+        with ThreadPoolExecutor(workers() - 1) as pool:
+            token = _HELPERS.set(pool)
+            try:
+                work.shared(pool, more)
+            finally:
+                _HELPERS.reset(token)
+    return [work.results[number] for number in range(len(work.items))]
+
+
+class _Work(Generic[T, R]):
+    """Items that several threads take one after another."""
+
+    def __init__(self, function: Callable[[T], R], items: Sequence[T]) -> None:
+        self.function, self.items = function, items
+        self.results: dict[int, R] = {}
+        self._numbers = itertools.count()
+        self._stopped = False
+
+    def help(self) -> None:
+        """Take items while there are any; of those that fail, nobody takes another one."""
+        try:
+            while not self._stopped and (number := next(self._numbers)) < len(self.items):
+                self.results[number] = self.function(self.items[number])
+        except BaseException:
+            self._stopped = True
+            raise
+
+    def shared(self, helpers: Executor, more: int) -> None:
+        """The same with the help of so many others, where they come before all is taken."""
+        promised = [helpers.submit(copy_context().run, self.help) for _ in range(more)]
+        try:
+            self.help()
+        finally:
+            begun = [helper for helper in promised if not helper.cancel()]
+            failures = [failure for helper in begun if (failure := helper.exception()) is not None]
+        if failures:
+            raise failures[0]

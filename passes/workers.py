@@ -6,12 +6,11 @@ values; what is done with its result is done here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
-from qcompile.passes.threads import allowed
+from qcompile.passes.threads import side_by_side
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,11 +34,8 @@ class Workers(Protocol):
         """
 
 
-class Threads:
-    """So many threads of this process; one is this very thread."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
+class Here:
+    """This thread, one item after the other."""
 
     def each(
         self,
@@ -49,17 +45,8 @@ class Threads:
         load: Callable[[T], tuple[Any, ...]],
         given: tuple[Any, ...] = (),
     ) -> Iterator[tuple[int, R]]:
-        """As `Workers`; what is loaded belongs to the thread that computes with it."""
-
-        def one(item: T) -> R:
-            return compute(*given, *load(item))
-
-        if self.most < 2 or len(items) < 2:
-            yield from ((number, one(item)) for number, item in enumerate(items))
-            return
-        with ThreadPoolExecutor(self.most) as pool:
-            numbers = {pool.submit(one, item): number for number, item in enumerate(items)}
-            yield from ((numbers[done], done.result()) for done in as_completed(numbers))
+        """As `Workers`."""
+        yield from ((number, compute(*given, *load(item))) for number, item in enumerate(items))
 
 
 def in_order(found: Iterator[tuple[int, R]]) -> Iterator[R]:
@@ -96,8 +83,9 @@ def mapped(
     *,
     load: Callable[[T], tuple[Any, ...]],
     given: tuple[Any, ...] = (),
-    threads: int,
 ) -> list[R]:
-    """compute(*given, *load(item)) of every item, in order; by so many threads at most where this process computes."""
-    workers = elsewhere() or Threads(allowed(threads))
+    """compute(*given, *load(item)) of every item, in order; side by side in threads where this process computes."""
+    workers = elsewhere()
+    if workers is None:
+        return side_by_side(lambda item: compute(*given, *load(item)), items)
     return list(in_order(workers.each(compute, items, load=load, given=given)))

@@ -25,7 +25,7 @@ from qcompile.passes.base import IntegerPass
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_embeddings
 from qcompile.passes.tensors import chunks
-from qcompile.passes.workers import Threads, elsewhere
+from qcompile.passes.workers import Here, elsewhere
 from qcompile.runtime.sessions import run
 
 # session.qdq_matmulnbits_accuracy_level where an application sets none.
@@ -83,7 +83,7 @@ class Mixture:
             progress.step(f"sensitivity: node {len(measured) + 1} of {len(settings)}{told}")
             return (settings[site],)
 
-        workers, every, measured = elsewhere() or Threads(1), list(settings), list[Ranked]()
+        workers, every, measured = elsewhere() or Here(), list(settings), list[Ranked]()
         for number, effect in workers.each(_distance, every, load=load, given=(self.switched, self.effect)):
             measured.append(every[number])
             found.append(replace(every[number], effect=effect))

@@ -23,7 +23,7 @@ from qcompile.compiler.sweep.rows import DONE, FAILED, OPEN, REFUSED, SAME, Row,
 from qcompile.compiler.sweep.scoring import Evaluation, Scoring, calibration_digest, scoring
 from qcompile.compiler.sweep.tables import write_plots, write_tables
 from qcompile.passes.errors import UserError
-from qcompile.passes.workers import Threads, elsewhere
+from qcompile.passes.workers import Here, elsewhere
 
 _KEPT = ("status", "reason", "bits_per_weight", "compiled_bytes", "coverage", "scores", "seconds", "data", "model")
 
@@ -138,7 +138,7 @@ class _Job:
             self.watcher.begin(self.sweep, row, len(ended), len(chosen))
             return (row,)
 
-        workers = elsewhere() or Threads(1)
+        workers = elsewhere() or Here()
         for number, figures in workers.each(_Job.figures, chosen, load=load, given=(self,)):
             ended.append(row := chosen[number])
             _fill(row, figures)

@@ -19,7 +19,7 @@ from qcompile.compiler.walk.segments import Segment
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.gram import UNIT, Gram
 from qcompile.passes.statistics import Statistics
-from qcompile.passes.workers import Threads, Workers, elsewhere, in_order
+from qcompile.passes.workers import Here, Workers, elsewhere, in_order
 
 # By the name of a carried value: its array for each batch.
 Carried = Mapping[str, Sequence[npt.NDArray[Any]]]
@@ -262,7 +262,7 @@ class Runner:
         def load(number: int) -> tuple[Arrays]:
             return (self._feeds(opened.inputs, segment, stream, number),)
 
-        found = (others or Threads(1)).each(Opened.run, range(len(stream.batches)), load=load, given=(opened,))
+        found = (others or Here()).each(Opened.run, range(len(stream.batches)), load=load, given=(opened,))
         for i, outputs in enumerate(in_order(found)):
             batch = stream.batches[i]
             if i in followed:

@@ -6,7 +6,6 @@ for two runs.
 """
 
 import math
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,7 +23,7 @@ from qcompile.passes.affine import Array, QParams, Quantized
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers import nodes as observers
 from qcompile.passes.state import node_state, set_node
-from qcompile.passes.threads import allowed
+from qcompile.passes.threads import workers
 
 # Elements of a weight that are compared at once, 4 MB of float32, and bytes of rows that are collected for that.
 ELEMENTS, ROWS = 1 << 20, 64 << 20
@@ -120,7 +119,7 @@ def compared(
             return np.array([np.square(array, dtype=np.float64).sum() for array in own])
 
     # Blocks side by side: threads of BLAS would wait actively for one another between them.
-    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(allowed(os.cpu_count() or 1)) as pool:
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers()) as pool:
         return sum(pool.map(block, range(0, n, step)), np.zeros(5))
 
 

@@ -15,7 +15,7 @@ from qcompile.compiler import cli
 from qcompile.compiler.cli import COMMANDS, main
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.errors import Verdict
-from qcompile.passes.threads import allowed, limit, limited
+from qcompile.passes.threads import limit, limited, workers
 
 QUICK = ["--passes", "pack", "--group-size", "32", "--samples", "4", "--context", "32"]
 
@@ -118,12 +118,12 @@ def test_what_every_command_takes_may_stand_first(made: Any, leading: list[str],
 def test_threads(made: Any, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int | None, int]] = []
     module = cli.load("inspect")
-    monkeypatch.setattr(module, "run", lambda args: seen.append((limit(), allowed(2))))
+    monkeypatch.setattr(module, "run", lambda args: seen.append((limit(), workers())))
     assert main(["inspect", "x", "--threads", str(threads)]) == 0
     assert main(["inspect", "x"]) == 0
-    assert seen == [(threads, min(threads, 2)), (None, 2)]
+    assert seen == [(threads, threads), (None, workers())]
     with limited(8):
-        assert (limit(), allowed(2)) == (8, 2)
+        assert (limit(), workers()) == (8, 8)
 
 
 def test_a_session_has_as_many_threads(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:

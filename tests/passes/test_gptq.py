@@ -1,15 +1,17 @@
 """Error-compensated rounding: against a plain reference, as a local minimum, and on Gram matrices that are none."""
 
+import copy
 import itertools
 
 import numpy as np
 import pytest
 
+from qcompile.passes import gptq
 from qcompile.passes.affine import QParams, Quantized
 from qcompile.passes.algebra import Compensation
-from qcompile.passes.gptq import ErrorCompensated, _compensate, _descend, _refit_scales, default_damping
+from qcompile.passes.gptq import ErrorCompensated, _compensate, _Descending, default_damping
 from qcompile.passes.rounding import column_errors, round_to_nearest, round_with_clip
-from qcompile.passes.row_steps import Descent, Nearest, descent
+from qcompile.passes.row_steps import Descent, Nearest
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
 
@@ -46,9 +48,20 @@ def _errors(q: Quantized, w: np.ndarray, gram: np.ndarray) -> np.ndarray:
     return column_errors(q.dequantize().astype(np.float64) - w, gram.astype(np.float64))
 
 
-def _pull(w: np.ndarray, gram: np.ndarray, q: Quantized) -> np.ndarray:
-    """What each row of W would have to gain, (K, N)."""
-    return gram @ (w - q.dequantize())
+def _swept(w: np.ndarray, gram: np.ndarray, qparams: QParams, spec: QuantSpec, **rows: type[Nearest]) -> Quantized:
+    """The codes of the sweep."""
+    return _compensate(w, Compensation.of(gram, np.zeros(len(gram), np.float32)), qparams, spec, **rows)[0]
+
+
+def _rounds(
+    w: np.ndarray, gram: np.ndarray, q: Quantized, count: int = 1, *, codes: bool = True, scales: bool = False
+) -> list[Quantized]:
+    """What rounds of coordinate descent leave, one after the other."""
+    own, found = _Descending(gram, np.zeros(len(gram), np.float32), w, q), []
+    for number in range(count):
+        own.round(forward=number % 2 == 0, codes=codes, scales=scales)
+        found.append(copy.deepcopy(own.moving.result()))
+    return found
 
 
 def _textbook(w: np.ndarray, gram: np.ndarray, qparams: QParams, spec: QuantSpec) -> np.ndarray:
@@ -72,22 +85,22 @@ def test_the_sweep_is_the_textbook_s(k, size, grid) -> None:
     w, statistics = _problem(k, 6, seed=k)
     spec, gram = QuantSpec(4, PerGroup(size), **GRIDS[grid]), _raised(statistics.gram, 0.01)
     qparams = spec.fit(w)
-    np.testing.assert_array_equal(
-        _compensate(w, Compensation.of(gram), qparams, spec).codes, _textbook(w, gram, qparams, spec)
-    )
+    np.testing.assert_array_equal(_swept(w, gram, qparams, spec).codes, _textbook(w, gram, qparams, spec))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("k", "size"), [(7, 4), (150, 64)])
-def test_the_fast_form_for_integers_is_the_general_one(k, size, grid, bits) -> None:
+def test_the_fast_form_for_integers_is_the_general_one(k, size, grid, bits, monkeypatch) -> None:
     """Row by row through the grid's own fit and project. Descent adds in another order: at a tie it may differ."""
     w, statistics = _problem(k, 40, seed=k)
     spec, gram = QuantSpec(bits, PerGroup(size), **GRIDS[grid]), _raised(statistics.gram, 0.01)
     qparams = spec.fit(w, np.diagonal(gram))
-    fast = _compensate(w, Compensation.of(gram), qparams, spec)
-    np.testing.assert_array_equal(fast.codes, _compensate(w, Compensation.of(gram), qparams, spec, rows=Nearest).codes)
-    (moved, _), (general, _) = (_descend(gram, fast, _pull(w, gram, fast), steps=own) for own in (descent, Descent))
+    fast = _swept(w, gram, qparams, spec)
+    np.testing.assert_array_equal(fast.codes, _swept(w, gram, qparams, spec, rows=Nearest).codes)
+    (moved,) = _rounds(w, gram, fast, scales=True)
+    monkeypatch.setattr(gptq, "descent", Descent)
+    (general,) = _rounds(w, gram, fast, scales=True)
     assert (moved.codes != general.codes).mean() < 1e-3
     np.testing.assert_allclose(_errors(moved, w, gram).sum(), _errors(general, w, gram).sum(), rtol=1e-3)
 
@@ -97,7 +110,7 @@ def test_uncorrelated_channels_need_no_compensation() -> None:
     spec = QuantSpec(4, PerGroup(8))
     gram = np.diag(np.linspace(3, 1, 20)).astype(np.float32)
     q = _nearest(w, spec)
-    np.testing.assert_array_equal(_compensate(w, Compensation.of(gram), q.qparams, spec).codes, q.codes)
+    np.testing.assert_array_equal(_swept(w, gram, q.qparams, spec).codes, q.codes)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -107,8 +120,7 @@ def test_descent_ends_where_no_single_code_lowers_the_error(grid) -> None:
     spec, gram = QuantSpec(4, PerGroup(2), **GRIDS[grid]), statistics.gram
     q = _nearest(w, spec)
     moved = 0
-    for _ in range(20):
-        following, _ = _descend(gram, q, _pull(w, gram, q))
+    for following in _rounds(w, gram, q, 20):
         moved += int((following.codes != q.codes).sum())
         q = following
     assert moved > 20, "plain rounding is no minimum here"
@@ -120,27 +132,37 @@ def test_descent_ends_where_no_single_code_lowers_the_error(grid) -> None:
         assert (other >= reached * (1 - 1e-4) - 1e-6 * gram.max()).all()
 
 
-def test_descent_works_across_blocks() -> None:
-    """The error falls with every round, though the products are updated 128 rows at a time."""
+@pytest.mark.parametrize("size", [16, 64, 100, 200])
+@pytest.mark.parametrize("scales", [False, True])
+def test_descent_works_across_blocks(size: int, scales: bool) -> None:
+    """The error of no column rises in any round, to and fro over blocks of several groups or of one: what blocks know
+    of each other is what a whole product would say.
+    """
     w, statistics = _problem(200, 8)
-    q = _nearest(w, QuantSpec(4, PerGroup(64)))
-    pull = _pull(w, statistics.gram, q)
-    for _ in range(3):
-        following, pull = _descend(statistics.gram, q, pull)
-        wanted = _pull(w, statistics.gram, following)
-        np.testing.assert_allclose(pull, wanted, atol=1e-5 * np.abs(statistics.gram @ w).max())
-        assert (_errors(following, w, statistics.gram) < _errors(q, w, statistics.gram) * (1 + 1e-5)).all()
+    gram, q = statistics.gram, _nearest(w, QuantSpec(4, PerGroup(size)))
+    first = _errors(q, w, gram)
+    for following in _rounds(w, gram, q, 5, scales=scales):
+        assert (_errors(following, w, gram) <= _errors(q, w, gram) * (1 + 1e-5)).all()
         q = following
-    assert _errors(q, w, statistics.gram).sum() < 0.7 * _errors(_nearest(w, q.spec), w, statistics.gram).sum()
+    assert _errors(q, w, gram).sum() < 0.7 * first.sum()
+    own = _Descending(gram, np.zeros(200, np.float32), w, q)
+    for number in range(3):
+        own.round(forward=number % 2 == 0, codes=True, scales=scales)
+        met = [(slice(0, b.start) if number % 2 == 0 else slice(b.stop, None)) for b in own.blocks]
+        np.testing.assert_allclose(own.left, w - own.moving.result().dequantize(), atol=1e-5)
+        for rows, others in zip(own.blocks, met, strict=True):
+            wanted = gram[rows, others] @ own.left[others]
+            np.testing.assert_allclose(own.outside[rows], wanted, atol=1e-5 * np.abs(gram @ w).max())
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("size", [32, 96])
-def test_refit_is_the_least_squares_solution(size, grid) -> None:
+def test_refit_ends_in_the_least_squares_solution(size, grid) -> None:
+    """Scales one by one, until all are the best together that the file can hold."""
     w, statistics = _problem(96, 10)
     spec, gram = QuantSpec(4, PerGroup(size), **GRIDS[grid]), statistics.gram
     q = _nearest(w, spec)
-    refit = _refit_scales(gram, q, _pull(w, gram, q))
+    refit = _rounds(w, gram, q, 60, codes=False, scales=True)[-1]
     np.testing.assert_array_equal(refit.codes, q.codes)
     assert (_errors(refit, w, gram) <= _errors(q, w, gram) * (1 + 1e-4)).all()
     assert _errors(refit, w, gram).sum() < 0.99 * _errors(q, w, gram).sum()
@@ -158,8 +180,7 @@ def test_refit_turns_a_scale_round_only_where_it_may(grid) -> None:
     spec, levels = QuantSpec(4, PerGroup(1), **GRIDS[grid]), np.array([[1.0], [-1.0]], np.float32)
     zero = np.full((2, 1), 0 if spec.symmetric else 4, np.float32)
     q = Quantized((levels + zero).astype(spec.code_dtype), QParams(np.full((2, 1), 0.5, np.float32), zero), spec)
-    gram = np.eye(2, dtype=np.float32)
-    refit = _refit_scales(gram, q, _pull(np.ones((2, 1), np.float32), gram, q))
+    (refit,) = _rounds(np.ones((2, 1), np.float32), np.eye(2, dtype=np.float32), q, codes=False, scales=True)
     np.testing.assert_allclose(refit.qparams.scale[:, 0], [1, -1 if grid == "sym" else 0.5], rtol=2e-4)
 
 
@@ -175,7 +196,8 @@ def test_compensated_beats_clipped_beats_plain(granularity, grid) -> None:
     plain, clipped, compensated, refined = (_errors(q, w, statistics.gram) for q in found)
     assert (clipped <= plain * (1 + 1e-5)).all()
     assert compensated.sum() < 0.8 * clipped.sum()
-    assert (refined <= compensated * (1 + 1e-5)).all()
+    damped = statistics.gram + np.diag(statistics.compensation(little).damped[1])  # that error rises in no column
+    assert (_errors(found[3], w, damped) <= _errors(found[2], w, damped) * (1 + 1e-5)).all()
     assert refined.sum() < 0.95 * compensated.sum()
     assert found[-1].codes.dtype == spec.code_dtype
     if grid == "positive":
@@ -198,7 +220,7 @@ def test_more_damping_means_less_compensation() -> None:
     spec = QuantSpec(4, PerGroup(16))
     gram = _raised(statistics.gram, 1e6)
     qparams = spec.fit(w)
-    np.testing.assert_array_equal(_compensate(w, Compensation.of(gram), qparams, spec).codes, spec.project(w, qparams))
+    np.testing.assert_array_equal(_swept(w, gram, qparams, spec).codes, spec.project(w, qparams))
 
 
 def test_statistics_are_demanded() -> None:

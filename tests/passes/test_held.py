@@ -20,7 +20,7 @@ from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.walk.trial import FEWEST as FEWEST_SAMPLES
 from qcompile.compiler.walk.trial import Held, Verdict, held, judged, sample_errors
 from qcompile.models.tiny import pictures, tiny_classifier
-from qcompile.passes.affine import output_error
+from qcompile.passes.affine import Array, Grid, output_error
 from qcompile.passes.bias_correction import confirmed_share
 from qcompile.passes.gptq import ErrorCompensated
 from qcompile.passes.held import FEWEST, alike, confirmed, too_few
@@ -256,7 +256,7 @@ def test_fits_to_few_texts_do_no_harm_on_others(texts: int, length: int, loud: b
         known = _in_texts(_texts(rng, texts, length, shared, basis, loud=loud), texts)
         others = _texts(rng, 300, 8, shared, basis, loud=loud)
         for fit in fits:
-            found = fitted(w, known, lambda rows, fit=fit: fit(w, spec, rows), [lambda rows: plainly])
+            found = fitted(w, spec, known, fit, [round_to_nearest])
             if found is None:
                 assert shared, "what rows of their own confirm is kept"
                 continue
@@ -280,20 +280,24 @@ def test_too_few_rows_choose_nothing() -> None:
 def test_a_fit_that_rows_held_aside_refute_is_not_kept() -> None:
     """Exact on the rows it is fitted to, wild on all others; and one that is good everywhere is fitted to all rows."""
     w, x = _weight(), _rows(6)
-    spec, plain = SPEC, round_to_nearest(w, SPEC, None)
+    spec = SPEC
     seen: list[int] = []
 
-    def overfitted(statistics: Statistics):
+    def overfitted(w: Array, spec: Grid, statistics: Statistics):
         seen.append(statistics.rows)
         values, vectors = np.linalg.eigh(statistics.gram)
         silent = vectors[:, values < 1e-3 * values.max()]
         return round_to_nearest(w + 3 * silent @ silent.T @ _weight(seed=5), spec, None)
 
+    def exact(w: Array, spec: Grid, statistics: Statistics):
+        seen.append(statistics.rows)
+        return found
+
     rows = np.concatenate([x, x + 0, _rows(6, 9)])
-    assert fitted(w, _statistics(rows), overfitted, [lambda s: plain]) is None
+    assert fitted(w, spec, _statistics(rows), overfitted, [round_to_nearest]) is None
     assert seen == [14]
-    exact = round_to_nearest(w, QuantSpec(8, PerGroup(6)), None)
-    assert fitted(w, _statistics(rows), lambda s: seen.append(s.rows) or exact, [lambda s: plain]) is exact
+    found = round_to_nearest(w, QuantSpec(8, PerGroup(6)), None)
+    assert fitted(w, spec, _statistics(rows), exact, [round_to_nearest]) is found
     assert seen == [14, 14, 18]
 
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompile.passes.algebra import damped
+from qcompile.passes.affine import Array
+from qcompile.passes.algebra import damping_of
 from qcompile.passes.rotation import LEAST, MOST, Rotation, hadamard
 from qcompile.passes.statistics import Statistics
 
@@ -68,13 +69,18 @@ def test_rotated_statistics_are_those_of_rotated_rows() -> None:
     assert found.held_groups is not None
 
 
+def _damped(known: Statistics) -> Array:
+    gram, added = known.compensation(0.5).damped
+    return np.asarray(gram + np.diag(added))
+
+
 def test_damping_is_that_of_the_channels_before() -> None:
     """A channel that is loud by itself is damped by itself: the others of its block are not drowned."""
     x, own = _rows(300, 64), _of(64)
     known = Statistics(len(x), x.T @ x, np.abs(x).max(axis=0))
-    found, most = known.rotated(own).damped(0.5), np.abs(known.gram).max()
-    np.testing.assert_allclose(own.gram_before(found), known.damped(0.5), rtol=0, atol=1e-5 * most)
-    behind = damped(known.rotated(own).gram, 0.5)
+    found, wanted, turned = _damped(known.rotated(own)), _damped(known), known.rotated(own).gram
+    np.testing.assert_allclose(own.gram_before(found), wanted, rtol=0, atol=1e-5 * np.abs(known.gram).max())
+    behind = turned + np.diag(damping_of(np.diagonal(turned), 0.5))
     quiet = int(np.argmin(np.diagonal(known.gram)))
     added = own.gram_before(behind)[quiet, quiet] / known.gram[quiet, quiet] - 1
     assert added > 5  # what damping behind the rotation makes of the quietest channel

@@ -50,18 +50,35 @@ def test_ranges_of_a_gram_are_of_each_index_on_its_axis() -> None:
 
 @pytest.mark.parametrize("asked_before", [False, True])
 def test_what_is_kept_of_a_gram_matrix_follows_a_factor_into_the_copy_alone(asked_before: bool) -> None:
-    """U of G / (s sᵀ) is U of G with columns times s, in the order of before; the original keeps its own."""
+    """The factor of G / (s sᵀ) is that of G with rows over s, in the order of before; the original keeps its own."""
     factor, own = np.exp(_w()[:, 0]), replace(_of(_x()), kept={})
     wanted = _of(_x()).compensation(0.01)
     if asked_before:
         own.compensation(0.01)
     found = own.rescaled(factor).compensation(0.01)
-    np.testing.assert_array_equal(own.compensation(0.01).factor, wanted.factor)
+    np.testing.assert_array_equal(own.compensation(0.01).lower, wanted.lower)
+    np.testing.assert_array_equal(own.compensation(0.01).scale, 1)
     if asked_before:
         np.testing.assert_array_equal(found.order, wanted.order)
-        np.testing.assert_allclose(found.factor, wanted.factor * factor[wanted.order], rtol=1e-6)
-    gram, of_factor = _of(_x() / factor).gram.astype(np.float64), np.linalg.inv(found.factor.astype(np.float64))
-    back = np.argsort(found.order)
-    seen = (of_factor @ of_factor.T)[back][:, back]
+        assert found.lower is own.compensation(0.01).lower, "nothing is copied"
+    gram = _of(_x() / factor).gram.astype(np.float64)
+    lower, back = found.scale[:, None] * np.tril(found.lower).astype(np.float64), np.argsort(found.order)
+    seen = (lower @ lower.T)[back][:, back]
     apart = ~np.eye(K, dtype=bool)  # the diagonal is damped
     np.testing.assert_allclose(seen[apart], gram[apart], rtol=1e-3, atol=1e-4 * np.abs(gram).max())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_copy_that_follows_a_factor_has_the_statistics_of_such_a_rewrite(sign: int) -> None:
+    """Its products too, with its Gram matrix made or not."""
+    factor, own = sign * np.exp(_w()[:, 0]), _of(_x())
+    own.sample, own.rest = _x()[:9], np.abs(_x()).max(axis=0)
+    copy, changed = own.rescaled(factor), replace(own)
+    changed.rescale(factor)
+    scale = np.abs(changed.gram).max()
+    np.testing.assert_allclose(copy.times(_w()), changed.gram @ _w(), rtol=1e-4, atol=1e-5 * scale)
+    for name in ("rows", "diagonal", "absmax", "sample", "rest", "mean_square", "energy", "reach", "gram"):
+        np.testing.assert_allclose(getattr(copy, name), getattr(changed, name), rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(copy.times(_w()), changed.gram @ _w(), rtol=1e-4, atol=1e-5 * scale)
+    copy.rescale(1 / factor)
+    np.testing.assert_allclose(copy.gram, own.gram, rtol=1e-4)

@@ -20,7 +20,7 @@ from qcompile.compiler.sweep import run as sweeping
 from qcompile.compiler.sweep.scoring import Evaluation
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.errors import UserError
-from qcompile.passes.workers import Threads, mapped
+from qcompile.passes.workers import Here, mapped
 from qcompile.runtime.cluster import clustered
 
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="the extra cluster (Ray) is not installed")
@@ -72,23 +72,24 @@ def test_results_are_in_order_and_of_several_processes(nodes: Nodes) -> None:
     given, x = random.standard_normal((2, 1000), np.float32)
     wanted = [_slow(given, x, number)[0] for number in range(6)]
     with clustered(nodes.address):
-        found = mapped(_slow, range(6), load=lambda number: (x, number), given=(given,), threads=1)
+        found = mapped(_slow, range(6), load=lambda number: (x, number), given=(given,))
     assert [value for value, _ in found] == wanted
     assert len({process for _, process in found}) == 2
     assert os.getpid() not in {process for _, process in found}
 
 
-def test_threads_do_the_same() -> None:
-    """The other workers: threads, or this one alone."""
-    for most in (1, 3):
-        found = dict(Threads(most).each(_slow, range(3), load=lambda number: (np.ones(2), number), given=(np.ones(2),)))
-        assert [found[number][0] for number in range(3)] == [2, 3, 4]
+def test_this_process_does_the_same() -> None:
+    """The other workers: this thread, or several."""
+    given, load = (np.ones(2),), lambda number: (np.ones(2), number)
+    found = dict(Here().each(_slow, range(3), load=load, given=given))
+    assert [found[number][0] for number in range(3)] == [2, 3, 4]
+    assert [value for value, _ in mapped(_slow, range(3), load=load, given=given)] == [2, 3, 4]
 
 
 def test_an_error_is_what_it_was(nodes: Nodes) -> None:
     """Its class and its one line, as of this process."""
     with clustered(nodes.address), pytest.raises(UserError, match=r"^item 0 cannot be$"):
-        mapped(_refused, [0], load=lambda number: (number,), threads=1)
+        mapped(_refused, [0], load=lambda number: (number,))
 
 
 def test_tasks_of_a_lost_node_are_computed_again(nodes: Nodes) -> None:
