@@ -62,7 +62,8 @@ class Awq(Pass):
         """Choose all factors on the region as it is, fold them, and mark the weights whose ranges may be clipped."""
         pairs, skipped = find_pairs(region, insert=self.insert_mul)
         self.decisions += skipped
-        judges = Judges(region, self.policy, self.rounding, samples=_SAMPLES, seed=self.seed)
+        known = (region, self.policy, self.rounding)
+        judges = Judges(*known, samples=_SAMPLES, weigh=weight_power, seed=self.seed)
         choices = search_all(pairs, judges, self._search)
         for pair, choice in zip(pairs, choices, strict=True):
             self.decisions.append(fold_choice(pair, choice, region, nothing="no scale lowers the output error"))
@@ -75,13 +76,12 @@ class Awq(Pass):
                 set_weight(linear.weight, clip=self.clip)
 
     def _search(self, judge: Judge) -> Choice | None:
-        power = weight_power(judge.pair)
         betas = [_LARGEST / self.grid * (i + 1) for i in range(self.grid)]
 
         def candidates(statistics: Statistics) -> dict[str, Array]:
-            energy = judge.pair.pool_mean(statistics.energy)
+            energy = judge.shared.pool_mean(statistics.energy)
             exponents = [(beta, gamma) for beta in betas for gamma in _WEIGHT_EXPONENTS]
-            return {f"beta={b:.3g} gamma={g:g}": awq_factor(energy, power, b, g) for b, g in exponents}
+            return {f"beta={b:.3g} gamma={g:g}": awq_factor(energy, judge.weight, b, g) for b, g in exponents}
 
         return judge.best(candidates, finalists=_FINALISTS)
 

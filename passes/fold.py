@@ -49,7 +49,7 @@ def _checked(pair: Pair, factor: Array) -> Array:
         raise ValueError(f"{pair.name} has {pair.channels.size} channels, got factors of shape {factor.shape}")
     if not np.isfinite(factor).all() or factor.min() < np.finfo(np.float32).tiny:
         raise ValueError(f"factors must be positive and finite, got {factor.min()} .. {factor.max()}")
-    if (pair.pool_max(factor) != factor).any():
+    if (pair.shared.pool_max(factor) != factor).any():
         raise ValueError(f"channels of {pair.name} that share a producer's channel need one factor")
     return factor
 
@@ -106,14 +106,14 @@ def _within_half(pair: Pair, factor: Array, region: Region) -> Array:
         return factor
     low, high = np.zeros_like(factor), np.full_like(factor, _HALF_MAX)
     for linear in pair.linears:  # grows with the factor
-        peak = pair.pool_max(row_peaks(linear))
+        peak = pair.shared.pool_max(row_peaks(linear))
         low, high = np.maximum(low, _shrinkable(peak)), np.minimum(high, _growable(peak))
     for absorber in pair.absorbers:  # shrinks with it
         peak = _absorber_peaks(pair, absorber)
         low, high = np.maximum(low, 1 / _growable(peak)), np.minimum(high, 1 / _shrinkable(peak))
     statistics = region.statistics.get(pair.value)
     if statistics is not None:
-        low = np.maximum(low, 1 / _growable(pair.pool_max(statistics.absmax)))
+        low = np.maximum(low, 1 / _growable(pair.shared.pool_max(statistics.absmax)))
     return np.clip(factor, np.minimum(low, 1), np.maximum(high, 1)).astype(np.float32)
 
 

@@ -17,6 +17,24 @@ Kind = Literal["norm", "gate", "attention", "linear", "inserted"]
 
 
 @dataclass(frozen=True, eq=False)
+class Shared:
+    """Channels that share a factor have the same number; int64 (K,)."""
+
+    channels: Indices
+
+    def pool_max(self, x: Array) -> Array:
+        """x (K,) with each entry replaced by the largest among the channels that share its factor."""
+        pooled = np.full(int(self.channels.max()) + 1, -np.inf, np.float32)
+        np.maximum.at(pooled, self.channels, x)
+        return pooled[self.channels]
+
+    def pool_mean(self, x: Array) -> Array:
+        """x (K,) with each entry replaced by the mean over the channels that share its factor."""
+        count = np.maximum(np.bincount(self.channels), 1)
+        return (np.bincount(self.channels, weights=x) / count)[self.channels].astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
 class Pair:
     """An activation `value` (…, K) whose channels can be rescaled without changing what the model computes.
 
@@ -37,16 +55,10 @@ class Pair:
         """The name of the value."""
         return self.value.name or ""
 
-    def pool_max(self, x: Array) -> Array:
-        """x (K,) with each entry replaced by the largest among the channels that share its factor."""
-        pooled = np.full(int(self.channels.max()) + 1, -np.inf, np.float32)
-        np.maximum.at(pooled, self.channels, x)
-        return pooled[self.channels]
-
-    def pool_mean(self, x: Array) -> Array:
-        """x (K,) with each entry replaced by the mean over the channels that share its factor."""
-        count = np.maximum(np.bincount(self.channels), 1)
-        return (np.bincount(self.channels, weights=x) / count)[self.channels].astype(np.float32)
+    @property
+    def shared(self) -> "Shared":
+        """Which channels share a factor."""
+        return Shared(self.channels)
 
 
 def find_pairs(region: Region, *, insert: bool = False) -> tuple[list[Pair], list[Decision]]:

@@ -19,10 +19,11 @@ little for those that are not in the sample at all.
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from qcompile.passes.affine import Array, Grid, output_error
 from qcompile.passes.base import Decision, Region
@@ -30,7 +31,7 @@ from qcompile.passes.channel_map import Indices
 from qcompile.passes.fold import fold, row_peaks
 from qcompile.passes.held import confirmed, too_few
 from qcompile.passes.observers.room import RowExtremes
-from qcompile.passes.pairs import Pair
+from qcompile.passes.pairs import Pair, Shared
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding, by_input, round_to_nearest
 from qcompile.passes.spec import ActivationSpec
@@ -105,16 +106,18 @@ class Columns:
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """The loss of a pair as a function of its factor.
+    """The loss of a pair as a function of its factor: plain values, nothing of a graph.
 
+    shared: which channels have one factor.
     statistics: of all rows. fitted: of those that candidates are made from. held: the others (h, K); None where the
     statistics are guesses, so that nothing can be held aside.
     chosen, told: for each spec, columns of the linears that use it: those that candidates are chosen by, one by one,
     and those that tell of the choice for all others. The latter are looked at for the one that is chosen alone.
     grid: the grid of the activation, None where it stays in float.
+    weight: what candidates are made of beside the activation, of each channel (K,).
     """
 
-    pair: Pair
+    shared: Shared
     statistics: Statistics
     fitted: Statistics
     held: Array | None
@@ -122,6 +125,7 @@ class Judge:
     chosen: list[Columns]
     told: list[Columns]
     grid: ActivationSpec | None = None
+    weight: Array = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def losses(self, factor: Array | None, sample: list[Columns], rounding: Rounding | None = None) -> "_Loss":
         """The losses of the factor s (K,), None for all ones, on a sample after `rounding` (the judge's own)."""
@@ -232,7 +236,9 @@ class Judge:
 
 
 class Judges:
-    """Makes the judge of a pair. samples: by about how many columns it chooses."""
+    """Makes the judge of a pair. samples: by about how many columns it chooses. weigh: what candidates take of its
+    weights, for each channel (K,).
+    """
 
     def __init__(
         self,
@@ -241,11 +247,12 @@ class Judges:
         rounding: Rounding,
         *,
         samples: int,
+        weigh: Callable[[Pair], Array],
         seed: int,
         grid: ActivationSpec | None = None,
     ) -> None:
         self.statistics, self.rounding, self.samples, self.seed = region.statistics, rounding, samples, seed
-        self.grid = grid
+        self.grid, self.weigh = grid, weigh
         self._policy, self._vocabulary = policy, region.vocabulary
 
     def __call__(self, pair: Pair) -> Judge | str:
@@ -268,26 +275,31 @@ class Judges:
             chosen = np.sort(rng.choice(n, int(np.ceil(n * fraction)), replace=False))
             left = np.delete(np.arange(n), chosen)
             told = np.sort(others.choice(left, min(len(left), int(np.ceil(len(chosen) * _OTHERS))), replace=False))
-            sample = _sample(spec, linear.read(), chosen, told, statistics)
+            sample = _sample(spec, linear.mapped(), chosen, told, statistics)
             by_spec.setdefault(spec, []).append(sample)
         first, others_of = (
             [_joined([part[i] for part in parts]) for parts in by_spec.values() if any(p[i].unit.size for p in parts)]
             for i in (0, 1)
         )
         fitted, held = statistics.split() or (statistics, None)
-        return Judge(pair, statistics, replace(fitted, kept={}), held, self.rounding, first, others_of, self.grid)
+        fitted = replace(fitted, kept={})
+        known = (pair.shared, statistics, fitted, held, self.rounding, first, others_of)
+        return Judge(*known, grid=self.grid, weight=self.weigh(pair))
 
 
-def _sample(spec: Grid, w: Array, chosen: Indices, told: Indices, statistics: Statistics) -> tuple[Columns, Columns]:
+def _sample(
+    spec: Grid, w: npt.NDArray[np.floating], chosen: Indices, told: Indices, statistics: Statistics
+) -> tuple[Columns, Columns]:
     """Columns of w (K, N) to choose by, and others that tell of the choice for all that are not among the former."""
-    power = output_error(w[:, chosen], statistics.gram) / max(len(chosen), 1)
+    first, others = (np.asarray(w[:, own], np.float32) for own in (chosen, told))
+    power = output_error(first, statistics.gram) / max(len(chosen), 1)
     unit, rest = 1 / power if power > 0 else 1.0, (w.shape[1] - len(chosen)) / max(len(told), 1)
 
-    def part(indices: Indices, stands: float) -> Columns:
-        weights = (np.full(len(indices), number, np.float32) for number in (unit, stands))
-        return Columns(spec, w[:, indices], *weights)
+    def part(own: Array, stands: float) -> Columns:
+        weights = (np.full(own.shape[1], number, np.float32) for number in (unit, stands))
+        return Columns(spec, own, *weights)
 
-    return part(chosen, 1.0), part(told, rest)
+    return part(first, 1.0), part(others, rest)
 
 
 def _joined(parts: list[Columns]) -> Columns:
@@ -298,14 +310,16 @@ def _joined(parts: list[Columns]) -> Columns:
 
 def search_all(pairs: list[Pair], judges: Judges, search: Callable[[Judge], Choice | str | None]) -> list[Choice | str]:
     """For every pair its choice, or why it has none. Pairs are searched side by side; the order changes nothing."""
+    return by_input(
+        searched, pairs, load=lambda pair: (judges(pair),), given=(search,), channels=lambda pair: len(pair.channels)
+    )
 
-    def one(pair: Pair) -> Choice | str:
-        judge = judges(pair)
-        if isinstance(judge, str):
-            return judge
-        return search(judge) or "its inputs or weights are all zero, or rounding is exact"
 
-    return by_input(one, pairs, load=lambda pair: (pair,), channels=lambda pair: len(pair.channels))
+def searched(search: Callable[[Judge], Choice | str | None], judge: Judge | str) -> Choice | str:
+    """What the search finds, or why there is nothing to search."""
+    if isinstance(judge, str):
+        return judge
+    return search(judge) or "its inputs or weights are all zero, or rounding is exact"
 
 
 def fold_choice(pair: Pair, choice: Choice | str, region: Region, *, nothing: str | None) -> Decision:
@@ -335,10 +349,11 @@ def normalized(factor: Array) -> Array:
 
 def weight_peaks(pair: Pair) -> Array:
     """max |W| of each input channel over the linears of the pair, pooled where channels share a factor; (K,)."""
-    return pair.pool_max(np.max([row_peaks(linear) for linear in pair.linears], axis=0))
+    return pair.shared.pool_max(np.max([row_peaks(linear) for linear in pair.linears], axis=0))
 
 
 def weight_power(pair: Pair) -> Array:
     """E[W²] of each input channel over the linears of the pair, pooled where channels share a factor; (K,)."""
-    total = np.sum([np.square(linear.read()).sum(axis=1) for linear in pair.linears], axis=0)
-    return pair.pool_mean(total / sum(linear.shape[1] for linear in pair.linears))
+    weights = (linear.read() for linear in pair.linears)
+    total = np.sum([np.einsum("kn,kn->k", w, w) for w in weights], axis=0)
+    return pair.shared.pool_mean(total / sum(linear.shape[1] for linear in pair.linears))

@@ -69,7 +69,15 @@ class Smooth(Pass):
         """Choose all factors on the region as it is, then fold them."""
         pairs, skipped = find_pairs(region, insert=self.insert)
         self.decisions += skipped
-        judges = Judges(region, self.policy, self.rounding, samples=_SAMPLES, seed=self.seed, grid=self.activations)
+        judges = Judges(
+            region,
+            self.policy,
+            self.rounding,
+            samples=_SAMPLES,
+            weigh=weight_peaks,
+            seed=self.seed,
+            grid=self.activations,
+        )
         choices = search_all(pairs, judges, self._search)
         for pair, choice in zip(pairs, choices, strict=True):
             nothing = "no alpha lowers the output error" if self.alpha == "auto" else None
@@ -78,7 +86,7 @@ class Smooth(Pass):
             self.decisions.append(fold_choice(pair, choice, region, nothing=nothing))
 
     def _search(self, judge: Judge) -> Choice | str | None:
-        weight, most = weight_peaks(judge.pair), known_channels(judge.statistics)
+        weight, most = judge.weight, known_channels(judge.statistics)
         tried = _ALPHAS if self.activations is None else _INT8_ALPHAS
         alphas = tried if self.alpha == "auto" else (self.alpha,)
         few = self.activations is not None and self.alpha == "auto" and most < len(weight)  # Case 4
@@ -86,14 +94,14 @@ class Smooth(Pass):
             rows = judge.statistics.rows
             return f"seen on {rows} rows, too few to know how far any channel goes (at least {FEWEST_KNOWN} rows)"
 
-        counts = standing_out(judge.pair.pool_max(judge.fitted.reach), most) if few else []
+        counts = standing_out(judge.shared.pool_max(judge.fitted.reach), most) if few else []
         if few and not counts:
             return (
                 f"seen on {judge.statistics.rows} rows, and no channels stand out by {_SLACK:g} times from all others"
             )
 
         def candidates(statistics: Statistics) -> dict[str, Array]:
-            activation = judge.pair.pool_max(statistics.reach)
+            activation = judge.shared.pool_max(statistics.reach)
             if few:
                 return {f"the loudest {n} of {len(weight)} channels": levelled(activation, n) for n in counts}
             return {f"alpha={alpha:g}": smoothing_factor(activation, weight, float(alpha)) for alpha in alphas}

@@ -158,8 +158,8 @@ def test_channels_that_share_a_producer_share_their_factor() -> None:
     pair = attention_pair(model)
     energy = np.arange(HEADS * WIDTH, dtype=np.float32)
     expected = energy.reshape(2, 2, WIDTH)
-    np.testing.assert_array_equal(pair.pool_max(energy).reshape(2, 2, WIDTH), expected[:, [1, 1]])
-    np.testing.assert_allclose(pair.pool_mean(energy).reshape(2, 2, WIDTH)[:, 0], expected.mean(axis=1))
+    np.testing.assert_array_equal(pair.shared.pool_max(energy).reshape(2, 2, WIDTH), expected[:, [1, 1]])
+    np.testing.assert_allclose(pair.shared.pool_mean(energy).reshape(2, 2, WIDTH)[:, 0], expected.mean(axis=1))
     with pytest.raises(ValueError, match="share a producer's channel"):
         fold(pair, energy + 1, Region.whole(model))
 
