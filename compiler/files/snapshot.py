@@ -27,10 +27,22 @@ from qcompile.compiler.files.external_data import tensors_of
 
 # Key of a tensor's `meta`: its number among those of the prepared model.
 _MARK = "qcompile.prepared"
-_TENSORS = (
-    ir.Tensor, ir.ExternalTensor, ir.LazyTensor, ir.PackedTensor, ir.StringTensor, ir.serde.TensorProtoTensor,
-)  # fmt: skip
-_VALUE, _NODE, _GRAPH, _MODEL, _PREPARED, _DISK, _SPILL = range(7)
+_OBJECT, _MODEL, _PREPARED, _DISK, _SPILL = range(5)
+_KINDS: tuple[Any, ...] = (
+    *(ir.Value, ir.Node, ir.Graph, ir.Model, Spill, ir.ExternalTensor),
+    *(ir.Tensor, ir.LazyTensor, ir.PackedTensor, ir.StringTensor, ir.serde.TensorProtoTensor),
+)
+
+
+_SEEN: dict[Any, Any] = {}
+
+
+def _kind(obj: Any) -> Any:
+    """Which of `_KINDS` an object is. Classes of onnx_ir are protocols, whose isinstance looks at every attribute."""
+    own: Any = type(obj)
+    if own not in _SEEN:
+        _SEEN[own] = next((kind for kind in _KINDS if kind in own.__mro__), None)
+    return _SEEN[own]
 
 
 def mark(model: ir.Model) -> list[ir.TensorProtocol]:
@@ -96,23 +108,22 @@ class Saver:
 
     def reference(self, obj: Any) -> Any:
         """What stands for an object of the model, or for arrays in a file; None for all else."""
-        if isinstance(obj, ir.Value):
-            return _VALUE, self._number(obj)
-        if isinstance(obj, ir.Node):
-            return _NODE, self._number(obj)
-        if isinstance(obj, ir.Graph):
-            return _GRAPH, self._number(obj)
-        if obj is self._model:
-            return (_MODEL,)
-        if isinstance(obj, _TENSORS) and is_marked(obj):
+        kind = _kind(obj)
+        if kind is None:
+            return None
+        if kind in (ir.Value, ir.Node, ir.Graph):
+            return _OBJECT, self._number(obj)
+        if kind is ir.Model:
+            return (_MODEL,) if obj is self._model else None
+        if kind is Spill:
+            number, _ = self._spills.setdefault(id(obj), (len(self._spills), obj))
+            return _SPILL, number
+        if is_marked(obj):
             return _PREPARED, obj.meta[_MARK]
-        if isinstance(obj, ir.ExternalTensor):
+        if kind is ir.ExternalTensor:
             here = str(obj.path) == self._where
             place = ("" if here else str(obj.path), obj.offset, obj.length, obj.dtype)
             return _DISK, *place, tuple(obj.shape.numpy()), obj.name
-        if isinstance(obj, Spill):
-            number, _ = self._spills.setdefault(id(obj), (len(self._spills), obj))
-            return _SPILL, number
         return None
 
     def _number(self, obj: Any) -> int:
@@ -125,9 +136,9 @@ class Saver:
     def _described(self) -> _Structure:
         made, numbers = self._structure, self._numbers
         for obj in self._every:
-            if isinstance(obj, ir.Value):
+            if _kind(obj) is ir.Value:
                 made.values.append((numbers[obj], obj.name, obj.shape, obj.type, obj.doc_string))
-            elif isinstance(obj, ir.Node):
+            elif _kind(obj) is ir.Node:
                 inputs = [None if value is None else numbers[value] for value in obj.inputs]
                 outputs = [numbers[value] for value in obj.outputs]
                 told = (obj.domain, obj.op_type, obj.overload, obj.version, obj.name, obj.doc_string)
@@ -136,8 +147,9 @@ class Saver:
                 parts = (obj.inputs, obj.outputs, obj.initializers.values(), obj)
                 named = (obj.name, obj.doc_string, dict(obj.opset_imports), vars(_names_of(obj)))
                 made.graphs.append((numbers[obj], *([numbers[own] for own in part] for part in parts), *named))
-        places = {id(node): place for place, node in enumerate(n for n in self._every if isinstance(n, ir.Node))}
-        for value in (own for own in self._every if isinstance(own, ir.Value)):
+        nodes, values = ([own for own in self._every if _kind(own) is kind] for kind in (ir.Node, ir.Value))
+        places = {id(node): place for place, node in enumerate(nodes)}
+        for value in values:
             uses = list(value.uses())
             if uses != sorted(uses, key=lambda use: (places[id(use.node)], use.idx)):
                 made.uses[numbers[value]] = [(numbers[use.node], use.idx) for use in uses]
@@ -154,10 +166,10 @@ def _content(obj: Any) -> tuple[Any, ...]:
     """What an object has beside its structure, and its neighbours, so that they get numbers."""
     props, meta = dict(obj.metadata_props), obj.meta if obj.meta else None
     near: tuple[Any, ...]
-    if isinstance(obj, ir.Value):
+    if _kind(obj) is ir.Value:
         near = (obj.producer(), *(use.node for use in obj.uses()), obj.graph)
         return near, props, meta, obj.const_value
-    if isinstance(obj, ir.Node):
+    if _kind(obj) is ir.Node:
         near = (*obj.inputs, *obj.outputs, obj.graph)
         return near, props, meta, list(obj.attributes.values()), obj.device_configurations
     return (*obj.inputs, *obj.outputs, *obj.initializers.values(), *obj), props, meta
@@ -172,7 +184,7 @@ class _Pickler(pickle.Pickler):
         return self._saver.reference(obj)
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, ir.LazyTensor):  # a small one, see `Work.settle`
+        if _kind(obj) is ir.LazyTensor:  # a small one, see `Work.settle`
             return _evaluated, (np.asarray(obj.numpy()), obj.dtype, obj.name)
         if isinstance(obj, np.ndarray) and obj.size and not any(obj.strides):  # a cache that nothing will read
             return _spread, (obj.reshape(-1)[:1].copy(), obj.shape)
@@ -198,7 +210,7 @@ def restore(
     objects = _built(structure)
     spills = [Spill.stored(spilled, slots) for slots in structure.spills]
     makers: Mapping[int, Callable[..., Any]] = {
-        **dict.fromkeys((_VALUE, _NODE, _GRAPH), objects.__getitem__),
+        _OBJECT: objects.__getitem__,
         _MODEL: lambda: model,
         _PREPARED: prepared.__getitem__,
         _SPILL: spills.__getitem__,
@@ -274,9 +286,9 @@ def _fill(obj: Any, content: tuple[Any, ...]) -> None:
     obj.metadata_props.update(props)
     if meta is not None:
         _replace(obj.meta, meta)
-    if isinstance(obj, ir.Value):
+    if _kind(obj) is ir.Value:
         (obj.const_value,) = rest
-    elif isinstance(obj, ir.Node):
+    elif _kind(obj) is ir.Node:
         attributes, obj.device_configurations = rest
         for attribute in attributes:
             obj.attributes[attribute.name] = attribute

@@ -12,6 +12,7 @@ memory, or with a checkpoint: memory does not grow with the packed model.
 """
 
 import hashlib
+import inspect
 import logging
 import pickle
 import sys
@@ -44,6 +45,8 @@ HELD, _SMALL = 64 << 20, 4096
 _VERSION = 1
 # Fields of a report that are of the command, not of the work.
 _OF_COMMAND = {"source", "source_hash", "recipe", "versions", "given", "calibrated", "warnings", "data", "source_bytes"}
+# Settings that judge the finished graph: who loosens one need not compile anew.
+_JUDGED_BY = {"min_coverage", "min_cosine"}
 _UNPICKLED = (pickle.PicklingError, TypeError, AttributeError)
 T = TypeVar("T")
 
@@ -154,9 +157,9 @@ class Checkpoints:
             {
                 "version": _VERSION,
                 "source": report.source_hash,
-                "recipe": report.recipe,
+                "recipe": {name: own for name, own in report.recipe.items() if name not in _JUDGED_BY},
                 "versions": {**report.versions, "python": sys.version},
-                "program": _program(),
+                "program": _program(self._passes),
                 "data": [_digest_of(stream) for stream in streams],
                 "told": [data.real, data.guess, data.description],
                 "more": self._more,
@@ -181,12 +184,13 @@ def _is_large(tensor: ir.TensorProtocol | None, lazy: bool) -> bool:
     return isinstance(tensor, (ir.Tensor, ir.PackedTensor)) or (lazy and isinstance(tensor, ir.LazyTensor))
 
 
-def _program() -> str:
-    """A digest of this program's own text: another one may compute other bytes."""
+def _program(passes: Sequence[Pass]) -> str:
+    """A digest of this program's own text, and of passes that others wrote: another one may compute other bytes."""
     root, total = Path(__file__).resolve().parents[2], hashlib.sha256()
-    for folder in ("compiler", "passes", "runtime", "models"):
-        for file in sorted((root / folder).rglob("*.py")):
-            total.update(hashlib.sha256(file.read_bytes()).digest())
+    files = {file for folder in ("compiler", "passes", "runtime", "models") for file in (root / folder).rglob("*.py")}
+    files |= {Path(inspect.getfile(type(own))) for own in passes}
+    for file in sorted(files):
+        total.update(hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()
 
 

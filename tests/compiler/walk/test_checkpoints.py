@@ -1,6 +1,9 @@
 """A compile that was stopped goes on behind its last checkpoint, and ends with the bytes of an undisturbed one."""
 
+import errno
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,18 @@ import pytest
 from conftest import Bench
 from graphs.table import Graph
 
-from qcompile.compiler import stages
+from qcompile.compiler import ladder, stages
+from qcompile.compiler.files import publish
 from qcompile.compiler.files.snapshot import is_marked
 from qcompile.compiler.files.work import Work
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.walk import checkpoints
 from qcompile.compiler.walk import segments as segments_of
 from qcompile.compiler.walk.checkpoints import Checkpoints
+from qcompile.compiler.walk.pace import Pace
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.base import Region
+from qcompile.passes.errors import UserError, Verdict
 from qcompile.passes.smooth import Smooth
 
 # By name of the model: the lists that are stopped behind every segment.
@@ -173,7 +179,7 @@ def _other_version(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
 
 
 def _other_program(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(checkpoints, "_program", lambda: "another text")
+    monkeypatch.setattr(checkpoints, "_program", lambda passes: "another text")
     return {}
 
 
@@ -250,6 +256,72 @@ def test_a_list_that_cannot_be_put_aside_says_so(
     (told,) = [own.getMessage() for own in caplog.records if "begins anew" in own.getMessage()]
     assert "the state of pass smooth" in told
     assert not list((bench.folder / "out").glob(".*"))
+
+
+def test_a_verdict_can_be_loosened_without_the_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, done = bench.save(tiny_decoder(layers=2)), _counted(monkeypatch)
+    with pytest.raises(Verdict, match="min-cosine"):
+        bench.compile(source, "pack", min_cosine=1.0)
+    done.clear()
+    assert bench.compile(source, "pack", min_cosine=0.5).resumed == "the end of the segments"
+    assert not done
+
+
+def test_steps_without_data_are_climbed_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, climbed, climb = bench.save(tiny_decoder(layers=2)), list[int](), ladder.climb
+
+    def counted(*given: Any) -> Any:
+        climbed.append(1)
+        return climb(*given)
+
+    monkeypatch.setattr(ladder, "climb", counted)
+    whole = bench.compile(source, "smooth,pack", calibration=["self"], output="whole/model.onnx")
+    _stopped(bench, source, "smooth,pack", monkeypatch, behind=2, calibration=["self"])
+    report = bench.compile(source, "smooth,pack", calibration=["self"])
+    assert climbed == [1, 1]
+    assert report.resumed
+    assert report.ladder == whole.ladder
+    assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
+
+
+def test_a_disk_too_full_for_checkpoints_ends_no_compile(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(self: Work, done: int) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Work, "arrays", full)
+    bench.compile(bench.save(tiny_decoder(layers=2)), "pack")
+    assert [own.getMessage() for own in caplog.records] == [
+        f"no more checkpoints beside {bench.folder / 'out' / 'model.onnx'}: No space left on device"
+    ]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that find no room end the compile; with room it goes on."""
+    source, place = bench.save(tiny_decoder(layers=2)), Work.place
+    bench.compile(source, "pack", output="whole/model.onnx")
+
+    def full(self: Work, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+        if self.kept is not None and self.kept.done >= 2:
+            with publish.writing(self.output):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return place(self, tensor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Work, "place", full)
+        with pytest.raises(UserError, match="free some space") as raised:
+            bench.compile(source, "pack")
+    resumed = bench.compile(source, "pack").resumed
+    assert resumed
+    assert f"go on at {resumed};" in raised.value.__notes__[0]
+    assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
+
+
+def test_progress_tells_the_pace() -> None:
+    pace = Pace(61, 6)
+    assert pace.told(6) == "segment 7 of 61"
+    assert re.fullmatch(r"segment 8 of 61, [\d.e-]+ s each, [\d.]+ GB", pace.told(7))
 
 
 def test_a_compile_of_seconds_pays_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
