@@ -17,7 +17,7 @@ from qcompile.models.tiny import tiny_decoder
 OPTIONS = {
     "unknown_pass": (
         ["--passes", "smooth,pck"],
-        r"unknown pass 'pck'; the passes are prepare, smooth, awq, gptq, pack",
+        r"unknown pass 'pck'; the passes are prepare, smooth, awq, rotate, gptq, pack",
     ),
     "unknown_parameter": (["--passes", "awq(gird=3),pack"], r"pass 'awq' has no parameter 'gird'; it has grid"),
     "unreadable_passes": (["--passes", "pack("], r"cannot read 'pack\(' in the pass list"),
