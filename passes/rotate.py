@@ -20,15 +20,19 @@ from qcompile.passes.linears import Linear, constant, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rotation import LEAST, Rotation
 from qcompile.passes.rounding import Rounding, round_to_nearest
+from qcompile.passes.scale_search import MARGIN
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.state import weight_state
 from qcompile.passes.statistics import Statistics
+from qcompile.passes.targets import TARGETS
 from qcompile.passes.workers import mapped
 
 # Columns of all the weights of an input that tell what turning it gains.
 _SAMPLES = 96
-# The share of the squared output error that may be left for a node at run time to be worth it.
-_WORTH_IT = 0.95
+# The share of the squared output error that may be left for a node at run time to be worth it: any gain beyond the
+# noise where the kernel library has the node (120 of them take 2 % of a decoder's time); where its body runs, which is
+# three nodes, a twentieth.
+_WORTH_IT, _WORTH_A_BODY = 1 - MARGIN, 0.95
 # Rows of more than so many times the median norm count as if they had that: a decoder's first token carries nearly all
 # of the output energy of some products, and what is best for it alone is not for the others.
 _LOUDEST = 4.0
@@ -41,8 +45,8 @@ class Rotate(Pass):
     """Turn products' inputs in blocks of 64 channels by a Hadamard matrix with random signs, and their weights as much.
 
     (X R) (Rᵀ W) = X W: a node turns X, once for all products that read it; see `rotation`.
-    Case 1: inputs whose quantized products have less error so, by at least a twentieth, on rows held aside; without
-            data by the error of the weights.
+    Case 1: inputs whose quantized products have less error so on rows held aside; without data by the error of the
+            weights. For targets that compute a node by its body, less by a twentieth.
     Case 2: blocks are the largest power of two up to 64 that divides the channels; below 16 the input stays as it is.
     Case 3: a weight that other nodes read, or that is read both ways round, is not turned, nor the input of its product
             for the sake of others.
@@ -86,12 +90,17 @@ class Rotate(Pass):
         gained = dict(zip(judged, left, strict=True))
         for value, linears in inputs.items():
             share = gained.get(value)
-            reason = refused[value] or (_NO_GAIN if share is not None and share > _WORTH_IT else "")
+            reason = refused[value] or (_NO_GAIN if share is not None and share > self._enough else "")
             if not reason:
                 self._turn(region, value, list(linears))
             for linear in linears:
                 detail: dict[str, Any] = {} if share is None else {"relative_loss": share}
                 self.decide(linear.name, "skipped" if reason else "rotated", reason or "in blocks", **detail)
+
+    @property
+    def _enough(self) -> float:
+        native = TARGETS[self.policy.target].operators == "qcompile"
+        return _WORTH_IT if native else _WORTH_A_BODY
 
     def call_rest(self, model: ir.Model) -> None:
         """Make one of the nodes that linears of several regions gave an input."""

@@ -205,3 +205,14 @@ def test_activations_on_a_grid_gain_where_they_have_outliers(loud: float) -> Non
     (decision,) = rotate.decisions
     share = decision.detail["relative_loss"]
     assert (decision.action, share < 0.2) == ("rotated", True) if loud > 1 else 0.8 < share < 1.1
+
+
+@pytest.mark.parametrize(("target", "turned"), [("qcompile", True), ("matmulnbits", False), ("qdq", False)])
+def test_a_node_without_a_kernel_must_gain_a_twentieth(
+    target: str, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for share, expected in ((0.97, turned), (0.94, True), (0.999, False)):
+        monkeypatch.setattr("qcompile.passes.rotate.share_left", lambda *_, share=share: share)
+        rotate = Rotate(Policy(SPEC, None, None, target=target), round_to_nearest)
+        rotate.call(Region.whole(products(64, (8,))))
+        assert told(rotate) == {"linear0": ("rotated", "in blocks") if expected else ("skipped", NO_GAIN)}
