@@ -116,7 +116,7 @@ def _run(arguments: list[str]) -> int:
     except SystemExit as exit:  # nothing here calls it: a module of the user's, a library
         if isinstance(exit.__context__, BrokenPipeError):  # rich, where the reader of a list went away
             raise exit.__context__ from None
-        raise UserError(f"code that {name} loaded ended it with sys.exit({exit.code!r}); nothing was done") from exit
+        raise UserError(f"code that {name} loaded ended it with sys.exit({exit.code!r}) before it was done") from exit
 
 
 def _answered(module: Any, args: Any) -> None:

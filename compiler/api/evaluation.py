@@ -175,6 +175,8 @@ def evaluate_models(
     Raises UserError for bad input, and where outputs are to be compared without a reference.
     """
     running, told = running or Running(), progress or (lambda what, done, total: None)
+    if bounds is not None:
+        bounds.check_asked(texts=bool(on.texts), against=against is not None)
     on.check_apart([*([against] if against is not None else []), *models])
     plan = input_plan(load_model(against or models[0]))
     if on.texts and plan.logits is not None and (on.labels is not None or on.metric is not None):
@@ -186,7 +188,7 @@ def evaluate_models(
     elif against is None:
         if on.texts:
             plan.require_decoder()
-        raise UserError("outputs are compared with a reference: give it with --against REF.onnx, or against=")
+        raise UserError("outputs are compared with a reference: give it with --against REF.onnx")
     else:
         rows = _outputs(models, on, against, running, told)
     return Evaluation(rows, against, running)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Collection, Iterator
 
+from qcompile.compiler.api.door import worded
 from qcompile.compiler.data.calibration import NORMS, Calibration
 from qcompile.compiler.data.calibration_files import Files
 from qcompile.compiler.plan import ensuring, steps_that
@@ -37,7 +38,8 @@ def of_data(data: Calibration, given: Collection[str]) -> dict[str, str]:
 def warn(recipe: Recipe, data: Calibration, given: Collection[str]) -> None:
     """Warn a program of its keywords without effect; the warning points at the caller of the public function."""
     for name, why in (of_recipe(recipe, given) | of_data(data, given)).items():
-        warnings.warn(f"{name} has no effect here: {why}", stacklevel=3)
+        told = worded(f"{name} has no effect here: {why}", {*SETTINGS, "calibration"})
+        warnings.warn(told, stacklevel=4)  # this, the function, its door, the caller
 
 
 def _of_data(data: Calibration) -> Iterator[tuple[str, str]]:

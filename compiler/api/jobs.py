@@ -7,11 +7,13 @@ from typing import Any, Unpack
 
 from qcompile.compiler.api.calibrate import Calibrated, calibrate_model
 from qcompile.compiler.api.data import Data, Transform, data_of, gives_items
+from qcompile.compiler.api.door import door, worded
 from qcompile.compiler.api.fields import Fields
 from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, within
 from qcompile.compiler.api.idle import warn
 from qcompile.compiler.api.models import Model, PathLike, is_file, on_disk
 from qcompile.compiler.api.recipes import Passes, recipe_of
+from qcompile.compiler.api.rehearsal import Rehearsal, rehearse
 from qcompile.compiler.api.sensitivity import rank_nodes
 from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.console.terminal import Bar
@@ -27,6 +29,7 @@ from qcompile.passes import lists
 from qcompile.passes.errors import UserError
 
 
+@door
 def compile(
     model: Model,
     passes: Passes | None = None,
@@ -82,7 +85,7 @@ def compile(
     warn(wanted, given, fields)
     other = data_of(evaluation, transform=transform if judged else None) if evaluation is not None else None
     with _graph(model, output, wanted, progress) as (path, target, bar):
-        return compile_model(
+        report = compile_model(
             path,
             wanted,
             output=target,
@@ -93,8 +96,35 @@ def compile(
             fresh=fresh,
             progress=bar,
         )
+        report.measured = worded(report.measured, ["evaluation"])  # what it advises, in the file as the command has it
+        return report
 
 
+@door
+def dry_run(
+    model: Model,
+    passes: Passes | None = None,
+    *,
+    recipe: Recipe | PathLike | None = None,
+    progress: Progress | bool = False,
+    **fields: Unpack[Fields],
+) -> Rehearsal:
+    """What `compile` would make of every weight, how large the result would be, and what memory it would take.
+
+    No data is needed, no weights are read, and nothing is written; as `qcompile MODEL.onnx --dry-run`. A Hugging Face
+    folder or a `.gguf` file is exported first, since its graph decides, and kept: `compile` finds the export.
+    The arguments are those of `compile`.
+    """
+    wanted, own = recipe_of(recipe, passes, fields), Path(model) if is_file(model) else None  # type: ignore[arg-type]
+    with _told(progress) as bar, ExitStack() as stack:
+        if own is not None and (own.is_dir() or is_checkpoint(own)):
+            path = model_file(exported(own, bar.step))
+        else:
+            path = stack.enter_context(on_disk(model))
+        return rehearse(path, wanted)
+
+
+@door
 def calibrate(
     model: Model,
     passes: Passes | None = None,
@@ -118,6 +148,7 @@ def calibrate(
         return calibrate_model(path, wanted, output=Path(output), calibration=given, progress=bar)
 
 
+@door
 def sensitivity(
     model: Model,
     passes: Passes | None = None,
@@ -141,6 +172,7 @@ def sensitivity(
         return rank_nodes(path, wanted, calibration=given, progress=bar)
 
 
+@door
 def sweep(
     model: Model,
     grid: Mapping[str, Sequence[Any]],

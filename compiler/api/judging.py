@@ -13,21 +13,24 @@ import numpy.typing as npt
 
 from qcompile.compiler.api.bench import Benchmark, Candidate, bench_models
 from qcompile.compiler.api.data import Data, Transform, data_of
+from qcompile.compiler.api.door import door
 from qcompile.compiler.api.evaluation import Evaluation, EvaluationSet, Running, evaluate_models
 from qcompile.compiler.api.models import Model, PathLike, on_disk
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.labels import Labels
 from qcompile.compiler.data.readers import array_of
-from qcompile.compiler.measure.metric import Function
+from qcompile.compiler.measure.bounds import Bounds
+from qcompile.compiler.measure.metric import Drop, Function, Metric
 from qcompile.compiler.measure.workload import Workload
 from qcompile.compiler.report.inspection import Summary
 from qcompile.compiler.report.inspection import inspect as inspect_file
-from qcompile.passes.errors import UserError
+from qcompile.passes.errors import UserError, Verdict
 
 # One model, several, or several by the names that results give them.
 Models: TypeAlias = Model | Sequence[Model] | Mapping[str, Model]
 
 
+@door
 def evaluate(
     model: Model,
     *,
@@ -37,6 +40,9 @@ def evaluate(
     transform: Transform | None = None,
     labels: PathLike | Sequence[int] | npt.NDArray[Any] | None = None,
     metric: str | Function | None = None,
+    max_kl: float | None = None,
+    min_sqnr: float | None = None,
+    max_drop: float | str | None = None,
     tokenizer: PathLike | None = None,
     context: int = 512,
     tokens: int = 4096,
@@ -55,6 +61,10 @@ def evaluate(
         labels: class numbers of the rows of `data`, or a file of them: top-1 and top-5 accuracy are told.
         metric: a score of your own, `function(inputs, outputs, labels)` or `"module:function"`: dicts of arrays, one
             for each batch, and the labels or None. More is better, unless it has an attribute `lower_is_better`.
+        max_kl: raise `Verdict` where a text has more KL to the reference, nats a token.
+        min_sqnr: raise `Verdict` where an output has less signal over noise, dB.
+        max_drop: raise `Verdict` where the score (of `metric`, else accuracy by `labels`, else top-1 agreement) loses
+            more: `"0.5%"` of the reference's, or `0.005`.
         tokenizer: a folder with `tokenizer.json`, by default beside one of the models.
         context: tokens of a window.
         tokens: of each text, 0 for all of it.
@@ -64,12 +74,17 @@ def evaluate(
 
     Returns:
         A row for each text (the reference's first), or for each output.
+
+    Raises:
+        Verdict: where a bound does not hold; its `document` is the evaluation.
     """
     running = Running(accuracy_level, provider, kernels)
+    bounds = _bounds(max_kl, min_sqnr, max_drop, metric)
     with _set(text, data, transform, labels, metric, tokenizer, context, tokens) as (on, names):
-        return _judge([model], against, on, running, names)
+        return _judge([model], against, on, running, names, bounds)
 
 
+@door
 def compare(
     models: Models,
     against: Model,
@@ -79,6 +94,9 @@ def compare(
     transform: Transform | None = None,
     labels: PathLike | Sequence[int] | npt.NDArray[Any] | None = None,
     metric: str | Function | None = None,
+    max_kl: float | None = None,
+    min_sqnr: float | None = None,
+    max_drop: float | str | None = None,
     tokenizer: PathLike | None = None,
     context: int = 512,
     tokens: int = 4096,
@@ -93,10 +111,12 @@ def compare(
         against: the reference.
     """
     running = Running(accuracy_level, provider, kernels)
+    bounds = _bounds(max_kl, min_sqnr, max_drop, metric)
     with _set(text, data, transform, labels, metric, tokenizer, context, tokens) as (on, names):
-        return _judge(models, against, on, running, names)
+        return _judge(models, against, on, running, names, bounds)
 
 
+@door
 def bench(
     models: Models,
     *,
@@ -131,6 +151,7 @@ def bench(
         return bench_models(candidates, workload, threads=counts, rounds=rounds)
 
 
+@door
 def inspect(model: Model, *, every: bool = False) -> Summary:
     """What is in a model: types, sizes, which weights are quantized and which are not; as `qcompile inspect`.
 
@@ -142,18 +163,36 @@ def inspect(model: Model, *, every: bool = False) -> Summary:
         return inspect_file(path, every=every)
 
 
+def _bounds(
+    max_kl: float | None, min_sqnr: float | None, max_drop: float | str | None, metric: str | Function | None
+) -> Bounds:
+    lower = metric is not None and Metric(metric).lower_is_better
+    return Bounds(min_sqnr, max_kl, Drop(str(max_drop)) if max_drop is not None else None, lower)
+
+
 def _judge(
-    models: Models, against: Model | None, on: EvaluationSet, running: Running, names: Mapping[str, str]
+    models: Models,
+    against: Model | None,
+    on: EvaluationSet,
+    running: Running,
+    names: Mapping[str, str],
+    bounds: Bounds,
 ) -> Evaluation:
-    """The scores, with the names that models and texts were given. names: of the texts."""
+    """The scores, with the names that models and texts were given; Verdict where a bound is broken. names: of texts."""
     with ExitStack() as stack:
         files = stack.enter_context(_on_disk(models))
         known = {str(path): name for name, path in files.items()}
         reference = stack.enter_context(on_disk(against)) if against is not None else None
         if reference is not None:
             known[str(reference)] = str(os.fspath(against)) if isinstance(against, (str, os.PathLike)) else "reference"
-        made = evaluate_models(list(files.values()), on, against=reference, running=running)
-    return replace(made, rows=[row.renamed({**known, **names}) for row in made.rows])
+        made = evaluate_models(list(files.values()), on, against=reference, running=running, bounds=bounds)
+    told = replace(made, rows=[row.renamed({**known, **names}) for row in made.rows])
+    try:
+        bounds.check([own.scores for own in told.rows])
+    except Verdict as broken:
+        broken.document = told
+        raise
+    return told
 
 
 @contextmanager

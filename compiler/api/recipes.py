@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from qcompile.compiler import recipe as recipes
+from qcompile.compiler.api.door import door
 from qcompile.compiler.api.models import PathLike
 from qcompile.compiler.files.publish import write_text
 from qcompile.compiler.recipe import SETTINGS, Recipe, dump_recipe
@@ -14,11 +15,13 @@ from qcompile.compiler.settings.steps import Step
 Passes: TypeAlias = str | Sequence[str | Step]
 
 
+@door
 def load_recipe(path: PathLike) -> Recipe:
     """The recipe in a .yaml, .yml or .toml file (docs/recipe.md)."""
     return recipes.load_recipe(Path(path))
 
 
+@door
 def save_recipe(recipe: Recipe, path: PathLike) -> None:
     """Write a recipe as YAML, ready for `--recipe`."""
     write_text(Path(path), dump_recipe(recipe))

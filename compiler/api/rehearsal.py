@@ -5,11 +5,13 @@ blank codes. The size is that of the files to 3 % or 16 KB. Neither knows what d
 kept for their sensitivity, inputs that may be infinite, experts without a token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
+from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.files.save import foretold_size
 from qcompile.compiler.mixed.keep import integer_pass
@@ -17,6 +19,7 @@ from qcompile.compiler.mixed.sensitivity import sites
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.coverage import account, check_coverage, in_order, quantizers
 from qcompile.compiler.results.report import Report
+from qcompile.compiler.results.sheet import Sheet, Shown
 from qcompile.compiler.stages import Prepared, prepare_model
 from qcompile.compiler.walk.segments import split, targets
 from qcompile.passes.base import Region
@@ -28,9 +31,11 @@ from qcompile.passes.linears import find_linears
 _BASE = 4e8
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """report: sizes and decisions, as the compile will tell them. refusal: why the compile would write nothing.
+@dataclass(frozen=True, repr=False)
+class Rehearsal(Shown):
+    """What a compile would do; prints as a short table.
+
+    report: sizes and decisions, as the compile will tell them. refusal: why the compile would write nothing.
 
     passes: all that run, in order. inputs: names of the graph's inputs. segments: of the calibration run. memory: bytes
     at its peak, about. open: what only data can tell.
@@ -43,6 +48,24 @@ class Rehearsal:
     segments: int
     memory: float
     open: tuple[str, ...]
+
+    def sheet(self) -> Sheet:
+        """Nodes by what would become of them, and what the compile would take."""
+        report, made = self.report, self.report.sheet()
+        title = f"{report.source}: {megabytes(report.source_bytes)} → about {megabytes(report.compiled_bytes)}"
+        notes = [f"coverage: {report.told}", f"passes: {', '.join(self.passes)}"]
+        notes.append(f"{self.segments} segments, about {self.memory / 1e9:.1f} GB of memory")
+        notes += [f"only data tells {told}" for told in self.open]
+        return replace(made, title=title, notes=[*notes, *([f"refused: {self.refusal}"] if self.refusal else [])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as `qcompile --dry-run --json` has it, but for the output."""
+        told = {"passes": self.passes, "segments": self.segments, "memory": int(self.memory), "open": self.open}
+        return {**told, "refusal": self.refusal, "report": self.report.to_dict()}
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each decision on a weight."""
+        return self.report.records()
 
 
 def rehearse(source: Path, recipe: Recipe) -> Rehearsal:

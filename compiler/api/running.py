@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qcompile.compiler.api.door import door
 from qcompile.compiler.api.models import Model, PathLike, on_disk
 from qcompile.compiler.data.tokens import load_tokenizer
 from qcompile.compiler.measure.generate import Sampling, answer
@@ -11,6 +12,7 @@ from qcompile.compiler.measure.loaded import Subject
 from qcompile.runtime import sessions
 
 
+@door
 def session(
     model: Model,
     *,
@@ -35,6 +37,7 @@ def session(
         )
 
 
+@door
 def generate(
     model: Model,
     prompt: str,

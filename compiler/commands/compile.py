@@ -20,7 +20,7 @@ from qcompile.compiler.commands.options import (
     recipe_of,
 )
 from qcompile.compiler.commands.package import tell
-from qcompile.compiler.console.terminal import Bar, console
+from qcompile.compiler.console.terminal import Bar, console, remark
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import Files, named
 from qcompile.compiler.data.images import Pictures
@@ -59,6 +59,8 @@ def run(args: Options) -> Document:
     folder = Path(args.output) if args.output else default_output(args.model, recipe_of(args))
     if folder.suffix == ".onnx" or folder.is_file():
         raise UserError(f"{args.model} makes a folder, with its tokenizer and configuration: name one with -o DIR")
+    if args.dry_run and is_checkpoint(args.model):
+        remark(f"the plan is of the graph: {args.model} is exported first, and kept for the compile")
     with Bar() as bar:
         source = exported(args.model, bar.step)
     if args.kind is None:

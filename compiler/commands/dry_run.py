@@ -16,8 +16,7 @@ def print_plan(path: Path, output: Path, recipe: Recipe, console: Console) -> di
     console.print(f"plan      {path} → {output}", soft_wrap=True)
     print_coverage(plan.report, console)
     _print_rest(plan, console)
-    told = {"passes": plan.passes, "segments": plan.segments, "memory": int(plan.memory), "open": plan.open}
-    return {"output": str(output), **told, "refusal": plan.refusal, "report": plan.report.to_dict()}
+    return {"output": str(output), **plan.to_dict()}
 
 
 def _print_rest(plan: Rehearsal, console: Console) -> None:

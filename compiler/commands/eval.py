@@ -21,7 +21,6 @@ from qcompile.compiler.files.publish import write_text
 from qcompile.compiler.measure.bounds import Bounds
 from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores
 from qcompile.compiler.measure.metric import Drop, Metric
-from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import operator_kernels
 
 
@@ -41,8 +40,6 @@ def run(args: Options) -> Document:
     if args.json_file is not None:
         read = [*args.text, *named(data)]
         check_result_path([*([args.against] if args.against else []), *args.models], args.json_file, read)
-    if args.max_kl is not None and not (args.text and args.against):
-        raise UserError("--max-kl is for decoders on --text, with --against: give --min-sqnr for outputs")
     running = Running(args.accuracy_level, args.provider, args.kernels)
     with Bar() as bar:
         bar.step("loading")

@@ -1,10 +1,8 @@
 """Calibration batches from a program: readers with `get_next`, functions, and anything that gives batches of arrays."""
 
-import importlib
 import inspect
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.compiler.data import user_code
 from qcompile.compiler.data.feeds import Batch, completed, kept
 from qcompile.compiler.data.inputs import InputPlan
 from qcompile.compiler.data.npz import check_rows, checked_all, conversions, has_rows, leading, split
@@ -57,7 +56,7 @@ def read_batches(plan: InputPlan, source: Any, label: str) -> tuple[list[Batch],
     remarks: dict[str, None] = {}
     rows = False
     with told(label):
-        given = found(source) if isinstance(source, str) else source
+        given = user_code.found(source, "--calibration") if isinstance(source, str) else source
         for item in dicts(given):
             alone = ": put it in a list" if isinstance(given, Mapping) else ""
             if len(batches) >= _MOST:
@@ -73,19 +72,9 @@ def read_batches(plan: InputPlan, source: Any, label: str) -> tuple[list[Batch],
     return batches, list(remarks)
 
 
-@contextmanager
-def told(label: str) -> Iterator[None]:
-    """Whatever the user's program raises inside, SystemExit included, is told in one line."""
-    named = f"--calibration {label}" if ":" in label else label
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, MemoryError, GeneratorExit):
-        raise
-    except SystemExit as error:
-        raise UserError(f"{named} ended the program by itself: sys.exit({error.code!r})") from error
-    except BaseException as error:  # native code brings exceptions of its own that are no Exception
-        detail = " ".join(str(error).split())[:300]
-        raise UserError(f"{named} failed: {type(error).__name__}: {detail}") from error
+def told(label: str) -> AbstractContextManager[None]:
+    """Whatever the user's program raises inside is told in one line (`user_code.told`)."""
+    return user_code.told(f"--calibration {label}" if ":" in label else label)
 
 
 def by_name(plan: InputPlan, item: Any, label: str, hint: str = "") -> dict[str, npt.NDArray[Any]]:
@@ -163,17 +152,6 @@ def document(item: Any) -> str | None:
     """The text that an item is: a string, or the field "text" of a row, as .jsonl files have them; None for others."""
     text = item.get("text") if isinstance(item, Mapping) else item
     return text if isinstance(text, str) else None
-
-
-def found(reference: str) -> Any:
-    """What module:name names; the current folder is searched first."""
-    module, _, name = reference.partition(":")
-    if str(Path.cwd()) not in sys.path:  # an installed command does not look in the current folder by itself
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--calibration {reference}: {' '.join(str(error).split())}") from error
 
 
 def dicts(given: Any) -> Iterator[Any]:

@@ -32,6 +32,11 @@ class Bounds:
         if broken:
             raise Verdict("; ".join(broken))
 
+    def check_asked(self, *, texts: bool, against: bool) -> None:
+        """Raise UserError for a bound that what is asked for has no score for: said before the work."""
+        if self.max_kl is not None and not (texts and against):
+            raise UserError("--max-kl is for decoders on --text, with --against: give --min-sqnr for outputs")
+
     def check_decoder(self) -> None:
         """Raise UserError for a bound that decoders on text have no score for: said before they are run."""
         told = "a decoder on --text has KL and perplexity: give --max-kl"

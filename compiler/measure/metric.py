@@ -1,12 +1,10 @@
 """A score of the user's own: module:function, called with what a model was given and gave."""
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from qcompile.compiler.data import user_code
 from qcompile.compiler.data.labels import Labels
 from qcompile.compiler.data.npz import Arrays
 from qcompile.passes.errors import UserError
@@ -25,23 +23,13 @@ class Metric:
             self.lower_is_better = bool(getattr(reference, "lower_is_better", False))
             return
         self.name = reference
-        module, _, name = reference.partition(":")
-        if not module or not name:
-            raise UserError(f"--metric {reference}: give module:function")
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            self._function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"--metric {reference}: {error}") from error
+        self._function = user_code.found(reference, "--metric")
         self.lower_is_better = bool(getattr(self._function, "lower_is_better", False))
 
     def score(self, inputs: Sequence[Arrays], outputs: Sequence[Arrays], labels: Labels | None) -> float:
         """What it says of a model; UserError where it fails or gives no number."""
-        try:
+        with user_code.told(f"--metric {self.name}"):
             value = float(self._function(inputs, outputs, labels))
-        except Exception as error:
-            raise UserError(f"--metric {self.name} failed: {type(error).__name__}: {error}") from error
         if not np.isfinite(value):
             raise UserError(f"--metric {self.name} gave {value}")
         return value

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.report.markup import Markup, number, percent, search, section, table, text
+from qcompile.compiler.report.tied import Tied
 from qcompile.compiler.results.errors import NodeError
 from qcompile.compiler.results.report import Report
 from qcompile.passes.base import STATIC, Decision
@@ -21,7 +22,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class NodeRow:
-    """A node with weights, in graph order. kind: of KINDS. size: bytes as stored; None for those of another node.
+    """A node with weights, in graph order. kind: of KINDS. counted, size: weights and bytes by `Tied`.
 
     rounding: what is done to its activations (`Report.roundings`); empty where that is not known.
     """
@@ -29,6 +30,7 @@ class NodeRow:
     number: int
     decision: Decision
     kind: str
+    counted: int
     size: int | None
     error: NodeError | None
     rounding: str = ""
@@ -49,7 +51,7 @@ def node_rows(report: Report) -> list[NodeRow]:
 
     Case 1: several passes decided on one node: what quantized it counts, else the first.
     Case 2: a node was measured without a decision, as in a report put together by hand: it counts as 8-bit.
-    Case 3: a weight was stored for an earlier node: its size counts there.
+    Case 3: an earlier node reads the same weight: it counts there, and its bytes where they are the same (`Tied`).
     Case 4: a node reads several constants that no format is for: each is a row.
     """
     errors = {error.node: error for error in report.nodes}
@@ -62,9 +64,17 @@ def node_rows(report: Report) -> list[NodeRow]:
             found[key] = decision
     for error in report.nodes:  # Case 2
         found.setdefault(error.node, Decision(error.node, "quantized", "quantized", {"weights": error.weights}))
-    seen: set[str] = set()
+    tied = Tied()
     return [
-        NodeRow(i, decision, _kind(decision), _size(decision, seen), error, _rounding(report, error))
+        NodeRow(
+            i,
+            decision,
+            _kind(decision),
+            tied.weights(decision),
+            tied.nbytes(decision),
+            error,
+            _rounding(report, error),
+        )
         for i, decision in enumerate(found.values(), 1)
         for error in (errors.get(decision.node),)
     ]
@@ -88,14 +98,6 @@ def _kind(decision: Decision) -> str:
     return f"int{named(decision.format).bits}" if decision.format else "int8"
 
 
-def _size(decision: Decision, seen: set[str]) -> int | None:
-    weight = str(decision.detail.get("weight", decision.node))
-    if weight in seen:  # Case 3
-        return None
-    seen.add(weight)
-    return int(decision.detail.get("bytes", 4 * int(decision.detail.get("weights", 0))))
-
-
 def coverage(report: Report, rows: Sequence[NodeRow]) -> Markup:
     """Nodes counted by operator and decision, with the weights behind them, as the terminal shows them."""
     groups: dict[tuple[str, str], list[NodeRow]] = {}
@@ -108,9 +110,8 @@ def coverage(report: Report, rows: Sequence[NodeRow]) -> Markup:
 
 
 def _group(rows: Sequence[NodeRow]) -> list[object]:
-    own = [row for row in rows if row.size is not None]
-    weights, size = (sum(row.weights for row in own), sum(row.size or 0 for row in own))
-    stored = megabytes(size) if weights else "–" if own else "shared"
+    weights, size = sum(row.counted for row in rows), sum(row.size or 0 for row in rows)
+    stored = megabytes(size) if size else "shared" if all(row.size is None for row in rows) else "–"
     return [
         swatch(rows[0], rows[0].decision.group),
         rows[0].operator,
@@ -122,7 +123,7 @@ def _group(rows: Sequence[NodeRow]) -> list[object]:
 
 def _shares(rows: Sequence[NodeRow]) -> Markup:
     """One bar of 1000 units: the share of all weights that went each way."""
-    weights = {kind: sum(r.weights for r in rows if r.kind == kind and r.size is not None) for kind in KINDS}
+    weights = {kind: sum(r.counted for r in rows if r.kind == kind) for kind in KINDS}
     total, x, parts = sum(weights.values()), 0.0, []
     for kind, count in weights.items():
         if count:

@@ -9,6 +9,7 @@ from qcompile.compiler.console.numbers import percent
 from qcompile.compiler.console.terminal import table
 from qcompile.compiler.report.advice import hurting, remedies
 from qcompile.compiler.report.nodes import node_rows
+from qcompile.compiler.report.tied import Tied
 from qcompile.compiler.results.errors import NodeError
 from qcompile.compiler.results.phases import longest
 from qcompile.compiler.results.report import Report
@@ -55,19 +56,12 @@ def print_coverage(report: Report, console: Console) -> None:
     rows: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
     size: Counter[tuple[str, str]] = Counter()
-    seen: set[str] = set()
-    stored: set[tuple[str, int | str]] = set()  # a tied head in another form has a copy of its own
+    tied = Tied()
     for d in report.quantizing:
         key = (str(d.detail.get("kind", "")), d.group)
         rows[key] += 1
-        name = str(d.detail.get("weight", d.node))
-        if name not in seen:
-            weights[key] += int(d.detail.get("weights", 0))
-            seen.add(name)
-        nbytes = int(d.detail.get("bytes", 4 * int(d.detail.get("weights", 0))))
-        forms: set[tuple[str, int | str]] = {(name, d.group), (name, nbytes)}
-        size[key] += 0 if forms & stored else nbytes
-        stored |= forms
+        weights[key] += tied.weights(d)
+        size[key] += tied.nbytes(d) or 0
     for key in rows:
         amount = f"{weights[key] / 1e6:.2f} M" if weights[key] >= 10_000 else f"{weights[key] or ''}"
         megabytes = f"{size[key] / 1e6:.1f}" if size[key] else "shared" if key[1].startswith("int") else ""

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from qcompile.compiler.api.bench import Benchmark
     from qcompile.compiler.api.calibrate import Calibrated
     from qcompile.compiler.api.evaluation import Evaluation
-    from qcompile.compiler.api.jobs import calibrate, compile, sensitivity, sweep
+    from qcompile.compiler.api.jobs import calibrate, compile, dry_run, sensitivity, sweep
     from qcompile.compiler.api.judging import bench, compare, evaluate, inspect
     from qcompile.compiler.api.recipes import load_recipe, save_recipe
+    from qcompile.compiler.api.rehearsal import Rehearsal
     from qcompile.compiler.api.running import generate, session
     from qcompile.compiler.data.calibration import Calibration
     from qcompile.compiler.data.images import Pictures
@@ -40,6 +41,7 @@ _HOMES = {
     "Pictures": f"{_COMPILER}.data.images",
     "Ranking": f"{_COMPILER}.mixed.ranking",
     "Recipe": f"{_COMPILER}.recipe",
+    "Rehearsal": f"{_API}.rehearsal",
     "Report": f"{_COMPILER}.results.report",
     "Step": f"{_COMPILER}.recipe",
     "Summary": f"{_COMPILER}.report.inspection",
@@ -51,6 +53,7 @@ _HOMES = {
     "compare": f"{_API}.judging",
     "compile": f"{_API}.jobs",
     "custom_operators": "qcompile.runtime.sessions",
+    "dry_run": f"{_API}.jobs",
     "evaluate": f"{_API}.judging",
     "generate": f"{_API}.running",
     "inspect": f"{_API}.judging",
@@ -70,6 +73,7 @@ __all__ = [
     "Pictures",
     "Ranking",
     "Recipe",
+    "Rehearsal",
     "Report",
     "Step",
     "Summary",
@@ -82,6 +86,7 @@ __all__ = [
     "compare",
     "compile",
     "custom_operators",
+    "dry_run",
     "evaluate",
     "generate",
     "inspect",
