@@ -65,6 +65,7 @@ def session(
     spin: bool = True,
     kernels: str = "auto",
     growing: bool = False,
+    prepack: bool = True,
 ) -> Any:
     """An onnxruntime.InferenceSession of a model file or of serialized bytes.
 
@@ -80,6 +81,8 @@ def session(
     session runs on the CPU alone and there is a library.
     growing: each run's inputs have other sizes than the last one's, as a decoder's. ONNX Runtime then plans no memory
     by sizes: a plan is of no use for the next token, and one of a long prompt keeps its memory.
+    prepack: False leaves float weights as they lie, mapped from their file, instead of copying them into the layout of
+    the kernels: for a run or two that takes longer than it saves. Packed products decode their weight in each run then.
     """
     ort = _runtime()
     if kernels not in KERNELS:
@@ -97,6 +100,8 @@ def session(
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if weights:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from qcompile.runtime.sessions import session
 
 # Initializers below this many bytes stay inside the protobuf, where shape inference can read them.
 _INLINE = 4096
+# The location of those that a session is handed in memory.
+_HANDED = "in-memory"
 _IN_MEMORY = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.UINT8, ir.DataType.INT8}
 
 
@@ -26,24 +29,57 @@ class Piece:
 
     inputs: names of the graph inputs and carried values it reads; outputs: names of what it gives.
     weights: the large initializers, declared in the proto as external and handed to the session in memory.
+    stored: of those that lie in a file, where. A session maps these itself: it copies what it is handed. Elsewhere the
+    file may not be there, so this does not go along to another process.
+    prepack: as in `runtime.session`.
     """
 
     proto: onnx.ModelProto
     inputs: list[str]
     outputs: list[str]
     weights: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    stored: dict[str, ir.ExternalTensor] = field(default_factory=dict)
+    prepack: bool = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"stored": {}}
 
     def session(self, provider: str = "cpu", *, accuracy_level: int = 0, optimize: bool = True) -> Any:
         """An ONNX Runtime session of the piece; accuracy_level and optimize as in `runtime.session`."""
+        proto, folder, mapped = self._located()
         return session(
-            self.proto.SerializeToString(),
+            proto.SerializeToString(),
             providers=(provider,),
             accuracy_level=accuracy_level,
             optimize=optimize,
-            weights=self.weights,
+            folder=folder,
+            weights={name: array for name, array in self.weights.items() if name not in mapped},
             spin=False,
             kernels="portable",
+            prepack=self.prepack,
         )
+
+    def _located(self) -> tuple[onnx.ModelProto, Path | None, set[str]]:
+        """(proto, folder, names): the proto with the places of the tensors of these names, which lie in one folder.
+
+        A session can be told one: that with most bytes.
+        """
+        sizes: dict[Path, int] = {}
+        for tensor in self.stored.values():
+            sizes[_folder(tensor)] = sizes.get(_folder(tensor), 0) + tensor.nbytes
+        if not sizes:
+            return self.proto, None, set()
+        folder, proto = max(sizes, key=lambda own: sizes[own]), onnx.ModelProto()
+        places = {name: tensor for name, tensor in self.stored.items() if _folder(tensor) == folder}
+        proto.CopyFrom(self.proto)
+        for declared in proto.graph.initializer:
+            if declared.name in places:
+                own = places[declared.name]
+                del declared.external_data[:]
+                place = {"location": Path(own.path).name, "offset": own.offset or 0, "length": own.nbytes}
+                for key, value in place.items():
+                    declared.external_data.add(key=key, value=str(value))
+        return proto, folder, set(places)
 
     def add_weight(self, name: str, array: npt.NDArray[Any]) -> str:
         """Add an initializer that the model does not have; returns its name."""
@@ -146,10 +182,14 @@ def _input(value: ir.Value) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(str(value.name), int(value.dtype), sizes)
 
 
+def _folder(tensor: ir.ExternalTensor) -> Path:
+    return Path(tensor.path).absolute().parent
+
+
 def _declared(name: str, data_type: int, shape: Iterable[int]) -> TensorProto:
     tensor = TensorProto(name=name, data_type=data_type, data_location=TensorProto.EXTERNAL)
     tensor.dims.extend(int(size) for size in shape)
-    tensor.external_data.add(key="location", value="in-memory")
+    tensor.external_data.add(key="location", value=_HANDED)
     return tensor
 
 
@@ -159,6 +199,8 @@ def _add_initializer(piece: Piece, value: ir.Value) -> None:
     if tensor.nbytes >= _INLINE and tensor.dtype in _IN_MEMORY:
         piece.proto.graph.initializer.append(_declared(name, int(tensor.dtype), tensor.shape.numpy()))
         piece.weights[name] = np.asarray(read(tensor))
+        if isinstance(tensor, ir.ExternalTensor):
+            piece.stored[name] = tensor
         return
     inline = TensorProto(name=name, data_type=int(tensor.dtype))
     if isinstance(tensor, ir.StringTensor):

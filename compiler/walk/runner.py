@@ -172,14 +172,16 @@ class Runner:
         """Everything the segment gives for each batch: what it makes for later ones, its graph outputs, and what
         `prepare` adds, which may read all that its nodes or their float twins read.
 
-        original: feed it the float stream. each: is shown what a batch gives as soon as it is there, and may take from
-        it what `prepare` added. beside: goes through the segment, too, in the same session.
+        original: feed it the float stream; float weights, which run once or twice, stay mapped. each: is shown what a
+        batch gives as soon as it is there, and may take from it what `prepare` added. beside: goes through the segment,
+        too, in the same session.
         """
         wanted = list(dict.fromkeys([*segment.made, *self._outputs(segment)]))
         inside = _computed(segment) if prepare is not None else ()
         piece = extract(self.model, segment.carried, wanted, inside)
         if prepare is not None:
             piece.outputs.extend(prepare(piece))
+        piece.prepack = not original
         carried = stream.original if original else stream.quantized
         source = Stream(stream.batches, carried, presents=stream.presents)
         results = list[Arrays]()

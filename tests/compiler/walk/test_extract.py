@@ -1,11 +1,14 @@
 """compiler/walk/extract.py: a piece of a graph computes what the whole graph computes there."""
 
+import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qcompile.compiler.files.load import load_model, save_model
 from qcompile.compiler.walk.extract import Piece, captured, extract
 from qcompile.models.tiny import tiny_branch, tiny_decoder
 from qcompile.runtime.sessions import run, session
@@ -83,3 +86,27 @@ def test_subgraphs_bring_what_they_capture(flag: bool) -> None:
         piece, feeds | {"outer.out": feeds["x"] @ model.graph.initializers["outer.weight"].const_value.numpy()}
     )
     np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_session_maps_weights_from_their_files(tmp_path: Path) -> None:
+    """Of one folder by their places, of others from memory; all from memory where the piece went to another process."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        save_model(tiny_decoder(), folder / "in-memory")  # a name that means nothing
+    model, other = (load_model(folder / "in-memory") for folder in folders)
+    (expected,) = _exposed(tiny_decoder(), [INNER], FEEDS)
+    up = "model.layers.0.mlp.up_proj.weight"
+    model.graph.initializers[up].const_value = other.graph.initializers[up].const_value
+    for prepack in (True, False):
+        piece = extract(model, [], [_value(model, INNER)])
+        piece.prepack = prepack
+        _, folder, names = piece._located()
+        assert folder == folders[0]
+        assert up in piece.weights
+        assert up not in names
+        assert {"model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q_proj.weight"} <= names
+        gone = pickle.loads(pickle.dumps(piece))
+        assert not gone.stored
+        for own in (piece, gone):
+            np.testing.assert_allclose(_run(own, FEEDS)[0], expected, rtol=1e-5, atol=1e-6)
