@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from qcompile.passes.bit_fields import FIELDS, pack_fields, unpack_fields
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import FORMATS, by_operator, functions
 from qcompile.passes.formats.base import BIASED, COLUMNS_AT_8, PRODUCT, pack_nibbles
@@ -22,10 +23,12 @@ from qcompile.runtime.sessions import session
 
 # What the CUDA kernels have, too.
 OPERATORS = ("MatMulInt4", "MatMulInt8", "MatMulAddInt4", "MatMulAddInt8")
-# All that the rows of formats say to be there, and their ends; the ends of those whose codes are looked up in a table.
+# All that the rows of formats say to be there, and their ends; the ends of those in fields of bits, and of those whose
+# codes are looked up in a table.
 WORDS = tuple(word for own in FORMATS for word in own.native)
 NATIVE = tuple(kind + word for word in WORDS for kind in (PRODUCT, BIASED))
-TABLES = tuple(word for word in WORDS if PRODUCT + word not in OPERATORS)
+IN_FIELDS = tuple(own.native[0] for own in FORMATS if own.bits in FIELDS)
+TABLES = tuple(word for word in WORDS if PRODUCT + word not in OPERATORS and word not in IN_FIELDS)
 CODES = {
     (4, True): TensorProto.INT4,
     (4, False): TensorProto.UINT4,
@@ -68,6 +71,8 @@ class Case:
         self.dtype = np.float16 if self.half else np.float32
         if not self.affine:
             self.signed = self.zero_point = False
+        if self.in_fields:
+            self.signed = False
         low, high = (-(1 << (self.bits - 1)), 1 << (self.bits - 1)) if self.signed else (0, 1 << self.bits)
         codes = np.int8 if self.signed else np.uint8
         self.arrays = {
@@ -80,6 +85,16 @@ class Case:
             self.arrays["bias"] = rng.normal(size=self.n).astype(self.dtype)
         if self.zero_point:
             self.arrays["zero_point"] = rng.integers(low, high, (groups, self.n)).astype(codes)
+        if self.in_fields:
+            self.arrays |= {name: pack_fields(self.arrays[name], self.bits) for name in self._coded()}
+
+    @property
+    def in_fields(self) -> bool:
+        """Whether codes and zero points are fields of bits in bytes."""
+        return self.bits in FIELDS
+
+    def _coded(self) -> list[str]:
+        return [name for name in ("w", "zero_point") if name in self.arrays]
 
     @property
     def affine(self) -> bool:
@@ -103,6 +118,7 @@ class Case:
         kind = TensorProto.FLOAT16 if self.half else TensorProto.FLOAT
         tensors = [self.tensor(name) for name in self.arrays]
         standard = {"block_size": self.block_size} | ({"dtype": kind} if self.powers else {})
+        standard |= {"K": self.k} if self.in_fields else {}
         attributes = {**standard, **self.attributes}
         attributes = {name: value for name, value in attributes.items() if value is not None}
         node = helper.make_node(self.op, ["x", *self.arrays], ["y"], "node_0", domain="qcompile", **attributes)
@@ -132,8 +148,13 @@ class Case:
         if not self.affine:
             return decoded(self.word, self.arrays["w"], self.arrays["scale"], self.block_size)
         group = np.arange(self.k) // self.block_size
-        zero = self.arrays["zero_point"].astype(np.float64)[group] if self.zero_point else 0.0
-        return (self.arrays["w"].astype(np.float64) - zero) * self.arrays["scale"].astype(np.float64)[group]
+        codes = {name: self.arrays[name] for name in self._coded()}
+        if self.in_fields:
+            rows = {"w": self.k, "zero_point": len(self.arrays["scale"])}
+            codes = {name: unpack_fields(array, self.bits, rows[name]) for name, array in codes.items()}
+        absent = 1 << (self.bits - 1) if self.in_fields else 0
+        zero = codes["zero_point"].astype(np.float64)[group] if self.zero_point else absent
+        return (codes["w"].astype(np.float64) - zero) * self.arrays["scale"].astype(np.float64)[group]
 
     def expected(self, x: np.ndarray) -> np.ndarray:
         return x.astype(np.float64) @ self.weight() + self.arrays.get("bias", np.zeros(1)).astype(np.float64)
@@ -276,11 +297,14 @@ class Weight:
         if self.table:
             return decoded(self.table, self.codes, self.scale, self.block_size)
         group = np.arange(len(self.codes)) // self.block_size
-        zero_point = 0 if self.zero_point is None else self.zero_point[group].astype(np.float64)
+        absent = 1 << (self.bits - 1) if self.bits in FIELDS else 0
+        zero_point = absent if self.zero_point is None else self.zero_point[group].astype(np.float64)
         return (self.codes - zero_point) * self.scale[group].astype(np.float64)
 
     def stored(self, values: np.ndarray) -> np.ndarray:
-        """As ONNX has it: two elements of 4 bits in a byte, the first one low, over the whole tensor."""
+        """As ONNX has it: two elements of 4 bits in a byte, the first one low, over the whole tensor; or as fields."""
+        if self.bits in FIELDS:
+            return pack_fields(values, self.bits)
         flat = values.reshape(-1).astype(np.uint8)  # negative ones wrap to two's complement
         if self.bits == 8:
             return flat

@@ -214,22 +214,22 @@ class BitFields(Format):
 class Int2(BitFields):
     """2 bits: four levels."""
 
-    name, words, native, bits = "int2", ("Int2",), (), 2
+    name, words, native, bits = "int2", ("Int2",), ("Int2",), 2
 
 
 class Int3(BitFields):
     """3 bits: eight levels."""
 
-    name, words, native, bits = "int3", ("Int3",), (), 3
+    name, words, native, bits = "int3", ("Int3",), ("Int3",), 3
 
 
 class Int5(BitFields):
     """5 bits: a quarter of the error of int4, at a bit more."""
 
-    name, words, native, bits = "int5", ("Int5",), (), 5
+    name, words, native, bits = "int5", ("Int5",), ("Int5",), 5
 
 
 class Int6(BitFields):
     """6 bits: nearly that of int8."""
 
-    name, words, native, bits = "int6", ("Int6",), (), 6
+    name, words, native, bits = "int6", ("Int6",), ("Int6",), 6

@@ -225,14 +225,14 @@ constexpr Product product_of() {
 
 template <int... kFormat>
 constexpr Products avx2_products(std::integer_sequence<int, kFormat...>) {
-  return {{product_of<kFormat>()...}};
+  return {{product_of<multiplied_as(kFormat)>()...}};
 }
 
 }  // namespace
 
 extern const Kernels kAvx2;
 const Kernels kAvx2 = {
-    "avx2", available, quantize, avx2_products(std::make_integer_sequence<int, kFormatCount>()),
+    "avx2", available, quantize, avx2_products(std::make_integer_sequence<int, kFormatCount>()), expand,
     from_half, to_half, swiglu, hadamard, Attend<AttentionSet>::run};
 
 }  // namespace qcompile

@@ -160,6 +160,68 @@ inline void multiply_block(const uint8_t* block, const int32_t* activations, __m
   accumulate<kTileRows>(codes, activations + kTileRows, sums);
 }
 
+// v shifted to the left, or to the right where the number of bits is negative.
+template <int kBitsLeft>
+inline __m512i shifted(__m512i v) {
+  if constexpr (kBitsLeft > 0) return _mm512_slli_epi32(v, kBitsLeft);
+  if constexpr (kBitsLeft < 0) return _mm512_srli_epi32(v, -kBitsLeft);
+  return v;
+}
+
+// (a & mask) | b
+inline __m512i masked_or(__m512i a, __m512i mask, __m512i b) { return _mm512_ternarylogic_epi32(a, mask, b, 0xEA); }
+
+// Rows 8 kEight … 8 kEight + 7 of 16 columns: the low and the high four, of vectors of both fields.
+template <int kFormat, int kEight>
+inline void take_eight(const uint8_t* part, __m512i above, __m512i& first, __m512i& second) {
+  constexpr int low = kFormats[kFormat].low(), high = kFormats[kFormat].high();
+  const __m512i nibble = _mm512_set1_epi8(15);
+  const __m512i own = _mm512_load_si512(part + (kEight * low / 4 + (high > 0)) * kVector);
+  if constexpr (low == 2) {
+    constexpr int at = 2 * (kEight % 2);
+    const __m512i two = _mm512_set1_epi8(0x33), one = _mm512_set1_epi8(0x44);
+    __m512i codes = _mm512_and_si512(shifted<-at>(own), two);
+    if constexpr (high > 0) {
+      codes = masked_or(shifted<low - kEight>(above), one, codes);
+    }
+    first = _mm512_and_si512(codes, nibble);
+    second = _mm512_and_si512(_mm512_srli_epi32(codes, 4), nibble);
+  } else {
+    const __m512i top = _mm512_set1_epi8(high == 1 ? 0x10 : 0x30);
+    first = masked_or(own, nibble, _mm512_and_si512(shifted<low - high * kEight>(above), top));
+    second = masked_or(shifted<-4>(own), nibble, _mm512_and_si512(shifted<low - high * kEight - 4>(above), top));
+  }
+}
+
+template <int kTileRows, int kFormat, int kEight>
+inline void multiply_eight(const uint8_t* part, __m512i above, const int32_t* activations, int j,
+                           __m512i (&sums)[kTileRows][kVectors]) {
+  if constexpr (8 * kEight < kFormats[kFormat].unit_rows()) {
+    __m512i first, second;
+    take_eight<kFormat, kEight>(part, above, first, second);
+#pragma GCC unroll 6
+    for (int r = 0; r < kTileRows; ++r) {
+      const int32_t *low = activations + 2 * kEight * kTileRows + r, *high = low + kTileRows;
+      __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums[r][j]) : "v"(first), "m"(*low));
+      __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums[r][j]) : "v"(second), "m"(*high));
+    }
+    multiply_eight<kTileRows, kFormat, kEight + 1>(part, above, activations, j, sums);
+  }
+}
+
+// A unit of codes in fields of bits.
+template <int kTileRows, int kFormat>
+inline void multiply_fields(const uint8_t* unit, const int32_t* activations, __m512i (&sums)[kTileRows][kVectors]) {
+  constexpr Format format = kFormats[kFormat];
+  constexpr int bytes = format.unit_bytes() / kVectors;
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    const uint8_t* part = unit + j * bytes;
+    const __m512i above = format.high() ? _mm512_load_si512(part) : _mm512_setzero_si512();
+    multiply_eight<kTileRows, kFormat, 0>(part, above, activations, j, sums);
+  }
+}
+
 inline __m512 load_scale(const Layout& layout, const uint8_t* group, int j) {
   if (layout.half_scales) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 32 * j)));
   return _mm512_loadu_ps(group + 64 * j);
@@ -189,7 +251,8 @@ inline void finish(const Layout& layout, const uint8_t* scales, const float* row
 
 template <int kTileRows, int kFormat, bool kWide>
 void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
-  constexpr int step = kWide ? 2 : 1, model_rows = kTileRows / step, rows_per_block = kFormats[kFormat].block_rows();
+  constexpr int step = kWide ? 2 : 1, model_rows = kTileRows / step;
+  constexpr int unit_rows = kFormats[kFormat].unit_rows(), unit_bytes = kFormats[kFormat].unit_bytes();
   const bool fetch = tile.cold && fetching_pays;
   const int64_t groups = layout.groups(), head = layout.scale_bytes() + layout.zero_point_bytes();
   const int32_t* activations = reinterpret_cast<const int32_t*>(tile.codes);
@@ -204,17 +267,28 @@ void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile,
     start<kTileRows, kFormat>(layout, panel + layout.scale_bytes(), tile.sum + group, groups, sums);
     panel += head;
     const int64_t depth = layout.depth(group);
-    for (int64_t row = 0; row < depth; row += rows_per_block, panel += kBlockBytes) {
+    for (int64_t row = 0; row < depth; row += unit_rows, panel += unit_bytes) {
       if (fetch) {
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) _mm_prefetch(reinterpret_cast<const char*>(panel + kAhead + kVector * j), _MM_HINT_T0);
+#pragma GCC unroll 20
+        for (int j = 0; j < unit_bytes / kVector; ++j) _mm_prefetch(reinterpret_cast<const char*>(panel + kAhead + kVector * j), _MM_HINT_T0);
       }
-      multiply_block<kTileRows, kFormat>(panel, activations, sums);
-      activations += rows_per_block / 4 * kTileRows;
+      if constexpr (kFormats[kFormat].base() >= 0) {
+        multiply_fields<kTileRows, kFormat>(panel, activations, sums);
+      } else {
+        multiply_block<kTileRows, kFormat>(panel, activations, sums);
+      }
+      activations += unit_rows / 4 * kTileRows;
     }
     finish<kTileRows, kWide>(layout, scales, tile.scale + group, groups, sums, out);
   }
 }
+
+// Codes in fields of bits are taken out in registers.
+template <int... kFormat>
+constexpr Products own_products(std::integer_sequence<int, kFormat...>) {
+  return {{Product{multiply_rows<kRows, kFormat>, kRows, kRows}...}};
+}
+constexpr Products kOwnProducts = own_products(std::make_integer_sequence<int, kFormatCount>());
 
 // ---- fp16 ----
 
@@ -297,7 +371,7 @@ struct AttentionSet {
 }  // namespace
 
 extern const Kernels kAvx512Vnni;
-const Kernels kAvx512Vnni = {"avx512vnni", available, quantize, kProducts<kRows>, from_half, to_half, swiglu, hadamard,
+const Kernels kAvx512Vnni = {"avx512vnni", available, quantize, kOwnProducts, expand, from_half, to_half, swiglu, hadamard,
                              Attend<AttentionSet>::run};
 
 }  // namespace qcompile

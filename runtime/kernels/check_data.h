@@ -99,13 +99,13 @@ struct Case {
 class Weight {
  public:
   Weight(const Case& c, Random& random)
-      : codes_((c.k * c.n * c.of().bits + 7) / 8), zero_points_((c.groups() * c.n * c.of().bits + 7) / 8),
+      : codes_(bytes_of(c, c.k)), zero_points_(bytes_of(c, c.groups())),
         floats_(c.groups() * c.n), halves_(c.groups() * c.n), powers_(c.groups() * c.n), w(size_t(c.k * c.n)),
         case_(c) {
     std::memset(codes_.data(), 0, size_t(codes_.size()));
     std::memset(zero_points_.data(), 0, size_t(zero_points_.size()));
     for (int64_t i = 0; i < floats_.size(); ++i) fill_group(i, random);
-    const bool saturated = random.below(8) == 0;  // the largest sums there are
+    saturated = random.below(8) == 0;
     for (int64_t k = 0; k < c.k; ++k) {
       for (int64_t n = 0; n < c.n; ++n) fill_code(k, n, saturated ? last() : random.below(last() + 1));
     }
@@ -129,6 +129,7 @@ class Weight {
 
  public:
   std::vector<double> w;  // (K, N)
+  bool saturated;         // all codes are the last: the largest sums there are
 
  private:
   int last() const { return case_.of().last_code(); }
@@ -136,12 +137,43 @@ class Weight {
   int value(int code) const { return case_.is_signed && code > last() / 2 ? code - last() - 1 : code; }
   int level(int code) const { return case_.of().affine ? value(code) : case_.of().table[code]; }
 
-  void put(Guarded<uint8_t>& codes, int64_t index, int code) {
-    if (case_.of().bits == 8) codes[index] = uint8_t(code);
-    else codes[index / 2] = uint8_t(codes[index / 2] | code << (4 * (index & 1)));
+  bool fields() const { return case_.of().base() >= 0; }
+  static int64_t bytes_of(const Case& c, int64_t rows) {
+    return c.of().base() < 0 ? (rows * c.n * c.of().bits + 7) / 8 : c.of().byte_rows(rows) * c.n;
   }
-  int get(const Guarded<uint8_t>& codes, int64_t index) const {
-    return case_.of().bits == 8 ? codes[index] : codes[index / 2] >> (4 * (index & 1)) & 15;
+
+  // In fields of bits: put(byte, its bits, how many of them, the bits of the code below) for an element of so many rows.
+  template <typename Put>
+  void for_bytes(int64_t rows, int64_t index, const Put& put) const {
+    const int64_t row = index / case_.n, column = index % case_.n;
+    int64_t start = 0;
+    for (int below = 0; below < case_.of().bits;) {
+      const int width = below ? case_.of().high() : case_.of().low();
+      const int64_t size = (rows * width + 7) / 8;
+      put((start + row % size) * case_.n + column, int(row / size) * width, width, below);
+      start += size;
+      below += width;
+    }
+  }
+
+  void put(Guarded<uint8_t>& codes, int64_t rows, int64_t index, int code) {
+    if (fields()) {
+      for_bytes(rows, index, [&](int64_t byte, int shift, int width, int below) {
+        codes[byte] = uint8_t(codes[byte] | ((code >> below) & ((1 << width) - 1)) << shift);
+      });
+    } else if (case_.of().bits == 8) {
+      codes[index] = uint8_t(code);
+    } else {
+      codes[index / 2] = uint8_t(codes[index / 2] | code << (4 * (index & 1)));
+    }
+  }
+  int get(const Guarded<uint8_t>& codes, int64_t rows, int64_t index) const {
+    if (!fields()) return case_.of().bits == 8 ? codes[index] : codes[index / 2] >> (4 * (index & 1)) & 15;
+    int code = 0;
+    for_bytes(rows, index, [&](int64_t byte, int shift, int width, int below) {
+      code |= ((codes[byte] >> shift) & ((1 << width) - 1)) << below;
+    });
+    return code;
   }
 
   void fill_group(int64_t index, Random& random) {
@@ -154,13 +186,15 @@ class Weight {
     }
     halves_[index] = qcompile::float_to_half(scale);
     floats_[index] = case_.scales == Scales::kFloat ? scale : qcompile::half_to_float(halves_[index]);
-    put(zero_points_, index, case_.zero_points == ZeroPoints::kAny ? random.below(last() + 1) : middle());
+    put(zero_points_, case_.groups(), index, case_.zero_points == ZeroPoints::kAny ? random.below(last() + 1) : middle());
   }
 
   void fill_code(int64_t k, int64_t n, int code) {
     const int64_t index = k * case_.n + n, group = k / case_.block_size * case_.n + n;
-    put(codes_, index, code);
-    const int zero_point = case_.zero_points == ZeroPoints::kAbsent ? 0 : value(get(zero_points_, group));
+    put(codes_, case_.k, index, code);
+    const int absent = fields() ? middle() : 0;
+    const int zero_point =
+        case_.zero_points == ZeroPoints::kAbsent ? absent : value(get(zero_points_, case_.groups(), group));
     w[size_t(index)] = double(level(code) - zero_point) * double(floats_[group]);
   }
 

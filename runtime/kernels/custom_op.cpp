@@ -100,7 +100,7 @@ std::vector<Operator> all_operators(const OrtApi& api, std::initializer_list<ONN
     if (!has_kernel(format)) continue;
     for (ONNXTensorElementDataType element : elements) {
       for (bool is_signed : {false, true}) {
-        if (is_signed && !kFormats[format].affine) continue;
+        if (is_signed && (!kFormats[format].affine || kFormats[format].base() >= 0)) continue;
         for (bool bias : {false, true}) all.push_back(make(api, format, bias, element, is_signed));
       }
     }

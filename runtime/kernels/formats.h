@@ -18,13 +18,23 @@ constexpr int kLevels = 16;  // of a table: a code of 4 bits, and what a shuffle
 
 struct Format {
   const char* word;       // the end of its operators' names: MatMul…, MatMulAdd…
-  int bits;               // of a code: 4 or 8
+  int bits;               // of a code: 4 or 8; or 2, 3, 5 or 6, in fields of bits
   int middle;             // a power of two
   bool affine;            // codes are numbers, maybe signed, with zero points or without; otherwise there is a table
   bool powers;            // scales of a file are bytes e, for 2^(e - 128), of the type that an attribute `dtype` says
   int8_t table[kLevels];  // the level of each code
 
-  // Rows k of a block: what four bytes of a column hold (layout.h).
+  // A code is cut into a field of its low bits and one of its high bits, if any: 6 = 4 + 2, 5 = 4 + 1, 3 = 2 + 1.
+  QCOMPILE_INLINE constexpr int high() const { return bits == 6 ? 2 : bits == 5 || bits == 3 ? 1 : 0; }
+  QCOMPILE_INLINE constexpr int low() const { return bits - high(); }
+  // The row of kFormats whose blocks its codes are brought into to be multiplied; -1 where products take them as they are.
+  QCOMPILE_INLINE constexpr int base() const { return bits == 4 || bits == 8 ? -1 : bits < 4 ? 0 : 1; }
+  // Rows of bytes of k rows of codes in a file.
+  QCOMPILE_INLINE constexpr int64_t byte_rows(int64_t k) const { return (k * low() + 7) / 8 + (k * high() + 7) / 8; }
+  // Rows k of a unit, and its bytes in a panel: as many whole blocks of each field as hold the same rows (layout.h).
+  QCOMPILE_INLINE constexpr int unit_rows() const { return 4 * 8 / (high() ? high() : low()); }
+  QCOMPILE_INLINE constexpr int unit_bytes() const { return 8 * unit_rows() * bits; }
+  // Rows k of a block: what four bytes of a column hold. Of formats without a base, a unit is a block.
   QCOMPILE_INLINE constexpr int block_rows() const { return 4 * 8 / bits; }
   QCOMPILE_INLINE constexpr int last_code() const { return (1 << bits) - 1; }
   // What products multiply for a code; of signed codes, for one with `middle` added.
@@ -41,13 +51,19 @@ constexpr Format kFormats[] = {
     {"Int8", 8, 128, true, false, {}},
     {"NF4", 4, 128, false, false, {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127}},
     {"MXFP4", 4, 16, false, true, {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}},
+    {"Int2", 2, 2, true, false, {}},
+    {"Int3", 3, 4, true, false, {}},
+    {"Int5", 5, 16, true, false, {}},
+    {"Int6", 6, 32, true, false, {}},
 };
 constexpr int kFormatCount = int(sizeof kFormats / sizeof kFormats[0]);
 
 // Integers fit a byte, 0 is among them, and levels have a sign that can be turned.
 QCOMPILE_INLINE constexpr bool are_sound() {
   for (const Format& format : kFormats) {
-    if (format.bits != 4 && (format.bits != 8 || !format.affine)) return false;
+    if (format.bits != 4 && !format.affine) return false;
+    const int base = format.base();
+    if (base >= 0 && (kFormats[base].bits != (format.bits < 4 ? 4 : 8) || !kFormats[base].affine)) return false;
     if (format.middle & (format.middle - 1) || format.largest() > 255) return false;
     if (format.affine) continue;
     for (const int level : format.table) {

@@ -38,6 +38,10 @@ struct Kernels {
 
   Products products;
 
+  // A panel of codes in fields of bits -> the same in the layout of the base, layout.expanded(). What products of few rows
+  // do group by group, done once for many.
+  void (*expand)(const Layout& layout, const Layout& expanded, const uint8_t* panel, uint8_t* out);
+
   void (*from_half)(const uint16_t* x, float* y, int64_t n);
   void (*to_half)(const float* x, uint16_t* y, int64_t n);
 

@@ -9,11 +9,14 @@
 // 4 bits: a block covers 8 rows k; byte t of a column holds row t in its low nibble and row 4 + t in its high one. Codes
 // stay codes: what looks them up in a table does so when it multiplies.
 // 8 bits: a block covers 4 rows k; byte t of a column holds row t.
+// Fields of bits (2, 3, 5 and 6 bits): a unit of 16 or 32 rows k has, for each 16 columns in turn, the vector of its high
+// field, then those of its low one. A vector of a field of w bits covers 32 / w rows; row 8 p + 4 h + t lies in byte t of a
+// column, from bit w p + 4 h on. So eight rows of any field are taken out by one shift and one mask, as those of 4 bits are.
 //
 // So four bytes of a column meet four activations, which is the shape of the int8 dot-product instructions, and a panel
 // is read front to back. A group of the file with more than 128 rows is stored as several packed groups of equal scale:
 // activations then get a scale for each, and 32-bit sums cannot overflow. Rows that a packed group lacks (K or the
-// group size is no multiple of 8) meet activations of value 0.
+// group size is no multiple of 8, or of a unit) meet activations of value 0.
 #pragma once
 
 #include <cstddef>
@@ -41,10 +44,20 @@ struct Layout {
 
   QCOMPILE_INLINE Layout(int64_t k, int64_t n, int64_t block_size, int format, bool zero_points, bool half_scales)
       : k(k), n(n), block_size(block_size), format(format), zero_points(zero_points), half_scales(half_scales),
-        block_shift_(log2_of(kFormats[format].block_rows())), file_groups_(div_up(k, block_size)), splits_(div_up(block_size < k ? block_size : k, kMaxDepth)),
-        depth_(round_up(div_up(block_size < k ? block_size : k, splits_), 8)),
-        groups_((file_groups_ - 1) * splits_ + div_up(k - (file_groups_ - 1) * block_size, depth_)),
-        panels_(div_up(n, kPanel)), last_depth_(round_up(group_rows(groups_ - 1), 8)) {}
+        unit_shift_(log2_of(kFormats[format].unit_rows())), unit_bytes_(kFormats[format].unit_bytes()),
+        file_groups_(div_up(k, block_size)), splits_(div_up(block_size < k ? block_size : k, kMaxDepth)),
+        rows_(round_up(div_up(block_size < k ? block_size : k, splits_), 8)), depth_(padded(rows_)),
+        groups_((file_groups_ - 1) * splits_ + div_up(k - (file_groups_ - 1) * block_size, rows_)),
+        panels_(div_up(n, kPanel)), last_depth_(padded(group_rows(groups_ - 1))) {}
+
+  // The same with codes brought into the blocks of the format's base: depths stay.
+  QCOMPILE_INLINE Layout expanded() const {
+    Layout made = *this;
+    made.format = of().base();
+    made.unit_shift_ = log2_of(made.of().unit_rows());
+    made.unit_bytes_ = made.of().unit_bytes();
+    return made;
+  }
 
   // Packed groups of one group of the file, and the rows of one with its padding; the last of all may be shorter.
   QCOMPILE_INLINE int64_t splits() const { return splits_; }
@@ -58,27 +71,59 @@ struct Layout {
   QCOMPILE_INLINE int64_t scale_bytes() const { return kPanel * (half_scales ? 2 : 4); }
   QCOMPILE_INLINE int64_t zero_point_bytes() const { return zero_points ? kPanel : 0; }
   QCOMPILE_INLINE const Format& of() const { return kFormats[format]; }
-  QCOMPILE_INLINE int rows_per_block() const { return 1 << block_shift_; }
-  QCOMPILE_INLINE int64_t code_bytes(int64_t depth) const { return (depth >> block_shift_) * kBlockBytes; }
+  QCOMPILE_INLINE bool in_fields() const { return of().base() >= 0; }
+  QCOMPILE_INLINE int64_t units(int64_t depth) const { return depth >> unit_shift_; }
+  QCOMPILE_INLINE int64_t code_bytes(int64_t depth) const { return units(depth) * unit_bytes_; }
   QCOMPILE_INLINE int64_t group_bytes() const { return scale_bytes() + zero_point_bytes() + code_bytes(depth_); }
   QCOMPILE_INLINE int64_t panel_bytes() const { return groups_ * group_bytes() - code_bytes(depth_ - last_depth_); }
   QCOMPILE_INLINE int64_t bytes() const { return panels_ * panel_bytes(); }
 
   // First row of packed group g, and how many rows of the weight it holds (0 where it is all padding).
   QCOMPILE_INLINE int64_t group_begin(int64_t g) const {
-    return splits_ == 1 ? g * block_size : g / splits_ * block_size + g % splits_ * depth_;
+    return splits_ == 1 ? g * block_size : g / splits_ * block_size + g % splits_ * rows_;
   }
   QCOMPILE_INLINE int64_t group_rows(int64_t g) const {
-    int64_t begin = group_begin(g), end = begin + depth_, last = (splits_ == 1 ? g + 1 : g / splits_ + 1) * block_size;
+    int64_t begin = group_begin(g), end = begin + rows_, last = (splits_ == 1 ? g + 1 : g / splits_ + 1) * block_size;
     if (end > last) end = last;
     if (end > k) end = k;
     return end > begin ? end - begin : 0;
   }
 
  private:
-  int block_shift_;
-  int64_t file_groups_, splits_, depth_, groups_, panels_, last_depth_;
+  QCOMPILE_INLINE int64_t padded(int64_t rows) const { return round_up(rows, unit_shift_ > 3 ? 1 << unit_shift_ : 8); }
+
+  int unit_shift_, unit_bytes_;
+  // rows_: of the weight in a packed group; depth_: with its padding.
+  int64_t file_groups_, splits_, rows_, depth_, groups_, panels_, last_depth_;
 };
+
+// Bytes from the start of a unit to those of a column, less those of column 0.
+QCOMPILE_INLINE int column_bytes(const Format& format, int column) {
+  return column / 16 * (format.unit_bytes() / 4) + column % 16 * 4;
+}
+
+// put(bytes from the start of a unit, shift, bits below, mask) for each field of row r of a unit, column 0. Bits `below` … of
+// the code lie in that byte, from bit `shift` on.
+template <typename Put>
+QCOMPILE_INLINE void for_fields(const Format& format, int r, const Put& put) {
+  for (int below = 0; below < format.bits;) {
+    const int width = below ? format.high() : format.low(), rows = 4 * 8 / width;
+    const int start = format.high() && !below ? kVector : 0;
+    put(start + r / rows * kVector + r % 4, width == 8 ? 0 : width * (r % rows / 8) + 4 * (r / 4 % 2), below,
+        (1 << width) - 1);
+    below += width;
+  }
+}
+
+// The code of row k of a group and of a column of its panel; `codes`: those of the group.
+QCOMPILE_INLINE int code_at(const Format& format, const uint8_t* codes, int column, int64_t k) {
+  const uint8_t* unit = codes + k / format.unit_rows() * format.unit_bytes();
+  int code = 0;
+  for_fields(format, int(k % format.unit_rows()), [&](int byte, int shift, int below, int mask) {
+    code |= ((unit[byte + column_bytes(format, column)] >> shift) & mask) << below;
+  });
+  return code;
+}
 
 // Quantized activations of one tile: `rows` int8 rows next to each other, four k at a time: codes[k / 4][row][k % 4].
 // In the 16-bit mode every row of the model is two int8 rows, high byte then low byte, q = 256 * high + low.

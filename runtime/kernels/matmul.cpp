@@ -94,7 +94,7 @@ struct PackedWeight::Job {
 };
 
 PackedWeight::PackedWeight(const Layout& layout, const Source& source, const Kernels* kernels)
-    : layout_(layout), kernels_(kernels), finite_(scales_are_finite(layout, source)),
+    : layout_(layout), expanded_(layout.in_fields() ? layout.expanded() : layout), kernels_(kernels), finite_(scales_are_finite(layout, source)),
       packed_(weight_memory(size_t(layout.bytes()))) {
   pack(layout_, source, packed_.get());
 }
@@ -196,8 +196,8 @@ void PackedWeight::quantize_tile(const Job& job, int64_t tile) const {
 }
 
 void PackedWeight::multiply_unit(const Job& job, int64_t unit) const {
+  thread_local Scratch scratch;
   alignas(64) float out[kMaxRows * kPanel];
-  const auto multiply = kernels_->products.of[layout_.format].multiply;
   const int64_t panels = int64_t(job.panels->size()), tiles = job.tiles(), groups = layout_.groups();
   const int64_t panel_unit = unit / job.row_units, row_unit = unit % job.row_units;
   const int64_t panel_end = panels * (panel_unit + 1) / job.panel_units, tile_end = tiles * (row_unit + 1) / job.row_units;
@@ -208,12 +208,20 @@ void PackedWeight::multiply_unit(const Job& job, int64_t unit) const {
     if (job.bias && job.half) kernels_->from_half(reinterpret_cast<const uint16_t*>(job.bias) + column, bias, columns);
     if (job.bias && !job.half) std::memcpy(bias, job.bias + column * 4, size_t(columns) * 4);
     const int64_t tile_begin = tiles * row_unit / job.row_units;
+    const Layout* shape = &layout_;
+    const uint8_t* packed = packed_.get() + panel * layout_.panel_bytes();
+    if (layout_.in_fields() && tile_end - tile_begin > 1) {  // once for all tiles
+      uint8_t* expanded = scratch.reserve(size_t(expanded_.panel_bytes()));
+      kernels_->expand(layout_, expanded_, packed, expanded);
+      shape = &expanded_;
+      packed = expanded;
+    }
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       const int64_t first = tile * job.tile_rows, count = job.rows_of(tile);
       const Tile activations = {job.codes + first * job.step() * layout_.padded_k(), job.scale + first * groups,
                                 job.sum + first * job.step() * groups, int(count) * job.step(), job.wide,
-                                tile == tile_begin};
-      multiply(layout_, packed_.get() + panel * layout_.panel_bytes(), activations, out);
+                                tile == tile_begin && shape == &layout_};
+      kernels_->products.of[shape->format].multiply(*shape, packed, activations, out);
       for (int64_t i = 0; i < count; ++i) {
         float* row = out + i * kPanel;
         if (job.bias) {

@@ -205,19 +205,25 @@ template <int kRows, int kFormat, bool kWide>
 void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
   constexpr int block_rows = kFormats[kFormat].block_rows();
   const int64_t groups = layout.groups(), depth = layout.depth();
+  alignas(64) uint8_t expanded[kMaxDepth * kPanel];
   for (int i = 0; i < kRows / (kWide ? 2 : 1) * kPanel; i += kLanes) vst1q_f32(out + i, vdupq_n_f32(0));
   for (int64_t g = 0; g < groups; ++g, panel += layout.group_bytes()) {
     const int64_t blocks = layout.depth(g) / block_rows;
     const uint8_t* zero_point = panel + layout.scale_bytes();
-    const Group group = {panel, layout.zero_points ? zero_point : nullptr, zero_point + layout.zero_point_bytes(),
+    Group group = {panel, layout.zero_points ? zero_point : nullptr, zero_point + layout.zero_point_bytes(),
                          tile.codes + g * depth * kRows, tile.scale + g, tile.sum + g, groups};
+    const bool cold = tile.cold && !layout.in_fields();
+    if (layout.in_fields()) {
+      expand_group(layout, group.blocks, layout.depth(g), tile.cold, expanded);
+      group.blocks = expanded;
+    }
     for (int column = 0; column < kPanel; column += kLanes * kCount) {
       int32x4_t sums[kRows][kCount];
       start<kRows, kFormat>(group, column, sums);
       const uint8_t* block = group.blocks + 4 * column;
       const int8_t* activations = group.activations;
       for (int64_t i = 0; i < blocks; ++i, block += kBlockBytes, activations += block_rows * kRows) {
-        if (tile.cold) __builtin_prefetch(block + kAhead);
+        if (cold) __builtin_prefetch(block + kAhead);
         add_block<kRows, kFormat>(block, activations, sums);
       }
       finish<kRows, kWide>(layout, group, column, sums, out);
@@ -268,7 +274,7 @@ struct AttentionSet {
 }  // namespace
 
 extern const Kernels kNeon;
-const Kernels kNeon = {"neon", available, quantize, kProducts<kTileRows>, from_half, to_half, swiglu, hadamard,
+const Kernels kNeon = {"neon", available, quantize, kProducts<kTileRows>, expand, from_half, to_half, swiglu, hadamard,
                       Attend<AttentionSet>::run};
 
 }  // namespace qcompile

@@ -146,6 +146,7 @@ void Node::check_attributes(const OrtKernelInfo* info) {
   }
   activation_bits_ = int(bits);
   columns_at_8_ = attributes(info, "columns_at_8");
+  if (op_.of().base() >= 0) rows_ = attribute(info, "K", std::nullopt);
   if (!op_.of().powers) return;  // the type of x is that of the scales
   const int64_t dtype = attribute(info, "dtype", std::nullopt);
   if (dtype != op_.element) {
@@ -212,7 +213,7 @@ void Node::check_shapes(const Given& given) const {
     }
   }
   const Shape unknown = {{-1, -1}, 2};
-  const Shape w = given.shape[kW].value_or(unknown);
+  const Shape stored = given.shape[kW].value_or(unknown), w = weight_shape(stored);
   for (int64_t size : {w[0], w[1]}) {
     if (size == 0 || size > kMaxSize) {
       refuse("w has shape %s, K and N must be 1 to %lld: compile the model again", w.text().c_str(),
@@ -221,9 +222,15 @@ void Node::check_shapes(const Given& given) const {
   }
   if (given.shape[kX]) check_rows(*given.shape[kX], w[0]);
   if (w[1] >= 0) check_columns(w[1]);
-  const Shape grid = {{w[0] < 0 ? -1 : div_up(w[0], block_size_), w[1]}, 2};
+  const bool fields = op_.of().base() >= 0;
+  if (fields && differ(stored[0], op_.of().byte_rows(w[0]))) {
+    refuse("w has shape %s, %lld rows of codes take %lld rows of bytes: compile the model again", stored.text().c_str(),
+           (long long)w[0], (long long)op_.of().byte_rows(w[0]));
+  }
+  const int64_t groups = w[0] < 0 ? -1 : div_up(w[0], block_size_);
   for (Input input : {kScale, kZeroPoint}) {
     const auto& shape = given.shape[input];
+    const Shape grid = {{input == kZeroPoint && fields ? op_.of().byte_rows(groups) : groups, w[1]}, 2};
     if (shape && (differ((*shape)[0], grid[0]) || differ((*shape)[1], grid[1]))) {
       refuse("%s has shape %s, w %s with block_size %lld needs %s: compile the model again", name_of(input),
              shape->text().c_str(), w.text().c_str(), (long long)block_size_, grid.text().c_str());
@@ -269,6 +276,8 @@ int64_t Node::check_rows(const Shape& x, int64_t k) const {
 
 // ---- The weight and the output
 
+Shape Node::weight_shape(const Shape& w) const { return op_.of().base() < 0 ? w : Shape{{rows_, w[1]}, 2}; }
+
 Source Node::source(const Given& given) const {
   Source source{};
   source.codes = static_cast<const uint8_t*>(data_of(api_, given.value[kW]));
@@ -283,7 +292,8 @@ void Node::give_back(const Given& given) const {
   for (Input input : kWeightInputs) {
     if (!given.value[input]) continue;
     const Shape& shape = *given.shape[input];
-    const int64_t bits = input != kScale ? op_.of().bits : op_.of().powers ? 8 : 8 * element_bytes();
+    const int64_t codes = op_.of().base() < 0 ? op_.of().bits : 8;  // of an element of w
+    const int64_t bits = input != kScale ? codes : op_.of().powers ? 8 : 8 * element_bytes();
     give_back_pages(data_of(api_, given.value[input]), shape[0] * shape[1] * bits / 8);
   }
 }

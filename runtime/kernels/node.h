@@ -116,6 +116,8 @@ class Node {
   // Refuses a bias of the run that is not (n,).
   void check_bias(const ort::OrtValue* bias, int64_t k, int64_t n) const;
 
+  // (K, N) of the weight, by the shape of w: of fields of bits, an attribute says K.
+  Shape weight_shape(const Shape& w) const;
   // The weight as packing reads it; w, scale and zero_point (where the node has one) must be given.
   Source source(const Given& given) const;
   // Tells the kernel of the system that the packed copy is what will be read from now on.
@@ -141,7 +143,7 @@ class Node {
   const Operator& op_;
   const ort::OrtApi& api_;
   std::string name_;
-  int64_t block_size_;
+  int64_t block_size_, rows_ = 0;
   int activation_bits_;
   std::vector<int64_t> columns_at_8_;
 };

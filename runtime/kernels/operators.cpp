@@ -47,7 +47,7 @@ Kernel::Kernel(const Operator& op, const OrtKernelInfo* info) : Node(op, info), 
 }
 
 std::unique_ptr<const Kernel::Weight> Kernel::pack_weight(const Given& given) const {
-  const Shape& w = *given.shape[kW];
+  const Shape w = weight_shape(*given.shape[kW]);
   const Source source = this->source(given);
   const Layout layout = make_layout(w[0], w[1], block_size(), op().format, source);
   const PanelBits bits(layout, activation_bits(), columns_at_8());

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "half.h"
 
@@ -13,8 +14,32 @@ uint8_t element(const uint8_t* codes, int bits, int64_t index) {
   return uint8_t((codes[index / 2] >> (4 * (index & 1))) & 15);
 }
 
-// `count` elements from `index` on, one a byte; signed codes become unsigned by adding half the range.
-void read_row(const uint8_t* codes, const Format& format, int64_t index, int count, bool is_signed, uint8_t* out) {
+// Codes or zero points as the file has them.
+struct Matrix {
+  const uint8_t* codes;
+  int64_t rows, n;
+};
+
+void read_fields(const Matrix& matrix, const Format& format, int64_t row, int64_t column, int count, uint8_t* out) {
+  std::memset(out, 0, size_t(count));
+  int64_t start = 0;
+  for (int below = 0; below < format.bits;) {
+    const int width = below ? format.high() : format.low();
+    const int64_t size = div_up(matrix.rows * width, 8);
+    const uint8_t* in = matrix.codes + (start + row % size) * matrix.n + column;
+    const int shift = width * int(row / size), mask = (1 << width) - 1;
+    for (int i = 0; i < count; ++i) out[i] = uint8_t(out[i] | ((in[i] >> shift) & mask) << below);
+    start += size;
+    below += width;
+  }
+}
+
+// `count` elements of a row from `column` on, one a byte; signed codes become unsigned by adding half the range.
+void read_row(const Matrix& matrix, const Format& format, int64_t row, int64_t column, int count, bool is_signed,
+              uint8_t* out) {
+  if (format.base() >= 0) return read_fields(matrix, format, row, column, count, out);
+  const uint8_t* codes = matrix.codes;
+  const int64_t index = row * matrix.n + column;
   const int bits = format.bits;
   const uint8_t flip = is_signed ? uint8_t(format.middle) : 0;  // in two's complement, adding it is flipping the top bit
   int i = 0;
@@ -49,8 +74,21 @@ void pack_scales(const Layout& layout, const Source& source, int64_t group, int6
   }
 }
 
-// rows: (rows_per_block, 64) codes, one a byte -> one block
-void pack_block(const Format& format, const uint8_t (*rows)[kPanel], uint8_t* block) {
+// rows: (unit_rows, 64) codes, one a byte -> one unit
+void pack_fields(const Format& format, const uint8_t (*rows)[kPanel], uint8_t* unit) {
+  std::memset(unit, 0, size_t(format.unit_bytes()));
+  for (int r = 0; r < format.unit_rows(); ++r) {
+    for_fields(format, r, [&](int byte, int shift, int below, int mask) {
+      for (int column = 0; column < kPanel; ++column) {
+        uint8_t& own = unit[byte + column_bytes(format, column)];
+        own = uint8_t(own | ((rows[r][column] >> below) & mask) << shift);
+      }
+    });
+  }
+}
+
+void pack_unit(const Format& format, const uint8_t (*rows)[kPanel], uint8_t* block) {
+  if (format.base() >= 0) return pack_fields(format, rows, block);
   for (int column = 0; column < kPanel; ++column) {
     for (int t = 0; t < 4; ++t) {
       uint8_t code = rows[t][column];
@@ -71,8 +109,19 @@ bool scales_fit_half(const Layout& layout, const Source& source, int64_t count) 
 
 bool has_zero_points(const Layout& layout, const Source& source, int64_t count) {
   if (!layout.of().affine) return false;
-  if (!source.zero_point) return !source.is_signed;  // an absent one is 0, which is the middle only of signed codes
+  // An absent one is 0, which is the middle only of signed codes; of fields it is the middle.
+  if (!source.zero_point) return !source.is_signed && !layout.in_fields();
   const int middle = source.is_signed ? 0 : layout.of().middle;
+  if (layout.in_fields()) {
+    std::vector<uint8_t> row(size_t(layout.n));
+    for (int64_t group = 0; group < layout.file_groups(); ++group) {
+      read_fields({source.zero_point, layout.file_groups(), layout.n}, layout.of(), group, 0, int(layout.n), row.data());
+      for (const uint8_t point : row) {
+        if (point != middle) return true;
+      }
+    }
+    return false;
+  }
   for (int64_t i = 0; i < count; ++i) {
     if (element(source.zero_point, layout.of().bits, i) != middle) return true;
   }
@@ -97,8 +146,9 @@ bool scales_are_finite(const Layout& layout, const Source& source) {
 }
 
 void pack(const Layout& layout, const Source& source, uint8_t* packed) {
-  const int step = layout.rows_per_block();
-  uint8_t rows[8][kPanel];
+  const int step = layout.of().unit_rows();
+  const Matrix codes = {source.codes, layout.k, layout.n}, zero_points = {source.zero_point, layout.file_groups(), layout.n};
+  uint8_t rows[32][kPanel];
   for (int64_t panel = 0; panel < layout.panels(); ++panel) {
     const int64_t column = panel * kPanel;
     const int columns = int(layout.n - column < kPanel ? layout.n - column : kPanel);
@@ -110,24 +160,24 @@ void pack(const Layout& layout, const Source& source, uint8_t* packed) {
       out += layout.scale_bytes();
       if (layout.zero_points) {
         if (source.zero_point) {
-          read_row(source.zero_point, layout.of(), file_group * layout.n + column, columns, source.is_signed, out);
+          read_row(zero_points, layout.of(), file_group, column, columns, source.is_signed, out);
         }
         out += kPanel;
       }
       const int64_t begin = layout.group_begin(group), filled = layout.group_rows(group);
-      for (int64_t row = 0; row < layout.depth(group); row += step, out += kBlockBytes) {
-        std::memset(rows, 0, sizeof rows);
+      for (int64_t row = 0; row < layout.depth(group); row += step, out += layout.of().unit_bytes()) {
+        std::memset(rows, 0, size_t(step) * kPanel);
         for (int t = 0; t < step && row + t < filled; ++t) {
-          read_row(source.codes, layout.of(), (begin + row + t) * layout.n + column, columns, source.is_signed, rows[t]);
+          read_row(codes, layout.of(), begin + row + t, column, columns, source.is_signed, rows[t]);
         }
-        pack_block(layout.of(), rows, out);
+        pack_unit(layout.of(), rows, out);
       }
     }
   }
 }
 
 void unpack_column(const Layout& layout, const uint8_t* packed, int64_t column, float* w) {
-  const int c = int(column % kPanel), step = layout.rows_per_block();
+  const int c = int(column % kPanel);
   for (int64_t group = 0; group < layout.groups(); ++group) {
     const uint8_t* in = packed + column / kPanel * layout.panel_bytes() + group * layout.group_bytes();
     float scale;
@@ -143,10 +193,7 @@ void unpack_column(const Layout& layout, const uint8_t* packed, int64_t column, 
     in += layout.zero_point_bytes();
     const int64_t begin = layout.group_begin(group);
     for (int64_t row = 0; row < layout.group_rows(group); ++row) {
-      const int t = int(row % step);
-      int code = in[row / step * kBlockBytes + c * 4 + t % 4];
-      if (step == 8) code = t < 4 ? code & 15 : code >> 4;
-      w[begin + row] = float(layout.of().integer(code) - zero_point) * scale;
+      w[begin + row] = float(layout.of().integer(code_at(layout.of(), in, c, row)) - zero_point) * scale;
     }
   }
 }

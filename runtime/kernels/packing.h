@@ -6,10 +6,12 @@
 namespace qcompile {
 
 struct Source {
-  const uint8_t* codes;        // (K, N) of 4 or 8 bits
+  const uint8_t* codes;        // (K, N) of 4 or 8 bits; or fields of bits, (byte_rows(K), N) of bytes: field after field,
+                               // row j of the B of one of w bits has row j + i B of the codes from bit w i on
   const void* scale;           // (file groups, N) fp32 or fp16; of a format with powers, bytes
   bool scale_is_half;          // fp16; powers are rounded to it
-  const uint8_t* zero_point;   // (file groups, N) packed like the codes, or nullptr: 0 for signed, and for unsigned codes too
+  const uint8_t* zero_point;   // (file groups, N) packed like the codes, or nullptr: 0 for signed, and for unsigned codes
+                               // too, but the middle for fields
   bool is_signed;              // int4 / int8 instead of uint4 / uint8
 };
 

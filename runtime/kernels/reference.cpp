@@ -74,11 +74,7 @@ float group_scale(const Layout& layout, const uint8_t* group, int column) {
 int32_t dot(const Layout& layout, int64_t depth, const uint8_t* blocks, int column, const int8_t* codes, int rows) {
   int32_t total = 0;
   for (int64_t k = 0; k < depth; ++k) {
-    const int64_t block = k / layout.rows_per_block();
-    const int t = int(k % layout.rows_per_block());
-    int code = blocks[block * kBlockBytes + column * 4 + t % 4];
-    if (layout.of().bits == 4) code = t < 4 ? code & 15 : code >> 4;
-    total += layout.of().integer(code) * codes[k / 4 * rows * 4 + k % 4];
+    total += layout.of().integer(code_at(layout.of(), blocks, column, k)) * codes[k / 4 * rows * 4 + k % 4];
   }
   return total;
 }
@@ -104,6 +100,27 @@ void multiply(const Layout& layout, const uint8_t* panel, const Tile& tile, floa
         out[row * kPanel + column] += float(total) * scale * tile.scale[row * groups + group];
       }
     }
+  }
+}
+
+// Code by code: what fields.h does by words.
+void expand(const Layout& layout, const Layout& expanded, const uint8_t* panel, uint8_t* out) {
+  const int64_t head = layout.scale_bytes() + layout.zero_point_bytes();
+  const int more = layout.zero_points ? 0 : expanded.of().middle - layout.of().middle;
+  std::memset(out, 0, size_t(expanded.panel_bytes()));
+  for (int64_t group = 0; group < layout.groups(); ++group) {
+    std::memcpy(out, panel, size_t(head));
+    for (int64_t k = 0; k < layout.depth(group); ++k) {
+      uint8_t* unit = out + head + k / expanded.of().unit_rows() * kBlockBytes;
+      for_fields(expanded.of(), int(k % expanded.of().unit_rows()), [&](int byte, int shift, int, int) {
+        for (int column = 0; column < kPanel; ++column) {
+          uint8_t& own = unit[byte + column_bytes(expanded.of(), column)];
+          own = uint8_t(own | (code_at(layout.of(), panel + head, column, k) + more) << shift);
+        }
+      });
+    }
+    panel += layout.group_bytes();
+    out += expanded.group_bytes();
   }
 }
 
@@ -151,7 +168,7 @@ struct AttentionSet {
 
 extern const Kernels kReference;
 const Kernels kReference = {
-    "reference", always, quantize, products(std::make_integer_sequence<int, kFormatCount>()), from_half, to_half,
-    swiglu, hadamard, Attend<AttentionSet>::run};
+    "reference", always, quantize, products(std::make_integer_sequence<int, kFormatCount>()), expand, from_half,
+    to_half, swiglu, hadamard, Attend<AttentionSet>::run};
 
 }  // namespace qcompile

@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "attention_tile.h"
+#include "fields.h"
 
 namespace qcompile {
 namespace {
@@ -63,9 +64,14 @@ inline void multiply_rows(const Layout& layout, const uint8_t* panel, const Tile
   if constexpr (kRows % 2 == 0) multiply_tile<kRows, kFormat, true>(layout, panel, tile, out);
 }
 
+// Codes in fields of bits are brought into the blocks of their base, a group at a time, whose products multiply them.
+QCOMPILE_INLINE constexpr int multiplied_as(int format) {
+  return kFormats[format].base() < 0 ? format : kFormats[format].base();
+}
+
 template <int kRows, int... kFormat>
 constexpr Products products_of(std::integer_sequence<int, kFormat...>) {
-  return {{Product{multiply_rows<kRows, kFormat>, kRows, kRows}...}};
+  return {{Product{multiply_rows<kRows, multiplied_as(kFormat)>, kRows, kRows}...}};
 }
 
 // Of all formats, for tiles of up to kRows int8 rows.

@@ -191,10 +191,15 @@ void multiply_group(const Layout& layout, const Group& group, float* out);
 template <int kRows, int kFormat, bool kWide>
 void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile, float* out) {
   const int64_t groups = layout.groups(), bytes = layout.group_bytes();
+  alignas(64) uint8_t expanded[kMaxDepth * kPanel];
   for (int i = 0; i < kRows / (kWide ? 2 : 1) * kPanel; i += kLanes) _mm256_storeu_ps(out + i, _mm256_setzero_ps());
   for (int64_t g = 0; g < groups; ++g, panel += bytes) {
-    const Group group = group_of(layout, panel, tile, g);
-    if (tile.cold) {  // scales and zero points lie between the codes of two groups
+    Group group = group_of(layout, panel, tile, g);
+    if (layout.in_fields()) {
+      expand_group(layout, group.blocks, group.depth, tile.cold, expanded);
+      group.blocks = expanded;
+      group.cold = false;
+    } else if (tile.cold) {  // scales and zero points lie between the codes of two groups
       const uint8_t* from = fetch_from(layout, group, kVectors);
       fetch<4>(from);
     }

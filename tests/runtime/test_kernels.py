@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from kernel_builds import SANITIZED, build_kernel_check, passed, run
 from native_models import NATIVE, TABLES, WORDS, Case, Weight, native_library
 
+from qcompile.passes.bit_fields import FIELDS
+
 INT8_LEVELS = 127
 
 
@@ -91,7 +93,8 @@ def weights(draw: st.DrawFn) -> Weight:
     table = draw(st.sampled_from(["", *TABLES]))
     if table:
         return _looked_up(table, (k, n), block_size, draw(st.integers(0, 1 << 32)), half=draw(st.booleans()))
-    bits, signed = draw(st.sampled_from([4, 8])), draw(st.booleans())
+    bits = draw(st.sampled_from([4, 8, *FIELDS]))
+    signed = bits not in FIELDS and draw(st.booleans())
     low, high = (-(1 << (bits - 1)), 1 << (bits - 1)) if signed else (0, 1 << bits)
     rng, groups = np.random.default_rng(draw(st.integers(0, 1 << 32))), -(-k // block_size)
     scale = rng.normal(0, 0.1, (groups, n)).astype(draw(st.sampled_from([np.float16, np.float32])))
@@ -241,13 +244,14 @@ def test_every_level_is_the_body_s(library, names, table: str, half: bool) -> No
             np.testing.assert_array_equal(packed.unpack(), whole.decoded().astype(np.float32))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8, *FIELDS])
 @pytest.mark.parametrize("block_size", [32, 128])
-def test_int8_products_are_those_of_the_rounded_activations(library, names, bits: int, block_size: int) -> None:
+@pytest.mark.parametrize("m", [1, 7, 13])
+def test_int8_products_are_those_of_the_rounded_activations(library, names, bits: int, block_size: int, m: int) -> None:
     rng = np.random.default_rng(bits + block_size)
     codes, scale = rng.integers(0, 1 << bits, (300, 70)), rng.normal(0, 0.1, (-(-300 // block_size), 70))
     weight = Weight(codes, scale.astype(np.float32), rng.integers(0, 1 << bits, scale.shape), block_size, bits, False)
-    x, w = rng.normal(size=(7, 300)).astype(np.float32), weight.decoded()
+    x, w = rng.normal(size=(m, 300)).astype(np.float32), weight.decoded()
     seen = _seen(x, weight)
     for name in names:
         with Packed(library, name, weight) as packed:
