@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array, Grid, Quantized
@@ -33,6 +34,7 @@ from qcompile.passes.rounding import blank, round_to_nearest
 from qcompile.passes.spec import integers
 from qcompile.passes.state import Tensors, node_state, set_node, set_weight, weight_state
 from qcompile.passes.targets import TARGETS, TargetName
+from qcompile.passes.tensors import read
 from qcompile.passes.threads import side_by_side
 
 # A weight as it is packed: its initializer, its spec, and whether it is read transposed.
@@ -149,8 +151,10 @@ class Pack(Pass):
             known = state.codes.get(linear.transposed)
             if known is not None and known.spec == spec:
                 return known
-            rounding = round_to_nearest if state.clip is False else round_by_rows
-            return rounding(coded(linear), spec, region.statistics.get(linear.activation))
+            statistics = region.statistics.get(linear.activation)
+            if state.clip is False or statistics is None:
+                return round_to_nearest(_coded(linear), spec, None)
+            return round_by_rows(coded(linear), spec, statistics)
 
         return dict(zip(jobs, side_by_side(one, jobs), strict=True))
 
@@ -159,7 +163,7 @@ class Pack(Pass):
     ) -> None:
         key, columns = (linear.weight, spec, linear.transposed), Columns.of(linear, str(spec))
         quantized, tensors = _stored(region.model, *key, lambda: rounded[key])
-        reference = (linear.mapped() if columns is None else columns.rest(linear), quantized)
+        reference = (_coded(linear), quantized)
         set_node(linear.node, reference=reference, outliers=None)
         if columns is None:
             emit.replace_matmul(region.model, linear, spec, tensors)
@@ -178,8 +182,7 @@ class Pack(Pass):
     def _pack_embedding(self, model: ir.Model, embedding: Embedding, spec: Grid) -> None:
         # A table (V, K) is the transpose of the (K, V) weight that a tied lm_head multiplies with.
         def rounded() -> Quantized:
-            w = np.asarray(emit.floats(embedding.table)).T
-            return self._nearest(w if self.dry else np.ascontiguousarray(w), spec)
+            return self._nearest(read(constant(embedding.table)).T, spec)
 
         _, tensors = _stored(model, embedding.table, spec, True, rounded)
         emit.replace_embedding(model, embedding, spec, tensors)
@@ -210,6 +213,12 @@ class Pack(Pass):
             bytes=tensors.nbytes + extra - saved,
             bits_per_weight=spec.bits_per_weight(k) + added,
         )
+
+
+def _coded(linear: Linear) -> npt.NDArray[np.floating]:
+    """The weight (K, N) that codes are chosen for, mapped from its file where it lies there so."""
+    columns = Columns.of(linear, "")
+    return linear.mapped() if columns is None else columns.rest(linear)
 
 
 def _stored(

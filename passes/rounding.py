@@ -52,9 +52,17 @@ class Prepared(Protocol):
 
 
 def round_to_nearest(w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
-    """Plain rounding on the range of each group; uses no statistics."""
-    qparams = spec.fit(w)
-    return Quantized(spec.project(w, qparams), qparams, spec)
+    """Plain rounding on the range of each group; uses no statistics.
+
+    w: of any float type, and read by the chunk of columns (see `fitted`): a mapped table is never held as a whole.
+    """
+
+    def one(columns: slice) -> Quantized:
+        own = np.ascontiguousarray(w[:, columns], np.float32)
+        qparams = spec.fit(own)
+        return Quantized(spec.project(own, qparams), qparams, spec)
+
+    return _joined(spec, side_by_side(one, chunks(*w.shape)))
 
 
 def blank(w: Array, spec: Grid) -> Quantized:

@@ -23,6 +23,8 @@ from qcompile.passes.observers import nodes as observers
 from qcompile.passes.state import Twin, node_state, set_node
 from qcompile.runtime.sessions import run
 
+# Numbers of outputs that are compared at once.
+_NUMBERS = 1 << 20
 # Operators behind a Sigmoid that leave its numbers as they are.
 _MOVES = ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Cast")
 
@@ -145,27 +147,43 @@ def _all(batches: Sequence[Arrays]) -> Iterator[npt.NDArray[Any]]:
 
 
 def _compared(name: str, a: Sequence[npt.NDArray[Any]], b: Sequence[npt.NDArray[Any]]) -> OutputError:
-    x, y = (np.concatenate([part.astype(np.float64).ravel() for part in parts]) for parts in (a, b))
-    lost = np.isfinite(y) & ~np.isfinite(x)
-    poles = np.isinf(x) & np.isfinite(y)  # 1 / relu(x)
-    if (lost & ~poles).any() or poles.sum() > np.isinf(y).sum():
+    """Of arrays a and b by batch; float64 of a few rows at a time."""
+    lost = poles = infinite = size = 0
+    largest = 0.0
+    for x, y in _parts(a, b):
+        gone = np.isfinite(y) & ~np.isfinite(x)
+        over = np.isinf(x) & np.isfinite(y)  # 1 / relu(x)
+        keep = np.isfinite(x) & np.isfinite(y)
+        lost, poles = lost + int(gone.sum()), poles + int(over.sum())
+        infinite, size = infinite + int(np.isinf(y).sum()), size + y.size
+        largest = max(largest, np.abs(x[keep]).max(initial=0.0), np.abs(y[keep]).max(initial=0.0))
+    if lost > poles or poles > infinite:
         raise UserError(
             f"output {name} of the compiled model is NaN or infinite where the float model's is not "
-            f"({int(lost.sum())} of {lost.size} numbers)"
+            f"({lost} of {size} numbers)"
         )
-    keep = np.isfinite(x) & np.isfinite(y)
-    x, y = x[keep], y[keep]
-    largest = max(np.abs(x).max(initial=0.0), np.abs(y).max(initial=0.0))
-    x, y = (v / largest if largest else v for v in (x, y))  # squares of 1e200 or 1e-200 are none
-    scale, size = float(np.linalg.norm(y)), float(np.linalg.norm(x))
-    difference = float(np.linalg.norm(x - y))
-    relative = difference / scale if scale else float(difference > 0)
-    cosine = float(x @ y) / (scale * size) if scale and size else float(scale == size)
-    rows = OutputNoise()
+    sums, rows = np.zeros(4), OutputNoise()
+    for x, y in _parts(a, b):
+        keep = np.isfinite(x) & np.isfinite(y)
+        u, v = (part[keep] / (largest or 1.0) for part in (x, y))  # squares of 1e200 or 1e-200 are none
+        sums += [np.square(u - v).sum(), u @ u, v @ v, u @ v]
     for part, known in zip(a, b, strict=True):
         usable = np.isfinite(part) & np.isfinite(known)
         rows.add(np.where(usable, known, 0), np.where(usable, part, 0))
+    difference, norm, scale = np.sqrt(sums[:3]).tolist()
+    relative = difference / scale if scale else float(difference > 0)
+    cosine = float(sums[3] / (scale * norm)) if scale and norm else float(scale == norm)
     return OutputError(name, relative, cosine, rows.deviation)
+
+
+def _parts(
+    a: Sequence[npt.NDArray[Any]], b: Sequence[npt.NDArray[Any]]
+) -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+    """Numbers of both, side by side, so many at a time."""
+    for x, y in zip(a, b, strict=True):
+        for start in range(0, x.size, _NUMBERS):
+            own = slice(start, start + _NUMBERS)
+            yield x.reshape(-1)[own].astype(np.float64), y.reshape(-1)[own].astype(np.float64)
 
 
 def check_outputs(errors: Sequence[OutputError], nodes: Sequence[NodeError], least: float) -> None:
