@@ -117,13 +117,13 @@ class Grid(ABC):
         """Parameters of every group of w (K, N).
 
         Without `importance` the grid spans the group's range. With importance (K,), the mean square of each input
-        channel, the range is shrunk to the fraction that minimizes the importance-weighted squared error, and each
-        candidate is refit by least squares.
+        channel, or for each column its own (K, N), the range is shrunk to the fraction that minimizes the
+        importance-weighted squared error, and each candidate is refit by least squares.
         """
         blocks = grouped(w, self)
         if importance is None:
             return self.span(blocks, np.float32(1))
-        weight = grouped(np.ascontiguousarray(importance[:, None], dtype=np.float32), self, fill=0.0)
+        weight = grouped(np.asarray(importance, np.float32).reshape(len(w), -1), self, fill=0.0)
         step = max(1, _AT_ONCE // max(blocks[:1].size, 1))
         parts = [
             self._shrunk(blocks[start : start + step], weight[start : start + step])
@@ -132,7 +132,7 @@ class Grid(ABC):
         return QParams(np.concatenate([own.scale for own in parts]), np.concatenate([own.zero_point for own in parts]))
 
     def _shrunk(self, blocks: Array, weight: Array) -> QParams:
-        """The best of `shrinks` for blocks (groups, rows, N), weighted by (groups, rows, 1)."""
+        """The best of `shrinks` for blocks (groups, rows, N), weighted by (groups, rows, 1 or N)."""
         best = self.span(blocks, np.float32(1))
         best_error = _weighted_error(blocks, best, self, weight)
         for shrink in self.shrinks:

@@ -31,9 +31,10 @@ class Compensation:
     """What error compensation takes of a positive definite Gram matrix G (K, K).
 
     gram, added: G but for its diagonal, and what is to be added to that (K,). by: channels of G are divided by these
-    (K,), None where by nothing.
+    (K, 1), or for each column of a weight by others (K, N); None where by nothing.
     order: the channels, int64 (K,), from the last to be rounded to the first: those of most energy at the end.
-    lower: L, float32 (K, K), of which the lower triangle is meant: G in that order is s L Lᵀ s, s = `scale` (K,).
+    lower: L, float32 (K, K), of which the lower triangle is meant: G in that order is s L Lᵀ s, s = `scale`
+    shaped like `by`.
     """
 
     gram: Array
@@ -57,17 +58,24 @@ class Compensation:
             more = (0.0, *10.0 ** np.arange(-6, 3))
             exact = (_in_order(gram, diagonal * (1 + own), order).astype(np.float64) for own in more)
             lower = next(own for own in exact if _factored(own)).astype(np.float32)
-        return cls(gram, added, order, lower, np.ones(len(order), np.float32))
+        return cls(gram, added, order, lower, np.ones((len(order), 1), np.float32))
 
     def rescaled(self, by: Array) -> "Compensation":
-        """That of G / (b bᵀ), b (K,), with the order and the factor of G; no matrix is copied."""
+        """That of G / (b bᵀ), b (K,) or for each column (K, N), with the order and the factor of G; none is copied."""
+        by = by.reshape(len(by), -1)
         scale = np.asarray(self.scale / by[self.order], np.float32)
         return replace(self, scale=scale, by=by if self.by is None else self.by * by)
 
+    def of_columns(self, columns: npt.NDArray[np.int64]) -> "Compensation":
+        """That for some of the columns."""
+        if self.by is None or self.by.shape[1] == 1:
+            return self
+        return replace(self, scale=self.scale[:, columns], by=self.by[:, columns])
+
     @property
     def diagonal(self) -> Array:
-        """That of G, (K,)."""
-        own = np.diagonal(self.gram) + self.added
+        """That of G, (K, 1) or of each column (K, N)."""
+        own = (np.diagonal(self.gram) + self.added)[:, None]
         return np.asarray(own if self.by is None else own / np.square(self.by), np.float32)
 
     @property
@@ -75,12 +83,13 @@ class Compensation:
         """(G but for its diagonal (K, K), what is to be added to that (K,))."""
         if self.by is None:
             return self.gram, self.added
-        gram: Array = self.gram / self.by[:, None] / self.by
-        return gram, np.asarray(self.added / np.square(self.by), np.float32)
+        (by,) = self.by.T  # one for all columns
+        gram: Array = self.gram / by[:, None] / by
+        return gram, np.asarray(self.added / np.square(by), np.float32)
 
     def transposed_times(self, x: Array) -> Array:
         """(s L)ᵀ x of x (K, n), all in `order`; the squares of a column of it are what G makes of one of x."""
-        scaled, result = x * self.scale[:, None], np.empty_like(x)
+        scaled, result = x * self.scale, np.empty_like(x)
         for start, stop in _blocks(len(x)):
             corner = np.tril(self.lower[start:stop, start:stop])
             result[start:stop] = corner.T @ scaled[start:stop] + self.lower[stop:, start:stop].T @ scaled[stop:]
@@ -92,7 +101,7 @@ class Compensation:
         for start, stop in _blocks(len(e)):
             corner = np.tril(self.lower[start:stop, start:stop])
             result[start:stop] = corner @ e[start:stop] + self.lower[start:stop, :start] @ e[:start]
-        result *= self.scale[:, None]
+        result *= self.scale
         return result
 
 
@@ -151,7 +160,7 @@ def _residual(lower: Array, gram: Array, diagonal: Array, order: npt.NDArray[np.
     signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), len(size))
     x = np.asarray(signs / size, np.float32)
     wanted = gram @ x + (diagonal - np.diagonal(gram)) * x
-    own = Compensation(gram, diagonal, order, lower, np.ones_like(size))
+    own = Compensation(gram, diagonal, order, lower, np.ones((len(size), 1), np.float32))
     found = own.times(own.transposed_times(x[order][:, None]))[:, 0]
     error = np.linalg.norm((found - wanted[order]) / size[order]) / np.sqrt(len(size))
     return float(error) if np.isfinite(error) else np.inf

@@ -262,10 +262,10 @@ def _started(w: Array, by: Compensation, qparams: QParams, spec: Grid) -> Quanti
     swept, spread = _compensate(w, by, qparams, spec)
     plain = Quantized(spec.project(w, qparams), qparams, spec)
     delta, errors = w - plain.dequantize(), np.einsum("kn,kn->n", spread, spread)
-    doubtful = np.flatnonzero(errors > by.diagonal @ np.square(delta))
+    doubtful = np.flatnonzero(errors > (by.diagonal * np.square(delta)).sum(axis=0))
     others = np.full_like(errors, np.inf)
     if len(doubtful):
-        others[doubtful] = np.square(by.transposed_times(delta[:, doubtful][by.order])).sum(axis=0)
+        others[doubtful] = np.square(by.of_columns(doubtful).transposed_times(delta[by.order][:, doubtful])).sum(axis=0)
     return merge_columns(swept, plain, others < errors)
 
 

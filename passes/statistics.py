@@ -94,13 +94,14 @@ class Statistics:
         return np.maximum(self.absmax, np.sqrt(self.energy))
 
     @property
-    def _usual(self) -> np.float32:
+    def _usual(self) -> Array:
         """The square of the channels' mean magnitude, the loudest tenth left out: as they were before a rotation."""
         squares = self.mean_square
         if self.rotation is not None:
             squares = self.rotation.diagonal_before(self.gram) / np.float32(max(self.rows, 1))
-        magnitudes = np.sort(np.sqrt(np.maximum(squares, 0)))
-        return np.float32(np.square(magnitudes[: max(1, int(_QUIET * len(magnitudes)))].mean()))
+        magnitudes = np.sort(np.sqrt(np.maximum(squares, 0)), axis=0)
+        usual = magnitudes[: max(1, int(_QUIET * len(magnitudes)))].mean(axis=0)
+        return np.asarray(np.square(usual), np.float32)
 
     def directions(self, most: int) -> int:
         """In how many directions the rows lie, for every channel, but for a thousandth of its energy: 0 of rows of
@@ -178,23 +179,28 @@ class Statistics:
         return Statistics(self.rows, gram, absmax, sample, rest, self.groups, rotation=rotation)
 
     def rescaled(self, factor: Array) -> "Statistics":
-        """A copy that followed such a rewrite. What is kept of the Gram matrix follows, too, so that it is factored
-        once for all factors: channels are rounded in the order that they had before.
+        """A copy that followed such a rewrite by a factor (K,), or for each column of a weight by another one (K, N).
+        What is kept of the Gram matrix follows, too, so that it is factored once for all factors: channels are rounded
+        in the order that they had before.
         """
         return _Rescaled(self, factor)
 
 
 class _Rescaled(Statistics):
-    """Statistics of X / factor, of which the Gram matrix is made where it is asked for: products need none."""
+    """Statistics of X / factor, of which the Gram matrix is made where it is asked for: products need none.
+
+    Of a factor for each column there is no Gram matrix and no row, and what is of channels is of each column, too.
+    """
 
     def __init__(self, base: Statistics, factor: Array) -> None:
         self.base, self.inverse = base, (1.0 / factor).astype(np.float32)
         self.rows, self.rotation, size = base.rows, None, np.abs(self.inverse)
-        self.absmax, self.groups = base.absmax * size, base.groups
-        self.sample = None if base.sample is None else base.sample * self.inverse
-        self.rest = None if base.rest is None else base.rest * size
+        self.absmax, self.groups = self._each(base.absmax) * size, base.groups
+        alone = factor.ndim == 1
+        self.sample = base.sample * self.inverse if alone and base.sample is not None else None
+        self.rest = base.rest * size if alone and base.rest is not None else None
         self.kept = None
-        if base.kept is not None:
+        if base.kept is not None and alone:
             self.kept = {damping: own.rescaled(factor) for damping, own in base.kept.items()}
 
     def rescale(self, factor: Array) -> None:
@@ -203,14 +209,24 @@ class _Rescaled(Statistics):
 
     @cached_property
     def gram(self) -> Array:  # type: ignore[override]
-        return self.base.gram * self.inverse[:, None] * self.inverse[None, :]
+        (inverse,) = self.inverse.reshape(len(self.inverse), -1).T
+        return self.base.gram * inverse[:, None] * inverse[None, :]
+
+    def compensation(self, damping: float) -> Compensation:
+        if self.inverse.ndim == 1:
+            return super().compensation(damping)
+        return self.base.compensation(damping).rescaled(np.asarray(1 / self.inverse, np.float32))
 
     def times(self, x: Array) -> Array:
-        return self.base.times(x * self.inverse[:, None]) * self.inverse[:, None]
+        inverse = self.inverse.reshape(len(self.inverse), -1)
+        return self.base.times(x * inverse) * inverse
 
     @property
     def diagonal(self) -> Array:
-        return self.base.diagonal * np.square(self.inverse)
+        return self._each(self.base.diagonal) * np.square(self.inverse)
+
+    def _each(self, channels: Array) -> Array:
+        return channels if self.inverse.ndim == 1 else channels[:, None]
 
 
 def held_aside(count: int) -> npt.NDArray[np.bool_]:

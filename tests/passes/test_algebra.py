@@ -18,7 +18,7 @@ def _gram(k: int, rows: int, seed: int = 0) -> np.ndarray:
 
 
 def _factor(own: Compensation) -> np.ndarray:
-    return own.scale[:, None] * np.tril(own.lower).astype(np.float64)
+    return own.scale * np.tril(own.lower).astype(np.float64)
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,5 +1,7 @@
 """scale_search: what a judge tells of a factor is what rounding gains by it, on every format's grid."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -10,6 +12,7 @@ from qcompile.passes.affine import Array, Grid
 from qcompile.passes.awq import Awq
 from qcompile.passes.base import Region
 from qcompile.passes.formats import FORMATS
+from qcompile.passes.gptq import ErrorCompensated
 from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding, round_to_nearest, round_with_clip
@@ -132,15 +135,36 @@ def test_the_noise_of_an_activation_is_what_its_rounding_adds(grid: ActivationSp
     assert Judge(None, known, known, None, round_to_nearest, [], [])._noise(w, factor) == 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "rounding", [round_to_nearest, round_with_clip, ErrorCompensated(sweeps=0, refit=False)], ids=str
+)
+def test_factors_side_by_side_have_the_losses_of_each_by_itself(name: str, rounding: Rounding) -> None:
+    """Whatever rounds, on columns of two kinds; after few rows, too, where what is usual among channels counts."""
+    spec, rng = GRIDS[name], np.random.default_rng(1)
+    for rows in (12, 300):
+        x = (rng.standard_normal((rows, K)) @ (np.eye(K) + rng.standard_normal((K, K)) / 8)).astype(np.float32)
+        known = Statistics(len(x), x.T @ x, np.abs(x).max(axis=0), kept={})
+        sample = [
+            Columns(spec, linear_weight(rng, K, n, gain=1.0), rng.uniform(1, 2, n), rng.uniform(1, 2, n))
+            for n in (7, 4)
+        ]
+        judge = Judge(None, known, known, x[:9], rounding, sample, [])
+        factors = [np.ones(K, np.float32), *np.exp(rng.standard_normal((3, K)) / 2).astype(np.float32)]
+        for own, factor in zip(judge._each(factors, sample), factors, strict=True):
+            wanted = judge.losses(factor, sample)
+            np.testing.assert_allclose(own.columns.sum(), wanted.columns.sum(), rtol=0.02)
+            np.testing.assert_allclose(own.held.sum(), wanted.held.sum(), rtol=0.02)
+
+
 class _Told(Judge):
     """A judge of whom it is known what he sees: errors (1,) of the chosen column, of the others by `told`."""
 
     gains: tuple[float, ...]
 
-    def losses(self, factor: Array | None, sample: list[Columns], rounding: Rounding | None = None) -> _Loss:
-        plain = np.full(sample[0].w.shape[1], 10.0)
-        gain = 0 if factor is None else np.array(self.gains if sample is self.told else (1,))
-        return _Loss(plain - gain, np.zeros(0, np.float32))
+    def _each(self, factors: Sequence[Array], sample: list[Columns]) -> list[_Loss]:
+        plain, gains = np.full(sample[0].w.shape[1], 10.0), np.array(self.gains if sample is self.told else (1,))
+        return [_Loss(plain - (gains if own[0] == 2 else 0), np.zeros(0, np.float32)) for own in factors]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +180,7 @@ def test_what_columns_tell_counts_less_the_more_they_differ(gains: tuple[float, 
     )
     judge = _Told(None, known, known, None, round_to_nearest, one, others)
     object.__setattr__(judge, "gains", gains)
-    choice = judge.best(lambda statistics: {"a": np.ones(2, np.float32)}, finalists=1)
+    choice = judge.best(lambda statistics: {"a": np.full(2, 2, np.float32)}, finalists=1)
     assert choice is not None
     seen = 1 + 4 * sum(gains) - 0.25 * np.sqrt(len(gains) * 0.75 * (4 * deviation) ** 2)
     assert 1 - choice.relative_loss == pytest.approx(seen / (10 + 40 * len(gains)))

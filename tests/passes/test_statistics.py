@@ -62,7 +62,7 @@ def test_what_is_kept_of_a_gram_matrix_follows_a_factor_into_the_copy_alone(aske
         np.testing.assert_array_equal(found.order, wanted.order)
         assert found.lower is own.compensation(0.01).lower, "nothing is copied"
     gram = _of(_x() / factor).gram.astype(np.float64)
-    lower, back = found.scale[:, None] * np.tril(found.lower).astype(np.float64), np.argsort(found.order)
+    lower, back = found.scale * np.tril(found.lower).astype(np.float64), np.argsort(found.order)
     seen = (lower @ lower.T)[back][:, back]
     apart = ~np.eye(K, dtype=bool)  # the diagonal is damped
     np.testing.assert_allclose(seen[apart], gram[apart], rtol=1e-3, atol=1e-4 * np.abs(gram).max())
@@ -80,5 +80,11 @@ def test_a_copy_that_follows_a_factor_has_the_statistics_of_such_a_rewrite(sign:
     for name in ("rows", "diagonal", "absmax", "sample", "rest", "mean_square", "energy", "reach", "gram"):
         np.testing.assert_allclose(getattr(copy, name), getattr(changed, name), rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(copy.times(_w()), changed.gram @ _w(), rtol=1e-4, atol=1e-5 * scale)
+    several = own.rescaled(np.stack([factor, np.ones_like(factor)], axis=1))  # each column has a factor of its own
+    for name in ("diagonal", "energy", "absmax"):
+        wanted = np.stack([getattr(copy, name), getattr(own, name)], axis=1)
+        np.testing.assert_allclose(getattr(several, name), wanted, rtol=1e-5, err_msg=name)
+    wanted = np.stack([changed.gram @ _w()[:, 0], own.gram @ _w()[:, 1]], axis=1)
+    np.testing.assert_allclose(several.times(_w()[:, :2]), wanted, rtol=1e-4, atol=1e-5 * scale)
     copy.rescale(1 / factor)
     np.testing.assert_allclose(copy.gram, own.gram, rtol=1e-4)
