@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.files.save import foretold_size
@@ -21,14 +19,14 @@ from qcompile.compiler.report.coverage import account, check_coverage, in_order,
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.results.sheet import Sheet, Shown
 from qcompile.compiler.stages import Prepared, prepare_model
+from qcompile.compiler.walk.needs import foretold, load_of
 from qcompile.compiler.walk.segments import split, targets
 from qcompile.passes.base import Region
-from qcompile.passes.contract import Reads, Stage
+from qcompile.passes.contract import Stage
 from qcompile.passes.errors import UserError
-from qcompile.passes.linears import find_linears
 
-# What is in memory whatever the model: the libraries.
-_BASE = 4e8
+# Rows of a check batch.
+CHECKED = 48
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,7 +36,8 @@ class Rehearsal(Shown):
     report: sizes and decisions, as the compile will tell them. refusal: why the compile would write nothing.
 
     passes: all that run, in order. inputs: names of the graph's inputs. segments: of the calibration run. memory: bytes
-    at its peak, about. open: what only data can tell.
+    at its peak, about. disk: bytes beside the output, with what is put aside until it is written. open: what only data
+    can tell.
     """
 
     report: Report
@@ -47,6 +46,7 @@ class Rehearsal(Shown):
     inputs: tuple[str, ...]
     segments: int
     memory: float
+    disk: float
     open: tuple[str, ...]
 
     def sheet(self) -> Sheet:
@@ -60,7 +60,13 @@ class Rehearsal(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as `qcompile --dry-run --json` has it, but for the output."""
-        told = {"passes": self.passes, "segments": self.segments, "memory": int(self.memory), "open": self.open}
+        told = {
+            "passes": self.passes,
+            "segments": self.segments,
+            "memory": int(self.memory),
+            "disk": int(self.disk),
+            "open": self.open,
+        }
         return {**told, "refusal": self.refusal, "report": self.report.to_dict()}
 
     def records(self) -> list[dict[str, Any]]:
@@ -73,7 +79,10 @@ def rehearse(source: Path, recipe: Recipe) -> Rehearsal:
     prepared = prepare_model(source, recipe, Silent(), dry=True)
     graph, report, own = prepared.model, prepared.report, quantizers(prepared.passes)
     segments = split(graph, targets(graph).__contains__)
-    memory = _memory(prepared, [segment.nodes for segment in segments])
+    reads = any(p.reads for p in prepared.passes)
+    window = prepared.plan.sequence or prepared.recipe.context
+    load = load_of([window] if reads else [], [CHECKED] * 2)
+    need = foretold(graph, prepared.passes, prepared.policy, load)
     if prepared.recipe.mixed:
         sites(integer_pass(prepared.passes), graph)
     inputs = tuple(given.name for given in prepared.plan.inputs)
@@ -90,7 +99,7 @@ def rehearse(source: Path, recipe: Recipe) -> Rehearsal:
     report.decisions[report.quantizers[0]] = in_order(made, prepared.order)
     report.compiled_bytes = foretold_size(graph)
     names = tuple(p.name for p in prepared.passes)
-    return Rehearsal(report, _refusal(prepared), names, inputs, len(segments), memory, _open(prepared))
+    return Rehearsal(report, _refusal(prepared), names, inputs, len(segments), need.memory, need.disk, _open(prepared))
 
 
 def _refusal(prepared: Prepared) -> str:
@@ -105,20 +114,3 @@ def _open(prepared: Prepared) -> tuple[str, ...]:
     """What data decides, in words."""
     told = ["which nodes stay in float for their sensitivity"] if prepared.recipe.mixed else []
     return (*told, *(p.decided for p in prepared.passes if p.decided))
-
-
-def _memory(prepared: Prepared, segments: list[list[ir.Node]]) -> float:
-    """Bytes held at the peak: libraries, carried activations, the largest segment's weights and Gram matrices."""
-    recipe = prepared.recipe
-    reads = any(p.reads & {Reads.SCALES, Reads.STATISTICS} for p in prepared.passes)
-    rows = recipe.samples * recipe.context if reads else 0
-    by_node = {linear.node: linear for linear in find_linears(prepared.model.graph)}
-    largest, width = 0.0, 0
-    for nodes in segments:
-        own = [by_node[node] for node in nodes if node in by_node]
-        inputs = {linear.activation: linear.shape[0] for linear in own}
-        weights = sum(4.0 * k * n for k, n in (linear.shape for linear in own))
-        grams = sum(8.0 * k * k for k in inputs.values()) if rows else 0.0
-        largest = max(largest, 5 * weights + 2 * grams)
-        width = max([width, *(linear.shape[0] for linear in own[:1])])
-    return _BASE + largest + 8.0 * rows * width

@@ -24,7 +24,7 @@ def _print_rest(plan: Rehearsal, console: Console) -> None:
     console.print(f"passes    {', '.join(plan.passes)}", soft_wrap=True)
     console.print(f"segments  {plan.segments}; inputs: {', '.join(plan.inputs)}", soft_wrap=True)
     console.print(f"size      {report.source_bytes / 1e6:.1f} MB → about {report.compiled_bytes / 1e6:.1f} MB")
-    console.print(f"memory    about {plan.memory / 1e9:.1f} GB")
+    console.print(f"memory    about {plan.memory / 1e9:.2g} GB; disk about {plan.disk / 1e9:.2g} GB")
     for told in plan.open:
         console.print(f"open      {told}: only data tells", soft_wrap=True)
     if plan.refusal:

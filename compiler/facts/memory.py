@@ -20,6 +20,14 @@ def available() -> int | None:
     return min(found, default=None)
 
 
+def resident() -> int:
+    """Bytes of this process that are in memory; 0 where nobody tells."""
+    try:
+        return int(psutil.Process().memory_info().rss)
+    except (OSError, psutil.Error):
+        return 0
+
+
 def check_sizes(model: ir.Model) -> None:
     """Raise UserError for a value of known shape that takes more memory than there is: an input, or what a node gives.
 

@@ -89,6 +89,10 @@ def relative_deviation(noise: Doubles, signal: Doubles) -> float | None:
     return deviation / (2 * math.sqrt(ratio)) if ratio > 0 else 0.0
 
 
+# Numbers of an output that are compared at once.
+_NUMBERS = 1 << 20
+
+
 @dataclass
 class OutputNoise:
     """How far an output is from the reference's, over all batches: sums of squares and of products in float64."""
@@ -102,15 +106,21 @@ class OutputNoise:
 
     def add(self, reference: npt.NDArray[Any], output: npt.NDArray[Any]) -> None:
         """Two arrays of one shape and any number type. rows: (noise, signal) of the indices of the first axis."""
-        a, b = reference.reshape(-1).astype(np.float64), output.reshape(-1).astype(np.float64)
-        if a.size:
-            shape = (len(reference) if reference.ndim else 1, -1)
-            self.rows.append((np.square(a - b).reshape(shape).sum(axis=1), np.square(a).reshape(shape).sum(axis=1)))
-        self.signal += float(a @ a)
-        self.noise += float(np.square(a - b).sum())
-        self.power += float(b @ b)
-        self.product += float(a @ b)
-        self.size += a.size
+        rows = len(reference) if reference.ndim else 1
+        noise, signal = np.zeros(rows), np.zeros(rows)
+        wide, step = reference.size // max(rows, 1), max(_NUMBERS // max(rows, 1), 1)
+        for start in range(0, wide, step):
+            part = np.s_[:, start : start + step]
+            a, b = (own.reshape(rows, wide)[part].astype(np.float64) for own in (reference, output))
+            noise += np.square(a - b).sum(axis=1)
+            signal += np.square(a).sum(axis=1)
+            self.power += float(np.vdot(b, b))
+            self.product += float(np.vdot(a, b))
+        if reference.size:
+            self.rows.append((noise, signal))
+        self.signal += float(signal.sum())
+        self.noise += float(noise.sum())
+        self.size += reference.size
 
     @property
     def sqnr(self) -> float:

@@ -135,7 +135,7 @@ def test_a_dry_run_tells_the_plan_and_does_nothing(bench: Any, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert f"prepare, {passes.replace(',', ', ')}" in shown
     assert "segments  5; inputs: input_ids, attention_mask" in shown
-    assert re.search(r"memory    about \d\.\d GB", shown)
+    assert re.search(r"memory    about [\d.]+ GB; disk about [\d.e-]+ GB", shown)
     predicted = float(re.search(r"→ about (\d+\.\d) MB", shown)[1])  # type: ignore[index]
     report = bench.compile(source, passes)
     assert predicted == pytest.approx(report.compiled_bytes / 1e6, abs=0.06)

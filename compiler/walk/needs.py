@@ -1,0 +1,196 @@
+"""What a compile will take of memory and disk, from shapes alone; and what would fit where that is too much.
+
+The walk holds one segment at a time, so the peak is that of the segment and the kind of work that hold most. Each kind
+is a sum of what ONNX Runtime and the passes were measured to hold (`test_needs.py` compares peaks).
+Invariant: nothing of it grows with depth, but for `HELD` bytes of packed weights and one session of a small file.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from qcompile.compiler.facts.memory import available, resident
+from qcompile.compiler.walk.saved_run import WHOLE
+from qcompile.compiler.walk.segments import is_large, split, targets
+from qcompile.passes.base import Pass
+from qcompile.passes.contract import Fact, Reads
+from qcompile.passes.errors import UserError
+from qcompile.passes.linears import Linear, constant, find_embeddings, find_linears, vocabulary_size
+from qcompile.passes.policy import Policy
+from qcompile.passes.threads import workers
+
+# The libraries; packed weights in memory, before they are put aside; two spills of what goes from segment to segment.
+BASE, HELD, _SPILLS = 240e6, 64 << 20, 64e6
+# What a thread works on at once: a chunk of columns (rounding.py), and the arrays that its rounding makes of it.
+_CHUNK, _ARRAYS = 1 << 23, 2
+# Of a session of a whole file, bytes held for each that it has; Gram matrices beside that of a channel's statistics.
+_LOADED, _GRAMS = 2.0, 3
+# Blocks of columns that are compared side by side.
+_BLOCKS = 40e6
+# Rows of the sample that statistics keep.
+_SAMPLE = 1024
+# What is held of an output while it is compared, in its own float32 numbers.
+_COMPARED = 8
+# Bytes beyond which an estimate that is this much too large still says that there is too little.
+_SURE = 0.8
+
+
+@dataclass(frozen=True)
+class Load:
+    """What goes through the segments.
+
+    rows: of the largest batch of calibration; 0 without statistics. checked: of all check batches together.
+    threads: how many work side by side.
+    """
+
+    rows: int
+    checked: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """memory: bytes at the peak. mapped: of them those that are pages of the model's file, which the system may take
+    back. disk: beside the output, with what is put aside until it is written. what: the work that holds most.
+    """
+
+    memory: float
+    mapped: float
+    disk: float
+    what: str
+
+
+def foretold(model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load) -> Need:
+    """What compiling the prepared model takes."""
+    segments = split(model, targets(model).__contains__)
+    vocabulary = vocabulary_size(model)
+    packed = _packed(find_linears(model.graph), policy, vocabulary)
+    packed += sum(
+        spec.bits_per_weight(table.shape[1]) * table.shape[0] * table.shape[1] / 8
+        for table in find_embeddings(model.graph)
+        if not isinstance(spec := policy.for_embedding(table), str)
+    )
+    held = BASE + min(packed, HELD) + (_SPILLS if load.rows else 0)
+    found = [
+        replace(need, memory=need.memory + held, what=f"segment {number} of {len(segments)}, {need.what}")
+        for number, segment in enumerate(segments, 1)
+        for need in _segment(segment.nodes, passes, policy, vocabulary, load)
+    ]
+    logits = load.checked * max((_width(value) for value in model.graph.outputs), default=0) * 4 * _COMPARED
+    found.append(Need(held + logits, 0, 0, "comparing outputs"))
+    if packed <= WHOLE:
+        found.append(Need(held + logits / 2 + _LOADED * packed, packed, 0, "running the saved file"))
+    most = max(found, key=lambda need: need.memory)
+    aside = packed if packed > HELD else 0
+    return replace(most, disk=packed + aside)
+
+
+def check_fits(model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load) -> Need:
+    """What it takes; UserError, before the work, where the memory at hand does not suffice, with what would do."""
+    need, free = foretold(model, passes, policy, load), available()
+    if free is None or _fits(need, free):
+        return need
+    known = ((words, make()) for words, make in _others(model, passes, policy, load))
+    fitting = next((f"{words} takes about {own.memory / 1e9:.1f} GB" for words, own in known if _fits(own, free)), "")
+    raise UserError(
+        f"this compile takes about {need.memory / 1e9:.1f} GB of memory ({need.what}), {free / 1e9:.1f} GB are free; "
+        + (fitting or "no list of passes takes less than that: use a machine with more memory")
+    )
+
+
+def _others(
+    model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load
+) -> Iterator[tuple[str, Callable[[], Need]]]:
+    """Options that take less memory, in words, the least change first."""
+    few, short = replace(load, threads=1), replace(load, rows=load.rows // 4, threads=1)
+    yield "--threads 1", lambda: foretold(model, passes, policy, few)
+    if short.rows >= 2:
+        yield f"--threads 1 --context {short.rows}", lambda: foretold(model, passes, policy, short)
+    plain = [p for p in passes if not p.reads and p.ensures & {Fact.PACKED, Fact.INTEGER}]
+    if plain and load.rows:
+        words = f"--passes {','.join(p.name for p in plain)} --threads 1"
+        yield words, lambda: foretold(model, plain, policy, replace(few, rows=0))
+
+
+def _fits(need: Need, free: float) -> bool:
+    return _SURE * (need.memory - need.mapped) - resident() <= free
+
+
+def _segment(
+    nodes: Sequence[ir.Node], passes: Sequence[Pass], policy: Policy, vocabulary: int | None, load: Load
+) -> Iterator[Need]:
+    """What each kind of work on a segment holds beside what is held throughout."""
+    linears, tables = find_linears(nodes), find_embeddings(nodes)
+    weights = {linear.weight: linear for linear in linears}
+    sizes = [float(constant(value).nbytes) for value in _constants(nodes)]
+    stored, largest = sum(sizes), max(sizes, default=0.0)
+    elements = sum(_size(linear) for linear in weights.values())
+    floats = 4.0 * elements
+    # Half precision is cast to float32 as a whole, and a table that is read turned is turned.
+    cast = sum(4.0 * _size(own) for own in weights.values() if constant(own.weight).nbytes < 4 * _size(own))
+    cast += sum(4.0 * _size(own) for own in weights.values() if own.transposed)
+    # Codes of 8 bits are decoded to float32 before the product; of others ONNX Runtime makes its own copy.
+    eight = [own for own in weights.values() if _bits(own, policy, vocabulary) == 8]
+    packed = _packed(weights.values(), policy, vocabulary)
+    running = 2 * packed + sum(4.0 * _size(own) for own in eight) - 2 * _packed(eight, policy, vocabulary)
+    seen = {linear.activation: linear.shape[0] for linear in linears}
+    wide = float(sum(seen.values()) + sum(linear.shape[1] for linear in linears)) * 4
+    deepest = max((linear.shape[0] for linear in linears), default=0)
+    deepest = max([deepest, *(table.shape[1] for table in tables)])
+    chunks = 4.0 * _ARRAYS * load.threads * min(_CHUNK, 1024 * deepest)
+    codes = elements + sum(float(table.shape[0] * table.shape[1]) for table in tables)
+    statistics = load.rows > 0 and any(p.reads & {Reads.SCALES, Reads.STATISTICS} for p in passes)
+    grams = sum(4.0 * k * k + 4.0 * _SAMPLE * k for k in seen.values()) if statistics else 0.0
+    scaling = floats if statistics and len([p for p in passes if p.reads & {Reads.STATISTICS, Reads.SCALES}]) > 1 else 0
+    yield Need(stored + cast + load.checked * wide, stored, 0, "float outputs")
+    if load.rows:
+        carried = 2 * load.rows * wide
+        yield Need(stored + floats + cast + _GRAMS * grams + carried, stored, 0, "statistics")
+    factor = 4.0 * _GRAMS * max((k * k for k in seen.values()), default=0) if statistics else 0.0
+    yield Need(largest + scaling + codes + packed + chunks + grams + factor, largest, 0, "passes")
+    if any(Fact.INTEGER in p.ensures for p in passes):
+        yield Need(stored + 3 * floats + load.checked * wide, stored, 0, "float twins")
+    else:
+        probed = scaling + codes + grams + 3 * load.checked * wide
+        yield Need(probed + running, 0, 0, "packed products")
+        yield Need(probed + stored + _BLOCKS, stored, 0, "comparing packed products")
+
+
+def _constants(nodes: Iterable[ir.Node]) -> list[ir.Value]:
+    read = (value for node in nodes for given in node.inputs if given is not None for value in _behind(given))
+    return [value for value in dict.fromkeys(read) if is_large(value)]
+
+
+def _behind(value: ir.Value) -> list[ir.Value]:
+    producer = value.producer()
+    source = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else None
+    return [value] if source is None else [value, source]
+
+
+def _size(linear: Linear) -> int:
+    return linear.shape[0] * linear.shape[1]
+
+
+def _bits(linear: Linear, policy: Policy, vocabulary: int | None) -> int:
+    spec = policy.for_linear(linear, vocabulary)
+    return 0 if isinstance(spec, str) else spec.bits
+
+
+def _packed(linears: Iterable[Linear], policy: Policy, vocabulary: int | None) -> float:
+    """Bytes of linears as they will be stored, a shared weight once."""
+    total = 0.0
+    for linear in {own.weight: own for own in linears}.values():
+        spec, kept = policy.for_linear(linear, vocabulary), constant(linear.weight).dtype.bitwidth
+        total += (kept if isinstance(spec, str) else spec.bits_per_weight(linear.shape[0])) * _size(linear) / 8
+    return total
+
+
+def _width(value: ir.Value) -> int:
+    last = value.shape[-1] if value.shape is not None and len(value.shape) else 0
+    return last if isinstance(last, int) else 0
+
+
+def load_of(rows: Sequence[int], checked: Sequence[int]) -> Load:
+    """rows, checked: those of each batch of calibration, and of each check batch."""
+    return Load(max(rows, default=0), sum(checked), workers())
