@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from qcompile.compiler.api.calibrate import Calibrated, calibrate_model
 from qcompile.compiler.api.data import Data, Transform, data_of, gives_items
-from qcompile.compiler.api.door import door, worded
+from qcompile.compiler.api.door import door
 from qcompile.compiler.api.fields import Fields
 from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, within
 from qcompile.compiler.api.idle import warn
@@ -85,7 +85,7 @@ def compile(
     warn(wanted, given, fields)
     other = data_of(evaluation, transform=transform if judged else None) if evaluation is not None else None
     with _graph(model, output, wanted, progress) as (path, target, bar):
-        report = compile_model(
+        return compile_model(
             path,
             wanted,
             output=target,
@@ -96,8 +96,6 @@ def compile(
             fresh=fresh,
             progress=bar,
         )
-        report.measured = worded(report.measured, ["evaluation"])  # what it advises, in the file as the command has it
-        return report
 
 
 @door

@@ -9,6 +9,9 @@ from qcompile.compiler.api.rehearsal import Rehearsal, rehearse
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.terminal import print_coverage
 
+# Of a decoder with caches there are dozens of inputs.
+_SHOWN = 6
+
 
 def print_plan(path: Path, output: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
     """Print the nodes by decision, sizes before and after, and memory that compiling will need; the same by name."""
@@ -22,7 +25,8 @@ def print_plan(path: Path, output: Path, recipe: Recipe, console: Console) -> di
 def _print_rest(plan: Rehearsal, console: Console) -> None:
     report = plan.report
     console.print(f"passes    {', '.join(plan.passes)}", soft_wrap=True)
-    console.print(f"segments  {plan.segments}; inputs: {', '.join(plan.inputs)}", soft_wrap=True)
+    more = f", … ({len(plan.inputs)} in all)" if len(plan.inputs) > _SHOWN else ""
+    console.print(f"segments  {plan.segments}; inputs: {', '.join(plan.inputs[:_SHOWN])}{more}", soft_wrap=True)
     console.print(f"size      {report.source_bytes / 1e6:.1f} MB → about {report.compiled_bytes / 1e6:.1f} MB")
     console.print(f"memory    about {plan.memory / 1e9:.2g} GB; disk about {plan.disk / 1e9:.2g} GB")
     for told in plan.open:

@@ -316,8 +316,15 @@ def _annotation(own: Setting) -> Any:
     metavar = about.metavar or f"{{{','.join(own.values)}}}"
     if about.word or Step in own.kinds:
         taken = option(told, metavar, under=under, converter=_converter(own), n_tokens=1)
-        return Annotated[Any, taken]
+        return Annotated[_completed(own), taken]
     return Annotated[own.kinds[0] | None, option(told, metavar, under=under)]
+
+
+def _completed(own: Setting) -> Any:
+    """What shells complete of a value that its own converter reads: its words, and the formats; passes are a list."""
+    formats = lists.FORMATS if Step in own.kinds and not own.many else ()
+    words = (*(word for word in own.values if word != "FORMAT"), *formats)
+    return Literal[words] | str | None if words and not own.many else Any
 
 
 def _one_of(choices: tuple[Any, ...]) -> Any:

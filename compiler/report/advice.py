@@ -113,7 +113,7 @@ def _in_float(recipe: Recipe, worst: Sequence[Hurting]) -> Iterator[tuple[str, d
             break
     chosen = names if share >= _ENOUGH else names[:1]
     part = percent(share if share >= _ENOUGH else worst[0].share)
-    told = f"leave {'it' if len(chosen) == 1 else 'them'} in float: {part} of the squared errors of all nodes"
+    told = f"leave {' and '.join(chosen)} in float: {part} of the squared errors of all nodes"
     yield told, {"exclude": [*recipe.exclude, *chosen]}
 
 

@@ -90,7 +90,9 @@ def _facts(report: Report) -> Markup:
         "hash": report.source_hash,
         "output": ", ".join(report.files),
         "passes": " → ".join(map(str, report.recipe.get("passes", []))),
-        "recipe": ", ".join([*(f"{key} {_setting(value)}" for key, value in recipe.items()), "else the defaults"]),
+        "recipe": ", ".join([*(f"{key} {_setting(value)}" for key, value in recipe.items()), "else the defaults"])
+        if recipe
+        else "the defaults",
         "calibration": report.data,
         "warnings": "; ".join(report.warnings),
         "accuracy on": report.measured,

@@ -224,6 +224,9 @@ def test_completion(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
             ("qcompile sens", "sensitivity"),
             ("qcompile eval --ag", "--against"),
             ("qcompile compile --attention fu", "fused"),
+            ("qcompile compile --lm-head ke", "keep"),  # values that mix words, numbers and formats
+            ("qcompile compile --embedding nf", "nf4"),
+            ("qcompile compile --weights mx", "mxfp4"),
             ("qcompile --pa", "--passes"),
         ):
             line = ask.format(script, words, len(words.split()) - 1)

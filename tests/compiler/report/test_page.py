@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 from html_reports import HOSTILE, Page, node, report_of, sample_ranges
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qcompile.compiler.report.chart import chart
 from qcompile.compiler.report.markup import Markup, cut, percent, text
 from qcompile.compiler.report.nodes import node_rows
 from qcompile.compiler.report.page import to_html
 from qcompile.compiler.report.ranges import DRAWN, clipped_share
+from qcompile.compiler.report.tied import Tied
 from qcompile.compiler.results.errors import ActivationRange, NodeError, OutputError
 from qcompile.compiler.results.report import Report
 from qcompile.models.tiny import tiny_decoder
@@ -46,6 +49,17 @@ def test_nodes_kept_for_their_sensitivity_are_counted_together() -> None:
     assert body.count("<tr>") == 3, "the head and two rows"
     assert "rank" not in body
     assert "rank 4" in source, "each node says its own"
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(("int4", "int8"))), max_size=12))
+def test_weights_are_counted_once_and_bytes_as_they_are_stored(read: list[tuple[str, str]]) -> None:
+    """A head that is tied to an embedding and has another form is stored by itself: it counted as shared on the page."""
+    tied, size = Tied(), {"int4": 500, "int8": 1000}
+    made = [Decision("n", "quantized", form, {"weight": w, "weights": 1000, "bytes": size[form]}) for w, form in read]
+    assert sum(map(tied.weights, made)) == 1000 * len({weight for weight, _ in read})
+    told = Tied()
+    assert sum(told.nbytes(own) or 0 for own in made) == sum(size[form] for _, form in set(read))
 
 
 def test_coverage_counts_nodes_by_operator_and_decision() -> None:
