@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -56,13 +57,13 @@ class Recorder:
         self._open.pop()
 
     def told(self) -> list[Phase]:
-        """All of them as they are now, in the order in which they began."""
+        """All of them as they are now, in the order in which they began; what follows does not change what is told."""
         self._switch()
         finest = _FINEST * (time.monotonic() - self._began)
         for phase in self._phases.values():
             phase.spans = _joined(phase.spans, finest)
             phase.seconds, phase.cpu = round(phase.seconds, 4), round(phase.cpu, 4)
-        return [phase for phase in self._phases.values() if phase.spans]
+        return [replace(phase, spans=[*phase.spans]) for phase in self._phases.values() if phase.spans]
 
     def _phase(self, name: str, *, of_pass: bool) -> Phase:
         return self._phases.setdefault((name, of_pass), Phase(name, of_pass))

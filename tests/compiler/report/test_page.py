@@ -54,7 +54,7 @@ def test_nodes_kept_for_their_sensitivity_are_counted_together() -> None:
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(("int4", "int8"))), max_size=12))
 def test_weights_are_counted_once_and_bytes_as_they_are_stored(read: list[tuple[str, str]]) -> None:
-    """A head that is tied to an embedding and has another form is stored by itself: it counted as shared on the page."""
+    """A head that is tied to an embedding and has another form is stored by itself: the page called it shared."""
     tied, size = Tied(), {"int4": 500, "int8": 1000}
     made = [Decision("n", "quantized", form, {"weight": w, "weights": 1000, "bytes": size[form]}) for w, form in read]
     assert sum(map(tied.weights, made)) == 1000 * len({weight for weight, _ in read})
