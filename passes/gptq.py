@@ -13,12 +13,13 @@ from qcompile.passes.algebra import Compensation
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.contract import Fact, Reads
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.columns import Columns, coded
+from qcompile.passes.formats.columns import coded
 from qcompile.passes.held import NOT_CONFIRMED, too_few
 from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import (
     Rounding,
+    Weight,
     by_input,
     fitted,
     merge_columns,
@@ -92,7 +93,7 @@ def default_damping(k: int, rows: int) -> float:
     return _LEAST_DAMPING + _SHARE * k / max(rows, 1)
 
 
-def round_by_rows(w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
+def round_by_rows(w: Weight, spec: Grid, statistics: Statistics | None) -> Quantized:
     """How `pack` rounds what `gptq` has not: the parameters of groups by the rows, codes to the nearest.
 
     Case 1: the rows lie in few directions and show each often: a constant input, copies of one row. The clip search
@@ -221,7 +222,7 @@ class Beside:
     @classmethod
     def of(cls, linears: Sequence[Linear]) -> "Beside":
         """Those of linears, as codes are chosen for them."""
-        return cls([coded(own) if Columns.of(own, "") else own.mapped() for own in linears])
+        return cls([coded(own) for own in linears])
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array, Grid, Quantized
@@ -153,7 +152,7 @@ class Pack(Pass):
                 return known
             statistics = region.statistics.get(linear.activation)
             if state.clip is False or statistics is None:
-                return round_to_nearest(_coded(linear), spec, None)
+                return round_to_nearest(coded(linear), spec, None)
             return round_by_rows(coded(linear), spec, statistics)
 
         return dict(zip(jobs, side_by_side(one, jobs), strict=True))
@@ -163,7 +162,7 @@ class Pack(Pass):
     ) -> None:
         key, columns = (linear.weight, spec, linear.transposed), Columns.of(linear, str(spec))
         quantized, tensors = _stored(region.model, *key, lambda: rounded[key])
-        reference = (_coded(linear), quantized)
+        reference = (coded(linear), quantized)
         set_node(linear.node, reference=reference, outliers=None)
         if columns is None:
             emit.replace_matmul(region.model, linear, spec, tensors)
@@ -213,12 +212,6 @@ class Pack(Pass):
             bytes=tensors.nbytes + extra - saved,
             bits_per_weight=spec.bits_per_weight(k) + added,
         )
-
-
-def _coded(linear: Linear) -> npt.NDArray[np.floating]:
-    """The weight (K, N) that codes are chosen for, mapped from its file where it lies there so."""
-    columns = Columns.of(linear, "")
-    return linear.mapped() if columns is None else columns.rest(linear)
 
 
 def _stored(

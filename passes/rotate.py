@@ -189,7 +189,8 @@ class Trial:
         statistics: Statistics | None,
         activations: ActivationSpec | None = None,
     ) -> None:
-        self.statistics, self.rounding = statistics, round_to_nearest
+        self.statistics = statistics
+        self.rounding: Rounding = round_to_nearest
         self.before, self.after = _Side(None, None, None), _Side(rotation, None, None)
         self.count = np.ones(0, np.float32)
         if statistics is not None and (parts := None if too_few(statistics) else statistics.split()) is not None:

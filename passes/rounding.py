@@ -26,13 +26,13 @@ R = TypeVar("R")
 
 
 class Weight(Protocol):
-    """What is read of a weight (K, N), float32: an array, or several of them side by side."""
+    """What is read of a weight (K, N) of any float type: an array, mapped or not, or several side by side."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(K, N)."""
 
-    def __getitem__(self, place: tuple[slice, slice], /) -> Array:
+    def __getitem__(self, place: tuple[slice, slice], /) -> npt.NDArray[np.floating]:
         """Columns."""
 
 
@@ -51,14 +51,14 @@ class Prepared(Protocol):
         """Make it."""
 
 
-def round_to_nearest(w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
+def round_to_nearest(w: Weight, spec: Grid, statistics: Statistics | None) -> Quantized:
     """Plain rounding on the range of each group; uses no statistics.
 
     w: of any float type, and read by the chunk of columns (see `fitted`): a mapped table is never held as a whole.
     """
 
     def one(columns: slice) -> Quantized:
-        own = np.ascontiguousarray(w[:, columns], np.float32)
+        own = _read(w, columns)
         qparams = spec.fit(own)
         return Quantized(spec.project(own, qparams), qparams, spec)
 
@@ -73,7 +73,7 @@ def blank(w: Array, spec: Grid) -> Quantized:
     return Quantized(codes, QParams(ones, np.broadcast_to(np.float32(0), ones.shape)), spec)
 
 
-def round_with_clip(w: Array, spec: Grid, statistics: Statistics | None) -> Quantized:
+def round_with_clip(w: Weight, spec: Grid, statistics: Statistics | None) -> Quantized:
     """Rounding on ranges clipped by E[x²]-weighted search, column by column only where that lowers ‖X(Ŵ - W)‖²; plain
     rounding where rows held aside do not confirm that.
     """
@@ -103,7 +103,7 @@ def fitted(
     Columns do not affect each other: they are rounded by the chunk, in `threads`, which bounds the memory.
     """
     if statistics.sample is None:  # Case 1
-        return _joined(spec, side_by_side(lambda own: make(w[:, own], spec, statistics), chunks(*w.shape)))
+        return _joined(spec, side_by_side(lambda own: make(_read(w, own), spec, statistics), chunks(*w.shape)))
     parts = statistics.split()
     if parts is None or too_few(statistics):  # Case 2
         return None
@@ -113,7 +113,7 @@ def fitted(
         make.prepare(rest)
 
     def trial(columns: slice) -> tuple[Quantized, list[Array]]:
-        own = w[:, columns]
+        own = _read(w, columns)
         judged = slice(-columns.start % step, None, step)
         made, seen = make(own, spec, rest), np.ascontiguousarray(own[:, judged])
         wanted = held @ seen
@@ -129,7 +129,7 @@ def fitted(
     every = replace(statistics, kept={})
     if isinstance(make, Prepared):
         make.prepare(every)
-    return _joined(spec, side_by_side(lambda own: make(w[:, own], spec, every), chunks(*w.shape)))
+    return _joined(spec, side_by_side(lambda own: make(_read(w, own), spec, every), chunks(*w.shape)))
 
 
 def chunks(k: int, n: int) -> list[slice]:
@@ -156,6 +156,10 @@ def by_input(
     small = [item for item, own in zip(items, large, strict=True) if not own]
     others = iter(mapped(compute, small, load=load, given=given))
     return [next(alone if own else others) for own in large]
+
+
+def _read(w: Weight, columns: slice) -> Array:
+    return np.ascontiguousarray(w[:, columns], np.float32)
 
 
 def _joined(spec: Grid, parts: list[Quantized]) -> Quantized:

@@ -92,10 +92,12 @@ class Columns:
         return [made for value in (product, gathered, added) if (made := value.producer()) is not None]
 
 
-def coded(linear: Linear) -> Array:
-    """The weight (K, N) that codes are chosen for: zeros where channels stay in float."""
+def coded(linear: Linear) -> npt.NDArray[np.floating]:
+    """The weight (K, N) that codes are chosen for, mapped from its file where it lies there so: zeros where channels
+    stay in float.
+    """
     columns = Columns.of(linear, "")
-    return linear.read() if columns is None else columns.rest(linear)
+    return linear.mapped() if columns is None else columns.rest(linear)
 
 
 def once(model: ir.Model, name: str, array: npt.NDArray[Any]) -> ir.Value:

@@ -1,12 +1,26 @@
 """passes/rounding.py: the exact error of a rounding, and clipping that never loses by it."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qcompile.passes.affine import QParams, Quantized, output_error
-from qcompile.passes.rounding import better_columns, column_errors, relative_error, round_to_nearest, round_with_clip
+from qcompile.passes.gptq import ErrorCompensated
+from qcompile.passes.rounding import (
+    better_columns,
+    chunks,
+    column_errors,
+    fitted,
+    relative_error,
+    round_to_nearest,
+    round_with_clip,
+)
 from qcompile.passes.spec import PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
+from qcompile.passes.threads import limited
 
 K, N, ROWS = 96, 24, 300
 SPECS = {"sym": QuantSpec(4, PerGroup(32), symmetric=True), "asym": QuantSpec(4, PerGroup(40))}
@@ -67,3 +81,31 @@ def test_better_columns_takes_each_column_whole() -> None:
     np.testing.assert_array_equal(best.codes, [[1, 3, 1]] * 3)
     np.testing.assert_array_equal(best.qparams.zero_point, [[0, 2, 0]] * 2)
     np.testing.assert_array_equal(best.dequantize(), w)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40000), st.integers(0, 300000))
+def test_chunks_are_all_columns_once(k: int, n: int) -> None:
+    """In order, of bounded size, and the same whatever the machine."""
+    parts = chunks(k, n)
+    assert [own.start for own in parts] == [0, *(own.stop for own in parts[:-1])]
+    assert parts[-1].stop == n
+    assert all(own.stop - own.start <= 1024 for own in parts)
+    assert all((own.stop - own.start) * k <= max(1 << 23, 64 * k) for own in parts)
+
+
+def test_memory_does_not_grow_with_columns_but_by_codes() -> None:
+    """Error-compensated rounding of a float16 weight that is twice as wide takes its codes and scales more."""
+    rng, peaks = np.random.default_rng(0), []
+    x = rng.standard_normal((512, 128)).astype(np.float32)
+    known = Statistics(512, x.T @ x, np.abs(x).max(axis=0), x, np.zeros(128, np.float32))
+    spec = QuantSpec(4, PerGroup(32))
+    for n in (4096, 8192):
+        w = rng.standard_normal((128, n)).astype(np.float16)
+        tracemalloc.start()
+        with limited(1):
+            assert fitted(w, spec, known, ErrorCompensated(), [round_to_nearest]) is not None
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    codes = 4096 * (128 + 2 * 4 * 4)
+    assert peaks[1] - peaks[0] < 3 * codes, "those of chunks, and of the whole"
