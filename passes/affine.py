@@ -6,6 +6,7 @@ affine one code - zero_point, zero_point shaped like scale.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,6 +56,10 @@ class Grid(ABC):
     @abstractmethod
     def typed(self, scale_dtype: npt.DTypeLike) -> "Grid":
         """The same for weights of that float type."""
+
+    def ranged(self, largest: Callable[[], float]) -> "Grid":
+        """The same for a weight whose largest magnitude is given when it is asked for."""
+        return self
 
     @abstractmethod
     def group_size(self, k: int) -> int:

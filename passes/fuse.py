@@ -11,7 +11,7 @@ from qcompile.passes.base import Pass, Region
 from qcompile.passes.caches import has_caches
 from qcompile.passes.contract import Added, Fact, Stage
 from qcompile.passes.contrib.cuts import feed_whole
-from qcompile.passes.formats import by_operator, functions
+from qcompile.passes.formats import by_operator, format_of, functions
 from qcompile.passes.formats.base import (
     ACTIVATION_BITS,
     BIASED,
@@ -212,8 +212,10 @@ def _kind(node: ir.Node) -> str:
     own = operands(node)
     codes, scale = constant(own.codes).dtype.name.lower(), constant(own.scale).dtype.name.lower()
     zeros = "with" if own.zero_point is not None else "without"
-    block_size = node.attributes["block_size"].as_int()
-    return f"{node.op_type} of {codes} in groups of {block_size}, {zeros} zero points, {scale} scales"
+    block_size, form = node.attributes["block_size"].as_int(), format_of(node)
+    told = [f", {name} {node.attributes.get_int(name, 0)}" for name in getattr(form, "apart", ())]
+    text = f"{node.op_type} of {codes} in groups of {block_size}, {zeros} zero points, {scale} scales"
+    return "".join([text, *told])
 
 
 def _only_reader(node: ir.Node) -> ir.Node | str:

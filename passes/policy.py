@@ -115,4 +115,12 @@ def typed(spec: Grid, weight: ir.Value) -> Grid | str:
     other weights of the model are.
     """
     scale = _SCALES.get(constant(weight).dtype)
-    return f"no format for {constant(weight).dtype.name.lower()} weights" if scale is None else spec.typed(scale)
+    if scale is None:
+        return f"no format for {constant(weight).dtype.name.lower()} weights"
+    return spec.typed(scale).ranged(lambda: _largest(weight))
+
+
+def _largest(weight: ir.Value) -> float:
+    """The largest magnitude of a constant; infinite or NaN where it holds such."""
+    array = np.asarray(constant(weight).numpy())
+    return float(max(abs(array.max(initial=0)), abs(array.min(initial=0))))

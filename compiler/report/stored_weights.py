@@ -20,7 +20,7 @@ _INTEGERCONVOLUTIONS = {"ConvInteger": (1, -1, 3), "QLinearConv": (3, 4, 5)}
 # Operators that make codes or scales of stored ones, and how many of their inputs these may be.
 _MOVED = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Slice", "Split", "QuantizeLinear",
     "DequantizeLinear"}  # fmt: skip
-_REMADE = {"Cast": 1, "CastLike": 1, "Sub": 2, "Pow": 2}
+_REMADE = {"Cast": 1, "CastLike": 1, "Sub": 2, "Pow": 2, "Mul": 2, "Gather": 2}
 # What takes codes out of the fields of bytes, or puts them together.
 _UNPACKING = {"Cast", "Identity", "Slice", "Flatten", "Gather", "BitShift", "BitwiseAnd", "BitwiseOr"}
 _RECURRENT = ("LSTM", "GRU", "RNN")

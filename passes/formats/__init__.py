@@ -18,9 +18,10 @@ from qcompile.passes.formats.bits import Int2, Int3, Int5, Int6
 from qcompile.passes.formats.integers import Int4, Int8
 from qcompile.passes.formats.mxfp4 import MXFP4
 from qcompile.passes.formats.nf4 import NF4
+from qcompile.passes.formats.nvfp4 import NVFP4
 from qcompile.passes.formats.static_columns import StaticColumns
 
-FORMATS: tuple[Format, ...] = (Int4(), Int8(), NF4(), MXFP4(), Int2(), Int3(), Int5(), Int6())
+FORMATS: tuple[Format, ...] = (Int4(), Int8(), NF4(), MXFP4(), Int2(), Int3(), Int5(), Int6(), NVFP4())
 OTHERS: tuple[Operators, ...] = (StaticColumns(),)
 _OPERATORS = {name: own for own in (*FORMATS, *OTHERS) for name in (*own.operators, *own.foreign)}
 

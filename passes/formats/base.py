@@ -112,10 +112,12 @@ class Operators(ABC):
 class Format(Operators):
     """A weight format that a recipe names: its grid, what is stored, and its operators.
 
-    `word` says the end of whose names a grid has. bits: of a code.
+    `word` says the end of whose names a grid has. bits: of a code. apart: attributes that products must have in common
+    to be joined into one.
     """
 
     bits: ClassVar[int]
+    apart: ClassVar[Sequence[str]] = ()
 
     @abstractmethod
     def grid(self, target: str) -> Grid:

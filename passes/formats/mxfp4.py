@@ -14,11 +14,9 @@ import onnx_ir as ir
 
 from qcompile.passes.affine import Array, Grid, Quantized
 from qcompile.passes.formats.base import Cache
-from qcompile.passes.formats.tables import TableGrid, Tables
+from qcompile.passes.formats.tables import E2M1_TWICE, TableGrid, Tables
 from qcompile.passes.spec import PerGroup
 
-# Twice the numbers of a sign, two bits of exponent and one of mantissa, in the order of their codes.
-_LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
 _BLOCK, _BIAS = 32, 128
 # Exponents of the scales of levels that a file may hold, by the type of the weights: those of float32 stay normal in
 # products with usual activations, those of float16 are such that level times scale is a finite float16.
@@ -58,10 +56,10 @@ class MXFP4(Tables):
     name, words, native, extra = "mxfp4", ("MXFP4",), ("MXFP4",), ("dtype",)
 
     def grid(self, target: str) -> MicroGrid:
-        return MicroGrid(self.name, _LEVELS, PerGroup(_BLOCK), scale_bits=8)
+        return MicroGrid(self.name, E2M1_TWICE, PerGroup(_BLOCK), scale_bits=8)
 
     def table(self, word: str) -> Sequence[float]:
-        return _LEVELS
+        return E2M1_TWICE
 
     def scales(self, quantized: Quantized) -> npt.NDArray[Any]:
         _, exponent = np.frexp(quantized.qparams.scale)

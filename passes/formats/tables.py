@@ -34,6 +34,9 @@ from qcompile.passes.graph import add_initializer
 from qcompile.passes.spec import Granularity, QuantSpec
 from qcompile.passes.state import Tensors
 
+# Twice the numbers of a sign, two bits of exponent and one of mantissa, in the order of their codes.
+E2M1_TWICE = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
+
 # Codes of the columns that an embedding looks up: element 2j of a row is the low nibble of byte j, element 2j + 1 the
 # high one. Negative indices count from V, not from the end of the bytes. The scales, by `flat`, check the bounds.
 _LOOKED_UP = """

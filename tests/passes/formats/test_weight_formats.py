@@ -35,7 +35,7 @@ from qcompile.passes.formats.lower import lower
 from qcompile.passes.gptq import ErrorCompensated
 from qcompile.passes.linears import constant
 from qcompile.passes.pack import Pack
-from qcompile.passes.policy import Policy
+from qcompile.passes.policy import Policy, typed
 from qcompile.passes.rounding import column_errors, round_to_nearest, round_with_clip
 from qcompile.passes.spec import QuantSpec, granularity
 from qcompile.passes.statistics import Statistics
@@ -72,10 +72,12 @@ def _product(spec: Grid, w: np.ndarray, target: str = "qcompile", *, table: bool
     graph = helper.make_graph([node], "g", [x], [y], [numpy_helper.from_array(stored, "w")])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     model = ir.from_proto(proto)
+    made = typed(spec, model.graph.initializers["w"])
+    assert isinstance(made, Grid)
     Pack(Policy(spec, spec, spec)).call(Region.whole(model))
     lower(model, target)
     onnx.checker.check_model(ir.to_proto(model))
-    return model, round_to_nearest(w.astype(spec.scale_dtype).astype(np.float32), spec, None)
+    return model, round_to_nearest(w.astype(spec.scale_dtype).astype(np.float32), made, None)
 
 
 def _run(model: ir.Model, x: np.ndarray, **options: Any) -> np.ndarray:
@@ -424,8 +426,10 @@ def test_models_of_others_with_matmulbnb4_are_read() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_group_that_is_a_whole_column_is_told_as_one(name: str) -> None:
     """However many columns there are."""
-    for k, size in ((32, "per-column"), (64, "g32")):
-        model, _ = _product(_sized(named(name), 32), _weight(k, 48))
+    spec = _sized(named(name), 32)
+    group = spec.group_size(1000)
+    for k, size in ((group, "per-column"), (2 * group, f"g{group}")):
+        model, _ = _product(spec, _weight(k, 48))
         (weight,) = find_weights(model.graph)
         assert size in weight.form.split()
 
@@ -466,6 +470,38 @@ def test_mxfp4_decodes_as_the_specification_s_types_do(dtype) -> None:
     largest = np.abs(w.astype(np.float64)).reshape(3, 32, 40).max(axis=1)
     shared = 2.0 ** (np.floor(np.log2(largest, where=largest > 0, out=np.zeros_like(largest))) - 2)
     np.testing.assert_array_equal(np.where(largest > 0, shared, 2), scales)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("size", [2.0**-12, 1.0, 2.0**8])
+def test_nvfp4_decodes_as_the_types_that_it_is_named_after(dtype, size) -> None:
+    """E2M1 and E4M3 of ml_dtypes on the very bits that are stored; a body agrees; no scale saturates."""
+    own, w = named("nvfp4"), (_weight(96, 40) * np.float32(size)).astype(dtype)
+    model, quantized = _product(own.grid("qcompile").typed(dtype), w)
+    (node,) = model.graph
+    codes, scale = (constant(value) for value in node.inputs[1:3] if value is not None)
+    values = np.asarray(codes.numpy()).astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    scales = scale.numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    tensor_scale = np.float32(2.0) ** (node.attributes["exponent"].as_int() + 3)
+    wanted = values * np.repeat(scales, 16, axis=0) * tensor_scale
+    np.testing.assert_array_equal(quantized.dequantize(), wanted)
+    np.testing.assert_array_equal(_run(model, np.eye(96, dtype=dtype)), wanted.astype(dtype))
+    assert scales.max() < 448
+    assert np.linalg.norm(wanted - w.astype(np.float32)) < 0.11 * np.linalg.norm(w.astype(np.float32))
+
+
+def test_products_of_other_tensor_scales_stay_apart(bench: Any) -> None:
+    """Three linears of one input, one of them a thousand times as large: the other two are joined."""
+    w = _weight(64, 32)
+    arrays = [numpy_helper.from_array(np.ascontiguousarray(w * size), f"w{i}") for i, size in enumerate((1, -1, 1000))]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 64])
+    ends = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, ["rows", 32]) for i in range(3)]
+    nodes = [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"], name=f"node{i}") for i in range(3)]
+    graph = helper.make_graph(nodes, "g", [x], ends, arrays)
+    source = bench.save(ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])))
+    bench.compile(source, passes="pack,fuse", weights=parse_step("nvfp4"))
+    made = load_model(bench.folder / "out" / "model.onnx")
+    assert [node.op_type for node in made.graph if node.domain == "qcompile"] == ["MatMulNVFP4", "MatMulNVFP4"]
 
 
 def test_mxfp4_scales_stay_within_what_a_file_can_hold() -> None:
