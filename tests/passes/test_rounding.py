@@ -97,7 +97,7 @@ def test_chunks_are_all_columns_once(k: int, n: int) -> None:
 def test_memory_does_not_grow_with_columns_but_by_codes() -> None:
     """Error-compensated rounding of a float16 weight that is twice as wide takes its codes and scales more."""
     rng, peaks = np.random.default_rng(0), []
-    x = rng.standard_normal((512, 128)).astype(np.float32)
+    x = (rng.standard_normal((512, 128)) @ rng.standard_normal((128, 128))).astype(np.float32)
     known = Statistics(512, x.T @ x, np.abs(x).max(axis=0), x, np.zeros(128, np.float32))
     spec = QuantSpec(4, PerGroup(32))
     for n in (4096, 8192):
