@@ -146,15 +146,15 @@ def _within(args: Any) -> Iterator[None]:
             from qcompile.runtime.sessions import custom_operators
 
             stack.enter_context(custom_operators(args.custom_ops))
-        if getattr(args, "cluster", None):
-            from qcompile.runtime.cluster import clustered
-
-            stack.enter_context(clustered(args.cluster))
         if isinstance(args.threads, int):  # bench takes several numbers, and sees to them itself
             from threadpoolctl import threadpool_limits
 
             stack.enter_context(limited(args.threads))
             stack.enter_context(threadpool_limits(limits=args.threads))
+        if getattr(args, "cluster", None):
+            from qcompile.runtime.cluster import clustered
+
+            stack.enter_context(clustered(args.cluster))
         yield
 
 

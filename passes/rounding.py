@@ -11,7 +11,7 @@ from qcompile.passes.affine import Array, Grid, QParams, Quantized, output_error
 from qcompile.passes.held import confirmed, too_few
 from qcompile.passes.statistics import Statistics
 from qcompile.passes.threads import side_by_side
-from qcompile.passes.workers import elsewhere, mapped
+from qcompile.passes.workers import mapped
 
 # Of so many rows one may be held aside and not be fitted to at all: the fit is as good.
 _SMALL_SHARE = 16
@@ -100,10 +100,10 @@ def fitted(
     Case 2: too few rows: None.
     Case 3: of many rows, those held aside are a small share, and what was judged is what is given.
 
-    Columns do not affect each other: they are rounded by the chunk, in `threads`, which bounds the memory.
+    Columns do not affect each other: they are rounded by the chunk, which bounds the memory; by `workers`.
     """
     if statistics.sample is None:  # Case 1
-        return _joined(spec, side_by_side(lambda own: make(_read(w, own), spec, statistics), chunks(*w.shape)))
+        return _made(w, spec, statistics, make)
     parts = statistics.split()
     if parts is None or too_few(statistics):  # Case 2
         return None
@@ -112,15 +112,12 @@ def fitted(
     if isinstance(make, Prepared):
         make.prepare(rest)
 
-    def trial(columns: slice) -> tuple[Quantized, list[Array]]:
-        own = _read(w, columns)
-        judged = slice(-columns.start % step, None, step)
-        made, seen = make(own, spec, rest), np.ascontiguousarray(own[:, judged])
-        wanted = held @ seen
-        found = [made.dequantize()[:, judged], *(other(seen, spec, rest).dequantize() for other in others)]
-        return made, [np.square(held @ given - wanted).sum(axis=1) for given in found]
-
-    found = side_by_side(trial, chunks(*w.shape))
+    found = mapped(
+        _tried,
+        chunks(*w.shape),
+        load=lambda own: (slice(-own.start % step, None, step), _read(w, own)),
+        given=(make, others, spec, rest, held),
+    )
     losses = [np.sum(own, axis=0) for own in zip(*(judged for _, judged in found), strict=True)]
     if any(confirmed(other, losses[0], statistics) >= 1 for other in losses[1:]):
         return None
@@ -129,7 +126,28 @@ def fitted(
     every = replace(statistics, kept={})
     if isinstance(make, Prepared):
         make.prepare(every)
-    return _joined(spec, side_by_side(lambda own: make(_read(w, own), spec, every), chunks(*w.shape)))
+    return _made(w, spec, every, make)
+
+
+def _tried(
+    make: Rounding, others: Sequence[Rounding], spec: Grid, rest: Statistics, held: Array, judged: slice, w: Array
+) -> tuple[Quantized, list[Array]]:
+    """What is made of a chunk w (K, n) by the rest of the rows, and what it and the others lose on each of those held
+    aside, (h,), by some of its columns.
+    """
+    made, seen = make(w, spec, rest), np.ascontiguousarray(w[:, judged])
+    wanted = held @ seen
+    found = [made.dequantize()[:, judged], *(other(seen, spec, rest).dequantize() for other in others)]
+    return made, [np.square(held @ given - wanted).sum(axis=1) for given in found]
+
+
+def _made(w: Weight, spec: Grid, statistics: Statistics, make: Rounding) -> Quantized:
+    parts = mapped(_one, chunks(*w.shape), load=lambda own: (_read(w, own),), given=(make, spec, statistics))
+    return _joined(spec, parts)
+
+
+def _one(make: Rounding, spec: Grid, statistics: Statistics, w: Array) -> Quantized:
+    return make(w, spec, statistics)
 
 
 def chunks(k: int, n: int) -> list[slice]:
@@ -146,15 +164,17 @@ def by_input(
     given: tuple[Any, ...] = (),
     channels: Callable[[T], int],
 ) -> list[R]:
-    """`workers.mapped` of inputs of linears. In this process those of many channels are worked on one after the other,
-    so that of their Gram matrices one is copied and factored at a time.
+    """compute(*given, *load(item)) of inputs of linears, in order: side by side, but those of many channels one after
+    the other, so that of their Gram matrices one is copied and factored at a time. In this process: what is long of it
+    is shared with `workers` by the chunk, which keeps more of them busy than a few inputs could.
     """
-    if elsewhere() is not None:
-        return mapped(compute, items, load=load, given=given)
+
+    def one(item: T) -> R:
+        return compute(*given, *load(item))
+
     large = [channels(item) > _ALONE for item in items]
-    alone = iter([compute(*given, *load(item)) for item, own in zip(items, large, strict=True) if own])
-    small = [item for item, own in zip(items, large, strict=True) if not own]
-    others = iter(mapped(compute, small, load=load, given=given))
+    alone = iter([one(item) for item, own in zip(items, large, strict=True) if own])
+    others = iter(side_by_side(one, [item for item, own in zip(items, large, strict=True) if not own]))
     return [next(alone if own else others) for own in large]
 
 

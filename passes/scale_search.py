@@ -37,7 +37,7 @@ from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Prepared, Rounding, by_input, round_to_nearest
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.statistics import Statistics
-from qcompile.passes.threads import side_by_side
+from qcompile.passes.workers import mapped
 
 # A factor must lower the sampled loss by this fraction to be kept: less is within the noise of the sample.
 MARGIN = 0.005
@@ -232,13 +232,17 @@ class Judge:
         """The losses of each factor; where the activation stays in float, of several at once, as columns beside each
         other, since a row of few columns is rounded no faster than one of many.
         """
+        if isinstance(self.rounding, Prepared):
+            self.rounding.prepare(self.fitted)
         if self.grid is not None:
-            return side_by_side(lambda own: self.losses(own, sample), factors)
+            return mapped(_losses, factors, load=lambda own: (own,), given=(self, sample))
         together = max(1, _BESIDE // max(1, *(own.unit.size for own in sample)))
         parts = [factors[start : start + together] for start in range(0, len(factors), together)]
-        return list(itertools.chain.from_iterable(side_by_side(lambda own: self._beside(own, sample), parts)))
+        found = mapped(_beside, parts, load=lambda own: (own,), given=(self, sample))
+        return list(itertools.chain.from_iterable(found))
 
-    def _beside(self, factors: Sequence[Array], sample: list[Columns]) -> list["_Loss"]:
+    def beside(self, factors: Sequence[Array], sample: list[Columns]) -> list["_Loss"]:
+        """The same of several factors, where the activation stays in float."""
         count, held = len(factors), 0 if self.held is None else len(self.held)
         errors, rows = [list[Array]() for _ in factors], np.zeros((held, count), np.float32)
         for columns in sample:
@@ -276,6 +280,14 @@ class Judge:
 
     def _worse(self, fitted: float | Array, before: Array, after: Array) -> float:
         return float(fitted if self.held is None else max(fitted, confirmed(before, after, self.statistics)))
+
+
+def _losses(judge: Judge, sample: list[Columns], factor: Array) -> "_Loss":
+    return judge.losses(factor, sample)
+
+
+def _beside(judge: Judge, sample: list[Columns], factors: Sequence[Array]) -> list["_Loss"]:
+    return judge.beside(factors, sample)
 
 
 class Judges:

@@ -84,8 +84,10 @@ def mapped(
     load: Callable[[T], tuple[Any, ...]],
     given: tuple[Any, ...] = (),
 ) -> list[R]:
-    """compute(*given, *load(item)) of every item, in order; side by side in threads where this process computes."""
+    """compute(*given, *load(item)) of every item, in order; side by side in threads where this process computes, as it
+    does with one item alone.
+    """
     workers = elsewhere()
-    if workers is None:
+    if workers is None or len(items) < 2:
         return side_by_side(lambda item: compute(*given, *load(item)), items)
     return list(in_order(workers.each(compute, items, load=load, given=given)))

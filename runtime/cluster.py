@@ -3,7 +3,8 @@
 Ray schedules the tasks, and runs what a lost machine had again.
 
 Invariant: what comes back is what this process would have computed, bit by bit, on machines with the same versions and
-the same kind of processor: a task computes one item alone, on one thread, and no sum follows the order of arrival.
+the same kind of processor: a task computes one item alone, no sum follows the order of arrival, and sessions and BLAS,
+whose sums depend on their threads, have as many as they would have here.
 """
 
 import itertools
@@ -18,23 +19,25 @@ from typing import Any, TypeVar
 from qcompile.passes.errors import UserError
 from qcompile.passes.threads import limited
 from qcompile.passes.workers import working
-from qcompile.runtime.sessions import custom_operators, registered_libraries
+from qcompile.runtime.sessions import custom_operators, default_threads, registered_libraries, session_threads
 
 T = TypeVar("T")
 R = TypeVar("R")
 AUTO = "auto"
 _RETRIES = 5  # of a task whose process or machine is lost
 _AHEAD = 2  # items for each processor that are loaded and on their way
-# In a worker: what all items of the last job were given, by the job.
+# In a worker: what all items of the last jobs were given, by the job, and how many of them stay.
 _GIVEN: dict[str, tuple[Any, ...]] = {}
+_STAY = 2
 
 
 @dataclass(frozen=True)
 class Where:
-    """Where names of files begin, and the libraries of operators of this process."""
+    """Where names of files begin in this process, and its libraries of operators and threads of sessions."""
 
     folder: Path
     libraries: Sequence[Path]
+    threads: int
 
 
 class Cluster:
@@ -61,7 +64,7 @@ class Cluster:
         """As `Workers`. `given`, and what `load` gives, go into the object store: once, however many items share it."""
         job = f"{os.getpid()}.{next(self._number)}"
         shared = [self._ray.put(given)]  # in a list: each process takes it once
-        where = Where(Path.cwd(), registered_libraries())
+        where = Where(Path.cwd(), registered_libraries(), default_threads())
         waiting, pending = iter(enumerate(items)), dict[Any, int]()
         try:
             while True:
@@ -94,11 +97,12 @@ def _computed(where: Where, job: str, compute: Callable[..., R], shared: list[An
     import ray
 
     if job not in _GIVEN:
-        _GIVEN.clear()
+        while len(_GIVEN) >= _STAY:
+            del _GIVEN[next(iter(_GIVEN))]
         _GIVEN[job] = ray.get(shared[0])
     if where.folder.is_dir():
         os.chdir(where.folder)
-    with custom_operators(where.libraries), limited(1):
+    with custom_operators(where.libraries), session_threads(where.threads), limited(1):
         return pickle.dumps(compute(*_GIVEN[job], *loaded), pickle.HIGHEST_PROTOCOL)
 
 
@@ -124,20 +128,25 @@ def clustered(address: str | None) -> Iterator[None]:
 
 def _join(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
-    settings = {name: value for name, value in os.environ.items() if name.startswith("QCOMPILE_")}
+    own = {name: value for name, value in os.environ.items() if name.startswith("QCOMPILE_")}
+    settings = {"OMP_NUM_THREADS": str(default_threads())} | own | _given("OMP_NUM_THREADS")
     try:
         ray.init(
             address=None if address == AUTO else address,
             log_to_driver=False,
             logging_level="ERROR",
             include_dashboard=None if address != AUTO else False,
-            runtime_env={"env_vars": settings} if settings else None,
+            runtime_env={"env_vars": settings},
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         told = (str(error).strip().splitlines() or ["?"])[0]
         raise UserError(
             f"--cluster {address}: Ray cannot be reached ({told:.200}); start it with `ray start --head`"
         ) from error
+
+
+def _given(name: str) -> dict[str, str]:
+    return {name: os.environ[name]} if name in os.environ else {}
 
 
 def _ray() -> Any:

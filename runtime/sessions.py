@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from qcompile.passes.errors import UserError
 from qcompile.passes.interrupts import uninterrupted
@@ -27,6 +28,8 @@ CUDA_UNVERIFIED = "unverified on GPU"
 _UNKNOWN = re.compile(r"is not a registered function/op|No opset import for domain|No Op registered for")
 _ALIASES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "gpu": "CUDAExecutionProvider"}
 
+# Threads of sessions where they are others than those of pools.
+_THREADS: ContextVar[int | None] = ContextVar("session threads", default=None)
 # Libraries of other people's operators, which every session registers (`custom_operators`).
 _LIBRARIES: ContextVar[tuple[Path, ...]] = ContextVar("libraries", default=())
 
@@ -46,6 +49,21 @@ def custom_operators(libraries: Sequence[Path | str]) -> Iterator[None]:
         yield
     finally:
         _LIBRARIES.reset(token)
+
+
+@contextmanager
+def session_threads(count: int) -> Iterator[None]:
+    """Inside, sessions have so many threads, whatever `passes.threads.limited` says: float sums depend on it."""
+    token = _THREADS.set(count)
+    try:
+        yield
+    finally:
+        _THREADS.reset(token)
+
+
+def default_threads() -> int:
+    """How many threads a session has that is opened now: as many as is said, else one a core of the processor."""
+    return _THREADS.get() or limit() or psutil.cpu_count(logical=False) or 1
 
 
 def registered_libraries() -> tuple[Path, ...]:
@@ -95,7 +113,7 @@ def session(
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_mem_pattern = not growing
-    threads = threads or limit()
+    threads = threads or _THREADS.get() or limit()
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))

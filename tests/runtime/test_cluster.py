@@ -21,7 +21,7 @@ from qcompile.compiler.sweep.scoring import Evaluation
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.errors import UserError
 from qcompile.passes.workers import Here, mapped
-from qcompile.runtime.cluster import clustered
+from qcompile.runtime.cluster import Cluster, clustered
 
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="the extra cluster (Ray) is not installed")
 _STORE = 100 << 20  # bytes of each node's object store
@@ -186,11 +186,28 @@ class _Advancing(Silent):
             self.done()
 
 
-@pytest.mark.parametrize("passes", ["smooth,awq,gptq,pack", "smooth,qdq"])
-def test_a_compile_whose_node_dies_is_that_of_one_machine(nodes: Nodes, bench: Any, passes: str) -> None:
-    """Units of calibration batches are watched, and batches run, by two nodes, and then by one: the same bytes."""
-    model, settings = bench.save(tiny_decoder()), {"samples": 20, "bits": 4 if "pack" in passes else 8}
-    recipe = Recipe(passes=parse_passes(passes), context=32, group_size=32, **settings)
+@pytest.mark.parametrize(
+    ("passes", "tasks"),
+    [
+        ("smooth,awq,gptq,pack", {"watched", "run", "_beside", "_tried"}),
+        ("smooth,qdq", {"watched", "run", "_losses"}),
+    ],
+)
+def test_a_compile_whose_node_dies_is_that_of_one_machine(
+    nodes: Nodes, bench: Any, monkeypatch: pytest.MonkeyPatch, passes: str, tasks: set[str]
+) -> None:
+    """Units of calibration batches are watched, batches run, candidates judged, chunks of columns rounded by two nodes,
+    and then by one: the same bytes.
+    """
+    model, settings = bench.save(tiny_decoder(ffn=1100)), {"samples": 20, "bits": 4 if "pack" in passes else 8}
+    recipe = Recipe(passes=parse_passes(passes), context=32, group_size=20, **settings)
+    seen, each = set[str](), Cluster.each
+
+    def told(workers: Cluster, compute: Any, items: Any, **more: Any) -> Any:
+        seen.add(compute.__name__)
+        return each(workers, compute, items, **more)
+
+    monkeypatch.setattr(Cluster, "each", told)
 
     def compiled(name: str, progress: Silent) -> dict[str, bytes]:
         target = bench.folder / name / "model.onnx"
@@ -200,6 +217,7 @@ def test_a_compile_whose_node_dies_is_that_of_one_machine(nodes: Nodes, bench: A
     with clustered(nodes.address):
         spread = compiled("spread", _Advancing(1000, nodes.lose))
     assert nodes.second is None, "it was killed"
+    assert tasks <= seen
     assert spread == compiled("alone", Silent())
 
 
