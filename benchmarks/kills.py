@@ -129,7 +129,7 @@ class Resuming:
         self.source, self.output = folder / "in" / "model.onnx", folder / "out" / "model.onnx"
         self.every, self.random = every, random.Random(seed)
         importlib.import_module("onnxruntime")  # once, not in each process
-        save_model(tiny_decoder(layers=8, hidden=256, ffn=768, vocab=512), self.source)
+        save_model(tiny_decoder(layers=8, hidden=384, ffn=1152, vocab=512), self.source)
         tiny_tokenizer(512, self.source.parent)
         started = time.monotonic()
         _, self.cpu = self.ended(self.begun())
@@ -142,7 +142,7 @@ class Resuming:
         code = 1
         try:
             checkpoints.EVERY = self.every
-            recipe = Recipe(passes=parse_passes("smooth,awq,gptq,pack"), group_size=64, samples=24, context=256)
+            recipe = Recipe(passes=parse_passes("smooth,awq,gptq,pack"), group_size=64, samples=32, context=256)
             report = compile_model(self.source, recipe, output=self.output)
             self.output.with_name("resumed").write_text(report.resumed)
             code = 0

@@ -101,8 +101,6 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
     graph, plan, report, job = prepared.model, prepared.plan, prepared.report, prepared.job
     data = gather_data(prepared, asked.calibration, saved, asked.evaluation)
     aside = checkpoints(work, prepared, data, statistics)
-    if report.resumed:
-        progress.step(f"going on at {report.resumed}")
     climbed = data.data_free and saved is None
     rungs = aside.once(
         "rungs", lambda: ladder.climb(source, recipe, prepared.passes, data, progress) if climbed else []

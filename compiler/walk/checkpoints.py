@@ -5,8 +5,9 @@ taken up where all that decides the result is the same (`_key`): the source's co
 batches, the versions of the packages, and this program's own text. What goes from one segment to the next is in it:
 the graph with what passes noted there, the passes themselves, streams, observers, decisions, the report (`snapshot`).
 
-When: no more often than every `EVERY` seconds, nor so often that writing takes more than `_SHARE` of the time. A
-compile of seconds has none. A list whose passes have a state that cannot be pickled has none either, which is said.
+When: no more often than every `EVERY` seconds, nor so often that writing, as long as it usually takes, is more than
+`_SHARE` of the time. A compile of seconds has none. A list whose passes have a state that cannot be pickled has none
+either, which is said.
 Tensors that passes made go to the folder beside the output (`work`) as soon as more than `HELD` bytes of them are in
 memory, or with a checkpoint: memory does not grow with the packed model.
 """
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
@@ -63,11 +65,12 @@ class Checkpoints:
     ) -> None:
         """more: words for whatever else decides the result."""
         self._work, self._model, self._passes, self._report, self._data = work, model, passes, report, data
-        self._more, self._prepared = [*more, *objects_of(model)], mark(model)
+        self._more = [*more, *objects_of(model)]
         self._beside: dict[str, Any] = {}
-        self._last, self._cost, self._off = time.monotonic(), 0.0, False
+        self._last, self._off, self._costs = time.monotonic(), False, [0.0]
         self._begun, self.seconds = self._last, 0.0
-        self.found = self._resumed() if work.waiting else None
+        prepared = mark(model)  # not kept: who holds a tensor of a file holds every page of it that was read
+        self.found = self._resumed(prepared) if work.waiting else None
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What `make` gives; what it gave where the compile goes on."""
@@ -80,7 +83,7 @@ class Checkpoints:
     def after(self, state: Any, done: int, of: int) -> None:
         """Behind a finished segment: put aside what is large, and make it a checkpoint where one is due."""
         now = time.monotonic()
-        due = not self._off and now - self._last >= max(EVERY, self._cost / _SHARE)
+        due = not self._off and now - self._last >= max(EVERY, median(self._costs) / _SHARE)
         self.settle(everything=due)
         if not due:
             return
@@ -95,7 +98,7 @@ class Checkpoints:
             self._off = True
             _log.warning("no more checkpoints beside %s: %s", self._work.output, error.strerror or error)
         self._last = time.monotonic()
-        self._cost = self._last - now
+        self._costs.append(self._last - now)
 
     def settle(self, *, everything: bool = False) -> None:
         """Put tensors that passes made into the folder's file, where they are many."""
@@ -113,7 +116,7 @@ class Checkpoints:
         told = {name: value for name, value in vars(self._report).items() if name not in _OF_COMMAND}
         return {"walk": state, "passes": [vars(own) for own in self._passes], "report": told, "beside": self._beside}
 
-    def _resumed(self) -> Any:
+    def _resumed(self, prepared: Sequence[ir.TensorProtocol]) -> Any:
         """Continue from the checkpoint that is there, if it is of the same compile."""
         if not self._work.adopted(self._key):
             _log.warning(
@@ -127,7 +130,7 @@ class Checkpoints:
             _log.warning("begun anew: %s", error)
             self._work.drop()
             return None
-        state = restore(self._model, content, self._prepared, arrays, self._work.tensors)
+        state = restore(self._model, content, prepared, arrays, self._work.tensors)
         for own, known in zip(self._passes, state["passes"], strict=True):
             vars(own).clear()
             vars(own).update(known)
@@ -137,6 +140,7 @@ class Checkpoints:
         assert header is not None
         self.seconds = header.seconds
         self._report.resumed = header.next
+        _log.warning("%s: going on at %s, where the compile was interrupted", self._work.output, header.next)
         return state["walk"]
 
     def _unpickled(self) -> str:

@@ -121,8 +121,7 @@ class Job:
         runner = Runner(self.model, plan, self.provider, progress.advance)
         rows = 2 * sum(batch.rows for batch in (*data.calibration, *data.checks))
         rows += sum(batch.rows for batch in data.evaluation)
-        progress.total(rows * len(walk.segments))
-        progress.advance(rows * walk.done)
+        progress.total(rows * (len(walk.segments) - walk.done))
         asked = [p for p in (*self.passes, *self.late) if walk.ranged and (walk.watched or Reads.RANGES not in p.reads)]
         pace = Pace(len(walk.segments), walk.done)
         while walk.done < len(walk.segments):
