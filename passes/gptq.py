@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.affine import Array, Grid, QParams, Quantized
+from qcompile.passes.affine import Array, Codes, Grid, QParams, Quantized
 from qcompile.passes.algebra import Compensation
 from qcompile.passes.base import Pass, Region
 from qcompile.passes.contract import Fact, Reads
@@ -280,28 +280,39 @@ def _compensate(
     (Babai's nearest plane; the same codes as by the inverse's factor: Chen et al. 2025, "The Geometry of LLM
     Quantization"). No inverse is needed.
     """
-    round_row, lower, scale = rows(qparams, spec, len(w)), by.lower, by.scale
-    codes, left, spread = np.empty(w.shape, spec.code_dtype), np.empty_like(w), np.zeros_like(w)
+    sweep = _Sweep(w, by, rows(qparams, spec, len(w)), np.empty(w.shape, spec.code_dtype))
+    sweep.several(0, len(w))
+    return Quantized(sweep.codes, qparams, spec), sweep.spread
 
-    def one(i: int, stop: int) -> None:
-        row, unit = by.order[i], lower[i, i] * scale[i]
-        carried = spread[i] + lower[i + 1 : stop, i] @ left[i + 1 : stop]
-        wish = w[row] + carried / unit
-        codes[row], decoded = round_row(row, wish)
-        left[i], spread[i] = scale[i] * (w[row] - decoded), unit * (wish - decoded)
 
-    def several(start: int, stop: int) -> None:
+class _Sweep:
+    """The rows of a sweep over w (K, N) that are rounded, in the order of `by`: codes, what is left of each row's value
+    times s, and e.
+    """
+
+    def __init__(self, w: Array, by: Compensation, round_row: Nearest, codes: Codes) -> None:
+        self.w, self.by, self.round_row, self.codes = w, by, round_row, codes
+        self.left, self.spread = np.empty_like(w), np.zeros_like(w)
+
+    def one(self, i: int, stop: int) -> None:
+        """Round a row behind those that `spread` does not know, which end before `stop`."""
+        row, scale, lower = self.by.order[i], self.by.scale[i], self.by.lower
+        unit, own = lower[i, i] * scale, self.w[row]
+        carried = self.spread[i] + lower[i + 1 : stop, i] @ self.left[i + 1 : stop]
+        wish = own + carried / unit
+        self.codes[row], decoded = self.round_row(row, wish)
+        self.left[i], self.spread[i] = scale * (own - decoded), unit * (wish - decoded)
+
+    def several(self, start: int, stop: int) -> None:
+        """Round rows, the last first: by halves, so that most of what they carry are products of matrices."""
         if stop - start <= _RUN:
             for i in reversed(range(start, stop)):
-                one(i, stop)
+                self.one(i, stop)
             return
         middle = (start + stop) // 2
-        several(middle, stop)
-        spread[start:middle] += lower[middle:stop, start:middle].T @ left[middle:stop]
-        several(start, middle)
-
-    several(0, len(w))
-    return Quantized(codes, qparams, spec), spread
+        self.several(middle, stop)
+        self.spread[start:middle] += self.by.lower[middle:stop, start:middle].T @ self.left[middle:stop]
+        self.several(start, middle)
 
 
 class _Descending:
