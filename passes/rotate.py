@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -189,61 +189,62 @@ class Trial:
         statistics: Statistics | None,
         activations: ActivationSpec | None = None,
     ) -> None:
-        self.statistics = statistics
-        self.rounding: Rounding = round_to_nearest
-        self.before, self.after = _Side(None, None, None), _Side(rotation, None, None)
-        self.count = np.ones(0, np.float32)
-        if statistics is not None and (parts := None if too_few(statistics) else statistics.split()) is not None:
-            fitted, held = parts
-            self.rounding, self.count = rounding, row_weights(held, statistics)
-            self.before = _Side.of(None, fitted, held, statistics, activations)
-            self.after = _Side.of(rotation, fitted.rotated(rotation), held, statistics, activations)
+        self.rotation, self.statistics, self.activations = rotation, statistics, activations
+        self.known = statistics is not None and not too_few(statistics) and statistics.split() is not None
+        self.rounding: Rounding = rounding if self.known else round_to_nearest
 
     def left(self, sampled: list[tuple[Array, Grid]]) -> float:
         """The error behind the rotation, relative to that without; each column counts alike."""
-        before, after = ([self._losses(side, w, spec) for w, spec in sampled] for side in (self.before, self.after))
-        if self.statistics is not None and len(self.count):
+        before, after = (self._losses_of(rotation, sampled) for rotation in (None, self.rotation))
+        if self.statistics is not None and self.known:
             return confirmed(np.sum(before, axis=0), np.sum(after, axis=0), self.statistics)
         whole = float(np.concatenate(before).sum())
         return float(np.concatenate(after).sum()) / whole if whole > 0 else 1.0
+
+    def _losses_of(self, rotation: Rotation | None, sampled: list[tuple[Array, Grid]]) -> list[Array]:
+        """Those of every weight; what they need in memory is gone behind them."""
+        side = _Side(rotation)
+        if self.statistics is not None and self.known:
+            side = _Side.of(rotation, self.statistics, self.activations)
+        return [self._losses(side, w, spec) for w, spec in sampled]
 
     def _losses(self, side: "_Side", w: Array, spec: Grid) -> Array:
         """Squared errors: of rows held aside (h,); of columns (n,) where there are none."""
         turned = w if side.rotation is None else side.rotation.rows(w)
         rounded = self.rounding(turned, spec, side.fitted).dequantize()
-        if side.held is None:
+        if side.held is None or side.count is None:
             return np.asarray(np.square(rounded - turned).sum(axis=0) * w.shape[1] / (np.square(w).sum() or 1.0))
         wanted = side.held @ turned
-        power = float(self.count @ np.square(wanted).sum(axis=1)) / w.shape[1] or 1.0
-        return np.asarray(self.count * np.square(side.given @ rounded - wanted).sum(axis=1) / power)
+        power = float(side.count @ np.square(wanted).sum(axis=1)) / w.shape[1] or 1.0
+        return np.asarray(side.count * np.square(side.given @ rounded - wanted).sum(axis=1) / power)
 
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """An activation as it is, or turned. fitted: what weights are rounded by. held: rows (h, K) to judge on."""
+    """An activation as it is, or turned.
+
+    fitted: what weights are rounded by; its Gram matrix is factored once for all of them. held: rows (h, K) to judge
+    on. count: what each of them counts (h,). limit: the end of the grid, that of all rows that are known.
+    """
 
     rotation: Rotation | None
-    fitted: Statistics | None
-    held: Array | None
+    fitted: Statistics | None = None
+    held: Array | None = None
+    count: Array | None = None
     grid: ActivationSpec | None = None
     limit: float = 0.0
 
     @classmethod
-    def of(
-        cls,
-        rotation: Rotation | None,
-        fitted: Statistics,
-        held: Array,
-        statistics: Statistics,
-        grid: ActivationSpec | None,
-    ) -> "_Side":
-        """By the rows held aside as they are; the end of the grid is that of all rows that are known."""
-        assert statistics.sample is not None
-        if rotation is None:
-            return cls(None, fitted, held, grid, float(np.abs(statistics.sample).max()))
-        return cls(
-            rotation, fitted, rotation.turned(held), grid, float(np.abs(rotation.turned(statistics.sample)).max())
-        )
+    def of(cls, rotation: Rotation | None, statistics: Statistics, grid: ActivationSpec | None) -> "_Side":
+        """By statistics that can be split."""
+        parts, sample = statistics.split(), statistics.sample
+        assert parts is not None
+        assert sample is not None
+        fitted, held = parts
+        count = row_weights(held, statistics)
+        if rotation is not None:
+            fitted, held, sample = fitted.rotated(rotation), rotation.turned(held), rotation.turned(sample)
+        return cls(rotation, replace(fitted, kept={}), held, count, grid, float(np.abs(sample).max()))
 
     @property
     def given(self) -> Array:
