@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 TEXT = Path(__file__).parent / "text"
-LISTS = ("pack", "smooth,awq,pack", "smooth,awq,gptq,pack")
+LISTS = ("pack", "smooth,awq,pack", "smooth,awq,rotate,gptq,pack")
 PROMPT = "The capital of France is"
 
 

@@ -1,7 +1,7 @@
 """Pass lists that are known to be good, as a recipe writes them: defaults, and what is advised."""
 
 # The best for decoders, by codes of weights; activations stay in float.
-BEST = "smooth,awq,gptq,pack"
+BEST = "smooth,awq,rotate,gptq,pack"
 # The same in seconds, and what needs no data at all.
 QUICK, PLAIN = "smooth,awq,pack", "pack"
 # Integer products on ranges of activations, and with what suits convolutions.

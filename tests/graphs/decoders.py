@@ -284,3 +284,13 @@ def a_decoder_with_norms_of_heads(make: Graph) -> None:
 def a_decoder_whose_gates_read_what_attention_reads(make: Graph) -> None:
     """As Cohere has it. Products of one input, of which attention reads the first before the gates are there."""
     Written(beside=True).build(make)
+
+
+@case(
+    {"rotate(judge=false),pack": 12, "smooth,awq,rotate(judge=false),gptq,pack": 12},
+    packed={"GroupQueryAttention": 2, "SwiGLU": 2, "Split": 0, "Hadamard": 9},
+    options=_OPTIONS,
+)
+def a_decoder_whose_inputs_are_turned(make: Graph) -> None:
+    """One node for queries, keys and values, one for gate and up: they are joined as without it. One for the head."""
+    Written().build(make)

@@ -23,8 +23,8 @@ _OUTPUT = (
 @command(WHAT, WHICH, DATA, MIXED, SAFETY)
 class Options(Common, Clustered, Calibrating, Recipes):
     """Quantize the weights of an ONNX model. The result is one ONNX file (and its data file) that any ONNX Runtime
-    application can load. Without --passes the best known list runs: smooth,awq,gptq,pack. `--passes pack` alone is
-    plain rounding to nearest and needs no data. Parameters go in parentheses:
+    application can load. Without --passes the best known list runs: smooth,awq,rotate,gptq,pack. `--passes pack` alone
+    is plain rounding to nearest and needs no data. Parameters go in parentheses:
     "smooth(alpha=0.5),awq,pack(clip=false)"; `qcompile passes` lists them."""
 
     model: Annotated[
