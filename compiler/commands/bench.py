@@ -18,7 +18,7 @@ _NOISY = 0.2
 
 def run(args: Options) -> Document:
     """Measure, print a table, and write JSON if asked."""
-    threads = _numbers("--threads", args.threads or str(cores()))
+    threads = _numbers("--threads", str(cores()) if args.threads is None else args.threads)
     shapes = dict(_shape(text) for text in args.shape)
     workload = Workload(_numbers("--prompt-tokens", args.prompt_tokens), args.decode, args.decode_after, shapes)
     candidates = [Candidate.parse(text, args.kernels) for text in (args.model, *args.against)]

@@ -28,7 +28,7 @@ class Options(JsonFile, Talk, CustomOps):
     prompt_tokens: Annotated[str, option("prefill lengths (default 1,64,512)", "N,…")] = "1,64,512"
     decode: Annotated[int, option("decoding steps (default 64; 0: none)", "N")] = 64
     decode_after: Annotated[int, option("tokens before them (default 64)", "N")] = 64
-    threads: Annotated[str, option("threads (default: every core)", "N,…")] = ""
+    threads: Annotated[str | None, option("threads (default: every core)", "N,…")] = None
     rounds: Annotated[int, option("turns of each model that count (default 5)", "N")] = 5
     kernels: Annotated[Kernels, option("default of the models", "{auto,native,portable}")] = "auto"
     shape: Annotated[
