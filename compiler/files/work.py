@@ -193,7 +193,7 @@ class Work:
         """Folders of this output that no process holds, the last one first."""
         found = self.output.parent.glob(f".{glob.escape(self.output.name)}.*{_END}")
         free = [f for f in found if f != self.folder and _is_own(f) and locks.is_free(f / _ALIVE)]
-        return sorted(free, key=lambda folder: folder.stat().st_mtime, reverse=True)
+        return sorted(free, key=_changed, reverse=True)
 
     def _remove_others(self) -> None:
         if self._others():
@@ -208,6 +208,14 @@ class Work:
             self._stack.enter_context(locks.alive(folder / _ALIVE))
             self.folder = folder
         return True
+
+
+def _changed(folder: Path) -> float:
+    """When a folder was changed last; 0 where another process has removed it meanwhile."""
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _is_own(folder: Path) -> bool:

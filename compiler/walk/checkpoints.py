@@ -7,7 +7,7 @@ the graph with what passes noted there, the passes themselves, streams, observer
 
 When: no more often than every `EVERY` seconds, nor so often that writing, as long as it usually takes, is more than
 `_SHARE` of the time. A compile of seconds has none. A list whose passes have a state that cannot be pickled has none
-either, which is said.
+either, which is said; nor has a platform without locks (Windows), where nobody knows whose a folder is.
 Tensors that passes made go to the folder beside the output (`work`) as soon as more than `HELD` bytes of them are in
 memory, or with a checkpoint: memory does not grow with the packed model.
 """
@@ -30,6 +30,7 @@ import onnx_ir as ir
 
 from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.feeds import Batch
+from qcompile.compiler.files import locks
 from qcompile.compiler.files.cache import digest
 from qcompile.compiler.files.snapshot import Saver, is_marked, mark, objects_of, restore
 from qcompile.compiler.files.work import Damaged, Work
@@ -67,7 +68,7 @@ class Checkpoints:
         self._work, self._model, self._passes, self._report, self._data = work, model, passes, report, data
         self._more = [*more, *objects_of(model)]
         self._beside: dict[str, Any] = {}
-        self._last, self._off, self._costs = time.monotonic(), False, [0.0]
+        self._last, self._off, self._costs = time.monotonic(), not locks.KNOWN, [0.0]
         self._begun, self.seconds = self._last, 0.0
         prepared = mark(model)  # not kept: who holds a tensor of a file holds every page of it that was read
         self.found = self._resumed(prepared) if work.waiting else None
