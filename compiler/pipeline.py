@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qcompile.compiler import ladder
@@ -11,6 +11,7 @@ from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.console.visible import visible
 from qcompile.compiler.data.calibration import Calibration, Given
 from qcompile.compiler.data.calibration_files import named
+from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.facts.model import element_type
 from qcompile.compiler.files import publish
 from qcompile.compiler.files.load import check_model_file, check_output_path, save_model
@@ -25,11 +26,21 @@ from qcompile.compiler.recipe import Recipe, dump_recipe
 from qcompile.compiler.report.coverage import check_coverage
 from qcompile.compiler.report.page import to_html
 from qcompile.compiler.results.report import Report
-from qcompile.compiler.stages import checkpoints, finish, gather_data, load_statistics, prepare_model, walk, wish
+from qcompile.compiler.stages import (
+    Walked,
+    checkpoints,
+    finish,
+    gather_data,
+    load_statistics,
+    prepare_model,
+    walk,
+    wish,
+)
 from qcompile.compiler.walk import activation_bits
 from qcompile.compiler.walk.accuracy import Accuracy
 from qcompile.compiler.walk.conformance import check_conformance
-from qcompile.compiler.walk.saved_run import run_saved
+from qcompile.compiler.walk.level import AUTO, SHARE, Level, check_unverified, level_of, told
+from qcompile.compiler.walk.saved_run import is_whole, run_saved
 from qcompile.compiler.walk.verify import check_outputs, check_reloaded, silent
 from qcompile.compiler.walk.verify_saved import check_saved
 from qcompile.passes.activations import INT8
@@ -50,6 +61,7 @@ def compile_model(
     statistics: Path | str | None = None,
     evaluation: Given | None = None,
     bench: bool = False,
+    verify: str = AUTO,
     fresh: bool = False,
 ) -> Report:
     """Compile the model file to `output` (with its data file and report.json beside it); everything or nothing.
@@ -60,6 +72,7 @@ def compile_model(
     evaluation: what the accuracy in the report is measured on, given as calibration data is; none of it may be
     calibrated on. Without it, a part of the calibration data that is left out, where there is enough of it.
     bench: run both models in turns, and report how long they take.
+    verify: how much is verified, see `walk/level.py`.
     fresh: begin anew, where the same compile was interrupted and would go on behind its last checkpoint.
 
     Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
@@ -75,7 +88,9 @@ def compile_model(
     for file in (target, report_path(target), page_path(target)):
         check_output_path(source, file, read)
     judged = None if evaluation is None else Calibration.of(evaluation)
-    job = _Job(source, target, recipe, changed, calibration, None if statistics is None else Path(statistics), judged)
+    job = _Job(
+        source, target, recipe, changed, calibration, None if statistics is None else Path(statistics), judged, verify
+    )
     with Work(target, fresh=fresh) as work:
         return _compiled(job, work, progress, started, bench=bench)
 
@@ -91,6 +106,7 @@ class _Job:
     calibration: Calibration
     statistics: Path | None
     evaluation: Calibration | None
+    verify: str
 
 
 def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, bench: bool) -> Report:
@@ -100,8 +116,13 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
     saved = None if statistics is None else load_statistics(prepared, statistics)
     graph, plan, report, job = prepared.model, prepared.plan, prepared.report, prepared.job
     data = gather_data(prepared, asked.calibration, saved, asked.evaluation)
-    aside = checkpoints(work, prepared, data, statistics)
-    climbed = data.data_free and saved is None
+    level = level_of(asked.verify, report.source_bytes, prepared.passes)
+    if level == "none":
+        check_unverified(recipe, asked.evaluation, bench=bench)
+        data = replace(data, verified=False, evaluation=[])
+    job.share = SHARE if level == "sample" else 1
+    aside = checkpoints(work, prepared, data, statistics, level)
+    climbed = data.data_free and saved is None and data.verified
     rungs = aside.once(
         "rungs", lambda: ladder.climb(source, recipe, prepared.passes, data, progress) if climbed else []
     )
@@ -128,22 +149,10 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
     with publish.staging(target) as staged:
         with phase("save"):
             written = save_model(graph, staged, metadata=_metadata(report, recipe))
-        progress.step("running the saved file")
-        accuracy = Accuracy(plan, data, job.floats)
-        reloaded = run_saved(
-            staged, plan, data.checks, recipe.provider, job.optimize, more=data.evaluation, each=accuracy.add
-        )
-        same = run_saved(staged, plan, data.checks, recipe.provider, job.optimize, floats=int8) if int8 else reloaded
-        integer = any(Fact.INTEGER in p.ensures for p in walked.passes)
-        rounding = math.inf if integer else report.rounding
-        report.reload_error = check_reloaded(same, verified, element_type(graph), rounding=rounding)
+        ran = _run(staged, walked, verified, int8, level, progress)
         check_saved(staged, graph)
+        report.verified = told(level, ran=ran)
         report.target = [*asked.changed, *check_conformance(staged, recipe.target)]
-        original = [original for _, original in walked.outputs]
-        job.tell(plan, data, reloaded, original)
-        judged = [o for o in report.outputs if o.name not in silent(reloaded, original, job.sigmoids)]
-        check_outputs(judged, report.nodes, recipe.min_cosine)
-        accuracy.tell(report)
         if bench:
             progress.step("running both models in turns")
             report.speed = paired(source, staged, plan, (*data.evaluation, *data.checks)[0], recipe.provider)
@@ -157,6 +166,36 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
             page_path(staged).write_text(to_html(report), encoding="utf-8")
         publish.publish(written.paths, target.absolute(), (report_path(staged), page_path(staged)))
     return report
+
+
+def _run(
+    staged: Path, walked: Walked, verified: Sequence[Arrays], int8: set[str], level: Level, progress: Progress
+) -> str:
+    """Run the saved file and judge its outputs; how it was run, in words. int8: MatMulNBits given level 4 here.
+
+    A sample runs it for evaluation data alone: else the outputs are those of the graph in memory, which has its bytes.
+    """
+    job, data, plan, report = walked.prepared.job, walked.data, walked.plan, walked.report
+    recipe, graph = walked.prepared.recipe, walked.model
+    if level == "none":
+        return ""
+    accuracy, ran = Accuracy(plan, data, job.floats), level == "full" or bool(data.evaluation)
+    reloaded = list(verified)
+    if ran:
+        progress.step("running the saved file")
+        reloaded = run_saved(
+            staged, plan, data.checks, recipe.provider, job.optimize, more=data.evaluation, each=accuracy.add
+        )
+        same = run_saved(staged, plan, data.checks, recipe.provider, job.optimize, floats=int8) if int8 else reloaded
+        integer = any(Fact.INTEGER in p.ensures for p in walked.passes)
+        rounding = math.inf if integer else report.rounding
+        report.reload_error = check_reloaded(same, verified, element_type(graph), rounding=rounding)
+    original = [original for _, original in walked.outputs]
+    job.tell(plan, data, reloaded, original)
+    judged = [o for o in report.outputs if o.name not in silent(reloaded, original, job.sigmoids)]
+    check_outputs(judged, report.nodes, recipe.min_cosine)
+    accuracy.tell(report)
+    return ("in one session" if is_whole(staged) else "segment by segment") if ran else ""
 
 
 def default_output(model: Path, recipe: Recipe) -> Path:

@@ -257,9 +257,9 @@ def _infinite(plan: InputPlan, batches: Sequence[Batch]) -> set[str]:
     return {name for batch in batches if names for name in names if np.isinf(batch.feeds.get(name, 0)).any()}
 
 
-def checkpoints(work: Work, prepared: Prepared, data: Data, statistics: Path | None) -> Checkpoints:
-    """Those of a compile that keeps them in `work`; statistics: the file that ranges come from."""
-    more = [] if statistics is None else [files_digest([statistics])]
+def checkpoints(work: Work, prepared: Prepared, data: Data, statistics: Path | None, level: str) -> Checkpoints:
+    """Those of a compile that keeps them in `work`; statistics: the file that ranges come from. level: `--verify`."""
+    more = [level] if statistics is None else [level, files_digest([statistics])]
     return Checkpoints(work, prepared.model, prepared.passes, prepared.report, data, more)
 
 
@@ -300,7 +300,7 @@ def finish(walked: Walked, progress: Progress) -> list[Arrays]:
             continue
         if isinstance(late, WalksAgain):
             job.walk_again(late, walked.plan, walked.data, original)
-        coded = Fact.CACHES in late.ensures and job.integer
+        coded = Fact.CACHES in late.ensures and job.integer and bool(walked.data.checked)
         before = job.run(walked.plan, walked.data) if coded else []
         promises.run(late, Region.whole(walked.model))
         if coded:

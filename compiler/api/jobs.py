@@ -42,6 +42,7 @@ def compile(
     statistics: PathLike | None = None,
     evaluation: Data | None = None,
     bench: bool = False,
+    verify: str = "auto",
     fresh: bool = False,
     progress: Progress | bool = False,
     **fields: Unpack[Fields],
@@ -65,6 +66,8 @@ def compile(
         evaluation: what the accuracy in the report is measured on, in every form that `calibration` takes; none of it
             may be calibrated on. By default rows of the calibration data that are left out, where there are enough.
         bench: run both models in turns for a few seconds, and report how fast they are.
+        verify: `"full"`, `"sample"` (an eighth of each packed product's columns) or `"none"`; by default full, but
+            a sample of models of more than 2 GB where nothing is calibrated.
         fresh: start over, where the same compile was interrupted and would go on behind its last checkpoint.
         progress: True shows on stderr what is going on; or an object that is told.
         **fields: settings of a recipe by their keys: `bits=8`, `group_size=64`, `target="qdq"`, `exclude=["*head*"]`.
@@ -93,6 +96,7 @@ def compile(
             statistics=Path(statistics) if statistics is not None else None,
             evaluation=other,
             bench=bench,
+            verify=verify,
             fresh=fresh,
             progress=bar,
         )

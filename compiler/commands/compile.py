@@ -146,6 +146,7 @@ def _compiled(args: Options, recipe: Recipe, output: Path) -> Report:
                 statistics=args.statistics,
                 evaluation=_evaluation(args),
                 bench=args.bench,
+                verify=args.verify,
                 fresh=args.fresh,
             )
         if saved is not None and staged is not None:

@@ -49,7 +49,7 @@ class Data:
     the statistics, for choices by measured errors. held: more of them, that such a choice is judged by. evaluation:
     batches that nothing is fitted to or chosen by, for the accuracy that is told, evaluated_on: what they are; where
     there are none, the checks, and none_aside says why. data_free: nothing came from the user or the bundle.
-    bundled: the text is the one that comes with qcompile.
+    bundled: the text is the one that comes with qcompile. verified: whether checks are run, or only looked at.
     guess: passes have their statistics from the scales of norms (`proxies`), not from a run.
     """
 
@@ -65,6 +65,12 @@ class Data:
     evaluated_on: str = ""
     none_aside: str = ""
     bundled: bool = False
+    verified: bool = True
+
+    @property
+    def checked(self) -> list[Batch]:
+        """The check batches, where they are run."""
+        return self.checks if self.verified else []
 
     @property
     def measured_on(self) -> str:

@@ -137,6 +137,8 @@ def _outputs(report: Report) -> Markup:
     if report.predictions is not None:
         told = report.predictions.told()
         made = join([made, Markup(f"<p>{text(told[0].upper() + told[1:], 400)}.</p>\n")])
+    if report.verified:
+        made = join([made, Markup(f"<p>Verified: {text(report.verified, 400)}.</p>\n")])
     if report.reload_error is None:
         return made
     close = f"to {report.reload_error:.1e}" if report.reload_error else "exactly"

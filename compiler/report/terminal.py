@@ -107,6 +107,8 @@ def _print_errors(report: Report, console: Console) -> None:
         console.print(f"caches    {report.caches}", soft_wrap=True)
     for line in report.target:
         console.print(f"target    {line}", soft_wrap=True)
+    if report.verified:
+        console.print(f"verified  {report.verified}", soft_wrap=True)
     if report.reload_error is not None:
         console.print(f"reloaded  the saved file reproduces the verified outputs to {report.reload_error:.1e}")
 

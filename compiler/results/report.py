@@ -37,7 +37,7 @@ class Report(Shown):
     them were held aside for judging. trials: what samples held aside said of a pass behind the walk. caches: what
     storing them in codes changed, beside what all other passes did. target: of one whose runtime is not at hand, what
     settings it changed and what its rules say of the file.
-    phases: where the time went.
+    phases: where the time went. verified: what was compared with what.
     resumed: where the compile went on after an interrupt ("segment 7 of 61"); its seconds include those
     before, phases are those since.
     output: the model file. files: names of all that was written beside it. sizes in bytes, seconds, peak_memory in
@@ -68,6 +68,7 @@ class Report(Shown):
     caches: str = ""
     target: list[str] = field(default_factory=list)
     reload_error: float | None = None
+    verified: str = ""
     resumed: str = ""
     output: str = ""
     files: list[str] = field(default_factory=list)

@@ -27,6 +27,8 @@ from qcompile.passes.threads import workers
 
 # Elements of a weight that are compared at once, 4 MB of float32, and bytes of rows that are collected for that.
 ELEMENTS, ROWS = 1 << 20, 64 << 20
+# Blocks of a weight that are compared at least, where not all are.
+_SAMPLED = 8
 # A packed node must compute with exactly its dequantized weights, but for the rounding of its element type.
 EXACT = {ir.DataType.FLOAT: 1e-4, ir.DataType.DOUBLE: 1e-4, ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}
 
@@ -35,13 +37,14 @@ class Products:
     """The packed nodes of a segment, from what their session gives to their errors.
 
     int8: how products may round activations; what that would add is measured, too, of those that it takes.
+    share: one of so many blocks of columns is compared, the first and the last among them.
 
     Invariant: the errors are those over the rows of all batches, whatever the blocks and however rows are collected.
     """
 
-    def __init__(self, nodes: Iterable[ir.Node], int8: activations.Int8 | None = None) -> None:
+    def __init__(self, nodes: Iterable[ir.Node], int8: activations.Int8 | None = None, *, share: int = 1) -> None:
         self._nodes = [node for node in nodes if node_state(node).reference is not None]
-        self._int8 = int8
+        self._int8, self._share, self._seen = int8, share, False
         self._sums = {node: np.zeros(5) for node in self._nodes}
         self._rows: list[Arrays] = []
         self._held, self._new = 0, frozenset[str]()
@@ -58,20 +61,24 @@ class Products:
 
     def take(self, found: Arrays) -> None:
         """Take what was added out of the outputs of a batch."""
-        own = {name: found.pop(name) for name in self._new}
+        own, self._seen = {name: found.pop(name) for name in self._new}, True
         self._rows.append(own)
         self._held += sum(array.nbytes for array in own.values())
         if self._held > ROWS:
             self._compare()
 
     def errors(self) -> list[NodeError]:
-        """Of every node; UserError where an operator does not compute what it should. References are let go of."""
+        """Of every node; UserError where an operator does not compute what it should. References are let go of.
+
+        None where no batch was run.
+        """
         self._compare()
         found = []
         for node in self._nodes:
             weight, quantized = _reference(node)
             set_node(node, reference=None)
-            found.append(_judged(node, quantized, self._sums[node], weight.size, rounded=self._rounds(node)))
+            if self._seen:
+                found.append(_judged(node, quantized, self._sums[node], weight.size, rounded=self._rounds(node)))
         return found
 
     def _rounds(self, node: ir.Node) -> bool:
@@ -96,18 +103,27 @@ class Products:
             if self._rounds(node):
                 name = activations.change_name(x, _grouping(quantized)[1])
                 change = np.concatenate([own[name] for own in rows])
-            self._sums[node] += compared(given, made, weight, quantized, change)
+            self._sums[node] += compared(given, made, weight, quantized, change, share=self._share)
 
 
 def compared(
-    x: Array, y: Array, weight: npt.NDArray[np.floating], quantized: Quantized, change: Array | None = None
+    x: Array,
+    y: Array,
+    weight: npt.NDArray[np.floating],
+    quantized: Quantized,
+    change: Array | None = None,
+    *,
+    share: int = 1,
 ) -> npt.NDArray[np.float64]:
     """‖y - x W‖², ‖x W‖², ‖y - x Ŵ‖², ‖x Ŵ‖², ‖change Ŵ‖² of rows x (M, K), y (M, N); change (M, K), 0 without it.
 
-    weight: the float one (K, N). Products are float32, sums float64.
+    weight: the float one (K, N). Products are float32, sums float64. share: of one in so many blocks of columns.
     """
     k, n = quantized.codes.shape
     step = max(ELEMENTS // max(k, 1), 1)
+    if share > 1:
+        step = max(min(step, n // (_SAMPLED * share)), 1)
+    starts = sorted({*range(0, n, step * share), (n - 1) // step * step}) if n else []
     both = x if change is None else np.concatenate([x, change])
 
     def block(start: int) -> npt.NDArray[np.float64]:
@@ -120,7 +136,7 @@ def compared(
 
     # Blocks side by side: threads of BLAS would wait actively for one another between them.
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers()) as pool:
-        return sum(pool.map(block, range(0, n, step)), np.zeros(5))
+        return sum(pool.map(block, starts), np.zeros(5))
 
 
 def _judged(

@@ -37,7 +37,7 @@ from qcompile.passes.formats.functions import is_product
 from qcompile.passes.linears import Linear, find_linears, vocabulary_size
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.proxies import proxies
-from qcompile.passes.state import node_state
+from qcompile.passes.state import node_state, set_node
 from qcompile.passes.statistics import Statistics
 
 
@@ -71,7 +71,7 @@ class Walk:
 
     def feed(self, data: Data) -> None:
         """Give the streams their batches, which are not put aside."""
-        self.calibration.batches, self.checks.batches = data.calibration, data.checks
+        self.calibration.batches, self.checks.batches = data.calibration, data.checked
         if self.evaluated is not None:
             self.evaluated.stream.batches = data.evaluation
 
@@ -80,7 +80,8 @@ class Job:
     """One compile on its way through the segments.
 
     provider: what runs them. int8: how products may round activations, so that probes measure what that adds; None
-    where none does, or where that is settled.
+    where none does, or where that is settled. share: of packed products one of so many blocks of columns
+    is compared.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Job:
         self.provider, self.int8 = provider, int8
         self.passes = [p for p in passes if p.stage == Stage.WALK]
         self.late = [p for p in passes if p.stage == Stage.BEHIND]
-        self.guess = False
+        self.guess, self.share = False, 1
         self.floats: dict[str, Spill] = {}  # by output, what the float model gives on each batch of the evaluation
         # Behind the walk, so that the outputs that it gave are not those of the finished graph.
         self.changed = any(Fact.FLOAT in p.takes or Fact.CACHES in p.ensures for p in self.late)
@@ -119,7 +120,7 @@ class Job:
         walk.feed(data)
         self.vocabulary, self.floats = walk.vocabulary, walk.floats
         runner = Runner(self.model, plan, self.provider, progress.advance)
-        rows = 2 * sum(batch.rows for batch in (*data.calibration, *data.checks))
+        rows = 2 * sum(batch.rows for batch in (*data.calibration, *data.checked))
         rows += sum(batch.rows for batch in data.evaluation)
         progress.total(rows * (len(walk.segments) - walk.done))
         asked = [p for p in (*self.passes, *self.late) if walk.ranged and (walk.watched or Reads.RANGES not in p.reads)]
@@ -147,9 +148,9 @@ class Job:
             [node for node in self.model.graph if node not in inside],
             floats,
             Stream(data.calibration),
-            Stream(data.checks),
+            Stream(data.checked),
             Beside(Stream(data.evaluation), floats) if data.evaluation else None,
-            [({}, {}) for _ in data.checks],
+            [({}, {}) for _ in data.checked],
             vocabulary_size(self.model),
             watched=bool(watched),
             ranged=bool(observed(self.late, self.model)),
@@ -175,6 +176,10 @@ class Job:
         Where something was made integer or coded behind the walk, the check batches go through the graph once more.
         Each integer node is compared with its float twin, each decoded weight with its codes.
         """
+        if not data.checked:
+            for node in self.model.graph:
+                set_node(node, twin=None, decoded=None)
+            return []
         walked = compiled = [compiled for compiled, _ in outputs]
         if self.changed:
             self.progress.step("checking integer nodes")
@@ -229,9 +234,9 @@ class Job:
     def _run_checks(self, plan: InputPlan, data: Data, *, probes: bool = True) -> list[Arrays]:
         changed = {node for node in self.model.graph if node_state(node).twin is not None or is_product(node)}
         segments = split(self.model, changed.__contains__)
-        runner, stream = self._finished_runner(plan), Stream(data.checks)
+        runner, stream = self._finished_runner(plan), Stream(data.checked)
         own = {str(value.name) for value in self.model.graph.outputs}
-        results: list[Arrays] = [{} for _ in data.checks]
+        results: list[Arrays] = [{} for _ in data.checked]
         for segment in segments:
 
             def probe(piece: Piece, nodes: Sequence[ir.Node] = segment.nodes) -> list[str]:
@@ -272,7 +277,7 @@ class Job:
             for rewrite in self.passes:
                 promises.run(rewrite, region)
         segment.nodes[:] = region.live_nodes()
-        products = Products(segment.nodes, self.int8 if int8 else None)
+        products = Products(segment.nodes, self.int8 if int8 else None, share=self.share)
         with phase("probes"):
             after = runner.outputs(segment, checks, original=False, prepare=products.add, each=products.take)
             self.report.nodes += products.errors()

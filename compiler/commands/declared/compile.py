@@ -82,6 +82,15 @@ class Options(Common, Clustered, Calibrating, Recipes):
     bench: Annotated[
         bool, option("run both models in turns for a few seconds, and say if the compiled one is slower", under=SAFETY)
     ] = False
+    verify: Annotated[
+        Literal["auto", "full", "sample", "none"],
+        option(
+            "compare every packed product with its weights and run the saved file; or an eighth of the columns; or "
+            "nothing but bytes (default: full; sample of more than 2 GB where nothing is calibrated)",
+            "{auto,full,sample,none}",
+            under=SAFETY,
+        ),
+    ] = "auto"
     fresh: Annotated[
         bool,
         option("start over, where the same command was interrupted and would go on behind its last checkpoint",
