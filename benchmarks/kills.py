@@ -34,6 +34,7 @@ from qcompile.compiler.pipeline import compile_model
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.walk import checkpoints
 from qcompile.models.tiny import tiny_decoder, tiny_mlp, tiny_tokenizer
+from qcompile.passes import lists
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["qcompile.compiler.pipeline", "onnxruntime"])
@@ -142,7 +143,7 @@ class Resuming:
         code = 1
         try:
             checkpoints.EVERY = self.every
-            recipe = Recipe(passes=parse_passes("smooth,awq,gptq,pack"), group_size=64, samples=32, context=256)
+            recipe = Recipe(passes=parse_passes(lists.BEST), group_size=64, samples=32, context=256)
             report = compile_model(self.source, recipe, output=self.output)
             self.output.with_name("resumed").write_text(report.resumed)
             code = 0

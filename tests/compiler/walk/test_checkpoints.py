@@ -25,13 +25,14 @@ from qcompile.compiler.walk import segments as segments_of
 from qcompile.compiler.walk.checkpoints import Checkpoints
 from qcompile.compiler.walk.pace import Pace
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
+from qcompile.passes import lists
 from qcompile.passes.base import Region
 from qcompile.passes.errors import UserError, Verdict
 from qcompile.passes.smooth import Smooth
 
 # By name of the model: the lists that are stopped behind every segment.
 LISTS = {
-    "decoder": ("pack", "smooth,awq,gptq,pack", "smooth,awq,gptq,pack,fuse_attention,kv", "smooth,qdq"),
+    "decoder": ("pack", lists.BEST, "smooth,awq,gptq,pack,fuse_attention,kv", "smooth,qdq"),
     "encoder": ("outlier,pack", "smooth,qdq(observer=entropy)", "qdq,bias_correction"),
     "convolutions": ("qdq,bias_correction",),
 }
@@ -121,7 +122,7 @@ def _story(report: Report) -> dict[str, Any]:
     return {name: value for name, value in told.items() if name not in _OF_RUN}
 
 
-CASES = [(kind, passes) for kind, lists in LISTS.items() for passes in lists]
+CASES = [(kind, passes) for kind, tried in LISTS.items() for passes in tried]
 
 
 @pytest.mark.parametrize(("kind", "passes"), CASES)
@@ -152,10 +153,10 @@ def test_same_bytes_after_a_stop_behind_every_segment(
 def test_same_bytes_after_one_stop(behind: int, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not restored time and again; 0: stopped before the first checkpoint, which leaves nothing."""
     source = bench.save(tiny_decoder(layers=2, tied=False))
-    bench.compile(source, "smooth,awq,gptq,pack", output="whole/model.onnx")
-    _stopped(bench, source, "smooth,awq,gptq,pack", monkeypatch, behind=behind)
+    bench.compile(source, lists.BEST, output="whole/model.onnx")
+    _stopped(bench, source, lists.BEST, monkeypatch, behind=behind)
     assert len(list((bench.folder / "out").glob(".*"))) == bool(behind)
-    assert bool(bench.compile(source, "smooth,awq,gptq,pack").resumed) == bool(behind)
+    assert bool(bench.compile(source, lists.BEST).resumed) == bool(behind)
     assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
 
 
@@ -347,7 +348,7 @@ def test_nothing_that_passes_make_stays_in_memory(bench: Bench, monkeypatch: pyt
 
     monkeypatch.setattr(Checkpoints, "after", looked_at)
     monkeypatch.setattr(checkpoints, "EVERY", float("inf"))
-    bench.compile(bench.save(tiny_decoder(layers=2)), "smooth,awq,gptq,pack", output="out/model.onnx")
+    bench.compile(bench.save(tiny_decoder(layers=2)), lists.BEST, output="out/model.onnx")
     monkeypatch.undo()
-    bench.compile(bench.folder / "in" / "model.onnx", "smooth,awq,gptq,pack", output="whole/model.onnx")
+    bench.compile(bench.folder / "in" / "model.onnx", lists.BEST, output="whole/model.onnx")
     assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
