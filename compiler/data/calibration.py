@@ -19,6 +19,7 @@ from qcompile.compiler.data.picture_batches import picture_batches
 from qcompile.compiler.data.readers import Reader, is_reference, read_batches
 from qcompile.compiler.data.sampling import sample_windows
 from qcompile.compiler.data.tokens import Ids, Tokenizer, find_tokenizer, load_tokenizer
+from qcompile.compiler.files.load import data_files
 from qcompile.models.text import calibration_text, read_texts
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import session
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 SELF, NORMS = "self", "norms"
 # Batches that the finished model is checked on: few and short, since every output of theirs is kept.
 _CHECKS, _CHECK_TOKENS = 2, 48
+# Bytes of models up to which the session that samples tokens has float weights in the layout of its kernels.
+_PREPACKED = 512 << 20
 # Windows for choices by measured errors, which the statistics have not seen.
 _UNSEEN = 2
 # Batches that the accuracy is told on, and tokens of each window among them.
@@ -395,7 +398,10 @@ def _data_free(plan: InputPlan, model: Path, sampling: Sampling, kind: str, *, n
             "no tokenizer lies beside the model, and it is no decoder to sample text from: give --tokenizer, or "
             "--calibration norms for passes that need no more"
         )
-    running = session(model, providers=(sampling.provider,), kernels="portable")
+    # Weights of a large model stay mapped, pages that the system may take back; of half precision ONNX Runtime makes
+    # float32 all the same.
+    prepack = sum(file.stat().st_size for file in (model, *data_files(model))) <= _PREPACKED
+    running = session(model, providers=(sampling.provider,), kernels="portable", prepack=prepack)
     count = _CHECKS * (plan.batch or 1)
     checks = _checks(plan, sample_windows(running, plan, count, _CHECK_TOKENS, sampling.seed + 1))
     if kind == NORMS:

@@ -13,6 +13,7 @@ from hypothesis import given as given_data
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from qcompile.compiler.data import calibration
 from qcompile.compiler.data.aside import apart
 from qcompile.compiler.data.calibration import Calibration, Data, Sampling, gather, spread
 from qcompile.compiler.data.feeds import Batch
@@ -166,6 +167,19 @@ def test_without_a_tokenizer_the_model_samples_its_own_text(bench: Any) -> None:
     assert _ids(first) == _ids(second), "by the recipe's seed"
     assert len({tuple(ids) for ids in _ids(first)}) == 4
     assert all(0 <= token < 256 for ids in _ids(first) for token in ids)
+
+
+def test_a_large_model_samples_with_mapped_weights(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its data file counts, which is most of it; the tokens are the same where no sum falls out otherwise."""
+    small = _gather(bench, tiny_decoder(), beside=False)
+    given, own = [], calibration.session
+    monkeypatch.setattr(calibration, "_PREPACKED", 100_000)
+    monkeypatch.setattr(
+        calibration, "session", lambda *args, **more: given.append(more["prepack"]) or own(*args, **more)
+    )
+    large = _gather(bench, tiny_decoder(), beside=False)
+    assert given == [False]
+    assert [len(ids) for ids in _ids(large)] == [len(ids) for ids in _ids(small)]
 
 
 def test_models_with_caches_see_a_decode_step(bench: Any) -> None:
