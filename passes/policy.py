@@ -10,6 +10,7 @@ from qcompile.passes.affine import Grid
 from qcompile.passes.linears import Embedding, Linear, constant, is_lm_head
 from qcompile.passes.masks import holds_fill
 from qcompile.passes.origins import matches, names_of
+from qcompile.passes.rotation import MATRIX
 from qcompile.passes.routers import router
 from qcompile.passes.spec import PerGroup, integers
 from qcompile.passes.targets import TARGETS
@@ -97,6 +98,8 @@ class Policy:
 
     def refusal(self, node: ir.Node, *weights: ir.Value | None) -> str:
         """Why a node with these weights is not to be quantized, or an empty string."""
+        if any(weight is not None and str(weight.name).startswith(MATRIX) for weight in weights):
+            return "it turns the channels of products' inputs"  # a file that was compiled before, for other runtimes
         excluded = self.kept.get(str(node.name), "") or self.exclusion(node, *weights)
         if excluded or any(matches(pattern, node, *weights) for pattern in self.include):
             return excluded

@@ -18,7 +18,7 @@ from qcompile.passes.graph import Names, add_initializer
 from qcompile.passes.held import confirmed, too_few
 from qcompile.passes.linears import Linear, constant, find_linears
 from qcompile.passes.policy import Policy
-from qcompile.passes.rotation import LEAST, Rotation
+from qcompile.passes.rotation import LEAST, MATRIX, Rotation
 from qcompile.passes.rounding import Rounding, round_to_nearest
 from qcompile.passes.scale_search import MARGIN
 from qcompile.passes.spec import ActivationSpec
@@ -295,7 +295,7 @@ def _turn_weight(weight: ir.Value, transposed: bool, rotation: Rotation) -> None
 
 def _matrix(model: ir.Model, rotation: Rotation, dtype: ir.DataType) -> ir.Value:
     """The initializer of the rotation's matrix, one for all nodes of a type and size."""
-    name = f"qcompile.hadamard.{len(rotation.signs)}.{dtype.name.lower()}"
+    name = f"{MATRIX}{len(rotation.signs)}.{dtype.name.lower()}"
     known = model.graph.initializers.get(name)
     if known is not None:
         return known

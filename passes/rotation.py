@@ -15,6 +15,8 @@ from qcompile.passes.affine import Array
 # Channels of a block at most: what a rotation of all channels gains beyond that is 0.4 dB (docs/architecture.md); and
 # at least: a sum of fewer numbers is as uneven as they are.
 MOST, LEAST = 64, 16
+# How the names of the initializers begin that hold a rotation's matrix.
+MATRIX = "qcompile.hadamard."
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx_ir.passes.common import InlinePass
 from opened import opened
 
 from qcompile.models.tiny.build import Builder
@@ -216,3 +217,13 @@ def test_a_node_without_a_kernel_must_gain_a_twentieth(
         rotate = Rotate(Policy(SPEC, None, None, target=target), round_to_nearest)
         rotate.call(Region.whole(products(64, (8,))))
         assert told(rotate) == {"linear0": ("rotated", "in blocks") if expected else ("skipped", NO_GAIN)}
+
+
+def test_the_matrix_of_a_file_that_was_compiled_before_stays() -> None:
+    """Where the body stands in the graph, it is a product with a constant."""
+    model = products(64, (8,))
+    Rotate(POLICY, round_to_nearest, judge=False).call(Region.whole(model))
+    InlinePass()(model)
+    turning, linear = find_linears(model.graph)
+    assert POLICY.for_linear(turning, None) == "it turns the channels of products' inputs"
+    assert POLICY.for_linear(linear, None) == SPEC
