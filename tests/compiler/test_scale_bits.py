@@ -40,7 +40,15 @@ def _run(path: Path) -> tuple[np.ndarray, Counter[str]]:
 
 @pytest.mark.parametrize(
     ("target", "weights"),
-    [("qcompile", "int4"), ("qcompile", "nf4"), ("qdq", "int4"), ("matmulnbits", "int4"), ("matmulnbits", "nf4")],
+    [
+        ("qcompile", "int4"),
+        ("qcompile", "nf4"),
+        ("qcompile", "int3"),
+        ("qdq", "int4"),
+        ("qdq", "int5"),
+        ("matmulnbits", "int4"),
+        ("matmulnbits", "nf4"),
+    ],
 )
 def test_the_same_numbers_and_kernels_in_fewer_bytes(bench: Any, target: str, weights: str) -> None:
     source, made, told = bench.save(_decoder()), {}, {}
