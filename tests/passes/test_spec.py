@@ -39,10 +39,18 @@ def test_per_column_is_one_group_of_all_rows() -> None:
     assert (spec.group_size(7), spec.groups(7)) == (7, 1)
 
 
-@pytest.mark.parametrize("bits", [0, 2, 3, 5, 16])
+@pytest.mark.parametrize("bits", [0, 1, 7, 9, 16])
 def test_other_bit_widths_are_refused(bits) -> None:
-    with pytest.raises(UserError, match=f"4 or 8 bits, got {bits}"):
+    with pytest.raises(UserError, match=f"to 2, 3, 4, 5, 6, 8 bits, got {bits}"):
         QuantSpec(bits, PerGroup(32))
+
+
+@pytest.mark.parametrize(("bits", "plain"), [(2, 4), (3, 4), (4, 4), (5, 8), (6, 8), (8, 8)])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_dequantizelinear_alone_takes_4_or_8_bits(bits: int, plain: int, symmetric: bool) -> None:
+    """And 8 bits that stand in for fewer have zero points, as int8 has."""
+    spec = QuantSpec(bits, PerGroup(32), symmetric=symmetric).plain
+    assert spec == QuantSpec(plain, PerGroup(32), symmetric=symmetric and bits not in (5, 6))
 
 
 @pytest.mark.parametrize("size", [0, -1])
