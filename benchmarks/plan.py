@@ -9,7 +9,8 @@ kinds of work, scaled by the arithmetic of other shapes, and divided by the proc
     Case 1: statistics and advance: tokens x (weights + squares of the inputs' widths). Units of four windows are tasks.
     Case 2: rotate, smooth, awq, gptq: K² N of every product and K³ of every input. Chunks of 1,024 columns are tasks.
     Case 3: all else: the weights. This machine does it, on one core.
-    Case 4: the network: what tasks are given and give back goes through this machine's link, as fast as --link says.
+    Case 4: the network: what tasks are given, once to each machine, and give back goes through this machine's link, as
+            fast as --link says. Ray may have machines hand it on to each other, which is not counted on.
 """
 
 import argparse
@@ -94,7 +95,8 @@ class Plan:
         units, chunks = -(-windows // _UNIT), sum(-(-n // _CHUNK) for _, n in shape.products)
         hours = shape.layers / 3600
         squares = 4 * sum(k * k for k, _ in shape.products)
-        sent = machines * cores * (2 * shape.layer_weights + squares) + units * squares + 8 * shape.layer_weights
+        given = min(machines, units) * 2 * shape.layer_weights + machines * 2 * squares  # once to each machine
+        sent = given + units * squares + 5 * shape.layer_weights  # float columns there, codes back
         widest = max(k for k, _ in shape.products)
         return cls(
             hours * rates.calibration * work.calibration / min(processors, units),
