@@ -11,13 +11,17 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
+from qcompile.compiler.files.well_formed import all_nodes
 from qcompile.passes.bodies import bodies
+from qcompile.passes.graph import MICROSOFT
 from qcompile.passes.state import node_state
 from qcompile.passes.tensors import chunks, read
 from qcompile.runtime.sessions import session
 
 # Initializers below this many bytes stay inside the protobuf, where shape inference can read them.
 _INLINE = 4096
+# Bytes of a table from which a product reads it as it lies.
+_TURNED = 64 << 20
 # The location of those that a session is handed in memory.
 _HANDED = "in-memory"
 _IN_MEMORY = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.UINT8, ir.DataType.INT8}
@@ -80,6 +84,30 @@ class Piece:
                 for key, value in place.items():
                     declared.external_data.add(key=key, value=str(value))
         return proto, folder, set(places)
+
+    def unturn(self) -> None:
+        """Have products read large float32 tables as they lie: x Tᵀ by com.microsoft's FusedMatMul.
+
+        ONNX Runtime computes the Transpose of a constant when a session is made: a tied head is then there twice.
+        """
+        turned = {node.output[0]: node for node in self.proto.graph.node if self._turns_large(node)}
+        for node in self.proto.graph.node:
+            if node.op_type == "MatMul" and node.domain == "" and node.input[1] in turned:
+                node.op_type, node.domain, node.input[1] = "FusedMatMul", MICROSOFT, turned[node.input[1]].input[0]
+                node.attribute.append(helper.make_attribute("transB", 1))
+        read = {name for node in all_nodes(self.proto) for name in node.input}
+        read.update(output.name for output in self.proto.graph.output)
+        for name, node in turned.items():
+            if name not in read:
+                self.proto.graph.node.remove(node)
+        if turned and all(own.domain != MICROSOFT for own in self.proto.opset_import):
+            self.proto.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+
+    def _turns_large(self, node: onnx.NodeProto) -> bool:
+        if node.op_type != "Transpose" or node.domain != "" or node.input[0] not in self.weights:
+            return False
+        table, order = self.weights[node.input[0]], [list(own.ints) for own in node.attribute if own.name == "perm"]
+        return table.dtype == np.float32 and table.ndim == 2 and table.nbytes >= _TURNED and order in ([], [[1, 0]])
 
     def add_weight(self, name: str, array: npt.NDArray[Any]) -> str:
         """Add an initializer that the model does not have; returns its name."""

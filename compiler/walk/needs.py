@@ -127,9 +127,9 @@ def _segment(
     stored, largest = sum(sizes), max(sizes, default=0.0)
     elements = sum(_size(linear) for linear in weights.values())
     floats = 4.0 * elements
-    # Half precision is cast to float32 as a whole, and a table that is read turned is turned.
-    cast = sum(4.0 * _size(own) for own in weights.values() if constant(own.weight).nbytes < 4 * _size(own))
-    cast += sum(4.0 * _size(own) for own in weights.values() if own.transposed)
+    # Half precision is cast to float32 as a whole, and a table of it that is read turned is turned.
+    halves = [own for own in weights.values() if constant(own.weight).nbytes < 4 * _size(own)]
+    cast = sum(4.0 * _size(own) * (1 + own.transposed) for own in halves)
     # Codes of 8 bits are decoded to float32 before the product; of others ONNX Runtime makes its own copy.
     eight = [own for own in weights.values() if _bits(own, policy, vocabulary) == 8]
     packed = _packed(weights.values(), policy, vocabulary)

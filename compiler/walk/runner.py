@@ -182,6 +182,8 @@ class Runner:
         if prepare is not None:
             piece.outputs.extend(prepare(piece))
         piece.prepack = not original
+        if original and self.provider == "cpu":
+            piece.unturn()
         carried = stream.original if original else stream.quantized
         source = Stream(stream.batches, carried, presents=stream.presents)
         results = list[Arrays]()

@@ -170,7 +170,7 @@ def test_without_a_tokenizer_the_model_samples_its_own_text(bench: Any) -> None:
 
 
 def test_a_large_model_samples_with_mapped_weights(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its data file counts, which is most of it; the tokens are the same where no sum falls out otherwise."""
+    """Its data file counts, which is most of it."""
     small = _gather(bench, tiny_decoder(), beside=False)
     given, own = [], calibration.session
     monkeypatch.setattr(calibration, "_PREPACKED", 100_000)

@@ -88,6 +88,21 @@ def test_subgraphs_bring_what_they_capture(flag: bool) -> None:
     np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5)
 
 
+def test_a_large_tied_table_is_read_as_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's Transpose goes; what a body reads of it, and a table that is small, stay."""
+    model, wanted = tiny_decoder(), ["logits"]
+    (expected,) = run(session(ir.to_proto(model).SerializeToString()), wanted, FEEDS)
+    for least, kind in ((1 << 30, "MatMul"), (0, "FusedMatMul")):
+        monkeypatch.setattr("qcompile.compiler.walk.extract._TURNED", least)
+        piece = extract(model, [], [_value(model, "logits")])
+        turns = [node.op_type for node in piece.proto.graph.node].count("Transpose")
+        piece.unturn()
+        operators = [node.op_type for node in piece.proto.graph.node]
+        assert operators.count("Transpose") == turns - (kind == "FusedMatMul")
+        assert kind in operators
+        np.testing.assert_allclose(_run(piece, FEEDS)[0], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_session_maps_weights_from_their_files(tmp_path: Path) -> None:
     """Of one folder by their places, of others from memory; all from memory where the piece went to another process."""
     folders = [tmp_path / "a", tmp_path / "b"]
