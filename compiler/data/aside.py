@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import InputPlan
 from qcompile.passes.held import FEWEST_KNOWN
 
+Rows = npt.NDArray[np.int64]
 # Batches for choices by measured errors, at most.
 _CHOOSE = 4
 # Rows that accuracy is told on: a share of one in so many, so many at least (of fewer no standard error is worth much)
@@ -26,16 +28,18 @@ def apart(plan: InputPlan, batches: Sequence[Batch]) -> tuple[list[Batch], list[
         return _spread(batches, min(_CHOOSE, max(len(batches) // 4, 1)))
     if not _cuttable(plan, batches[0]) or batches[0].rows < 2:  # Case 3
         return list(batches), []
-    return _cut(batches, [max(batches[0].rows // 4, 1)])  # Case 2
+    last = max(batches[0].rows // 4, 1)
+    return _without(batches, [np.arange(batches[0].rows - last, batches[0].rows)])  # Case 2
 
 
 def for_accuracy(plan: InputPlan, batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch], str]:
     """(batches for everything else, batches that the accuracy is told on, why there are none of these).
 
     About an eighth of the rows, 4 to 32, so that 32 stay: so many `smooth` asks for (`held.FEWEST_KNOWN`).
-    Case 1: whole batches, spread evenly; the first, which check batches are, never.
-    Case 2: the last rows of batches, where these are too large for that and can be cut (`_cuttable`).
+    Case 1: rows spread evenly over all, whatever batches they come in, where those that lose some can be cut.
+    Case 2: whole batches, spread evenly.
     Case 3: none. Batches that follow others, through a decoder's caches, are never parted from them.
+    The first row stays, and its batch: check batches are the first.
     """
     rows = sum(batch.rows for batch in batches)
     wanted = min(rows // _SHARE, MOST, rows - FEWEST_KNOWN)
@@ -48,14 +52,18 @@ def for_accuracy(plan: InputPlan, batches: Sequence[Batch]) -> tuple[list[Batch]
         )
     if any(batch.follows is not None for batch in batches):
         return list(batches), [], "its batches follow one another"
-    if count := max(wanted * len(batches) // rows, int(len(batches) >= _SHARE)):  # Case 1
+    chosen, starts = ((np.arange(wanted) + 0.5) / wanted * rows).astype(int), np.cumsum([0, *(b.rows for b in batches)])
+    own = [
+        chosen[(chosen >= start) & (chosen < start + b.rows)] - start for b, start in zip(batches, starts, strict=False)
+    ]
+    cut = [batch for batch, lost in zip(batches, own, strict=True) if 0 < len(lost) < batch.rows]
+    if all(_cuttable(plan, batch) for batch in cut):  # Case 1
+        return *_without(batches, own), ""
+    if count := max(wanted * len(batches) // rows, int(len(batches) >= _SHARE)):  # Case 2
         parts = _spread(batches, count)
         held = sum(batch.rows for batch in parts[1])
         if FEWEST <= held <= 2 * wanted and rows - held >= FEWEST_KNOWN:
             return *parts, ""
-    if all(_cuttable(plan, batch) for batch in batches):  # Case 2
-        ends = np.cumsum([batch.rows for batch in batches]) * wanted // rows
-        return *_cut(batches, np.diff(ends, prepend=0).tolist()), ""
     return list(batches), [], f"its {len(batches)} batches are too few to hold one aside, and cannot be cut"
 
 
@@ -74,12 +82,15 @@ def _cuttable(plan: InputPlan, batch: Batch) -> bool:
     return free and {array.shape[:1] for array in batch.feeds.values()} == {(batch.rows,)}
 
 
-def _cut(batches: Sequence[Batch], last: Sequence[int]) -> tuple[list[Batch], list[Batch]]:
-    """(batches without their last rows, those rows), of each batch as many as `last` says."""
-    own = [(batch, batch.rows - count) for batch, count in zip(batches, last, strict=True)]
-    kept = [_rows_of(batch, 0, cut) if cut < batch.rows else batch for batch, cut in own if cut]
-    return kept, [_rows_of(batch, cut, batch.rows) for batch, cut in own if cut < batch.rows]
+def _without(batches: Sequence[Batch], rows: Sequence[Rows]) -> tuple[list[Batch], list[Batch]]:
+    """(batches without some of their rows, those rows); rows: their numbers in each batch."""
+    kept, taken = list[Batch](), list[Batch]()
+    for batch, own in zip(batches, rows, strict=True):
+        others = np.setdiff1d(np.arange(batch.rows), own)
+        kept += [batch if not len(own) else _rows_of(batch, others)] if len(others) or not len(own) else []
+        taken += [batch if not len(others) else _rows_of(batch, own)] if len(own) else []
+    return kept, taken
 
 
-def _rows_of(batch: Batch, start: int, stop: int) -> Batch:
-    return Batch(lambda: {name: array[start:stop] for name, array in batch.feeds.items()}, stop - start)
+def _rows_of(batch: Batch, rows: Rows) -> Batch:
+    return Batch(lambda: {name: array[rows] for name, array in batch.feeds.items()}, len(rows))

@@ -45,7 +45,7 @@ def _content(path: Path) -> bytes:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=80))
 def test_rows_to_tell_accuracy_on(sizes: list[int]) -> None:
-    """Every row is on one side; enough stay to calibrate on; few are taken; the first stay, as they are checked on."""
+    """Every row is on one side, the same one in whatever batches; enough stay to calibrate on; the first stays."""
     kept, held, why = for_accuracy(PLAN, _batches(sizes))
     left, taken = ([x for batch in part for x in batch.feeds["image"].ravel()] for part in (kept, held))
     assert sorted(left + taken) == list(range(sum(sizes)))
@@ -55,6 +55,7 @@ def test_rows_to_tell_accuracy_on(sizes: list[int]) -> None:
         assert FEWEST <= len(taken) <= 2 * min(MOST, sum(sizes) // 8)
         assert len(left) >= FEWEST_KNOWN
         assert left[0] == 0
+        assert taken == [x for b in for_accuracy(PLAN, _batches([sum(sizes)]))[1] for x in b.feeds["image"].ravel()]
     else:
         assert sum(sizes) < FEWEST_KNOWN + FEWEST, "of pictures that can be cut only too few are no reason"
 
