@@ -10,6 +10,7 @@ whose sums depend on their threads, have as many as they would have here.
 import itertools
 import os
 import pickle
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,6 @@ class Cluster:
     def __init__(self, ray: Any) -> None:
         self._ray = ray
         self._task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_computed)
-        self._number = itertools.count()
 
     @property
     def processors(self) -> int:
@@ -62,7 +62,7 @@ class Cluster:
         given: tuple[Any, ...] = (),
     ) -> Iterator[tuple[int, R]]:
         """As `Workers`. `given`, and what `load` gives, go into the object store: once, however many items share it."""
-        job = f"{os.getpid()}.{next(self._number)}"
+        job = uuid.uuid4().hex  # workers may outlive this object, and this process
         shared = [self._ray.put(given)]  # in a list: each process takes it once
         where = Where(Path.cwd(), registered_libraries(), default_threads())
         waiting, pending = iter(enumerate(items)), dict[Any, int]()

@@ -78,6 +78,24 @@ def test_results_are_in_order_and_of_several_processes(nodes: Nodes) -> None:
     assert os.getpid() not in {process for _, process in found}
 
 
+def _told(given: str, number: int) -> str:
+    return f"{given} {number}"
+
+
+def test_workers_that_outlive_a_block_compute_with_what_the_next_one_gives(nodes: Nodes) -> None:
+    """Under one Ray of the caller's own, as a notebook has it, for two blocks."""
+    import ray
+
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        for given in ("first", "second"):
+            with clustered(nodes.address):
+                found = mapped(_told, range(4), load=lambda number: (number,), given=(given,))
+            assert found == [f"{given} {number}" for number in range(4)]
+    finally:
+        ray.shutdown()
+
+
 def test_this_process_does_the_same() -> None:
     """The other workers: this thread, or several."""
     given, load = (np.ones(2),), lambda number: (np.ones(2), number)
