@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qcompile.compiler.files import publish
 from qcompile.compiler.files.load import check_output_path, data_files, save_model
-from qcompile.compiler.package.beside import GENAI
+from qcompile.compiler.package.beside import GENAI, table
 from qcompile.compiler.package.written import check_replaced, digest, known, note
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.half_scales import halve
@@ -79,6 +79,8 @@ def write_folder(model: ir.Model, source: Path, target: Path, contents: Contents
     with publish.staging(target) as staged, publish.writing(target):
         others, written, before = contents.write(staged.parent), contents.digests, known(folder)
         if inside:
+            if digest(target) not in before.get(target.name, ()):  # a compile has written it since
+                before.pop(target.name, None)
             note(folder, written, before)
             for path in others:
                 publish.replace_file(path, target.with_name(path.name))
@@ -108,13 +110,18 @@ def _in_one(paths: Sequence[Path]) -> Sequence[Path]:
 
 
 def check_model(target: Path, name: str = "") -> None:
-    """Raise UserError where a model would be replaced that was neither packaged nor compiled there.
+    """Raise UserError where a model would be replaced that was not packaged there.
 
     name: in the package, where the model does not lie at its top.
     """
-    folder = target.parents[name.count("/")]
-    if not target.with_name(f"{target.stem}.report.json").exists():  # what a compile writes, the next one replaces
-        check_replaced(folder, {name or target.name: None})
+    check_replaced(target.parents[name.count("/")], {name or target.name: None})
+
+
+def check_compiled(target: Path) -> None:
+    """The same before a compile, which replaces what another one wrote, and the report that tells of it with it."""
+    told = table(target.with_name(f"{target.stem}.report.json")).get("files", ())
+    if not isinstance(told, list) or target.name not in told:
+        check_model(target)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from qcompile.compiler.package.folder import (
     Contents,
     Packaged,
     about,
-    check_model,
+    check_compiled,
     licences,
     native_library,
     write_folder,
@@ -88,7 +88,7 @@ def check_package(source: Path | str, folder: Path | str, tokenizer: Path | None
         contents = _contents(model, source, Path(folder), tokenizer, "auto")
     for name in (MODEL, *contents.names):
         check_output_path(source, Path(folder) / name, contents.copied)
-    check_model(Path(folder).absolute() / MODEL)
+    check_compiled(Path(folder).absolute() / MODEL)
     contents.check(Path(folder))
 
 

@@ -1,7 +1,8 @@
 """What packages wrote into a folder: by name and sha256, so that nothing else there is ever replaced.
 
 Invariant, of all that `qcompile package` and `--for` write: a file that is replaced has the content that an earlier
-package gave it. What a user put there, or has changed since, is named in an error before anything is written.
+package gave it. (The compile of `--for` replaces a model that a compile wrote there, with its report, as every compile
+does; `package` does not.) What a user put there, or has changed since, is named in an error before anything is written.
 The record is SHA256SUMS, in the form that `sha256sum -c` reads. Data files whose names say their content are left out.
 """
 
@@ -15,6 +16,7 @@ from qcompile.passes.errors import UserError
 
 SUMS = "SHA256SUMS"
 _HEAD = "# What qcompile package wrote here."
+_UNRECORDED = f" (packages of earlier versions have no {SUMS}: remove the folder if it is one)"
 
 Digests = Mapping[str, Collection[str]]
 
@@ -57,10 +59,8 @@ def check_replaced(folder: Path, wanted: Mapping[str, str | None]) -> None:
             continue
         own = digest(path) if path.is_file() else ""
         if own != content and own not in before.get(name, ()):
-            raise UserError(
-                f"{path} is of no earlier package, or was changed since, and would be replaced: choose another folder "
-                "with -o, or move it away"
-            )
+            told = f"{path} is of no earlier package, or was changed since, and would be replaced"
+            raise UserError(f"{told}: choose another folder with -o, or move it away{'' if before else _UNRECORDED}")
 
 
 def note(folder: Path, written: Mapping[str, str], before: Digests | None = None) -> Path:

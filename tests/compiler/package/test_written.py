@@ -104,10 +104,51 @@ def test_a_compile_for_genai_says_so_before_the_work(made: Any, tmp_path: Path, 
         assert _files(tmp_path) == {name: b"mine"}
         (tmp_path / name).unlink()
     assert cli.main(command) == cli.main(command) == 0
-    package(model, tmp_path)
+    package(tmp_path / "model.onnx", tmp_path)
     (tmp_path / "genai_config.json").write_text('{"model": {}, "search": {"top_k": 3}}')
     assert cli.main(command) == 2
     assert "genai_config.json is of no earlier package, or was changed since" in capsys.readouterr().err
+
+
+def _compiled(model: Path, folder: Path) -> int:
+    return cli.main([str(model), "--passes", "pack", "--group-size", "32", "-o", str(folder / "model.onnx")])
+
+
+@pytest.mark.parametrize("kind", ["genai", "ort"])
+def test_a_compiled_model_is_replaced_by_compiles_alone(made: Any, kind: str, tmp_path: Path) -> None:
+    """It took hours perhaps, and its report lies beside it; so is one that was compiled where a package was."""
+    model, other, _ = made[kind]
+    for packaged in (False, True):
+        folder = tmp_path / str(packaged)
+        if packaged:
+            KINDS[kind](other, folder)
+        assert _compiled(model, folder) == 0
+        before = _files(folder)
+        with pytest.raises(UserError, match=r"model\.onnx is of no earlier package"):
+            KINDS[kind](other, folder)
+        assert _files(folder) == before
+    KINDS[kind](folder / "model.onnx", folder)
+    assert _files(folder)["model.onnx"] == before["model.onnx"]
+    assert "model.onnx" not in (folder / SUMS).read_text(), "a compile wrote it"
+
+
+def test_for_genai_replaces_what_the_report_tells_of(made: Any, tmp_path: Path, capsys: Any) -> None:
+    """A report of another model there says nothing of model.onnx."""
+    model, other, _ = made["genai"]
+    command = [str(other), "--passes", "pack", "--group-size", "32", "--for", "genai", "-o", str(tmp_path)]
+    assert _compiled(model, tmp_path) == cli.main(command) == 0
+    report = tmp_path / "model.report.json"
+    report.write_text(report.read_text().replace('"model.onnx"', '"m.onnx"'))
+    assert cli.main(command) == 2
+    assert "model.onnx is of no earlier package" in capsys.readouterr().err
+
+
+def test_packages_without_a_record_are_told_of(made: Any, tmp_path: Path) -> None:
+    model, other, _ = made["genai"]
+    package(other, tmp_path)
+    (tmp_path / SUMS).unlink()
+    with pytest.raises(UserError, match="packages of earlier versions have no SHA256SUMS: remove the folder"):
+        package(model, tmp_path)
 
 
 def test_an_interrupt_between_two_files_leaves_none_that_nobody_knows(
