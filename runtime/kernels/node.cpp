@@ -146,7 +146,12 @@ void Node::check_attributes(const OrtKernelInfo* info) {
   }
   activation_bits_ = int(bits);
   columns_at_8_ = attributes(info, "columns_at_8");
-  if (op_.of().base() >= 0) rows_ = attribute(info, "K", std::nullopt);
+  if (op_.of().base() >= 0) {
+    rows_ = attribute(info, "K", std::nullopt);
+    if (rows_ < 1 || rows_ > kMaxSize) {
+      refuse("K is %lld, it must be 1 to %lld: compile the model again", (long long)rows_, (long long)kMaxSize);
+    }
+  }
   if (!op_.of().powers) return;  // the type of x is that of the scales
   const int64_t dtype = attribute(info, "dtype", std::nullopt);
   if (dtype != op_.element) {

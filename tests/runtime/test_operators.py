@@ -288,6 +288,16 @@ def test_malformed_nodes_are_refused_at_load(library: Path, damage: Damage, mess
     assert re.search(message, str(caught.value)), caught.value
 
 
+@pytest.mark.parametrize("k", [-70, 0, 1 << 62])
+@pytest.mark.parametrize("op", [op for op in NATIVE if Case(op).in_fields])
+def test_absurd_rows_of_fields_are_refused(library: Path, op: str, k: int) -> None:
+    """The shape of their bytes does not tell K: an attribute does."""
+    message = rf"node 'node_0' \({op}\): K is {k}, it must be 1 to 2147483648"
+    for x_shape in (None, ("a", 70)):
+        with pytest.raises(Exception, match=message):
+            open_session(Case(op, attributes={"K": k}, x_shape=x_shape).model(), library)
+
+
 @pytest.mark.parametrize("inputs", [["x", "w"], ["x", "", "scale"], ["x", "w", "scale", "scale", "scale"]])
 def test_a_wrong_number_of_inputs_is_refused(library: Path, inputs: list[str]) -> None:
     proto = Case(zero_point=False).proto()
