@@ -204,6 +204,11 @@ class Quantized:
         """The float32 (K, N) weight that the codes stand for."""
         return self.spec.decode(self.codes, self.qparams)
 
+    def columns(self, part: slice) -> "Quantized":
+        """Some of the columns, as views."""
+        own = QParams(self.qparams.scale[:, part], self.qparams.zero_point[:, part])
+        return Quantized(self.codes[:, part], own, self.spec)
+
 
 def grouped(w: Array, spec: Grid, *, fill: float | None = None) -> Array:
     """w (K, N) as (groups, group_size, N); a partial last group is filled by repeating its last row, or with `fill`."""

@@ -1,7 +1,7 @@
 """Error-compensated rounding (GPTQ, Frantar et al. 2022) from the Gram matrix alone."""
 
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -52,7 +52,7 @@ class ErrorCompensated:
 
     Groups are static: their ranges are chosen before any row is rounded, so codes stay in natural order and nothing
     is permuted at run time. Afterwards `sweeps` rounds of coordinate descent revisit every scale and every code with
-    all others fixed, each set to its best value: the exact output error of no column rises. A column for which plain
+    all others fixed, each set to its best value: the damped output error of no column rises. A column for which plain
     rounding was better starts there.
 
     damping: added to the Gram matrix's diagonal, as a fraction of it; None chooses it by `default_damping`.
@@ -207,7 +207,8 @@ def round_together(
         return too_few(statistics) or NOT_CONFIRMED
     start, found = 0, list[tuple[Quantized, float]]()
     for w in wanted.weights:
-        part = _columns(joint, start, start + w.shape[1])
+        part = joint.columns(slice(start, start + w.shape[1]))
+        part = replace(part, codes=np.ascontiguousarray(part.codes))
         found.append((part, _error(part, w, statistics)))
         start += w.shape[1]
     return found
@@ -243,15 +244,7 @@ def _error(q: Quantized, w: npt.NDArray[np.floating], statistics: Statistics) ->
     """‖X (Ŵ - W)‖ / ‖X W‖, by columns evenly spread."""
     step = max(1, w.shape[1] // _TOLD)
     wanted = np.asarray(w[:, ::step], np.float32)
-    return relative_error(_columns(q, 0, None, step).dequantize() - wanted, wanted, statistics.gram)
-
-
-def _columns(q: Quantized, start: int, stop: int | None, step: int = 1) -> Quantized:
-    if (start, stop, step) == (0, q.codes.shape[1], 1):
-        return q
-    own = slice(start, stop, step)
-    part = QParams(q.qparams.scale[:, own], q.qparams.zero_point[:, own])
-    return Quantized(np.ascontiguousarray(q.codes[:, own]), part, q.spec)
+    return relative_error(q.columns(slice(None, None, step)).dequantize() - wanted, wanted, statistics.gram)
 
 
 def _started(w: Array, by: Compensation, qparams: QParams, spec: Grid) -> Quantized:

@@ -19,9 +19,10 @@ from qcompile.compiler.walk.segments import is_large, split
 from qcompile.compiler.walk.verify import run_file
 from qcompile.compiler.walk.verify_saved import read_saved
 from qcompile.passes.formats.nbits import ACCURACY_LEVEL
+from qcompile.runtime.sessions import session
 
 # Bytes of files that one session runs: ONNX Runtime holds about 2.6 times as much, which is no more than what a compile
-# holds anyway. One session also shows that ONNX Runtime takes the file as a whole.
+# holds anyway.
 WHOLE = 128 << 20
 # What rows of a table are looked up by: one that products read as well ties nothing together.
 _LOOKUPS = ("Gather", "Embedding")
@@ -45,8 +46,19 @@ def run_saved(
     each: Callable[[int, Arrays], None] = lambda number, outputs: None,
 ) -> list[Arrays]:
     """As `run_file`, by segments where the file is large."""
+    if not is_whole(path):
+        check_opens(path)
     run = run_file if is_whole(path) else by_segments
     return run(path, plan, batches, provider, optimize, floats=floats, more=more, each=each)
+
+
+@phase("read the saved file")
+def check_opens(path: Path) -> None:
+    """Raise UserError where ONNX Runtime does not take the file as a whole: its segments are graphs of their own.
+
+    Types, shapes and order are looked at, weights stay mapped: nothing is rewritten, copied or run.
+    """
+    session(path, kernels="portable", optimize=False, prepack=False, threads=1)
 
 
 @phase("run the saved file")

@@ -7,7 +7,6 @@ for two runs.
 
 import math
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +18,11 @@ from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.results.errors import NodeError
 from qcompile.compiler.walk.extract import Piece
 from qcompile.passes import activations
-from qcompile.passes.affine import Array, QParams, Quantized
+from qcompile.passes.affine import Array, Quantized
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers import nodes as observers
 from qcompile.passes.state import node_state, set_node
-from qcompile.passes.threads import workers
+from qcompile.passes.threads import side_by_side
 
 # Elements of a weight that are compared at once, 4 MB of float32, and bytes of rows that are collected for that.
 ELEMENTS, ROWS = 1 << 20, 64 << 20
@@ -129,14 +128,14 @@ def compared(
     def block(start: int) -> npt.NDArray[np.float64]:
         part = slice(start, start + step)
         with np.errstate(over="ignore", invalid="ignore"):
-            wanted, products = x @ weight[:, part].astype(np.float32), both @ _columns(quantized, part).dequantize()
+            wanted, products = x @ weight[:, part].astype(np.float32), both @ quantized.columns(part).dequantize()
             exact, moved = products[: len(x)], products[len(x) :]
             own = (y[:, part] - wanted, wanted, y[:, part] - exact, exact, moved)
             return np.array([np.square(array, dtype=np.float64).sum() for array in own])
 
     # Blocks side by side: threads of BLAS would wait actively for one another between them.
-    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers()) as pool:
-        return sum(pool.map(block, starts), np.zeros(5))
+    with threadpool_limits(limits=1, user_api="blas"):
+        return sum(side_by_side(block, starts), np.zeros(5))
 
 
 def _judged(
@@ -182,13 +181,6 @@ def _grouping(quantized: Quantized) -> tuple[int, int]:
     """(K, rows of a group)."""
     k = len(quantized.codes)
     return k, quantized.spec.group_size(k)
-
-
-def _columns(quantized: Quantized, part: slice) -> Quantized:
-    """Some of the columns of a weight."""
-    qparams = quantized.qparams
-    own = QParams(qparams.scale[:, part], qparams.zero_point[:, part])
-    return Quantized(quantized.codes[:, part], own, quantized.spec)
 
 
 def _element_type(quantized: Quantized) -> ir.DataType:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from qcompile.compiler.files.load import save_model
@@ -101,3 +102,18 @@ def test_a_large_file_is_never_one_session(bench: Any, monkeypatch: pytest.Monke
 def test_what_is_small_is_one_session(tmp_path: Path) -> None:
     save_model(tiny_decoder(), tmp_path / "m.onnx")
     assert saved_run.is_whole(tmp_path / "m.onnx")
+
+
+def test_a_large_file_that_runtime_does_not_take_is_refused(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments are graphs of their own: what the file as a whole says of its values, none of them sees."""
+    monkeypatch.setattr(saved_run, "WHOLE", 0)
+
+    def run(path: Path, *rest: Any, **named: Any) -> Any:
+        proto = onnx.load(path, load_external_data=False)
+        proto.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT32
+        onnx.save(proto, path)
+        return saved_run.run_saved(path, *rest, **named)
+
+    monkeypatch.setattr("qcompile.compiler.pipeline.run_saved", run)
+    with pytest.raises(UserError, match="cannot load it"):
+        bench.compile(bench.save(tiny_decoder()), "pack")
