@@ -200,8 +200,8 @@ def _from_batches(
     halves = sampling.bound and len(others) > 1
     others, held = (others[::2], others[1::2]) if halves else (others, [])
     made = Data(taken if needed else [], batches[:_CHECKS], described, unseen=others, held=held, none_aside=why)
-    if not shown and not needed and not learnt:
-        shown = batches[:_JUDGED]
+    if not shown and not needed and not learnt and all(batch.follows is None for batch in batches):
+        shown = batches[_CHECKS:][:_JUDGED]  # nothing but checks is run on any
     if not shown:
         return made
     told = f"{sum(batch.rows for batch in shown)} rows of {_source(given, files)}, not calibrated on"
@@ -327,7 +327,7 @@ def _from_text(
     left, held, size = left_out(ids, context, sampling.samples), list[Ids](), plan.batch or 1
     others, left = evenly(left, _UNSEEN * size) if sampling.aside else ([], left)
     held, left = evenly(left, _UNSEEN * size) if sampling.bound else ([], left)
-    shown = _shown(plan, ids, left, [] if needed or learnt else windows, context)
+    shown = _shown(plan, ids, left, [] if needed or learnt else windows[_CHECKS * size :], context)
     if sampling.aside and not others and len(windows) >= 2 * (plan.batch or 1):  # a text that is all windows
         stacks = min(_UNSEEN, max(len(windows) // (plan.batch or 1) // 4, 1))
         cut = len(windows) - stacks * (plan.batch or 1)
@@ -342,7 +342,7 @@ def _from_text(
     judged = judged if all(batch.follows is None for batch in judged) else []
     told = f"{len(shown)} windows of {len(shown[0])} tokens of {source}, not calibrated on" if judged else ""
     checks = _checks(plan, windows)
-    why = "" if judged else "all of the text is calibrated on"
+    why = "" if judged else f"all of the text is {'calibrated' if needed or learnt else 'checked'} on"
     data = Data(calibration, checks, described, unseen=unseen, held=judging, none_aside=why)
     return replace(data, evaluation=judged, evaluated_on=told)
 
@@ -351,7 +351,8 @@ def _shown(plan: InputPlan, ids: Sequence[int], left: Sequence[Ids], free: Seque
     """The windows that accuracy is told on, cut short where the graph allows it: of those that were left out, or that
     nothing needs; else what follows the last whole window.
     """
-    rest = np.asarray(ids[len(ids) // context * context :], np.int64)
+    whole = len(ids) // context * context
+    rest = np.asarray(ids[whole:] if whole else [], np.int64)  # a text that is no longer is a window itself
     windows, _ = evenly(left or free or ([rest] if len(rest) > 1 else []), _JUDGED * (plan.batch or 1))
     if plan.sequence:
         return [window for window in windows if len(window) == plan.sequence]

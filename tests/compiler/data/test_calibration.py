@@ -110,6 +110,45 @@ def test_windows_for_choices(bench: Any, samples: int, windows: int, others: int
     assert not seen & held
 
 
+def _shown_and_seen(data: Data, name: str) -> tuple[set[bytes], set[bytes]]:
+    """(rows that the accuracy is told on, rows of the checks and statistics), by their first 16 numbers."""
+    shown, seen = (
+        {np.asarray(row).ravel()[:16].tobytes() for batch in part for row in batch.feeds[name]}
+        for part in (data.evaluation, [*data.checks, *data.calibration])
+    )
+    assert shown or data.none_aside
+    assert ("itself (" in data.measured_on) != bool(shown)
+    return shown, seen
+
+
+@settings(max_examples=60, deadline=None)
+@given_data(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.booleans())
+def test_the_accuracy_is_told_on_rows_that_no_check_saw(sizes: list[int], needed: bool) -> None:
+    """Also where nothing is calibrated, and rows are few: activation bits are chosen on the checks."""
+    numbers = np.split(np.arange(sum(sizes), dtype=np.float32), np.cumsum(sizes)[:-1])
+    reader = [{"image": np.broadcast_to(own[:, None, None, None], (len(own), 3, 32, 32))} for own in numbers]
+    given = Calibration(reader=reader)
+    sampling = Sampling(4, 16, accuracy=True)
+    data = gather(input_plan(tiny_conv()), Path("m.onnx"), sampling, given, needed=needed)
+    shown, seen = _shown_and_seen(data, "image")
+    assert not shown & seen
+    assert shown or needed or len(sizes) <= 2
+
+
+@pytest.mark.parametrize("tokens", [10, 40, 64, 70, 400])
+@pytest.mark.parametrize("needed", [False, True])
+def test_so_it_is_of_texts(bench: Any, tokens: int, needed: bool) -> None:
+    text, words = bench.folder / "short.txt", calibration_text()[: 6 * tokens]
+    path = bench.save(tiny_decoder())
+    tokenizer = load_tokenizer(bench.folder / "in")
+    while len(tokenizer.encode(words)) > tokens:
+        words = words[:-1]
+    text.write_text(words)
+    data = gather(input_plan(tiny_decoder()), path, SAMPLING, Calibration([str(text)]), needed=needed)
+    shown, seen = _shown_and_seen(data, "input_ids")
+    assert not shown & seen
+
+
 def test_a_model_that_samples_its_own_data_samples_more_for_choices(bench: Any) -> None:
     model = tiny_decoder()
     sampling = Sampling(2, 8, aside=True)
