@@ -37,7 +37,9 @@ _WORTH_IT, _WORTH_A_BODY = 1 - MARGIN, 0.95
 # of the output energy of some products, and what is best for it alone is not for the others.
 _LOUDEST = 4.0
 # What a float16 activation may reach where it is turned: sums of a block are up to √64 times as large as the largest.
+# Half of the range is left to rows that were not seen.
 _HALF_MOST = 3e4
+_OVERFLOWS = "turned, its input might leave the range of float16"
 _NO_GAIN = "turning its input leaves too much of the squared error for a node at run time"
 
 
@@ -50,6 +52,8 @@ class Rotate(Pass):
     Case 2: blocks are the largest power of two up to 64 that divides the channels; below 16 the input stays as it is.
     Case 3: a weight that other nodes read, or that is read both ways round, is not turned, nor the input of its product
             for the sake of others.
+    Case 4: a float16 input is turned only where rows that were run, all of them, show that it stays within the range of
+            float16 so (`Rotation.reach`); with guessed statistics or none it stays as it is.
     judge: False turns every input that can be turned, whatever it gains.
     """
 
@@ -119,11 +123,12 @@ class Rotate(Pass):
             return f"{first.shape[0]} channels have no blocks of {LEAST} and more"
         if reason := foreign(linears):  # Case 3
             return reason
-        known = region.statistics.get(first.activation)
-        half = constant(first.weight).dtype == ir.DataType.FLOAT16
-        if half and known is not None and known.rotated(rotation).absmax.max() > _HALF_MOST:
-            return "turned, its input would leave the range of float16"
-        return ""
+        if constant(first.weight).dtype != ir.DataType.FLOAT16:
+            return ""
+        known = region.statistics.get(first.activation)  # Case 4
+        if known is None or known.sample is None:
+            return "no rows were run that tell whether float16 holds its input, turned"
+        return "" if rotation.reach(known.absmax).max() <= _HALF_MOST else _OVERFLOWS
 
     def _loaded(
         self, value: ir.Value, linears: Mapping[Linear, Grid], region: Region

@@ -43,6 +43,12 @@ class Rotation:
         """X R of rows (…, K)."""
         return np.asarray((x.reshape(-1, len(self.signs)) @ self.matrix).reshape(x.shape))
 
+    def reach(self, peaks: Array) -> Array:
+        """How far X R may reach in the channels of each block (K / block,), by the peaks (K,) of those of X: no row is
+        longer within a block than the peaks, no turned number larger than its row within its block is long.
+        """
+        return np.asarray(np.linalg.norm(peaks.reshape(-1, len(self.signs)), axis=1))
+
     def back(self, x: Array) -> Array:
         """X Rᵀ of rows (…, K): what `turned` made of it is undone."""
         return np.asarray((x.reshape(-1, len(self.signs)) @ self.matrix.T).reshape(x.shape))

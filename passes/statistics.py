@@ -169,7 +169,9 @@ class Statistics:
             self.rest = self.rest * np.abs(inverse)
 
     def rotated(self, rotation: Rotation) -> "Statistics":
-        """Those of X R. The largest magnitudes are those of the sample, and what its energy says of a channel."""
+        """Those of X R. The largest magnitudes are those of the sample, and what its energy says of a channel: rows
+        that are not in the sample may reach further, `Rotation.reach` says how far.
+        """
         gram = rotation.gram(self.gram)
         sample = None if self.sample is None else rotation.turned(self.sample)
         rows = np.zeros((0, len(gram)), np.float32) if sample is None else np.abs(sample)

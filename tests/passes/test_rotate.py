@@ -70,7 +70,7 @@ def test_outputs_stay(k: int, widths: list[int], half: bool, rank: int) -> None:
     x = given_x(k, np.float16 if half else np.float32)[:, : 2 * rank]
     before = opened(model).run(None, {"x": x})
     rotate = Rotate(POLICY, round_to_nearest, judge=False)
-    rotate.call(Region.whole(model))
+    rotate.call(region_of(model, given_x(k)) if half else Region.whole(model))
     action = "skipped" if k % 16 else "rotated"
     assert [own.action for own in rotate.decisions] == [action] * len(widths)
     assert Counter(node.op_type for node in model.graph)["Hadamard"] == (0 if k % 16 else 1)
@@ -184,7 +184,58 @@ def test_a_half_input_that_would_overflow_stays() -> None:
     model, x = products(64, (8,), kind="fp16"), given_x(64) * 0 + 6e3 * rotation.signs
     rotate = Rotate(POLICY, round_to_nearest, judge=False)
     rotate.call(region_of(model, x))
-    assert told(rotate)["linear0"] == ("skipped", "turned, its input would leave the range of float16")
+    assert told(rotate)["linear0"] == ("skipped", "turned, its input might leave the range of float16")
+
+
+def test_a_half_input_that_no_row_tells_of_stays() -> None:
+    """Guessed statistics are none."""
+    for guess in (False, True):
+        model = products(64, (8,), kind="fp16")
+        region = Region.whole(model)
+        if guess:
+            value = find_linears(model.graph)[0].activation
+            region.statistics[value] = Statistics(9, np.eye(64, dtype=np.float32), np.ones(64, np.float32))
+        rotate = Rotate(POLICY, round_to_nearest, judge=False)
+        rotate.call(region)
+        expected = ("skipped", "no rows were run that tell whether float16 holds its input, turned")
+        assert told(rotate) == {"linear0": expected}
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from([16, 64, 96]), st.floats(1, 6e4), st.integers(1, 64), st.integers(0, 2**16))
+def test_no_half_input_overflows_by_a_row_outside_the_sample(k: int, loud: float, count: int, seed: int) -> None:
+    rng, model = np.random.default_rng(seed), products(k, (8,), kind="fp16")
+    rotation, rows = Rotation.of(k, 0), rng.standard_normal((400, k)).astype(np.float32)
+    assert rotation is not None
+    worst = np.tile(rotation.signs, k // len(rotation.signs))
+    rows[-1, rng.permutation(k)[:count]] = np.float32(loud)
+    rows[-1] *= worst
+    region = region_of(model)
+    value = find_linears(model.graph)[0].activation
+    sample, rest = rows[::4], np.abs(np.delete(rows, slice(None, None, 4), axis=0)).max(axis=0)
+    peaks = np.abs(rows).max(axis=0)
+    region.statistics[value] = Statistics(len(rows), rows.T @ rows, peaks, sample, rest)
+    rotate = Rotate(POLICY, round_to_nearest, judge=False)
+    rotate.call(region)
+    if told(rotate)["linear0"][0] == "rotated":
+        (linear,) = find_linears(model.graph)
+        assert np.abs(opened_rows(model, linear.activation, rows.astype(np.float16))).max() < 3.1e4
+    else:
+        assert np.linalg.norm(peaks) > 3e4
+
+
+def test_a_half_input_loud_in_one_row_of_many_stays() -> None:
+    rotation, rows = Rotation.of(64, 0), np.random.default_rng(0).standard_normal((16000, 64)).astype(np.float32)
+    assert rotation is not None
+    rows[-1] = 2e4 * rotation.signs
+    model = products(64, (8,), kind="fp16")
+    region, value = region_of(model), find_linears(model.graph)[0].activation
+    sample, rest = rows[:1024], np.abs(rows[1024:]).max(axis=0)
+    region.statistics[value] = Statistics(len(rows), rows.T @ rows, np.abs(rows).max(axis=0), sample, rest)
+    assert region.statistics[value].rotated(rotation).absmax.max() < 3e4 < np.abs(rotation.turned(rows)).max()
+    rotate = Rotate(POLICY, round_to_nearest, judge=False)
+    rotate.call(region)
+    assert told(rotate)["linear0"] == ("skipped", "turned, its input might leave the range of float16")
 
 
 def test_rows_of_extreme_norm_count_as_four_times_the_median() -> None:

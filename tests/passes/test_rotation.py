@@ -47,6 +47,16 @@ def test_products_stay(channels: int, columns: int, seed: int) -> None:
     np.testing.assert_allclose(np.linalg.norm(own.turned(x), axis=1), np.linalg.norm(x, axis=1), rtol=1e-5)
 
 
+@given(st.sampled_from([16, 48, 64, 192]), st.integers(0, 99), st.floats(0, 9))
+def test_no_turned_row_is_beyond_the_reach_of_its_block(channels: int, seed: int, tail: float) -> None:
+    own, x = _of(channels, seed), _rows(9, channels, seed)
+    x = np.asarray(np.sign(x) * np.abs(x) ** np.float32(1 + tail), np.float32)
+    reach, block = own.reach(np.abs(x).max(axis=0)), len(own.signs)
+    assert (np.abs(own.turned(x)).max(axis=0).reshape(-1, block) <= 1.0001 * reach[:, None]).all()
+    same = own.reach(np.ones(channels, np.float32))  # and a row along the signs gets there
+    assert np.abs(own.turned(np.tile(own.signs, channels // block))).max() == pytest.approx(same.max())
+
+
 def test_signs_follow_the_seed() -> None:
     assert set(_of(64).signs) == {-1, 1}
     assert not np.array_equal(_of(64, 0).signs, _of(64, 1).signs)
