@@ -54,7 +54,8 @@ def _guarded(arguments: list[str]) -> int:
     except BrokenPipeError:
         raise
     except KeyboardInterrupt as stopped:
-        told = f": {stopped}" if stopped.args else ", nothing was written"
+        left = "the output was not written" if hasattr(stopped, "__notes__") else "nothing was written"
+        told = f": {stopped}" if stopped.args else f", {left}"
         return _noted(stopped, _fail(f"interrupted{told}", 130))
     except Exception as error:
         if "--traceback" in arguments:

@@ -33,4 +33,4 @@ class BrokenPromise(UserError):
     exit_code = 70
 
     def __init__(self, name: str, told: str) -> None:
-        super().__init__(f"pass {name!r} breaks a promise: {told}; nothing was written, please report it")
+        super().__init__(f"pass {name!r} breaks a promise: {told}; no output was written, please report it")

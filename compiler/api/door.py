@@ -33,7 +33,10 @@ _OUTPUT = re.compile(r"(?<!\S)-o(?: (?:DIR|FILE))?(?![\w-])")
 
 
 def worded(text: str, keywords: Collection[str]) -> str:
-    """A message with keywords in the place of options: `--max-kl 0.1` is max_kl=0.1. Commands in backticks stay."""
+    """A message with keywords in the place of options: `--max-kl 0.1` is max_kl=0.1. Commands in backticks stay.
+
+    "The same command" of a program is the same call.
+    """
 
     def keyword(found: re.Match[str]) -> str:
         name = found["name"].replace("-", "_")
@@ -53,6 +56,8 @@ def worded(text: str, keywords: Collection[str]) -> str:
         parts[number] = _OPTION.sub(keyword, parts[number])
         if "output" in keywords:
             parts[number] = _OUTPUT.sub("output=", parts[number])
+        if keywords:
+            parts[number] = parts[number].replace("the same command", "the same call")
     return "`".join(parts)
 
 
@@ -64,14 +69,18 @@ def keywords_of(function: Callable[..., object]) -> frozenset[str]:
 
 
 def door(function: Callable[P, T]) -> Callable[P, T]:
-    """A public function whose errors name its keywords."""
+    """A public function whose errors name its keywords, and so do the notes of whatever it raises."""
 
     @functools.wraps(function)
     def entered(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
-        except UserError as error:
-            error.args = (worded(str(error), keywords_of(function)), *error.args[1:])
+        except BaseException as error:
+            known = keywords_of(function)
+            if isinstance(error, UserError):
+                error.args = (worded(str(error), known), *error.args[1:])
+            if hasattr(error, "__notes__"):
+                error.__notes__ = [worded(note, known) for note in error.__notes__]
             raise
 
     return entered

@@ -76,7 +76,8 @@ def compile(
         What was done: prints as a short table; `to_dict()`, `to_dataframe()`.
 
     Raises:
-        UserError: for bad input and for results that are refused, in one line. Nothing is written then.
+        UserError: for bad input and for results that are refused, in one line. No output is written then; of
+            what a long compile had finished a note says where the same call goes on.
     """
     if output is None and not is_file(model):
         raise UserError("a model in memory has no folder of its own: name the file to write with output=")

@@ -26,6 +26,7 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 from qcompile.compiler.files import locks, publish
+from qcompile.passes.errors import UserError
 from qcompile.passes.tensors import chunks
 
 _END, _ALIVE = ".work.tmp", ".alive"
@@ -91,7 +92,7 @@ class Work:
         if error is None:
             self._remove_others()
         elif self.kept is not None:
-            error.add_note(f"run the same command again to go on at {self.kept.next}; --fresh starts over")
+            error.add_note(_told(error, self.kept))
 
     @property
     def tensors(self) -> Path:
@@ -208,6 +209,13 @@ class Work:
             self._stack.enter_context(locks.alive(folder / _ALIVE))
             self.folder = folder
         return True
+
+
+def _told(error: BaseException, kept: Header) -> str:
+    """How a compile goes on that leaves a checkpoint; one that was refused would be refused again as it is."""
+    mended = isinstance(error, UserError)
+    when = " once the cause is mended (or --min-cosine or --min-coverage loosened)" if mended else ""
+    return f"what is finished is kept: the same command goes on at {kept.next}{when}; --fresh starts over"
 
 
 def _changed(folder: Path) -> float:

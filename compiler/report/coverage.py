@@ -200,7 +200,7 @@ def check_coverage(report: Report, least: float | None, passes: Sequence[Pass]) 
             f"only {percent(short.share)} of the {short.told} weights were quantized, below "
             f"{'--min-coverage ' if least is not None else ''}{short.least:g}; "
             f"left in float: {'; '.join(_reasons(report))}{_better(report, own[0].name)}; "
-            "--min-coverage 0 takes it so; nothing was written"
+            "--min-coverage 0 takes it so; no output was written"
         )
 
 
@@ -230,12 +230,12 @@ def _reasons(report: Report) -> list[str]:
 def _nothing(report: Report, name: str) -> str:
     if not report.quantizing:
         told = report.coded or "it has no constant weight"
-        return f"{name} quantizes nothing of this model: {told}; nothing was written"
+        return f"{name} quantizes nothing of this model: {told}; no output was written"
     reasons = _reasons(report) or list(dict.fromkeys(d.reason for d in report.quantizing))[:4]
     if report.coded and not report.skipped_products:
         reasons.insert(0, report.coded)
     told = "; ".join(reasons)
-    return f"{name} quantizes nothing of this model: {told}{_better(report, name)}; nothing was written"
+    return f"{name} quantizes nothing of this model: {told}{_better(report, name)}; no output was written"
 
 
 def _better(report: Report, name: str) -> str:

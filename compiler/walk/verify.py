@@ -200,7 +200,7 @@ def check_outputs(errors: Sequence[OutputError], nodes: Sequence[NodeError], lea
     raise Verdict(
         f"output {worst.name} is destroyed: its cosine to the float model's is {worst.cosine:.3f}, below --min-cosine "
         f"{least:g} (relative error {worst.relative:.2g}){most}; keep nodes in float (--exclude, --keep-worst) or "
-        "give other passes; nothing was written"
+        "give other passes; no output was written"
     )
 
 

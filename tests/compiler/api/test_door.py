@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import qcompile
 from qcompile.compiler import cli
-from qcompile.compiler.api.door import keywords_of, worded
+from qcompile.compiler.api.door import door, keywords_of, worded
 from qcompile.models.tiny import tiny_conv, tiny_decoder
 
 KEYWORDS = frozenset().union(
@@ -94,6 +94,18 @@ def test_what_functions_raise_names_no_option_of_theirs(bench: Any) -> None:
         assert told in str(error.value), str(error.value)
         options = {word.strip("-").replace("-", "_") for word in re.findall(r"--[a-z-]+", str(error.value))}
         assert not options & KEYWORDS, str(error.value)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), ZeroDivisionError("a"), qcompile.UserError("--fresh")])
+def test_so_do_notes_of_whatever_they_raise(raised: BaseException) -> None:
+    @door
+    def fails(fresh: bool) -> None:
+        raise raised
+
+    raised.add_note("the same command goes on there, not `the same command`; --fresh starts over")
+    with pytest.raises(type(raised)) as error:
+        fails(fresh=True)
+    assert error.value.__notes__ == ["the same call goes on there, not `the same command`; fresh= starts over"]
 
 
 def test_warnings_do_so_and_point_at_the_caller(bench: Any) -> None:

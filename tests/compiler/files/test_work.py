@@ -31,7 +31,8 @@ def _leave(output: Path, key: str) -> Path:
     with work.arrays(3) as arrays:
         arrays.write(b"arrays")
     work.keep(key, 3, 7, 1.5, b"content")
-    assert _ended(work).__notes__ == ["run the same command again to go on at segment 4 of 7; --fresh starts over"]
+    (told,) = _ended(work).__notes__
+    assert told == "what is finished is kept: the same command goes on at segment 4 of 7; --fresh starts over"
     assert work.folder is not None
     return work.folder
 

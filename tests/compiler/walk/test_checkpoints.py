@@ -15,6 +15,7 @@ import pytest
 from conftest import Bench
 from graphs.table import Graph
 
+import qcompile
 from qcompile.compiler import ladder, stages
 from qcompile.compiler.files import publish
 from qcompile.compiler.files.snapshot import is_marked
@@ -142,7 +143,9 @@ def test_same_bytes_after_a_stop_behind_every_segment(
         stopped = _stopped(bench, source, passes, monkeypatch, behind=behind, **options)
         assert done == [behind], "finished segments are left out"
         there = f"segment {behind + 1} of {segments}" if behind < segments else "the end of the segments"
-        assert stopped.__notes__ == [f"run the same command again to go on at {there}; --fresh starts over"]
+        assert stopped.__notes__ == [
+            f"what is finished is kept: the same command goes on at {there}; --fresh starts over"
+        ]
     report = bench.compile(source, passes, **options)
     assert report.resumed == there
     assert _bytes(bench.folder / "out") == wanted
@@ -236,11 +239,25 @@ def test_fresh_starts_over(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys
             patched.setattr(Checkpoints, "after", interrupted)
             assert bench.run(source, *words, *option) == 130
         error = capsys.readouterr().err
-        assert "qcompile: interrupted, nothing was written\n" in error
-        assert f"go on at segment {behind + 1} of " in error
+        assert "qcompile: interrupted, the output was not written\n" in error
+        assert f"goes on at segment {behind + 1} of " in error
         assert len(list((bench.folder / "out").iterdir())) == 1, "one folder, whatever was interrupted"
     assert bench.run(source, *words) == 0
     assert "it was interrupted, and went on at segment 2 of " in capsys.readouterr().out
+
+
+def test_what_is_refused_goes_on_once_it_is_not(bench: Bench) -> None:
+    """A program reads of its keywords, and of a call."""
+    source, out = bench.save(tiny_decoder(layers=2)), bench.folder / "out" / "model.onnx"
+    fields: dict[str, Any] = {"output": out, "calibration": bench.text, "group_size": 32}
+    with pytest.raises(qcompile.Verdict) as refused:
+        qcompile.compile(source, "pack", min_cosine=1.0, **fields)
+    (told,) = refused.value.__notes__
+    assert told == (
+        "what is finished is kept: the same call goes on at the end of the segments once the cause is mended (or "
+        "min_cosine= or min_coverage= loosened); fresh= starts over"
+    )
+    assert qcompile.compile(source, "pack", **fields).resumed == "the end of the segments"
 
 
 def test_a_list_that_cannot_be_put_aside_says_so(
@@ -315,7 +332,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(bench: Bench, monkeypatch: pytes
             bench.compile(source, "pack")
     resumed = bench.compile(source, "pack").resumed
     assert resumed
-    assert f"go on at {resumed};" in raised.value.__notes__[0]
+    assert f"goes on at {resumed} once the cause is mended" in raised.value.__notes__[0]
     assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
 
 

@@ -145,7 +145,7 @@ LIARS: Mapping[str, tuple[Pass, str]] = {
 @pytest.mark.parametrize("name", LIARS)
 def test_a_liar_is_caught(name: str) -> None:
     liar, message = LIARS[name]
-    with pytest.raises(BrokenPromise, match=rf"pass 'liar' breaks a promise: .*{message}.*; nothing was written"):
+    with pytest.raises(BrokenPromise, match=rf"pass 'liar' breaks a promise: .*{message}.*; no output was written"):
         promises.run(liar, _region())
 
 

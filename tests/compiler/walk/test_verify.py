@@ -140,7 +140,7 @@ def test_coverage_below_the_minimum_writes_nothing(bench: Any) -> None:
     source = bench.save(model)
     before = bench.snapshot()
     with pytest.raises(
-        UserError, match=r"only 90\.0% of the MatMul weights .*\(10\.0% of all\); .*nothing was written"
+        UserError, match=r"only 90\.0% of the MatMul weights .*\(10\.0% of all\); .*no output was written"
     ):
         bench.compile(source, min_coverage=0.99)
     assert bench.snapshot() == before
