@@ -76,7 +76,7 @@ class Recipe:
     bits: Annotated[
         Bits,
         About(
-            "bits of ordinary weights (default: {default})",
+            "bits of ordinary weights; --weights has 2, 3, 5 and 6, too (default: {default})",
             WHAT,
             wrong=lambda value: f"weights are quantized to 4 or 8 bits, got {value}",
         ),

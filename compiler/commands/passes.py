@@ -36,22 +36,28 @@ def run(args: Options) -> Document:
         if kind.parts:
             told = f"{len(kind.parts)} small passes; `qcompile passes {name}` lists them"
             screen.print(f"{'':{max(map(len, PASSES))}} {told}", soft_wrap=True, markup=False)
-    screen.print('\nexample  --passes "smooth(alpha=0.5),awq,gptq,pack"', markup=False)
-    screen.print("\nobservers of activation ranges")
+    _print_below(screen, 'example  --passes "smooth(alpha=0.5),awq,gptq,pack"')
+    _print_below(screen, "observers of activation ranges")
     for name, observer in _rows(OBSERVERS, wrong):
         if observer.calibrates:
             _print(screen, OBSERVERS, name, observer, {})
-    screen.print('\nexample  --passes "smooth,qdq(observer=mse)"', markup=False)
-    screen.print("\nweight formats")
+    _print_below(screen, 'example  --passes "smooth,qdq(observer=mse)"')
+    _print_below(screen, "weight formats")
     for name, own in _rows(BY_NAME, wrong):
         _print(screen, BY_NAME, name, type(own), parameters(own.grid))
-    screen.print('\nexample  --weights "int4(group=64)"', markup=False)
+    _print_below(screen, 'example  --weights "int4(group=64)"')
     if wrong:
         raise UserError("; ".join(wrong))
     formats = [
         {"name": name, "told": summary(type(own)), "parameters": _plain(own.grid)} for name, own in BY_NAME.items()
     ]
     return {"passes": _told(PASSES.items()), "observers": _told(OBSERVERS.items()), "formats": formats}
+
+
+def _print_below(screen: Console, text: str) -> None:
+    """A line with an empty one before it: a line end within a text is shown as what it is (`visible`)."""
+    screen.print()
+    screen.print(text, markup=False)
 
 
 def _told(rows: Iterable[tuple[str, type]]) -> list[dict[str, Any]]:

@@ -70,6 +70,13 @@ def test_every_command_has_one_document(made: Any, capsys: pytest.CaptureFixture
     assert found
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("package", "sweep")])
+def test_no_command_prints_a_line_end_by_its_number(made: Any, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """What a screen prints is one line: `visible` shows line ends in it as it does those of strangers' names."""
+    assert main(_documents(made)[name]) == 0
+    assert "\\u000a" not in "".join(capsys.readouterr())
+
+
 def test_every_command_is_there() -> None:
     covered = {name.split()[0] for name in NAMES} | {"export", "completion"}
     assert set(COMMANDS) <= covered
