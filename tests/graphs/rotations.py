@@ -34,7 +34,14 @@ def turned_for_qdq(make: Graph) -> None:
     _turned(make)
 
 
-@case(_LISTS, packed={"Hadamard": 2}, coverage=1.0)
+@case({"smooth,awq,rotate(judge=false),gptq,pack": 17}, packed={"Hadamard": 2}, coverage=1.0)
 def turned_halves(make: Graph) -> None:
+    make.dtype = np.float16
+    _turned(make)
+
+
+@case({"rotate(judge=false),pack": 16}, packed={"Hadamard": 0}, coverage=1.0)
+def halves_that_no_data_tells_of(make: Graph) -> None:
+    """Nothing says that they stay within the range of float16, turned."""
     make.dtype = np.float16
     _turned(make)
