@@ -17,8 +17,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# Whether this platform knows locks.
-KNOWN = fcntl is not None
 _FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _PATIENCE, _PAUSE = 60.0, 0.01  # seconds
 
@@ -43,12 +41,14 @@ def exclusive(path: Path, patience: float = _PATIENCE) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alive(path: Path) -> Iterator[None]:
-    """Make the file `path` and hold its lock: `is_free` of it is false until the end, or the end of the process."""
+def alive(path: Path) -> Iterator[bool]:
+    """Make the file `path` and hold its lock: `is_free` of it is false until the end, or the end of the process.
+
+    It waits for those who ask `is_free`. Gives whether it is held; false where there are no locks.
+    """
     descriptor = os.open(path, _FLAGS | os.O_CREAT, 0o600)
     try:
-        _lock(descriptor)
-        yield
+        yield _lock(descriptor, wait=True) is True
     finally:
         os.close(descriptor)
 
@@ -88,12 +88,12 @@ def _is(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _lock(descriptor: int) -> bool | None:
-    """True with the lock, False where another has it, None where there are no locks."""
+def _lock(descriptor: int, *, wait: bool = False) -> bool | None:
+    """True with the lock, False where another has it and is not waited for, None where there are no locks."""
     if fcntl is None:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:

@@ -9,7 +9,7 @@ restores has prepared the same model anew. Those that lie in a file are named by
 must have been put into a file before.
 
 Invariant: `restore` of what `Saver` wrote gives a model on which every pass does, bit by bit, what it does on the
-original. Pickles are only read from a folder of one's own, see `work`.
+original. Pickles are only read with the signature of one's own, see `work`.
 """
 
 import io
@@ -186,7 +186,7 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if _kind(obj) is ir.LazyTensor:  # a small one, see `Work.settle`
             return _evaluated, (np.asarray(obj.numpy()), obj.dtype, obj.name)
-        if isinstance(obj, np.ndarray) and obj.size and not any(obj.strides):  # a cache that nothing will read
+        if isinstance(obj, np.ndarray) and obj.ndim and obj.size and not any(obj.strides):  # a cache nobody will read
             return _spread, (obj.reshape(-1)[:1].copy(), obj.shape)
         return NotImplemented
 

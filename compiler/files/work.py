@@ -5,27 +5,29 @@ Invariants, whoever is killed when:
    file of tensors than it says is what came after it.
 2. A folder belongs to the process that holds its lock. One whose process is gone is taken over by a compile that finds
    its own key there, once; it is the last one's: who makes a folder removes the others that nobody holds, and who
-   has published its output does.
+   has published its output does. Whether somebody holds one is asked under the output's lock alone, and a folder is
+   let go after its checkpoint is gone or to stay: two processes never work in one, and none removes another's.
 3. It is made when something is put there: a compile of seconds makes none.
-4. It can be read by its owner alone, and is read only where that is so: what lies there is trusted (`snapshot`).
+4. It can be read by its owner alone, and a checkpoint is trusted (`snapshot`) only with its signature (`secret`) over
+   every byte. Where there are no locks, no modes or no secret, there are no checkpoints.
 """
 
 import contextlib
-import glob
-import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import onnx_ir as ir
 
-from qcompile.compiler.files import locks, publish
+from qcompile.compiler.files import locks, publish, secret
 from qcompile.passes.errors import UserError
 from qcompile.passes.tensors import chunks
 
@@ -40,8 +42,8 @@ class Header:
     """The first line of a checkpoint.
 
     key: of all that decides the result. done, of: finished segments, and all. seconds: worked until then.
-    arrays: the name of the file of arrays. arrays_size, tensors_size: bytes of both files. size, digest: of what
-    follows.
+    arrays: the name of the file of arrays. arrays_size, tensors_size: bytes of both files. signature: over the other
+    fields and what follows.
     """
 
     key: str
@@ -51,8 +53,7 @@ class Header:
     arrays: str
     arrays_size: int
     tensors_size: int
-    size: int
-    digest: str
+    signature: str = ""
 
     @property
     def next(self) -> str:
@@ -61,7 +62,7 @@ class Header:
 
 
 class Damaged(Exception):
-    """A checkpoint that is not whole."""
+    """A checkpoint that is not whole, or not of this user."""
 
 
 class Work:
@@ -74,7 +75,7 @@ class Work:
         self.output, self._fresh = output.absolute(), fresh
         self.folder: Path | None = None
         self.kept: Header | None = None
-        self._stack = contextlib.ExitStack()
+        self._stack, self._held = contextlib.ExitStack(), False
         self._tensors: BinaryIO | None = None
         self._end = 0
 
@@ -84,13 +85,10 @@ class Work:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._stack.close()
-        if self._tensors is not None:
-            self._tensors.close()
-        if self.folder is not None and (error is None or self.kept is None):
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self._close(remove=error is None or self.kept is None)
         if error is None:
-            self._remove_others()
+            with contextlib.suppress(UserError):  # the next one removes them
+                self._remove_others()
         elif self.kept is not None:
             error.add_note(_told(error, self.kept))
 
@@ -102,26 +100,44 @@ class Work:
     @property
     def waiting(self) -> bool:
         """Whether an unfinished compile of this output lies there, with a checkpoint that its header can be read of."""
-        return any(_readable(folder) for folder in self._others())
+        with self._free() as folders:
+            return any(_readable(folder) for folder in folders)
 
     def adopted(self, key: str) -> bool:
         """Whether there was a folder of a compile that decides the same; it is this one's now, up to its checkpoint."""
-        for folder in self._others():
-            try:
-                header, _ = _parts(folder)
-            except Damaged:
-                continue
-            if header.key == key and self._take(folder):
-                self.kept, self._end = header, header.tensors_size
-                return True
+        with self._free() as folders:
+            for folder in folders:
+                with contextlib.suppress(Damaged):
+                    header, _ = _parts(folder)
+                    if header.key == key:
+                        self._hold(folder)
+                        self.kept, self._end = header, header.tensors_size
+                        return True
         return False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a checkpoint that is put here would be found and trusted."""
+        return not self.unkept
+
+    @property
+    def unkept(self) -> str:
+        """Why a checkpoint that is put here would not be found or trusted; empty where it would."""
+        folder = self._made()
+        if not self._held:
+            return f"there are no locks in {self.output.parent}"
+        if not _is_own(folder):
+            return f"others can write whatever is in {self.output.parent}"
+        if secret.signature(b"") is None:
+            return "the folder of caches keeps no secret that signs checkpoints (QCOMPILE_CACHE gives another folder)"
+        return ""
 
     def content(self) -> tuple[bytes, BinaryIO]:
         """What the checkpoint says, and its file of arrays; Damaged where something is missing."""
         folder = self._made()
         header, found = _parts(folder)
-        if len(found) != header.size or hashlib.sha256(found).hexdigest() != header.digest:
-            raise Damaged(f"{folder / _CHECKPOINT} is not whole")
+        if not secret.is_signed(_signed(header, found), header.signature):
+            raise Damaged(f"{folder / _CHECKPOINT} is not whole, or is not of this user on this machine")
         for name, size in ((header.arrays, header.arrays_size), (_TENSORS, header.tensors_size)):
             if (folder / name).stat().st_size < size if (folder / name).exists() else size:
                 raise Damaged(f"{folder / name} is shorter than it was")
@@ -129,13 +145,9 @@ class Work:
 
     def drop(self) -> None:
         """Remove the folder, and begin without."""
-        self._stack.close()
-        if self._tensors is not None:
-            self._tensors.close()
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self._close(remove=True)
         self.folder = self.kept = self._tensors = None
-        self._stack, self._end = contextlib.ExitStack(), 0
+        self._stack, self._held, self._end = contextlib.ExitStack(), False, 0
 
     def place(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
         """The tensor, its bytes behind the others in the file of tensors; UserError where the disk does not take it."""
@@ -155,24 +167,27 @@ class Work:
 
     @contextlib.contextmanager
     def arrays(self, done: int) -> Iterator[BinaryIO]:
-        """The file of arrays of the checkpoint behind so many segments, to be written."""
-        with open(self._made() / f"{_ARRAYS}-{done}", "wb") as file:
+        """The file of arrays of the checkpoint behind so many segments, to be written; gone where that fails."""
+        path = self._made() / f"{_ARRAYS}-{done}"
+        with _whole(path), open(path, "wb") as file:
             yield file
             publish.settle(file)
 
     def keep(self, key: str, done: int, of: int, seconds: float, content: bytes) -> None:
         """Make this the checkpoint, in one step; `arrays` of as many segments is written."""
         folder, name = self._made(), f"{_ARRAYS}-{done}"
-        if self._tensors is not None:
-            publish.settle(self._tensors)
-        size, digest = (folder / name).stat().st_size, hashlib.sha256(content).hexdigest()
-        header = Header(key, done, of, seconds, name, size, self._end, len(content), digest)
         part = folder / f"{_CHECKPOINT}.part"
-        with open(part, "wb") as file:
-            file.write(json.dumps(asdict(header)).encode() + b"\n")
-            file.write(content)
-            publish.settle(file)
-        os.replace(part, folder / _CHECKPOINT)
+        with _whole(part), _whole(folder / name):
+            if self._tensors is not None:
+                publish.settle(self._tensors)
+            size = (folder / name).stat().st_size
+            header = Header(key, done, of, seconds, name, size, self._end)
+            header = replace(header, signature=secret.signature(_signed(header, content)) or "")
+            with open(part, "wb") as file:
+                file.write(json.dumps(asdict(header)).encode() + b"\n")
+                file.write(content)
+                publish.settle(file)
+            os.replace(part, folder / _CHECKPOINT)
         self.kept = header
         for old in folder.glob(f"{_ARRAYS}-*"):
             if old.name != name:
@@ -185,30 +200,72 @@ class Work:
                 self.output.parent.mkdir(parents=True, exist_ok=True)
                 with locks.exclusive(publish.lock(self.output)):
                     made = tempfile.mkdtemp(prefix=f".{self.output.name}.", suffix=_END, dir=self.output.parent)
-                    self.folder = Path(made)
-                    self._stack.enter_context(locks.alive(self.folder / _ALIVE))
+                    self._hold(Path(made))
             self._remove_others()
+        assert self.folder is not None
         return self.folder
 
-    def _others(self) -> list[Path]:
-        """Folders of this output that no process holds, the last one first."""
-        found = self.output.parent.glob(f".{glob.escape(self.output.name)}.*{_END}")
-        free = [f for f in found if f != self.folder and _is_own(f) and locks.is_free(f / _ALIVE)]
-        return sorted(free, key=_changed, reverse=True)
+    def _hold(self, folder: Path) -> None:
+        """Make a free folder this one's; under the output's lock."""
+        self._held = self._stack.enter_context(locks.alive(folder / _ALIVE))
+        self.folder = folder
+
+    def _close(self, *, remove: bool) -> None:
+        """Let the folder go. To be removed: its checkpoint first, so that nobody takes it over meanwhile."""
+        if self._tensors is not None:
+            self._tensors.close()
+        if self.folder is not None and remove:
+            _remove(self.folder)
+        self._stack.close()
+        if self.folder is not None and remove:
+            _remove(self.folder)  # Windows: the lock file was open
+
+    def _there(self) -> list[Path]:
+        """All folders of this output, but for this one's. Between the names stands what mkdtemp makes."""
+        name = re.compile(rf"\.{re.escape(self.output.name)}\.[a-z0-9_]{{8}}{re.escape(_END)}")
+        with contextlib.suppress(OSError):
+            return [f for f in self.output.parent.iterdir() if name.fullmatch(f.name) and f != self.folder]
+        return []
+
+    @contextlib.contextmanager
+    def _free(self) -> Iterator[list[Path]]:
+        """Under the output's lock: its folders that no process holds, the last one first."""
+        if not self._there():
+            yield []
+            return
+        with contextlib.ExitStack() as stack:
+            with publish.writing(self.output):
+                stack.enter_context(locks.exclusive(publish.lock(self.output)))
+            free = [folder for folder in self._there() if _is_mine(folder) and locks.is_free(folder / _ALIVE)]
+            yield sorted(free, key=_changed, reverse=True)
 
     def _remove_others(self) -> None:
-        if self._others():
-            with locks.exclusive(publish.lock(self.output)):
-                for folder in self._others():
-                    shutil.rmtree(folder, ignore_errors=True)
+        with self._free() as folders:
+            for folder in folders:
+                _remove(folder)
 
-    def _take(self, folder: Path) -> bool:
-        with locks.exclusive(publish.lock(self.output)):
-            if folder not in self._others():  # another process was faster
-                return False
-            self._stack.enter_context(locks.alive(folder / _ALIVE))
-            self.folder = folder
-        return True
+
+def forget(output: Path) -> None:
+    """Remove what unfinished compiles of that output left."""
+    with Work(output, fresh=True):
+        pass
+
+
+def _remove(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / _CHECKPOINT).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Remove the file if what is inside fails."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
 
 
 def _told(error: BaseException, kept: Header) -> str:
@@ -226,14 +283,20 @@ def _changed(folder: Path) -> float:
         return 0.0
 
 
-def _is_own(folder: Path) -> bool:
-    """Whether a folder is one that this user made, and nobody else writes into."""
+def _is_mine(folder: Path) -> bool:
+    """Whether a folder is one that this user made."""
     try:
         told = folder.lstat()
     except OSError:
         return False
-    mine = not hasattr(os, "getuid") or (told.st_uid == os.getuid() and not told.st_mode & 0o077)
-    return folder.is_dir() and not folder.is_symlink() and mine
+    return stat.S_ISDIR(told.st_mode) and (not hasattr(os, "getuid") or told.st_uid == os.getuid())
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder is one that this user made, and nobody else reads or writes in."""
+    with contextlib.suppress(OSError):
+        return _is_mine(folder) and not (hasattr(os, "getuid") and folder.lstat().st_mode & 0o077)
+    return False
 
 
 def _readable(folder: Path) -> bool:
@@ -245,9 +308,16 @@ def _readable(folder: Path) -> bool:
 
 
 def _parts(folder: Path) -> tuple[Header, bytes]:
-    """The header of a folder's checkpoint and what follows it."""
+    """The header of a folder's checkpoint and what follows it, unproven; Damaged where others may write there."""
+    if not _is_own(folder):
+        raise Damaged(f"{folder} is not of this user alone")
     try:
         first, _, rest = (folder / _CHECKPOINT).read_bytes().partition(b"\n")
         return Header(**json.loads(first)), rest
     except (OSError, ValueError, TypeError) as error:
         raise Damaged(f"{folder} has no whole checkpoint") from error
+
+
+def _signed(header: Header, content: bytes) -> bytes:
+    """What the signature is over."""
+    return json.dumps(asdict(replace(header, signature=""))).encode() + b"\n" + content

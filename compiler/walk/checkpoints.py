@@ -7,7 +7,7 @@ the graph with what passes noted there, the passes themselves, streams, observer
 
 When: no more often than every `EVERY` seconds, nor so often that writing, as long as it usually takes, is more than
 `_SHARE` of the time. A compile of seconds has none. A list whose passes have a state that cannot be pickled has none
-either, which is said; nor has a platform without locks (Windows), where nobody knows whose a folder is.
+either, which is said; nor has one whose folder would not be found or trusted again (`Work.keeps`).
 Tensors that passes made go to the folder beside the output (`work`) as soon as more than `HELD` bytes of them are in
 memory, or with a checkpoint: memory does not grow with the packed model.
 """
@@ -15,7 +15,6 @@ memory, or with a checkpoint: memory does not grow with the packed model.
 import hashlib
 import inspect
 import logging
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +29,6 @@ import onnx_ir as ir
 
 from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.feeds import Batch
-from qcompile.compiler.files import locks
 from qcompile.compiler.files.cache import digest
 from qcompile.compiler.files.snapshot import Saver, is_marked, mark, objects_of, restore
 from qcompile.compiler.files.work import Damaged, Work
@@ -50,7 +48,6 @@ _VERSION = 1
 _OF_COMMAND = {"source", "source_hash", "recipe", "versions", "given", "calibrated", "warnings", "data", "source_bytes"}
 # Settings that judge the finished graph: who loosens one need not compile anew.
 _JUDGED_BY = {"min_coverage", "min_cosine"}
-_UNPICKLED = (pickle.PicklingError, TypeError, AttributeError)
 T = TypeVar("T")
 
 
@@ -68,7 +65,7 @@ class Checkpoints:
         self._work, self._model, self._passes, self._report, self._data = work, model, passes, report, data
         self._more = [*more, *objects_of(model)]
         self._beside: dict[str, Any] = {}
-        self._last, self._off, self._costs = time.monotonic(), not locks.KNOWN, [0.0]
+        self._last, self._off, self._costs = time.monotonic(), False, [0.0]
         self._begun, self.seconds = self._last, 0.0
         prepared = mark(model)  # not kept: who holds a tensor of a file holds every page of it that was read
         self.found = self._resumed(prepared) if work.waiting else None
@@ -89,15 +86,19 @@ class Checkpoints:
         if not due:
             return
         try:
-            with self._work.arrays(done) as arrays:
-                saved = Saver(self._model, arrays, self._work.tensors).saved(self._state(state))
-            self._work.keep(self._key, done, of, self.seconds + now - self._begun, saved)
-        except _UNPICKLED as error:
-            self._off = True
-            _log.warning("if this compile is interrupted, it begins anew: %s (%s)", self._unpickled(), error)
+            if self._work.keeps:
+                with self._work.arrays(done) as arrays:
+                    saved = Saver(self._model, arrays, self._work.tensors).saved(self._state(state))
+                self._work.keep(self._key, done, of, self.seconds + now - self._begun, saved)
+            else:
+                self._off = True
+                _log.warning("if this compile is interrupted, it begins anew: %s", self._work.unkept)
         except OSError as error:
             self._off = True
             _log.warning("no more checkpoints beside %s: %s", self._work.output, error.strerror or error)
+        except Exception as error:  # whatever the state of somebody's pass raises
+            self._off = True
+            _log.warning("if this compile is interrupted, it begins anew: %s (%s)", self._unpickled(), error)
         self._last = time.monotonic()
         self._costs.append(self._last - now)
 
@@ -149,7 +150,7 @@ class Checkpoints:
         for own in self._passes:
             try:
                 Saver(self._model, _Nowhere(), Path()).saved(vars(own))  # type: ignore[arg-type]
-            except _UNPICKLED:
+            except Exception:
                 return f"the state of pass {own.name} cannot be put aside"
         return "its state cannot be put aside"
 

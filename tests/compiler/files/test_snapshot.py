@@ -48,6 +48,15 @@ def _described(model: ir.Model) -> Iterator[Any]:
                 yield value.name, sorted(value.meta), [(places.get(use.node), use.idx) for use in value.uses()]
 
 
+def test_arrays_come_back_writable(tmp_path: Path) -> None:
+    """But for those of one number that lie as one: a number without dimensions is an array of its own."""
+    onnx.save(CASES[next(iter(CASES))].made().model(), tmp_path / "model.onnx")
+    state = [np.array(2.0), np.ones(1), np.zeros((0, 3)), np.broadcast_to(np.float32(3), (4, 5))]
+    found = _restored(_prepared(tmp_path / "model.onnx"), _prepared(tmp_path / "model.onnx"), state)
+    assert [own.flags.writeable for own in found] == [own.flags.writeable for own in state]
+    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(found, state, strict=True))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_model_again(name: str, tmp_path: Path) -> None:
     onnx.save(CASES[name].made().model(), tmp_path / "model.onnx")

@@ -1,12 +1,27 @@
 """Folders of unfinished work beside an output: whose they are, and that they are no more than one."""
 
+import contextlib
+import errno
+import multiprocessing
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile.compiler.files.work import Work
+from qcompile.compiler.files import locks, secret
+from qcompile.compiler.files.work import Damaged, Work
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of caches without a secret yet."""
+    folder = tmp_path_factory.mktemp("caches") / "qcompile"
+    monkeypatch.setenv("QCOMPILE_CACHE", str(folder))
+    return folder
 
 
 class Killed(Exception):
@@ -79,3 +94,182 @@ def test_what_others_may_write_is_not_read(tmp_path: Path) -> None:
     with Work(output) as work:
         assert not work.waiting
         assert not work.adopted("a")
+    assert not _folders(output), "it is this user's, and nobody holds it"
+
+
+def test_what_another_user_signed_is_not_read(tmp_path: Path, caches: Path) -> None:
+    """An archive keeps modes, and who unpacks it owns the files."""
+    output = tmp_path / "out" / "model.onnx"
+    _leave(output, "a")
+    key = caches / "checkpoints.key"
+    assert (key.stat().st_mode & 0o777, key.stat().st_size) == (0o600, 32)
+    key.unlink()
+    with Work(output) as work:
+        assert work.adopted("a")
+        with pytest.raises(Damaged, match="is not of this user"):
+            work.content()
+        work.drop()
+    assert not _folders(output)
+
+
+def test_every_byte_is_signed(tmp_path: Path) -> None:
+    output = tmp_path / "out" / "model.onnx"
+    path = _leave(output, "a") / "checkpoint"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        work = Work(output).__enter__()
+        with contextlib.suppress(Damaged):
+            assert not work.adopted("a") or not work.content(), f"byte {position}"
+        _ended(work)
+    path.write_bytes(whole)
+    with Work(output) as work:
+        assert work.adopted("a")
+        assert work.content()[0] == b"content"
+
+
+@pytest.mark.parametrize("place", ["a file", "read by others", "too short", "a link"])
+def test_a_secret_that_is_none_signs_nothing(place: str, caches: Path) -> None:
+    if place == "a file":
+        caches.write_bytes(b"")
+    else:
+        assert secret.is_signed(b"a", secret.signature(b"a") or "")
+        assert not secret.is_signed(b"b", secret.signature(b"a") or "")
+        key = caches / "checkpoints.key"
+        if place == "read by others":
+            key.chmod(0o644)
+        elif place == "too short":
+            key.write_bytes(b"")
+        else:
+            key.rename(caches / "moved")
+            key.symlink_to(caches / "moved")
+    assert secret.signature(b"a") is None
+    assert not secret.is_signed(b"a", "")
+
+
+@pytest.mark.parametrize("lacking", ["locks", "modes", "a secret"])
+def test_nothing_is_kept_that_nobody_would_go_on_from(
+    lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caches: Path
+) -> None:
+    output = tmp_path / "out" / "model.onnx"
+    if lacking == "locks":
+        monkeypatch.setattr(locks, "fcntl", None)
+    elif lacking == "modes":
+        made = os.mkdir
+        monkeypatch.setattr(os, "mkdir", lambda path, mode=0o777: (made(path, mode), os.chmod(path, 0o755)))
+    else:
+        caches.write_bytes(b"")
+    work = Work(output).__enter__()
+    work.place(ir.tensor(np.arange(9000, dtype=np.int32)))
+    assert not work.keeps
+    assert work.unkept
+    assert not hasattr(_ended(work), "__notes__")
+    assert not _folders(output)
+
+
+def test_an_output_of_a_longer_name_keeps_its_folder(tmp_path: Path) -> None:
+    for name in ("m.onnx.v2", "m.onnx.abcdefgh", "m.onnx"):
+        _leave(tmp_path / name, "a")
+    with Work(tmp_path / "m.onnx", fresh=True) as work:
+        assert not work.waiting
+    for name in ("m.onnx.v2", "m.onnx.abcdefgh"):
+        with Work(tmp_path / name) as work:
+            assert work.adopted("a")
+
+
+@pytest.mark.parametrize("failing", ["arrays", "checkpoint"])
+def test_a_full_disk_leaves_no_part(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out" / "model.onnx"
+    folder = _leave(output, "a")
+    there = {file.name for file in folder.iterdir()}
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    work = Work(output).__enter__()
+    assert work.adopted("a")
+    if failing == "arrays":
+        with pytest.raises(OSError, match="No space"), work.arrays(4):
+            full()
+    else:
+        with work.arrays(4) as file:
+            file.write(b"more")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", full)
+            with pytest.raises(OSError, match="No space"):
+                work.keep("a", 4, 7, 2.0, b"other")
+    assert {file.name for file in folder.iterdir()} == there
+    _ended(work)
+    with Work(output) as work:
+        assert work.adopted("a")
+        assert work.content()[0] == b"content"
+
+
+def test_a_lock_is_waited_for(tmp_path: Path) -> None:
+    """Who asks whether a folder is free holds its lock for a moment."""
+    with locks.exclusive(tmp_path / "lock"):
+        process = multiprocessing.get_context("spawn").Process(target=_hold, args=(tmp_path / "lock",))
+        process.start()
+        process.join(1.0)
+        assert process.is_alive()
+    process.join()
+    assert process.exitcode == 0
+
+
+def _hold(path: Path) -> None:
+    with locks.alive(path) as held:
+        assert held
+
+
+def test_a_folder_is_removed_before_it_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever moment of the removal another compile looks at, it takes nothing over."""
+    output, remove = tmp_path / "out" / "model.onnx", shutil.rmtree
+    _leave(output, "a")
+    looked = list[bool]()
+
+    def looking(path: Path, **options: Any) -> None:
+        if not looked:
+            for rest in (True, False):  # as it is, and when the lock file is gone first
+                if not rest:
+                    (path / ".alive").unlink()
+                monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+                other = Work(output).__enter__()
+                looked.append(other.waiting or other.adopted("a"))
+                _ended(other)
+        remove(path, **options)
+
+    with Work(output) as work:
+        assert work.adopted("a")
+        monkeypatch.setattr(shutil, "rmtree", looking)
+    assert looked == [False, False]
+
+
+def _compete(output: Path, turns: int, seed: int) -> None:
+    """What a compile does, again and again: some end, some are stopped, some go on."""
+    generator = np.random.default_rng(seed)
+    for _ in range(turns):
+        with contextlib.suppress(Killed), Work(output) as work:
+            if work.waiting and work.adopted("a"):
+                assert work.content()[0] == b"content"
+            assert work.folder is None or (work.folder / ".alive").exists()
+            own = generator.integers(0, 256, 4096, dtype=np.uint8)
+            placed = work.place(ir.tensor(own))
+            with work.arrays(3) as arrays:
+                arrays.write(b"arrays")
+            work.keep("a", 3, 7, 1.5, b"content")
+            assert np.array_equal(placed.numpy(), own), "nobody else writes or removes here"
+            if generator.random() < 0.7:
+                raise Killed
+
+
+def test_compiles_of_one_output_never_share_a_folder(tmp_path: Path) -> None:
+    output = tmp_path / "model.onnx"
+    context = multiprocessing.get_context("spawn")
+    running = [context.Process(target=_compete, args=(output, 40, seed)) for seed in range(3)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0, 0, 0]
+    with Work(output, fresh=True):
+        assert not _folders(output)

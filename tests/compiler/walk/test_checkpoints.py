@@ -17,7 +17,7 @@ from graphs.table import Graph
 
 import qcompile
 from qcompile.compiler import ladder, stages
-from qcompile.compiler.files import publish
+from qcompile.compiler.files import publish, secret
 from qcompile.compiler.files.snapshot import is_marked
 from qcompile.compiler.files.work import Work
 from qcompile.compiler.results.report import Report
@@ -48,8 +48,9 @@ class Stopped(Exception):
 
 
 @pytest.fixture(autouse=True)
-def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint behind every segment, and nothing of what passes made held in memory."""
+def _always(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A checkpoint behind every segment, signed, and nothing of what passes made held in memory."""
+    monkeypatch.setattr(secret, "cache_dir", lambda: tmp_path / "caches")
     monkeypatch.setattr(checkpoints, "EVERY", 0.0)
     monkeypatch.setattr(checkpoints, "_SHARE", float("inf"))
     monkeypatch.setattr(checkpoints, "HELD", 0)
