@@ -40,6 +40,7 @@ _LOUDEST = 4.0
 # Half of the range is left to rows that were not seen.
 _HALF_MOST = 3e4
 _OVERFLOWS = "turned, its input might leave the range of float16"
+_UNTOLD = "no statistics of rows tell that float16 holds its input, turned: awq and gptq have them collected"
 _NO_GAIN = "turning its input leaves too much of the squared error for a node at run time"
 
 
@@ -127,7 +128,7 @@ class Rotate(Pass):
             return ""
         known = region.statistics.get(first.activation)  # Case 4
         if known is None or known.sample is None:
-            return "no rows were run that tell whether float16 holds its input, turned"
+            return _UNTOLD
         return "" if rotation.reach(known.absmax).max() <= _HALF_MOST else _OVERFLOWS
 
     def _loaded(
