@@ -66,7 +66,7 @@ COLD_BELOW = 64  # rows; from here on a layer is bound by arithmetic
 # Layers of other runs, at most.
 COPIES = 16
 # Formats whose codes are looked up in a table, by name: their grids, and their operators.
-GRIDS = {own.name: grid for own in FORMATS if isinstance(grid := own.grid("qcompile"), TableGrid)}
+GRIDS = {own.name: grid for own in FORMATS if own.native and isinstance(grid := own.grid("qcompile"), TableGrid)}
 TABLES = {own.name: PRODUCT + own.native[0] for own in FORMATS if own.name in GRIDS}
 OURS = ("int8", "a16", "w8", *TABLES)
 THEIRS = ("a4", "a0")

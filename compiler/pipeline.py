@@ -63,6 +63,7 @@ def compile_model(
     bench: bool = False,
     verify: str = AUTO,
     fresh: bool = False,
+    asked: tuple[Path, Path] | None = None,
 ) -> Report:
     """Compile the model file to `output` (with its data file and report.json beside it); everything or nothing.
 
@@ -74,6 +75,7 @@ def compile_model(
     bench: run both models in turns, and report how long they take.
     verify: how much is verified, see `walk/level.py`.
     fresh: begin anew, where the same compile was interrupted and would go on behind its last checkpoint.
+    asked: the folders that the user named, where the model is of one: commands in the report say these.
 
     Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
     """
@@ -89,7 +91,15 @@ def compile_model(
         check_output_path(source, file, read)
     judged = None if evaluation is None else Calibration.of(evaluation)
     job = _Job(
-        source, target, recipe, changed, calibration, None if statistics is None else Path(statistics), judged, verify
+        source,
+        target,
+        recipe,
+        changed,
+        calibration,
+        None if statistics is None else Path(statistics),
+        judged,
+        verify,
+        [str(folder) for folder in asked or ()],
     )
     with Work(target, fresh=fresh) as work:
         return _compiled(job, work, progress, started, bench=bench)
@@ -97,7 +107,7 @@ def compile_model(
 
 @dataclass(frozen=True)
 class _Job:
-    """What `compile_model` was asked for. changed: what a target changed in the recipe."""
+    """What `compile_model` was asked for. changed: what a target changed in the recipe. asked: folders, as named."""
 
     source: Path
     target: Path
@@ -107,6 +117,7 @@ class _Job:
     statistics: Path | None
     evaluation: Calibration | None
     verify: str
+    asked: list[str]
 
 
 def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, bench: bool) -> Report:
@@ -157,7 +168,7 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
             progress.step("running both models in turns")
             report.speed = paired(source, staged, plan, (*data.evaluation, *data.checks)[0], recipe.provider)
         report.compiled_bytes = written.model_bytes + written.data_bytes
-        report.output = str(target)
+        report.output, report.asked = str(target), asked.asked
         report.files = [file.name for file in (*written.paths, report_path(target), page_path(target))]
         report.seconds, report.peak_memory = aside.seconds + time.monotonic() - started, peak_memory()
         report.phases = phases()

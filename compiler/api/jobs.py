@@ -88,7 +88,7 @@ def compile(
     )
     warn(wanted, given, fields)
     other = data_of(evaluation, transform=transform if judged else None) if evaluation is not None else None
-    with _graph(model, output, wanted, progress) as (path, target, bar):
+    with _graph(model, output, wanted, progress) as (path, target, asked, bar):
         return compile_model(
             path,
             wanted,
@@ -99,6 +99,7 @@ def compile(
             bench=bench,
             verify=verify,
             fresh=fresh,
+            asked=asked,
             progress=bar,
         )
 
@@ -244,8 +245,9 @@ def _told(progress: Progress | bool) -> Iterator[Progress]:
 @contextmanager
 def _graph(
     model: Model, output: PathLike | None, recipe: Recipe, progress: Progress | bool
-) -> Iterator[tuple[Path, Path | None, Progress]]:
-    """(the graph to compile, the file to write, who is told): folders in, folders out, as on the command line.
+) -> Iterator[tuple[Path, Path | None, tuple[Path, Path] | None, Progress]]:
+    """(the graph to compile, the file to write, folders as they are named, who is told): folders in, folders out, as
+    on the command line.
 
     What lies beside the graph is copied into an output folder behind the work, where no files of something else are.
     """
@@ -254,12 +256,13 @@ def _graph(
         if own is not None and (own.is_dir() or is_checkpoint(own)):
             source, folder = exported(own, bar.step), Path(output or default_output(own, recipe))
             check_folder(source, folder)
-            graph = model_file(source)
+            graph, asked = model_file(source), (own, folder)
         else:
+            asked = None
             graph = stack.enter_context(on_disk(model))
             if output is None or not within(output):
-                yield graph, Path(output) if output is not None else None, bar
+                yield graph, Path(output) if output is not None else None, asked, bar
                 return
             folder = Path(output)
-        yield graph, folder / (graph.name if own is not None else "model.onnx"), bar
+        yield graph, folder / (graph.name if own is not None else "model.onnx"), asked, bar
         copy_companions(home(graph), folder)

@@ -55,7 +55,7 @@ def run(args: Options) -> Document:
     idle.of(args, recipe_of(args))
     if not (args.model.is_dir() or is_checkpoint(args.model)):
         with _told_what_is_written() as seen:
-            return _one(args, seen)
+            return _one(args, seen, None)
     folder = Path(args.output) if args.output else default_output(args.model, recipe_of(args))
     if folder.suffix == ".onnx" or folder.is_file():
         raise UserError(f"{args.model} makes a folder, with its tokenizer and configuration: name one with -o DIR")
@@ -66,7 +66,8 @@ def run(args: Options) -> Document:
     if args.kind is None:
         check_folder(source, folder)
     with _told_what_is_written() as seen:
-        made = [_one(changed(args, model=graph, output=f"{folder}{os.sep}"), seen) for graph in graphs(source)]
+        each = [changed(args, model=graph, output=f"{folder}{os.sep}") for graph in graphs(source)]
+        made = [_one(own, seen, (args.model, folder)) for own in each]
     return made[0] if len(made) == 1 else made
 
 
@@ -95,8 +96,8 @@ def _stamp(path: Path) -> Stamp:
     return told.st_ino, told.st_mtime_ns
 
 
-def _one(args: Options, seen: dict[Path, Stamp]) -> dict[str, Any]:
-    """Compile one model file; `seen` takes its output, as it is before."""
+def _one(args: Options, seen: dict[Path, Stamp], asked: tuple[Path, Path] | None) -> dict[str, Any]:
+    """Compile one model file; `seen` takes its output, as it is before. asked: its folder, and where it goes."""
     _check_scores(args)
     recipe = recipe_of(args)
     check_model_file(args.model)
@@ -112,7 +113,7 @@ def _one(args: Options, seen: dict[Path, Stamp]) -> dict[str, Any]:
     if args.dry_run:
         return print_plan(args.model, output, recipe, console(answer=True))
     seen[output] = _stamp(output)
-    report = _compiled(args, recipe, output)
+    report = _compiled(args, recipe, output, asked)
     screen = console()
     print_report(report, screen)
     beside, others = copy_companions(home(args.model), output.parent) if inside else ([], [])
@@ -128,7 +129,7 @@ def _one(args: Options, seen: dict[Path, Stamp]) -> dict[str, Any]:
     return report.to_dict()
 
 
-def _compiled(args: Options, recipe: Recipe, output: Path) -> Report:
+def _compiled(args: Options, recipe: Recipe, output: Path, asked: tuple[Path, Path] | None) -> Report:
     """The compile itself; --save-recipe is written before the work, which a full disk must not lose."""
     with ExitStack() as stack:
         saved = args.save_recipe
@@ -148,6 +149,7 @@ def _compiled(args: Options, recipe: Recipe, output: Path) -> Report:
                 bench=args.bench,
                 verify=args.verify,
                 fresh=args.fresh,
+                asked=asked,
             )
         if saved is not None and staged is not None:
             replace_file(staged, saved)

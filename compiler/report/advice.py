@@ -119,12 +119,13 @@ def _in_float(recipe: Recipe, worst: Sequence[Hurting]) -> Iterator[tuple[str, d
 
 def command(report: Report, changes: dict[str, Any]) -> str:
     """The command that made a report, with other settings."""
-    words = ["qcompile", report.source]
+    source, output = report.asked or (report.source, report.output)
+    words = ["qcompile", source]
     for name, value in ({**report.recipe, **changes}).items():
         own = SETTINGS.get(name)
         if own is not None and value != own.plain(own.default) and value is not None:
             words += _option(own.option, own.about.opposite, name, value)
-    words += [*report.given, *(["-o", report.output] if report.output else [])]
+    words += [*report.given, *(["-o", output] if output else [])]
     return shlex.join(words)
 
 

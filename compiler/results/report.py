@@ -40,8 +40,8 @@ class Report(Shown):
     phases: where the time went. verified: what was compared with what.
     resumed: where the compile went on after an interrupt ("segment 7 of 61"); its seconds include those
     before, phases are those since.
-    output: the model file. files: names of all that was written beside it. sizes in bytes, seconds, peak_memory in
-    bytes.
+    output: the model file. asked: source and output as the user named them, where these are folders. files: names of
+    all that was written beside it. sizes in bytes, seconds, peak_memory in bytes.
     """
 
     source: str
@@ -71,6 +71,7 @@ class Report(Shown):
     verified: str = ""
     resumed: str = ""
     output: str = ""
+    asked: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     source_bytes: int = 0
     compiled_bytes: int = 0

@@ -1,6 +1,9 @@
 """Folders in, folders out: a folder stands for its model, and what is made of it needs no further option."""
 
+import html
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import onnx
 import pytest
 from said import complaints
 
+import qcompile
 from qcompile.compiler.cli import main
 from qcompile.compiler.commands import compile as compile_command
 from qcompile.compiler.data.chat import chat_template, prompt_of
@@ -96,6 +100,23 @@ def test_every_graph_of_a_folder_is_compiled(bench: Any, tmp_path: Path, capsys:
     made = json.loads(capsys.readouterr().out)
     assert [Path(own["output"]).name for own in made] == ["decoder.onnx", "encoder.onnx"]
     assert len(list((tmp_path / "out").glob("*.onnx"))) == 2
+
+
+@pytest.mark.parametrize("door", ["command", "function"])
+def test_commands_in_the_report_name_the_folders(folder: Path, tmp_path: Path, door: str) -> None:
+    """Not the graph, which may lie in the cache, nor the file in the output folder: they run as they are printed."""
+    out = tmp_path / "out"
+    if door == "command":
+        assert main([str(folder), *QUICK, "-o", str(out)]) == 0
+    else:
+        qcompile.compile(folder, "pack", group_size=32, output=out)
+    page = (out / "model.report.html").read_text()
+    commands = re.findall(r"qcompile [^<]*", page[page.index("What to try") :].split("</dl>")[0])
+    assert commands
+    for told in commands:
+        name, source, *words = shlex.split(html.unescape(told))
+        assert (name, source, words[-2:]) == ("qcompile", str(folder), ["-o", str(out)])
+    assert main([source, *words]) == 0
 
 
 def test_folders_that_cannot_be_compiled(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
