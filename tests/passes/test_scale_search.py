@@ -137,7 +137,9 @@ def test_the_noise_of_an_activation_is_what_its_rounding_adds(grid: ActivationSp
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "rounding", [round_to_nearest, round_with_clip, ErrorCompensated(sweeps=0, refit=False)], ids=str
+    "rounding",
+    [round_to_nearest, round_with_clip, ErrorCompensated(sweeps=0, refit=False)],
+    ids=["nearest", "clip", "compensated"],
 )
 def test_factors_side_by_side_have_the_losses_of_each_by_itself(name: str, rounding: Rounding) -> None:
     """Whatever rounds, on columns of two kinds; after few rows, too, where what is usual among channels counts."""
