@@ -191,6 +191,11 @@ def _outside(group: str) -> Mapping[str, tuple[Outside, ...]]:
     return {name: tuple(own) for name, own in found.items()}
 
 
+def modules() -> set[str]:
+    """The outermost modules of all that other packages add, loaded or not."""
+    return {entry.module.partition(".")[0] for _, _, entry in _entries()}
+
+
 @cache
 def _entries() -> list[tuple[str, str, EntryPoint]]:
     """(package, version, entry point) of all groups of qcompile; of a package that is on the path twice, the first."""

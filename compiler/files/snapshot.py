@@ -202,7 +202,7 @@ def _spread(one: Any, shape: tuple[int, ...]) -> Any:
 def restore(
     model: ir.Model, saved: bytes, prepared: Sequence[ir.TensorProtocol], spilled: BinaryIO, where: Path
 ) -> Any:
-    """Make a prepared model the one that was saved; returns the state.
+    """Make a prepared model the one that was saved; returns the state. Where that raises, the model is untouched.
 
     prepared: what `mark` gave for it. spilled, where: the files that went with the snapshot.
     """
@@ -221,11 +221,13 @@ def restore(
     for number in range(len(objects)):
         _fill(objects[number], unpickler.load())
     _order_uses(structure, objects)
+    functions = [
+        ir.Function(domain, name, overload, graph=objects[graph], attributes=own)
+        for (domain, name, overload, graph), own in zip(structure.functions, attributes, strict=True)
+    ]
     model.graph = objects[structure.main]
     model.functions.clear()
-    for (domain, name, overload, graph), own in zip(structure.functions, attributes, strict=True):
-        made = ir.Function(domain, name, overload, graph=objects[graph], attributes=own)
-        model.functions[made.identifier()] = made
+    model.functions.update({function.identifier(): function for function in functions})
     _replace(model.metadata_props, props)
     _replace(model.meta, meta)
     model.device_configurations = devices

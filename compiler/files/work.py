@@ -116,11 +116,6 @@ class Work:
         return False
 
     @property
-    def keeps(self) -> bool:
-        """Whether a checkpoint that is put here would be found and trusted."""
-        return not self.unkept
-
-    @property
     def unkept(self) -> str:
         """Why a checkpoint that is put here would not be found or trusted; empty where it would."""
         folder = self._made()

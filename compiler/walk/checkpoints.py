@@ -1,24 +1,24 @@
 """A compile goes on where one that was killed had come to: behind the last segment that became a checkpoint.
 
 Invariant: a compile that goes on writes the bytes that it would have written undisturbed. So a checkpoint is only
-taken up where all that decides the result is the same (`_key`): the source's content, the recipe, the content of all
-batches, the versions of the packages, and this program's own text. What goes from one segment to the next is in it:
-the graph with what passes noted there, the passes themselves, streams, observers, decisions, the report (`snapshot`).
+taken up where all that decides the result is the same (`_named`): the source's content, the recipe, the content of all
+batches, the versions of the packages, the text of this program and of others' passes, formats and observers, the kind
+of processor and the number of threads (`program`). All of that is read when the compile begins. What goes from one
+segment to the next is in it: the graph with what passes noted there, the passes themselves, streams, observers,
+decisions, the report (`snapshot`).
 
 When: no more often than every `EVERY` seconds, nor so often that writing, as long as it usually takes, is more than
 `_SHARE` of the time. A compile of seconds has none. A list whose passes have a state that cannot be pickled has none
-either, which is said; nor has one whose folder would not be found or trusted again (`Work.keeps`).
+either, which is said; nor has one whose folder would not be found or trusted again (`Work.unkept`).
 Tensors that passes made go to the folder beside the output (`work`) as soon as more than `HELD` bytes of them are in
 memory, or with a checkpoint: memory does not grow with the packed model.
 """
 
 import hashlib
-import inspect
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from qcompile.compiler.files.snapshot import Saver, is_marked, mark, objects_of,
 from qcompile.compiler.files.work import Damaged, Work
 from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.results.report import Report
+from qcompile.compiler.walk import program
 from qcompile.passes.base import Pass
 
 _log = logging.getLogger(__name__)
@@ -66,9 +67,14 @@ class Checkpoints:
         self._more = [*more, *objects_of(model)]
         self._beside: dict[str, Any] = {}
         self._last, self._off, self._costs = time.monotonic(), False, [0.0]
+        self._key, self._unnamed = "", ""
+        try:
+            self._key = self._named()
+        except (OSError, program.Unnamed) as error:
+            self._unnamed = str(error)
         self._begun, self.seconds = self._last, 0.0
         prepared = mark(model)  # not kept: who holds a tensor of a file holds every page of it that was read
-        self.found = self._resumed(prepared) if work.waiting else None
+        self.found = self._resumed(prepared) if self._key and work.waiting else None
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What `make` gives; what it gave where the compile goes on."""
@@ -86,13 +92,13 @@ class Checkpoints:
         if not due:
             return
         try:
-            if self._work.keeps:
+            if hindrance := self._unnamed or self._work.unkept:
+                self._off = True
+                _log.warning("if this compile is interrupted, it begins anew: %s", hindrance)
+            else:
                 with self._work.arrays(done) as arrays:
                     saved = Saver(self._model, arrays, self._work.tensors).saved(self._state(state))
                 self._work.keep(self._key, done, of, self.seconds + now - self._begun, saved)
-            else:
-                self._off = True
-                _log.warning("if this compile is interrupted, it begins anew: %s", self._work.unkept)
         except OSError as error:
             self._off = True
             _log.warning("no more checkpoints beside %s: %s", self._work.output, error.strerror or error)
@@ -127,12 +133,11 @@ class Checkpoints:
             )
             return None
         try:
-            content, arrays = self._work.content()
+            state = self._restored(prepared)
         except Damaged as error:
             _log.warning("begun anew: %s", error)
             self._work.drop()
             return None
-        state = restore(self._model, content, prepared, arrays, self._work.tensors)
         for own, known in zip(self._passes, state["passes"], strict=True):
             vars(own).clear()
             vars(own).update(known)
@@ -145,6 +150,15 @@ class Checkpoints:
         _log.warning("%s: going on at %s, where the compile was interrupted", self._work.output, header.next)
         return state["walk"]
 
+    def _restored(self, prepared: Sequence[ir.TensorProtocol]) -> Any:
+        """The state that the checkpoint holds, and the model as it was there; else Damaged, and the model untouched."""
+        content, arrays = self._work.content()
+        try:
+            return restore(self._model, content, prepared, arrays, self._work.tensors)
+        except Exception as error:  # whatever the class of somebody's pass raises
+            arrays.close()
+            raise Damaged(f"the checkpoint cannot be read ({type(error).__name__}: {error})") from error
+
     def _unpickled(self) -> str:
         """Which pass cannot be pickled, in words."""
         for own in self._passes:
@@ -154,9 +168,8 @@ class Checkpoints:
                 return f"the state of pass {own.name} cannot be put aside"
         return "its state cannot be put aside"
 
-    @cached_property
-    def _key(self) -> str:
-        """Names all that decides the result; the data is read once for it."""
+    def _named(self) -> str:
+        """A name of all that decides the result; the data is read once for it."""
         report, data = self._report, self._data
         streams = (data.calibration, data.checks, data.evaluation)
         return digest(
@@ -165,7 +178,8 @@ class Checkpoints:
                 "source": report.source_hash,
                 "recipe": {name: own for name, own in report.recipe.items() if name not in _JUDGED_BY},
                 "versions": {**report.versions, "python": sys.version},
-                "program": _program(self._passes),
+                "program": program.digest_of(self._passes),
+                "machine": program.machine(),
                 "data": [_digest_of(stream) for stream in streams],
                 "told": [data.real, data.guess, data.description],
                 "more": self._more,
@@ -188,16 +202,6 @@ def _is_large(tensor: ir.TensorProtocol | None, lazy: bool) -> bool:
     if tensor is None or is_marked(tensor) or tensor.nbytes < _SMALL:
         return False
     return isinstance(tensor, (ir.Tensor, ir.PackedTensor)) or (lazy and isinstance(tensor, ir.LazyTensor))
-
-
-def _program(passes: Sequence[Pass]) -> str:
-    """A digest of this program's own text, and of passes that others wrote: another one may compute other bytes."""
-    root, total = Path(__file__).resolve().parents[2], hashlib.sha256()
-    files = {file for folder in ("compiler", "passes", "runtime", "models") for file in (root / folder).rglob("*.py")}
-    files |= {Path(inspect.getfile(type(own))) for own in passes}
-    for file in sorted(files):
-        total.update(hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()
 
 
 def _digest_of(batches: Sequence[Batch]) -> str:

@@ -17,11 +17,11 @@ from graphs.table import Graph
 
 import qcompile
 from qcompile.compiler import ladder, stages
-from qcompile.compiler.files import publish, secret
+from qcompile.compiler.files import publish, secret, snapshot
 from qcompile.compiler.files.snapshot import is_marked
 from qcompile.compiler.files.work import Work
 from qcompile.compiler.results.report import Report
-from qcompile.compiler.walk import checkpoints
+from qcompile.compiler.walk import checkpoints, program
 from qcompile.compiler.walk import segments as segments_of
 from qcompile.compiler.walk.checkpoints import Checkpoints
 from qcompile.compiler.walk.pace import Pace
@@ -184,7 +184,17 @@ def _other_version(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
 
 
 def _other_program(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(checkpoints, "_program", lambda passes: "another text")
+    monkeypatch.setattr(program, "digest_of", lambda passes: "another text")
+    return {}
+
+
+def _other_machine(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(program, "threadpool_info", lambda: [{"internal_api": "openblas", "architecture": "Zen9"}])
+    return {}
+
+
+def _other_threads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(program, "workers", lambda: 77)
     return {}
 
 
@@ -194,6 +204,8 @@ CHANGES: dict[str, Change] = {
     "data": _other_data,
     "version": _other_version,
     "program": _other_program,
+    "machine": _other_machine,
+    "threads": _other_threads,
 }
 
 
@@ -275,6 +287,73 @@ def test_a_list_that_cannot_be_put_aside_says_so(
     (told,) = [own.getMessage() for own in caplog.records if "begins anew" in own.getMessage()]
     assert "the state of pass smooth" in told
     assert not list((bench.folder / "out").glob(".*"))
+
+
+@pytest.mark.parametrize("error", [ValueError("ctypes objects"), RecursionError("too deep"), KeyError("k")], ids=repr)
+def test_whatever_a_state_raises_is_a_note(
+    error: Exception, bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, begin = bench.save(tiny_decoder(layers=2)), Smooth.call
+
+    def call(self: Smooth, region: Region) -> None:
+        self.held = _Refusing(error)  # type: ignore[attr-defined]
+        begin(self, region)
+
+    monkeypatch.setattr(Smooth, "call", call)
+    bench.compile(source, "smooth,pack")
+    (told,) = [own.getMessage() for own in caplog.records if "begins anew" in own.getMessage()]
+    assert "the state of pass smooth" in told
+    assert not list((bench.folder / "out").glob(".*"))
+
+
+class _Refusing:
+    """Raises when it is pickled."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce__(self) -> Any:
+        raise self.error
+
+
+def test_a_pass_that_was_typed_in_is_a_note(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unfound(kind: type) -> str:
+        raise TypeError("is a built-in class")
+
+    monkeypatch.setattr(Smooth, "__module__", "__main__")
+    monkeypatch.setattr(program.inspect, "getfile", unfound)
+    bench.compile(bench.save(tiny_decoder(layers=2)), "smooth,pack")
+    (told,) = [own.getMessage() for own in caplog.records if "begins anew" in own.getMessage()]
+    assert told.endswith("the program of pass smooth has no file")
+
+
+def test_a_checkpoint_that_cannot_be_read_is_begun_anew(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The state of a pass raises when it is read, the last thing but the model's own objects."""
+    source = bench.save(tiny_decoder(layers=2))
+    bench.compile(source, "smooth,pack", output="whole/model.onnx")
+    _stopped(bench, source, "smooth,pack", monkeypatch, behind=2)
+
+    def fill(*_: Any) -> None:
+        raise AttributeError("no such field any more")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(snapshot, "_fill", fill)
+        assert not bench.compile(source, "smooth,pack").resumed
+    assert "begun anew: the checkpoint cannot be read (AttributeError: no such field any more)" in caplog.text
+    assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
+
+
+def test_data_is_read_when_the_compile_begins(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the first checkpoint: who changes a batch in place meanwhile has changed what is computed."""
+    read, digest_of = list[int](), checkpoints._digest_of
+    monkeypatch.setattr(checkpoints, "_digest_of", lambda batches: (read.append(len(done)), digest_of(batches))[1])
+    done = _counted(monkeypatch)
+    bench.compile(bench.save(tiny_decoder(layers=2)), "pack")
+    assert set(read) == {0}
 
 
 def test_a_verdict_can_be_loosened_without_the_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
