@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcompile
@@ -117,6 +117,7 @@ FORMS: dict[str, Callable[[list[Any]], Any]] = {
 }
 
 
+@settings(deadline=None)  # a busy machine
 @given(st.sampled_from(sorted(FORMS)), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.booleans())
 def test_every_form_of_data_is_the_same_batches(form: str, sizes: list[int], transformed: bool) -> None:
     """Invariant: whatever the form, the batches are the arrays that were given, in their order."""
