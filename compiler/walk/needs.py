@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from qcompile.compiler.data.feeds import Batch, InputPlan
 from qcompile.compiler.facts.memory import available, resident
 from qcompile.compiler.walk.saved_run import WHOLE
 from qcompile.compiler.walk.segments import is_large, split, targets
+from qcompile.compiler.walk.verify_products import ELEMENTS
 from qcompile.passes.base import Pass
 from qcompile.passes.contract import Fact, Reads
 from qcompile.passes.errors import UserError
-from qcompile.passes.linears import Linear, constant, find_embeddings, find_linears, vocabulary_size
+from qcompile.passes.linears import Embedding, Linear, constant, find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
 from qcompile.passes.threads import workers
 
@@ -26,8 +28,8 @@ BASE, HELD, _SPILLS = 240e6, 64 << 20, 64e6
 _CHUNK, _ARRAYS = 1 << 23, 2
 # Of a session of a whole file, bytes held for each that it has; Gram matrices beside that of a channel's statistics.
 _LOADED, _GRAMS = 2.0, 3
-# Blocks of columns that are compared side by side.
-_BLOCKS = 40e6
+# Arrays of a block of columns that are held while it is compared: the float and the decoded weight, and on the way.
+_BLOCKS = 5
 # Rows of the sample that statistics keep.
 _SAMPLE = 1024
 # What is held of an output while it is compared, in its own float32 numbers.
@@ -65,18 +67,14 @@ def foretold(model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load
     """What compiling the prepared model takes."""
     segments = split(model, targets(model).__contains__)
     vocabulary = vocabulary_size(model)
-    packed = _packed(find_linears(model.graph), policy, vocabulary)
-    packed += sum(
-        spec.bits_per_weight(table.shape[1]) * table.shape[0] * table.shape[1] / 8
-        for table in find_embeddings(model.graph)
-        if not isinstance(spec := policy.for_embedding(table), str)
-    )
-    held = BASE + min(packed, HELD) + (_SPILLS if load.rows else 0)
-    found = [
-        replace(need, memory=need.memory + held, what=f"segment {number} of {len(segments)}, {need.what}")
-        for number, segment in enumerate(segments, 1)
-        for need in _segment(segment.nodes, passes, policy, vocabulary, load)
-    ]
+    found, held, packed = list[Need](), BASE + (_SPILLS if load.rows else 0), 0.0
+    for number, segment in enumerate(segments, 1):
+        for need in _segment(segment.nodes, passes, policy, vocabulary, load):
+            what = f"segment {number} of {len(segments)}, {need.what}"
+            found.append(replace(need, memory=need.memory + held + min(packed, HELD), what=what))
+        packed += _packed(find_linears(segment.nodes), policy, vocabulary)
+        packed += _coded(find_embeddings(segment.nodes), policy)
+    held += min(packed, HELD)
     logits = load.checked * max((_width(value) for value in model.graph.outputs), default=0) * 4 * _COMPARED
     found.append(Need(held + logits, 0, 0, "comparing outputs"))
     if packed <= WHOLE:
@@ -154,7 +152,10 @@ def _segment(
     else:
         probed = scaling + codes + grams + 3 * load.checked * wide
         yield Need(probed + running, 0, 0, "packed products")
-        yield Need(probed + stored + _BLOCKS, stored, 0, "comparing packed products")
+        read = float(sum(constant(weight).nbytes for weight in weights))
+        block = min(ELEMENTS, max((_size(own) for own in weights.values()), default=0))
+        blocks = 4.0 * _BLOCKS * load.threads * block
+        yield Need(probed + read + blocks, read, 0, "comparing packed products")
 
 
 def _constants(nodes: Iterable[ir.Node]) -> list[ir.Value]:
@@ -186,11 +187,24 @@ def _packed(linears: Iterable[Linear], policy: Policy, vocabulary: int | None) -
     return total
 
 
+def _coded(tables: Iterable[Embedding], policy: Policy) -> float:
+    """Bytes of tables as they will be stored."""
+    chosen = ((table.shape, policy.for_embedding(table)) for table in tables)
+    return sum(
+        spec.bits_per_weight(width) * rows * width / 8 for (rows, width), spec in chosen if not isinstance(spec, str)
+    )
+
+
 def _width(value: ir.Value) -> int:
     last = value.shape[-1] if value.shape is not None and len(value.shape) else 0
     return last if isinstance(last, int) else 0
 
 
+def positions(plan: InputPlan, batch: Batch) -> int:
+    """Rows of the products of a batch: of ids in arrays their number, where `batch.rows` are the texts."""
+    return batch.rows if plan.ids is None else max(batch.rows, batch.feeds[plan.ids.name].size)
+
+
 def load_of(rows: Sequence[int], checked: Sequence[int]) -> Load:
-    """rows, checked: those of each batch of calibration, and of each check batch."""
+    """rows, checked: `positions` of each batch of calibration, and of each check batch."""
     return Load(max(rows, default=0), sum(checked), workers())

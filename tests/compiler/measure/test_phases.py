@@ -1,8 +1,11 @@
 """compiler/measure/phases.py: each moment of a job counts for one phase; compiler/report/phases.py draws them."""
 
+import subprocess
+import sys
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from html_reports import Page
 from hypothesis import given, settings
@@ -110,3 +113,11 @@ def test_the_line_on_the_terminal() -> None:
     found = [Phase("load", seconds=0.1), Phase("gptq", True, 7), Phase("awq", True, 2.9)]
     assert longest(found) == "gptq 7.0 s, awq 2.9 s, all else 0.1 s"
     assert longest(found[1:]) == "gptq 7.0 s, awq 2.9 s"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing of the parent is counted")
+def test_the_peak_is_that_of_this_process_not_of_the_one_that_started_it() -> None:
+    own = "from qcompile.compiler.measure.phases import peak_memory; print(peak_memory())"
+    array = np.ones(1 << 27, np.float32)
+    told = int(subprocess.run([sys.executable, "-c", own], check=True, capture_output=True, text=True).stdout)
+    assert 1 << 23 < told < array.nbytes

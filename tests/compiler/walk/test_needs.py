@@ -5,16 +5,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qcompile.compiler import Recipe, parse_passes
 from qcompile.compiler.api.rehearsal import rehearse
 from qcompile.compiler.console.progress import Silent
+from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.files.load import save_model
 from qcompile.compiler.stages import prepare_model
 from qcompile.compiler.walk import needs
-from qcompile.compiler.walk.needs import BASE, HELD, Load, Need, foretold
-from qcompile.models.tiny import tiny_decoder
+from qcompile.compiler.walk.needs import BASE, HELD, Load, Need, foretold, positions
+from qcompile.models.tiny import tiny_classifier, tiny_decoder
 from qcompile.passes.errors import UserError
 
 LISTS = ["pack", "smooth,awq,pack", "gptq,pack", "smooth,qdq", "dynamic"]
@@ -68,6 +70,23 @@ def test_what_cannot_fit_is_refused_before_the_work_with_what_would(
     monkeypatch.setattr(needs, "available", lambda: None)
     monkeypatch.setattr(needs, "_fits", lambda need, free: False)
     assert bench.compile(source, "awq,pack").outputs, "where nobody tells what there is"
+
+
+def test_rows_of_arrays_with_ids_are_tokens(bench: Any) -> None:
+    """A file of several texts is one batch, which leads with the texts: products see all tokens of them."""
+    plan = prepare_model(bench.save(tiny_decoder()), Recipe(), Silent(), dry=True).plan
+    assert plan.ids is not None
+    ids = np.ones((3, 40), np.int64)
+    assert positions(plan, Batch({plan.ids.name: ids}, len(ids))) == ids.size
+    assert positions(plan, Batch(lambda: {plan.ids.name: ids}, len(ids))) == ids.size
+    images = prepare_model(bench.save(tiny_classifier()), Recipe(passes=parse_passes("qdq")), Silent(), dry=True).plan
+    assert positions(images, Batch({}, 5)) == 5
+
+
+def test_memory_grows_with_threads(tmp_path: Path) -> None:
+    """Each thread compares a block of its own."""
+    one, eight = (_need(tmp_path, "pack", Load(0, 96, n), layers=1, hidden=256, ffn=2048).memory for n in (1, 8))
+    assert one + 7 * 4 * 256 * 2048 < eight
 
 
 def test_a_dry_run_tells_memory_and_disk(bench: Any) -> None:

@@ -1,4 +1,4 @@
-"""A weight that is rounded by several chunks of columns has one grid, whatever the format; nvfp4's has one tensor scale.
+"""A weight rounded by several chunks of columns has one grid, whatever the format; nvfp4's has one tensor scale.
 
 Invariant: the grid is chosen from the whole weight before any chunk is read, so nothing that a chunk decides depends on
 which columns are in it.
