@@ -101,7 +101,7 @@ def _facts(report: Report) -> Markup:
         "trial": "; ".join(report.trials),
         "caches": report.caches,
         "target": "; ".join(report.target),
-        "took": f"{report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB",
+        "took": report.took,
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }
     lines = (Markup(f"<dt>{name}</dt><dd>{text(value, 1000)}</dd>") for name, value in facts.items() if value)

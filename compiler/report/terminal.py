@@ -33,8 +33,7 @@ def print_report(report: Report, console: Console) -> None:
     saved = f"{_mb(report.source_bytes)} → {_mb(report.compiled_bytes)}"
     bits = f", {report.bits_per_weight:.2f} bits per quantized {report.kinds} weight" if report.bits_per_weight else ""
     console.print(f"size      {saved}{bits}")
-    resumed = f"; it was interrupted, and went on at {report.resumed}" if report.resumed else ""
-    console.print(f"took      {report.seconds:.0f} s, peak memory {report.peak_memory / 1e9:.2f} GB{resumed}")
+    console.print(f"took      {report.took}", soft_wrap=True)
     if report.phases:
         console.print(f"phases    {longest(report.phases)}", soft_wrap=True)
 

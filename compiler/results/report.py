@@ -39,7 +39,7 @@ class Report(Shown):
     settings it changed and what its rules say of the file.
     phases: where the time went. verified: what was compared with what.
     resumed: where the compile went on after an interrupt ("segment 7 of 61"); its seconds include those
-    before, phases are those since.
+    before, phases and peak_memory are those since.
     output: the model file. asked: source and output as the user named them, where these are folders. files: names of
     all that was written beside it. sizes in bytes, seconds, peak_memory in bytes.
     """
@@ -85,6 +85,15 @@ class Report(Shown):
         if self.recipe.get("target") == "matmulnbits":
             return {8: "level 4 (int8)", 16: "level 0 (float)"}
         return {8: "int8", 16: "16 bit"}
+
+    @property
+    def took(self) -> str:
+        """Time and memory in words, and which runs they are of."""
+        time, memory = f"{self.seconds:.0f} s", f"peak memory {self.peak_memory / 1e9:.2f} GB"
+        if not self.resumed:
+            return f"{time}, {memory}"
+        where = f"it was interrupted, and went on at {self.resumed}"
+        return f"{time} in all, {memory}; {where}: memory and phases are those since"
 
     @property
     def quantizer(self) -> str | None:

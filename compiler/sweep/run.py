@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from qcompile.compiler.facts.model import versions
 from qcompile.compiler.files import publish
 from qcompile.compiler.files.cache import Cache, digest
 from qcompile.compiler.files.load import load_model, model_hash
+from qcompile.compiler.files.work import forget
 from qcompile.compiler.pipeline import compile_model
 from qcompile.compiler.plan import packages
 from qcompile.compiler.recipe import Recipe
@@ -162,12 +163,24 @@ class _Job:
             passing = not isinstance(error, UserError) or isinstance(error.__cause__, OSError)
             told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             found = {"status": FAILED if passing else REFUSED, "reason": " ".join(told.split())}
+            if not passing:
+                self._forget(row)
         return found | {"seconds": time.monotonic() - started}
+
+    def _kept(self, row: Row) -> Path:
+        """Where a row's model is kept, if models are."""
+        return self.folder / "models" / row.key / "model.onnx"
+
+    def _forget(self, row: Row) -> None:
+        """Remove what a refused compile left to go on from: the row is not compiled again."""
+        with suppress(UserError, OSError):
+            forget(self._kept(row))
+            self._kept(row).parent.rmdir()
 
     def _figures(self, row: Row) -> dict[str, Any]:
         """Compile and score; the model is removed unless it is to be kept."""
         made = self.made[row.number - 1]
-        kept = self.folder / "models" / row.key / "model.onnx"
+        kept = self._kept(row)
         calibration = Calibration(self._files(made), self.tokenizer)
         with nullcontext(kept) if self.keep_models else publish.staging(self.folder / "model.onnx") as path:
             report: Report = compile_model(

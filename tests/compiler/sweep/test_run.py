@@ -13,8 +13,10 @@ import pytest
 
 from qcompile.compiler.data.inputs import input_plan
 from qcompile.compiler.data.tokens import load_tokenizer
+from qcompile.compiler.files import secret
 from qcompile.compiler.files.cache import Cache
 from qcompile.compiler.files.load import load_model
+from qcompile.compiler.files.work import Work
 from qcompile.compiler.measure.evaluate import evaluate
 from qcompile.compiler.measure.loaded import text_windows
 from qcompile.compiler.recipe import Recipe, parse_passes
@@ -22,6 +24,7 @@ from qcompile.compiler.sweep import run as module
 from qcompile.compiler.sweep.rows import DONE, FAILED, OPEN, REFUSED, SAME, Row, Sweep
 from qcompile.compiler.sweep.run import sweep
 from qcompile.compiler.sweep.scoring import Evaluation
+from qcompile.compiler.walk import checkpoints
 from qcompile.models.text import calibration_text
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_mlp
 from qcompile.passes.errors import UserError
@@ -178,6 +181,22 @@ def test_an_interrupted_sweep_goes_on(bench: Any, compiled: list[str], monkeypat
     monkeypatch.setattr(module, "compile_model", own)
     assert len(_sweep(bench, model, grid).done) == 3
     assert len(compiled) == 3
+
+
+def test_refused_rows_leave_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose model is no good is not compiled again, so nobody goes on behind its checkpoints."""
+    monkeypatch.setattr(checkpoints, "EVERY", 0.0)
+    monkeypatch.setattr(checkpoints, "_SHARE", float("inf"))
+    monkeypatch.setattr(secret, "cache_dir", lambda: bench.folder / "caches")
+    keep, kept = Work.keep, list[int]()
+    monkeypatch.setattr(Work, "keep", lambda work, *told: (kept.append(told[1]), keep(work, *told)))
+    grid = {"min_cosine": [0.5, 1.0]}
+    rows = _sweep(bench, bench.save(tiny_decoder(layers=2)), grid, keep_models=True).rows
+    assert [row.status for row in rows] == [DONE, REFUSED]
+    assert "min-cosine" in rows[1].reason
+    assert len(kept) > 2, "both had checkpoints"
+    assert [folder.name for folder in (bench.folder / "sweep" / "models").iterdir()] == [rows[0].key]
+    assert not list((bench.folder / "sweep").rglob("*.work.tmp"))
 
 
 def test_what_cannot_be_compiled_is_a_row(bench: Any, compiled: list[str]) -> None:

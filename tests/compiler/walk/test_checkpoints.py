@@ -256,7 +256,12 @@ def test_fresh_starts_over(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys
         assert f"goes on at segment {behind + 1} of " in error
         assert len(list((bench.folder / "out").iterdir())) == 1, "one folder, whatever was interrupted"
     assert bench.run(source, *words) == 0
-    assert "it was interrupted, and went on at segment 2 of " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "s in all, peak memory" in told
+    assert "it was interrupted, and went on at segment 2 of " in told
+    page = (bench.folder / "out" / "model.report.html").read_text()
+    assert "memory and phases are those since" in told
+    assert "memory and phases are those since" in page
 
 
 def test_what_is_refused_goes_on_once_it_is_not(bench: Bench) -> None:
