@@ -81,7 +81,7 @@ def rehearse(source: Path, recipe: Recipe) -> Rehearsal:
     segments = split(graph, targets(graph).__contains__)
     reads = any(p.reads for p in prepared.passes)
     window = prepared.plan.sequence or prepared.recipe.context
-    load = load_of([window] if reads else [], [CHECKED] * 2)
+    load = load_of([window] * prepared.recipe.samples if reads else [], [CHECKED] * 2)
     need = foretold(graph, prepared.passes, prepared.policy, load)
     if prepared.recipe.mixed:
         sites(integer_pass(prepared.passes), graph)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qcompile.compiler.data.feeds import Batch, InputPlan
 from qcompile.compiler.facts.memory import available, resident
 from qcompile.compiler.walk.saved_run import WHOLE
-from qcompile.compiler.walk.segments import is_large, split, targets
+from qcompile.compiler.walk.segments import Segment, is_large, split, targets
 from qcompile.compiler.walk.verify_products import ELEMENTS
 from qcompile.passes.base import Pass
 from qcompile.passes.contract import Fact, Reads
@@ -43,12 +43,13 @@ class Load:
     """What goes through the segments.
 
     rows: of the largest batch of calibration; 0 without statistics. checked: of all check batches together.
-    threads: how many work side by side.
+    threads: how many work side by side. total: rows of all batches of calibration; None: no matter how many.
     """
 
     rows: int
     checked: int
     threads: int
+    total: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def foretold(model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load
     """What compiling the prepared model takes."""
     segments = split(model, targets(model).__contains__)
     vocabulary = vocabulary_size(model)
-    found, held, packed = list[Need](), BASE + (_SPILLS if load.rows else 0), 0.0
+    spilled = max((_spilled(segment, load) for segment in segments), default=0.0)
+    found, held, packed = list[Need](), BASE + spilled, 0.0
     for number, segment in enumerate(segments, 1):
         for need in _segment(segment.nodes, passes, policy, vocabulary, load):
             what = f"segment {number} of {len(segments)}, {need.what}"
@@ -113,6 +115,14 @@ def _others(
 
 def _fits(need: Need, free: float) -> bool:
     return _SURE * (need.memory - need.mapped) - resident() <= free
+
+
+def _spilled(segment: Segment, load: Load) -> float:
+    """What is held of the arrays that enter a segment and of those that leave it."""
+    widths = [_width(value) for value in segment.carry]
+    if load.total is None or not all(widths):
+        return _SPILLS if load.rows else 0.0
+    return min(_SPILLS, 2 * 4.0 * load.total * sum(widths))
 
 
 def _segment(
@@ -207,4 +217,4 @@ def positions(plan: InputPlan, batch: Batch) -> int:
 
 def load_of(rows: Sequence[int], checked: Sequence[int]) -> Load:
     """rows, checked: `positions` of each batch of calibration, and of each check batch."""
-    return Load(max(rows, default=0), sum(checked), workers())
+    return Load(max(rows, default=0), sum(checked), workers(), sum(rows))
