@@ -215,7 +215,7 @@ class Recipe:
     seed: Annotated[
         int,
         About(
-            "of everything random: same input, seed and versions, same bytes (default: {default})",
+            "of everything random: same input, seed, versions and threads, same bytes (default: {default})",
             DATA,
             metavar="SEED",
             least=0,

@@ -1,7 +1,7 @@
 """How many threads work side by side: as many as there are cores, unless the user says how many.
 
 Work is cut the same way whatever their number, and results are joined in the order of the work, so that no number
-depends on it.
+that passes compute depends on it. (What ONNX Runtime's sessions sum may.)
 """
 
 import itertools
