@@ -4,7 +4,8 @@ Ray schedules the tasks, and runs what a lost machine had again.
 
 Invariant: what comes back is what this process would have computed, bit by bit, on machines with the same versions and
 the same kind of processor: a task computes one item alone, no sum follows the order of arrival, and sessions and BLAS,
-whose sums depend on their threads, have as many as they would have here.
+whose sums depend on their threads, have as many as are in force here where the items are given out (`Where`): a pass
+that runs within threadpool_limits(1) has one there as well.
 """
 
 import itertools
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from qcompile.passes.errors import UserError
 from qcompile.passes.threads import limited
@@ -34,11 +37,21 @@ _STAY = 2
 
 @dataclass(frozen=True)
 class Where:
-    """Where names of files begin in this process, and its libraries of operators and threads of sessions."""
+    """Where names of files begin in this process, and its libraries of operators and threads of sessions and of BLAS.
+
+    blas: the most of any BLAS that is loaded; None without one.
+    """
 
     folder: Path
     libraries: Sequence[Path]
     threads: int
+    blas: int | None
+
+    @classmethod
+    def here(cls) -> "Where":
+        """As it is now."""
+        blas = max((own["num_threads"] for own in threadpool_info() if own["user_api"] == "blas"), default=None)
+        return cls(Path.cwd(), registered_libraries(), default_threads(), blas)
 
 
 class Cluster:
@@ -64,7 +77,7 @@ class Cluster:
         """As `Workers`. `given`, and what `load` gives, go into the object store: once, however many items share it."""
         job = uuid.uuid4().hex  # workers may outlive this object, and this process
         shared = [self._ray.put(given)]  # in a list: each process takes it once
-        where = Where(Path.cwd(), registered_libraries(), default_threads())
+        where = Where.here()
         waiting, pending = iter(enumerate(items)), dict[Any, int]()
         try:
             while True:
@@ -102,7 +115,12 @@ def _computed(where: Where, job: str, compute: Callable[..., R], shared: list[An
         _GIVEN[job] = ray.get(shared[0])
     if where.folder.is_dir():
         os.chdir(where.folder)
-    with custom_operators(where.libraries), session_threads(where.threads), limited(1):
+    with (
+        custom_operators(where.libraries),
+        session_threads(where.threads),
+        limited(1),
+        threadpool_limits(where.blas, "blas"),
+    ):
         return pickle.dumps(compute(*_GIVEN[job], *loaded), pickle.HIGHEST_PROTOCOL)
 
 
@@ -129,24 +147,19 @@ def clustered(address: str | None) -> Iterator[None]:
 def _join(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
     own = {name: value for name, value in os.environ.items() if name.startswith("QCOMPILE_")}
-    settings = {"OMP_NUM_THREADS": str(default_threads())} | own | _given("OMP_NUM_THREADS")
     try:
         ray.init(
             address=None if address == AUTO else address,
             log_to_driver=False,
             logging_level="ERROR",
             include_dashboard=None if address != AUTO else False,
-            runtime_env={"env_vars": settings},
+            runtime_env={"env_vars": own},
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         told = (str(error).strip().splitlines() or ["?"])[0]
         raise UserError(
             f"--cluster {address}: Ray cannot be reached ({told:.200}); start it with `ray start --head`"
         ) from error
-
-
-def _given(name: str) -> dict[str, str]:
-    return {name: os.environ[name]} if name in os.environ else {}
 
 
 def _ray() -> Any:

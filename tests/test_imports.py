@@ -30,6 +30,7 @@ ALLOWED = {
         "numpy",
         "onnx",
         "psutil",
+        "threadpoolctl",
     },
     "models": {
         "qcompile.models",

@@ -16,7 +16,9 @@ from pathlib import Path
 from qcompile.models.cache import cache_dir
 from qcompile.passes.errors import UserError
 
-_NAME, _BYTES = "checkpoints.key", 32
+# Each user of a shared folder of caches has a file there.
+_NAME = f"checkpoints-{os.getuid()}.key" if hasattr(os, "getuid") else "checkpoints.key"
+_BYTES = 32
 
 
 def signature(content: bytes) -> str | None:
@@ -26,9 +28,9 @@ def signature(content: bytes) -> str | None:
 
 
 def is_signed(content: bytes, signed: str) -> bool:
-    """Whether `signature` gave that for the content, for the same user."""
+    """Whether `signature` gave that for the content, for the same user; no string raises."""
     own = signature(content)
-    return own is not None and hmac.compare_digest(own.encode(), signed.encode())
+    return own is not None and hmac.compare_digest(own.encode(), signed.encode(errors="surrogatepass"))
 
 
 def _secret() -> bytes | None:

@@ -9,7 +9,9 @@ Invariants, whoever is killed when:
    let go after its checkpoint is gone or to stay: two processes never work in one, and none removes another's.
 3. It is made when something is put there: a compile of seconds makes none.
 4. It can be read by its owner alone, and a checkpoint is trusted (`snapshot`) only with its signature (`secret`) over
-   every byte. Where there are no locks, no modes or no secret, there are no checkpoints.
+   every byte of `checkpoint`; a folder is taken over only with that. Whatever stands there instead is Damaged and
+   nothing else. The files of tensors and arrays hold numbers, and are known by their sizes alone. Where there are no
+   locks, no modes or no secret, there are no checkpoints.
 """
 
 import contextlib
@@ -25,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+import msgspec
 import onnx_ir as ir
 
 from qcompile.compiler.files import locks, publish, secret
@@ -99,20 +102,29 @@ class Work:
 
     @property
     def waiting(self) -> bool:
-        """Whether an unfinished compile of this output lies there, with a checkpoint that its header can be read of."""
+        """Whether an unfinished compile of this output lies there, with a checkpoint, whole or not."""
         with self._free() as folders:
-            return any(_readable(folder) for folder in folders)
+            return any(map(_has_checkpoint, folders))
 
     def adopted(self, key: str) -> bool:
-        """Whether there was a folder of a compile that decides the same; it is this one's now, up to its checkpoint."""
+        """Whether there was a folder of a compile that decides the same; it is this one's now, up to its checkpoint.
+
+        Damaged where there was none, and a checkpoint of no matter what that is not whole.
+        """
+        damaged = None
         with self._free() as folders:
-            for folder in folders:
-                with contextlib.suppress(Damaged):
-                    header, _ = _parts(folder)
-                    if header.key == key:
-                        self._hold(folder)
-                        self.kept, self._end = header, header.tensors_size
-                        return True
+            for folder in filter(_has_checkpoint, folders):
+                try:
+                    header, _ = _proven(folder)
+                except Damaged as error:
+                    damaged = error
+                    continue
+                if header.key == key:
+                    self._hold(folder)
+                    self.kept, self._end = header, header.tensors_size
+                    return True
+        if damaged is not None:
+            raise damaged
         return False
 
     @property
@@ -130,9 +142,7 @@ class Work:
     def content(self) -> tuple[bytes, BinaryIO]:
         """What the checkpoint says, and its file of arrays; Damaged where something is missing."""
         folder = self._made()
-        header, found = _parts(folder)
-        if not secret.is_signed(_signed(header, found), header.signature):
-            raise Damaged(f"{folder / _CHECKPOINT} is not whole, or is not of this user on this machine")
+        header, found = _proven(folder)
         for name, size in ((header.arrays, header.arrays_size), (_TENSORS, header.tensors_size)):
             if (folder / name).stat().st_size < size if (folder / name).exists() else size:
                 raise Damaged(f"{folder / name} is shorter than it was")
@@ -179,7 +189,7 @@ class Work:
             header = Header(key, done, of, seconds, name, size, self._end)
             header = replace(header, signature=secret.signature(_signed(header, content)) or "")
             with open(part, "wb") as file:
-                file.write(json.dumps(asdict(header)).encode() + b"\n")
+                file.write(_line(header) + b"\n")
                 file.write(content)
                 publish.settle(file)
             os.replace(part, folder / _CHECKPOINT)
@@ -294,25 +304,37 @@ def _is_own(folder: Path) -> bool:
     return False
 
 
-def _readable(folder: Path) -> bool:
-    try:
-        _parts(folder)
-    except Damaged:
-        return False
-    return True
+def _has_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint lies there that nobody else can have written since."""
+    return _is_own(folder) and (folder / _CHECKPOINT).is_file()
+
+
+def _proven(folder: Path) -> tuple[Header, bytes]:
+    """The header of a folder's checkpoint and what follows it, as this user signed them; else Damaged."""
+    header, found = _parts(folder)
+    if not secret.is_signed(_signed(header, found), header.signature):
+        raise Damaged(f"{folder / _CHECKPOINT} is not whole, or is not of this user on this machine")
+    return header, found
 
 
 def _parts(folder: Path) -> tuple[Header, bytes]:
-    """The header of a folder's checkpoint and what follows it, unproven; Damaged where others may write there."""
+    """The same, of the right types but not proven to be signed."""
     if not _is_own(folder):
         raise Damaged(f"{folder} is not of this user alone")
     try:
         first, _, rest = (folder / _CHECKPOINT).read_bytes().partition(b"\n")
-        return Header(**json.loads(first)), rest
-    except (OSError, ValueError, TypeError) as error:
+        header = msgspec.json.decode(first, type=Header)
+        if _line(header) != first:  # what is signed is what `keep` writes of the fields
+            raise ValueError("another spelling")
+        return header, rest
+    except Exception as error:  # of bytes that anything may have written; RecursionError among them
         raise Damaged(f"{folder} has no whole checkpoint") from error
 
 
 def _signed(header: Header, content: bytes) -> bytes:
     """What the signature is over."""
-    return json.dumps(asdict(replace(header, signature=""))).encode() + b"\n" + content
+    return _line(replace(header, signature="")) + b"\n" + content
+
+
+def _line(header: Header) -> bytes:
+    return json.dumps(asdict(header)).encode()

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -126,13 +126,14 @@ class Checkpoints:
 
     def _resumed(self, prepared: Sequence[ir.TensorProtocol]) -> Any:
         """Continue from the checkpoint that is there, if it is of the same compile."""
-        if not self._work.adopted(self._key):
-            _log.warning(
-                "%s: an unfinished compile with other settings, data or versions lies there; it is not gone on from",
-                self._work.output,
-            )
-            return None
         try:
+            if not self._work.adopted(self._key):
+                _log.warning(
+                    "%s: an unfinished compile with other settings, data or versions lies there; "
+                    "it is not gone on from",
+                    self._work.output,
+                )
+                return None
             state = self._restored(prepared)
         except Damaged as error:
             _log.warning("begun anew: %s", error)
@@ -152,11 +153,15 @@ class Checkpoints:
 
     def _restored(self, prepared: Sequence[ir.TensorProtocol]) -> Any:
         """The state that the checkpoint holds, and the model as it was there; else Damaged, and the model untouched."""
-        content, arrays = self._work.content()
+        arrays: BinaryIO | None = None
         try:
+            content, arrays = self._work.content()
             return restore(self._model, content, prepared, arrays, self._work.tensors)
+        except Damaged:
+            raise
         except Exception as error:  # whatever the class of somebody's pass raises
-            arrays.close()
+            if arrays is not None:
+                arrays.close()
             raise Damaged(f"the checkpoint cannot be read ({type(error).__name__}: {error})") from error
 
     def _unpickled(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from qcompile.compiler.api.sensitivity import rank_nodes
 from qcompile.compiler.cli import main
@@ -76,6 +77,19 @@ def test_results_are_in_order_and_of_several_processes(nodes: Nodes) -> None:
     assert [value for value, _ in found] == wanted
     assert len({process for _, process in found}) == 2
     assert os.getpid() not in {process for _, process in found}
+
+
+def _blas(number: int) -> int:
+    return max(own["num_threads"] for own in threadpool_info() if own["user_api"] == "blas")
+
+
+def test_blas_has_as_many_threads_as_the_caller(nodes: Nodes) -> None:
+    """Its sums depend on them: those in force where the items are given out, inside of limits as well."""
+    with clustered(nodes.address):
+        for threads in (3, 1, 2):
+            with threadpool_limits(threads, "blas"):
+                assert mapped(_blas, range(2), load=lambda number: (number,)) == [threads] * 2
+        assert mapped(_blas, range(2), load=lambda number: (number,)) == [_blas(0)] * 2
 
 
 def _told(given: str, number: int) -> str:

@@ -2,18 +2,22 @@
 
 import contextlib
 import errno
+import json
 import multiprocessing
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from qcompile.compiler.files import locks, secret
-from qcompile.compiler.files.work import Damaged, Work
+from qcompile.compiler.files.work import Damaged, Header, Work
 
 
 @pytest.fixture(autouse=True)
@@ -101,15 +105,21 @@ def test_what_another_user_signed_is_not_read(tmp_path: Path, caches: Path) -> N
     """An archive keeps modes, and who unpacks it owns the files."""
     output = tmp_path / "out" / "model.onnx"
     _leave(output, "a")
-    key = caches / "checkpoints.key"
+    key = caches / secret._NAME
     assert (key.stat().st_mode & 0o777, key.stat().st_size) == (0o600, 32)
     key.unlink()
     with Work(output) as work:
-        assert work.adopted("a")
+        assert work.waiting
         with pytest.raises(Damaged, match="is not of this user"):
-            work.content()
+            work.adopted("a")
+        assert work.folder is work.kept is None, "nothing of it is taken"
         work.drop()
     assert not _folders(output)
+
+
+def test_users_of_one_folder_of_caches_have_each_a_secret(caches: Path) -> None:
+    assert secret.signature(b"a")
+    assert [file.name for file in caches.iterdir()] == [f"checkpoints-{os.getuid()}.key"]
 
 
 def test_every_byte_is_signed(tmp_path: Path) -> None:
@@ -128,6 +138,80 @@ def test_every_byte_is_signed(tmp_path: Path) -> None:
         assert work.content()[0] == b"content"
 
 
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+_FIELDS = sorted(field.name for field in fields(Header))
+
+
+@st.composite
+def _headers(draw: st.DrawFn) -> Any:
+    """What makes another first line of a whole one: of wrong types, too deep, cut, or anything else."""
+    kind = draw(st.sampled_from(["types", "lacking", "more", "deep", "cut", "bytes", "value"]))
+    if kind == "types":
+        other = draw(st.dictionaries(st.sampled_from(_FIELDS), _VALUES, min_size=1))
+        return lambda line: json.dumps(json.loads(line) | other).encode()
+    if kind == "lacking":
+        lost = draw(st.sampled_from(_FIELDS))
+        return lambda line: json.dumps({k: v for k, v in json.loads(line).items() if k != lost}).encode()
+    if kind == "more":
+        name, value = draw(st.text(min_size=1).filter(lambda name: name not in _FIELDS)), draw(_VALUES)
+        return lambda line: json.dumps(json.loads(line) | {name: value}).encode()
+    if kind == "deep":
+        depth, opening = draw(st.sampled_from([1, 500, 200_000])), draw(st.sampled_from([b"[", b'{"key":', b"[{"]))
+        return lambda line: opening * depth
+    if kind == "cut":
+        share = draw(st.floats(0, 1, exclude_max=True))
+        return lambda line: line[: int(share * len(line))]
+    anything = draw(st.binary()) if kind == "bytes" else json.dumps(draw(_VALUES)).encode()
+    return lambda line: anything
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, bytes]:
+    """A folder of caches, an output and the whole checkpoint that an unfinished compile left of it."""
+    caches, output = tmp_path_factory.mktemp("left"), tmp_path_factory.mktemp("out") / "model.onnx"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("QCOMPILE_CACHE", str(caches))
+        return caches, output, (_leave(output, "a") / "checkpoint").read_bytes()
+
+
+def _begun_anew(output: Path) -> bool:
+    """Whether a compile of key "a" goes on from nothing; it is killed then."""
+    work = Work(output).__enter__()
+    try:
+        assert work.waiting, "what lies there is told of"
+        return not work.adopted("a")
+    except Damaged:
+        assert work.folder is work.kept is None
+        work.drop()
+        return True
+    finally:
+        _ended(work)
+
+
+@given(damage=_headers())
+@example(damage=lambda line: json.dumps(json.loads(line) | {"signature": 5}).encode())
+@example(damage=lambda line: json.dumps(json.loads(line) | {"signature": "\ud800"}).encode())
+@example(damage=lambda line: json.dumps(json.loads(line) | {"done": "x"}).encode())
+@example(damage=lambda line: json.dumps(json.loads(line) | {"seconds": 2}).encode())
+@example(damage=lambda line: b"[" * 200_000)
+@example(damage=lambda line: line.replace(b" ", b""))
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_header_that_is_not_what_was_signed_is_begun_anew(damage: Any, left: tuple[Path, Path, bytes]) -> None:
+    """No exception but Damaged, whatever stands there, and nothing of it is taken."""
+    caches, output, whole = left
+    line, _, rest = whole.partition(b"\n")
+    (folder,) = _folders(output)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("QCOMPILE_CACHE", str(caches))
+        found = damage(line)
+        (folder / "checkpoint").write_bytes(found + b"\n" + rest)
+        assert _begun_anew(output) != (found == line)
+
+
 @pytest.mark.parametrize("place", ["a file", "read by others", "too short", "a link"])
 def test_a_secret_that_is_none_signs_nothing(place: str, caches: Path) -> None:
     if place == "a file":
@@ -135,7 +219,7 @@ def test_a_secret_that_is_none_signs_nothing(place: str, caches: Path) -> None:
     else:
         assert secret.is_signed(b"a", secret.signature(b"a") or "")
         assert not secret.is_signed(b"b", secret.signature(b"a") or "")
-        key = caches / "checkpoints.key"
+        key = caches / secret._NAME
         if place == "read by others":
             key.chmod(0o644)
         elif place == "too short":

@@ -238,6 +238,23 @@ def test_a_truncated_checkpoint_is_ignored(
     assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
 
 
+@pytest.mark.parametrize("header", [b'{"signature": 5}', b"[" * 200_000, b""], ids=["types", "deep", "empty"])
+def test_a_damaged_header_is_ignored(
+    header: bytes, bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And who is killed then says nothing of what it never had."""
+    source = bench.save(tiny_decoder(layers=2))
+    bench.compile(source, "smooth,pack", output="whole/model.onnx")
+    _stopped(bench, source, "smooth,pack", monkeypatch, behind=2)
+    (folder,) = (bench.folder / "out").glob(".model.onnx.*.work.tmp")
+    (folder / "checkpoint").write_bytes(header + b"\n")
+    assert not hasattr(_stopped(bench, source, "smooth,pack", monkeypatch, behind=0), "__notes__")
+    caplog.clear()
+    assert not bench.compile(source, "smooth,pack").resumed
+    assert "begun anew" in caplog.text
+    assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
+
+
 def test_fresh_starts_over(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     source = bench.save(tiny_decoder(layers=2))
     words = ["--passes", "pack", "--calibration", str(bench.text)]
