@@ -321,10 +321,13 @@ def _annotation(own: Setting) -> Any:
 
 
 def _completed(own: Setting) -> Any:
-    """What shells complete of a value that its own converter reads: its words, and the formats; passes are a list."""
+    """What shells complete of a value that its own converter reads: its words, and the formats; passes are a list.
+
+    Numbers are of the type, too: where the process has pydantic (Ray brings it), cyclopts has it check what is read.
+    """
     formats = lists.FORMATS if Step in own.kinds and not own.many else ()
     words = (*(word for word in own.values if word != "FORMAT"), *formats)
-    return Literal[words] | str | None if words and not own.many else Any
+    return Literal[words] | str | float | None if words and not own.many else Any
 
 
 def _one_of(choices: tuple[Any, ...]) -> Any:

@@ -18,6 +18,8 @@ from qcompile.passes.observers import OBSERVERS
 from qcompile.passes.table import PASSES
 
 T = TypeVar("T")
+# Letters of a line that has the parameters, too.
+_WIDE = 100
 
 
 def run(args: Options) -> Document:
@@ -93,10 +95,12 @@ def _print(
 ) -> None:
     outside, width = table.origin(name), max(map(len, table))
     notes = " ".join(filter(None, [note, f"(from {outside})" if outside else ""]))
-    told = f"[bold]{name:<{width}}[/bold] {escape(summary(kind))}"
-    console.print(f"{told} [dim]{escape(notes)}[/dim]" if notes else told, soft_wrap=True)
-    if known:
-        console.print(f"{'':{width}} {describe(known)}", soft_wrap=True, markup=False)
+    told, given = f"[bold]{name:<{width}}[/bold] {escape(summary(kind))}", describe(known) if known else ""
+    beside = bool(given) and width + len(summary(kind)) + len(notes) + len(given) < _WIDE
+    told = f"{told} [dim]{escape(notes)}[/dim]" if notes else told
+    console.print(f"{told} {escape(f'({given})')}" if beside else told, soft_wrap=True)
+    if given and not beside:
+        console.print(f"{'':{width}} {given}", soft_wrap=True, markup=False)
 
 
 def _print_parts(console: Console, name: str, parts: Mapping[str, str]) -> None:

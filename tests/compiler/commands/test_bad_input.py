@@ -187,7 +187,7 @@ def test_a_bound_that_does_not_hold_is_a_verdict(occupied: Any, capsys: Any) -> 
     """The input is sound: exit code 1, and nothing written all the same."""
     model = tiny_decoder()
     scale_at_run_time(model, WEIGHT.removesuffix(".weight"))
-    told = r"only 90\.0% .*--min-coverage 0\.99.*left in float: .*\(10\.0% of all\); .*nothing was writ"
+    told = r"only 90\.0% .*--min-coverage 0\.99.*left in float: .*\(10\.0% of all\); .*no output was writ"
     occupied.refuses(capsys, occupied.save(model), ["--min-coverage", "0.99"], told, code=1)
     told = r"output logits is destroyed: .* below --min-cosine 1"
     occupied.refuses(capsys, occupied.save(tiny_decoder()), ["--min-cosine", "1"], told, code=1)

@@ -205,7 +205,7 @@ def _patches() -> Graph:
         (_cnn, "pack", None, r"MatMul and Conv weights .*Conv weights \(9\d\.\d% of all\); --passes smooth,qdq,"),
         (_cnn, "pack", 0.9, r"only 0\.0% of the Conv weights were quantized, below --min-coverage 0\.9; "),
         (_small, "pack", None, r"format for ConvTranspose weights .*; --passes smooth,qdq,bias_correction is for them"),
-        (_nothing, "pack", None, r"pack quantizes nothing of this model: it has no constant weight; nothing was"),
+        (_nothing, "pack", None, r"pack quantizes nothing of this model: it has no constant weight; no output was"),
         (_patches, "pack", 0.9, r"only 0\.0% of the Conv weights were quantized"),
         (_cnn, "smooth,qdq,bias_correction", 1.0, None),
         (_cnn, "dynamic", 1.0, None),

@@ -57,7 +57,10 @@ def test_arrays_come_back_writable(tmp_path: Path) -> None:
     assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(found, state, strict=True))
 
 
-@pytest.mark.parametrize("name", CASES)
+# Of some graphs nothing is asked but that they are refused, some of them by `prepare`.
+@pytest.mark.parametrize(
+    "name", [n for n, case in CASES.items() if not all(isinstance(x, str) for x in case.lists.values())]
+)
 def test_the_same_model_again(name: str, tmp_path: Path) -> None:
     onnx.save(CASES[name].made().model(), tmp_path / "model.onnx")
     model, other = _prepared(tmp_path / "model.onnx"), _prepared(tmp_path / "model.onnx")
