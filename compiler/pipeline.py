@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from qcompile.compiler import ladder
@@ -126,11 +126,18 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
     prepared = prepare_model(source, recipe, progress)
     saved = None if statistics is None else load_statistics(prepared, statistics)
     graph, plan, report, job = prepared.model, prepared.plan, prepared.report, prepared.job
-    data = gather_data(prepared, asked.calibration, saved, asked.evaluation)
     level = level_of(asked.verify, report.source_bytes, prepared.passes)
     if level == "none":
         check_unverified(recipe, asked.evaluation, bench=bench)
-        data = replace(data, verified=False, evaluation=[])
+    data = gather_data(
+        prepared,
+        asked.calibration,
+        saved,
+        asked.evaluation,
+        verified=level != "none",
+        measured=bench or asked.evaluation is not None or bool(recipe.mixed),
+        room=work.room,
+    )
     job.share = SHARE if level == "sample" else 1
     aside = checkpoints(work, prepared, data, statistics, level)
     climbed = data.data_free and saved is None and data.verified

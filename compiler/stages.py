@@ -115,7 +115,7 @@ def walk_model(
 ) -> Walked:
     """Load and prepare the model, and take the calibration data through it; `checks`: the check batches, too."""
     prepared = prepare_model(source, recipe, progress)
-    data = gather_data(prepared, calibration)
+    data = gather_data(prepared, calibration, verified=checks)
     return walk(prepared, data if checks else replace(data, checks=[], evaluation=[]))
 
 
@@ -189,11 +189,17 @@ def gather_data(
     calibration: Calibration,
     saved: SavedStatistics | None = None,
     evaluation: Calibration | None = None,
+    *,
+    verified: bool = True,
+    measured: bool = True,
+    room: int | None = None,
 ) -> Data:
     """The calibration data that the passes need; ranges may come from `saved`. UserError where it is not enough.
 
     evaluation: data that the accuracy is told on; UserError where something of it is calibrated on, too. Without it,
     rows of the calibration data are held aside for that, where there are enough.
+    verified: whether check batches are run. measured: whether somebody asked for what only they tell.
+    room: bytes free on the output's disk.
     """
     files = digests(named_files([] if calibration.word else calibration.files), calibration.texts)
     judged = digests(named_files(evaluation.files), evaluation.texts) if evaluation is not None else {}
@@ -232,8 +238,9 @@ def gather_data(
     own = data.calibration or (saved is not None and not known)  # files of older versions do not say
     prepared.report.calibrated = {**(files if own else {}), **known}
     _check_fit(prepared, data)
-    load = load_of(*([positions(prepared.plan, own) for own in some] for some in (data.calibration, data.checks)))
-    check_fits(prepared.model, prepared.passes, prepared.policy, load)
+    data = data if verified else replace(data, verified=False, evaluation=[])
+    load = load_of(*([positions(prepared.plan, own) for own in some] for some in (data.calibration, data.checked)))
+    check_fits(prepared.model, prepared.passes, prepared.policy, load, room=room, judged=measured)
     mark_infinite(prepared.model, _infinite(prepared.plan, (*data.calibration, *data.checks)))
     if data.guess:
         refused = [p.name for p in prepared.passes if p.reads & {Reads.OUTPUTS, Reads.STATISTICS}]

@@ -201,4 +201,6 @@ def _check_room(path: Path) -> None:
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as packed:  # numpy tells what is wrong with it
         size = sum(member.file_size for member in packed.infolist())
     if size > free:
-        raise UserError(f"{path} holds {size / 1e9:.1f} GB of arrays, {free / 1e9:.1f} GB of memory are free")
+        raise UserError(
+            f"{path} holds {size / 1e9:.1f} GB of arrays, {free / 1e9:.1f} GB of memory are free"
+        ) from MemoryError()

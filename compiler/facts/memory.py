@@ -20,6 +20,14 @@ def available() -> int | None:
     return min(found, default=None)
 
 
+def swappable() -> int:
+    """Bytes that can be had beyond `available` by swapping; 0 in a container with a limit, and where nobody tells."""
+    try:
+        return int(psutil.swap_memory().free) if _container() is None else 0
+    except (OSError, RuntimeError, psutil.Error):
+        return 0
+
+
 def resident() -> int:
     """Bytes of this process that are in memory; 0 where nobody tells."""
     try:
@@ -44,7 +52,7 @@ def check_sizes(model: ir.Model) -> None:
             sizes = [int(dim) for dim in value.shape or () if isinstance(dim, int)]
             raise UserError(
                 f"{kind} {value.name!r} {sizes} takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free"
-            )
+            ) from MemoryError()
 
 
 def _bytes(value: ir.Value) -> float:
@@ -58,11 +66,12 @@ def _bytes(value: ir.Value) -> float:
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Have allocations fail, in native code too, that ask for more than the memory at hand; where Linux tells both.
+    """Have allocations fail, in native code too, that ask for more than memory and swap hold; where Linux tells.
 
     Otherwise the system grants them and ends the process, or another one, when they are used.
     """
     free = available()
+    free = None if free is None else free + swappable()
     try:
         import resource
 

@@ -51,8 +51,13 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = "free some space or write elsewhere" if error.errno in _NO_SPACE else "choose another place with -o"
+        hint = "free some space or write elsewhere" if is_full(error) else "choose another place with -o"
         raise UserError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a failure is for lack of room on the disk."""
+    return isinstance(error, OSError) and error.errno in _NO_SPACE
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ step, then data files that no model mentions any more are removed, all of that u
 path holds a complete model, the new one or the old one.
 """
 
+import errno
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -80,7 +82,7 @@ def _check_space(model: ir.Model, folder: Path) -> None:
         raise UserError(
             f"{folder}: the output needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
             "free some space or write elsewhere"
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _write(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> SaveReport:

@@ -32,7 +32,9 @@ def check_sparse(sparse: onnx.SparseTensorProto, where: str) -> None:
         raise UserError(f"{where} is a sparse tensor of {dtype.name}, which is not supported; {_AGAIN}")
     free = available()
     if free is not None and size * dtype.bitwidth // 8 > free // 2:
-        raise UserError(f"{where} takes {size * dtype.bitwidth / 8e9:.1f} GB when it is dense, more than there is")
+        raise UserError(
+            f"{where} takes {size * dtype.bitwidth / 8e9:.1f} GB when it is dense, more than there is"
+        ) from MemoryError()
     if list(places.dims) not in ([values.dims[0]], [values.dims[0], len(dims)]):
         raise UserError(f"{where} has indices {list(places.dims)[:8]} for {values.dims[0]} values; {_AGAIN}")
     limits = np.array([size] if len(places.dims) == 1 else dims, np.int64)

@@ -101,6 +101,21 @@ class Work:
         return self._made() / _TENSORS
 
     @property
+    def room(self) -> int | None:
+        """Bytes free on the output's disk, with those of unfinished compiles of it, which are gone on from or removed;
+        None where nobody tells.
+        """
+        folder = self.output.parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        try:
+            with self._free() as folders:
+                left = sum(file.stat().st_size for own in folders for file in own.iterdir())
+            return shutil.disk_usage(folder).free + left
+        except OSError:
+            return None
+
+    @property
     def waiting(self) -> bool:
         """Whether an unfinished compile of this output lies there, with a checkpoint, whole or not."""
         with self._free() as folders:
@@ -155,20 +170,35 @@ class Work:
         self._stack, self._held, self._end = contextlib.ExitStack(), False, 0
 
     def place(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
-        """The tensor, its bytes behind the others in the file of tensors; UserError where the disk does not take it."""
+        """The tensor, its bytes behind the others in the file of tensors; UserError, of an OSError, where the disk does
+        not take it: those before it stay.
+        """
         path = self.tensors
         with publish.writing(self.output):
             if self._tensors is None:
                 self._tensors = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115  # until the end
                 self._tensors.truncate(self._end)
             start = -(-self._end // _ALIGNMENT) * _ALIGNMENT
-            self._tensors.seek(start)
-            for chunk in chunks(tensor):
-                self._tensors.write(chunk)
-            self._tensors.flush()
+            try:
+                self._tensors.seek(start)
+                for chunk in chunks(tensor):
+                    self._tensors.write(chunk)
+                self._tensors.flush()
+            except OSError:
+                self._cut(path)
+                raise
             self._end = start + tensor.nbytes
         shape = ir.Shape(tensor.shape.numpy())
         return ir.ExternalTensor(path, start, tensor.nbytes, tensor.dtype, shape=shape, name=tensor.name or "")
+
+    def _cut(self, path: Path) -> None:
+        """Let go of what found no room, in buffers and on the disk, so that the output has it."""
+        assert self._tensors is not None
+        with contextlib.suppress(OSError):
+            self._tensors.close()
+        self._tensors = None
+        with contextlib.suppress(OSError):
+            os.truncate(path, self._end)
 
     @contextlib.contextmanager
     def arrays(self, done: int) -> Iterator[BinaryIO]:

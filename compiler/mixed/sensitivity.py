@@ -184,4 +184,4 @@ def _check_memory(model: ir.Model, scores: int) -> None:
         raise UserError(
             f"sensitivity needs the float and the int8 weights in memory at once: about {needed / 1e9:.1f} GB, and "
             f"{free / 1e9:.1f} GB are free; choose nodes by --exclude instead, or use a larger machine"
-        )
+        ) from MemoryError()

@@ -160,7 +160,7 @@ class _Job:
         try:
             found = self._figures(row)
         except Exception as error:  # a bug or a full disk in one combination ends no sweep of hours
-            passing = not isinstance(error, UserError) or isinstance(error.__cause__, OSError)
+            passing = not isinstance(error, UserError) or isinstance(error.__cause__, (OSError, MemoryError))
             told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             found = {"status": FAILED if passing else REFUSED, "reason": " ".join(told.split())}
             if not passing:

@@ -11,7 +11,7 @@ When: no more often than every `EVERY` seconds, nor so often that writing, as lo
 `_SHARE` of the time. A compile of seconds has none. A list whose passes have a state that cannot be pickled has none
 either, which is said; nor has one whose folder would not be found or trusted again (`Work.unkept`).
 Tensors that passes made go to the folder beside the output (`work`) as soon as more than `HELD` bytes of them are in
-memory, or with a checkpoint: memory does not grow with the packed model.
+memory, or with a checkpoint: memory does not grow with the packed model, unless that disk is full.
 """
 
 import hashlib
@@ -30,12 +30,14 @@ import onnx_ir as ir
 from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.files.cache import digest
+from qcompile.compiler.files.publish import is_full
 from qcompile.compiler.files.snapshot import Saver, is_marked, mark, objects_of, restore
 from qcompile.compiler.files.work import Damaged, Work
 from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.walk import program
 from qcompile.passes.base import Pass
+from qcompile.passes.errors import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ class Checkpoints:
         self._work, self._model, self._passes, self._report, self._data = work, model, passes, report, data
         self._more = [*more, *objects_of(model)]
         self._beside: dict[str, Any] = {}
-        self._last, self._off, self._costs = time.monotonic(), False, [0.0]
+        self._last, self._off, self._full, self._costs = time.monotonic(), False, False, [0.0]
         self._key, self._unnamed = "", ""
         try:
             self._key = self._named()
@@ -89,7 +91,7 @@ class Checkpoints:
         now = time.monotonic()
         due = not self._off and now - self._last >= max(EVERY, median(self._costs) / _SHARE)
         self.settle(everything=due)
-        if not due:
+        if not due or self._full:
             return
         try:
             if hindrance := self._unnamed or self._work.unkept:
@@ -109,7 +111,11 @@ class Checkpoints:
         self._costs.append(self._last - now)
 
     def settle(self, *, everything: bool = False) -> None:
-        """Put tensors that passes made into the folder's file, where they are many."""
+        """Put tensors that passes made into the folder's file, where they are many. From when the disk is full they
+        stay in memory, and there are no more checkpoints, which would need them on the disk.
+        """
+        if self._full:
+            return
         made = [value for value in self._model.graph.initializers.values() if _is_large(value.const_value, everything)]
         if not everything and sum(value.const_value.nbytes for value in made if value.const_value) <= HELD:
             return
@@ -117,7 +123,14 @@ class Checkpoints:
         tensors = [value.const_value for value in made if value.const_value is not None]  # none is freed meanwhile
         for value, tensor in zip(made, tensors, strict=True):
             if id(tensor) not in placed:
-                placed[id(tensor)] = self._work.place(tensor)
+                try:
+                    placed[id(tensor)] = self._work.place(tensor)
+                except UserError as error:
+                    if not is_full(error.__cause__):
+                        raise
+                    self._off = self._full = True
+                    _log.warning("packed weights stay in memory, and there are no more checkpoints: %s", error)
+                    return
             value.const_value = placed[id(tensor)]
 
     def _state(self, state: Any) -> Mapping[str, Any]:

@@ -5,22 +5,27 @@ is a sum of what ONNX Runtime and the passes were measured to hold (`test_needs.
 Invariant: nothing of it grows with depth, but for `HELD` bytes of packed weights and one session of a small file.
 """
 
+import errno
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from qcompile.compiler.data.feeds import Batch, InputPlan
-from qcompile.compiler.facts.memory import available, resident
+from qcompile.compiler.facts.memory import available, resident, swappable
 from qcompile.compiler.walk.saved_run import WHOLE
 from qcompile.compiler.walk.segments import Segment, is_large, split, targets
 from qcompile.compiler.walk.verify_products import ELEMENTS
 from qcompile.passes.base import Pass
-from qcompile.passes.contract import Fact, Reads
+from qcompile.passes.contract import Fact, Reads, Stage
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import Embedding, Linear, constant, find_embeddings, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
 from qcompile.passes.threads import workers
+
+_log = logging.getLogger(__name__)
 
 # The libraries; packed weights in memory, before they are put aside; two spills of what goes from segment to segment.
 BASE, HELD, _SPILLS = 240e6, 64 << 20, 64e6
@@ -34,6 +39,8 @@ _BLOCKS = 5
 _SAMPLE = 1024
 # What is held of an output while it is compared, in its own float32 numbers.
 _COMPARED = 8
+# What passes make that shrinks weights.
+_COMPACT = {Fact.PACKED, Fact.INTEGER}
 # Bytes beyond which an estimate that is this much too large still says that there is too little.
 _SURE = 0.8
 
@@ -42,7 +49,8 @@ _SURE = 0.8
 class Load:
     """What goes through the segments.
 
-    rows: of the largest batch of calibration; 0 without statistics. checked: of all check batches together.
+    rows: of the largest batch of calibration; 0 without statistics. checked: of all check batches together; where both
+    are 0, nothing is run.
     threads: how many work side by side. total: rows of all batches of calibration; None: no matter how many.
     """
 
@@ -79,42 +87,68 @@ def foretold(model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load
     held += min(packed, HELD)
     logits = load.checked * max((_width(value) for value in model.graph.outputs), default=0) * 4 * _COMPARED
     found.append(Need(held + logits, 0, 0, "comparing outputs"))
-    if packed <= WHOLE:
+    if packed <= WHOLE and load.checked:
         found.append(Need(held + logits / 2 + _LOADED * packed, packed, 0, "running the saved file"))
     most = max(found, key=lambda need: need.memory)
-    aside = packed if packed > HELD else 0
+    early = any(p.stage == Stage.WALK and p.ensures & _COMPACT for p in passes)
+    aside = packed if packed > HELD and early else 0
     return replace(most, disk=packed + aside)
 
 
-def check_fits(model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load) -> Need:
-    """What it takes; UserError, before the work, where the memory at hand does not suffice, with what would do."""
+def check_fits(
+    model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load, *, room: int | None = None, judged: bool = True
+) -> Need:
+    """What it takes; UserError, before the work, where memory or disk at hand do not suffice, with what would do.
+
+    Where it would swap it is a warning. room: bytes free on the output's disk; None: not known. judged: whether errors
+    are asked for, so that verification cannot be left out.
+    """
     need, free = foretold(model, passes, policy, load), available()
+    if room is not None and _SURE * need.disk > room:
+        raise UserError(
+            f"the output, with what is put aside beside it, needs {need.disk / 1e6:.0f} MB, {room / 1e6:.0f} MB are "
+            "free there; free some space or write elsewhere"
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if free is None or _fits(need, free):
         return need
-    known = ((words, make()) for words, make in _others(model, passes, policy, load))
+    if _fits(need, free + swappable()):
+        _log.warning(
+            "this compile takes about %.1f GB of memory (%s), %.1f GB are free: it will swap, and be slow",
+            need.memory / 1e9,
+            need.what,
+            free / 1e9,
+        )
+        return need
+    known = ((words, make()) for words, make in _others(model, passes, policy, load, judged=judged))
     fitting = next((f"{words} takes about {own.memory / 1e9:.1f} GB" for words, own in known if _fits(own, free)), "")
     raise UserError(
         f"this compile takes about {need.memory / 1e9:.1f} GB of memory ({need.what}), {free / 1e9:.1f} GB are free; "
-        + (fitting or "no list of passes takes less than that: use a machine with more memory")
-    )
+        + (fitting or "none of the options tried takes so little: use a machine with more memory, or add swap")
+    ) from MemoryError()
 
 
 def _others(
-    model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load
+    model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load, *, judged: bool
 ) -> Iterator[tuple[str, Callable[[], Need]]]:
     """Options that take less memory, in words, the least change first."""
     few, short = replace(load, threads=1), replace(load, rows=load.rows // 4, threads=1)
     yield "--threads 1", lambda: foretold(model, passes, policy, few)
     if short.rows >= 2:
         yield f"--threads 1 --context {short.rows}", lambda: foretold(model, passes, policy, short)
-    plain = [p for p in passes if not p.reads and p.ensures & {Fact.PACKED, Fact.INTEGER}]
+    if load.checked and not judged:
+        unseen = replace(few, checked=0)
+        yield "--threads 1 --verify none", lambda: foretold(model, passes, policy, unseen)
+    plain = [p for p in passes if not p.reads and p.ensures & _COMPACT]
     if plain and load.rows:
         words = f"--passes {','.join(p.name for p in plain)} --threads 1"
         yield words, lambda: foretold(model, plain, policy, replace(few, rows=0))
+        if load.checked and not judged:
+            yield f"{words} --verify none", lambda: foretold(model, plain, policy, replace(few, rows=0, checked=0))
 
 
 def _fits(need: Need, free: float) -> bool:
-    return _SURE * (need.memory - need.mapped) - resident() <= free
+    """Of what is resident only the libraries are counted in what it takes: a notebook may hold arrays of its own."""
+    return _SURE * (need.memory - need.mapped) - min(resident(), BASE) <= free
 
 
 def _spilled(segment: Segment, load: Load) -> float:
@@ -146,25 +180,28 @@ def _segment(
     wide = float(sum(seen.values()) + sum(linear.shape[1] for linear in linears)) * 4
     deepest = max((linear.shape[0] for linear in linears), default=0)
     deepest = max([deepest, *(table.shape[1] for table in tables)])
-    chunks = 4.0 * _ARRAYS * load.threads * min(_CHUNK, 1024 * deepest)
     codes = elements + sum(float(table.shape[0] * table.shape[1]) for table in tables)
+    chunks = 4.0 * _ARRAYS * min(load.threads * min(_CHUNK, 1024 * deepest), codes)  # no more than there are
     statistics = load.rows > 0 and any(p.reads & {Reads.SCALES, Reads.STATISTICS} for p in passes)
     grams = sum(4.0 * k * k + 4.0 * _SAMPLE * k for k in seen.values()) if statistics else 0.0
     scaling = floats if statistics and len([p for p in passes if p.reads & {Reads.STATISTICS, Reads.SCALES}]) > 1 else 0
-    yield Need(stored + cast + load.checked * wide, stored, 0, "float outputs")
+    if load.checked:
+        yield Need(stored + cast + load.checked * wide, stored, 0, "float outputs")
     if load.rows:
         carried = 2 * load.rows * wide
         yield Need(stored + floats + cast + _GRAMS * grams + carried, stored, 0, "statistics")
     factor = 4.0 * _GRAMS * max((k * k for k in seen.values()), default=0) if statistics else 0.0
     yield Need(largest + scaling + codes + packed + chunks + grams + factor, largest, 0, "passes")
+    if not (load.rows or load.checked):
+        return
     if any(Fact.INTEGER in p.ensures for p in passes):
         yield Need(stored + 3 * floats + load.checked * wide, stored, 0, "float twins")
     else:
         probed = scaling + codes + grams + 3 * load.checked * wide
         yield Need(probed + running, 0, 0, "packed products")
         read = float(sum(constant(weight).nbytes for weight in weights))
-        block = min(ELEMENTS, max((_size(own) for own in weights.values()), default=0))
-        blocks = 4.0 * _BLOCKS * load.threads * block
+        compared = max((_size(own) for own in weights.values()), default=0)  # one weight after the other
+        blocks = 4.0 * _BLOCKS * min(load.threads * ELEMENTS, compared)
         yield Need(probed + read + blocks, read, 0, "comparing packed products")
 
 

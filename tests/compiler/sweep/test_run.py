@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qcompile.compiler import stages
 from qcompile.compiler.data.inputs import input_plan
 from qcompile.compiler.data.tokens import load_tokenizer
 from qcompile.compiler.files import secret
@@ -226,6 +227,20 @@ def test_a_bug_is_a_row_that_is_tried_again(bench: Any, monkeypatch: pytest.Monk
     assert [(row.status, row.reason) for row in rows] == [(FAILED, "RuntimeError: two lines"), (DONE, "")]
     monkeypatch.setattr(module, "compile_model", own)
     assert [row.status for row in _sweep(bench, model, {"bits": [8, 4]}).rows] == [DONE, DONE]
+
+
+@pytest.mark.parametrize("cause", [MemoryError(), OSError()])
+def test_too_little_memory_or_disk_is_of_the_moment(
+    cause: Exception, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any, **named: Any) -> None:
+        raise UserError("1 MB are free") from cause
+
+    model = bench.save(DECODER())
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "check_fits", full)
+        assert [row.status for row in _sweep(bench, model, {"bits": [4]}).rows] == [FAILED]
+    assert [row.status for row in _sweep(bench, model, {"bits": [4]}).rows] == [DONE]
 
 
 def test_encoders_are_scored_by_their_outputs(bench: Any) -> None:

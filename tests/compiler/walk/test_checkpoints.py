@@ -28,7 +28,7 @@ from qcompile.compiler.walk.pace import Pace
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes import lists
 from qcompile.passes.base import Region
-from qcompile.passes.errors import UserError, Verdict
+from qcompile.passes.errors import Verdict
 from qcompile.passes.smooth import Smooth
 
 # By name of the model: the lists that are stopped behind every segment.
@@ -417,24 +417,30 @@ def test_a_disk_too_full_for_checkpoints_ends_no_compile(
     ]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors that find no room end the compile; with room it goes on."""
+def test_a_full_disk_keeps_tensors_in_memory(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tensors that find no room stay in memory: the compile goes on without more checkpoints, with the same bytes."""
     source, place = bench.save(tiny_decoder(layers=2)), Work.place
     bench.compile(source, "pack", output="whole/model.onnx")
 
     def full(self: Work, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
-        if self.kept is not None and self.kept.done >= 2:
+        if self.kept is not None and self.kept.done >= 1:
+            failed.append(self.kept.done)
             with publish.writing(self.output):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return place(self, tensor)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Work, "place", full)
-        with pytest.raises(UserError, match="free some space") as raised:
-            bench.compile(source, "pack")
-    resumed = bench.compile(source, "pack").resumed
-    assert resumed
-    assert f"goes on at {resumed} once the cause is mended" in raised.value.__notes__[0]
+    keep, kept, failed = Work.keep, list[int](), list[int]()
+    monkeypatch.setattr(Work, "keep", lambda work, *told: (kept.append(told[1]), keep(work, *told)))
+    monkeypatch.setattr(Work, "place", full)
+    bench.compile(source, "pack")
+    assert failed == kept[-1:], "it is tried once, and no checkpoint comes behind it"
+    assert [own.getMessage() for own in caplog.records] == [
+        "packed weights stay in memory, and there are no more checkpoints: "
+        f"cannot write {bench.folder / 'out' / 'model.onnx'}: No space left on device; free some space or write "
+        "elsewhere"
+    ]
     assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
 
 

@@ -1,5 +1,6 @@
 """compiler/walk/needs.py: what a compile takes is told before the work, and refused where it is not there."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ from qcompile.compiler.api.rehearsal import rehearse
 from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.files.load import save_model
+from qcompile.compiler.files.work import Work
 from qcompile.compiler.stages import prepare_model
 from qcompile.compiler.walk import needs
 from qcompile.compiler.walk.needs import BASE, HELD, Load, Need, foretold, positions
+from qcompile.compiler.walk.walk import Job
 from qcompile.models.tiny import tiny_classifier, tiny_decoder
 from qcompile.passes.errors import UserError
 
@@ -59,9 +62,11 @@ def test_what_cannot_fit_is_refused_before_the_work_with_what_would(
     before = bench.snapshot()
     monkeypatch.setattr(needs, "resident", lambda: 0)
     monkeypatch.setattr(needs, "available", lambda: 1 << 20)
-    with pytest.raises(UserError, match=r"takes about 0\.\d GB of memory \(.*\), 0\.0 GB are free; no list of passes"):
+    monkeypatch.setattr(needs, "swappable", lambda: 0)
+    with pytest.raises(UserError, match=r"about 0\.\d GB of memory \(.*\), 0\.0 GB are free; none of the options"):
         bench.compile(source, "awq,pack")
-    answers = iter([False, False, False, True])  # as it is; in one thread; of shorter texts, too; without statistics
+    # As it is, and with swap; in one thread; of shorter texts, too; unverified; without statistics.
+    answers = iter([False, False, False, False, False, True])
     monkeypatch.setattr(needs, "_fits", lambda need, free: next(answers))
     with pytest.raises(UserError, match=r"free; --passes pack --threads 1 takes about 0\.\d GB"):
         bench.compile(source, "awq,pack")
@@ -96,10 +101,65 @@ def test_little_data_is_spilled_little(tmp_path: Path) -> None:
     )
 
 
-def test_memory_grows_with_threads(tmp_path: Path) -> None:
-    """Each thread compares a block of its own."""
-    one, eight = (_need(tmp_path, "pack", Load(0, 96, n), layers=1, hidden=256, ffn=2048).memory for n in (1, 8))
-    assert one + 7 * 4 * 256 * 2048 < eight
+@pytest.mark.parametrize("passes", LISTS)
+def test_memory_grows_with_threads_up_to_the_pieces_there_are(tmp_path: Path, passes: str) -> None:
+    """Threads have pieces of their own, and no more of them than there are: of a small model a few."""
+    sizes: dict[str, Any] = {"layers": 1, "hidden": 256, "heads": 4, "kv_heads": 2, "vocab": 512}
+    small = [_need(tmp_path, passes, Load(64, 96, n), **sizes, ffn=2048).memory for n in (1, 8, 64, 1024)]
+    assert small == sorted(small)
+    assert small[0] + 64e6 > small[1] == small[2] == small[3]
+    one, four = (_need(tmp_path, "pack", Load(0, 96, n), layers=1, hidden=1024, ffn=8192).memory for n in (1, 4))
+    assert one + 3 * 4 * needs.ELEMENTS < four
+
+
+def test_what_is_not_run_takes_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--verify none` runs no check batches; and it is offered, where nothing is asked for that needs them."""
+    seen, own = list[Load](), needs.foretold
+    monkeypatch.setattr(needs, "foretold", lambda *told: (seen.append(told[-1]), own(*told))[1])
+    source = bench.save(tiny_decoder(layers=1))
+    bench.compile(source, "pack", verify="none")
+    bench.compile(source, "pack")
+    assert seen[0].checked == 0 < seen[1].checked
+    monkeypatch.setattr(needs, "_fits", lambda need, free: seen[-1].checked == 0)
+    with pytest.raises(UserError, match=r"free; --threads 1 --verify none takes about 0\.\d GB"):
+        bench.compile(source, "pack")
+    with pytest.raises(UserError, match="none of the options tried"):
+        bench.compile(source, "pack", bench=True)
+
+
+def test_what_swaps_is_warned_of(bench: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    source = bench.save(tiny_decoder(layers=1))
+    monkeypatch.setattr(needs, "resident", lambda: 0)
+    monkeypatch.setattr(needs, "available", lambda: 1 << 20)
+    monkeypatch.setattr(needs, "swappable", lambda: 1 << 40)
+    assert bench.compile(source, "pack").outputs
+    assert [own.getMessage()[-24:] for own in caplog.records] == ["it will swap, and be slow"[-24:]]
+
+
+def test_a_notebook_full_of_arrays_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = Need(4e9, 0, 0, "")
+    monkeypatch.setattr(needs, "resident", lambda: 10 << 30)
+    assert not needs._fits(need, 1e9)
+    assert needs._fits(need, 4e9)
+
+
+def test_a_disk_too_small_is_refused_before_the_work(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = bench.save(tiny_decoder(layers=1))
+    monkeypatch.setattr(Work, "room", 1000)
+    monkeypatch.setattr(Job, "walk", lambda *_: pytest.fail("the walk began"))
+    with pytest.raises(UserError, match=r"put aside beside it, needs 0 MB, 0 MB are free") as raised:
+        bench.compile(source, "pack")
+    assert isinstance(raised.value.__cause__, OSError)
+
+
+def test_what_an_unfinished_compile_holds_of_the_disk_is_free(tmp_path: Path) -> None:
+    work = Work(tmp_path / "not" / "there" / "model.onnx")
+    free = shutil.disk_usage(tmp_path).free
+    assert work.room == pytest.approx(free, abs=1e9)
+    (tmp_path / ".model.onnx.abcdefgh.work.tmp").mkdir(mode=0o700)
+    with open(tmp_path / ".model.onnx.abcdefgh.work.tmp" / "tensors", "wb") as file:
+        file.truncate(1 << 40)  # takes no room
+    assert (Work(tmp_path / "model.onnx").room or 0) > 1 << 40
 
 
 def test_a_dry_run_tells_memory_and_disk(bench: Any) -> None:
