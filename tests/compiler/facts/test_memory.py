@@ -4,11 +4,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+from qcompile.compiler.facts import memory
 
 # One batch is 4096 rows of 64 floats, 1 MiB; as much is carried between the two linears.
 ROWS, WIDTH = 4096, 64
@@ -80,3 +83,14 @@ def test_batches_are_not_kept_in_memory(model: Path, source: Callable[[Path, int
     """Neither what the user gives nor the activations carried from the first segment to the second."""
     few, many = (_peak(model, source(model.parent, count), count) for count in (FEW, MANY))
     assert many - few < MARGIN
+
+
+def test_swap_counts_where_no_container_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory.psutil, "swap_memory", lambda: SimpleNamespace(free=7 << 30))
+    assert memory.swappable() == 7 << 30
+    for name, text in (("memory.max", "1000000"), ("memory.current", "400000"), ("memory.stat", "file 100000")):
+        (tmp_path / name).write_text(text)
+    assert (memory.available(), memory.swappable()) == (700_000, 0)
+    (tmp_path / "memory.max").write_text("max")
+    assert memory.swappable() == 7 << 30

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from qcompile.compiler.files import locks, secret
+from qcompile.compiler.files import locks, publish, secret
 from qcompile.compiler.files.work import Damaged, Header, Work
+from qcompile.passes.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -258,6 +259,26 @@ def test_an_output_of_a_longer_name_keeps_its_folder(tmp_path: Path) -> None:
     for name in ("m.onnx.v2", "m.onnx.abcdefgh"):
         with Work(tmp_path / name) as work:
             assert work.adopted("a")
+
+
+def test_a_tensor_that_finds_no_room_leaves_those_before_it(tmp_path: Path) -> None:
+    """And takes no room: neither on the disk nor in a buffer that would be written at the end."""
+    resource = pytest.importorskip("resource")
+    small, large = (ir.tensor(np.arange(size, dtype=np.int32)) for size in (1000, 100_000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Work(tmp_path / "model.onnx") as work:
+        first = work.place(small)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            with pytest.raises(UserError) as raised:
+                work.place(large)
+            assert publish.is_full(raised.value.__cause__)
+            assert work.tensors.stat().st_size == small.nbytes
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        second = work.place(large)
+        assert first.numpy().tolist() == small.numpy().tolist()
+        assert second.numpy().tolist() == large.numpy().tolist()
 
 
 @pytest.mark.parametrize("failing", ["arrays", "checkpoint"])
