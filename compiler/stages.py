@@ -355,7 +355,7 @@ def check_target(model: ir.Model, target: str, made: Planned) -> None:
         return
     vocabulary = vocabulary_size(model)
     for linear in find_linears(model.graph):
-        spec = made.policy.for_linear(linear, vocabulary)
+        spec = replace(made.policy, blank=True).for_linear(linear, vocabulary)
         if not isinstance(spec, str) and (told := named(spec.format).refusal(target, spec, linear.shape[0])):
             raise UserError(told)
 

@@ -34,6 +34,7 @@ class Policy:
     weights_only: products whose weight alone becomes int8 where others compute in integers, and why.
     target: that of the file; some take whole blocks alone, or no 8 bits (`targets.py`). half_scales: float16 in the
     file, where they are float16 numbers.
+    blank: no weight is read: what only its numbers tell of a grid, and no size depends on, is left out.
     """
 
     body: Grid
@@ -45,6 +46,7 @@ class Policy:
     weights_only: Mapping[str, str] = field(default_factory=dict)
     target: str = "qcompile"
     half_scales: bool = False
+    blank: bool = False
 
     def for_linear(self, linear: Linear, vocabulary: int | None) -> Grid | str:
         """The spec of a linear, or the reason why it stays in float."""
@@ -52,11 +54,14 @@ class Policy:
         if refusal:
             return refusal
         if is_lm_head(linear, vocabulary):
-            head = typed(self.lm_head, linear.weight) if self.lm_head else "lm_head is kept in float"
+            head = self._typed(self.lm_head, linear.weight) if self.lm_head else "lm_head is kept in float"
             return self._in_blocks(head, linear.shape[0])
         remark = self.remark(linear, vocabulary)
         body = self._eight(remark) if remark else self.body
-        return body if isinstance(body, str) else self._in_blocks(typed(body, linear.weight), linear.shape[0])
+        return body if isinstance(body, str) else self._in_blocks(self._typed(body, linear.weight), linear.shape[0])
+
+    def _typed(self, spec: Grid, weight: ir.Value) -> Grid | str:
+        return typed(spec, weight, read=not self.blank)
 
     def _eight(self, remark: str) -> Grid | str:
         """The grid of weights that need 8 bits."""
@@ -94,7 +99,7 @@ class Policy:
         refusal = self.refusal(embedding.node, embedding.table)
         if refusal or self.embedding is None:
             return refusal or "embedding is kept in float"
-        return typed(self.embedding, embedding.table)
+        return self._typed(self.embedding, embedding.table)
 
     def refusal(self, node: ir.Node, *weights: ir.Value | None) -> str:
         """Why a node with these weights is not to be quantized, or an empty string."""
@@ -111,16 +116,17 @@ class Policy:
         return next((f"excluded by {pattern!r}" for pattern in found), "")
 
 
-def typed(spec: Grid, weight: ir.Value) -> Grid | str:
+def typed(spec: Grid, weight: ir.Value, *, read: bool = True) -> Grid | str:
     """The spec with scales of the weight's float type; a reason where the formats have none.
 
     The operands of a product are of one type, so this is the type of the activation that the weight meets, whatever
-    other weights of the model are.
+    other weights of the model are. read: whether the weight's numbers may be, for a grid that depends on them.
     """
     scale = _SCALES.get(constant(weight).dtype)
     if scale is None:
         return f"no format for {constant(weight).dtype.name.lower()} weights"
-    return spec.typed(scale).ranged(lambda: _largest(weight))
+    own = spec.typed(scale)
+    return own.ranged(lambda: _largest(weight)) if read else own
 
 
 def _largest(weight: ir.Value) -> float:

@@ -88,6 +88,8 @@ def rehearse(source: Path, recipe: Recipe) -> Rehearsal:
     inputs = tuple(given.name for given in prepared.plan.inputs)
     for late in own:
         late.dry = True
+        if (own_policy := getattr(late, "policy", None)) is not None:
+            late.policy = replace(own_policy, blank=True)  # type: ignore[attr-defined]
         whole = late.stage == Stage.BEHIND
         for region in [Region.whole(graph)] if whole else [Region(graph, segment.nodes) for segment in segments]:
             late.call(region)

@@ -74,6 +74,7 @@ class Need:
 
 def foretold(model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load) -> Need:
     """What compiling the prepared model takes."""
+    policy = replace(policy, blank=True)
     segments = split(model, targets(model).__contains__)
     vocabulary = vocabulary_size(model)
     spilled = max((_spilled(segment, load) for segment in segments), default=0.0)

@@ -15,11 +15,13 @@ from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.files.load import save_model
 from qcompile.compiler.files.work import Work
+from qcompile.compiler.settings.steps import parse_step
 from qcompile.compiler.stages import prepare_model
 from qcompile.compiler.walk import needs
 from qcompile.compiler.walk.needs import BASE, HELD, Load, Need, foretold, positions
 from qcompile.compiler.walk.walk import Job
 from qcompile.models.tiny import tiny_classifier, tiny_decoder
+from qcompile.passes import policy
 from qcompile.passes.errors import UserError
 
 LISTS = ["pack", "smooth,awq,pack", "gptq,pack", "smooth,qdq", "dynamic"]
@@ -167,6 +169,16 @@ def test_a_dry_run_tells_memory_and_disk(bench: Any) -> None:
     assert BASE < plan.memory < 2 * BASE
     assert plan.disk == pytest.approx(plan.report.compiled_bytes, rel=0.3)
     assert {"memory", "disk"} <= plan.to_dict().keys()
+
+
+def test_no_weight_is_read_for_its_grid(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of nvfp4 follows from the largest number of a weight, and its size does not."""
+    source, recipe = bench.save(tiny_decoder()), Recipe(passes=parse_passes("pack"), weights=parse_step("nvfp4"))
+    report = bench.compile(source, "pack", weights=parse_step("nvfp4"))
+    monkeypatch.setattr(policy, "_largest", lambda weight: pytest.fail("it was read"))
+    plan = rehearse(source, recipe)
+    assert plan.report.compiled_bytes == pytest.approx(report.compiled_bytes, rel=0.03, abs=16 << 10)
+    assert plan.disk == pytest.approx(report.compiled_bytes, rel=0.3)
 
 
 _PEAK = """
