@@ -69,6 +69,7 @@ class Checkpoints:
         self._more = [*more, *objects_of(model)]
         self._beside: dict[str, Any] = {}
         self._last, self._off, self._full, self._costs = time.monotonic(), False, False, [0.0]
+        self._held = 0  # bytes that passes made since tensors were put aside
         self._key, self._unnamed = "", ""
         try:
             self._key = self._named()
@@ -86,11 +87,13 @@ class Checkpoints:
         return found
 
     @phase("checkpoints")
-    def after(self, state: Any, done: int, of: int) -> None:
-        """Behind a finished segment: put aside what is large, and make it a checkpoint where one is due."""
+    def after(self, state: Any, done: int, of: int, nodes: Iterable[ir.Node]) -> None:
+        """Behind a finished segment of these nodes: put aside what is large, and make it a checkpoint if one is due."""
         now = time.monotonic()
         due = not self._off and now - self._last >= max(EVERY, median(self._costs) / _SHARE)
-        self.settle(everything=due)
+        self._held += _made_for(nodes)
+        if due or self._held > HELD:
+            self.settle(everything=due)
         if not due or self._full:
             return
         try:
@@ -111,14 +114,13 @@ class Checkpoints:
         self._costs.append(self._last - now)
 
     def settle(self, *, everything: bool = False) -> None:
-        """Put tensors that passes made into the folder's file, where they are many. From when the disk is full they
-        stay in memory, and there are no more checkpoints, which would need them on the disk.
+        """Put tensors that passes made into the folder's file. From when the disk is full they stay in memory, and
+        there are no more checkpoints, which would need them on the disk.
         """
+        self._held = 0
         if self._full:
             return
         made = [value for value in self._model.graph.initializers.values() if _is_large(value.const_value, everything)]
-        if not everything and sum(value.const_value.nbytes for value in made if value.const_value) <= HELD:
-            return
         placed: dict[int, ir.ExternalTensor] = {}
         tensors = [value.const_value for value in made if value.const_value is not None]  # none is freed meanwhile
         for value, tensor in zip(made, tensors, strict=True):
@@ -213,6 +215,13 @@ class _Nowhere:
 
     def write(self, data: Any) -> int:
         return len(data)
+
+
+def _made_for(nodes: Iterable[ir.Node]) -> int:
+    """Bytes of the large tensors that passes made for these nodes, in memory."""
+    read = {value for node in nodes for value in node.inputs if value is not None}
+    tensors = {id(tensor): tensor for value in read if (tensor := value.const_value) is not None}
+    return sum(tensor.nbytes for tensor in tensors.values() if _is_large(tensor, lazy=False))
 
 
 def _is_large(tensor: ir.TensorProtocol | None, lazy: bool) -> bool:

@@ -130,7 +130,7 @@ class Job:
             self._step(runner, walk, data, asked)
             walk.done += 1
             if keep is not None:
-                keep.after(walk, walk.done, len(walk.segments))
+                keep.after(walk, walk.done, len(walk.segments), walk.segments[walk.done - 1].nodes)
         for rewrite in self.passes:
             before = len(rewrite.decisions)
             rewrite.call_rest(self.model)

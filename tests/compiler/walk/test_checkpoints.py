@@ -62,9 +62,9 @@ def _stopped(
     """Compile until so many segments are finished; 0: until the first is, which is not put aside."""
     after = Checkpoints.after
 
-    def stopped(self: Checkpoints, state: Any, done: int, of: int) -> None:
+    def stopped(self: Checkpoints, state: Any, done: int, of: int, nodes: Any) -> None:
         if behind:
-            after(self, state, done, of)
+            after(self, state, done, of, nodes)
         if done >= behind:
             raise Stopped
 
@@ -79,9 +79,9 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of segments, as they are finished."""
     done, after = list[int](), Checkpoints.after
 
-    def counted(self: Checkpoints, state: Any, number: int, of: int) -> None:
+    def counted(self: Checkpoints, state: Any, number: int, of: int, nodes: Any) -> None:
         done.append(number)
-        after(self, state, number, of)
+        after(self, state, number, of, nodes)
 
     monkeypatch.setattr(Checkpoints, "after", counted)
     return done
@@ -259,8 +259,8 @@ def test_fresh_starts_over(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys
     source = bench.save(tiny_decoder(layers=2))
     words = ["--passes", "pack", "--calibration", str(bench.text)]
 
-    def interrupted(self: Checkpoints, state: Any, done: int, of: int) -> None:
-        after(self, state, done, of)
+    def interrupted(self: Checkpoints, state: Any, done: int, of: int, nodes: Any) -> None:
+        after(self, state, done, of, nodes)
         raise KeyboardInterrupt
 
     for option, behind in (([], 1), ([], 2), (["--fresh"], 1)):
@@ -464,8 +464,8 @@ def test_nothing_that_passes_make_stays_in_memory(bench: Bench, monkeypatch: pyt
     """With `HELD` 0 every initializer of 4 KB or more is the source's or lies in the folder, behind each segment."""
     after = Checkpoints.after
 
-    def looked_at(self: Checkpoints, state: Any, done: int, of: int) -> None:
-        after(self, state, done, of)
+    def looked_at(self: Checkpoints, state: Any, done: int, of: int, nodes: Any) -> None:
+        after(self, state, done, of, nodes)
         for value in self._model.graph.initializers.values():
             tensor = value.const_value
             assert tensor is not None
