@@ -101,11 +101,11 @@ def test_every_table_takes_rows_of_other_packages(add: Add, capsys: Any) -> None
     code, out, err = _listed(capsys)
     assert (code, err) == (0, "")
     assert re.findall(r"^own +(.*)$", out, re.MULTILINE) == [
-        f"{told} (from pack-{group} 2.5)"
-        for told, group in (
-            ("Does nothing.", "passes"),
-            ("Everything, again.", "observers"),
-            ("Levels of another package.", "formats"),
+        f"{told} (from pack-{group} 2.5){parameters}"
+        for told, group, parameters in (
+            ("Does nothing.", "passes", " (share=0.5, by=mse)"),
+            ("Everything, again.", "observers", ""),
+            ("Levels of another package.", "formats", " (group=16)"),
         )
     ]
     assert "share=0.5, by=mse" in out
