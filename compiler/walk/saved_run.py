@@ -46,9 +46,10 @@ def run_saved(
     each: Callable[[int, Arrays], None] = lambda number, outputs: None,
 ) -> list[Arrays]:
     """As `run_file`, by segments where the file is large."""
-    if not is_whole(path):
+    whole = is_whole(path)
+    if not whole:
         check_opens(path)
-    run = run_file if is_whole(path) else by_segments
+    run = run_file if whole else by_segments
     return run(path, plan, batches, provider, optimize, floats=floats, more=more, each=each)
 
 

@@ -186,6 +186,14 @@ def operands(node: ir.Node) -> Operands:
     return Operands(codes, scale, bias, rest[0] if rest else None)
 
 
+def weight_operands(node: ir.Node) -> list[ir.Value]:
+    """What a packed product or lookup has of its weight: codes, scale, and the zero point if there is one."""
+    if role(node.op_type) == EMBEDDING:
+        return [value for value in node.inputs[1:] if value is not None]
+    own = operands(node)
+    return [value for value in (own.codes, own.scale, own.zero_point) if value is not None]
+
+
 def element_type(node: ir.Node) -> ir.DataType | None:
     """The type that a packed product computes in: that of its scales, or of x where they are no floats."""
     scale, x = constant(operands(node).scale).dtype, node.inputs[0]

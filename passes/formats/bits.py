@@ -4,7 +4,6 @@ A body unpacks the bytes to uint4 (2 and 3 bits) or uint8 (5 and 6), by a shift 
 Runtime folds that when it loads, and fuses the DequantizeLinear behind it with the MatMul.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,7 @@ from qcompile.passes.formats.base import (
     Stored,
     alias,
     grouped_by,
-    operands,
-    role,
+    weight_operands,
 )
 from qcompile.passes.formats.integers import affine, checked
 from qcompile.passes.graph import add_initializer
@@ -195,12 +193,7 @@ class BitFields(Format):
         """Nothing: its bodies are inlined."""
 
     def read(self, node: ir.Node) -> Stored | None:
-        if role(node.op_type) == EMBEDDING:
-            values: Sequence[ir.Value | None] = node.inputs[1:]
-        else:
-            own = operands(node)
-            values = [own.codes, own.scale, own.zero_point]
-        given = [value for value in values if value is not None]
+        given = weight_operands(node)
         if stored(given[0]) is None or stored(given[1]) is None:
             return None
         k, n = node.attributes.get_int("K", 0), dimensions(given[1])[1]

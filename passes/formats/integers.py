@@ -3,8 +3,6 @@
 The code of element (k, n) decodes to (w - zero_point) * scale, both of group k // block_size.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -25,9 +23,9 @@ from qcompile.passes.formats.base import (
     as_bytes,
     grouped_by,
     measured,
-    operands,
     role,
     scripted,
+    weight_operands,
 )
 from qcompile.passes.graph import add_initializer
 from qcompile.passes.linears import stored
@@ -72,12 +70,7 @@ class Integers(Format):
             nbits.lower_embedding(model, node, self.bits, cache)  # a table of one scale a row may have any size
 
     def read(self, node: ir.Node) -> Stored | None:
-        if role(node.op_type) == EMBEDDING:
-            values: Sequence[ir.Value | None] = node.inputs[1:]
-        else:
-            own = operands(node)
-            values = [own.codes, own.scale, own.zero_point]
-        given = [value for value in values if value is not None]
+        given = weight_operands(node)
         shape, codes = measured(given[0], given[1]), stored(given[0])
         if shape is None or codes is None:
             return None

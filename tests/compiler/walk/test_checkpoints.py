@@ -223,14 +223,20 @@ def test_nothing_else_is_gone_on_from(
     assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole"), "and what was left is removed"
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "arrays-2", "tensors"])
-def test_a_truncated_checkpoint_is_ignored(
-    name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def _left_behind(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A model that was compiled to whole/, and of whose compile to out/ a checkpoint is left: its folder of work."""
     source = bench.save(tiny_decoder(layers=2))
     bench.compile(source, "smooth,pack", output="whole/model.onnx")
     _stopped(bench, source, "smooth,pack", monkeypatch, behind=2)
     (folder,) = (bench.folder / "out").glob(".model.onnx.*.work.tmp")
+    return source, folder
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "arrays-2", "tensors"])
+def test_a_truncated_checkpoint_is_ignored(
+    name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, folder = _left_behind(bench, monkeypatch)
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[:-1])
     assert not bench.compile(source, "smooth,pack").resumed
@@ -243,10 +249,7 @@ def test_a_damaged_header_is_ignored(
     header: bytes, bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And who is killed then says nothing of what it never had."""
-    source = bench.save(tiny_decoder(layers=2))
-    bench.compile(source, "smooth,pack", output="whole/model.onnx")
-    _stopped(bench, source, "smooth,pack", monkeypatch, behind=2)
-    (folder,) = (bench.folder / "out").glob(".model.onnx.*.work.tmp")
+    source, folder = _left_behind(bench, monkeypatch)
     (folder / "checkpoint").write_bytes(header + b"\n")
     assert not hasattr(_stopped(bench, source, "smooth,pack", monkeypatch, behind=0), "__notes__")
     caplog.clear()
