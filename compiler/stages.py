@@ -20,7 +20,7 @@ from qcompile.compiler.facts.memory import check_sizes
 from qcompile.compiler.facts.model import file_size, versions
 from qcompile.compiler.facts.value_types import told_by_runtime
 from qcompile.compiler.files.cache import files_digest
-from qcompile.compiler.files.load import check_finite, load_model, model_hash
+from qcompile.compiler.files.load import hash_and_check, load_model
 from qcompile.compiler.files.work import Work
 from qcompile.compiler.measure import randomness
 from qcompile.compiler.measure.phases import phase
@@ -131,9 +131,8 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress, *, dry: bool
     to_microsoft_attention(graph)
     made = planned(recipe, facts_of(graph))
     passes = made.passes
-    if not dry:
-        check_finite(graph)
-    report = Report(str(source), "" if dry else model_hash(source), recipe.to_dict(), versions() | packages(recipe))
+    hashed = "" if dry else hash_and_check(source, graph)
+    report = Report(str(source), hashed, recipe.to_dict(), versions() | packages(recipe))
     report.source_bytes = file_size(source, graph)
     progress.step("preparing")
     for whole in (p for p in passes if p.stage == Stage.BEFORE):

@@ -2,11 +2,10 @@
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.graph import is_constant
-from qcompile.passes.tensors import chunks
+from qcompile.passes.tensors import largest
 
 # From here on a number is what masks are filled with (-1e4, -65504, -1e9, the lowest float, -inf) rather than a score.
 # An 8-bit grid that spans it has steps of 35 and more: it has no room for scores.
@@ -39,18 +38,15 @@ _BETWEEN = {"Add", "Sub", "Where", "Mul", "Div", "Cast", "Identity", "Reshape", 
 
 def holds_fill(value: ir.Value) -> bool:
     """Whether a constant of floats has a number of magnitude FILL and more, or an infinite one."""
-    if value.const_value is None or not value.const_value.dtype.is_floating_point():
+    if value.const_value is None:
         return False
     if _KNOWN not in value.meta:
-        value.meta[_KNOWN] = _largest(value.const_value) >= FILL
+        value.meta[_KNOWN] = _holds_fill(value.const_value)
     return bool(value.meta[_KNOWN])
 
 
-def _largest(tensor: ir.TensorProtocol) -> float:
-    if tensor.dtype.bitwidth < 16:
-        return 0.0
-    parts = (np.frombuffer(chunk, tensor.dtype.numpy()) for chunk in chunks(tensor))
-    return max((float(np.abs(part.astype(np.float32)).max(initial=0)) for part in parts), default=0.0)
+def _holds_fill(tensor: ir.TensorProtocol) -> bool:
+    return tensor.dtype.is_floating_point() and tensor.dtype.bitwidth >= 16 and largest(tensor) >= FILL
 
 
 def masked(model: ir.Model) -> set[ir.Value]:
@@ -114,7 +110,7 @@ def _fills(node: ir.Node) -> bool:
     for attribute in numbers:
         if attribute.type == ir.AttributeType.TENSOR:
             tensor = attribute.as_tensor()
-            return tensor.dtype.is_floating_point() and _largest(tensor) >= FILL
+            return _holds_fill(tensor)
         if attribute.type == ir.AttributeType.FLOAT:
             return abs(attribute.as_float()) >= FILL
     return False

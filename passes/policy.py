@@ -14,6 +14,7 @@ from qcompile.passes.rotation import MATRIX
 from qcompile.passes.routers import router
 from qcompile.passes.spec import PerGroup, integers
 from qcompile.passes.targets import TARGETS
+from qcompile.passes.tensors import largest
 
 # Scales by the type of the weight.
 _SCALES = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
@@ -131,5 +132,4 @@ def typed(spec: Grid, weight: ir.Value, *, read: bool = True) -> Grid | str:
 
 def _largest(weight: ir.Value) -> float:
     """The largest magnitude of a constant; infinite or NaN where it holds such."""
-    array = np.asarray(constant(weight).numpy())
-    return float(max(abs(array.max(initial=0)), abs(array.min(initial=0))))
+    return largest(constant(weight))

@@ -10,6 +10,8 @@ import onnx_ir as ir
 from qcompile.passes.errors import UserError
 
 _CHUNK = 8 << 20
+# Key of a tensor's `meta`: its largest magnitude, where it was looked at before.
+LARGEST = "qcompile.largest"
 
 
 def chunks(tensor: ir.TensorProtocol, size: int = _CHUNK) -> Iterator[memoryview]:
@@ -27,6 +29,14 @@ def chunks(tensor: ir.TensorProtocol, size: int = _CHUNK) -> Iterator[memoryview
         flat = data.reshape(-1).view(np.uint8)
         for start in range(0, flat.size, size):
             yield flat[start : start + size].data
+
+
+def largest(tensor: ir.TensorProtocol) -> float:
+    """The largest magnitude of a tensor of floats; it is read where nobody did that before."""
+    if LARGEST not in tensor.meta:
+        parts = (np.frombuffer(chunk, tensor.dtype.numpy()) for chunk in chunks(tensor))
+        tensor.meta[LARGEST] = max((float(np.abs(part).max(initial=0)) for part in parts), default=0.0)
+    return float(tensor.meta[LARGEST])
 
 
 def read(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:

@@ -4,15 +4,16 @@ import contextlib
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
 from qcompile.compiler.files import publish
 from qcompile.compiler.files.external_data import locate, tensors_of
+from qcompile.compiler.files.one_read import Numbers, numbers_of, read_file
 from qcompile.compiler.files.save import SaveReport, save_model
 from qcompile.compiler.files.sparse_tensors import make_dense
 from qcompile.compiler.files.tensor_protos import external_locations
@@ -20,7 +21,7 @@ from qcompile.compiler.files.well_formed import all_graphs, all_nodes, check_mod
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.half_scales import widen
 from qcompile.passes.map_types import MAPS, holds_map, set_maps_aside
-from qcompile.passes.tensors import chunks
+from qcompile.passes.tensors import LARGEST
 
 __all__ = [
     "SaveReport",
@@ -28,6 +29,7 @@ __all__ = [
     "check_model_file",
     "check_output_path",
     "check_result_path",
+    "hash_and_check",
     "load_model",
     "model_hash",
     "save_model",
@@ -80,22 +82,38 @@ def load_model(path: Path) -> ir.Model:
     return model
 
 
-def check_finite(model: ir.Model) -> None:
-    """Raise UserError for a NaN in any tensor, or an Inf in a weight; reads every float tensor once, in chunks.
+def check_finite(model: ir.Model, known: Mapping[int, Numbers] | None = None) -> None:
+    """Raise UserError for a NaN in any tensor, or an Inf in a weight; reads every float tensor once, in pieces.
 
     An Inf elsewhere is legitimate: attention masks are made of them, and -Inf in a table that is looked up or a bias.
-    So is a NaN that stands alone.
+    So is a NaN that stands alone. known: what was found of some tensors, by their id.
     """
     weights = {id(value.const_value) for value in _weights(model, _WEIGHT_OPERANDS)}
     tables = {id(value.const_value) for value in _weights(model, _TABLE_OPERANDS)} - weights
-    for name, tensor in tensors_of(model):
-        if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16 or tensor.size < 2:
-            continue
-        nans, infs, negative = _count_non_finite(tensor)
-        if nans or (infs and id(tensor) in weights) or (infs > negative and id(tensor) in tables):
+    for name, tensor in _looked_at(model):
+        own = (known or {}).get(id(tensor)) or numbers_of(tensor)
+        if own.nans or (own.infs and id(tensor) in weights) or (own.infs > own.negative and id(tensor) in tables):
             raise UserError(
-                f"tensor {name!r} holds {nans} NaN and {infs} Inf among {tensor.size} values; export the model again"
+                f"tensor {name!r} holds {own.nans} NaN and {own.infs} Inf among {tensor.size} values; "
+                "export the model again"
             )
+        tensor.meta[LARGEST] = own.largest
+
+
+def hash_and_check(path: Path, model: ir.Model) -> str:
+    """`model_hash` of the model at `path`, and `check_finite` of what was loaded from there; files are read once."""
+    check_model_file(path)
+    inside = defaultdict[Path, list[ir.ExternalTensor]](list)
+    for _, tensor in _looked_at(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            inside[Path(tensor.path)].append(tensor)
+    digest, known = hashlib.sha256(), dict[int, Numbers]()
+    for file in (path, *sorted(data_files(path))):
+        own, found = read_file(file, inside.pop(file.resolve(), ()))
+        digest.update(own)
+        known |= found
+    check_finite(model, known)
+    return digest.hexdigest()
 
 
 def model_hash(path: Path) -> str:
@@ -103,8 +121,7 @@ def model_hash(path: Path) -> str:
     check_model_file(path)
     digest = hashlib.sha256()
     for file in (path, *sorted(data_files(path))):
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(read_file(file, ())[0])
     return digest.hexdigest()
 
 
@@ -239,17 +256,11 @@ def _weights(model: ir.Model, operands: Set[tuple[str, int]]) -> Iterator[ir.Val
                 break
 
 
-def _count_non_finite(tensor: ir.TensorProtocol) -> tuple[int, int, int]:
-    """NaNs, infinite numbers, and those of them that are negative."""
-    nans = infs = negative = 0
-    for chunk in chunks(tensor):
-        values = np.frombuffer(chunk, tensor.dtype.numpy())
-        if not np.isfinite(values).all():
-            infinite = np.isinf(values)
-            nans += int(np.isnan(values).sum())
-            infs += int(infinite.sum())
-            negative += int((values[infinite] < 0).sum())  # of a NaN, ml_dtypes' comparison warns
-    return nans, infs, negative
+def _looked_at(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """The tensors of more than one float, by name."""
+    for name, tensor in tensors_of(model):
+        if tensor.dtype.is_floating_point() and tensor.dtype.bitwidth >= 16 and tensor.size >= 2:
+            yield name, tensor
 
 
 def data_files(path: Path) -> set[Path]:
