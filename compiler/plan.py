@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompile.compiler.recipe import SETTINGS, Recipe, Step
+from qcompile.compiler.recipe import KEEP, SETTINGS, Recipe, Step
 from qcompile.passes import lists
 from qcompile.passes.affine import Grid
 from qcompile.passes.base import Pass
@@ -161,7 +161,7 @@ def fitted(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
         return recipe, ()
     recipe = replace(recipe, passes=tuple(_for_target(step, recipe.target, own) for step in recipe.passes))
     packs = any(Fact.PACKED in PASSES.required(step.name).ensures for step in recipe.passes)
-    changes = [*_fitted_body(recipe, own), *_fitted_head(recipe, own)] if packs else []
+    changes = [*_fitted_body(recipe, own), *_fitted_head(recipe, own), *_fitted_named(recipe, own)] if packs else []
     changes += _fitted_lookups(recipe, own)
     told = tuple(f"{name} {SETTINGS[name].plain(value)}: {own.runtime} {why}" for name, value, why in changes)
     values: dict[str, Any] = {name: value for name, value, _ in changes}
@@ -217,6 +217,18 @@ def _fitted_head(recipe: Recipe, own: Target) -> Iterator[_Change]:
         yield from _fitted_format(recipe, "lm_head", head, own)
     elif head is not None and head not in own.bits:
         yield "lm_head", None, f"takes weights of {_numbers(own.bits)} bits"
+
+
+def _fitted_named(recipe: Recipe, own: Target) -> Iterator[_Change]:
+    """Case 3: of weights that patterns name."""
+    made, why = list[str](), dict[str, None]()
+    for pattern, step in recipe.named:
+        changes = [] if step is None else list(_fitted_format(recipe, "weights_of", step, own))
+        for _, step, reason in changes:  # noqa: B007
+            why[reason] = None
+        made.append(f"{pattern}={KEEP if step is None else step}")
+    if why:
+        yield "weights_of", tuple(made), " and ".join(why)
 
 
 def _fitted_format(recipe: Recipe, setting: str, step: Step, own: Target) -> Iterator[_Change]:
@@ -327,9 +339,10 @@ def make_policy(recipe: Recipe) -> Policy:
 
     8-bit weights are unsigned with zero points whatever `symmetric` says, but for targets that have none.
     """
+    named = tuple((pattern, None if step is None else grid(step, recipe.target)) for pattern, step in recipe.named)
     if steps_that(recipe, ensure=Fact.INTEGER):
         head, table = SPEC if recipe.lm_head else None, SPEC if recipe.embedding else None
-        return Policy(SPEC, head, table, recipe.include, recipe.exclude, target=recipe.target)
+        return Policy(SPEC, head, table, recipe.include, recipe.exclude, named, target=recipe.target)
     body = grid(recipe.weights or _short(recipe.bits, recipe), recipe.target)
 
     def vocabulary(wanted: int | Step | None, target: str) -> Grid | None:
@@ -339,7 +352,14 @@ def make_policy(recipe: Recipe) -> Policy:
     logits = vocabulary(recipe.lm_head, recipe.target)
     lookups = vocabulary(recipe.embedding, TARGETS[recipe.target].operators)  # they have zero points for all targets
     return Policy(
-        body, logits, lookups, recipe.include, recipe.exclude, target=recipe.target, half_scales=recipe.scale_bits == 16
+        body,
+        logits,
+        lookups,
+        recipe.include,
+        recipe.exclude,
+        named,
+        target=recipe.target,
+        half_scales=recipe.scale_bits == 16,
     )
 
 
@@ -359,8 +379,7 @@ def grid(step: Step, target: str) -> Grid:
 def packages(recipe: Recipe) -> dict[str, str]:
     """Versions of the packages whose passes, observers or formats a recipe names."""
     named: list[tuple[Table[Any], str]] = [(PASSES, step.name) for step in recipe.passes]
-    formats = (recipe.weights, recipe.lm_head, recipe.embedding)
-    named += [(BY_NAME, step.name) for step in formats if isinstance(step, Step)]
+    named += [(BY_NAME, step.name) for step in recipe.formats.values()]
     for step in recipe.passes:
         known = parameters(PASSES.required(step.name))
         given = {key: _one_of(known[key].annotation) for key in step.parameters if key in known}

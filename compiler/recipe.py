@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from qcompile.compiler.settings.setting import About, settings, shown
-from qcompile.compiler.settings.steps import Step, parse_passes, parse_step, split_list
+from qcompile.compiler.settings.steps import Step, parse_named, parse_passes, parse_step, split_list
 from qcompile.passes import lists
 from qcompile.passes.errors import UserError
 from qcompile.passes.near import near
@@ -40,6 +40,8 @@ MIXED, SAFETY = "mixed precision", "safety"
 _MOST, _LARGEST_SEED = 10**7, 2**63 - 1
 # Longer files are something else.
 _LARGEST_FILE = 1 << 20
+# The word for float where a format may be given.
+KEEP = "keep"
 # Settings of which each alone says what stays in float; None by default.
 _MIXED = ("keep_worst", "max_kl", "min_sqnr")
 
@@ -66,7 +68,8 @@ class Recipe:
     passes: in order; `prepare` runs first whether listed or not. weights: None: integers of so many bits and so large
     groups. lm_head, embedding: None keeps float. min_coverage: None: what `told` says, by the list's own formats.
     Passes, formats and words may be given as a file has them: Recipe(passes="smooth,qdq", lm_head="keep").
-    activations, accuracy_level: None: chosen node by node. keep_worst, max_kl, min_sqnr: one of them at most.
+    weights_of: of "PATTERN=FORMAT". activations, accuracy_level: None: chosen node by node.
+    keep_worst, max_kl, min_sqnr: one of them at most.
     """
 
     passes: Annotated[
@@ -110,6 +113,15 @@ class Recipe:
             metavar="FORMAT",
         ),
     ] = None
+    weights_of: Annotated[
+        tuple[str, ...],
+        About(
+            "store weights that a pattern fits (a node, a weight or an operator) in another format, PATTERN=FORMAT, or "
+            "leave them in float, PATTERN=keep; lm_head and embedding, too; the first that fits counts; may repeat",
+            WHICH,
+            metavar="PATTERN=FORMAT",
+        ),
+    ] = ()
     target: Annotated[
         TargetName,
         About(
@@ -121,11 +133,11 @@ class Recipe:
     ] = "qcompile"
     lm_head: Annotated[
         Bits | Step | None,
-        About("bits or weight format of the output projection (default: {default})", WHICH, word="keep"),
+        About("bits or weight format of the output projection (default: {default})", WHICH, word=KEEP),
     ] = 8
     embedding: Annotated[
         Bits | Step | None,
-        About("bits or weight format of the token embedding (default: {default})", WHICH, word="keep"),
+        About("bits or weight format of the token embedding (default: {default})", WHICH, word=KEEP),
     ] = 8
     activations: Annotated[
         Literal[8, 16] | None,
@@ -270,6 +282,8 @@ class Recipe:
             own.check(getattr(self, name))
         if self.weights is not None and (self.bits != SETTINGS["bits"].default or self.symmetric):
             raise UserError(f"weights: {self.weights} says all of bits and symmetric: leave these out")
+        if twice := [text for i, text in enumerate(self.named) if text[0] in dict(self.named[:i])]:
+            raise UserError(f"weights_of: {twice[0][0]!r} is there twice")
         if self.activations == 8 and self.target != "qcompile":
             raise UserError(f"activations 8 needs target qcompile: the operators of {self.target} do not take it")
         given = [name for name in _MIXED if getattr(self, name) is not None]
@@ -289,9 +303,15 @@ class Recipe:
         return self.activations
 
     @property
+    def named(self) -> tuple[tuple[str, Step | None], ...]:
+        """What `weights_of` says: patterns and their formats, None for float."""
+        return tuple(parse_named(text, KEEP, "weights_of") for text in self.weights_of)
+
+    @property
     def formats(self) -> dict[str, Step]:
-        """By setting, the weight formats that are given by name."""
+        """By setting, the weight formats that are given by name; those of `weights_of` by their patterns."""
         own = {name: getattr(self, name) for name, setting in SETTINGS.items() if not setting.many}
+        own |= {f"weights_of {pattern}": step for pattern, step in self.named}
         return {name: value for name, value in own.items() if isinstance(value, Step)}
 
     def to_dict(self) -> dict[str, Any]:

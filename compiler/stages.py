@@ -138,7 +138,7 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress, *, dry: bool
     for whole in (p for p in passes if p.stage == Stage.BEFORE):
         promises.run(whole, Region.whole(graph, told_by_runtime))
     randomness.settle(graph)
-    check_patterns(recipe.include, recipe.exclude, graph)
+    check_patterns(recipe.include, recipe.exclude, [pattern for pattern, _ in recipe.named], graph)
     check_sizes(graph)
     check_target(graph, recipe.target, made)
     plan = input_plan(graph)

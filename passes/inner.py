@@ -112,13 +112,18 @@ def quantize_inner(
         elif plain and is_lookup(node):
             _lookup(model, node, policy, decide)
         elif (node.domain, node.op_type) == (MICROSOFT, "MoE"):
-            own = integers(policy.body)
             for slot in (2, 4, 6):
-                _decoded(node, slot, own, Reason(f"{own}, weights only", "experts"), policy, decoder, decide)
+                experts = _plain(policy, node, node.inputs[slot] if slot < len(node.inputs) else None)
+                _decoded(node, slot, experts, Reason(f"{experts}, weights only", "experts"), policy, decoder, decide)
         else:
             continue
         seen.add(node)
     return seen
+
+
+def _plain(policy: Policy, node: ir.Node, table: ir.Value | None) -> QuantSpec:
+    """The grid of matrices of experts."""
+    return integers(policy.of(node, table) or policy.body)
 
 
 def _decodable(node: ir.Node) -> tuple[int, ...]:
@@ -188,7 +193,7 @@ def _lookup(model: ir.Model, node: ir.Node, policy: Policy, decide: Decide) -> N
         _left(decide, node, table, "DequantizeLinear does not give float64")
     else:
         kind = node.op_type
-        plain = integers(policy.body)
+        plain = _plain(policy, node, table)
         nbytes = replace_lookup(model, node, plain)
         told = Reason(f"{plain}, weights only", "experts by index")
         _told(decide, node, name, size, nbytes, told, plain.format, kind=kind)

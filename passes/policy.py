@@ -30,6 +30,7 @@ class Policy:
 
     body: grid of ordinary linears; of few bits, routers of experts get 8. lm_head, embedding: their own grid, or None
     to keep them in float.
+    named: grids, or None for float, of weights that patterns fit, instead of these; the first that fits counts.
     include, exclude: shell patterns on names of nodes and weights, those of the source among them, or operators;
     exclude wins. kept: nodes that stay in float, and why.
     weights_only: products whose weight alone becomes int8 where others compute in integers, and why.
@@ -43,6 +44,7 @@ class Policy:
     embedding: Grid | None
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
+    named: Sequence[tuple[str, Grid | None]] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     weights_only: Mapping[str, str] = field(default_factory=dict)
     target: str = "qcompile"
@@ -54,12 +56,24 @@ class Policy:
         refusal = self.refusal(linear.node, linear.weight)
         if refusal:
             return refusal
+        own = self._meant(linear, vocabulary)
+        return own if isinstance(own, str) else self._in_blocks(self._typed(own, linear.weight), linear.shape[0])
+
+    def _meant(self, linear: Linear, vocabulary: int | None) -> Grid | str:
+        """The grid that the user's choice gives a linear, whatever its type and size."""
+        if own := self.of(linear.node, linear.weight):
+            return own
         if is_lm_head(linear, vocabulary):
-            head = self._typed(self.lm_head, linear.weight) if self.lm_head else "lm_head is kept in float"
-            return self._in_blocks(head, linear.shape[0])
+            return self.lm_head or "lm_head is kept in float"
         remark = self.remark(linear, vocabulary)
-        body = self._eight(remark) if remark else self.body
-        return body if isinstance(body, str) else self._in_blocks(self._typed(body, linear.weight), linear.shape[0])
+        return self._eight(remark) if remark else self.body
+
+    def of(self, node: ir.Node, *weights: ir.Value | None) -> Grid | None:
+        """The grid of weights that a pattern of `named` fits first; None where none does, or they stay in float."""
+        return self._fitting(node, *weights)[1]
+
+    def _fitting(self, node: ir.Node, *weights: ir.Value | None) -> tuple[str, Grid | None]:
+        return next((own for own in self.named if matches(own[0], node, *weights)), ("", None))
 
     def _typed(self, spec: Grid, weight: ir.Value) -> Grid | str:
         return typed(spec, weight, read=not self.blank)
@@ -89,24 +103,30 @@ class Policy:
 
         Naming is by the very name of the node or its weight; a pattern that fits others, too, is not meant for it.
         """
+        if self.of(linear.node, linear.weight):
+            return ""
         if self.body.fine or set(self.include) & set(names_of(linear.node, linear.weight)):
             return ""
         return router(linear, vocabulary)
 
     def for_embedding(self, embedding: Embedding) -> Grid | str:
         """The spec of an embedding table, or the reason why it stays in float; one that is a mask does."""
-        if self.embedding is not None and holds_fill(embedding.table):
-            return "its table holds the fill of a mask (-1e4, -inf), which no 8-bit grid serves"
+        own = self.of(embedding.node, embedding.table) or self.embedding
+        if own is not None and holds_fill(embedding.table):
+            return "its table holds the fill of a mask (-1e4, -inf), which no grid serves"
         refusal = self.refusal(embedding.node, embedding.table)
-        if refusal or self.embedding is None:
+        if refusal or own is None:
             return refusal or "embedding is kept in float"
-        return self._typed(self.embedding, embedding.table)
+        return self._typed(own, embedding.table)
 
     def refusal(self, node: ir.Node, *weights: ir.Value | None) -> str:
         """Why a node with these weights is not to be quantized, or an empty string."""
         if any(weight is not None and str(weight.name).startswith(MATRIX) for weight in weights):
             return "it turns the channels of products' inputs"  # a file that was compiled before, for other runtimes
         excluded = self.kept.get(str(node.name), "") or self.exclusion(node, *weights)
+        pattern, own = self._fitting(node, *weights)
+        if pattern and own is None and not excluded:
+            return f"kept in float by {pattern!r}"
         if excluded or any(matches(pattern, node, *weights) for pattern in self.include):
             return excluded
         return "not among the included names"

@@ -14,6 +14,7 @@ class Fields(TypedDict, total=False):
     group_size: int
     symmetric: bool
     weights: str | Step | None
+    weights_of: str | Sequence[str]
     target: TargetName
     lm_head: Literal[4, 8] | str | Step | None
     embedding: Literal[4, 8] | str | Step | None

@@ -34,6 +34,17 @@ def parse_step(text: str, whole: str = "") -> Step:
     return Step(match[1], parameters)
 
 
+def parse_named(text: str, word: str, whole: str) -> tuple[str, Step | None]:
+    """(pattern, what is for the names that it fits) of "PATTERN=NAME(key=value, …)"; None where that is the word.
+
+    whole: what it was taken from, for a message.
+    """
+    pattern, equals, given = text.partition("=")
+    if not equals or not pattern.strip() or not given.strip():
+        raise UserError(f"{whole}: cannot read {text!r}: expected PATTERN=FORMAT, such as '*down_proj*=int8'")
+    return pattern.strip(), None if given.strip() == word else parse_step(given, whole)
+
+
 def parse_passes(text: str) -> tuple[Step, ...]:
     """The steps of a list such as "smooth(alpha=auto),awq,pack(target=qdq)"."""
     return tuple(parse_step(item, f"the pass list {text!r}") for item in split_list(text))

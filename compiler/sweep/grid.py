@@ -15,7 +15,7 @@ from qcompile.passes.near import near
 CALIBRATION = "calibration"
 # Settings that are lists themselves: their alternatives are separated by semicolons.
 LISTS = (*(name for name, own in SETTINGS.items() if own.many), CALIBRATION)
-_WORDS: dict[tuple[str, Any], Any] = {("group_size", "channel"): 0, ("exclude", "none"): []}
+_WORDS: dict[tuple[str, Any], Any] = {("group_size", "channel"): 0, ("exclude", "none"): [], ("weights_of", "none"): []}
 
 Grid = Mapping[str, Sequence[Any]]
 
@@ -120,7 +120,7 @@ def _value(key: str, text: str) -> Any:
     if (key, text) in _WORDS:
         return _WORDS[key, text]
     if key in LISTS:
-        return text if key == "passes" else text.split(",")
+        return text if key == "passes" else split_list(text)
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

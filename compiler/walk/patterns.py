@@ -1,4 +1,4 @@
-"""--include and --exclude mean something in the model at hand, or are refused with the names that come nearest."""
+"""Patterns of names mean something in the model at hand, or are refused with the names that come nearest."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,13 +11,14 @@ from qcompile.passes.origins import matches, names_of, operators_of
 _SHOWN = 3
 
 
-def check_patterns(include: Sequence[str], exclude: Sequence[str], model: ir.Model) -> None:
+def check_patterns(include: Sequence[str], exclude: Sequence[str], named: Sequence[str], model: ir.Model) -> None:
     """Raise UserError for a pattern that stands for no node of the prepared model: one with a constant to quantize, or,
     excluded, any node.
     """
     nodes = {node: _constants(node) for node in model.graph.all_nodes() if node.op_type != "Constant"}
     weighted = {node: weights for node, weights in nodes.items() if weights}
-    for option, patterns, among in (("include", include, weighted), ("exclude", exclude, nodes)):
+    given = ("include", include, weighted), ("exclude", exclude, nodes), ("weights-of", named, weighted)
+    for option, patterns, among in given:
         for pattern in patterns:
             if not any(matches(pattern, node, *weights) for node, weights in among.items()) and pattern != "*":
                 raise UserError(_told(option, pattern, weighted or nodes))

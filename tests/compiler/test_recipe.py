@@ -115,6 +115,8 @@ def test_toml_and_yaml_say_the_same(tmp_path: Path) -> None:
         ({"symmetric": 1}, r"symmetric must be bool, got 1"),
         ({"min_coverage": "all"}, r"min_coverage must be int or float, got 'all'"),
         ({"exclude": 3}, r"exclude must be a list of patterns, got 3"),
+        ({"weights_of": "q_proj"}, r"weights_of: cannot read 'q_proj': expected PATTERN=FORMAT"),
+        ({"weights_of": ["a=int8", "a =keep"]}, r"weights_of: 'a' is there twice"),
         ({"include": ["a", 3]}, r"include must be a list of patterns"),
         ({"bits": 3}, r"4 or 8 bits, got 3"),
         ({"lm_head": 5}, r"lm_head takes 4, 8, a weight format or keep, got 5"),
@@ -158,6 +160,10 @@ _PATTERNS = st.lists(st.text("ab*[]./ ", min_size=1), min_size=1, max_size=3).ma
 def _legal(own: Setting) -> st.SearchStrategy[Any]:
     """Values that a setting takes, by its declaration."""
     about, found = own.about, [st.sampled_from(own.choices)] if own.choices else []
+    if own.name == "weights_of":
+        formats = st.builds(Step, WORDS, st.dictionaries(WORDS, VALUES, max_size=2)) | st.just("keep")
+        named = st.dictionaries(st.text("ab*[]./ ", min_size=1).filter(str.strip), formats, min_size=1, max_size=3)
+        return named.map(lambda own: tuple(f"{pattern}={told}" for pattern, told in own.items()))
     if own.many:
         return st.lists(st.builds(Step, WORDS), min_size=1, max_size=3).map(tuple) if Step in own.kinds else _PATTERNS
     if type(None) in own.kinds:

@@ -81,3 +81,25 @@ def test_exclude_wins_over_include_and_reaches_the_embedding() -> None:
     assert policy.for_embedding(EMBEDDING) == reason
     assert _answers(policy)["lm_head"] == reason, "the tied head is the same weight"
     assert _answers(policy)[Q_PROJ] == BODY
+
+
+def test_the_first_pattern_of_a_weight_says_its_grid() -> None:
+    """Of a linear, the head and the embedding alike; None leaves it in float, `exclude` wins."""
+    other = QuantSpec(6, PerGroup(32))
+    named = ((Q_PROJ, None), ("*q_proj*", other), ("*k_proj*", other), ("lm_head", BODY), ("*embed_tokens*", BODY))
+    policy = Policy(BODY, HEAD, TABLE, named=named, exclude=("*v_proj*",))
+    answers = _answers(policy)
+    assert answers.pop(Q_PROJ) == f"kept in float by {Q_PROJ!r}"
+    assert answers.pop("model.layers.0.self_attn.k_proj") == other
+    assert answers.pop("model.layers.0.self_attn.v_proj") == "excluded by '*v_proj*'"
+    assert set(answers.values()) == {BODY}
+    assert policy.for_embedding(EMBEDDING) == BODY
+
+
+def test_a_router_that_a_pattern_names_has_the_format_it_says() -> None:
+    """Not 8 bits, which are for those that nobody named."""
+    model = tiny_decoder(layers=1)
+    linear = next(iter(find_linears(model.graph)))
+    policy = Policy(BODY, None, None, named=((linear.name, TABLE),))
+    assert policy.remark(linear, None) == ""
+    assert policy.for_linear(linear, None) == TABLE

@@ -1,4 +1,4 @@
-"""--include and --exclude: what they match, and what is said of one that matches nothing."""
+"""--include, --exclude and --weights-of: what they match, and what is said of one that matches nothing."""
 
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ def _torch_like(path: Path) -> Graph:
         ({"include": ("*q_proj*",)}, 2),
         ({"include": ("*layers*",), "exclude": ("*q_proj*",)}, 2),
         ({"include": ("Gemm", "onnx::*")}, 1),
+        ({"weights_of": ("*q_proj*=keep",)}, 1),
+        ({"weights_of": ("onnx::*=keep", "Gemm = keep")}, 2),
     ],
     ids=str,
 )
@@ -75,14 +77,15 @@ def test_what_is_left_in_float(tmp_path: Path, passes: str, options: dict[str, A
         assert max(found.relative for found in report.outputs) == 0
 
 
-@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("option", ["include", "exclude", "weights-of"])
 @pytest.mark.parametrize(
     ("pattern", "near"),
     [("nothing_like_this", ""), ("*/LAYERS.0/*", "'/model/layers.0/q_proj/MatMul'"), ("fc.weights", "'fc.weight'")],
 )
 def test_a_pattern_without_a_match_is_refused(tmp_path: Path, option: str, pattern: str, near: str) -> None:
     _torch_like(tmp_path / "m.onnx")
-    recipe = Recipe(passes=parse_passes("pack"), **{option: (pattern,)})  # type: ignore[arg-type]
+    given = {"weights_of": (f"{pattern}=int8",)} if option == "weights-of" else {option: (pattern,)}
+    recipe = Recipe(passes=parse_passes("pack"), **given)  # type: ignore[arg-type]
     with pytest.raises(UserError) as error:
         compile_model(tmp_path / "m.onnx", recipe, output=tmp_path / "o.onnx")
     told = str(error.value)
@@ -96,9 +99,9 @@ def test_include_needs_something_to_quantize(tmp_path: Path) -> None:
     _torch_like(tmp_path / "m.onnx")
     model = load_model(tmp_path / "m.onnx")
     Prepare().call(Region.whole(model))
-    check_patterns(("*",), ("/relu",), model)
+    check_patterns(("*",), ("/relu",), (), model)
     with pytest.raises(UserError, match="--include '/relu' matches no weight"):
-        check_patterns(("/relu",), (), model)
+        check_patterns(("/relu",), (), (), model)
 
 
 @given(st.text("ab[]0-!*?.", max_size=8), st.text("ab[]0-!.", max_size=8))
