@@ -1,6 +1,7 @@
-"""Linear algebra on Gram matrices: damping, and Cholesky's factor, in place and by blocks."""
+"""Linear algebra on Gram matrices: sums, damping, and Cholesky's factor, in place and by blocks."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,31 @@ Array64 = npt.NDArray[np.float64]
 
 # Columns of a factor that are made at once, and rows of them in one piece of work.
 _BLOCK, _ROWS = 128, 512
+# Rows and columns of a part of a Gram matrix that one thread sums.
+_TILE = 512
 # What float32 may be off by: of the channels' correlations, beside which 0.01 at least are added to their diagonal.
 _RESIDUAL = 1e-4
+
+
+def add_gram(total: Array, rows: Array, sign: Literal[1, -1] = 1) -> None:
+    """Add XᵀX of rows X (n, K), or take it from, a matrix (K, K), in place: its lower triangle, which is half of the
+    work. `mirror` makes the rest of it. One thread sums a tile, so that nothing depends on the number of threads.
+    """
+    update = np.add if sign == 1 else np.subtract
+
+    def tile(place: tuple[slice, slice]) -> None:
+        a, b = place
+        update(total[place], rows[:, a].T @ rows[:, b], out=total[place])
+
+    parts = [slice(start, start + _TILE) for start in range(0, len(total), _TILE)]
+    side_by_side(tile, [(a, b) for number, a in enumerate(parts) for b in parts[: number + 1]])
+
+
+def mirror(matrix: Array) -> Array:
+    """Make a matrix (K, K) symmetric, in place, by its lower triangle."""
+    for start, stop in _blocks(len(matrix)):
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
+    return matrix
 
 
 def damping_of(diagonal: Array, damping: float) -> Array:

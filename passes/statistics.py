@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.passes.affine import Array
-from qcompile.passes.algebra import Compensation, damping_of
+from qcompile.passes.algebra import Compensation, add_gram, damping_of, mirror
 from qcompile.passes.rotation import Rotation
 
 Numbers = npt.NDArray[np.int64]
@@ -128,8 +128,9 @@ class Statistics:
             return None
         aside = self.aside
         held, kept = self.sample[aside], self.sample[~aside]
-        gram = held.T @ held
-        np.subtract(self.gram, gram, out=gram)
+        gram = self.gram.copy()
+        add_gram(gram, held, -1)
+        mirror(gram)
         np.fill_diagonal(gram, np.maximum(np.diagonal(gram), 0))
         absmax = np.abs(kept).max(axis=0)
         if self.rest is not None:

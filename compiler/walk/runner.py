@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from qcompile.compiler.data.feeds import Batch, InputPlan, PastPair
 from qcompile.compiler.data.npz import Arrays
@@ -136,12 +137,13 @@ class Runner:
         for observer in every:
             observer.append(piece.proto.graph)
         others, grams = self._others(piece, stream), [own for own in every if isinstance(own, Gram)]
-        if others is not None and len(grams) == len(every):
-            self._merge(others, piece, segment, stream, grams)
-            return
-        for results in self._run(piece, segment, stream, others):
-            for observer in every:
-                observer.update(results)
+        with threadpool_limits(limits=1, user_api="blas"):  # observers work in threads of their own
+            if others is not None and len(grams) == len(every):
+                self._merge(others, piece, segment, stream, grams)
+                return
+            for results in self._run(piece, segment, stream, others):
+                for observer in every:
+                    observer.update(results)
 
     @phase("advance")
     def advance(self, segment: Segment, stream: Stream, outputs: Mapping[str, Spill] | None = None) -> None:

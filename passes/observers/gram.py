@@ -7,19 +7,19 @@ import onnx
 from onnx import TensorProto, helper
 
 from qcompile.passes.affine import Array
+from qcompile.passes.algebra import add_gram, mirror
 from qcompile.passes.errors import UserError
 from qcompile.passes.observers.base import Observer, Outputs, State
-from qcompile.passes.observers.builder import Builder
-from qcompile.passes.observers.nodes import add_outputs, constant, matrix
+from qcompile.passes.observers.nodes import add_outputs
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.statistics import Numbers, Statistics
 
-_GRAM, _ABSMAX, _ROWS, _SAMPLE, _REST = ".gram", ".absmax", ".rows_seen", ".sample", ".rest_absmax"
-_SHAPE = ".shape_seen"
 # Rows of a sample at most, of a batch and of all: with K channels that takes less than the Gram matrix if K is more.
 CAPACITY = 1024
 # Consecutive batches whose sums are added up by themselves before they join the total.
 UNIT = 4
+# Rows of a unit that are held before they are multiplied: a product of few rows takes as long to write as to compute.
+_TOGETHER = 2048
 
 
 class Gram(Observer):
@@ -43,7 +43,8 @@ class Gram(Observer):
         self.others, self.whole = others, whole
         self.rows = 0
         self._gram: Array | None = None
-        self._unit: Array | None = None  # the sum of the unit that is not at its end
+        self._unit: Array | None = None  # the sum of the unit that is not at its end; its lower triangle, as of _gram
+        self._held: list[Array] = []  # rows of that unit that the sum does not have yet
         self._batches = 0
         self._absmax = self._rest = np.zeros(0, np.float32)
         self._sample: list[Array] = []  # parts (n, K)
@@ -61,40 +62,27 @@ class Gram(Observer):
     @property
     def gram(self) -> Array | None:
         """XᵀX (K, K) of everything so far; None before the first row."""
+        self._multiply()
         if self._gram is None or self._unit is None:
-            return self._unit if self._gram is None else self._gram
-        return self._gram + self._unit
+            found = self._unit if self._gram is None else self._gram
+            return found if found is None else mirror(found)
+        return mirror(self._gram + self._unit)
 
     def append(self, graph: onnx.GraphProto) -> None:
-        """`value`.gram (K, K), .absmax (K,), .sample (n, K), and .rest_absmax (K,) of the rows that are not in the
-        sample, float32; `value`.rows_seen (1,) and .shape_seen.N (rank,) of it and each other one, int64.
-        """
-        value = self.value
-        rows, transposed = matrix(graph, value), f"{value}.transposed"
-        if self.others:
-            every = [rows, *(matrix(graph, other) for other in self.others)]
-            rows = f"{value}.all_rows"
-            graph.node.append(helper.make_node("Concat", every, [rows], axis=0))
-        axis0 = constant(graph, "qcompile.axis0", [0])
-        graph.node.extend(
-            [
-                helper.make_node("Transpose", [rows], [transposed], perm=[1, 0]),
-                helper.make_node("MatMul", [transposed, rows], [value + _GRAM]),
-                helper.make_node("Abs", [rows], [f"{value}.abs"]),
-                helper.make_node("ReduceMax", [f"{value}.abs", axis0], [value + _ABSMAX], keepdims=0),
-                helper.make_node("Shape", [rows], [value + _ROWS], end=1),
-            ]
-        )
-        _append_sample(Builder(graph, value), rows, value + _ROWS, f"{value}.abs", axis0)
-        shapes = {self._shape(number): own for number, own in enumerate((value, *self.others))}
-        graph.node.extend(helper.make_node("Shape", [own], [name]) for name, own in shapes.items())
-        add_outputs(graph, [value + _ROWS, *shapes], TensorProto.INT64)
-        add_outputs(graph, [value + end for end in (_GRAM, _ABSMAX, _SAMPLE, _REST)])
+        """Of `value` and each other one `.seen`: the same in float32."""
+        names = {own: _seen(own) for own in (self.value, *self.others)}
+        nodes = (helper.make_node("Cast", [own], [name], to=TensorProto.FLOAT) for own, name in names.items())
+        graph.node.extend(nodes)
+        add_outputs(graph, names.values())
 
     def update(self, outputs: Outputs) -> None:
-        """Sums and maxima. The diagonal of the sums has every NaN, which a maximum may hide."""
-        if rows := int(outputs[self.value + _ROWS][0]):
-            self._add(rows, outputs)
+        """Sums and maxima."""
+        seen = [outputs[_seen(own)] for own in (self.value, *self.others)]
+        if any(not own.ndim for own in seen):  # what a Loop makes of a value is known only when it runs
+            raise UserError(f"activation {self.value} has no axes when the model runs: nothing can be multiplied by it")
+        rows = np.concatenate([own.reshape(-1, own.shape[-1]) for own in seen])
+        if len(rows):
+            self._add(rows, [_groups(own.shape) for own in seen])
         self._batches += 1
         if self._batches % UNIT == 0:
             self._close()
@@ -116,6 +104,7 @@ class Gram(Observer):
 
     def _close(self) -> None:
         """The unit is at its end: its sum joins the total."""
+        self._multiply()
         if self._gram is None:
             self._gram = self._unit
         elif self._unit is not None:
@@ -127,19 +116,30 @@ class Gram(Observer):
             absmax, rest = np.maximum(self._absmax, absmax), np.maximum(self._rest, rest)
         self._absmax, self._rest = absmax, rest
 
-    def _add(self, rows: int, outputs: Outputs) -> None:
-        gram, absmax, sample, rest = (outputs[self.value + end] for end in (_GRAM, _ABSMAX, _SAMPLE, _REST))
-        if gram.ndim != 2:  # what a Loop makes of a value is known only when it runs
-            raise UserError(f"activation {self.value} has no axes when the model runs: nothing can be multiplied by it")
-        self.check_finite(absmax, gram.diagonal())
-        if self._unit is None:
-            self._unit = gram
-        else:
-            self._unit += gram
-        self._peaks(absmax, rest)
-        self.rows += rows
-        groups = [_groups(outputs[self._shape(number)]) for number in range(1 + len(self.others))]
-        self._take(sample, self._begun + np.concatenate(groups)[:: _step(rows)])
+    def _multiply(self) -> None:
+        """The rows that are held join the sum of their unit."""
+        if self._held:
+            rows = np.concatenate(self._held)
+            if self._unit is None:
+                self._unit = np.zeros((rows.shape[1], rows.shape[1]), np.float32)
+            add_gram(self._unit, rows)
+            self._held = []
+
+    def _add(self, rows: Array, groups: list[Numbers]) -> None:
+        """rows (n, K) of a batch, of those groups of each value; they may be changed."""
+        absmax = _peaks_of(rows)
+        if not np.isfinite(absmax).all():
+            rows[~np.isfinite(rows).any(axis=1)] = 0
+            absmax = _peaks_of(rows)
+            self.check_finite(absmax)
+        step = _step(len(rows))
+        left = np.arange(len(rows)) % step != 0
+        self._peaks(absmax, _peaks_of(rows[left]) if step > 1 else np.zeros_like(absmax))
+        self._held.append(rows)
+        if sum(map(len, self._held)) >= _TOGETHER:
+            self._multiply()
+        self.rows += len(rows)
+        self._take(rows[::step], self._begun + np.concatenate(groups)[::step])
         self._begun += 1 + max(int(own[-1]) for own in groups if len(own))
 
     def range(self, spec: ActivationSpec) -> tuple[Array, Array]:
@@ -164,9 +164,6 @@ class Gram(Observer):
             self._sample, self._groups, self._rest = [state["sample"]], [state["groups"]], state["rest"]
             self._stride, self._offered, self._begun = map(int, state["spread"])
 
-    def _shape(self, number: int) -> str:
-        return f"{self.value}{_SHAPE}.{number}"
-
     def _take(self, rows: Array, groups: Numbers) -> None:
         """Add rows (n, K) of a batch, of those groups (n,), to the sample, as many as are due."""
         due = (self._offered + np.arange(len(rows))) % self._stride == 0
@@ -185,8 +182,18 @@ class Gram(Observer):
             self._rest = np.maximum(self._rest, np.abs(rows).max(axis=0))
 
 
-def _groups(shape: Numbers) -> Numbers:
-    """Of each row of an activation of that shape (rank,) the text or picture of its batch that it is of (rows,)."""
+def _seen(value: str) -> str:
+    """The name of a value as it is given in float32."""
+    return f"{value}.seen"
+
+
+def _peaks_of(rows: Array) -> Array:
+    """max |x| (K,) of rows (n, K); what is not finite stays so."""
+    return np.asarray(np.maximum(rows.max(axis=0), -rows.min(axis=0)))
+
+
+def _groups(shape: tuple[int, ...]) -> Numbers:
+    """Of each row of an activation of that shape the text or picture of its batch that it is of (rows,)."""
     rows, first = int(np.prod(shape[:-1])), int(shape[0]) if len(shape) > 2 else 1
     return np.arange(first).repeat(rows // max(first, 1))
 
@@ -194,17 +201,3 @@ def _groups(shape: Numbers) -> Numbers:
 def _step(rows: int) -> int:
     """How far apart the rows are that a batch of so many gives to the sample."""
     return 2 * (rows // (2 * CAPACITY)) + 1
-
-
-def _append_sample(build: Builder, rows: str, count: str, magnitudes: str, axis0: str) -> None:
-    """Every n-th row, n odd so that a period of the rows is not followed, and the extremes of the others."""
-    first, last, one = build.long(0), build.long(np.iinfo(np.int64).max), build.long(1)
-    half = build.node("Div", [count, build.long(2 * CAPACITY)], "half")
-    step = build.node("Add", [build.node("Mul", [half, build.long(2)], "even"), one], "step")
-    build.node("Slice", [rows, first, last, axis0, step], "sample")
-    named = {"first": first, "last": count, "one": one}
-    ends = [build.node("Squeeze", [given], f"number.{end}") for end, given in named.items()]
-    remainder = build.node("Mod", [build.node("Range", ends, "number"), step], "remainder")
-    left = build.node("Cast", [remainder], "left", to=TensorProto.BOOL)
-    mask = build.node("Unsqueeze", [build.node("Cast", [left], "left.float", to=TensorProto.FLOAT), one], "left.column")
-    build.node("ReduceMax", [build.node("Mul", [magnitudes, mask], "abs.left"), axis0], "rest_absmax", keepdims=0)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompile.passes import algebra
-from qcompile.passes.algebra import Compensation, cholesky, damping_of
+from qcompile.passes.algebra import Compensation, add_gram, cholesky, damping_of, mirror
 from qcompile.passes.threads import limited
 
 
@@ -19,6 +19,24 @@ def _gram(k: int, rows: int, seed: int = 0) -> np.ndarray:
 
 def _factor(own: Compensation) -> np.ndarray:
     return own.scale * np.tril(own.lower).astype(np.float64)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 1200), st.integers(0, 9), st.integers(2, 5))
+def test_a_gram_matrix_is_summed_by_its_lower_triangle(k: int, rows: int, threads: int) -> None:
+    """XᵀX, exactly symmetric; no bit depends on the number of threads; what is taken away again leaves rounding."""
+    x = np.random.default_rng(k).standard_normal((rows, k), np.float32)
+    made = []
+    for count in (1, threads):
+        with limited(count):
+            made.append(np.zeros((k, k), np.float32))
+            add_gram(made[-1], x)
+    np.testing.assert_array_equal(*made)
+    total = mirror(made[0].copy())
+    np.testing.assert_array_equal(total, total.T)
+    np.testing.assert_allclose(total, x.astype(np.float64).T @ x, rtol=0, atol=1e-5 * max(rows, 1))
+    add_gram(total, x, -1)
+    np.testing.assert_allclose(np.tril(total), 0, rtol=0, atol=1e-5 * max(rows, 1))
 
 
 @settings(max_examples=30, deadline=None)

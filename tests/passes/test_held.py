@@ -122,10 +122,7 @@ def test_a_text_is_held_aside_as_a_whole(texts: int, length: int, stacked: bool,
     x = _rows(texts * length * others).reshape(others, texts, length, K)
     observer = Gram("x", *(f"x{i}" for i in range(1, others)))
     for part in [x] if stacked else np.split(x, texts, axis=1):
-        rows = part.reshape(-1, K)
-        outputs = {"x.gram": rows.T @ rows, "x.absmax": np.abs(rows).max(axis=0), "x.sample": rows,
-                   "x.rest_absmax": np.zeros(K, np.float32), "x.rows_seen": np.array([len(rows)])}  # fmt: skip
-        observer.update(outputs | {f"x.shape_seen.{i}": np.array(part.shape[1:]) for i in range(others)})
+        observer.update({f"{name}.seen": own for name, own in zip(("x", *observer.others), part, strict=True)})
     statistics = observer.statistics
     assert statistics is not None
     assert statistics.groups is not None

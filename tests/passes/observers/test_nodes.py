@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from qcompile.passes.errors import UserError
 from qcompile.passes.observers import nodes as observers
 from qcompile.passes.observers.gram import Gram
 from qcompile.runtime.sessions import run, session
@@ -38,40 +39,55 @@ def _activation(shape: tuple[int, ...], dtype: type, seed: int = 0) -> np.ndarra
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_statistics_are_numpy_s(shape, dtype) -> None:
     model = _graph(["x"], len(shape), dtype)
-    Gram("x").append(model.graph)
-    wanted = ["x.gram", "x.absmax", "x.rows_seen", "x.sample", "x.rest_absmax", "x.shape_seen.0"]
-    assert {output.name for output in model.graph.output} == set(wanted)
+    own = Gram("x")
+    own.append(model.graph)
+    (wanted,) = [output.name for output in model.graph.output]
     x = _activation(shape, dtype)
-    found = _run(model, wanted, {"x_in": -x})
-    rows = x.reshape(-1, K).astype(np.float64)
+    own.update(_run(model, [wanted], {"x_in": -x}))
+    rows, found = x.reshape(-1, K).astype(np.float64), own.statistics
     limit = {"rtol": 1e-5, "atol": 1e-5 * np.square(rows).sum()}
-    np.testing.assert_allclose(found["x.gram"], rows.T @ rows, **limit)
-    np.testing.assert_array_equal(found["x.absmax"], np.abs(rows).max(axis=0).astype(np.float32))
-    assert found["x.rows_seen"].tolist() == [len(rows)]
-    assert found["x.shape_seen.0"].tolist() == list(shape)
-    np.testing.assert_array_equal(found["x.sample"], rows.astype(np.float32))
-    assert not found["x.rest_absmax"].any()
-    assert {found["x.gram"].dtype, found["x.absmax"].dtype} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(found.gram, rows.T @ rows, **limit)
+    np.testing.assert_array_equal(found.absmax, np.abs(rows).max(axis=0).astype(np.float32))
+    assert found.rows == len(rows)
+    np.testing.assert_array_equal(found.sample, rows.astype(np.float32))
+    assert not found.rest.any()
+    assert {found.gram.dtype, found.absmax.dtype, found.sample.dtype} == {np.dtype(np.float32)}
 
 
 def test_half_precision_activations_are_summed_in_single() -> None:
     """600 · 200² is far beyond float16."""
     model = _graph(["x"], 2, np.float16)
-    Gram("x").append(model.graph)
-    found = _run(model, ["x.gram"], {"x_in": np.full((600, K), 200, np.float16)})
-    np.testing.assert_allclose(found["x.gram"], 600 * 200.0**2, rtol=1e-6)
+    own = Gram("x")
+    own.append(model.graph)
+    own.update(_run(model, ["x.seen"], {"x_in": np.full((600, K), 200, np.float16)}))
+    np.testing.assert_allclose(own.gram, 600 * 200.0**2, rtol=1e-6)
+
+
+def test_rows_without_a_finite_number_count_as_zeros_and_others_are_refused() -> None:
+    x = _activation((6, K), np.float32)
+    own, wanted = Gram("x"), np.where(np.arange(6)[:, None] == 2, np.float32(0), x)
+    lost = np.where(np.arange(6)[:, None] == 2, np.float32(np.nan), x)
+    lost[2, 1] = -np.inf
+    own.update({"x.seen": lost})
+    np.testing.assert_allclose(own.gram, wanted.T @ wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(own.statistics.sample, wanted)
+    lost[2, 1] = 1
+    with pytest.raises(UserError, match="NaN or infinite"):
+        Gram("x").update({"x.seen": lost})
 
 
 def test_several_values_of_one_graph() -> None:
     model = _graph(["x", "y"], 3, np.float32)
-    for value in ("x", "y"):
-        Gram(value).append(model.graph)
+    watched = [Gram(value) for value in ("x", "y")]
+    for own in watched:
+        own.append(model.graph)
     names = [output.name for output in model.graph.output]
     x, y = _activation((2, 4, K), np.float32), _activation((2, 4, K), np.float32, 1)
     found = _run(model, names, {"x_in": -x, "y_in": -y})
-    a, b = x.reshape(-1, K), y.reshape(-1, K)
-    for name, product in (("x.gram", a.T @ a), ("y.gram", b.T @ b)):
-        np.testing.assert_allclose(found[name], product, rtol=0, atol=1e-4 * np.abs(product).max())
+    for own, rows in zip(watched, (x.reshape(-1, K), y.reshape(-1, K)), strict=True):
+        own.update(found)
+        product = rows.T @ rows
+        np.testing.assert_allclose(own.gram, product, rtol=0, atol=1e-4 * np.abs(product).max())
 
 
 def test_the_observed_graph_still_gives_its_outputs() -> None:
