@@ -1,6 +1,6 @@
 """How a weight becomes codes. `awq` and `smooth` judge their candidates by the rounding that will follow them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -17,6 +17,8 @@ from qcompile.passes.workers import mapped
 _SMALL_SHARE = 16
 # A chunk of columns has so many numbers at most, and so many columns; the least of them whatever its rows.
 _NUMBERS, _WIDEST, _LEAST = 1 << 23, 1024, 64
+# Numbers that plain rounding works on at once: 2 MB of float32.
+_BLOCK = 1 << 19
 # Channels above which inputs are worked on one after the other.
 _ALONE = 2048
 # Columns, evenly spread, by which rows held aside judge.
@@ -54,15 +56,33 @@ class Prepared(Protocol):
 def round_to_nearest(w: Weight, spec: Grid, statistics: Statistics | None) -> Quantized:
     """Plain rounding on the range of each group; uses no statistics.
 
-    w: of any float type, and read by the chunk of columns (see `fitted`): a mapped table is never held as a whole.
+    w: of any float type, and read by the block: a mapped table is never held as a whole, and what is made of a block
+    stays in a core's own cache.
     """
+    k, n = w.shape
+    codes, (scale, zero_point) = np.empty((k, n), spec.code_dtype), np.empty((2, spec.groups(k), n), np.float32)
+    size, turned = max(spec.group_size(k), 1), isinstance(w, np.ndarray) and w.strides[0] < w.strides[1]
 
-    def one(columns: slice) -> Quantized:
-        own = _read(w, columns)
-        qparams = spec.fit(own)
-        return Quantized(spec.project(own, qparams), qparams, spec)
+    def one(columns: slice) -> None:
+        for rows, own in _blocks(k, columns, size, turned=turned):
+            block, groups = np.asarray(w[rows, own], np.float32), slice(rows.start // size, -(-rows.stop // size))
+            qparams = spec.fit(block)
+            scale[groups, own], zero_point[groups, own] = qparams.scale, qparams.zero_point
+            codes[rows, own] = spec.project(block, qparams)
 
-    return _joined(spec, side_by_side(one, chunks(*w.shape)))
+    side_by_side(one, chunks(k, n))
+    return Quantized(codes, QParams(scale, zero_point), spec)
+
+
+def _blocks(k: int, columns: slice, size: int, *, turned: bool) -> Iterator[tuple[slice, slice]]:
+    """(rows, columns) of whole groups of `size` rows, of about _BLOCK numbers that lie near each other: rows side by
+    side, or, of a weight that is turned, columns.
+    """
+    width = min(columns.stop - columns.start, max(_LEAST, _BLOCK // ((k if turned else size) or 1)))
+    deep = max(1, _BLOCK // (size * max(width, 1))) * size
+    for first in range(columns.start, columns.stop, max(width, 1)):
+        for start in range(0, k, deep):
+            yield slice(start, min(start + deep, k)), slice(first, min(first + width, columns.stop))
 
 
 def blank(w: Array, spec: Grid) -> Quantized:

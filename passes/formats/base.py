@@ -220,10 +220,12 @@ def pack_nibbles(codes: Codes) -> npt.NDArray[np.uint8]:
     """
     if codes.size and not any(codes.strides):
         return np.broadcast_to(np.zeros((), np.uint8), (codes.size + 1) // 2)
-    flat: npt.NDArray[np.uint8] = np.ascontiguousarray(codes).reshape(-1).astype(np.uint8) & np.uint8(15)
+    flat = np.ascontiguousarray(codes).reshape(-1).astype(np.uint8, copy=False)
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
-    return np.asarray(flat[::2] | (flat[1::2] << 4), np.uint8)
+    pairs = flat.view("<u2")  # the first code in the low byte
+    low: npt.NDArray[np.uint16] = (pairs & np.uint16(15)) | ((pairs >> 4) & np.uint16(240))
+    return low.astype(np.uint8)
 
 
 def coded(codes: Codes, dtype: ir.DataType) -> ir.TensorProtocol:

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.passes.affine import QParams, Quantized, output_error
+from qcompile.passes import rounding
+from qcompile.passes.affine import Grid, QParams, Quantized, output_error
+from qcompile.passes.formats import named
 from qcompile.passes.gptq import ErrorCompensated
 from qcompile.passes.rounding import (
     better_columns,
@@ -18,7 +20,7 @@ from qcompile.passes.rounding import (
     round_to_nearest,
     round_with_clip,
 )
-from qcompile.passes.spec import PerGroup, QuantSpec
+from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
 from qcompile.passes.threads import limited
 
@@ -109,3 +111,42 @@ def test_memory_does_not_grow_with_columns_but_by_codes() -> None:
         tracemalloc.stop()
     codes = 4096 * (128 + 2 * 4 * 4)
     assert peaks[1] - peaks[0] < 3 * codes, "those of chunks, and of the whole"
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    k=st.integers(0, 70),
+    n=st.integers(0, 150),
+    group=st.sampled_from([0, 8, 16, 24, 64]),
+    word=st.sampled_from(["int4", "int4 symmetric", "int8", "int3", "nf4", "mxfp4", "nvfp4"]),
+    dtype=st.sampled_from([np.float32, np.float16]),
+    turned=st.booleans(),
+    block=st.sampled_from([1, 100, 1 << 10, 1 << 19]),
+    widest=st.sampled_from([64, 1024]),
+)
+def test_blocks_round_as_the_whole_weight_does(k, n, group, word, dtype, turned, block, widest) -> None:
+    """Bit by bit, with `fit` and `project` of all of it: in any type, either way round, by any number of threads."""
+    rng = np.random.default_rng(k * 1000 + n)
+    w = rng.standard_t(3, (n, k) if turned else (k, n)).astype(dtype)
+    w = w.T if turned else w
+    spec = _grid(word, group)
+    wide = np.ascontiguousarray(w, np.float32)
+    if not wide.size:
+        assert round_to_nearest(w, spec, None).codes.shape == (k, n)
+        return
+    wanted = spec.fit(wide)
+    with pytest.MonkeyPatch.context() as patch, limited(2):
+        patch.setattr(rounding, "_BLOCK", block)
+        patch.setattr(rounding, "_WIDEST", widest)
+        found = round_to_nearest(w, spec, None)
+    np.testing.assert_array_equal(found.qparams.scale, wanted.scale)
+    np.testing.assert_array_equal(found.qparams.zero_point, wanted.zero_point)
+    np.testing.assert_array_equal(found.codes, spec.project(wide, wanted))
+    assert found.codes.dtype == spec.code_dtype
+
+
+def _grid(word: str, group: int) -> Grid:
+    kind, _, how = word.partition(" ")
+    if kind.startswith("int"):
+        return QuantSpec(int(kind[3:]), PerGroup(group) if group else PerChannel(1), symmetric=bool(how))
+    return named(kind).grid("qcompile")
