@@ -135,6 +135,7 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
         saved,
         asked.evaluation,
         verified=level != "none",
+        few=level == "sample" and not bench,
         measured=bench or asked.evaluation is not None or bool(recipe.mixed),
         room=work.room,
     )

@@ -190,6 +190,7 @@ def gather_data(
     evaluation: Calibration | None = None,
     *,
     verified: bool = True,
+    few: bool = False,
     measured: bool = True,
     room: int | None = None,
 ) -> Data:
@@ -197,7 +198,8 @@ def gather_data(
 
     evaluation: data that the accuracy is told on; UserError where something of it is calibrated on, too. Without it,
     rows of the calibration data are held aside for that, where there are enough.
-    verified: whether check batches are run. measured: whether somebody asked for what only they tell.
+    verified: whether check batches are run. few: of random tokens they are short.
+    measured: whether somebody asked for what only they tell.
     room: bytes free on the output's disk.
     """
     files = digests(named_files([] if calibration.word else calibration.files), calibration.texts)
@@ -217,6 +219,7 @@ def gather_data(
             provider=recipe.provider,
             bound=_bounded(recipe),
             accuracy=evaluation is None,
+            few=few,
         ),
         calibration,
         needed=bool(recipe.mixed) or needed,

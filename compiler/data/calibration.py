@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 SELF, NORMS = "self", "norms"
 # Batches that the finished model is checked on: few and short, since every output of theirs is kept.
 _CHECKS, _CHECK_TOKENS = 2, 48
+# The same where a sample is verified on random tokens: each row is a product more by every weight, and tells little.
+_FEW_CHECKS, _FEW_TOKENS = 1, 16
 # Bytes of models up to which the session that samples tokens has float weights in the layout of its kernels.
 _PREPACKED = 512 << 20
 # Windows for choices by measured errors, which the statistics have not seen.
@@ -80,7 +82,7 @@ class Data:
         """What the accuracy is told on, in words."""
         if self.evaluation:
             return self.evaluated_on
-        count = f"{len(self.checks)} batches of {self.checks[0].rows} rows"
+        count = f"{len(self.checks)} batch{'es' * (len(self.checks) != 1)} of {self.checks[0].rows} rows"
         if not self.real:
             return f"{count} of random inputs: --eval-data FILE … gives real ones"
         if self.data_free:
@@ -96,7 +98,8 @@ class Sampling:
     samples: windows of text, or images. context: tokens of a window. aside: some of it, or more, is held aside for
     choices by measured errors. bound: such a choice is to keep a bound, and is judged by what is held aside of that.
     seed, provider: of what the model samples itself, and where it runs. accuracy: rows of arrays and pictures are held
-    aside to tell the accuracy on (`aside.for_accuracy`); texts have such rows without that.
+    aside to tell the accuracy on (`aside.for_accuracy`); texts have such rows without that. few: random tokens to check
+    on are few.
     """
 
     samples: int
@@ -106,6 +109,7 @@ class Sampling:
     provider: str = "cpu"
     bound: bool = False
     accuracy: bool = False
+    few: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ def gather(
     if plan.floats or plan.unknown or plan.ids is None:
         if needed:
             plan.require_tokens()
-        return _random(plan)
+        return _random(plan, few=sampling.few)
     found = load_tokenizer(given.tokenizer) if given.tokenizer is not None else _beside(model)
     if found is None and (files.texts or given.texts):
         told = f"--calibration {files.texts[0]}" if files.texts else "the calibration data"
@@ -391,7 +395,7 @@ def _data_free(plan: InputPlan, model: Path, sampling: Sampling, kind: str, *, n
     Checks are sampled, too, but by another seed, so that statistics have not seen them.
     """
     if not needed:
-        return _random(plan)
+        return _random(plan, few=sampling.few)
     if plan.logits is None:
         if kind == NORMS:
             return replace(_random(plan), description="none: scales of norms stand in", data_free=True, guess=True)
@@ -417,12 +421,12 @@ def _data_free(plan: InputPlan, model: Path, sampling: Sampling, kind: str, *, n
     return Data(_batches(plan, windows), checks, described, data_free=True, unseen=unseen, held=held)
 
 
-def _random(plan: InputPlan) -> Data:
-    """Checks on random inputs, for a compile that needs no data."""
+def _random(plan: InputPlan, *, few: bool = False) -> Data:
+    """Checks on random inputs, for a compile that needs no data. few: fewer tokens."""
     rng = np.random.default_rng(0)
     if plan.ids is not None and not plan.floats and not plan.unknown:
-        length = plan.sequence or _CHECK_TOKENS
-        count = _CHECKS * (plan.batch or 1)
+        checks, tokens = (_FEW_CHECKS, _FEW_TOKENS) if few else (_CHECKS, _CHECK_TOKENS)
+        length, count = plan.sequence or tokens, checks * (plan.batch or 1)
         windows = [rng.integers(plan.vocabulary or 2, size=length) for _ in range(count)]
         return Data([], token_batches(plan, windows, decode_step=bool(plan.past)), "random tokens (checks only)", False)
     feeds, sizes = dict(plan.fillers()), _named_sizes(plan)

@@ -1,8 +1,8 @@
 """How much of a compile is verified: `--verify full|sample|none`.
 
 full: every packed product on all its columns; the saved file is run.
-sample: every packed product on an eighth of its columns, spread from the first to the last; the saved file is run where
-evaluation data is to be scored.
+sample: every packed product on an eighth of its columns, spread from the first to the last; on 16 random tokens instead
+of twice 48, unless speed is measured on them; the saved file is run where evaluation data is to be scored.
 none: nothing is run but what passes need; no error is known, so that no product takes int8 activations.
 Whatever the level, the saved file is held against the graph byte by byte.
 """

@@ -224,8 +224,8 @@ def pack_nibbles(codes: Codes) -> npt.NDArray[np.uint8]:
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
     pairs = flat.view("<u2")  # the first code in the low byte
-    low: npt.NDArray[np.uint16] = (pairs & np.uint16(15)) | ((pairs >> 4) & np.uint16(240))
-    return low.astype(np.uint8)
+    joined = (pairs & np.uint16(15)) | ((pairs >> np.uint16(4)) & np.uint16(240))
+    return joined.astype(np.uint8)
 
 
 def coded(codes: Codes, dtype: ir.DataType) -> ir.TensorProtocol:

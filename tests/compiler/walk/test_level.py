@@ -1,12 +1,14 @@
 """compiler/walk/level.py: what `--verify` leaves out is told, and what it keeps still finds faults."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile.compiler import Recipe
+from qcompile.compiler import Recipe, compile_model
+from qcompile.compiler.files.load import save_model
 from qcompile.compiler.plan import HELD, planned
 from qcompile.compiler.settings.steps import parse_passes
 from qcompile.compiler.walk import level, verify_products
@@ -62,6 +64,20 @@ def test_a_sample_tells_about_the_same_errors(bench: Any) -> None:
     for a, b in zip(full.nodes, sample.nodes, strict=True):
         assert a.node == b.node
         assert b.error == pytest.approx(a.error, rel=0.3)
+
+
+def test_a_sample_has_few_random_tokens(tmp_path: Path) -> None:
+    """Not where speed is measured on them."""
+    save_model(tiny_decoder(layers=1, kv_cache=True), tmp_path / "m.onnx")
+    recipe = Recipe(passes=parse_passes("pack"))
+    for own, speed, wanted in (
+        ("full", False, "4 batches of 47 rows of random"),
+        ("sample", False, "2 batches of 15 rows of random"),
+        ("sample", True, "4 batches of 47 rows of random"),
+    ):
+        report = compile_model(tmp_path / "m.onnx", recipe, output=tmp_path / "o.onnx", verify=own, bench=speed)
+        assert report.measured.startswith(wanted), (own, report.measured)
+        assert report.outputs
 
 
 @pytest.mark.parametrize(("column", "found"), [(0, True), (8, True), (-1, True), (3, False)])
