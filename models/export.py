@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
 from qcompile.models import cache, check, hf, kinds, parts, publish, tidy, trace, zoo
+from qcompile.models.gguf_file import GGUFFile
 from qcompile.passes.errors import UserError
 from qcompile.passes.near import near
 
@@ -22,6 +23,19 @@ LOGITS = ("all", "last")
 MODEL, RECORD = "model.onnx", publish.RECORD
 
 Say = Callable[[str], None]
+
+
+class Keeps(Protocol):
+    """Writes graphs with the quantized tensors of a GGUF file in place of the floats that were made of them."""
+
+    def save(self, model: ir.Model, path: Path) -> None:
+        """Write a graph to `path` and `path`.data."""
+
+    def record(self) -> dict[str, Any]:
+        """What became of each weight, for export.json."""
+
+
+Keep = Callable[[GGUFFile], Keeps]
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ def export_model(
     dtype: str = "fp32",
     logits: str = "all",
     max_layers: int | None = None,
+    keep: Keep | None = None,
     progress: Say | None = None,
 ) -> Exported:
     """Write model.onnx (+ model.onnx.data), tokenizer, config.json and export.json into `output_dir`.
@@ -56,6 +71,7 @@ def export_model(
     kv_cache None: decoders of text have caches, others do not.
     open_model runs a model file in ONNX Runtime: the graph must agree with torch before anything appears in
     `output_dir`. max_layers keeps only the first layers, for tests and trials. progress is told each step.
+    keep: for a GGUF file, what writes its quantized tensors as they are.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {' or '.join(DTYPES)}, got {dtype!r}")
@@ -63,15 +79,18 @@ def export_model(
         raise UserError(f"--logits is {' or '.join(LOGITS)}, got {logits!r}")
     if logits != "all" and kv_cache is False:
         raise UserError(f"--logits {logits} is for decoders that keep caches: add --kv-cache")
+    if keep is not None and dtype != "fp32":
+        raise UserError("--keep-quantized gives float32 graphs: in float16 the file's numbers would be rounded")
     started, say, target = time.monotonic(), progress or (lambda step: None), Path(output_dir)
     with publish.staging(target, source) as work:
         if str(source) in zoo.ZOO and zoo.find(str(source)).is_onnx:
-            if kv_cache or dtype != "fp32" or max_layers is not None:
+            if kv_cache or dtype != "fp32" or max_layers is not None or keep is not None:
                 raise UserError(f"{source} is ONNX already and is copied as it is: export options do not apply")
             record = _copy_onnx(str(source), work, say)
         else:
             checkpoint = _checkpoint(source, say)
-            record = _export(checkpoint, work, open_model, kv_cache, dtype, logits, max_layers, say)
+            kept = _kept(checkpoint, keep, say)
+            record = _export(checkpoint, work, open_model, kv_cache, dtype, logits, max_layers, kept, say)
         (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         say(f"writing {target}")
         written = [name for graph in publish.graphs(work) for name in (graph, f"{graph}.data")]
@@ -98,6 +117,15 @@ def _checkpoint(source: str | Path, say: Say) -> hf.Checkpoint:
     raise UserError(f"{source}: no Hugging Face folder, no .gguf file, and no zoo model {known}")
 
 
+def _kept(checkpoint: hf.Checkpoint, keep: Keep | None, say: Say) -> Keeps | None:
+    if keep is None:
+        return None
+    if checkpoint.gguf is None:
+        raise UserError(f"{checkpoint.source} is no GGUF file: --keep-quantized keeps the quantized tensors of one")
+    say("looking through the tensors of the GGUF file")
+    return keep(GGUFFile(checkpoint.gguf))
+
+
 def _export(
     checkpoint: hf.Checkpoint,
     work: Path,
@@ -106,6 +134,7 @@ def _export(
     dtype: str,
     logits: str,
     max_layers: int | None,
+    kept: Keeps | None,
     say: Say,
 ) -> dict[str, Any]:
     say("loading the model in torch")
@@ -118,7 +147,7 @@ def _export(
     if kv_cache is None:
         kv_cache = kind == kinds.DECODER and trace.takes_caches(model)
     hf.copy_companions(checkpoint, config, work)
-    run = Exporting(work, open_model, dtype, say)
+    run = Exporting(work, open_model, dtype, say, kept)
     if kind in (kinds.DECODER, kinds.ENCODER):
         checks = {MODEL: run.text(model, decoder=kind == kinds.DECODER, kv_cache=kv_cache, last_row=logits == "last")}
     else:
@@ -138,7 +167,7 @@ def _export(
         "check": worst.as_dict(),
         "graphs": {name: checked.max_relative_error for name, checked in checks.items()},
         "versions": _versions("torch", "transformers", "onnx", "onnx-ir", "onnxscript"),
-    }
+    } | ({} if kept is None else {"kept": kept.record()})
 
 
 @dataclass(frozen=True)
@@ -149,6 +178,7 @@ class Exporting:
     open_model: check.OpenModel
     dtype: str
     say: Say
+    kept: Keeps | None = None
 
     def text(self, model: Any, *, decoder: bool, kv_cache: bool, last_row: bool) -> check.Checked:
         """A text model as model.onnx, checked on a prompt."""
@@ -181,7 +211,10 @@ class Exporting:
         self.say(f"writing {name}")
         tidy.tidy(onnx_model, signature, prefix="m.")
         with _disk(self.work):
-            ir.save(onnx_model, self.work / name, external_data=f"{name}.data")
+            if self.kept is not None:
+                self.kept.save(onnx_model, self.work / name)
+            else:
+                ir.save(onnx_model, self.work / name, external_data=f"{name}.data")
 
 
 def _copy_onnx(name: str, work: Path, say: Say) -> dict[str, Any]:

@@ -34,11 +34,15 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that transformers loads, and where it came from. sha256 is that of the weights as they were given."""
+    """A folder that transformers loads, and where it came from. sha256 is that of the weights as they were given.
+
+    gguf: the file that the folder was made of, if any.
+    """
 
     folder: Path
     source: str
     sha256: str
+    gguf: Path | None = None
 
 
 def require_export_extra() -> None:
@@ -84,7 +88,7 @@ def open_gguf(path: Path, source: str) -> Checkpoint:
     digest = cache.sha256([path])
     wanted = ("config.json", "tokenizer.json")
     folder = cache.entry(f"gguf/{path.stem}-{digest[:12]}", lambda work: _convert(path, work), complete=wanted)
-    return Checkpoint(folder, source, digest)
+    return Checkpoint(folder, source, digest, path)
 
 
 def load_config(checkpoint: Checkpoint) -> Any:

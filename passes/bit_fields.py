@@ -15,11 +15,13 @@ Bytes = npt.NDArray[np.uint8]
 
 # Bits of the fields of a code, from its lowest bit on, by the bits of the code.
 FIELDS: Mapping[int, Sequence[int]] = {2: (2,), 3: (2, 1), 5: (4, 1), 6: (4, 2)}
+# Of codes of whole nibbles and bytes as well, which weights have ONNX's own types for.
+ALL_FIELDS: Mapping[int, Sequence[int]] = {**FIELDS, 4: (4,), 8: (8,)}
 
 
 def byte_rows(k: int, bits: int) -> list[int]:
     """Rows of bytes of each field of k codes a column."""
-    return [-(-k * width // 8) for width in FIELDS[bits]]
+    return [-(-k * width // 8) for width in ALL_FIELDS[bits]]
 
 
 def pack_fields(codes: npt.NDArray[np.integer], bits: int) -> Bytes:
@@ -29,7 +31,7 @@ def pack_fields(codes: npt.NDArray[np.integer], bits: int) -> Bytes:
     if codes.size and not any(codes.strides):
         return np.broadcast_to(np.zeros((), np.uint8), (sum(sizes), n))
     packed, low = np.zeros((sum(sizes), n), np.uint8), 0
-    for width, rows, start in zip(FIELDS[bits], sizes, np.cumsum([0, *sizes]), strict=False):
+    for width, rows, start in zip(ALL_FIELDS[bits], sizes, np.cumsum([0, *sizes]), strict=False):
         field = (codes.astype(np.uint8) >> np.uint8(low)) & np.uint8((1 << width) - 1)
         for shift in range(0, 8, width):
             part = field[shift // width * rows : (shift // width + 1) * rows]
@@ -41,7 +43,7 @@ def pack_fields(codes: npt.NDArray[np.integer], bits: int) -> Bytes:
 def unpack_fields(packed: Bytes, bits: int, k: int) -> Bytes:
     """The codes (K, N) of bytes that `pack_fields` made."""
     codes, low, start = np.zeros((k, packed.shape[1]), np.uint8), 0, 0
-    for width, rows in zip(FIELDS[bits], byte_rows(k, bits), strict=True):
+    for width, rows in zip(ALL_FIELDS[bits], byte_rows(k, bits), strict=True):
         mask = np.uint8((1 << width) - 1)
         parts = [(packed[start : start + rows] >> np.uint8(shift)) & mask for shift in range(0, 8, width)]
         codes |= np.concatenate(parts)[:k] << np.uint8(low)

@@ -85,10 +85,16 @@ def _check_space(model: ir.Model, folder: Path) -> None:
         ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _write(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> SaveReport:
-    """Write the model to a staged path, and its data beside it."""
-    offsets: dict[ir.Value, int] = {}
+def save_beside(model: ir.Model, path: Path) -> None:
+    """Write the model into a folder that is still to be published: `path`, and its weights in `path`.data."""
     data = path.with_name(f"{path.name}.data")
+    offsets, _ = _write_data(model, data)
+    path.write_bytes(_serialize(model, data.name, offsets, {}))
+
+
+def _write_data(model: ir.Model, data: Path) -> tuple[dict[ir.Value, int], DataWriter]:
+    """Where the weights lie in the file that is written, and what wrote it."""
+    offsets: dict[ir.Value, int] = {}
     with open(data, "wb") as file:
         writer = DataWriter(file)
         for value in model.graph.initializers.values():
@@ -96,6 +102,13 @@ def _write(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> SaveRepo
             if tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes >= _INLINE_BELOW:
                 offsets[value] = writer.append(tensor)
         publish.settle(file)
+    return offsets, writer
+
+
+def _write(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> SaveReport:
+    """Write the model to a staged path, and its data beside it."""
+    data = path.with_name(f"{path.name}.data")
+    offsets, writer = _write_data(model, data)
     final = publish.data_path(path, writer.digest()) if offsets else None
     content = _serialize(model, final.name if final else "", offsets, metadata)
     with open(path, "wb") as file:

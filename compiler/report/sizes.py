@@ -48,7 +48,7 @@ def file_bytes(path: Path, constants: list[tuple[str, ir.TensorProtocol]]) -> in
 
 def storage(tensor: ir.TensorProtocol) -> Storage:
     """Where a tensor's bytes lie: equal for tensors that share them."""
-    tensor = stored_as(tensor)
+    tensor = stored_as(tensor)[0]
     if isinstance(tensor, ir.ExternalTensor) and tensor.offset is not None:
         return str(tensor.location), tensor.offset
     return id(tensor)
@@ -60,7 +60,7 @@ def all_constants(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
     for graph in graphs:
         for value in graph.initializers.values():
             if value.const_value is not None:
-                yield value.name or "", stored_as(value.const_value)
+                yield from ((value.name or "", tensor) for tensor in stored_as(value.const_value))
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.op_type == "Constant" and "value" in node.attributes:
             yield node.outputs[0].name or "", node.attributes["value"].as_tensor()
@@ -107,7 +107,7 @@ def family_bits(weights: list[Weight]) -> dict[str, float]:
 
 def _bits(weights: list[Weight], kinds: tuple[str, ...]) -> float | None:
     own = [weight for weight in weights if weight.kind in kinds and weight.tensors]
-    tensors = {storage(tensor): stored_as(tensor).nbytes for weight in own for tensor in weight.tensors}
+    tensors = {storage(part): part.nbytes for w in own for tensor in w.tensors for part in stored_as(tensor)}
     sizes = {storage(weight.tensors[0]): weight.size for weight in own}
     elements = sum(sizes.values())
     return 8 * sum(tensors.values()) / elements if elements else None

@@ -11,6 +11,7 @@ from qcompile.compiler.results.report import PRODUCTS
 from qcompile.passes.contract import Fact
 from qcompile.passes.formats import BY_NAME, by_operator
 from qcompile.passes.formats.base import DOMAIN, EMBEDDING, LOOKUP, PRODUCT, Operators, grouped_by
+from qcompile.passes.formats.block_scales import adds_offsets
 from qcompile.passes.graph import MICROSOFT
 from qcompile.passes.linears import CONVOLUTIONS, as_linear, find_embeddings, stored
 
@@ -137,8 +138,8 @@ def _other_codes(graph: ir.Graph, known: set[int]) -> Iterator[Weight]:
     """
     for node in graph.all_nodes():
         decodes = node.op_type == "DequantizeLinear"
-        if not (decodes or node.op_type in INTEGER_OPERATORS or node.domain == DOMAIN):
-            continue
+        if not (decodes or node.op_type in INTEGER_OPERATORS or node.domain == DOMAIN) or adds_offsets(node):
+            continue  # offsets are of the weight before them
         tensors = [t for v in node.inputs if v is not None and (t := stored(v)) is not None]
         if not tensors or tensors[0].dtype.bitwidth > 8 or tensors[0].size < LEAST or id(tensors[0]) in known:
             continue
@@ -183,9 +184,12 @@ def _own(node: ir.Node, own: Operators) -> Weight:
     weight, linear = own.read(node), node.op_type.startswith(PRODUCT)
     if weight is None:
         return Weight(node.name or "", node.op_type, "product", (), "", False, "its codes or scales are computed", ())
-    tensors = tuple(tensor for value in weight.values if (tensor := stored(value)) is not None)
+    offsets = next((use.node for use in node.outputs[0].uses() if adds_offsets(use.node)), None)
+    values = [*weight.values, *(offsets.inputs[3:] if offsets is not None else ())]
+    tensors = tuple(tensor for value in values if value is not None and (tensor := stored(value)) is not None)
     shape, kind = (weight.shape, "linear") if linear else (weight.shape[::-1], "embedding")
-    return Weight(node.name or "", node.op_type, kind, shape, weight.form, True, "", tensors)
+    form = f"{weight.form}{' with offsets' if offsets is not None else ''}"
+    return Weight(node.name or "", node.op_type, kind, shape, form, True, "", tensors)
 
 
 def _nbits(node: ir.Node) -> Weight:

@@ -1,7 +1,7 @@
 """Weight formats: for each the ONNX functions that are its specification, and how it is put into a graph.
 
 A format is one file and one row of `FORMATS`; nothing else names it. Operators of a form that no recipe names, but a
-pass writes, are a row of `OTHERS`.
+pass writes, or a file is kept in, are a row of `OTHERS`.
 """
 
 import inspect
@@ -16,13 +16,14 @@ from qcompile.passes.extensions import Table
 from qcompile.passes.formats.base import DOMAIN, Format, Operators, role
 from qcompile.passes.formats.bits import Int2, Int3, Int5, Int6
 from qcompile.passes.formats.integers import Int4, Int8
+from qcompile.passes.formats.iq4_nl import IQ4NL
 from qcompile.passes.formats.mxfp4 import MXFP4
 from qcompile.passes.formats.nf4 import NF4
 from qcompile.passes.formats.nvfp4 import NVFP4
 from qcompile.passes.formats.static_columns import StaticColumns
 
 FORMATS: tuple[Format, ...] = (Int4(), Int8(), NF4(), MXFP4(), Int2(), Int3(), Int5(), Int6(), NVFP4())
-OTHERS: tuple[Operators, ...] = (StaticColumns(),)
+OTHERS: tuple[Operators, ...] = (StaticColumns(), IQ4NL())
 _OPERATORS = {name: own for own in (*FORMATS, *OTHERS) for name in (*own.operators, *own.foreign)}
 
 

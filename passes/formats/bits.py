@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.passes.affine import Codes, Grid, Quantized
-from qcompile.passes.bit_fields import FIELDS, pack_fields, unpack_fields
+from qcompile.passes.bit_fields import ALL_FIELDS, FIELDS, pack_fields, unpack_fields
 from qcompile.passes.formats.base import (
     ACTIVATION_BITS,
     BIASED,
@@ -93,7 +93,7 @@ _ROWS = """
 """
 
 
-def _unpacking(made: str, packed: str, rows: str, bits: int) -> str:
+def unpacking(made: str, packed: str, rows: str, bits: int) -> str:
     """Lines of a body: codes `made` (rows, N) of uint8, from bytes `packed` as `unpack_fields` reads them."""
 
     def field(name: str, source: str, width: int) -> str:
@@ -102,7 +102,7 @@ def _unpacking(made: str, packed: str, rows: str, bits: int) -> str:
         mask = (1 << width) - 1
         return _FIELD.format(p=name, count=len(shifts), shifts=told, mask=mask, stored=source, rows=rows)
 
-    first, *rest = FIELDS[bits]
+    first, *rest = ALL_FIELDS[bits]
     if not rest:
         return field(made, packed, first).replace(f"{made}_rows =", f"{made} =")
     cut = _CUT.format(p=made, count=8 // first, over=8 // first - 1, rows=rows, stored=packed)
@@ -136,10 +136,10 @@ class BitFields(Format):
         given = ["indices" if lookup else "x", "w", "scale", *(["bias"] if kind == BIASED else [])]
         given += ["zero_point"] if zero_points else []
         lines = _SIZES + (_LOOKED_UP if lookup else "  grid = Shape (scale)\n")
-        lines += _unpacking("codes", f"w{taken}", "rows", self.bits)
+        lines += unpacking("codes", f"w{taken}", "rows", self.bits)
         if zero_points:
             lines += _ZEROS_TAKEN if lookup else ""
-            lines += _unpacking("zeros", f"zero_point{taken}", "groups", self.bits)
+            lines += unpacking("zeros", f"zero_point{taken}", "groups", self.bits)
         else:
             lines += _MIDDLE.format(middle=self._middle, grid="grid")
         lines += (_NARROW if self.bits <= 4 else _WIDE) + _DECODED.format(scale=f"scale{taken}")

@@ -12,6 +12,9 @@ The body is the specification, the oracle of the tests, and what runs where no k
 | GatherInt8 | indices (…) int; w (E, …, K); scale (E, …, G); zero_point (E, …, G) | (…, …, K) |
 | SwiGLU | x (…, 2 n) | (…, n) |
 | Hadamard | x (…, K); matrix (B, B), B a divisor of K | (…, K) |
+| BlockScalesB | half (S, N) float16; w, codes of G rows of B bits | (G, N) |
+| AddOffsetsB | x (…, N); sums (…, G); scale (G, N); half; w (`block_scales`) | (…, N) |
+| AddRowOffsetsB | x (…, K); indices (…) int; scale (G, N); half; w | (…, K) |
 | GroupQueryAttention, GroupQueryAttentionF16 | com.microsoft's (`attention`) | its three |
 
 F is the word of a format (Int4, Int8, …); its bodies lie in the format's file.
@@ -36,6 +39,8 @@ from qcompile.passes.caches import ATTENTION, HALF_ATTENTION
 from qcompile.passes.formats import by_operator, format_of
 from qcompile.passes.formats.attention import attention_body
 from qcompile.passes.formats.base import COLUMNS_AT_8, DOMAIN, PRODUCT, VERSION, Format, scripted
+from qcompile.passes.formats.block_scales import BLOCK_OPERATORS
+from qcompile.passes.formats.block_scales import body as block_body
 from qcompile.passes.formats.gated import SWIGLU
 from qcompile.passes.formats.hadamard import HADAMARD
 
@@ -44,6 +49,8 @@ from qcompile.passes.formats.hadamard import HADAMARD
 def _proto(name: str, zero_points: bool) -> bytes:
     if name in (SWIGLU, HADAMARD):
         return bytes(scripted(name).SerializeToString())
+    if name in BLOCK_OPERATORS:
+        return bytes(block_body(name).SerializeToString())
     if name in (ATTENTION[1], HALF_ATTENTION[1]):
         return bytes(attention_body(name).SerializeToString())
     own = by_operator(name)

@@ -1,14 +1,18 @@
 """Scales of float32 weights as float16 in the file, each behind a Cast that ONNX Runtime folds when it loads.
 
-In memory a model has them as float32 always: `widen` takes the Casts out of a file that was read, and marks the model;
-`halve` puts them into a marked one before it is written, so that what is compiled again or packaged keeps them.
+Scales of GGUF's blocks are float16 numbers times small integers: behind a BlockScales instead (`block_scales`).
+In memory a model has them as float32 always: `widen` takes these nodes out of a file that was read, and marks the
+model; `halve` puts them into a marked one before it is written, so that what is compiled again or packaged keeps them.
 """
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.passes.bit_fields import unpack_fields
 from qcompile.passes.formats import by_operator
 from qcompile.passes.formats.base import DOMAIN, drop_unused
+from qcompile.passes.formats.block_scales import BLOCK_OPERATORS, adds_offsets, block_scales, is_block_scales
+from qcompile.passes.formats.functions import register
 from qcompile.passes.graph import MICROSOFT, Names, add_initializer, insert_before
 from qcompile.passes.linears import constant
 
@@ -26,44 +30,75 @@ def halve(model: ir.Model) -> int:
     """Store the scales of a marked model as float16, in place, where that changes no number; returns how many tensors.
 
     Only what the main graph's nodes read as scales and nothing else does: ONNX Runtime loads no constant of a body from
-    outside.
+    outside. A model for other runtimes, without operators of the domain, has block scales as float32.
     """
     if not model.meta.get(HALF_SCALES):
         return 0
     names, done = Names(model), 0
     for value in list(model.graph.initializers.values()):
         outer = value.is_graph_input() or value.is_graph_output()
-        if value.const_value is None or outer or not _only_scales(model, value) or not are_half(value):
+        if value.const_value is None or outer or not _only_scales(model, value):
             continue
-        half = np.asarray(constant(value).numpy()).astype(np.float16)
-        stored = add_initializer(model.graph, names.fresh(f"{value.name}.half"), ir.tensor(half))
-        name = names.fresh(f"{value.name}.widened")
-        cast = insert_before(model.graph[0], "Cast", [stored], {"to": int(ir.DataType.FLOAT)}, name=name, output=name)
-        cast.type, cast.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(half.shape)
-        ir.convenience.replace_all_uses_with(value, cast)
+        tensor, name = value.const_value, names.fresh(f"{value.name}.widened")
+        if isinstance(tensor, BlockScales) and DOMAIN in model.graph.opset_imports:
+            kind, domain, attributes = (
+                block_scales(tensor.bits),
+                DOMAIN,
+                {"groups": tensor.groups, "middle": tensor.middle},
+            )
+            given = {"half": tensor.scale, "factors": tensor.factors}
+            register(model, kind)
+        elif are_half(value):
+            kind, domain, attributes = "Cast", "", {"to": int(ir.DataType.FLOAT)}
+            given = {"half": ir.tensor(np.asarray(tensor.numpy()).astype(np.float16))}
+        else:
+            continue
+        stored = [add_initializer(model.graph, names.fresh(f"{value.name}.{end}"), own) for end, own in given.items()]
+        wide = insert_before(model.graph[0], kind, stored, attributes, name=name, output=name, domain=domain)
+        wide.type, wide.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(tensor.shape.numpy())
+        ir.convenience.replace_all_uses_with(value, wide)
         drop_unused(model, value)
         done += 1
     return done
 
 
 def widen(model: ir.Model) -> None:
-    """Turn Casts of constant float16 scales into float32 constants, in place; they are read when they are asked for."""
+    """Turn Casts of constant float16 scales, and block scales, into float32 constants, in place; they are read when
+    they are asked for.
+    """
     names = Names(model)
     for node in list(model.graph):
-        stored = node.inputs[0] if node.op_type == "Cast" and node.domain == "" else None
-        if stored is None or not stored.is_initializer() or stored.is_graph_input() or stored.const_value is None:
-            continue
-        value = node.outputs[0]
-        if constant(stored).dtype != ir.DataType.FLOAT16 or value.is_graph_output() or not _only_scales(model, value):
-            continue
-        if node.attributes.get_int("to", 0) != ir.DataType.FLOAT:
+        value = node.outputs[0] if node.outputs else None
+        if value is None or value.is_graph_output() or not _stored_inputs(node) or not _only_scales(model, value):
             continue
         name = names.fresh(f"{value.name}.scale")
-        made = add_initializer(model.graph, name, _Widened(constant(stored), name))
+        made = add_initializer(model.graph, name, _in_memory(node, name))
         ir.convenience.replace_all_uses_with(value, made)
+        inputs = [own for own in node.inputs if own is not None]
         model.graph.remove(node, safe=True)
-        drop_unused(model, stored)
+        for own in inputs:
+            drop_unused(model, own)
         model.meta[HALF_SCALES] = True
+
+
+def _stored_inputs(node: ir.Node) -> bool:
+    """Whether a node is a Cast of a constant float16 tensor to float32, or block scales of constants."""
+    cast = (node.op_type, node.domain) == ("Cast", "") and node.attributes.get_int("to", 0) == ir.DataType.FLOAT
+    if not cast and not (is_block_scales(node) and len(node.inputs) == 2):
+        return False
+    given = [value for value in node.inputs if value is not None and value.is_initializer()]
+    fixed = [value for value in given if not value.is_graph_input() and value.const_value is not None]
+    return bool(fixed) and len(fixed) == len(node.inputs) and constant(fixed[0]).dtype == ir.DataType.FLOAT16
+
+
+def _in_memory(node: ir.Node, name: str) -> ir.TensorProtocol:
+    """The float32 numbers that a node of `_stored_inputs` makes of its constants."""
+    scale, *factors = (constant(value) for value in node.inputs if value is not None)
+    if not factors:
+        return _Widened(scale, name)
+    _, bits = BLOCK_OPERATORS[node.op_type]
+    groups, middle = (node.attributes.get_int(own, 0) for own in ("groups", "middle"))
+    return BlockScales(scale, factors[0], bits, groups, middle, name=name)
 
 
 def are_half(scale: ir.Value) -> bool:
@@ -87,9 +122,31 @@ class _Widened(ir.LazyTensor):
         return ir.tensor(np.asarray(self.stored.numpy()).astype(np.float32))
 
 
-def stored_as(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """The tensor as the file that it was read from holds it."""
-    return tensor.stored if isinstance(tensor, _Widened) else tensor
+class BlockScales(ir.LazyTensor):
+    """float32 numbers (G, N) that a file holds as float16 ones of S blocks, scale (S, N), times integers of G groups.
+
+    factors: codes of so many bits in fields of bytes (`bit_fields`), from which `middle` is taken off.
+    """
+
+    def __init__(
+        self, scale: ir.TensorProtocol, factors: ir.TensorProtocol, bits: int, groups: int, middle: int, *, name: str
+    ) -> None:
+        self.scale, self.factors, self.bits, self.groups, self.middle = scale, factors, bits, groups, middle
+        shape = ir.Shape((groups, int(scale.shape.numpy()[1])))
+        super().__init__(self._read, dtype=ir.DataType.FLOAT, shape=shape, name=name)
+
+    def _read(self) -> ir.TensorProtocol:
+        codes = unpack_fields(np.asarray(self.factors.numpy()), self.bits, self.groups)
+        wide = np.asarray(self.scale.numpy()).astype(np.float32)
+        blocks = codes.astype(np.float32).reshape(len(wide), -1, codes.shape[1]) - np.float32(self.middle)
+        return ir.tensor((blocks * wide[:, None]).reshape(codes.shape))
+
+
+def stored_as(tensor: ir.TensorProtocol) -> tuple[ir.TensorProtocol, ...]:
+    """The tensor as the file that it was read from holds it: mostly itself."""
+    if isinstance(tensor, BlockScales):
+        return tensor.scale, tensor.factors
+    return (tensor.stored,) if isinstance(tensor, _Widened) else (tensor,)
 
 
 def _only_scales(model: ir.Model, value: ir.Value) -> bool:
@@ -103,7 +160,7 @@ def _only_scales(model: ir.Model, value: ir.Value) -> bool:
 def _reads_scales(node: ir.Node, position: int) -> bool:
     """Whether an input of a node is scales; also of a lookup that a DequantizeLinear takes its scales from."""
     if node.domain == DOMAIN:
-        return position == _OWN and by_operator(node.op_type) is not None
+        return position == _OWN and (by_operator(node.op_type) is not None or adds_offsets(node))
     if (node.op_type, node.domain, position) == ("Gather", "", 0):
         readers = list(node.outputs[0].uses())
         return bool(readers) and all(_SLOTS.get((use.node.domain, use.node.op_type)) == use.idx for use in readers)

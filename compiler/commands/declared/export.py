@@ -10,6 +10,7 @@ examples:
   qcompile export smollm2-135m -o smollm2
   qcompile export ./my-model -o my-model-onnx --kv-cache --dtype fp16
   qcompile export ./my-model -o my-model-onnx --for genai
+  qcompile export ./model.Q4_K_M.gguf -o my-model-onnx --keep-quantized
 """
 
 
@@ -51,5 +52,12 @@ class Options(Common):
         option("genai: --kv-cache --logits last, unless told otherwise", "{genai}", name="--for"),
     ] = None
     dtype: Annotated[Literal["fp32", "fp16"], option("type of weights and activations (fp32)", "{fp32,fp16}")] = "fp32"
+    keep_quantized: Annotated[
+        bool,
+        option(
+            "of a GGUF file: keep its quantized tensors as they are, in place of the floats that they stand for "
+            "(docs/export.md)"
+        ),
+    ] = False
     layers: Annotated[int | None, option("keep only the first N layers, for tests and trials", "N")] = None
     list: Annotated[bool, option("list the zoo and stop")] = False

@@ -1,0 +1,181 @@
+"""GGUF kept: every type decodes to the very numbers of the file, in ONNX Runtime, from graphs of its size."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from gguf_files import blocks, numbers, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from qcompile.compiler.api.kept import Keeper, summary
+from qcompile.compiler.files.load import load_model, save_model
+from qcompile.compiler.report.inspection import inspect
+from qcompile.models.gguf_blocks import KINDS
+from qcompile.models.gguf_file import GGUFFile
+from qcompile.passes.formats.half_scales import halve
+from qcompile.runtime.sessions import run, session
+
+K = 512
+# Of types with offsets, those with zero points too: their codes stand for 0 at 0 where scales are far from minima.
+WITH_OFFSETS = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
+
+
+def _graph(weights: dict[str, np.ndarray], table: np.ndarray | None = None) -> ir.Model:
+    """x (rows, K) times each weight (N, K) turned round; of a table (V, K) rows by ids, and its product with x."""
+    k = next(iter(weights.values())).shape[1] if weights else table.shape[1]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", k])]
+    nodes, outputs, constants = [], [], [numpy_helper.from_array(w.T.copy(), name) for name, w in weights.items()]
+    for name, w in weights.items():
+        nodes.append(helper.make_node("MatMul", ["x", name], [f"{name}.y"], name=name))
+        outputs.append(helper.make_tensor_value_info(f"{name}.y", TensorProto.FLOAT, ["rows", len(w)]))
+    if table is not None:
+        constants.append(numpy_helper.from_array(table, "table"))
+        inputs.append(helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", "m"]))
+        nodes.append(helper.make_node("Gather", ["table", "ids"], ["rows"], name="lookup"))
+        nodes.append(helper.make_node("Transpose", ["table"], ["turned"], perm=[1, 0]))
+        nodes.append(helper.make_node("MatMul", ["x", "turned"], ["head.y"], name="head"))
+        outputs.append(helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["n", "m", k]))
+        outputs.append(helper.make_tensor_value_info("head.y", TensorProto.FLOAT, ["rows", len(table)]))
+    graph = helper.make_graph(nodes, "g", inputs, outputs, constants)
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+
+
+def _kept(folder: Path, tensors: dict[str, tuple[str, np.ndarray]], model: ir.Model) -> Keeper:
+    """The model with what a file of the tensors has, written to model.onnx."""
+    write(folder / "m.gguf", tensors)
+    keeper = Keeper(GGUFFile(folder / "m.gguf"))
+    keeper.save(model, folder / "model.onnx")
+    onnx.checker.check_model(folder / "model.onnx")
+    return keeper
+
+
+def _run(path: Path, x: np.ndarray, ids: np.ndarray | None = None, **options) -> dict[str, np.ndarray]:
+    opened = session(path, threads=1, **{"kernels": "portable", **options})
+    names = [own.name for own in opened.get_outputs()]
+    return dict(zip(names, run(opened, names, {"x": x} | ({} if ids is None else {"ids": ids})), strict=True))
+
+
+@pytest.mark.parametrize("spread", [2, 14])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_type_bit_by_bit(tmp_path: Path, kind: str, spread: int) -> None:
+    """Products with unit vectors, and all rows looked up: what gguf-py decodes; the body as the file has it, and as
+    ONNX Runtime fuses it. spread 14: offsets are rounded where codes are centred, so that they are not.
+    """
+    raw, own = blocks(kind, 40, K, spread=spread), blocks(kind, 33, K, seed=1, spread=spread)
+    w, table = numbers(kind, raw), numbers(kind, own)
+    keeper = _kept(tmp_path, {"a": (kind, raw), "b": (kind, own)}, _graph({"w": w}, table))
+    assert [(told.weight, told.type, told.reason) for told in keeper.weights] == [("table", kind, ""), ("w", kind, "")]
+    ids = np.arange(-33, 33).reshape(3, 22)
+    for options in ({"optimize": False}, {}):
+        found = _run(tmp_path / "model.onnx", np.eye(K, dtype=np.float32), ids, **options)
+        assert np.array_equal(found["w.y"].T, w)
+        assert np.array_equal(found["rows"], table[ids])
+        assert np.array_equal(found["head.y"].T, table)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_size_is_that_of_the_blocks(tmp_path: Path, kind: str) -> None:
+    """Several layers, whose zero points, if any, are stored once."""
+    raws = {f"w{i}": blocks(kind, 256, 2048, seed=i) for i in range(8)}
+    model = _graph({name: numbers(kind, raw) for name, raw in raws.items()})
+    keeper = _kept(tmp_path, {name: (kind, raw) for name, raw in raws.items()}, model)
+    size = sum(raw.size for raw in raws.values())
+    assert (tmp_path / "model.onnx.data").stat().st_size == pytest.approx(size, rel=0.02)
+    ((_, _, count, told),) = summary(keeper.weights)
+    assert count == 8
+    assert told == pytest.approx(size, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_onnx_runtime_makes_an_integer_product_of_it(tmp_path: Path, kind: str) -> None:
+    raw = blocks(kind, 64, K)
+    _kept(tmp_path, {"a": (kind, raw)}, _graph({"w": numbers(kind, raw)}))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "fused.onnx"), 4
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    found = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
+    assert found.count("MatMulNBits") == 1
+    assert set(found) <= {"MatMulNBits", "Reshape", "ReduceSum", "Gemm"}  # of offsets; decoded are none
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_native_kernels_agree(tmp_path: Path, kind: str) -> None:
+    raw, x = blocks(kind, 64, K), np.random.default_rng(0).standard_normal((3, K), np.float32)
+    w = numbers(kind, raw)
+    _kept(tmp_path, {"a": (kind, raw)}, _graph({"w": w}))
+    found = _run(tmp_path / "model.onnx", x, kernels="auto")["w.y"]
+    wanted = x.astype(np.float64) @ w.T
+    assert np.abs(found - wanted).max() < 2e-4 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q6_K", "IQ4_XS"])
+def test_what_is_read_and_written_again_stays_as_it_is(tmp_path: Path, kind: str) -> None:
+    """In memory scales are float32; the file has the file's own. `inspect` counts what is stored."""
+    raw, own = blocks(kind, 64, 2048), blocks(kind, 256, 2048, seed=1)
+    _kept(tmp_path, {"a": (kind, raw), "b": (kind, own)}, _graph({"w": numbers(kind, raw)}, numbers(kind, own)))
+    model = load_model(tmp_path / "model.onnx")
+    assert not any(node.op_type.startswith(("BlockScales", "Cast")) for node in model.graph)
+    halve(model)
+    save_model(model, tmp_path / "again.onnx")
+    x, ids = np.eye(2048, dtype=np.float32), np.arange(256).reshape(2, 128)
+    first, second = (_run(tmp_path / f"{name}.onnx", x, ids) for name in ("model", "again"))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    told = inspect(tmp_path / "again.onnx")
+    assert told.linear_bits == pytest.approx(8 * KINDS[kind].size / KINDS[kind].block, rel=0.04)
+    assert inspect(tmp_path / "model.onnx").linear_bits == pytest.approx(told.linear_bits, rel=1e-3)
+    assert told.parameters == 2048 * (64 + 256)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=3),
+    seed=st.integers(0, 999),
+    joined=st.booleans(),
+)
+def test_rows_are_found_wherever_they_went(tmp_path_factory, kinds: list[str], seed: int, joined: bool) -> None:
+    """Rows in another order, joined of two tensors of a type, or cut apart."""
+    folder, rng = tmp_path_factory.mktemp("kept"), np.random.default_rng(seed)
+    raws = {f"w{i}": (kind, blocks(kind, 48, 256, seed=seed + i)) for i, kind in enumerate(kinds)}
+    raws |= {"more": (kinds[0], blocks(kinds[0], 16, 256, seed=seed + 77))}
+    weights = {name: numbers(*own)[rng.permutation(len(own[1]))] for name, own in raws.items()}
+    whole = weights.pop("more")
+    if joined:
+        weights["joined"] = np.concatenate([whole, weights["w0"]])
+        weights["part"] = weights.pop("w0")[5:30]
+    keeper = _kept(folder, raws, _graph(weights))
+    assert {own.weight: own.reason for own in keeper.weights} == dict.fromkeys(weights, "")
+    found = _run(folder / "model.onnx", np.eye(256, dtype=np.float32))
+    for name, weight in weights.items():
+        assert np.array_equal(found[f"{name}.y"].T, weight)
+
+
+def test_what_is_left_in_float_and_why(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    raw, half = blocks("Q4_0", 32, 256), rng.standard_normal((32, 256)).astype(np.float16)
+    other = rng.integers(0, 256, (32, 66), np.uint8)
+    other[:, :2] = np.full(32, 0.01, "<f2").view(np.uint8).reshape(-1, 2)
+    weights = {
+        "half": half.astype(np.float32),
+        "other": numbers_of_another(other),
+        "changed": numbers("Q4_0", raw) * np.float32(1.5),
+    }
+    keeper = _kept(tmp_path, {"a": ("Q4_0", raw), "b": ("F16", half), "c": ("IQ2_XXS", other)}, _graph(weights))
+    assert {own.weight: own.reason for own in keeper.weights} == {
+        "half": "the file has it in F16",
+        "other": "the file has it in IQ2_XXS, of which no format here holds the blocks",
+        "changed": "no tensor of the file has its numbers: they were changed when it was loaded",
+    }
+    x = np.eye(256, dtype=np.float32)
+    found = _run(tmp_path / "model.onnx", x)
+    assert all(np.array_equal(found[f"{name}.y"].T, weight) for name, weight in weights.items())
+
+
+def numbers_of_another(raw: np.ndarray) -> np.ndarray:
+    import gguf
+
+    return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.IQ2_XXS)
