@@ -58,7 +58,7 @@ def finished(rungs: Sequence[Rung], walked: Walked, outputs: Sequence[Arrays]) -
 
 
 def _rung(name: str, source: Path, recipe: Recipe, data: Data) -> Rung:
-    prepared = prepare_model(source, replace(recipe, keep_worst=None, max_kl=None, min_sqnr=None), Silent())
+    prepared = prepare_model(source, recipe.keeping_none, Silent())
     walked = walk(prepared, replace(data, guess=True, calibration=data.calibration if prepared.observes else []))
     return _measured(name, walked, finish(walked, Silent()))
 

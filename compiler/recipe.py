@@ -1,7 +1,7 @@
 """What to do with a model: an ordered list of passes and the settings around it, each declared here alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -43,7 +43,7 @@ _LARGEST_FILE = 1 << 20
 # The word for float where a format may be given.
 KEEP = "keep"
 # Settings of which each alone says what stays in float; None by default.
-_MIXED = ("keep_worst", "max_kl", "min_sqnr")
+_MIXED = ("keep_worst", "keep_share", "max_kl", "min_sqnr")
 
 
 def _no_window(value: int) -> str:
@@ -69,7 +69,7 @@ class Recipe:
     groups. lm_head, embedding: None keeps float. min_coverage: None: what `told` says, by the list's own formats.
     Passes, formats and words may be given as a file has them: Recipe(passes="smooth,qdq", lm_head="keep").
     weights_of: of "PATTERN=FORMAT". activations, accuracy_level: None: chosen node by node.
-    keep_worst, max_kl, min_sqnr: one of them at most.
+    keep_worst, keep_share, max_kl, min_sqnr: one of them at most.
     """
 
     passes: Annotated[
@@ -260,6 +260,17 @@ class Recipe:
             least=1,
         ),
     ] = None
+    keep_share: Annotated[
+        float | None,
+        About(
+            "leave nodes in float, those first that gain most for their work, as long as they gain, for at most this "
+            "share of the model's work and of its weights",
+            MIXED,
+            metavar="SHARE",
+            least=0,
+            most=1,
+        ),
+    ] = None
     max_kl: Annotated[
         float | None,
         About(
@@ -294,6 +305,11 @@ class Recipe:
     def mixed(self) -> str:
         """The setting by which nodes are to be kept in float for their sensitivity; empty where none are."""
         return next((name for name in _MIXED if getattr(self, name) is not None), "")
+
+    @property
+    def keeping_none(self) -> "Recipe":
+        """The same without a setting that keeps nodes in float for their sensitivity."""
+        return replace(self, keep_worst=None, keep_share=None, max_kl=None, min_sqnr=None)
 
     @property
     def activation_bits(self) -> int | None:

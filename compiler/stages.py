@@ -163,13 +163,13 @@ def _options(given: Calibration) -> list[str]:
 
 
 def _bounded(recipe: Recipe) -> bool:
-    """Whether nodes are kept until a bound holds."""
-    return recipe.max_kl is not None or recipe.min_sqnr is not None
+    """Whether what nodes are kept must hold on batches that they were not chosen by."""
+    return any(own is not None for own in (recipe.keep_share, recipe.max_kl, recipe.min_sqnr))
 
 
 def wish(recipe: Recipe) -> Wish:
     """What is to stay in float for its sensitivity."""
-    return Wish(recipe.keep_worst, recipe.max_kl, recipe.min_sqnr, recipe.keep_as)
+    return Wish(recipe.keep_worst, recipe.keep_share, recipe.max_kl, recipe.min_sqnr, recipe.keep_as)
 
 
 def load_statistics(prepared: Prepared, path: Path) -> SavedStatistics:

@@ -33,5 +33,6 @@ class Fields(TypedDict, total=False):
     provider: str
     keep_as: Literal["auto", "weights", "float"]
     keep_worst: int | None
+    keep_share: float | None
     max_kl: float | None
     min_sqnr: float | None

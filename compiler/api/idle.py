@@ -26,7 +26,7 @@ def of_recipe(recipe: Recipe, given: Collection[str]) -> dict[str, str]:
     if recipe.weights is not None:
         found["group_size"] = f"--weights {recipe.weights} has its own"
     if not recipe.mixed:
-        found["keep_as"] = "no node is kept in float (--keep-worst, --max-kl or --min-sqnr do that)"
+        found["keep_as"] = "no node is kept in float (--keep-worst, --keep-share, --max-kl or --min-sqnr do that)"
     return {name: why for name, why in found.items() if name in given and name in SETTINGS}
 
 

@@ -33,7 +33,7 @@ def rank_nodes(
     a pass that makes nodes integer.
     """
     source, progress, calibration = Path(model), progress or Silent(), Calibration.of(calibration)
-    recipe = replace(recipe or Recipe(passes=DEFAULT_PASSES), keep_worst=None, max_kl=None, min_sqnr=None)
+    recipe = (recipe or Recipe(passes=DEFAULT_PASSES)).keeping_none
     if not steps_that(recipe, ensure=Fact.INTEGER):
         raise UserError(f"sensitivity: no pass of the list makes nodes integer: add {ensuring(Fact.INTEGER)}")
     progress.step("loading")

@@ -9,8 +9,9 @@ import onnx_ir as ir
 from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.feeds import InputPlan
 from qcompile.compiler.measure.phases import phase
-from qcompile.compiler.mixed.ranking import Ranking, RankingCache
+from qcompile.compiler.mixed.ranking import Ranked, Ranking, RankingCache
 from qcompile.compiler.mixed.sensitivity import Mixture, Steps, finished_distances, stored_bytes
+from qcompile.compiler.mixed.work import work_of
 from qcompile.compiler.plan import ensuring
 from qcompile.compiler.results.mixed import Kept, Mixed
 from qcompile.passes.base import IntegerPass, Pass, Reason, Region, on_clone
@@ -20,16 +21,20 @@ from qcompile.passes.policy import Policy
 
 # The share of what keeping nodes in float gains that keeping them with int8 weights has to gain.
 _ENOUGH = 0.75
+# What fewer nodes than a share of the work allows may leave of the noise, in power, over what all of those leave: 1 dB.
+_NEARLY = 1.25
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to stay in float: so many of the worst nodes, or the fewest that a bound takes; one of three is given.
+    """What is to stay in float: so many of the worst nodes, those that gain most for a share of the work, or the fewest
+    that a bound takes; one of four is given.
 
     max_kl: nats a token. min_sqnr: dB. keep_as: "float", "weights" or "auto", see `keep`.
     """
 
     keep_worst: int | None
+    keep_share: float | None
     max_kl: float | None
     min_sqnr: float | None
     keep_as: str
@@ -53,7 +58,10 @@ def keep(
     Case 2: max_kl, min_sqnr: the fewest, in the order of the ranking, with which the bound holds, of the finished graph
             also on batches held aside, by which nothing was ranked or searched. The distance falls with every node
             kept, but for noise: the bound holds with these and does not with one less.
-    Case 3: keep_as "weights": MatMuls that are kept have int8 weights all the same, for which ONNX Runtime's CPU
+    Case 3: keep_share: those first whose noise is largest for their work (`work_of`), as far as this share of the work
+            and of the weights goes, and no more than are needed for nearly all that they gain. None, where the finished
+            graph is no better for them on batches held aside.
+    Case 4: keep_as "weights": MatMuls that are kept have int8 weights all the same, for which ONNX Runtime's CPU
             provider has a kernel (MatMulNBits); it would decode the weight of a Conv in every run. "auto": so, unless
             floats gain clearly more, or they alone meet the bound.
     The graph is not changed. Raises UserError where the model has not what is asked for, or no choice is enough.
@@ -66,7 +74,7 @@ def keep(
         ranking = mixture.rank(progress)
         cache.put(ranking)
     progress.step("choosing nodes to keep in float")
-    choose = _fewest if wish.keep_worst is None else _worst
+    choose = _worst if wish.keep_worst is not None else _fewest if wish.keep_share is None else _cheapest
     made = choose(mixture, ranking, wish)
     late.policy = _keeping(late.policy, made.kept)
     ends = (ranking.all_integer, made.distance, mixture.nbytes, made.size)
@@ -110,9 +118,48 @@ def integer_pass(passes: Sequence[Pass]) -> IntegerPass:
 def _worst(mixture: Mixture, ranking: Ranking, wish: Wish) -> _Tried:
     """Case 1."""
     count = wish.keep_worst or 0
-    if _nothing_left(mixture, ranking, count):
+    if _nothing_left(mixture, ranking.nodes[:count]):
         raise UserError(f"keep_worst {count} leaves nothing to quantize: the model has {len(ranking.nodes)} nodes")
-    return _tried(mixture, ranking, count, wish)
+    return _tried(mixture, ranking, ranking.nodes[:count], wish)
+
+
+def _cheapest(mixture: Mixture, ranking: Ranking, wish: Wish) -> _Tried:
+    """Case 3."""
+    nodes = _affordable(mixture, ranking, wish.keep_share or 0.0)
+    while nodes and _nothing_left(mixture, nodes):
+        nodes = nodes[:-1]
+    plain = _tried(mixture, ranking, [], wish)
+    if not nodes:
+        return plain
+
+    def noise(count: int) -> float:
+        return _power(ranking, mixture.distance(mixture.without([own.node for own in nodes[:count]])))
+
+    enough = _NEARLY * noise(len(nodes))
+    count = smallest(lambda own: noise(own) <= enough, len(nodes))
+    made = _tried(mixture, ranking, nodes[:count], wish)
+    gains = made.distance < plain.distance and (made.held is None or plain.held is None or made.held < plain.held)
+    return made if gains else plain
+
+
+def _affordable(mixture: Mixture, ranking: Ranking, share: float) -> list[Ranked]:
+    """Those whose noise is largest for their work, which together are at most this share of the work of all nodes, and
+    of the bytes of their weights.
+    """
+    work = work_of(mixture.model, [own.node for own in ranking.nodes], mixture.batches[0], mixture.provider)
+    worth = sorted(ranking.nodes, key=lambda own: (-_power(ranking, own.effect) / max(work[own.node], 1), own.node))
+    left, room = share * sum(work.values()), share * sum(own.nbytes for own in ranking.nodes)
+    chosen = []
+    for own in worth:
+        if own.effect > 0 and work[own.node] <= left and own.nbytes <= room:
+            chosen.append(own)
+            left, room = left - work[own.node], room - own.nbytes
+    return chosen
+
+
+def _power(ranking: Ranking, distance: float) -> float:
+    """A distance as what adds up over nodes: KL does, of relative errors the squares."""
+    return distance if ranking.metric == "KL" else distance**2
 
 
 def _fewest(mixture: Mixture, ranking: Ranking, wish: Wish) -> _Tried:
@@ -128,24 +175,24 @@ def _fewest(mixture: Mixture, ranking: Ranking, wish: Wish) -> _Tried:
     tried: dict[int, _Tried] = {}
 
     def holds(more: int) -> bool:
-        tried[more] = _tried(mixture, ranking, count + more, wish, bound)
+        tried[more] = _tried(mixture, ranking, ranking.nodes[: count + more], wish, bound)
         return tried[more].worst <= bound
 
     # More, where values that shared a scale went apart, or what is held aside asks for it.
     more = smallest(holds, most - count)
-    made = tried[more] if more in tried else _tried(mixture, ranking, count + more, wish, bound)
-    count += more
-    if _nothing_left(mixture, ranking, count):
+    if more not in tried:
+        holds(more)
+    if _nothing_left(mixture, ranking.nodes[: count + more]):
         raise UserError(
             f"{told} is met only with all {most} nodes in float: nothing would be quantized; with none of them it is "
             f"{mixture.effect.told(ranking.all_integer)} ({mixture.windows})"
         )
-    return made
+    return tried[more]
 
 
-def _nothing_left(mixture: Mixture, ranking: Ranking, count: int) -> bool:
-    """Whether no node is integer with so many kept: operators between integer ones go with them."""
-    return not mixture.without([ranked.node for ranked in ranking.nodes[:count]]).nodes
+def _nothing_left(mixture: Mixture, kept: Sequence[Ranked]) -> bool:
+    """Whether no node is integer with these kept: operators between integer ones go with them."""
+    return not mixture.without([ranked.node for ranked in kept]).nodes
 
 
 def smallest(holds: Callable[[int], bool], most: int) -> int:
@@ -171,14 +218,14 @@ def _bound(wish: Wish) -> tuple[float, str]:
     return 10 ** (-wish.min_sqnr / 20), f"min_sqnr {wish.min_sqnr:g}"
 
 
-def _tried(mixture: Mixture, ranking: Ranking, count: int, wish: Wish, bound: float = 0.0) -> _Tried:
-    """The graph that the pass makes with so many nodes kept; Case 3."""
+def _tried(mixture: Mixture, ranking: Ranking, nodes: Sequence[Ranked], wish: Wish, bound: float = 0.0) -> _Tried:
+    """The graph that the pass makes with these nodes kept; Case 4."""
     late = mixture.late
-    light = _kept(mixture, ranking, count, weights_only=late.light and wish.keep_as != "float")
+    light = _kept(mixture, ranking, nodes, weights_only=late.light and wish.keep_as != "float")
     made = _finished(mixture, light)
     if wish.keep_as != "auto" or made.worst <= bound or not any(own.weights_only for own in light):
         return made
-    in_float = _finished(mixture, _kept(mixture, ranking, count, weights_only=False))
+    in_float = _finished(mixture, _kept(mixture, ranking, nodes, weights_only=False))
     gains = [ranking.all_integer - tried.distance for tried in (made, in_float)]
     return in_float if in_float.worst <= bound or gains[0] < _ENOUGH * gains[1] else made
 
@@ -191,16 +238,17 @@ def _finished(mixture: Mixture, kept: tuple[Kept, ...]) -> _Tried:
     return _Tried(kept, own, stored_bytes(clone), held)
 
 
-def _kept(mixture: Mixture, ranking: Ranking, count: int, *, weights_only: bool) -> tuple[Kept, ...]:
-    """The worst nodes; weights_only: those with a kernel for that."""
+def _kept(mixture: Mixture, ranking: Ranking, nodes: Sequence[Ranked], *, weights_only: bool) -> tuple[Kept, ...]:
+    """Nodes with their ranks; weights_only: those with a kernel for that."""
+    ranks = {own: rank for rank, own in enumerate(ranking.nodes, 1)}
     return tuple(
         Kept(
             own.node,
-            rank,
+            ranks[own],
             mixture.effect.told(own.effect),
             weights_only and own.operator == "MatMul" and own.weights > 0,
         )
-        for rank, own in enumerate(ranking.nodes[:count], 1)
+        for own in sorted(nodes, key=ranks.__getitem__)
     )
 
 

@@ -21,6 +21,7 @@ _VERSION = 4
 # Settings that do not change the ranking.
 _LATER = (
     "keep_worst",
+    "keep_share",
     "keep_as",
     "max_kl",
     "min_sqnr",
@@ -124,7 +125,7 @@ class RankingCache:
         files, word = ((), calibration.word) if calibration.word else (calibration.files, "")
         read = [*files, *([beside] if beside else []), *([statistics] if statistics else [])]
         own = {name: value for name, value in settings.items() if name not in _LATER}
-        bounded = any(settings.get(name) is not None for name in ("max_kl", "min_sqnr"))
+        bounded = any(settings.get(name) is not None for name in ("keep_share", "max_kl", "min_sqnr"))
         own |= {"bounded": True} if bounded else {}  # ranked on a part of what is held aside
         own |= {"judged": True} if judged else {}
         content = {"version": _VERSION, "model": source_hash, "recipe": own, "data": files_digest(read)}

@@ -188,7 +188,7 @@ def _recipes(draw: st.DrawFn) -> Recipe:
     """Recipes of any settings, but of those that exclude each other."""
     names = draw(st.lists(st.sampled_from(list(SETTINGS)), unique=True))
     given = {name: draw(_legal(SETTINGS[name])) for name in names}
-    mixed = [name for name in ("keep_worst", "max_kl", "min_sqnr") if given.get(name) is not None]
+    mixed = [name for name in ("keep_worst", "keep_share", "max_kl", "min_sqnr") if given.get(name) is not None]
     for name in mixed[1:] + (["bits", "symmetric"] if given.get("weights") else []):
         given.pop(name, None)
     if given.get("activations") == 8:

@@ -114,7 +114,7 @@ def test_warnings_do_so_and_point_at_the_caller(bench: Any) -> None:
         warnings.simplefilter("always")
         qcompile.compile(path, "pack", keep_as="float", samples=4, context=32, group_size=32, output=out)
     (one,) = [own for own in found if "no effect" in str(own.message)]
-    assert "(keep_worst=, max_kl= or min_sqnr= do that)" in str(one.message)
+    assert "(keep_worst=, keep_share=, max_kl= or min_sqnr= do that)" in str(one.message)
     assert one.filename == __file__
 
 

@@ -1,4 +1,4 @@
-"""compiler/mixed/keep.py: --keep-worst keeps exactly N, --max-kl and --min-sqnr no more than their bound needs."""
+"""compiler/mixed/keep.py: --keep-worst keeps N, --keep-share what gains most for its work, bounds no more than needed."""
 
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,8 @@ def test_other_networks_by_the_noise_of_their_outputs(bench: Any, capsys: pytest
         (["--min-sqnr", "30"], "min_sqnr is for models without logits, .* give max_kl in nats"),
         (["--keep-worst", "9"], "keep_worst 9 leaves nothing to quantize: the model has 9 nodes"),
         (["--keep-worst", "0"], "keep_worst must be at least 1, got 0"),
+        (["--keep-share", "1.5"], "keep_share must lie between 0 and 1, got 1.5"),
+        (["--keep-share", "0.1", "--keep-worst", "2"], "keep_worst and keep_share are two ways to choose"),
         (["--max-kl", "-1"], "max_kl must be a positive number, got -1.0"),
         (["--max-kl", "nan"], "max_kl must be a positive number, got nan"),
         (["--max-kl", "0.1", "--keep-worst", "2"], "keep_worst and max_kl are two ways to choose"),
@@ -236,6 +238,49 @@ def test_effects_against_their_formulas() -> None:
     assert decibels(0.1) == pytest.approx(20)
     with pytest.raises(UserError, match="'y' is NaN or infinite on the check windows"):
         effect.distance([{"y": np.full_like(p, np.nan)}])
+
+
+def _share_of(report: Report, share: float) -> bool:
+    """Whether what is kept is within a share of the weights' bytes."""
+    assert report.mixed is not None
+    # An int8 weight has a fourth of its float bytes: one that is kept adds three fourths.
+    return report.mixed.bytes_after - report.mixed.bytes_before <= 0.75 * 4 * share * report.mixed.bytes_before + 64
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
+def test_a_share_of_the_work_is_kept_where_it_gains_most(bench: Any, share: float) -> None:
+    source, files = bench.save(bad_conv(), tokenizer=False), images(bench.folder, 8)
+    plain = bench.compile(source, "qdq", calibration=files, keep_share=0.0).mixed
+    assert plain.kept == ()
+    report = bench.compile(source, "qdq", calibration=files, keep_share=share)
+    made = report.mixed
+    assert len(_kept(report)) == len(made.kept) < made.nodes
+    assert _share_of(report, share)
+    assert made.after <= 1.001 * plain.after
+    if made.kept:
+        assert made.after < plain.after
+        assert made.held is not None
+        assert made.held < plain.held
+    if share == 0.9:
+        assert made.kept[0].node == "conv_1"
+        assert made.after < 0.5 * plain.after
+
+
+def test_no_share_is_kept_that_rows_held_aside_do_not_confirm(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, files = bench.save(bad_conv(), tokenizer=False), images(bench.folder, 8)
+    own = mixed.finished_distances
+    told = iter((0.1, 0.2))
+    monkeypatch.setattr(mixed, "finished_distances", lambda *given: (own(*given)[0], next(told)))
+    found = bench.compile(source, "qdq", calibration=files, keep_share=0.9).mixed
+    assert found.kept == ()
+    assert found.held == 0.1
+
+
+def test_decoders_keep_a_share_by_their_kl(decoder: Any) -> None:
+    made = _compiled(decoder, keep_share=0.9).mixed
+    assert made is not None
+    assert BAD in [own.node for own in made.kept]
+    assert made.after < 0.5 * made.before
 
 
 @pytest.mark.parametrize("text", [True, False])
