@@ -1,4 +1,4 @@
-"""compiler/mixed/keep.py: --keep-worst keeps N, --keep-share what gains most for its work, bounds no more than needed."""
+"""compiler/mixed/keep.py: --keep-worst keeps N, --keep-share what gains most for its work, bounds what they need."""
 
 from pathlib import Path
 from typing import Any
