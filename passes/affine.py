@@ -41,8 +41,8 @@ class Grid(ABC):
 
     A rounding sees `fit`, `project` and `decode` only, so that it works on any grid. A grid of levels times a scale
     gives `span`, `nearest` and `levels`, and has the three from here.
-    bits: of a code. scale_dtype: the float type of the weights: that of decoded values, and of scales unless the format
-    has its own.
+    bits: of a weight, rounded up. scale_dtype: the float type of the weights: that of decoded values, and of scales
+    unless the format has its own.
     """
 
     bits: int
@@ -87,6 +87,16 @@ class Grid(ABC):
     def affine(self) -> "IntegerRange | None":
         """The ends of the codes where the level is code - zero_point and every code between them is one."""
         return None
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code."""
+        return self.bits
+
+    @property
+    def rows_per_code(self) -> int:
+        """Rows of a column that one code stands for; they begin at multiples of it, and have the same code each."""
+        return 1
 
     @property
     def fine(self) -> bool:
@@ -156,6 +166,12 @@ class Grid(ABC):
         blocks = w[None] if k <= self.group_size(k) else grouped(w, self)
         codes = self.nearest(blocks, qparams)
         return codes.reshape(-1, w.shape[1])[: w.shape[0]].astype(self.code_dtype)
+
+    def project_by(self, w: Array, qparams: QParams, metric: Array) -> Codes:
+        """The codes of rows w (s, N) that share one, or are left over at the end: the nearest in a metric M (s, s, 1 or
+        N), in which the square of d is dᵀ M d.
+        """
+        return self.project(w, qparams)
 
     def decode(self, codes: Codes, qparams: QParams) -> Array:
         """The float32 weight (K, N) that codes stand for."""

@@ -56,7 +56,8 @@ class Compensation:
 
     gram, added: G but for its diagonal, and what is to be added to that (K,). by: channels of G are divided by these
     (K, 1), or for each column of a weight by others (K, N); None where by nothing.
-    order: the channels, int64 (K,), from the last to be rounded to the first: those of most energy at the end.
+    order: the channels, int64 (K,), from the last to be rounded to the first: those of most energy at the end, so many
+    that share a code beside each other.
     lower: L, float32 (K, K), of which the lower triangle is meant: G in that order is s L Lᵀ s, s = `scale`
     shaped like `by`.
     """
@@ -69,14 +70,14 @@ class Compensation:
     by: Array | None = None
 
     @classmethod
-    def of(cls, gram: Array, added: Array) -> "Compensation":
-        """That of a Gram matrix with a diagonal (K,) added to it.
+    def of(cls, gram: Array, added: Array, together: int = 1) -> "Compensation":
+        """That of a Gram matrix with a diagonal (K,) added to it, for codes of so many channels.
 
         In float32, or in float64 and rounded to it where the matrix is too near to a singular one for that. One that
         sums in float32 left indefinite has more added, as little of each channel's energy as will do.
         """
         diagonal = np.diagonal(gram) + added
-        order = np.argsort(diagonal, kind="stable")
+        order = _rising(diagonal, together)
         lower = _in_order(gram, diagonal, order)
         if not _factored(lower) or _residual(lower, gram, diagonal, order) > _RESIDUAL:
             more = (0.0, *10.0 ** np.arange(-6, 3))
@@ -159,6 +160,13 @@ class _Below:
 
 def _blocks(k: int) -> list[tuple[int, int]]:
     return [(start, min(start + _BLOCK, k)) for start in range(0, k, _BLOCK)]
+
+
+def _rising(energy: Array, together: int) -> npt.NDArray[np.int64]:
+    """Channels by rising energy, int64 (K,), runs of so many by that of all of them; what is left over comes last."""
+    whole = len(energy) // together * together
+    runs = np.argsort(energy[:whole].reshape(-1, together).sum(axis=1), kind="stable")
+    return np.append((runs[:, None] * together + np.arange(together)).reshape(-1), np.arange(whole, len(energy)))
 
 
 def _in_order(gram: Array, diagonal: Array, order: npt.NDArray[np.int64]) -> Array:

@@ -1,6 +1,6 @@
-"""Codes of 2, 3, 5 and 6 bits in bytes: as files hold them, and as one little-endian stream.
+"""Codes of 2 to 8 bits in bytes: as files hold them, and as one little-endian stream.
 
-A code is cut into fields of 1, 2 or 4 bits (`FIELDS`), the lowest bits first: 6 = 4 + 2, 5 = 4 + 1, 3 = 2 + 1. Of a
+A code is cut into fields of 1, 2, 4 or 8 bits (`ALL_FIELDS`), lowest first: 7 = 4 + 2 + 1, 5 = 4 + 1, 3 = 2 + 1. Of a
 field of w bits, a byte of column n holds 8 / w rows: byte row j of B = ceil(K w / 8) has row j in its lowest bits, then
 rows j + B, j + 2 B, … So a field is unpacked by one shift and one mask for all of its rows, columns stay apart (they
 are joined, split and looked up as they are), and nothing is lost: `to_stream` gives the bits of codes in their order.
@@ -15,13 +15,18 @@ Bytes = npt.NDArray[np.uint8]
 
 # Bits of the fields of a code, from its lowest bit on, by the bits of the code.
 FIELDS: Mapping[int, Sequence[int]] = {2: (2,), 3: (2, 1), 5: (4, 1), 6: (4, 2)}
-# Of codes of whole nibbles and bytes as well, which weights have ONNX's own types for.
-ALL_FIELDS: Mapping[int, Sequence[int]] = {**FIELDS, 4: (4,), 8: (8,)}
+# Of codes of whole nibbles and bytes as well, which weights have ONNX's own types for, and of 7 bits, of codebooks.
+ALL_FIELDS: Mapping[int, Sequence[int]] = {**FIELDS, 4: (4,), 7: (4, 2, 1), 8: (8,)}
 
 
 def byte_rows(k: int, bits: int) -> list[int]:
     """Rows of bytes of each field of k codes a column."""
     return [-(-k * width // 8) for width in ALL_FIELDS[bits]]
+
+
+def shifts(bits: int) -> list[list[int]]:
+    """By how many bits the bytes of each field are shifted to the right to take its rows out."""
+    return [list(range(0, 8, width)) for width in ALL_FIELDS[bits]]
 
 
 def pack_fields(codes: npt.NDArray[np.integer], bits: int) -> Bytes:

@@ -67,7 +67,7 @@ class ErrorCompensated:
         if statistics is None:
             raise TypeError("error-compensated rounding needs statistics")
         w = np.ascontiguousarray(w, dtype=np.float32)
-        by = self._known(statistics)
+        by = self._known(statistics, spec)
         best = _started(w, by, spec.fit(w, by.diagonal), spec)
         if not self.sweeps and not self.refit:
             return best
@@ -76,13 +76,13 @@ class ErrorCompensated:
             descending.round(forward=number % 2 == 0, codes=self.sweeps > 0, scales=self.refit)
         return descending.moving.result()
 
-    def prepare(self, statistics: Statistics) -> None:
+    def prepare(self, statistics: Statistics, spec: Grid) -> None:
         """Factor the Gram matrix where it is kept, before several threads round by it."""
-        self._known(statistics)
+        self._known(statistics, spec)
 
-    def _known(self, statistics: Statistics) -> Compensation:
+    def _known(self, statistics: Statistics, spec: Grid) -> Compensation:
         own = default_damping(len(statistics.absmax), statistics.rows) if self.damping is None else self.damping
-        return statistics.compensation(own)
+        return statistics.compensation(own, spec.rows_per_code)
 
 
 def default_damping(k: int, rows: int) -> float:
@@ -285,6 +285,7 @@ class _Sweep:
 
     def __init__(self, w: Array, by: Compensation, round_row: Nearest, codes: Codes) -> None:
         self.w, self.by, self.round_row, self.codes = w, by, round_row, codes
+        self.together = round_row.spec.rows_per_code
         self.left, self.spread = np.empty_like(w), np.zeros_like(w)
 
     def one(self, i: int, stop: int) -> None:
@@ -296,13 +297,29 @@ class _Sweep:
         self.codes[row], decoded = self.round_row(row, wish)
         self.left[i], self.spread[i] = scale * (own - decoded), unit * (wish - decoded)
 
+    def together_from(self, i: int, stop: int) -> None:
+        """The same of the rows that share a code, of which i is the first (block LDLQ: Tseng et al. 2024, "QuIP#").
+
+        Of these e is (s C)ᵀ (w - ŵ) + what is carried, C their corner of L, so that the code of least e is the nearest
+        one to a wish in the metric s C Cᵀ s.
+        """
+        end = min(i + self.together, len(self.w))
+        rows, scale, corner = self.by.order[i:end], self.by.scale[i:end], np.tril(self.by.lower[i:end, i:end])
+        own = self.w[rows]
+        carried = self.spread[i:end] + self.by.lower[end:stop, i:end].T @ self.left[end:stop]
+        wish = own + np.linalg.solve(corner.T, carried) / scale
+        metric = (corner @ corner.T)[:, :, None] * scale[:, None] * scale[None]
+        self.codes[rows], decoded = self.round_row.several(int(rows[0]), wish, metric)
+        self.left[i:end], self.spread[i:end] = scale * (own - decoded), corner.T @ (scale * (wish - decoded))
+
     def several(self, start: int, stop: int) -> None:
         """Round rows, the last first: by halves, so that most of what they carry are products of matrices."""
         if stop - start <= _RUN:
-            for i in reversed(range(start, stop)):
-                self.one(i, stop)
+            step = self.one if self.together == 1 else self.together_from
+            for i in reversed(range(start, stop, self.together)):
+                step(i, stop)
             return
-        middle = (start + stop) // 2
+        middle = start + (stop - start) // 2 // self.together * self.together
         self.several(middle, stop)
         self.spread[start:middle] += self.by.lower[middle:stop, start:middle].T @ self.left[middle:stop]
         self.several(start, middle)
@@ -384,12 +401,19 @@ class _Block:
 
     def _recode(self, pull: Array, change: Array, rows: slice) -> None:
         """Set each code of a group to its best."""
+        together = self.moving.q.spec.rows_per_code
         for start in range(rows.start, rows.stop, _RUN):
             stop = min(start + _RUN, rows.stop)
             own = np.zeros((stop - start, pull.shape[1]), np.float32)
-            for i in range(start, stop):
-                wanted = pull[i] - self.gram[i, start:i] @ own[: i - start]
-                own[i - start] = self.moving.move(self.top + i, wanted, self.gram[i, i] + self.added[i])
+            for i in range(start, stop, together):
+                end = min(i + together, stop)
+                if together == 1:
+                    wanted = pull[i] - self.gram[i, start:i] @ own[: i - start]
+                    own[i - start] = self.moving.move(self.top + i, wanted, self.gram[i, i] + self.added[i])
+                else:
+                    wanted = pull[i:end] - self.gram[i:end, start:i] @ own[: i - start]
+                    gram = self.gram[i:end, i:end] + np.diag(self.added[i:end])
+                    own[i - start : end - start] = self.moving.move_several(self.top + i, wanted, gram)
             pull -= self.gram[:, start:stop] @ own
             pull[start:stop] -= self.added[start:stop, None] * own
             change[start:stop] += own

@@ -7,4 +7,7 @@ QUICK, PLAIN = "smooth,awq,pack", "pack"
 # Integer products on ranges of activations, and with what suits convolutions.
 INTEGER, CORRECTED = "smooth,qdq", "smooth,qdq,bias_correction"
 # The names of the weight formats (`formats.FORMATS`), for who tells of them without loading them.
-FORMATS = ("int4", "int8", "nf4", "mxfp4", "int2", "int3", "int5", "int6", "nvfp4")
+FORMATS = (
+    *("int4", "int8", "nf4", "mxfp4", "int2", "int3", "int5", "int6", "nvfp4"),
+    *("pairs2", "pairs2.5", "pairs3", "pairs3.5", "pairs4"),
+)

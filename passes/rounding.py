@@ -49,7 +49,7 @@ class Rounding(Protocol):
 class Prepared(Protocol):
     """A rounding that keeps something with statistics which all chunks of a weight need."""
 
-    def prepare(self, statistics: Statistics) -> None:
+    def prepare(self, statistics: Statistics, spec: Grid) -> None:
         """Make it."""
 
 
@@ -130,7 +130,7 @@ def fitted(
     rest, held = parts
     rest.kept, step = {}, max(1, w.shape[1] // _JUDGED)
     if isinstance(make, Prepared):
-        make.prepare(rest)
+        make.prepare(rest, spec)
 
     found = mapped(
         _tried,
@@ -145,7 +145,7 @@ def fitted(
         return _joined(spec, [made for made, _ in found])
     every = replace(statistics, kept={})
     if isinstance(make, Prepared):
-        make.prepare(every)
+        make.prepare(every, spec)
     return _made(w, spec, every, make)
 
 

@@ -22,6 +22,13 @@ class Nearest:
         codes = self.spec.project(values[None], own)
         return codes[0], self.spec.decode(codes, own)[0]
 
+    def several(self, row: int, values: Array, metric: Array) -> tuple[Codes, Array]:
+        """The same of rows (s, N) that share a code, from `row` on, by a metric (s, s, 1 or N)."""
+        group = slice(row // self.size, row // self.size + 1)
+        own = QParams(self.qparams.scale[group], self.qparams.zero_point[group])
+        codes = self.spec.project_by(values, own, metric)
+        return codes, self.spec.decode(codes, own)
+
 
 class AffineNearest(Nearest):
     """The same where codes are integers."""
@@ -63,6 +70,15 @@ class Descent:
         self.codes[row] = codes[0]
         change: Array = (spec.decode(codes, own) - before)[0]
         return change
+
+    def move_several(self, row: int, pull: Array, gram: Array) -> Array:
+        """The same of rows that share a code, from `row` on; pull and the change (s, N), gram: their part (s, s)."""
+        group, spec, rows = row // self.size, self.q.spec, slice(row, row + len(pull))
+        own = self._own(group, self.scale[group : group + 1])
+        before = spec.decode(self.codes[rows], own)
+        codes = spec.project_by(before + np.linalg.solve(gram, pull), own, gram[:, :, None])
+        self.codes[rows] = codes
+        return np.asarray(spec.decode(codes, own) - before)
 
     def result(self) -> Quantized:
         """The weight with its codes and scales as they are now."""

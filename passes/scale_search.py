@@ -233,7 +233,8 @@ class Judge:
         other, since a row of few columns is rounded no faster than one of many.
         """
         if isinstance(self.rounding, Prepared):
-            self.rounding.prepare(self.fitted)
+            for spec in dict.fromkeys(own.spec for own in sample):
+                self.rounding.prepare(self.fitted, spec)
         if self.grid is not None:
             return mapped(_losses, factors, load=lambda own: (own,), given=(self, sample))
         together = max(1, _BESIDE // max(1, *(own.unit.size for own in sample)))

@@ -34,7 +34,7 @@ class Statistics:
     rest: largest magnitudes of the rows that are not in the sample, float32 (K,); zeros where there are none.
     groups: of each row of the sample the number of the text or picture that it is of, int64 (n,). None: each stands
     alone.
-    kept: what `compensation` gave, by damping, for who asks often; None: it is made anew each time.
+    kept: what `compensation` gave, by what it was asked for, for who asks often; None: it is made anew each time.
     rotation: what turned X, if something did. Damping then is that of the channels as they were before: a loud one,
     damped as much as all the channels among which it is spread, would drown them.
     """
@@ -45,7 +45,7 @@ class Statistics:
     sample: Array | None = None
     rest: Array | None = None
     groups: Numbers | None = None
-    kept: dict[float, Compensation] | None = None
+    kept: dict[tuple[float, int], Compensation] | None = None
     rotation: Rotation | None = None
 
     @property
@@ -62,20 +62,21 @@ class Statistics:
         """
         return np.asarray((self.rows * self.mean_square + _PRIOR * self._usual) / np.float32(self.rows + _PRIOR))
 
-    def compensation(self, damping: float) -> Compensation:
+    def compensation(self, damping: float, together: int = 1) -> Compensation:
         """That of the Gram matrix with the rows that `energy` takes as known, all channels independent in them, and
-        damping on its diagonal; on the one that it had before a rotation.
+        damping on its diagonal; on the one that it had before a rotation. together: channels that share a code.
         """
-        known = {} if self.kept is None else self.kept
-        if damping not in known:
+        known, key = {} if self.kept is None else self.kept, (damping, together)
+        if key not in known:
             rows = np.float32(_PRIOR) * self._usual
             if self.rotation is None:
-                known[damping] = Compensation.of(self.gram, rows + damping_of(self.diagonal + rows, damping))
+                added = rows + damping_of(self.diagonal + rows, damping)
+                known[key] = Compensation.of(self.gram, added, together)
             else:
                 before = rows + damping_of(self.rotation.diagonal_before(self.gram) + rows, damping)
                 gram = self.rotation.raised(self.gram, before)
-                known[damping] = Compensation.of(gram, np.zeros_like(before))
-        return known[damping]
+                known[key] = Compensation.of(gram, np.zeros_like(before), together)
+        return known[key]
 
     def times(self, x: Array) -> Array:
         """The Gram matrix times x (K, n)."""
@@ -204,7 +205,7 @@ class _Rescaled(Statistics):
         self.rest = base.rest * size if alone and base.rest is not None else None
         self.kept = None
         if base.kept is not None and alone:
-            self.kept = {damping: own.rescaled(factor) for damping, own in base.kept.items()}
+            self.kept = {key: own.rescaled(factor) for key, own in base.kept.items()}
 
     def rescale(self, factor: Array) -> None:
         self.__init__(self.base, factor / self.inverse)  # type: ignore[misc]
@@ -215,10 +216,10 @@ class _Rescaled(Statistics):
         (inverse,) = self.inverse.reshape(len(self.inverse), -1).T
         return self.base.gram * inverse[:, None] * inverse[None, :]
 
-    def compensation(self, damping: float) -> Compensation:
+    def compensation(self, damping: float, together: int = 1) -> Compensation:
         if self.inverse.ndim == 1:
-            return super().compensation(damping)
-        return self.base.compensation(damping).rescaled(np.asarray(1 / self.inverse, np.float32))
+            return super().compensation(damping, together)
+        return self.base.compensation(damping, together).rescaled(np.asarray(1 / self.inverse, np.float32))
 
     def times(self, x: Array) -> Array:
         inverse = self.inverse.reshape(len(self.inverse), -1)

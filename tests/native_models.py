@@ -18,6 +18,7 @@ from qcompile.passes.bit_fields import FIELDS, pack_fields, unpack_fields
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import FORMATS, by_operator, functions
 from qcompile.passes.formats.base import BIASED, COLUMNS_AT_8, PRODUCT, pack_nibbles
+from qcompile.passes.formats.bits import BitFields
 from qcompile.runtime.library import library_path
 from qcompile.runtime.sessions import session
 
@@ -27,7 +28,7 @@ OPERATORS = ("MatMulInt4", "MatMulInt8", "MatMulAddInt4", "MatMulAddInt8")
 # codes are looked up in a table.
 WORDS = tuple(word for own in FORMATS for word in own.native)
 NATIVE = tuple(kind + word for word in WORDS for kind in (PRODUCT, BIASED))
-IN_FIELDS = tuple(own.native[0] for own in FORMATS if own.bits in FIELDS)
+IN_FIELDS = tuple(own.native[0] for own in FORMATS if isinstance(own, BitFields))
 TABLES = tuple(word for word in WORDS if PRODUCT + word not in OPERATORS and word not in IN_FIELDS)
 CODES = {
     (4, True): TensorProto.INT4,

@@ -21,9 +21,9 @@ _INTEGERCONVOLUTIONS = {"ConvInteger": (1, -1, 3), "QLinearConv": (3, 4, 5)}
 # Operators that make codes or scales of stored ones, and how many of their inputs these may be.
 _MOVED = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Slice", "Split", "QuantizeLinear",
     "DequantizeLinear"}  # fmt: skip
-_REMADE = {"Cast": 1, "CastLike": 1, "Sub": 2, "Pow": 2, "Mul": 2, "Gather": 2}
+_REMADE = {"Cast": 1, "CastLike": 1, "Sub": 2, "Pow": 2, "Mul": 2, "Gather": 2, "Expand": 1}
 # What takes codes out of the fields of bytes, or puts them together.
-_UNPACKING = {"Cast", "Identity", "Slice", "Flatten", "Gather", "BitShift", "BitwiseAnd", "BitwiseOr"}
+_UNPACKING = {"Cast", "Identity", "Slice", "Flatten", "Gather", "BitShift", "BitwiseAnd", "BitwiseOr", "Transpose"}
 _RECURRENT = ("LSTM", "GRU", "RNN")
 # By family, what `Weight.kind` says.
 KINDS: Mapping[Family, tuple[str, ...]] = {"MatMul": ("linear", "weight"), "Conv": ("conv",), "Gather": ("embedding",)}
@@ -284,7 +284,7 @@ def _gathered_codes(node: ir.Node) -> Iterator[Weight]:
         decoder = next(use.node for use in codes.uses())
         zero = decoder.inputs[2] if len(decoder.inputs) > 2 else None
         block, symmetric = decoder.attributes.get_int("block_size", 0), zero is None or _fields(zero) is None
-        form = _form(fields.format, block, fields.rows, symmetric=symmetric)
+        form = fields.form(block, symmetric=symmetric)
         shape, operator = (columns, fields.rows), "Gather + DequantizeLinear"
         yield Weight(node.name or "", operator, "embedding", shape, form, True, "", (tensor,))
         return
@@ -317,17 +317,26 @@ class Decoded:
 
 @dataclass(frozen=True)
 class _Fields:
-    """Codes in fields of bytes, as a body unpacks them. packed: (bytes, N). rows: K."""
+    """Codes in fields of bytes, as a body unpacks them. packed: (bytes, N). rows: K. looked_up: in a codebook, with a
+    scale for each column.
+    """
 
     packed: ir.TensorProtocol
     format: str
     rows: int
+    looked_up: bool
+
+    def form(self, block: int, *, symmetric: bool) -> str:
+        """The format and its groups, in words."""
+        if self.looked_up:
+            return f"{self.format} {grouped_by(0, self.rows)}"
+        return _form(self.format, block, self.rows, symmetric=symmetric)
 
 
 def _fields(value: ir.Value) -> _Fields | None:
     """The bytes that a value is unpacked of, if it is."""
     packed: ir.TensorProtocol | None = None
-    rows, shifts, found = 0, [], [value]
+    rows, shifts, found, book = 0, [], [value], None
     for current in found:  # grows while it is walked
         own, producer = stored(current), current.producer()
         packed = own if own is not None and len(own.shape) == 2 else packed
@@ -338,10 +347,22 @@ def _fields(value: ir.Value) -> _Fields | None:
             shifts.append(sorted(int(n) for n in amounts.numpy().reshape(-1)))
         if producer.op_type == "Slice" and not rows:
             rows = _given(producer.inputs[2])
-        count = 2 if producer.op_type == "BitwiseOr" else 1
-        found += [v for v in producer.inputs[:count] if v is not None]
-    name = next((own.name for own in BY_NAME.usable() if shifts and sorted(own.shifts()) == sorted(shifts)), "")
-    return _Fields(packed, name, rows) if packed is not None and name else None
+        taken = producer.inputs[: 2 if producer.op_type == "BitwiseOr" else 1]
+        if producer.op_type == "Gather" and (table := _codebook(producer)) is not None:
+            book, taken = table, producer.inputs[1:]
+        found += [v for v in taken if v is not None]
+    unpacking = [own for own in BY_NAME.usable() if shifts and sorted(own.shifts()) == sorted(shifts)]
+    named = (own.name for own in unpacking if (own.rows_per_code == 1 if book is None else own.looks_up(book.numpy())))
+    name = next(named, "")
+    return _Fields(packed, name, rows, book is not None) if packed is not None and name else None
+
+
+def _codebook(node: ir.Node) -> ir.TensorProtocol | None:
+    """The numbers of several rows by their code, that a Gather looks codes up in; None of a table of codes."""
+    table = stored(node.inputs[0]) if node.inputs[0] is not None else None
+    if table is None or len(table.shape) != 2 or node.attributes.get_int("axis", 0) != 0:
+        return None
+    return table
 
 
 def _given(value: ir.Value | None) -> int:
@@ -378,7 +399,8 @@ def dequantized(value: ir.Value | None) -> Decoded | None:
         return Decoded((own, *tensors), block, own.dtype.name.lower())
     if (fields := _fields(codes)) is not None:
         tensors += [zero.packed for v in producer.inputs[2:] if v is not None and (zero := _fields(v)) is not None]
-        return Decoded((fields.packed, *tensors), block, fields.format, rows=fields.rows)
+        block = 0 if fields.looked_up else block  # scales are repeated for it
+        return Decoded((fields.packed, *tensors), block, fields.format, fields.looked_up, fields.rows)
     table, index = lookup.inputs[:2] if lookup is not None and lookup.op_type == "Gather" else (None, None)
     if not tensors or table is None or index is None or (levels := stored(table)) is None:
         return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from qcompile.passes.errors import UserError
 
-_ITEM = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\(([^()]*)\))?\s*$")
+_ITEM = re.compile(r"\s*([A-Za-z_][\w.-]*)\s*(?:\(([^()]*)\))?\s*$")
 
 
 @dataclass(frozen=True)

@@ -112,11 +112,12 @@ class Operators(ABC):
 class Format(Operators):
     """A weight format that a recipe names: its grid, what is stored, and its operators.
 
-    `word` says the end of whose names a grid has. bits: of a code. apart: attributes that products must have in common
-    to be joined into one.
+    `word` says the end of whose names a grid has. bits: of a weight, rounded up. rows_per_code: rows of a column that a
+    code stands for. apart: attributes that products must have in common to be joined into one.
     """
 
     bits: ClassVar[int]
+    rows_per_code: ClassVar[int] = 1
     apart: ClassVar[Sequence[str]] = ()
 
     @abstractmethod

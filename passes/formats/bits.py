@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.passes.affine import Codes, Grid, Quantized
-from qcompile.passes.bit_fields import ALL_FIELDS, FIELDS, pack_fields, unpack_fields
+from qcompile.passes.bit_fields import ALL_FIELDS, pack_fields, shifts, unpack_fields
 from qcompile.passes.formats.base import (
     ACTIVATION_BITS,
     BIASED,
@@ -97,17 +97,19 @@ def unpacking(made: str, packed: str, rows: str, bits: int) -> str:
     """Lines of a body: codes `made` (rows, N) of uint8, from bytes `packed` as `unpack_fields` reads them."""
 
     def field(name: str, source: str, width: int) -> str:
-        shifts = range(0, 8, width)
-        told = ",".join(map(str, shifts))
+        told = ",".join(map(str, range(0, 8, width)))
         mask = (1 << width) - 1
-        return _FIELD.format(p=name, count=len(shifts), shifts=told, mask=mask, stored=source, rows=rows)
+        return _FIELD.format(p=name, count=8 // width, shifts=told, mask=mask, stored=source, rows=rows)
 
     first, *rest = ALL_FIELDS[bits]
     if not rest:
         return field(made, packed, first).replace(f"{made}_rows =", f"{made} =")
     cut = _CUT.format(p=made, count=8 // first, over=8 // first - 1, rows=rows, stored=packed)
-    fields = field(f"{made}a", f"{made}_first", first) + field(f"{made}b", f"{made}_second", rest[0])
-    return cut + fields + _JOINED.format(p=made, low=first)
+    second = f"{made}_second"
+    above = (
+        field(f"{made}b", second, *rest) if len(rest) == 1 else unpacking(f"{made}b_rows", second, rows, bits - first)
+    )
+    return cut + field(f"{made}a", f"{made}_first", first) + above + _JOINED.format(p=made, low=first)
 
 
 class BitFields(Format):
@@ -201,7 +203,7 @@ class BitFields(Format):
         return Stored((k, n), f"{self.name} {size} {'asym' if len(given) > 2 else 'sym'}", given)
 
     def shifts(self) -> list[list[int]]:
-        return [list(range(0, 8, width)) for width in FIELDS[self.bits]]
+        return shifts(self.bits)
 
 
 class Int2(BitFields):

@@ -26,11 +26,13 @@ from qcompile.models.tiny import tiny_branch, tiny_decoder
 from qcompile.passes import lists
 from qcompile.passes.affine import Grid, Quantized
 from qcompile.passes.base import Region
-from qcompile.passes.bit_fields import FIELDS, byte_rows
+from qcompile.passes.bit_fields import byte_rows
 from qcompile.passes.errors import UserError
 from qcompile.passes.extensions import parameters
 from qcompile.passes.formats import FORMATS, Format, format_of, named
 from qcompile.passes.formats.base import ACTIVATION_BITS, unpacked
+from qcompile.passes.formats.bits import BitFields
+from qcompile.passes.formats.codebook import CodebookPairs
 from qcompile.passes.formats.lower import lower
 from qcompile.passes.gptq import ErrorCompensated
 from qcompile.passes.linears import constant
@@ -43,6 +45,8 @@ from qcompile.runtime.sessions import run, session
 
 TARGETS = ("qcompile", "qdq", "matmulnbits")
 NAMES = [own.name for own in FORMATS]
+IN_FIELDS = [own.name for own in FORMATS if isinstance(own, BitFields)]
+PAIRS = [own.name for own in FORMATS if isinstance(own, CodebookPairs)]
 # Relative error of plain rounding on normal weights in groups of 32 rows, by bits.
 BUDGET = {2: 0.6, 3: 0.27, 4: 0.13, 5: 0.06, 6: 0.03, 8: 0.009}
 EXACT = 1e-5
@@ -105,8 +109,10 @@ def test_the_table_and_its_operators_are_told_apart() -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("int")])
 def test_no_other_module_names_a_format(name) -> None:
     files = [path for layer in ("compiler", "passes") for path in (ROOT / layer).rglob("*.py")]
-    naming = {p.relative_to(ROOT).as_posix() for p in files if re.search(rf"\b{name}\b", p.read_text(), re.IGNORECASE)}
-    assert naming == {f"passes/formats/{name}.py", "passes/formats/__init__.py", "passes/lists.py"}
+    word = re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
+    naming = {path.relative_to(ROOT).as_posix() for path in files if word.search(path.read_text())}
+    own = type(named(name)).__module__.rpartition(".")[2]
+    assert naming - {"passes/formats/__init__.py"} == {f"passes/formats/{own}.py", "passes/lists.py"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -128,7 +134,7 @@ def test_a_body_computes_with_what_its_codes_stand_for(name, k, n, group, half) 
         assert _relative(_run(model, x, **options), wanted) < (5e-3 if half else EXACT)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if named(name).bits in FIELDS])
+@pytest.mark.parametrize("name", IN_FIELDS)
 @settings(max_examples=12, deadline=None)
 @given(k=st.integers(1, 100), n=st.integers(1, 12), group=st.sampled_from([16, 32, 0]), half=st.booleans())
 def test_symmetric_fields_have_no_zero_points(name, k, n, group, half) -> None:
@@ -187,7 +193,7 @@ def test_codes_of_decoded_weights_are_the_same(name) -> None:
     spec = _sized(named(name), 32)
     q = round_to_nearest(_weight(80, 9), spec, None)
     np.testing.assert_array_equal(spec.project(q.dequantize(), q.qparams), q.codes)
-    assert q.codes.max() < 1 << spec.bits or spec.code_dtype is np.int8
+    assert q.codes.max() < 1 << spec.code_bits or spec.code_dtype is np.int8
 
 
 def _problem(k: int = 96, n: int = 24) -> tuple[np.ndarray, Statistics]:
@@ -209,7 +215,8 @@ def test_every_rounding_works_on_its_grid(name) -> None:
         np.testing.assert_array_equal(spec.storable(q.qparams.scale), q.qparams.scale)
         assert (q.qparams.scale > 0).all() or not spec.positive
         stored = named(name).store(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), "w", q)
-        codes = named(name).codes(stored.codes, len(w)) if spec.bits in FIELDS else unpacked(stored.codes, w.shape[1])
+        in_bytes = name in IN_FIELDS + PAIRS
+        codes = named(name).codes(stored.codes, len(w)) if in_bytes else unpacked(stored.codes, w.shape[1])
         np.testing.assert_array_equal(codes, q.codes)
 
 
@@ -311,7 +318,8 @@ def test_sessions_with_the_native_library_run_it(bench: Any, name) -> None:
 def test_routers_and_bodies_get_integers(name) -> None:
     """A router gets 8 bits; weights behind a DequantizeLinear alone the integers that stand in for the format."""
     spec = _sized(named(name), 16)
-    assert spec.eight() == QuantSpec(8, granularity(spec.group_size(1000)), signed_scale=True)
+    size = 64 if name in PAIRS else spec.group_size(1000)  # of pairs, a scale for each column
+    assert spec.eight() == QuantSpec(8, granularity(size), signed_scale=True)
     model = tiny_branch()
     step = Pack(Policy(spec, None, None))
     step.call(Region.whole(model))
@@ -428,7 +436,8 @@ def test_a_group_that_is_a_whole_column_is_told_as_one(name: str) -> None:
     """However many columns there are."""
     spec = _sized(named(name), 32)
     group = spec.group_size(1000)
-    for k, size in ((group, "per-column"), (2 * group, f"g{group}")):
+    several = "per-column" if name in PAIRS else f"g{group}"  # of pairs, a scale for each column
+    for k, size in ((group, "per-column"), (2 * group, several)):
         model, _ = _product(spec, _weight(k, 48))
         (weight,) = find_weights(model.graph)
         assert size in weight.form.split()
