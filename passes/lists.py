@@ -8,6 +8,6 @@ QUICK, PLAIN = "smooth,awq,pack", "pack"
 INTEGER, CORRECTED = "smooth,qdq", "smooth,qdq,bias_correction"
 # The names of the weight formats (`formats.FORMATS`), for who tells of them without loading them.
 FORMATS = (
-    *("int4", "int8", "nf4", "mxfp4", "int2", "int3", "int5", "int6", "nvfp4"),
+    *("int4", "int8", "nf4", "mxfp4", "int2", "int3", "int5", "int6", "nvfp4", "fp4"),
     *("pairs2", "pairs2.5", "pairs3", "pairs3.5", "pairs4"),
 )

@@ -16,6 +16,7 @@ from qcompile.passes.extensions import Table
 from qcompile.passes.formats.base import DOMAIN, Format, Operators, role
 from qcompile.passes.formats.bits import Int2, Int3, Int5, Int6
 from qcompile.passes.formats.codebook import Pairs2, Pairs2Half, Pairs3, Pairs3Half, Pairs4
+from qcompile.passes.formats.fp4 import FP4
 from qcompile.passes.formats.integers import Int4, Int8
 from qcompile.passes.formats.iq4_nl import IQ4NL
 from qcompile.passes.formats.mxfp4 import MXFP4
@@ -24,7 +25,7 @@ from qcompile.passes.formats.nvfp4 import NVFP4
 from qcompile.passes.formats.static_columns import StaticColumns
 
 FORMATS: tuple[Format, ...] = (
-    *(Int4(), Int8(), NF4(), MXFP4(), Int2(), Int3(), Int5(), Int6(), NVFP4()),
+    *(Int4(), Int8(), NF4(), MXFP4(), Int2(), Int3(), Int5(), Int6(), NVFP4(), FP4()),
     *(Pairs2(), Pairs2Half(), Pairs3(), Pairs3Half(), Pairs4()),
 )
 OTHERS: tuple[Operators, ...] = (StaticColumns(), IQ4NL())

@@ -55,6 +55,7 @@ constexpr Format kFormats[] = {
     {"Int3", 3, 4, true, false, {}},
     {"Int5", 5, 16, true, false, {}},
     {"Int6", 6, 32, true, false, {}},
+    {"FP4", 4, 128, false, false, {0, 1, 85, 127, 42, 64, 21, 32, 0, -1, -85, -127, -42, -64, -21, -32}},
 };
 constexpr int kFormatCount = int(sizeof kFormats / sizeof kFormats[0]);
 

@@ -394,9 +394,10 @@ def test_short_forms_are_the_integer_formats() -> None:
     assert (short.body, short.lm_head, short.embedding) == (long.body, long.lm_head, long.embedding)
 
 
-def test_nf4_on_matmulnbits_is_what_matmulbnb4_decodes_to_the_bit() -> None:
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_tables_on_matmulnbits_are_what_matmulbnb4_decodes_to_the_bit(name: str) -> None:
     """The identity through the node is its weight; the portable table, rounded to int8, is within half a step of it."""
-    own, w = named("nf4"), _weight(128, 6)
+    own, w = named(name), _weight(128, 6)
     for half in (False, True):
         for group in (16, 64, 128):
             spec = _sized(own, group, "matmulnbits").typed(np.float16 if half else np.float32)
@@ -410,6 +411,9 @@ def test_nf4_on_matmulnbits_is_what_matmulbnb4_decodes_to_the_bit() -> None:
     assert np.abs(tables[0] - tables[1]).max() <= 0.5 / 127
     a, b = (np.linalg.norm(round_to_nearest(w, spec, None).dequantize() - w) for spec in (exact, rounded))
     assert 0 < abs(a - b) < 0.01 * a
+    sizes = np.linspace(-1, 1, 1001, dtype=np.float32).reshape(-1, 1)
+    codes = np.unique(round_to_nearest(sizes, _sized(own, 0), None).codes)
+    assert len(codes) == len(set(rounded.table)), "every level is used, and of equal ones one"
 
 
 def test_models_of_others_with_matmulbnb4_are_read() -> None:
