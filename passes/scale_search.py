@@ -59,11 +59,14 @@ _BESIDE = 1024
 class Choice:
     """A candidate's label, its factor (K,) from all rows, and the loss relative to no factor at all, as far as a sample
     of all columns tells it: the worse of that on the rows it was made from and that on rows held aside.
+
+    tried: the loss of each finalist by its label, on the columns that it was chosen by.
     """
 
     label: str
     factor: Array
     relative_loss: float
+    tried: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def worth_it(self) -> bool:
@@ -225,8 +228,9 @@ class Judge:
         if not base.columns.sum() > 0:
             return None
         losses = dict(zip(made, found, strict=True))
-        label = min(losses, key=lambda own: self._relative(losses[own], base))
-        return Choice(label, candidates(self.statistics)[label], self._left(made[label], losses[label], base))
+        relative = {own: self._relative(loss, base) for own, loss in losses.items()}
+        label = min(relative, key=relative.__getitem__)
+        return Choice(label, candidates(self.statistics)[label], self._left(made[label], losses[label], base), relative)
 
     def _each(self, factors: Sequence[Array], sample: list[Columns]) -> list["_Loss"]:
         """The losses of each factor; where the activation stays in float, of several at once, as columns beside each
@@ -386,7 +390,7 @@ def fold_choice(pair: Pair, choice: Choice | str, region: Region, *, nothing: st
     linears = [linear.name for linear in pair.linears]
     if isinstance(choice, str):
         return Decision(pair.name, "skipped", choice, {"linears": linears})
-    detail = {"kind": pair.kind, "linears": linears, "relative_loss": choice.relative_loss}
+    detail = {"kind": pair.kind, "linears": linears, "relative_loss": choice.relative_loss, "candidates": choice.tried}
     if nothing is not None and not choice.worth_it:
         return Decision(pair.name, "skipped", nothing, detail)
     fold(pair, choice.factor, region)

@@ -19,9 +19,12 @@ from qcompile.compiler.api.models import Model, PathLike, on_disk
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.labels import Labels
 from qcompile.compiler.data.readers import array_of
+from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.measure.bounds import Bounds
 from qcompile.compiler.measure.metric import Drop, Function, Metric
 from qcompile.compiler.measure.workload import Workload
+from qcompile.compiler.report.explanation import Explanation
+from qcompile.compiler.report.explanation import explain as explain_file
 from qcompile.compiler.report.inspection import Summary
 from qcompile.compiler.report.inspection import inspect as inspect_file
 from qcompile.passes.errors import UserError, Verdict
@@ -161,6 +164,18 @@ def inspect(model: Model, *, every: bool = False) -> Summary:
     """
     with on_disk(model) as path:
         return inspect_file(path, every=every)
+
+
+@door
+def explain(model: PathLike, *nodes: str, worst: int | None = None) -> Explanation:
+    """Why nodes of a compiled model got what they got: decisions, candidates, errors; as `qcompile explain`.
+
+    Args:
+        model: the compiled file, whose report lies beside it, or its folder.
+        nodes: names of nodes or of weights; * is for any letters. All without any.
+        worst: of these the ones of largest error.
+    """
+    return explain_file(model_file(Path(model)), nodes, worst)
 
 
 def _bounds(

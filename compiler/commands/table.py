@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "qcompile.compiler.commands.inspect",
         "what is in a model: types, sizes, what is quantized and why not",
     ),
+    "explain": ("qcompile.compiler.commands.explain", "why a node got what it got: decisions, candidates, errors"),
     "generate": ("qcompile.compiler.commands.generate", "text from a decoder"),
     "package": (
         "qcompile.compiler.commands.package",

@@ -1,7 +1,7 @@
 """What each pass decided, and how activations were chosen: parts that open with a click."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from qcompile.compiler.report.markup import Markup, cut, details, number, paragraph, percent, section, table
 from qcompile.compiler.results.errors import NodeError
@@ -45,6 +45,8 @@ def _value(value: object) -> str:
         return number(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value(own)}" for key, own in value.items())
     return ", ".join(map(str, value)) if isinstance(value, Iterable) and not isinstance(value, str) else str(value)
 
 

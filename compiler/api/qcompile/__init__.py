@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qcompile.compiler.api.calibrate import Calibrated
     from qcompile.compiler.api.evaluation import Evaluation
     from qcompile.compiler.api.jobs import calibrate, compile, dry_run, sensitivity, sweep
-    from qcompile.compiler.api.judging import bench, compare, evaluate, inspect
+    from qcompile.compiler.api.judging import bench, compare, evaluate, explain, inspect
     from qcompile.compiler.api.recipes import load_recipe, save_recipe
     from qcompile.compiler.api.rehearsal import Rehearsal
     from qcompile.compiler.api.running import generate, session
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qcompile.compiler.data.images import Pictures
     from qcompile.compiler.mixed.ranking import Ranking
     from qcompile.compiler.recipe import Recipe, Step
+    from qcompile.compiler.report.explanation import Explanation
     from qcompile.compiler.report.inspection import Summary
     from qcompile.compiler.results.report import Report
     from qcompile.compiler.sweep.rows import Sweep
@@ -38,6 +39,7 @@ _HOMES = {
     "Calibrated": f"{_API}.calibrate",
     "Calibration": f"{_COMPILER}.data.calibration",
     "Evaluation": f"{_API}.evaluation",
+    "Explanation": f"{_COMPILER}.report.explanation",
     "Pictures": f"{_COMPILER}.data.images",
     "Ranking": f"{_COMPILER}.mixed.ranking",
     "Recipe": f"{_COMPILER}.recipe",
@@ -55,6 +57,7 @@ _HOMES = {
     "custom_operators": "qcompile.runtime.sessions",
     "dry_run": f"{_API}.jobs",
     "evaluate": f"{_API}.judging",
+    "explain": f"{_API}.judging",
     "generate": f"{_API}.running",
     "inspect": f"{_API}.judging",
     "library_path": "qcompile.runtime.library",
@@ -70,6 +73,7 @@ __all__ = [
     "Calibrated",
     "Calibration",
     "Evaluation",
+    "Explanation",
     "Pictures",
     "Ranking",
     "Recipe",
@@ -88,6 +92,7 @@ __all__ = [
     "custom_operators",
     "dry_run",
     "evaluate",
+    "explain",
     "generate",
     "inspect",
     "library_path",
