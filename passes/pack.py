@@ -29,6 +29,7 @@ from qcompile.passes.linears import (
 )
 from qcompile.passes.policy import Policy, Unfit
 from qcompile.passes.qdq.weights import WeightGrid, WeightStore
+from qcompile.passes.ranges import Ranges, by_weight
 from qcompile.passes.rounding import blank, round_to_nearest
 from qcompile.passes.spec import integers
 from qcompile.passes.state import Tensors, node_state, set_node, set_weight, weight_state
@@ -46,10 +47,13 @@ class Pack(Pass):
     Case 1: codes chosen by an earlier pass (`gptq`) are written as they are.
     Case 2: with statistics, ranges are clipped by E[x²]-weighted search where that lowers the exact output error; rows
             of few directions have codes as of `gptq` (`round_by_rows`).
-    Case 3: otherwise plain rounding to nearest on the range of each group.
+    Case 3: otherwise by the weight alone, as `ranges` says: rounding to nearest on the range of each group; of integers
+            of 2 and 3 bits on the best of a few fractions of it (`passes/ranges.py`).
     Case 4: a weight that several nodes share, a tied embedding among them, is stored once.
     Case 7: a linear that `outlier` marked: codes of the other channels, and a float product of these (`Columns`).
     target: the operators of the output, as the option --target; None leaves it to that option.
+    ranges: how Case 3 chooses: nearest, search (fractions of the range), hqq (half-quadratic optimization of zero
+    points and scales), best (the better of both); auto: by the bits.
     """
 
     name: ClassVar[str] = "pack"
@@ -57,9 +61,9 @@ class Pack(Pass):
     takes: ClassVar[Set[Fact]] = frozenset({Fact.FLOAT, Fact.CLIP, Fact.CODES, Fact.OUTLIERS})
     families: ClassVar[tuple[str, ...]] = ("MatMul",)
 
-    def __init__(self, policy: Policy, *, target: TargetName | None = None) -> None:
+    def __init__(self, policy: Policy, *, target: TargetName | None = None, ranges: Ranges = "auto") -> None:
         super().__init__()
-        self.policy, self.target = policy, target
+        self.policy, self.target, self.by_weight = policy, target, by_weight(ranges)
 
     def call(self, region: Region) -> None:
         """Rewrite every quantizable node of the region in place; skip the others with a reason."""
@@ -119,15 +123,15 @@ class Pack(Pass):
             return spec
         spec = integers(spec)
         quantized, own = _stored(
-            model, linear.weight, spec, linear.transposed, lambda: self._nearest(linear.read(), spec)
+            model, linear.weight, spec, linear.transposed, lambda: self._alone(linear.read(), spec)
         )
         parts = (own.codes, own.scale, own.zero_point)
         return Chosen(
             Coded(*parts, 0, own.block_size, linear.shape, quantized.dequantize), str(spec), own.nbytes, spec.format
         )
 
-    def _nearest(self, w: Array, spec: Grid) -> Quantized:
-        return blank(w, spec) if self.dry else round_to_nearest(w, spec, None)
+    def _alone(self, w: Array, spec: Grid) -> Quantized:
+        return blank(w, spec) if self.dry else self.by_weight(w, spec, None)
 
     def _keep(self, site: Linear | Embedding, reason: str) -> None:
         kind = "MatMul" if isinstance(site, Linear) else "Gather"
@@ -151,7 +155,9 @@ class Pack(Pass):
             if known is not None and known.spec == spec:
                 return known
             statistics = region.statistics.get(linear.activation)
-            if state.clip is False or statistics is None:
+            if statistics is None:
+                return self.by_weight(coded(linear), spec, None)
+            if state.clip is False:
                 return round_to_nearest(coded(linear), spec, None)
             return round_by_rows(coded(linear), spec, statistics)
 
@@ -181,7 +187,7 @@ class Pack(Pass):
     def _pack_embedding(self, model: ir.Model, embedding: Embedding, spec: Grid) -> None:
         # A table (V, K) is the transpose of the (K, V) weight that a tied lm_head multiplies with.
         def rounded() -> Quantized:
-            return self._nearest(read(constant(embedding.table)).T, spec)
+            return self._alone(read(constant(embedding.table)).T, spec)
 
         _, tensors = _stored(model, embedding.table, spec, True, rounded)
         emit.replace_embedding(model, embedding, spec, tensors)

@@ -59,6 +59,11 @@ def round_to_nearest(w: Weight, spec: Grid, statistics: Statistics | None) -> Qu
     w: of any float type, and read by the block: a mapped table is never held as a whole, and what is made of a block
     stays in a core's own cache.
     """
+    return by_blocks(spec.fit, w, spec)
+
+
+def by_blocks(fit: Callable[[Array], QParams], w: Weight, spec: Grid) -> Quantized:
+    """The nearest codes of w (K, N) on what `fit` makes of blocks of whole groups."""
     k, n = w.shape
     codes, (scale, zero_point) = np.empty((k, n), spec.code_dtype), np.empty((2, spec.groups(k), n), np.float32)
     size, turned = max(spec.group_size(k), 1), isinstance(w, np.ndarray) and w.strides[0] < w.strides[1]
@@ -66,7 +71,7 @@ def round_to_nearest(w: Weight, spec: Grid, statistics: Statistics | None) -> Qu
     def one(columns: slice) -> None:
         for rows, own in _blocks(k, columns, size, turned=turned):
             block, groups = np.asarray(w[rows, own], np.float32), slice(rows.start // size, -(-rows.stop // size))
-            qparams = spec.fit(block)
+            qparams = fit(block)
             scale[groups, own], zero_point[groups, own] = qparams.scale, qparams.zero_point
             codes[rows, own] = spec.project(block, qparams)
 

@@ -65,7 +65,8 @@ def test_no_weight_is_read(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(*_: Any, **__: Any) -> None:
         raise AssertionError("a weight was rounded")
 
-    for place in ("passes.pack.round_to_nearest", "passes.pack.round_by_rows", "passes.qdq.weights.quantize_weight"):
+    places = ("ranges.round_to_nearest", "ranges.by_blocks", "pack.round_by_rows", "qdq.weights.quantize_weight")
+    for place in (f"passes.{own}" for own in places):
         monkeypatch.setattr(f"qcompile.{place}", asked)
     for passes in ("pack", "smooth,awq,gptq,pack", "smooth,qdq", "dynamic"):
         assert rehearse(source, Recipe(passes=parse_passes(passes))).report.coverage == 1.0
