@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 # Seconds of work between two checkpoints at least, and the share of the time that they may take.
 EVERY, _SHARE = 20.0, 1 / 30
 # Bytes of tensors that passes made and that stay in memory; smaller ones than the second stay in any case.
-HELD, _SMALL = 64 << 20, 4096
+HELD, _SMALL = 16 << 20, 4096
 # Raised with every change of what is in a checkpoint.
 _VERSION = 1
 # Fields of a report that are of the command, not of the work.

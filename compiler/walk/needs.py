@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from qcompile.compiler.data.feeds import Batch, InputPlan
 from qcompile.compiler.facts.memory import available, resident, swappable
+from qcompile.compiler.walk.checkpoints import HELD
 from qcompile.compiler.walk.saved_run import WHOLE
 from qcompile.compiler.walk.segments import Segment, is_large, split, targets
 from qcompile.compiler.walk.verify_products import ELEMENTS
@@ -27,8 +28,8 @@ from qcompile.passes.threads import workers
 
 _log = logging.getLogger(__name__)
 
-# The libraries; packed weights in memory, before they are put aside; two spills of what goes from segment to segment.
-BASE, HELD, _SPILLS = 240e6, 64 << 20, 64e6
+# The libraries; two spills of what goes from segment to segment.
+BASE, _SPILLS = 240e6, 64e6
 # What a thread works on at once: a chunk of columns (rounding.py), and the arrays that its rounding makes of it.
 _CHUNK, _ARRAYS = 1 << 23, 2
 # Of a session of a whole file, bytes held for each that it has; Gram matrices beside that of a channel's statistics.
