@@ -23,6 +23,8 @@ from qcompile.passes.formats.base import (
     element_type,
     operands,
 )
+from qcompile.passes.formats.block_scales import adds_offsets
+from qcompile.passes.formats.half_scales import joined_scales
 from qcompile.passes.gates import fuse_gates, gates, in_gate
 from qcompile.passes.graph import Names, add_initializer, take_over
 from qcompile.passes.linears import constant, dimensions
@@ -35,7 +37,8 @@ class Fuse(Pass):
     Case 2 (inputs): products that read one value, of the same operator, group size, code type, scale type and kind of
     zero points become one node whose weights are concatenated along N, and a Split into the outputs they had. Columns
     take activations at the bits that they had (COLUMNS_AT_8): kernels compute the same bit for bit, where what takes 8
-    fills whole panels. A gate and what it gates stay apart from several others.
+    fills whole panels. A gate and what it gates stay apart from several others. Offsets of groups behind them
+    (`block_scales`) become one node, too.
     Case 3: a product whose weight another node reads too keeps its own copy: it joins no other.
     Case 4 (gates): silu(a) b becomes a SwiGLU where a and b are the halves that a Split makes of one value, such as the
     product that Case 2 made of them, and nothing else reads a half (`gates`). For that a gate is joined before others.
@@ -108,7 +111,7 @@ class Fuse(Pass):
                     self.decide(_name(group[0]), "kept", f"it is {kind}, beside {others}")
 
     def _join(self, model: ir.Model, group: Sequence[ir.Node], names: Names) -> None:
-        nodes = sorted(group, key=lambda node: not gates(node.outputs[0]))
+        nodes = sorted(group, key=lambda node: not gates(_result(node)))
         parts, name = [operands(node) for node in nodes], joined_name([_name(node) for node in nodes])
         own = by_operator(nodes[0].op_type)
         assert own is not None, "a packed product is that of a format"
@@ -119,8 +122,7 @@ class Fuse(Pass):
             if what == "zero_point" and values:
                 inputs.append(_joined_codes(model, f"{end}.zero_point", values))
             elif values:
-                joined = np.concatenate([constant(value).numpy() for value in values], axis=-1)
-                inputs.append(add_initializer(model.graph, f"{end}.{what}", ir.tensor(joined)))
+                inputs.append(_joined(model, f"{end}.{what}", values))
         made = self._made(model, nodes[0].op_type, inputs, nodes, name, before=group[0])
         self.decide(name, "fused", ", ".join(_name(node) for node in nodes), operator=made.op_type)
         whole = made.outputs[0]
@@ -128,13 +130,20 @@ class Fuse(Pass):
         like = nodes[0].outputs[0]
         whole.name, whole.type = name, like.type
         whole.shape = None if like.shape is None else ir.Shape([*list(like.shape)[:-1], int(widths.sum())])
+        ends, read = [_offsets(node) or node for node in nodes], {value for part in parts for value in part.values()}
+        if ends[0] is not nodes[0]:
+            read |= {value for node in ends for value in node.inputs[3:] if value is not None}
+            whole = _joined_offsets(model, name, whole, made.inputs[2], ends)
         sizes = add_initializer(model.graph, f"{name}.split", ir.tensor(widths))
         split = ir.node("Split", [whole, sizes], {"axis": -1}, num_outputs=len(nodes), name=f"{name}.split")
-        group[0].prepend(split)
-        for node, output in zip(nodes, split.outputs, strict=True):
-            take_over(node.outputs[0], output, names)
-            model.graph.remove(node, safe=True)
-        for value in {value for part in parts for value in part.values()}:
+        whole_node = whole.producer()
+        assert whole_node is not None
+        whole_node.append(split)
+        for node, last, output in zip(nodes, ends, split.outputs, strict=True):
+            take_over(last.outputs[0], output, names)
+            for done in dict.fromkeys((last, node)):
+                model.graph.remove(done, safe=True)
+        for value in read:
             drop_unused(model, value)
 
     def _made(
@@ -163,11 +172,42 @@ class Fuse(Pass):
         return made
 
 
+def _offsets(node: ir.Node) -> ir.Node | None:
+    """The node that adds offsets to a product, and alone reads it."""
+    readers = [use.node for use in node.outputs[0].uses()]
+    alone = len(readers) == 1 and not node.outputs[0].is_graph_output()
+    return readers[0] if alone and adds_offsets(readers[0]) else None
+
+
+def _result(node: ir.Node) -> ir.Value:
+    """A product with its offsets, if there are any."""
+    return (_offsets(node) or node).outputs[0]
+
+
+def _joined_offsets(
+    model: ir.Model, name: str, whole: ir.Value, scale: ir.Value | None, parts: Sequence[ir.Node]
+) -> ir.Value:
+    """The offsets of several products added to the joined one."""
+    stored = list(zip(*(node.inputs[3:] for node in parts), strict=True))
+    ends = [
+        _joined(model, f"{name}.offsets.{i}", [value for value in own if value is not None])
+        for i, own in enumerate(stored)
+    ]
+    attributes = {key: own.as_int() for key, own in parts[0].attributes.items()}
+    inputs = [whole, parts[0].inputs[1], scale, *ends]
+    made = ir.node(parts[0].op_type, inputs, attributes, domain=DOMAIN, name=f"{name}.offsets")
+    producer = whole.producer()
+    assert producer is not None
+    producer.append(made)
+    made.outputs[0].name, made.outputs[0].type, made.outputs[0].shape = f"{whole.name}.offsets", whole.type, whole.shape
+    return made.outputs[0]
+
+
 def _apart(group: Sequence[ir.Node]) -> list[Sequence[ir.Node]]:
     """Products that may be one, in graph order: all, or a gate and what it gates apart from others, as of attention
     that reads the same norm: each operator then reads what it wants of one product, without a Split.
     """
-    gated = [node for node in group if in_gate(node.outputs[0])]
+    gated = [node for node in group if in_gate(_result(node))]
     others = [node for node in group if node not in gated]
     return [gated, others] if len(gated) > 1 and len(others) > 1 else [group]
 
@@ -215,6 +255,9 @@ def _kind(node: ir.Node) -> str:
     block_size, form = node.attributes["block_size"].as_int(), format_of(node)
     told = [f", {name} {node.attributes.get_int(name, 0)}" for name in getattr(form, "apart", ())]
     text = f"{node.op_type} of {codes} in groups of {block_size}, {zeros} zero points, {scale} scales"
+    if (after := _offsets(node)) is not None:
+        sums = after.inputs[1]
+        told += [f", offsets {after.attributes.get_int('middle', 0)} by {sums.name if sums is not None else ''}"]
     return "".join([text, *told])
 
 
@@ -244,6 +287,13 @@ def _unfit_bias(bias: ir.Value | None, node: ir.Node) -> str:
     if bias.const_value.dtype != element_type(node):
         return f"the constant added is {bias.const_value.dtype}"
     return ""
+
+
+def _joined(model: ir.Model, name: str, values: Sequence[ir.Value]) -> ir.Value:
+    """Constants side by side; scales in the form that they are stored in."""
+    tensors = [constant(value) for value in values]
+    joined = joined_scales(tensors, name) or ir.tensor(np.concatenate([own.numpy() for own in tensors], axis=-1))
+    return add_initializer(model.graph, name, joined)
 
 
 def _joined_codes(model: ir.Model, name: str, values: Sequence[ir.Value]) -> ir.Value:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.passes.bit_fields import FIELDS, pack_fields, unpack_fields
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats import FORMATS, by_operator, functions
+from qcompile.passes.formats import FORMATS, OTHERS, by_operator, functions
 from qcompile.passes.formats.base import BIASED, COLUMNS_AT_8, PRODUCT, pack_nibbles
 from qcompile.passes.formats.bits import BitFields
 from qcompile.runtime.library import library_path
@@ -26,7 +26,7 @@ from qcompile.runtime.sessions import session
 OPERATORS = ("MatMulInt4", "MatMulInt8", "MatMulAddInt4", "MatMulAddInt8")
 # All that the rows of formats say to be there, and their ends; the ends of those in fields of bits, and of those whose
 # codes are looked up in a table.
-WORDS = tuple(word for own in FORMATS for word in own.native)
+WORDS = tuple(word for own in (*FORMATS, *OTHERS) for word in own.native)
 NATIVE = tuple(kind + word for word in WORDS for kind in (PRODUCT, BIASED))
 IN_FIELDS = tuple(own.native[0] for own in FORMATS if isinstance(own, BitFields))
 TABLES = tuple(word for word in WORDS if PRODUCT + word not in OPERATORS and word not in IN_FIELDS)

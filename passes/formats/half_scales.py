@@ -5,6 +5,8 @@ In memory a model has them as float32 always: `widen` takes these nodes out of a
 model; `halve` puts them into a marked one before it is written, so that what is compiled again or packaged keeps them.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -135,11 +137,31 @@ class BlockScales(ir.LazyTensor):
         shape = ir.Shape((groups, int(scale.shape.numpy()[1])))
         super().__init__(self._read, dtype=ir.DataType.FLOAT, shape=shape, name=name)
 
+    def cut_alike(self, other: ir.TensorProtocol) -> bool:
+        """Whether others are of as many blocks and groups, and have factors of as many bits."""
+        if not isinstance(other, BlockScales):
+            return False
+        form = (self.bits, self.groups, self.middle, len(self.scale.numpy()))
+        return form == (other.bits, other.groups, other.middle, len(other.scale.numpy()))
+
     def _read(self) -> ir.TensorProtocol:
         codes = unpack_fields(np.asarray(self.factors.numpy()), self.bits, self.groups)
         wide = np.asarray(self.scale.numpy()).astype(np.float32)
         blocks = codes.astype(np.float32).reshape(len(wide), -1, codes.shape[1]) - np.float32(self.middle)
         return ir.tensor((blocks * wide[:, None]).reshape(codes.shape))
+
+
+def joined_scales(tensors: Sequence[ir.TensorProtocol], name: str) -> ir.TensorProtocol | None:
+    """Block scales side by side, if all are such and cut alike."""
+    first, *others = tensors
+    if not isinstance(first, BlockScales) or not all(first.cut_alike(own) for own in others):
+        return None
+    own = [tensor for tensor in tensors if isinstance(tensor, BlockScales)]
+    scale, factors = (
+        ir.tensor(np.concatenate([np.asarray(part.numpy()) for part in parts], axis=1))
+        for parts in ([part.scale for part in own], [part.factors for part in own])
+    )
+    return BlockScales(scale, factors, first.bits, first.groups, first.middle, name=name)
 
 
 def stored_as(tensor: ir.TensorProtocol) -> tuple[ir.TensorProtocol, ...]:

@@ -23,7 +23,7 @@ LEVELS = (
 class IQ4NL(Tables):
     """ggml's levels of 4 bits for weights, which have no zero."""
 
-    name, words = "iq4_nl", ("IQ4NL",)
+    name, words, native = "iq4_nl", ("IQ4NL",), ("IQ4NL",)
 
     def grid(self, target: str, *, group: int = 32) -> TableGrid:
         """group: rows that share a scale, 0 for all."""

@@ -56,6 +56,7 @@ constexpr Format kFormats[] = {
     {"Int5", 5, 16, true, false, {}},
     {"Int6", 6, 32, true, false, {}},
     {"FP4", 4, 128, false, false, {0, 1, 85, 127, 42, 64, 21, 32, 0, -1, -85, -127, -42, -64, -21, -32}},
+    {"IQ4NL", 4, 128, false, false, {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}},
 };
 constexpr int kFormatCount = int(sizeof kFormats / sizeof kFormats[0]);
 

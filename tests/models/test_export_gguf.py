@@ -11,6 +11,7 @@ from gguf_files import blocks
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
+from qcompile.compiler.api.folders import open_model
 from qcompile.compiler.cli import main
 from qcompile.models import hf, kinds
 from qcompile.models.export import export_model
@@ -100,6 +101,10 @@ def test_its_quantized_tensors_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert "left in float: model.layers.0.mlp.down_proj.weight and 1 more: the file has it in F32" in said
     assert "IQ4_NL" in said
     assert "times the size of the GGUF file" in said
+    assert main([str(tmp_path / "out"), "--passes", "fuse", "-o", str(tmp_path / "fused")]) == 0  # as a compiled model
+    feeds = {"input_ids": np.arange(24).reshape(2, 12), "attention_mask": np.ones((2, 12), np.int64)}
+    kept, fused = (open_model(tmp_path / name / "model.onnx")(feeds)["logits"] for name in ("out", "fused"))
+    np.testing.assert_allclose(fused, kept, rtol=0, atol=1e-5 * np.abs(kept).max())
 
 
 def test_keeping_is_for_gguf_files_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

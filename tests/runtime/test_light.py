@@ -20,7 +20,12 @@ from qcompile.passes.rotation import Rotation
 from qcompile.runtime.sessions import session
 
 Shape = tuple[int | str | None, ...]
-TABLES = {"Int4": (4, True), "Int8": (8, True), "NF4": (4, False)}  # (bits of a code, whether there are zero points)
+TABLES = {
+    "Int4": (4, True),
+    "Int8": (8, True),
+    "NF4": (4, False),
+    "IQ4NL": (4, False),
+}  # (bits of a code, whether there are zero points)
 
 
 @pytest.fixture(scope="module")

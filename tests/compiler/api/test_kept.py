@@ -1,5 +1,6 @@
 """GGUF kept: every type decodes to the very numbers of the file, in ONNX Runtime, from graphs of its size."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from qcompile.compiler.files.load import load_model, save_model
 from qcompile.compiler.report.inspection import inspect
 from qcompile.models.gguf_blocks import KINDS
 from qcompile.models.gguf_file import GGUFFile
+from qcompile.passes.base import Region
 from qcompile.passes.formats.half_scales import halve
+from qcompile.passes.formats.lower import lower
+from qcompile.passes.fuse import Fuse
 from qcompile.runtime.sessions import run, session
 
 K = 512
@@ -129,6 +133,24 @@ def test_what_is_read_and_written_again_stays_as_it_is(tmp_path: Path, kind: str
     assert told.linear_bits == pytest.approx(8 * KINDS[kind].size / KINDS[kind].block, rel=0.04)
     assert inspect(tmp_path / "model.onnx").linear_bits == pytest.approx(told.linear_bits, rel=1e-3)
     assert told.parameters == 2048 * (64 + 256)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q3_K", "IQ4_XS"])
+def test_fused_it_computes_the_same_and_grows_by_nothing(tmp_path: Path, kind: str) -> None:
+    raws = {f"w{i}": blocks(kind, 128 + 64 * i, 2048, seed=i) for i in range(3)}
+    weights = {name: numbers(kind, raw) for name, raw in raws.items()}
+    _kept(tmp_path, {name: (kind, raw) for name, raw in raws.items()}, _graph(weights))
+    model = load_model(tmp_path / "model.onnx")
+    Fuse().call(Region.whole(model))
+    lower(model, "qcompile")
+    halve(model)
+    written = save_model(model, tmp_path / "fused.onnx")
+    counts = Counter(node.op_type for node in model.graph if node.domain == "qcompile")
+    assert all(count == 1 for count in counts.values())
+    assert written.data_bytes < 1.001 * (tmp_path / "model.onnx.data").stat().st_size
+    found = _run(tmp_path / "fused.onnx", np.eye(2048, dtype=np.float32))
+    for name, weight in weights.items():
+        assert np.array_equal(found[f"{name}.y"].T, weight)
 
 
 @settings(max_examples=25, deadline=None)
