@@ -162,7 +162,7 @@ def _decoded(kind: Kind, blocks: Blocks, *, table: bool, centred: bool) -> tuple
     activations cost less; else at 0, as in the file. Both give the same numbers but where offsets have too many bits.
     """
     own, groups = _format(kind), blocks.codes.shape[1] // kind.group
-    if kind.table == "mxfp4":
+    if blocks.scale.dtype == np.uint8:
         scale = np.ldexp(np.float32(1), blocks.scale.astype(np.int32) - 128)
     else:
         scale = np.repeat(blocks.scale.astype(np.float32), groups // blocks.scale.shape[1], axis=1)
