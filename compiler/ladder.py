@@ -29,7 +29,8 @@ def climb(source: Path, recipe: Recipe, made: Sequence[Pass], data: Data, progre
     if not any(map(quantizes, made)):
         return []
     again, correlations, scales = (
-        {p.name for p in made if what in p.reads} for what in (Reads.OUTPUTS, Reads.STATISTICS, Reads.SCALES)
+        {p.name for p in made if p.reads & what}
+        for what in ({Reads.OUTPUTS}, {Reads.STATISTICS, Reads.CHANNELS}, {Reads.SCALES})
     )
     statistics = correlations | scales
     wanted = [(NOTHING, _without(recipe, again | statistics))]

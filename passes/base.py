@@ -69,6 +69,9 @@ class Region:
     statistics: by activation value; empty when the pipeline runs without calibration.
     vocabulary: rows of the model's largest embedding table, None without one; looked up where it is not given.
     ask: a runtime's answer to what types and shapes values have, where one is there to be asked.
+    loose: with the first region, nodes of none: what follows from inputs without large weights, and is computed again
+    wherever it is read. They stay; their constants may change with those of the region where no number that others
+    read does.
     """
 
     model: ir.Model
@@ -76,6 +79,7 @@ class Region:
     statistics: dict[ir.Value, Statistics] = field(default_factory=dict)
     vocabulary: int | None = -1
     ask: Oracle | None = None
+    loose: Sequence[ir.Node] = ()
 
     def __post_init__(self) -> None:
         if self.vocabulary == -1:
@@ -164,6 +168,12 @@ class Pass(ABC):
         Asked for once a region, where a pass of the list reads ranges; of those that read them themselves only where
         these come from this run, not from a file. That is when activations turn up that were not there when `observed`
         was asked: behind a Mul that came before a linear, say.
+        """
+        return {}
+
+    def watched(self, region: Region) -> Mapping[ir.Value, Observer]:
+        """Observers that are to see a region's activations before the passes of the walk rewrite it; filled when `call`
+        begins, and asked for only where it reads CHANNELS and there is data.
         """
         return {}
 
@@ -263,9 +273,11 @@ def contradiction(kind: type[Pass]) -> str:
     ranges, outputs = (what in kind.reads for what in (Reads.RANGES, Reads.OUTPUTS))
     if ranges != (kind.observed is not Pass.observed):
         return f"it {'reads' if ranges else 'does not read'} RANGES and has {'no' if ranges else 'a'} method `observed`"
+    if (Reads.CHANNELS in kind.reads) != (kind.watched is not Pass.watched):
+        return "what it reads of CHANNELS and its method `watched` do not go together"
     if outputs != issubclass(kind, WalksAgain):
         return f"it {'reads' if outputs else 'does not read'} OUTPUTS and is {'no' if outputs else 'a'} WalksAgain"
-    if kind.stage != Stage.WALK and kind.reads & {Reads.SCALES, Reads.STATISTICS}:
+    if kind.stage != Stage.WALK and kind.reads & {Reads.SCALES, Reads.STATISTICS, Reads.CHANNELS}:
         return "it reads statistics, which come with segments, and its stage is not WALK"
     if kind.stage != Stage.WALK and kind.call_rest is not Pass.call_rest:
         return "it has a method `call_rest`, which comes behind the walk, and its stage is not WALK"

@@ -26,12 +26,14 @@ class Reads(Enum):
 
     SCALES: how loud the channels of a linear's input are; statistics guessed from constants (`proxies`) will do.
     STATISTICS: the Gram matrices of linears' inputs, for which nothing else will do.
+    CHANNELS: how far each channel of a segment's activations goes, by observers that the pass gives (`Pass.watched`).
     RANGES: of activations, by the observers that the pass gives (`Pass.observed`).
     OUTPUTS: of nodes of the finished graph, in a walk of its own (`WalksAgain`).
     """
 
     SCALES = "scales"
     STATISTICS = "statistics"
+    CHANNELS = "channels"
     RANGES = "ranges"
     OUTPUTS = "outputs"
 

@@ -5,7 +5,7 @@ BEST = "smooth,awq,rotate,gptq,pack"
 # The same in seconds, and what needs no data at all.
 QUICK, PLAIN = "smooth,awq,pack", "pack"
 # Integer products on ranges of activations, and with what suits convolutions.
-INTEGER, CORRECTED = "smooth,qdq", "smooth,qdq,bias_correction"
+INTEGER, CORRECTED = "smooth,qdq", "smooth,equalize,qdq,bias_correction"
 # The names of the weight formats (`formats.FORMATS`), for who tells of them without loading them.
 FORMATS = (
     *("int4", "int8", "nf4", "mxfp4", "int2", "int3", "int5", "int6", "nvfp4", "fp4"),

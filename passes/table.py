@@ -6,6 +6,7 @@ from qcompile.passes.bias_correction import BiasCorrection
 from qcompile.passes.contrib.attention import FuseAttention
 from qcompile.passes.contrib.half import HalfCaches
 from qcompile.passes.contrib.kv import Kv
+from qcompile.passes.equalize import Equalize
 from qcompile.passes.extensions import Table, parameters
 from qcompile.passes.fuse import Fuse
 from qcompile.passes.gptq import Gptq
@@ -35,6 +36,7 @@ PASSES: Table[type[Pass]] = Table(
     (
         Prepare,
         Smooth,
+        Equalize,
         Awq,
         Rotate,
         Gptq,

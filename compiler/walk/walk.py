@@ -159,10 +159,11 @@ class Job:
     def _step(self, runner: Runner, walk: Walk, data: Data, asked: Sequence[Pass]) -> None:
         """Rewrite one segment, observe what it gives, and take the calibration data through it."""
         segment, calibration, first = walk.segments[walk.done], walk.calibration, walk.done == 0
-        self._rewrite(runner, segment, calibration, walk.checks, walk.outputs, int8=data.real, beside=walk.evaluated)
+        loose, given = walk.loose if first else (), (calibration, walk.checks, walk.outputs)
+        self._rewrite(runner, segment, *given, int8=data.real, beside=walk.evaluated, loose=loose)
         if not calibration.batches:
             return
-        region = Region(self.model, [*(walk.loose if first else ()), *segment.nodes], vocabulary=self.vocabulary)
+        region = Region(self.model, [*loose, *segment.nodes], vocabulary=self.vocabulary)
         more = [pair for p in asked for pair in p.observed_in(region).items()]
         own = walk.shown[walk.done]
         if own or more:
@@ -260,8 +261,9 @@ class Job:
         *,
         int8: bool,
         beside: Beside | None,
+        loose: Sequence[ir.Node],
     ) -> None:
-        region = Region(self.model, list(segment.nodes), vocabulary=self.vocabulary)
+        region = Region(self.model, list(segment.nodes), vocabulary=self.vocabulary, loose=loose)
         if any(rewrite.reads & {Reads.SCALES, Reads.STATISTICS} for rewrite in self.passes):
             linears = find_linears(segment.nodes)
             if self.guess:
@@ -270,6 +272,9 @@ class Job:
                 region.statistics = runner.collect(segment, by_weights(linears), calibration)
                 for known in region.statistics.values():
                     self.report.rows = _rows(known).joined(self.report.rows)
+        watched = [pair for p in self.passes if Reads.CHANNELS in p.reads for pair in p.watched(region).items()]
+        if watched and calibration.batches and not self.guess:
+            runner.observe(segment, {}, calibration, more=watched)
         with phase("float outputs"):
             before = runner.outputs(segment, checks, original=True, beside=beside)
         # The passes work on columns side by side in threads of their own; BLAS threads inside those only fight.

@@ -4,7 +4,7 @@ import numpy as np
 
 from graphs.table import Graph, case
 
-LISTS = {"qdq": 27, "smooth,qdq,bias_correction": 27, "qdq(provider=tensorrt)": 27}
+LISTS = {"qdq": 27, "smooth,equalize,qdq,bias_correction": 27, "qdq(provider=tensorrt)": 27}
 # Ranges end where the calibration data does, which is small here.
 DEEP = {"qdq": 22, "smooth,qdq,bias_correction": 22, "qdq(provider=tensorrt)": 22}
 

@@ -202,9 +202,9 @@ def _patches() -> Graph:
 @pytest.mark.parametrize(
     ("build", "passes", "least", "message"),
     [
-        (_cnn, "pack", None, r"MatMul and Conv weights .*Conv weights \(9\d\.\d% of all\); --passes smooth,qdq,"),
+        (_cnn, "pack", None, r"MatMul and Conv weights .*Conv weights \(9\d\.\d% of all\); --passes smooth,equalize,"),
         (_cnn, "pack", 0.9, r"only 0\.0% of the Conv weights were quantized, below --min-coverage 0\.9; "),
-        (_small, "pack", None, r"format for ConvTranspose weights .*; --passes smooth,qdq,bias_correction is for them"),
+        (_small, "pack", None, r"format for ConvTranspose weights .*; --passes smooth,equalize,qdq,bias_corre"),
         (_nothing, "pack", None, r"pack quantizes nothing of this model: it has no constant weight; no output was"),
         (_patches, "pack", 0.9, r"only 0\.0% of the Conv weights were quantized"),
         (_cnn, "smooth,qdq,bias_correction", 1.0, None),
