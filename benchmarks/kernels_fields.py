@@ -1,4 +1,4 @@
-"""Products of int2, int3, int5 and int6 beside int4's, in turns in one process, without ONNX Runtime.
+"""Products of int2, int3, int5, int6 and pairs beside int4's, in turns in one process, without ONNX Runtime.
 
     python benchmarks/kernels_fields.py build/kernels/libqcompile_kernels.so --kernel avx512vnni --rows 1 --bits 8
 
@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-WORDS = ("Int4", "Int2", "Int3", "Int5", "Int6", "Int8")
+WORDS = ("Int4", "Int2", "Int3", "Int5", "Int6", "Int8", "Pairs64", "Pairs256")
 
 
 def loaded(path: str) -> ctypes.CDLL:
@@ -30,13 +30,17 @@ def loaded(path: str) -> ctypes.CDLL:
 
 def weights(library: ctypes.CDLL, word: str, args: argparse.Namespace) -> list[int]:
     """Copies of a random weight."""
-    rng, bits, groups = np.random.default_rng(0), int(word[3:]), args.k // args.group
-    codes = rng.integers(0, 256, args.k * args.n * bits // 8, dtype=np.uint8)
+    rng, pairs = np.random.default_rng(0), word.startswith("Pairs")
+    bits = np.log2(int(word[5:])) / 2 if pairs else int(word[3:])
+    group = args.k if pairs else args.group
+    groups = args.k // group
+    codes = rng.integers(0, 256, int(args.k * args.n * bits) // 8, dtype=np.uint8)
     points = rng.integers(0, 256, (groups + 8) * args.n, dtype=np.uint8)
     scale = (rng.random((groups, args.n)) * 0.01 + 0.01).astype(np.float16)
-    given = (args.kernel.encode(), args.k, args.n, args.group, word.encode(), 0, codes.ctypes.data, scale.ctypes.data)
+    given = (args.kernel.encode(), args.k, args.n, group, word.encode(), 0, codes.ctypes.data, scale.ctypes.data)
     copies = max(1, int(160e6 / codes.size)) if args.rows < 64 else 1
-    return [library.qcompile_weight_create(*given, 1, points.ctypes.data) for _ in range(copies)]
+    zeros = None if pairs else points.ctypes.data
+    return [library.qcompile_weight_create(*given, 1, zeros) for _ in range(copies)]
 
 
 def main() -> None:

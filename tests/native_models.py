@@ -15,10 +15,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.passes.bit_fields import FIELDS, pack_fields, unpack_fields
+from qcompile.passes.codebooks import CODEBOOKS
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import FORMATS, OTHERS, by_operator, functions
 from qcompile.passes.formats.base import BIASED, COLUMNS_AT_8, PRODUCT, pack_nibbles
 from qcompile.passes.formats.bits import BitFields
+from qcompile.passes.formats.codebook import CodebookPairs
 from qcompile.runtime.library import library_path
 from qcompile.runtime.sessions import session
 
@@ -29,7 +31,8 @@ OPERATORS = ("MatMulInt4", "MatMulInt8", "MatMulAddInt4", "MatMulAddInt8")
 WORDS = tuple(word for own in (*FORMATS, *OTHERS) for word in own.native)
 NATIVE = tuple(kind + word for word in WORDS for kind in (PRODUCT, BIASED))
 IN_FIELDS = tuple(own.native[0] for own in FORMATS if isinstance(own, BitFields))
-TABLES = tuple(word for word in WORDS if PRODUCT + word not in OPERATORS and word not in IN_FIELDS)
+PAIRS = {own.native[0]: own for own in FORMATS if isinstance(own, CodebookPairs)}
+TABLES = tuple(word for word in WORDS if PRODUCT + word not in OPERATORS and word not in (*IN_FIELDS, *PAIRS))
 CODES = {
     (4, True): TensorProto.INT4,
     (4, False): TensorProto.UINT4,
@@ -67,17 +70,19 @@ class Case:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rng, groups = np.random.default_rng(self.seed), -(-self.k // self.block_size)
         self.bits, self.word = _named(self.op)
+        if self.pairs is not None:
+            self.block_size, self.bits = self.k, self.pairs.code_bits
+        rng, groups = np.random.default_rng(self.seed), -(-self.k // self.block_size)
         self.dtype = np.float16 if self.half else np.float32
         if not self.affine:
             self.signed = self.zero_point = False
         if self.in_fields:
             self.signed = False
         low, high = (-(1 << (self.bits - 1)), 1 << (self.bits - 1)) if self.signed else (0, 1 << self.bits)
-        codes = np.int8 if self.signed else np.uint8
+        codes, rows = np.int8 if self.signed else np.uint8, self.k if self.pairs is None else (self.k + 1) // 2
         self.arrays = {
-            "w": rng.integers(low, high, (self.k, self.n)).astype(codes),
+            "w": rng.integers(low, high, (rows, self.n)).astype(codes),
             "scale": (rng.uniform(0.5, 2, (groups, self.n)) / high).astype(self.dtype),
         }
         if self.powers:
@@ -91,8 +96,13 @@ class Case:
 
     @property
     def in_fields(self) -> bool:
-        """Whether codes and zero points are fields of bits in bytes."""
-        return self.bits in FIELDS
+        """Whether codes, and zero points where there are some, are fields of bits in bytes."""
+        return self.word in IN_FIELDS or self.pairs is not None
+
+    @property
+    def pairs(self) -> CodebookPairs | None:
+        """The format of one code for two rows."""
+        return PAIRS.get(self.word)
 
     def _coded(self) -> list[str]:
         return [name for name in ("w", "zero_point") if name in self.arrays]
@@ -109,7 +119,7 @@ class Case:
 
     def tensor(self, name: str) -> onnx.TensorProto:
         array = self.arrays[name]
-        if name in ("w", "zero_point") and self.bits == 4 and array.dtype.itemsize == 1:
+        if name in ("w", "zero_point") and self.bits == 4 and not self.in_fields and array.dtype.itemsize == 1:
             kind = CODES[4, array.dtype == np.int8]
             raw = pack_nibbles(array).tobytes()
             return helper.make_tensor(name, kind, array.shape, raw, raw=True)
@@ -146,6 +156,10 @@ class Case:
 
     def weight(self) -> np.ndarray:
         """(K, N) in float64, as docs/formats.md decodes it."""
+        if self.pairs is not None:
+            codes = unpack_fields(self.arrays["w"], self.bits, (self.k + 1) // 2)
+            levels = CODEBOOKS[self.bits].pairs[codes].transpose(0, 2, 1).reshape(-1, self.n)[: self.k]
+            return levels.astype(np.float64) * self.arrays["scale"].astype(np.float64)
         if not self.affine:
             return decoded(self.word, self.arrays["w"], self.arrays["scale"], self.block_size)
         group = np.arange(self.k) // self.block_size

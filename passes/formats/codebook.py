@@ -260,28 +260,28 @@ class CodebookPairs(Format):
 class Pairs2(CodebookPairs):
     """16 pairs."""
 
-    name, words, bits, code_bits = "pairs2", ("Pairs16",), 2, 4
+    name, words, native, bits, code_bits = "pairs2", ("Pairs16",), ("Pairs16",), 2, 4
 
 
 class Pairs2Half(CodebookPairs):
     """32 pairs."""
 
-    name, words, bits, code_bits = "pairs2.5", ("Pairs32",), 3, 5
+    name, words, native, bits, code_bits = "pairs2.5", ("Pairs32",), ("Pairs32",), 3, 5
 
 
 class Pairs3(CodebookPairs):
     """64 pairs: behind a rotation about the error of int4 without one."""
 
-    name, words, bits, code_bits = "pairs3", ("Pairs64",), 3, 6
+    name, words, native, bits, code_bits = "pairs3", ("Pairs64",), ("Pairs64",), 3, 6
 
 
 class Pairs3Half(CodebookPairs):
     """128 pairs."""
 
-    name, words, bits, code_bits = "pairs3.5", ("Pairs128",), 4, 7
+    name, words, native, bits, code_bits = "pairs3.5", ("Pairs128",), ("Pairs128",), 4, 7
 
 
 class Pairs4(CodebookPairs):
     """256 pairs, a byte each."""
 
-    name, words, bits, code_bits = "pairs4", ("Pairs256",), 4, 8
+    name, words, native, bits, code_bits = "pairs4", ("Pairs256",), ("Pairs256",), 4, 8

@@ -286,7 +286,7 @@ void multiply_tile(const Layout& layout, const uint8_t* panel, const Tile& tile,
 // Codes in fields of bits are taken out in registers.
 template <int... kFormat>
 constexpr Products own_products(std::integer_sequence<int, kFormat...>) {
-  return {{Product{multiply_rows<kRows, kFormat>, kRows, kRows}...}};
+  return {{Product{multiply_rows<kRows, kFormats[kFormat].pairs ? kInt8 : kFormat>, kRows, kRows}...}};
 }
 constexpr Products kOwnProducts = own_products(std::make_integer_sequence<int, kFormatCount>());
 

@@ -132,14 +132,14 @@ class Weight {
   bool saturated;         // all codes are the last: the largest sums there are
 
  private:
-  int last() const { return case_.of().last_code(); }
+  int last() const { return (1 << case_.of().code_bits()) - 1; }
   int middle() const { return case_.is_signed ? 0 : last() / 2 + 1; }
   int value(int code) const { return case_.is_signed && code > last() / 2 ? code - last() - 1 : code; }
   int level(int code) const { return case_.of().affine ? value(code) : case_.of().table[code]; }
 
-  bool fields() const { return case_.of().base() >= 0; }
+  bool fields() const { return case_.of().stored_in_fields(); }
   static int64_t bytes_of(const Case& c, int64_t rows) {
-    return c.of().base() < 0 ? (rows * c.n * c.of().bits + 7) / 8 : c.of().byte_rows(rows) * c.n;
+    return !c.of().stored_in_fields() ? (rows * c.n * c.of().bits + 7) / 8 : c.of().byte_rows(rows) * c.n;
   }
 
   // In fields of bits: put(byte, its bits, how many of them, the bits of the code below) for an element of so many rows.
@@ -147,8 +147,8 @@ class Weight {
   void for_bytes(int64_t rows, int64_t index, const Put& put) const {
     const int64_t row = index / case_.n, column = index % case_.n;
     int64_t start = 0;
-    for (int below = 0; below < case_.of().bits;) {
-      const int width = below ? case_.of().high() : case_.of().low();
+    for (int below = 0; below < case_.of().code_bits();) {
+      const int width = qcompile::Format::widest_field(case_.of().code_bits() - below);
       const int64_t size = (rows * width + 7) / 8;
       put((start + row % size) * case_.n + column, int(row / size) * width, width, below);
       start += size;
@@ -186,11 +186,18 @@ class Weight {
     }
     halves_[index] = qcompile::float_to_half(scale);
     floats_[index] = case_.scales == Scales::kFloat ? scale : qcompile::half_to_float(halves_[index]);
+    if (!case_.of().zeros()) return;
     put(zero_points_, case_.groups(), index, case_.zero_points == ZeroPoints::kAny ? random.below(last() + 1) : middle());
   }
 
   void fill_code(int64_t k, int64_t n, int code) {
     const int64_t index = k * case_.n + n, group = k / case_.block_size * case_.n + n;
+    if (case_.of().pairs) {
+      const int64_t rows = case_.of().code_rows(case_.k), at = k / 2 * case_.n + n;
+      if (k % 2 == 0) put(codes_, rows, at, code);  // of both rows
+      w[size_t(index)] = qcompile::paired(case_.of().pairs, get(codes_, rows, at), int(k % 2)) * double(floats_[group]);
+      return;
+    }
     put(codes_, case_.k, index, code);
     const int absent = fields() ? middle() : 0;
     const int zero_point =

@@ -12,7 +12,7 @@ namespace {
 
 const Operator& self(const OrtCustomOp* op) { return *static_cast<const Operator*>(op); }
 
-size_t input_count(const OrtCustomOp* op) { return size_t(3 + self(op).bias + self(op).of().affine); }
+size_t input_count(const OrtCustomOp* op) { return size_t(3 + self(op).bias + self(op).of().zeros()); }
 
 ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
   const Operator& mine = self(op);
@@ -100,7 +100,7 @@ std::vector<Operator> all_operators(const OrtApi& api, std::initializer_list<ONN
     if (!has_kernel(format)) continue;
     for (ONNXTensorElementDataType element : elements) {
       for (bool is_signed : {false, true}) {
-        if (is_signed && (!kFormats[format].affine || kFormats[format].base() >= 0)) continue;
+        if (is_signed && (!kFormats[format].zeros() || kFormats[format].base() >= 0)) continue;
         for (bool bias : {false, true}) all.push_back(make(api, format, bias, element, is_signed));
       }
     }

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "codebooks.h"
+
 // The files of single instruction sets use these functions too, and a copy compiled there that the linker took for all
 // would crash other machines: no copy is made.
 #define QCOMPILE_INLINE [[gnu::always_inline]] inline
@@ -16,6 +18,13 @@ namespace qcompile {
 
 constexpr int kLevels = 16;  // of a table: a code of 4 bits, and what a shuffle of bytes looks up
 
+// n for 2^n
+QCOMPILE_INLINE constexpr int log2_of(int power) {
+  int n = 0;
+  while (power > 1 << n) ++n;
+  return n;
+}
+
 struct Format {
   const char* word;       // the end of its operators' names: MatMul…, MatMulAdd…
   int bits;               // of a code: 4 or 8; or 2, 3, 5 or 6, in fields of bits
@@ -23,6 +32,17 @@ struct Format {
   bool affine;            // codes are numbers, maybe signed, with zero points or without; otherwise there is a table
   bool powers;            // scales of a file are bytes e, for 2^(e - 128), of the type that an attribute `dtype` says
   int8_t table[kLevels];  // the level of each code
+  // Pairs of a codebook: a code of a file stands for two rows of a column. It is looked up when a weight is packed, and
+  // panels hold `bits` of each number, with `middle` added.
+  int pairs = 0;
+
+  // Whether a weight may have zero points, or signed codes.
+  QCOMPILE_INLINE constexpr bool zeros() const { return affine && !pairs; }
+  // Of a code as a file has it; and whether codes lie there in fields of bytes, the lowest bits first: of 4 bits, 2 or 1.
+  QCOMPILE_INLINE constexpr int code_bits() const { return pairs ? log2_of(pairs) : bits; }
+  QCOMPILE_INLINE constexpr bool stored_in_fields() const { return pairs || base() >= 0; }
+  QCOMPILE_INLINE static constexpr int widest_field(int left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+  QCOMPILE_INLINE constexpr int64_t code_rows(int64_t k) const { return pairs ? (k + 1) / 2 : k; }
 
   // A code is cut into a field of its low bits and one of its high bits, if any: 6 = 4 + 2, 5 = 4 + 1, 3 = 2 + 1.
   QCOMPILE_INLINE constexpr int high() const { return bits == 6 ? 2 : bits == 5 || bits == 3 ? 1 : 0; }
@@ -30,7 +50,11 @@ struct Format {
   // The row of kFormats whose blocks its codes are brought into to be multiplied; -1 where products take them as they are.
   QCOMPILE_INLINE constexpr int base() const { return bits == 4 || bits == 8 ? -1 : bits < 4 ? 0 : 1; }
   // Rows of bytes of k rows of codes in a file.
-  QCOMPILE_INLINE constexpr int64_t byte_rows(int64_t k) const { return (k * low() + 7) / 8 + (k * high() + 7) / 8; }
+  QCOMPILE_INLINE constexpr int64_t byte_rows(int64_t k) const {
+    int64_t rows = 0;
+    for (int left = code_bits(); left > 0; left -= widest_field(left)) rows += (code_rows(k) * widest_field(left) + 7) / 8;
+    return rows;
+  }
   // Rows k of a unit, and its bytes in a panel: as many whole blocks of each field as hold the same rows (layout.h).
   QCOMPILE_INLINE constexpr int unit_rows() const { return 4 * 8 / (high() ? high() : low()); }
   QCOMPILE_INLINE constexpr int unit_bytes() const { return 8 * unit_rows() * bits; }
@@ -57,7 +81,13 @@ constexpr Format kFormats[] = {
     {"Int6", 6, 32, true, false, {}},
     {"FP4", 4, 128, false, false, {0, 1, 85, 127, 42, 64, 21, 32, 0, -1, -85, -127, -42, -64, -21, -32}},
     {"IQ4NL", 4, 128, false, false, {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}},
+    {"Pairs16", 8, 128, true, false, {}, 16},
+    {"Pairs32", 8, 128, true, false, {}, 32},
+    {"Pairs64", 8, 128, true, false, {}, 64},
+    {"Pairs128", 8, 128, true, false, {}, 128},
+    {"Pairs256", 8, 128, true, false, {}, 256},
 };
+constexpr int kInt8 = 1;  // its row, whose panels are those of pairs
 constexpr int kFormatCount = int(sizeof kFormats / sizeof kFormats[0]);
 
 // Integers fit a byte, 0 is among them, and levels have a sign that can be turned.
@@ -76,6 +106,9 @@ QCOMPILE_INLINE constexpr bool are_sound() {
 }
 static_assert(are_sound(), "a row of kFormats does not go with the kernels");
 
+// The number of row 0 or 1 that a code of a codebook of so many pairs stands for.
+QCOMPILE_INLINE int paired(int pairs, int code, int row) { return kCodebooks[pairs - 16 + code][row]; }
+
 // The integers of a table in the order of the codes, 16 bytes that are looked up with a shuffle; less some number.
 struct alignas(16) Levels {
   uint8_t of[kLevels];
@@ -85,13 +118,6 @@ QCOMPILE_INLINE constexpr Levels levels_of(const Format& format, int less = 0) {
   Levels levels{};
   for (int code = 0; code < kLevels; ++code) levels.of[code] = uint8_t(format.integer(code) - less);
   return levels;
-}
-
-// n for 2^n
-QCOMPILE_INLINE constexpr int log2_of(int power) {
-  int n = 0;
-  while (power > 1 << n) ++n;
-  return n;
 }
 
 }  // namespace qcompile

@@ -161,7 +161,7 @@ void check_product(const Kernels* kernels, const Case& c, Report& report) {
 
 // Sorts of weights and activations of one format. What codes with a table lack (signs, zero points) is left out, and so are
 // signs of fields of bits.
-int64_t sorts_of(const Format& format) { return !format.affine ? 12 : format.base() < 0 ? 72 : 36; }
+int64_t sorts_of(const Format& format) { return !format.zeros() ? 12 : format.base() < 0 ? 72 : 36; }
 
 Case sort_of(int format, int64_t sort) {
   const auto take = [&sort](int choices) {
@@ -174,7 +174,7 @@ Case sort_of(int format, int64_t sort) {
   c.half = take(2);
   c.activation_bits = take(2) ? 8 : 16;
   c.scales = Scales(take(3));
-  if (!c.of().affine) return c;
+  if (!c.of().zeros()) return c;
   if (c.of().base() < 0) c.is_signed = take(2);
   c.zero_points = ZeroPoints(take(3));
   return c;
@@ -190,7 +190,7 @@ std::vector<Case> products() {
   for (int i = 0; i < kFormatCount * 3 * 72; ++i) {
     // 35 and the number of sorts share no factor: those of codes come three times each, those of tables 18 times.
     const int format = i % kFormatCount;
-    if (kFormats[format].base() >= 0 && i / kFormatCount >= 3 * sorts_of(kFormats[format])) continue;
+    if (kFormats[format].stored_in_fields() && i / kFormatCount >= 3 * sorts_of(kFormats[format])) continue;
     Case c = sort_of(format, int64_t(i / kFormatCount) * 35 % sorts_of(kFormats[format]));
     const int64_t at = i / kFormatCount + i % kFormatCount * 5;  // formats go through the sizes at different paces
     c.m = rows[at % 24];

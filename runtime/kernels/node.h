@@ -95,7 +95,7 @@ class Node {
     const ort::OrtValue* value[kInputs] = {};
   };
 
-  bool takes(Input input) const { return input == kBias ? op_.bias : input != kZeroPoint || op_.of().affine; }
+  bool takes(Input input) const { return input == kBias ? op_.bias : input != kZeroPoint || op_.of().zeros(); }
   int64_t element_bytes() const { return op_.element == ort::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2; }
   int64_t block_size() const { return block_size_; }
   int activation_bits() const { return activation_bits_; }

@@ -23,8 +23,8 @@ struct Matrix {
 void read_fields(const Matrix& matrix, const Format& format, int64_t row, int64_t column, int count, uint8_t* out) {
   std::memset(out, 0, size_t(count));
   int64_t start = 0;
-  for (int below = 0; below < format.bits;) {
-    const int width = below ? format.high() : format.low();
+  for (int below = 0; below < format.code_bits();) {
+    const int width = Format::widest_field(format.code_bits() - below);
     const int64_t size = div_up(matrix.rows * width, 8);
     const uint8_t* in = matrix.codes + (start + row % size) * matrix.n + column;
     const int shift = width * int(row / size), mask = (1 << width) - 1;
@@ -34,9 +34,16 @@ void read_fields(const Matrix& matrix, const Format& format, int64_t row, int64_
   }
 }
 
+// What the codes of both rows that share them stand for in one of them.
+void read_pairs(const Matrix& matrix, const Format& format, int64_t row, int64_t column, int count, uint8_t* out) {
+  read_fields({matrix.codes, format.code_rows(matrix.rows), matrix.n}, format, row / 2, column, count, out);
+  for (int i = 0; i < count; ++i) out[i] = uint8_t(paired(format.pairs, out[i], int(row % 2)) + format.middle);
+}
+
 // `count` elements of a row from `column` on, one a byte; signed codes become unsigned by adding half the range.
 void read_row(const Matrix& matrix, const Format& format, int64_t row, int64_t column, int count, bool is_signed,
               uint8_t* out) {
+  if (format.pairs) return read_pairs(matrix, format, row, column, count, out);
   if (format.base() >= 0) return read_fields(matrix, format, row, column, count, out);
   const uint8_t* codes = matrix.codes;
   const int64_t index = row * matrix.n + column;
@@ -108,7 +115,7 @@ bool scales_fit_half(const Layout& layout, const Source& source, int64_t count) 
 }
 
 bool has_zero_points(const Layout& layout, const Source& source, int64_t count) {
-  if (!layout.of().affine) return false;
+  if (!layout.of().zeros()) return false;
   // An absent one is 0, which is the middle only of signed codes; of fields it is the middle.
   if (!source.zero_point) return !source.is_signed && !layout.in_fields();
   const int middle = source.is_signed ? 0 : layout.of().middle;

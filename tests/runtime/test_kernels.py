@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import re
 import resource
 import subprocess
 from dataclasses import replace
@@ -15,8 +16,10 @@ from kernel_builds import SANITIZED, build_kernel_check, passed, run
 from native_models import NATIVE, TABLES, WORDS, Case, Weight, native_library
 
 from qcompile.passes.bit_fields import FIELDS
+from qcompile.passes.codebooks import CODEBOOKS
 
 INT8_LEVELS = 127
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +232,12 @@ def test_the_rows_of_both_languages_are_the_same(library, names: list[str], monk
         monkeypatch.setenv("QCOMPILE_KERNEL", name)
         assert sorted(library.qcompile_formats().decode().split(",")) == sorted(WORDS)
     assert len(set(NATIVE)) == 2 * len(WORDS)
+
+
+def test_both_languages_have_the_same_codebooks() -> None:
+    text = (ROOT / "runtime" / "kernels" / "codebooks.h").read_text()
+    stored = np.array([[int(n) for n in pair] for pair in re.findall(r"\{(-?\d+), (-?\d+)\}", text)])
+    np.testing.assert_array_equal(stored, np.concatenate([CODEBOOKS[bits].pairs for bits in sorted(CODEBOOKS)]))
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -154,7 +154,7 @@ std::vector<Operator> cuda_operators(const OrtApi& api) {
       all_operators(api, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                           ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16},
                     // codes are numbers of 4 or 8 bits: n - z in dequant.h
-                    [](int format) { return kFormats[format].affine && kFormats[format].base() < 0; });
+                    [](int format) { return kFormats[format].zeros() && kFormats[format].base() < 0; });
   for (Operator& op : all) {
     op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CUDAExecutionProvider"; };
     op.GetInputMemoryType = [](const OrtCustomOp* op, size_t index) {
