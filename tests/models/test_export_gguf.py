@@ -1,6 +1,7 @@
 """GGUF files: a small one written here, read by transformers, kept in the cache as an ordinary folder."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
 from qcompile.compiler.api.folders import open_model
+from qcompile.compiler.api.kept import Keeper
 from qcompile.compiler.cli import main
-from qcompile.models import hf, kinds
+from qcompile.models import hf, kinds, zoo
 from qcompile.models.export import export_model
 from qcompile.passes.errors import UserError
 
@@ -117,3 +119,16 @@ def test_keeping_is_for_gguf_files_in_float32(tmp_path: Path, monkeypatch: pytes
         export_model(tmp_path / "folder", tmp_path / "out", **keep)
     with pytest.raises(UserError, match="--keep-quantized gives float32 graphs: in float16 the file's numbers"):
         export_model(tmp_path / "folder", tmp_path / "out", **keep, dtype="fp16")
+
+
+@pytest.mark.slow
+def test_two_layers_of_the_zoo_model_are_kept_whole(tmp_path: Path) -> None:
+    """Blocks that llama.cpp made: Q4_1 with minima, a Q8_0 table that is the head, too; its order of queries."""
+    done = export_model("smollm2-135m", tmp_path, open_model=open_model, keep=Keeper, max_layers=2)
+    weights = done.record["kept"]["weights"]
+    assert Counter(own["type"] for own in weights) == {"Q4_1": 14, "Q8_0": 1}
+    assert {own["form"] for own in weights} == {"int4 g32 sym, offsets", "int8 g32 asym"}
+    assert done.record["check"]["max_relative_error"] < 1e-4
+    reader = gguf.GGUFReader(zoo.fetch("smollm2-135m"))
+    used = [t for t in reader.tensors if t.name.startswith(("token_embd", "blk.0.", "blk.1."))]
+    assert (tmp_path / "model.onnx.data").stat().st_size < 1.03 * sum(int(t.n_bytes) for t in used)
