@@ -153,6 +153,23 @@ def test_fused_it_computes_the_same_and_grows_by_nothing(tmp_path: Path, kind: s
         assert np.array_equal(found[f"{name}.y"].T, weight)
 
 
+@pytest.mark.parametrize("target", ["qdq", "matmulnbits"])
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4"])
+def test_other_targets_compute_the_same(tmp_path: Path, kind: str, target: str) -> None:
+    raw, own = blocks(kind, 32, K), blocks(kind, 34, K, seed=1)
+    w, table = numbers(kind, raw), numbers(kind, own)
+    _kept(tmp_path, {"a": (kind, raw), "b": (kind, own)}, _graph({"w": w}, table))
+    model = load_model(tmp_path / "model.onnx")
+    lower(model, target)
+    halve(model)
+    assert not model.functions
+    assert {node.domain for node in model.graph} <= {"", "com.microsoft"}
+    save_model(model, tmp_path / "other.onnx")
+    found = _run(tmp_path / "other.onnx", np.eye(K, dtype=np.float32), np.arange(34).reshape(2, 17))
+    for made, wanted in ((found["w.y"].T, w), (found["rows"].reshape(34, K), table), (found["head.y"].T, table)):
+        np.testing.assert_allclose(made, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     kinds=st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=3),
