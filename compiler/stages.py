@@ -32,7 +32,7 @@ from qcompile.compiler.results.errors import ActivationRange, RowsSeen
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.walk import promises, saved_statistics
 from qcompile.compiler.walk.checkpoints import Checkpoints
-from qcompile.compiler.walk.needs import check_fits, load_of, positions
+from qcompile.compiler.walk.needs import check_fits, fed, load_of
 from qcompile.compiler.walk.patterns import check_patterns
 from qcompile.compiler.walk.saved_statistics import SavedStatistics
 from qcompile.compiler.walk.walk import Job, observed, told_of_caches
@@ -241,7 +241,7 @@ def gather_data(
     prepared.report.calibrated = {**(files if own else {}), **known}
     _check_fit(prepared, data)
     data = data if verified else replace(data, verified=False, evaluation=[])
-    load = load_of(*([positions(prepared.plan, own) for own in some] for some in (data.calibration, data.checked)))
+    load = load_of(*([fed(prepared.plan, own) for own in some] for some in (data.calibration, data.checked)))
     check_fits(prepared.model, prepared.passes, prepared.policy, load, room=room, judged=measured)
     mark_infinite(prepared.model, _infinite(prepared.plan, (*data.calibration, *data.checks)))
     if data.guess:

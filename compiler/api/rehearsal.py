@@ -19,7 +19,7 @@ from qcompile.compiler.report.coverage import account, check_coverage, in_order,
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.results.sheet import Sheet, Shown
 from qcompile.compiler.stages import Prepared, prepare_model
-from qcompile.compiler.walk.needs import foretold, load_of
+from qcompile.compiler.walk.needs import Fed, foretold, load_of
 from qcompile.compiler.walk.segments import split, targets
 from qcompile.passes.base import Region
 from qcompile.passes.contract import Stage
@@ -81,7 +81,7 @@ def rehearse(source: Path, recipe: Recipe) -> Rehearsal:
     segments = split(graph, targets(graph).__contains__)
     reads = any(p.reads for p in prepared.passes)
     window = prepared.plan.sequence or prepared.recipe.context
-    load = load_of([window] * prepared.recipe.samples if reads else [], [CHECKED] * 2)
+    load = load_of([Fed(window, window**2)] * prepared.recipe.samples if reads else [], [Fed(CHECKED, CHECKED**2)] * 2)
     need = foretold(graph, prepared.passes, prepared.policy, load)
     if prepared.recipe.mixed:
         sites(integer_pass(prepared.passes), graph)

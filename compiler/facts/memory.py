@@ -1,8 +1,10 @@
 """How much memory is left, where the system tells, and what would not fit into it."""
 
 import contextlib
+import ctypes
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -34,6 +36,25 @@ def resident() -> int:
         return int(psutil.Process().memory_info().rss)
     except (OSError, psutil.Error):
         return 0
+
+
+def give_back() -> None:
+    """Have the system take back what was freed: glibc keeps pieces of up to 32 MB, each thread's for itself, and what
+    comes next is of other sizes and does not fit into them. Other allocators do that by themselves.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    """glibc's malloc_trim; None where the C library is another."""
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        return found
+    except (AttributeError, OSError, TypeError):  # musl and macOS; Windows
+        return None
 
 
 def check_sizes(model: ir.Model) -> None:

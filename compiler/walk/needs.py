@@ -7,6 +7,7 @@ Invariant: nothing of it grows with depth, but for `HELD` bytes of packed weight
 
 import errno
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from qcompile.passes.threads import workers
 _log = logging.getLogger(__name__)
 
 # The libraries; two spills of what goes from segment to segment.
-BASE, _SPILLS = 240e6, 64e6
+BASE, _SPILLS = 200e6, 64e6
 # What a thread works on at once: a chunk of columns (rounding.py), and the arrays that its rounding makes of it.
 _CHUNK, _ARRAYS = 1 << 23, 2
 # Of a session of a whole file, bytes held for each that it has; Gram matrices beside that of a channel's statistics.
@@ -40,10 +41,23 @@ _BLOCKS = 5
 _SAMPLE = 1024
 # What is held of an output while it is compared, in its own float32 numbers.
 _COMPARED = 8
+# Arrays of attention's scores that are held at once: of what a Softmax reads and gives; and while an integer product of
+# them is compared with its twin, of both, of their difference and of its squares.
+_SCORED, _TWINS = 2, 6
 # What passes make that shrinks weights.
 _COMPACT = {Fact.PACKED, Fact.INTEGER}
 # Bytes beyond which an estimate that is this much too large still says that there is too little.
 _SURE = 0.8
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A batch. rows: of its products. pairs: of positions within its texts, which attention scores; 0 where it has no
+    texts.
+    """
+
+    rows: int = 0
+    pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,12 +67,15 @@ class Load:
     rows: of the largest batch of calibration; 0 without statistics. checked: of all check batches together; where both
     are 0, nothing is run.
     threads: how many work side by side. total: rows of all batches of calibration; None: no matter how many.
+    largest, check: the batch of each kind that has most.
     """
 
     rows: int
     checked: int
     threads: int
     total: int | None = None
+    largest: Fed = Fed()
+    check: Fed = Fed()
 
 
 @dataclass(frozen=True)
@@ -133,19 +150,24 @@ def _others(
     model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load, *, judged: bool
 ) -> Iterator[tuple[str, Callable[[], Need]]]:
     """Options that take less memory, in words, the least change first."""
-    few, short = replace(load, threads=1), replace(load, rows=load.rows // 4, threads=1)
+    few = replace(load, threads=1)
+    quarter = Fed(load.largest.rows // 4, load.largest.pairs // 16)
+    short = replace(few, rows=load.rows // 4, largest=quarter)
     yield "--threads 1", lambda: foretold(model, passes, policy, few)
     if short.rows >= 2:
         yield f"--threads 1 --context {short.rows}", lambda: foretold(model, passes, policy, short)
+    unseen = replace(few, checked=0, check=Fed())
     if load.checked and not judged:
-        unseen = replace(few, checked=0)
         yield "--threads 1 --verify none", lambda: foretold(model, passes, policy, unseen)
     plain = [p for p in passes if not p.reads and p.ensures & _COMPACT]
     if plain and load.rows:
         words = f"--passes {','.join(p.name for p in plain)} --threads 1"
-        yield words, lambda: foretold(model, plain, policy, replace(few, rows=0))
+        yield words, lambda: foretold(model, plain, policy, replace(few, rows=0, largest=Fed()))
         if load.checked and not judged:
-            yield f"{words} --verify none", lambda: foretold(model, plain, policy, replace(few, rows=0, checked=0))
+            yield (
+                f"{words} --verify none",
+                lambda: foretold(model, plain, policy, replace(unseen, rows=0, largest=Fed())),
+            )
 
 
 def _fits(need: Need, free: float) -> bool:
@@ -171,7 +193,7 @@ def _segment(
     stored, largest = sum(sizes), max(sizes, default=0.0)
     elements = sum(_size(linear) for linear in weights.values())
     floats = 4.0 * elements
-    # Half precision is cast to float32 as a whole, and a table of it that is read turned is turned.
+    # Half precision is cast to float32 as a whole, and then let go of; a table that is read turned is turned, too.
     halves = [own for own in weights.values() if constant(own.weight).nbytes < 4 * _size(own)]
     cast = sum(4.0 * _size(own) * (1 + own.transposed) for own in halves)
     # Codes of 8 bits are decoded to float32 before the product; of others ONNX Runtime makes its own copy.
@@ -187,24 +209,38 @@ def _segment(
     statistics = load.rows > 0 and any(p.reads & {Reads.SCALES, Reads.STATISTICS} for p in passes)
     grams = sum(4.0 * k * k + 4.0 * _SAMPLE * k for k in seen.values()) if statistics else 0.0
     scaling = floats if statistics and len([p for p in passes if p.reads & {Reads.STATISTICS, Reads.SCALES}]) > 1 else 0
+    shown, checked = (max((_scores(node, own) for node in nodes), default=0.0) for own in (load.largest, load.check))
     if load.checked:
-        yield Need(stored + cast + load.checked * wide, stored, 0, "float outputs")
+        run = load.checked * wide + _SCORED * checked
+        mapped = stored - sum(constant(own.weight).nbytes for own in halves if not own.transposed)
+        yield Need(mapped + cast + run, mapped, 0, "float outputs")
     if load.rows:
-        carried = 2 * load.rows * wide
+        carried = 2 * load.rows * wide + _SCORED * shown
         yield Need(stored + floats + cast + _GRAMS * grams + carried, stored, 0, "statistics")
     factor = 4.0 * _GRAMS * max((k * k for k in seen.values()), default=0) if statistics else 0.0
     yield Need(largest + scaling + codes + packed + chunks + grams + factor, largest, 0, "passes")
     if not (load.rows or load.checked):
         return
     if any(Fact.INTEGER in p.ensures for p in passes):
-        yield Need(stored + 3 * floats + load.checked * wide, stored, 0, "float twins")
+        twins = load.checked * wide + _TWINS * checked
+        yield Need(stored + 3 * floats + twins, stored, 0, "float twins")
     else:
-        probed = scaling + codes + grams + 3 * load.checked * wide
+        probed = scaling + codes + grams + 3 * load.checked * wide + _SCORED * checked
         yield Need(probed + running, 0, 0, "packed products")
         read = float(sum(constant(weight).nbytes for weight in weights))
         compared = max((_size(own) for own in weights.values()), default=0)  # one weight after the other
         blocks = 4.0 * _BLOCKS * min(load.threads * ELEMENTS, compared)
         yield Need(probed + read + blocks, read, 0, "comparing packed products")
+
+
+def _scores(node: ir.Node, fed: Fed) -> float:
+    """Bytes of one array (texts, heads, T, T) of attention's scores, as a Softmax reads it; 0 for other nodes."""
+    shape = node.inputs[0].shape if node.op_type == "Softmax" and node.inputs[0] is not None else None
+    heads = shape[1] if shape is not None and len(shape) == 4 else 0
+    if shape is None or not isinstance(heads, int):
+        return 0.0
+    fixed = [size for size in shape[2:] if isinstance(size, int)]
+    return 4.0 * heads * (math.prod(fixed) * fed.rows if len(fixed) == 2 else fed.pairs)
 
 
 def _constants(nodes: Iterable[ir.Node]) -> list[ir.Value]:
@@ -249,11 +285,19 @@ def _width(value: ir.Value) -> int:
     return last if isinstance(last, int) else 0
 
 
-def positions(plan: InputPlan, batch: Batch) -> int:
-    """Rows of the products of a batch: of ids in arrays their number, where `batch.rows` are the texts."""
-    return batch.rows if plan.ids is None else max(batch.rows, batch.feeds[plan.ids.name].size)
+def fed(plan: InputPlan, batch: Batch) -> Fed:
+    """Of ids in arrays rows are their number, where `batch.rows` are the texts."""
+    if plan.ids is None:
+        return Fed(batch.rows)
+    ids = batch.feeds[plan.ids.name]
+    return Fed(max(batch.rows, ids.size), ids.size * ids.shape[-1])
 
 
-def load_of(rows: Sequence[int], checked: Sequence[int]) -> Load:
-    """rows, checked: `positions` of each batch of calibration, and of each check batch."""
-    return Load(max(rows, default=0), sum(checked), workers(), sum(rows))
+def load_of(calibration: Sequence[Fed], checked: Sequence[Fed]) -> Load:
+    """Of all batches of calibration, and of all check batches."""
+    rows = [own.rows for own in calibration]
+    most = (
+        Fed(max((f.rows for f in own), default=0), max((f.pairs for f in own), default=0))
+        for own in (calibration, checked)
+    )
+    return Load(max(rows, default=0), sum(own.rows for own in checked), workers(), sum(rows), *most)

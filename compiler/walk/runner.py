@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from qcompile.compiler.data.feeds import Batch, InputPlan, PastPair
 from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.facts.memory import give_back
 from qcompile.compiler.files.disk_arrays import BUDGET, Spill
 from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.measure.randomness import draws
@@ -193,6 +194,7 @@ class Runner:
             for found in self._run(piece, segment, source):
                 each(found)
                 results.append(found)
+            give_back()
             return results
         after = beside.behind(segment)
         for number, found in enumerate(self._run(piece, segment, beside.joined(source))):
@@ -201,6 +203,7 @@ class Runner:
                 results.append(found)
             else:
                 after.append(found)
+        give_back()
         beside.stream.quantized = _kept(segment, {**beside.stream.quantized, **after.carried})
         return results
 

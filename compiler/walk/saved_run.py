@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompile.compiler.data.feeds import Batch, InputPlan
 from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.facts.memory import give_back
 from qcompile.compiler.files.disk_arrays import Spill
 from qcompile.compiler.measure import randomness
 from qcompile.compiler.measure.phases import phase
@@ -50,7 +51,9 @@ def run_saved(
     if not whole:
         check_opens(path)
     run = run_file if whole else by_segments
-    return run(path, plan, batches, provider, optimize, floats=floats, more=more, each=each)
+    results = run(path, plan, batches, provider, optimize, floats=floats, more=more, each=each)
+    give_back()
+    return results
 
 
 @phase("read the saved file")

@@ -10,6 +10,7 @@ from qcompile.compiler.console.progress import Progress
 from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.inputs import InputPlan
 from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.facts.memory import give_back
 from qcompile.compiler.files.disk_arrays import Spill
 from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.measure.predictions import predictions
@@ -286,6 +287,7 @@ class Job:
         with phase("probes"):
             after = runner.outputs(segment, checks, original=False, prepare=products.add, each=products.take)
             self.report.nodes += products.errors()
+        give_back()
         checks.original = went_on(segment, checks.original, before)
         checks.quantized = went_on(segment, checks.quantized, after)
         own = {str(value.name) for value in self.model.graph.outputs}

@@ -20,6 +20,8 @@ DOMAIN = "qcompile"
 VERSION = 1
 # Attribute of the products that have native kernels: bits that these give each activation, 16 or 8.
 ACTIVATION_BITS = "activation_bits"
+# Pairs of 4-bit codes that are joined at once, in a core's own cache.
+_PAIRS = 1 << 16
 # Of those at 16: ranges of columns, begins and ends, that take activations at 8. Declared where a node has some.
 COLUMNS_AT_8 = "columns_at_8"
 # What operators do: how their names begin. The format's own word follows.
@@ -224,9 +226,11 @@ def pack_nibbles(codes: Codes) -> npt.NDArray[np.uint8]:
     flat = np.ascontiguousarray(codes).reshape(-1).astype(np.uint8, copy=False)
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
-    pairs = flat.view("<u2")  # the first code in the low byte
-    joined = (pairs & np.uint16(15)) | ((pairs >> np.uint16(4)) & np.uint16(240))
-    return joined.astype(np.uint8)
+    pairs, packed = flat.view("<u2"), np.empty(flat.size // 2, np.uint8)  # the first code in the low byte
+    for start in range(0, pairs.size, _PAIRS):
+        two = pairs[start : start + _PAIRS]
+        packed[start : start + _PAIRS] = (two & np.uint16(15)) | ((two >> np.uint16(4)) & np.uint16(240))
+    return packed
 
 
 def coded(codes: Codes, dtype: ir.DataType) -> ir.TensorProtocol:

@@ -1,12 +1,15 @@
 """compiler/walk/needs.py: what a compile takes is told before the work, and refused where it is not there."""
 
+import itertools
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qcompile.compiler import Recipe, parse_passes
@@ -18,7 +21,7 @@ from qcompile.compiler.files.work import Work
 from qcompile.compiler.settings.steps import parse_step
 from qcompile.compiler.stages import prepare_model
 from qcompile.compiler.walk import needs
-from qcompile.compiler.walk.needs import BASE, Load, Need, foretold, positions
+from qcompile.compiler.walk.needs import BASE, Fed, Load, Need, fed, foretold
 from qcompile.compiler.walk.walk import Job
 from qcompile.models.tiny import tiny_classifier, tiny_decoder
 from qcompile.passes import policy
@@ -85,10 +88,32 @@ def test_rows_of_arrays_with_ids_are_tokens(bench: Any) -> None:
     plan = prepare_model(bench.save(tiny_decoder()), Recipe(), Silent(), dry=True).plan
     assert plan.ids is not None
     ids = np.ones((3, 40), np.int64)
-    assert positions(plan, Batch({plan.ids.name: ids}, len(ids))) == ids.size
-    assert positions(plan, Batch(lambda: {plan.ids.name: ids}, len(ids))) == ids.size
+    assert fed(plan, Batch({plan.ids.name: ids}, len(ids))) == Fed(ids.size, 3 * 40 * 40)
+    assert fed(plan, Batch(lambda: {plan.ids.name: ids}, len(ids))) == Fed(ids.size, 3 * 40 * 40)
     images = prepare_model(bench.save(tiny_classifier()), Recipe(passes=parse_passes("qdq")), Silent(), dry=True).plan
-    assert positions(images, Batch({}, 5)) == 5
+    assert fed(images, Batch({}, 5)) == Fed(5)
+
+
+@pytest.mark.parametrize(("passes", "calibrated", "arrays"), [("smooth,qdq", False, 6), ("gptq,pack", True, 2)])
+def test_scores_of_attention_are_counted(tmp_path: Path, passes: str, calibrated: bool, arrays: int) -> None:
+    """(texts, heads, T, T) in a batch: the more the longer texts are, of as many tokens."""
+    rows, heads = 1 << 14, 4
+    load = Load(rows * calibrated, 96 if calibrated else rows, 2)
+    needs_of = [
+        _need(tmp_path, passes, replace(load, **{"largest" if calibrated else "check": Fed(rows, rows * length)}))
+        for length in (256, 512, 1024)
+    ]
+    more = [b.memory - a.memory for a, b in itertools.pairwise(needs_of)]
+    assert more == [arrays * 4 * heads * rows * length for length in (256, 512)]
+
+
+def test_scores_of_images_are_of_their_patches() -> None:
+    """Where the graph fixes how many there are, a batch has that many for each of its rows."""
+    scores = ir.Value(name="scores", shape=ir.Shape(["batch", 12, 197, 197]))
+    node = ir.Node("", "Softmax", [scores])
+    assert needs._scores(node, Fed(8)) == 4 * 8 * 12 * 197 * 197
+    assert needs._scores(ir.Node("", "Relu", [scores]), Fed(8)) == 0
+    assert needs._scores(ir.Node("", "Softmax", [ir.Value(name="x")]), Fed(8, 64)) == 0
 
 
 def test_little_data_is_spilled_little(tmp_path: Path) -> None:
@@ -198,6 +223,10 @@ print(report.peak_memory)
         ({"layers": 2, "hidden": 2048, "heads": 32, "kv_heads": 8, "ffn": 8192, "vocab": 8192}, "fp32"),
         ({"layers": 2, "hidden": 2048, "heads": 32, "kv_heads": 8, "ffn": 8192, "vocab": 8192}, "fp16"),
         ({"layers": 1, "hidden": 1024, "heads": 8, "kv_heads": 2, "ffn": 1024, "vocab": 65536}, "fp32"),
+        ({"layers": 3, "hidden": 512, "heads": 8, "kv_heads": 8, "ffn": 1408, "vocab": 32768}, "fp32"),
+        ({"layers": 2, "hidden": 1536, "heads": 12, "kv_heads": 2, "ffn": 8960, "vocab": 16384}, "fp16"),
+        ({"layers": 6, "hidden": 768, "heads": 12, "kv_heads": 12, "ffn": 3072, "vocab": 4096}, "fp32"),
+        ({"layers": 1, "hidden": 3072, "heads": 24, "kv_heads": 8, "ffn": 8192, "vocab": 4096}, "fp16"),
     ],
 )
 def test_peaks_are_as_foretold(tmp_path: Path, shape: dict[str, Any], dtype: Any) -> None:
