@@ -45,6 +45,7 @@ from qcompile.compiler.walk.verify import check_outputs, check_reloaded, silent
 from qcompile.compiler.walk.verify_saved import check_saved
 from qcompile.passes.activations import INT8
 from qcompile.passes.contract import Fact
+from qcompile.passes.errors import UserError
 from qcompile.passes.formats.half_scales import HALF_SCALES, halve
 from qcompile.passes.formats.lower import lower
 from qcompile.passes.targets import TARGETS
@@ -64,6 +65,7 @@ def compile_model(
     verify: str = AUTO,
     fresh: bool = False,
     asked: tuple[Path, Path] | None = None,
+    told: str = "",
 ) -> Report:
     """Compile the model file to `output` (with its data file and report.json beside it); everything or nothing.
 
@@ -76,10 +78,14 @@ def compile_model(
     verify: how much is verified, see `walk/level.py`.
     fresh: begin anew, where the same compile was interrupted and would go on behind its last checkpoint.
     asked: the folders that the user named, where the model is of one: commands in the report say these.
+    told: what was chosen in the recipe, in words; a budget must be spent by then (`api.spending`).
 
     Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
     """
     (recipe, changed), progress = fitted(recipe or Recipe()), progress or Silent()
+    changed = (*filter(None, [told]), *changed)
+    if recipe.budget is not None:
+        raise UserError("a budget is spent by `qcompile MODEL.onnx` and qcompile.compile alone")
     source = Path(model)
     check_model_file(source)
     target = default_output(source, recipe) if output is None else Path(output)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+from qcompile.compiler.settings.amount import Amount
 from qcompile.compiler.settings.setting import About, settings, shown
 from qcompile.compiler.settings.steps import Step, parse_named, parse_passes, parse_step, split_list
 from qcompile.passes import lists
@@ -287,12 +288,24 @@ class Recipe:
         About("the same for other models: signal to noise of their outputs", MIXED, metavar="DB", positive=True),
     ] = None
 
+    budget: Annotated[
+        str | None,
+        About(
+            "choose a format for every weight by what it changes, within the size of the output (80MB) or bits a "
+            "weight with scales (3.6bpw), of packed weights; what --weights-of names stays as it says",
+            MIXED,
+            metavar="SIZE",
+        ),
+    ] = None
+
     def __post_init__(self) -> None:
         for name, own in SETTINGS.items():
             object.__setattr__(self, name, own.of_text(getattr(self, name)))
             own.check(getattr(self, name))
         if self.weights is not None and (self.bits != SETTINGS["bits"].default or self.symmetric):
             raise UserError(f"weights: {self.weights} says all of bits and symmetric: leave these out")
+        if self.budget is not None:
+            Amount.parse(self.budget)
         if twice := [text for i, text in enumerate(self.named) if text[0] in dict(self.named[:i])]:
             raise UserError(f"weights_of: {twice[0][0]!r} is there twice")
         if self.activations == 8 and self.target != "qcompile":

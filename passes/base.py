@@ -110,6 +110,7 @@ class Pass(ABC):
     observer: by which ranges of activations are chosen, in a pass that reads them.
     dry: it is asked what it would do alone: codes and scales may be blank, and it takes no ranges; for the sizes.
     decided: what data decides of it that changes a graph's nodes, in words; dry runs tell it.
+    turns: whether it rotates inputs of products, and their weights as much.
     parts: the small passes that it is a list of, in their order, each with a line on what it does.
     """
 
@@ -126,6 +127,7 @@ class Pass(ABC):
     observer: str = ""
     dry: bool = False
     decided: ClassVar[str] = ""
+    turns: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self) -> None:

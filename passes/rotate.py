@@ -60,6 +60,7 @@ class Rotate(Pass):
 
     name: ClassVar[str] = "rotate"
     decided: ClassVar[str] = "which inputs rotate turns"
+    turns: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -36,3 +36,4 @@ class Fields(TypedDict, total=False):
     keep_share: float | None
     max_kl: float | None
     min_sqnr: float | None
+    budget: str | None

@@ -15,6 +15,7 @@ from qcompile.compiler.api.models import Model, PathLike, is_file, on_disk
 from qcompile.compiler.api.recipes import Passes, recipe_of
 from qcompile.compiler.api.rehearsal import Rehearsal, rehearse
 from qcompile.compiler.api.sensitivity import rank_nodes
+from qcompile.compiler.api.spending import spent
 from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.console.terminal import Bar
 from qcompile.compiler.files.folders import is_checkpoint, model_file
@@ -89,11 +90,13 @@ def compile(
     warn(wanted, given, fields)
     other = data_of(evaluation, transform=transform if judged else None) if evaluation is not None else None
     with _graph(model, output, wanted, progress) as (path, target, asked, bar):
+        chosen = spent(path, wanted, given, bar)
         return compile_model(
             path,
-            wanted,
+            chosen.recipe,
+            told=chosen.told,
             output=target,
-            calibration=given,
+            calibration=chosen.calibration,
             statistics=Path(statistics) if statistics is not None else None,
             evaluation=other,
             bench=bench,

@@ -9,6 +9,7 @@ from typing import Any
 
 from qcompile.compiler.api.evaluation import EvaluationSet, evaluate_models
 from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, within
+from qcompile.compiler.api.spending import spent
 from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.declared.compile import Options
 from qcompile.compiler.commands.dry_run import print_plan
@@ -138,11 +139,13 @@ def _compiled(args: Options, recipe: Recipe, output: Path, asked: tuple[Path, Pa
             with writing(saved):
                 save_recipe(recipe, staged)
         with Bar() as bar:
+            chosen = spent(args.model, recipe, calibration_of(args), bar)
             report = compile_model(
                 args.model,
-                recipe,
+                chosen.recipe,
+                told=chosen.told,
                 output=output,
-                calibration=calibration_of(args),
+                calibration=chosen.calibration,
                 progress=bar,
                 statistics=args.statistics,
                 evaluation=_evaluation(args),

@@ -53,7 +53,7 @@ class Mixture:
         self.model, self.late, self.provider = model, late, provider
         self.batches, self.windows = check_windows(plan, data)
         self.sites, full = sites(late, model), chosen(late, model, {})
-        _check_memory(model, sum(batch.rows for batch in self.batches) * (plan.vocabulary or 0))
+        check_memory(model, sum(batch.rows for batch in self.batches) * (plan.vocabulary or 0))
         self.effect: Effect = effect_of(plan, float_outputs(source, plan, self.batches, provider))
         self.held, self.held_on = held_windows(plan, data)
         self.held_effect = effect_of(plan, float_outputs(source, plan, self.held, provider)) if self.held else None
@@ -172,7 +172,7 @@ def stored_bytes(model: ir.Model) -> int:
     return sum(sizes.values())
 
 
-def _check_memory(model: ir.Model, scores: int) -> None:
+def check_memory(model: ir.Model, scores: int) -> None:
     """Raise UserError where memory will not do; `scores`: numbers in the logits of all batches.
 
     Float weights lie in it twice, since ONNX Runtime packs its own copy, int8 ones the same, and a copy of what is tied

@@ -1,0 +1,165 @@
+"""--budget: a model within it, whose formats follow from what each weight changes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import qcompile
+from qcompile.compiler.console.progress import Silent
+from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.plan import make_policy
+from qcompile.compiler.recipe import Recipe, parse_passes
+from qcompile.compiler.results.report import Report
+from qcompile.compiler.stages import gather_data, prepare_model
+from qcompile.compiler.sweep.budget.effects import PROBE, errors, measured, probed
+from qcompile.compiler.sweep.budget.units import find_units, joined
+from qcompile.models.tiny import tiny_decoder
+from qcompile.passes.errors import UserError
+from qcompile.passes.linears import find_linears
+from qcompile.passes.rounding import round_to_nearest
+from qcompile.passes.spec import PerGroup, QuantSpec
+from qcompile.runtime.sessions import session
+
+VOCABULARY = 256
+
+
+def _feeds(count: int = 8, length: int = 32) -> list[dict[str, Any]]:
+    random = np.random.default_rng(0)
+    return [{"input_ids": random.integers(0, VOCABULARY, (1, length))} for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "m.onnx"
+    ir.save(tiny_decoder(), path)
+    return path
+
+
+def _compiled(source: Path, folder: Path, budget: str, **fields: Any) -> Report:
+    return qcompile.compile(
+        source, fields.pop("passes", "pack"), output=folder / "o.onnx", calibration=_feeds(), budget=budget, **fields
+    )
+
+
+@pytest.mark.parametrize("budget", ["100kb", "120kb", "140kb"])
+def test_bytes_of_the_output_are_within_the_budget(source: Path, tmp_path: Path, budget: str) -> None:
+    """Of all its files that a session reads; and most of it is used."""
+    report = _compiled(source, tmp_path, budget)
+    size = sum((tmp_path / name).stat().st_size for name in report.files if ".report." not in name)
+    allowed = float(budget[:-2]) * 1e3
+    assert 0.9 * allowed < size <= allowed
+    assert report.target[0].startswith(f"budget {float(budget[:-2]) / 1e3:g} MB: ")
+
+
+@pytest.mark.parametrize("budget", ["4bpw", "5.5bpw"])
+def test_bits_a_weight_are_within_the_budget(source: Path, tmp_path: Path, budget: str) -> None:
+    report = _compiled(source, tmp_path, budget)
+    assert report.bits_per_weight is not None
+    assert float(budget[:-3]) - 0.5 < report.bits_per_weight <= float(budget[:-3])
+
+
+def test_weights_that_change_more_get_more_bits(tmp_path: Path) -> None:
+    """A product whose output hardly counts has the fewest bits, all others more."""
+    model = tiny_decoder(outliers=False)
+    quiet = {own.name: own for own in find_linears(model.graph)}["model.layers.1.mlp.down_proj"]
+    assert quiet.weight.const_value is not None
+    array = quiet.weight.const_value.numpy() * np.float32(1e-3)
+    quiet.weight.const_value = ir.tensor(array, name=quiet.weight.name)
+    ir.save(model, tmp_path / "m.onnx")
+    report = _compiled(tmp_path / "m.onnx", tmp_path, "4.6bpw")
+    formats = {own.node: own.format for own in report.decisions["pack"]}
+    assert formats["model.layers.1.mlp.down_proj"] == "int3"
+    assert sum(own in ("int4", "int5", "int6", "int8") for own in formats.values()) > len(formats) // 2
+
+
+def test_products_of_one_input_stay_together(source: Path, tmp_path: Path) -> None:
+    """And a table that the head is tied to has the format of the head."""
+    formats = {own.node: own.format for own in _compiled(source, tmp_path, "4.2bpw").decisions["pack"]}
+    for layer in range(2):
+        q, k, v = (formats[f"model.layers.{layer}.self_attn.{name}_proj"] for name in "qkv")
+        assert q == k == v
+        assert formats[f"model.layers.{layer}.mlp.gate_proj"] == formats[f"model.layers.{layer}.mlp.up_proj"]
+    assert formats["lm_head"] == formats["model.embed_tokens"]
+
+
+def test_what_the_user_says_stays(source: Path, tmp_path: Path) -> None:
+    given = {"weights_of": ["*q_proj*=int8"], "exclude": ["*layers.1.mlp*"], "lm_head": "keep", "embedding": "keep"}
+    report = _compiled(source, tmp_path, "4.5bpw", min_coverage=0, **given)
+    formats = {own.node: own.format or own.action for own in report.decisions["pack"]}
+    assert {formats[f"model.layers.{layer}.self_attn.q_proj"] for layer in range(2)} == {"int8"}
+    assert {told for name, told in formats.items() if "layers.1.mlp" in name or name == "lm_head"} == {"kept"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budget": "2.1bpw"}, "budget 2.1 bits a weight is too small: with the smallest format of each weight it "),
+        ({"budget": "20kb"}, "budget 0.02 MB is too small: with the smallest format of each weight it takes 8"),
+        ({"budget": "4bpw", "passes": "smooth,qdq"}, "a budget is for the weights of pack"),
+        ({"budget": "4bpw", "exclude": ["*"], "min_coverage": 0}, "a budget has nothing to choose"),
+        ({"budget": "much"}, "cannot read budget 'much'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_told(source: Path, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _compiled(source, tmp_path, **fields)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_budget_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        _compiled(source, tmp_path / name, "105kb", passes="smooth,awq,gptq,pack")
+    a, b = ((tmp_path / name / "o.onnx").read_bytes() for name in ("a", "b"))
+    assert a == b
+
+
+def test_an_effect_is_that_of_the_unit_alone(source: Path) -> None:
+    """Against a model in which only its weights were rounded, run by itself."""
+    recipe = Recipe(parse_passes("smooth,qdq"), keep_worst=1)
+    prepared = prepare_model(source, recipe, Silent())
+    data = gather_data(prepared, Calibration(reader=_feeds()))
+    units = find_units(prepared.model, make_policy(Recipe(parse_passes("pack"))))
+    ranking = measured(prepared, data, units, Silent())
+    batch = (data.unseen or data.calibration)[0]
+    floats = session(source, kernels="portable").run(None, batch.feeds)[0]
+    for unit, found in list(zip(units, ranking.nodes, strict=True))[:3]:
+        model = ir.load(source)
+        weights = {own.name: own for own in find_linears(model.graph)}
+        for linear in unit.linears:
+            own = weights[linear.name]
+            rounded = round_to_nearest(own.read(), PROBE, None).dequantize()
+            own.weight.const_value = ir.tensor(np.ascontiguousarray(rounded), name=own.weight.name)
+        changed = session(ir.to_proto(model).SerializeToString(), kernels="portable").run(None, batch.feeds)[0]
+        assert not np.array_equal(changed, floats)
+        assert found.effect > ranking.all_float
+
+
+def test_the_probe_is_read_everywhere_and_the_model_is_left_as_it_was(source: Path) -> None:
+    model = ir.load(source)
+    before = {name: value.const_value for name, value in model.graph.initializers.items()}
+    units = find_units(model, make_policy(Recipe(parse_passes("pack"))))
+    clone = probed(model, units)
+    names = {name for unit in units for name in unit.names}
+    for node in clone.graph:
+        assert any(".probed." in str(v.name) for v in node.inputs if v is not None) == (node.name in names)
+    assert {name: value.const_value for name, value in model.graph.initializers.items()} == before
+
+
+def test_errors_fall_by_the_step_of_a_grid(source: Path) -> None:
+    units = find_units(ir.load(source), make_policy(Recipe(parse_passes("pack"))))
+    grids = [QuantSpec(bits, PerGroup(64)) for bits in (3, 4, 5, 6)]
+    for unit in units:
+        three, four, five, six = errors(unit, grids, rotated=False)
+        assert three == pytest.approx(1)
+        assert three / 6 < four * 1.2 < three
+        assert six < five < four
+
+
+def test_sets_are_joined_by_what_they_share() -> None:
+    assert joined([{1}, {2}, {1, 3}, {4}, {3, 2}]) == [[0, 1, 2, 4], [3]]
+    assert joined([]) == []
+    assert joined([{1}, {2}]) == [[0], [1]]
