@@ -102,6 +102,9 @@ class Rotate(Pass):
             for linear in linears:
                 detail: dict[str, Any] = {} if share is None else {"relative_loss": share}
                 self.decide(linear.name, "skipped" if reason else "rotated", reason or "in blocks", **detail)
+        read = {linear.activation for linear in find_linears(region.live_nodes())}
+        for value in inputs.keys() - read:  # their Gram matrices are of no more use, and may be large
+            region.statistics.pop(value, None)
 
     @property
     def _enough(self) -> float:
@@ -197,7 +200,7 @@ class Trial:
         activations: ActivationSpec | None = None,
     ) -> None:
         self.rotation, self.statistics, self.activations = rotation, statistics, activations
-        self.known = statistics is not None and not too_few(statistics) and statistics.split() is not None
+        self.known = statistics is not None and not too_few(statistics) and statistics.divisible
         self.rounding: Rounding = rounding if self.known else round_to_nearest
 
     def left(self, sampled: list[tuple[Array, Grid]]) -> float:

@@ -120,12 +120,17 @@ class Statistics:
             left[pivot] = 0.0
         return len(factors)
 
+    @property
+    def divisible(self) -> bool:
+        """Whether `split` holds rows aside."""
+        return self.sample is not None and len(self.sample) >= 2
+
     def split(self) -> "tuple[Statistics, Array] | None":
         """(statistics of all rows but some, those rows held aside (h, K)); None where fewer than two are known.
 
         What is fitted to the first is judged on the second: `aside` says which they are.
         """
-        if self.sample is None or len(self.sample) < 2:
+        if self.sample is None or not self.divisible:
             return None
         aside = self.aside
         held, kept = self.sample[aside], self.sample[~aside]

@@ -139,6 +139,7 @@ def test_statistics_follow() -> None:
     (linear,) = find_linears(region.live_nodes())
     rows = opened_rows(model, linear.activation, x.reshape(-1, 128))
     np.testing.assert_allclose(region.statistics[linear.activation].gram, rows.T @ rows, rtol=0, atol=1e-2)
+    assert list(region.statistics) == [linear.activation], "a Gram matrix that nobody reads any more is held"
 
 
 def test_who_else_reads_a_weight_is_a_reason() -> None:
