@@ -14,7 +14,7 @@ from qcompile.passes.base import Pass, Region
 from qcompile.passes.contract import Fact, Reads
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.columns import coded
-from qcompile.passes.held import NOT_CONFIRMED, too_few
+from qcompile.passes.held import NOT_CONFIRMED, row_weights, too_few
 from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import (
@@ -38,6 +38,8 @@ _RUN, _BLOCK = 32, 128
 _CHANNELS, _ROWS = 32, 8
 # The damping of endless data, and what is added by K / rows.
 _LEAST_DAMPING, _SHARE = 0.01, 0.5
+# Dampings among which rows held aside choose, as multiples of `default_damping`, and columns that they judge by.
+_DAMPINGS, _TRIED = (0.3, 1.0, 3.0), 256
 # Columns that tell the error of a weight.
 _TOLD = 512
 # Why codes of a linear would not be stored; empty where they would.
@@ -93,6 +95,30 @@ def default_damping(k: int, rows: int) -> float:
     return _LEAST_DAMPING + _SHARE * k / max(rows, 1)
 
 
+def damped_by_rows(
+    rounding: ErrorCompensated, wanted: "Beside", spec: Grid, statistics: Statistics
+) -> ErrorCompensated:
+    """The rounding with the damping of `_DAMPINGS` whose codes have the least error on rows held aside, fitted to the
+    others; as it is where too few rows are known. Some of the columns tell, without the slow refinements; rows of
+    extreme norm count as others do.
+    """
+    parts = statistics.split()
+    if parts is None or too_few(statistics):
+        return rounding
+    rest, held = parts
+    step, count = max(1, wanted.shape[1] // _TRIED), row_weights(held, statistics)
+    w = np.concatenate([own[:, ::step] for own in wanted.weights], axis=1, dtype=np.float32)
+
+    def loss(factor: float) -> float:
+        tried = replace(rounding, damping=factor * default_damping(len(w), rest.rows), sweeps=0, refit=False)
+        errors = held @ (tried(w, spec, rest).dequantize() - w)
+        return float(count @ np.square(errors).sum(axis=1))
+
+    losses = [loss(factor) for factor in _DAMPINGS]
+    best = _DAMPINGS[int(np.argmin(losses))]
+    return replace(rounding, damping=best * default_damping(len(w), statistics.rows))
+
+
 def round_by_rows(w: Weight, spec: Grid, statistics: Statistics | None) -> Quantized:
     """How `pack` rounds what `gptq` has not: the parameters of groups by the rows, codes to the nearest.
 
@@ -120,6 +146,8 @@ class Gptq(Pass):
     """Choose codes by error-compensated rounding on the Gram matrix (act-order, static groups, refit scales).
 
     Where the pass behind would not store them (`refuses_codes`), none are chosen.
+    damping: auto, by channels and rows (`default_damping`); held, a third, once or three times that, as rows held aside
+    say; or a number.
     """
 
     name: ClassVar[str] = "gptq"
@@ -131,17 +159,19 @@ class Gptq(Pass):
         policy: Policy,
         refused: Refused | None = None,
         *,
-        damping: float | Literal["auto"] = "auto",
+        damping: float | Literal["auto", "held"] = "auto",
         sweeps: int = 3,
         refit: bool = True,
     ) -> None:
         super().__init__()
-        if damping != "auto" and not 0 <= damping <= _MOST_DAMPING:
-            raise UserError(f"gptq: damping must be 'auto' or a number from 0 to {_MOST_DAMPING}, got {damping}")
+        if not isinstance(damping, str) and not 0 <= damping <= _MOST_DAMPING:
+            known = f"'auto', 'held' or a number from 0 to {_MOST_DAMPING}"
+            raise UserError(f"gptq: damping must be {known}, got {damping}")
         if not 0 <= sweeps <= _MOST_SWEEPS:
             raise UserError(f"gptq: sweeps must be 0 to {_MOST_SWEEPS}, got {sweeps}")
         self.policy, self.refused = policy, refused or (lambda linear: "")
-        self.rounding = ErrorCompensated(None if damping == "auto" else damping, sweeps, refit)
+        self.rounding = ErrorCompensated(None if isinstance(damping, str) else damping, sweeps, refit)
+        self.by_rows = damping == "held"
 
     @property
     def rounds_by(self) -> Rounding:
@@ -181,7 +211,7 @@ class Gptq(Pass):
             round_together,
             groups,
             load=lambda own: (Beside.of(own[1]), own[0][1], region.statistics[own[1][0].activation]),
-            given=(self.rounding,),
+            given=(self.rounding, self.by_rows),
             channels=lambda own: own[1][0].shape[0],
         )
         for (_, linears), found in zip(groups, rounded, strict=True):
@@ -196,9 +226,14 @@ class Gptq(Pass):
 
 
 def round_together(
-    rounding: Rounding, wanted: "Beside", spec: Grid, statistics: Statistics
+    rounding: ErrorCompensated, by_rows: bool, wanted: "Beside", spec: Grid, statistics: Statistics
 ) -> list[tuple[Quantized, float]] | str:
-    """The codes of each of several weights that share an input, and their relative errors; or why there are none."""
+    """The codes of each of several weights that share an input, and their relative errors; or why there are none.
+
+    by_rows: rows held aside choose the damping.
+    """
+    if by_rows:
+        rounding = damped_by_rows(rounding, wanted, spec, statistics)
     others: list[Rounding] = [round_to_nearest]
     if not spec.fine:  # else `pack` and `qdq` do not clip
         others.append(round_with_clip)

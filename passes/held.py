@@ -13,6 +13,9 @@ _EACH = 4
 FEWEST_KNOWN = _EACH * FEWEST
 # Standard errors that a gain must exceed where there are fewer rows than channels.
 _DEVIATIONS = 2.0
+# Rows of more than so many times the median norm count as if they had that: a decoder's first token carries nearly all
+# of the output energy of some products, and what is best for it alone is not for the others.
+_LOUDEST = 4.0
 NOT_CONFIRMED = "rows held aside do not confirm a gain"
 
 
@@ -80,3 +83,13 @@ def alike(before: Array, after: Array, groups: Numbers | None) -> float:
     ratio = np.square(sums).sum() / np.square(residuals).sum()
     share = len(sums) / (len(sums) - 1) * (len(residuals) - 1) / len(residuals)
     return max(1.0, float(np.sqrt(share * ratio)))
+
+
+def row_weights(rows: Array, statistics: Statistics) -> Array:
+    """What the squared error of each of the rows (h, K) counts, (h,): those of extreme norm as if they had no more than
+    `_LOUDEST` times the median of the sample.
+    """
+    assert statistics.sample is not None
+    most = _LOUDEST * np.median(np.linalg.norm(statistics.sample, axis=1))
+    norms = np.maximum(np.linalg.norm(rows, axis=1), np.finfo(np.float32).tiny)
+    return np.asarray(np.square(np.minimum(1, most / norms)), np.float32)

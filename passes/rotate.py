@@ -15,7 +15,7 @@ from qcompile.passes.formats import functions
 from qcompile.passes.formats.base import DOMAIN
 from qcompile.passes.formats.hadamard import HADAMARD
 from qcompile.passes.graph import Names, add_initializer
-from qcompile.passes.held import confirmed, too_few
+from qcompile.passes.held import confirmed, row_weights, too_few
 from qcompile.passes.linears import Linear, constant, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.rotation import LEAST, MATRIX, Rotation
@@ -33,9 +33,6 @@ _SAMPLES = 96
 # noise where the kernel library has the node (120 of them take 2 % of a decoder's time); where its body runs, which is
 # three nodes, a twentieth.
 _WORTH_IT, _WORTH_A_BODY = 1 - MARGIN, 0.95
-# Rows of more than so many times the median norm count as if they had that: a decoder's first token carries nearly all
-# of the output energy of some products, and what is best for it alone is not for the others.
-_LOUDEST = 4.0
 # What a float16 activation may reach where it is turned: sums of a block are up to √64 times as large as the largest.
 # Half of the range is left to rows that were not seen.
 _HALF_MOST = 3e4
@@ -264,16 +261,6 @@ class _Side:
             return self.held
         step = np.float32(2 * self.limit / (self.grid.qmax - self.grid.qmin))
         return np.asarray(np.rint(self.held / step) * step, np.float32)
-
-
-def row_weights(rows: Array, statistics: Statistics) -> Array:
-    """What the squared error of each of the rows (h, K) counts, (h,): those of extreme norm as if they had no more than
-    `_LOUDEST` times the median of the sample.
-    """
-    assert statistics.sample is not None
-    most = _LOUDEST * np.median(np.linalg.norm(statistics.sample, axis=1))
-    norms = np.maximum(np.linalg.norm(rows, axis=1), np.finfo(np.float32).tiny)
-    return np.asarray(np.square(np.minimum(1, most / norms)), np.float32)
 
 
 def foreign(linears: list[Linear]) -> str:

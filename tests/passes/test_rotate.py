@@ -13,9 +13,10 @@ from opened import opened
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.base import Region
 from qcompile.passes.gptq import ErrorCompensated
+from qcompile.passes.held import row_weights
 from qcompile.passes.linears import find_linears
 from qcompile.passes.policy import Policy
-from qcompile.passes.rotate import Rotate, row_weights
+from qcompile.passes.rotate import Rotate
 from qcompile.passes.rotation import Rotation
 from qcompile.passes.rounding import round_to_nearest, round_with_clip
 from qcompile.passes.spec import ActivationSpec, PerGroup, QuantSpec
