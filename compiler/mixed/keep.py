@@ -21,7 +21,8 @@ from qcompile.passes.policy import Policy
 
 # The share of what keeping nodes in float gains that keeping them with int8 weights has to gain.
 _ENOUGH = 0.75
-# What fewer nodes than a share of the work allows may leave of the noise, in power, over what all of those leave: 1 dB.
+# What fewer nodes than a share of the work allows may leave of the noise, in power, over what all of those leave; and
+# what is to be gained, or none are kept: 1 dB.
 _NEARLY = 1.25
 
 
@@ -60,7 +61,7 @@ def keep(
             kept, but for noise: the bound holds with these and does not with one less.
     Case 3: keep_share: those first whose noise is largest for their work (`work_of`), as far as this share of the work
             and of the weights goes, and no more than are needed for nearly all that they gain. None, where the finished
-            graph is no better for them on batches held aside.
+            graph is not a decibel better for them, on batches held aside as well.
     Case 4: keep_as "weights": MatMuls that are kept have int8 weights all the same, for which ONNX Runtime's CPU
             provider has a kernel (MatMulNBits); it would decode the weight of a Conv in every run. "auto": so, unless
             floats gain clearly more, or they alone meet the bound.
@@ -138,8 +139,9 @@ def _cheapest(mixture: Mixture, ranking: Ranking, wish: Wish) -> _Tried:
     enough = _NEARLY * noise(len(nodes))
     count = smallest(lambda own: noise(own) <= enough, len(nodes))
     made = _tried(mixture, ranking, nodes[:count], wish)
-    gains = made.distance < plain.distance and (made.held is None or plain.held is None or made.held < plain.held)
-    return made if gains else plain
+    told = [(plain.distance, made.distance), (plain.held, made.held)]
+    gains = [_power(ranking, a) > _NEARLY * _power(ranking, b) for a, b in told if a is not None and b is not None]
+    return made if all(gains) else plain
 
 
 def _affordable(mixture: Mixture, ranking: Ranking, share: float) -> list[Ranked]:
