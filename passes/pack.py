@@ -174,7 +174,7 @@ class Pack(Pass):
             emit.replace_matmul(region.model, linear, spec, tensors)
             self._quantized(linear, spec, linear.shape[0], tensors, told)
             return
-        outlying, place = columns.outlying(region.model, linear), region.nodes.index(linear.node)  # Case 7
+        outlying, place = columns.outlying(region.model, linear, quantized), region.nodes.index(linear.node)  # Case 7
         emit.replace_matmul(region.model, linear, spec, tensors)
         made = columns.add(region.model, linear, outlying)
         self._quantized(linear, spec, linear.shape[0], tensors, told, columns, constant(outlying).nbytes)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.affine import Array
+from qcompile.passes.affine import Array, Quantized
 from qcompile.passes.formats.base import become
 from qcompile.passes.graph import add_initializer, insert_before
 from qcompile.passes.linears import Linear, constant
@@ -43,9 +43,12 @@ class Columns:
         w[self.channels] = 0
         return w
 
-    def outlying(self, model: ir.Model, linear: Linear) -> ir.Value:
-        """The rows (C, N) that stay, of the weight's own type."""
-        rows = np.ascontiguousarray(linear.read()[self.channels]).astype(constant(linear.weight).dtype.numpy())
+    def outlying(self, model: ir.Model, linear: Linear, quantized: Quantized | None = None) -> ir.Value:
+        """The rows (C, N) that stay, of the weight's own type, less what a code shared with another stands for."""
+        rows = np.ascontiguousarray(linear.read()[self.channels])
+        if quantized is not None and quantized.spec.rows_per_code > 1:
+            rows = rows - quantized.dequantize()[self.channels]
+        rows = rows.astype(constant(linear.weight).dtype.numpy())
         return add_initializer(model.graph, f"{linear.weight.name}.outliers", ir.tensor(rows))
 
     def extra_bits(self, linear: Linear) -> float:

@@ -260,7 +260,8 @@ def test_every_format_keeps_columns(bench, tmp_path, own, target, dtype) -> None
     assert {d.reason.endswith(", outliers in float") for d in split.decisions["pack"]} == {True}
     assert [node.node for node in split.nodes] == [node.node for node in plain.nodes]
     for a, b in zip(split.outputs, plain.outputs, strict=True):
-        assert a.relative < 0.35 * b.relative
+        # A code of two rows rounds loud ones at the cost of those beside them, which gains less from their absence.
+        assert a.relative < (0.35 if own.rows_per_code == 1 else 0.45) * b.relative
     assert split.coverage == 1.0
     bits = 32 if dtype == "fp32" else 16
     assert split.bits_per_weight == pytest.approx(plain.bits_per_weight + 2 * bits / K)
