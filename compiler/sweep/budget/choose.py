@@ -29,8 +29,8 @@ from qcompile.passes.table import PASSES
 FORMATS = ("int3(group=64)", "int4(group=64)", "int5(group=64)", "int6(group=64)", "int8(group=64)")
 # Tries to bring the foretold size within the budget: nodes join by their formats, which moves what is not weights.
 _TRIES = 5
-# The share of a budget of bytes that is left for what a rehearsal does not know.
-_RESERVE = 0.002
+# What a rehearsal of a file's size may be off by, which is left of a budget: a share, and bytes of small ones.
+_SHARE, _BYTES = 0.002, 16_000
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,14 @@ def choose(
         made = _within(options, (amount.bits or 0) / 8 * sum(unit.weights for unit in units), amount, units)
         return _chosen(recipe, amount, units, made)
     smallest = [min(own, key=lambda option: option.size) for own in options]
+    usable = amount.size - max(_SHARE * amount.size, _BYTES)
     rest = size_of(_with(recipe, units, smallest)) - sum(own.size for own in smallest)
     for _ in range(_TRIES):
-        made = _within(options, amount.size * (1 - _RESERVE) - rest, amount, units, rest)
+        made = _within(options, usable - rest, amount, units, rest)
         foretold = size_of(_with(recipe, units, made))
-        if foretold <= amount.size * (1 - _RESERVE):
+        if foretold <= usable:
             break
-        rest += foretold - amount.size * (1 - _RESERVE)
+        rest += foretold - usable
     return _chosen(recipe, amount, units, made)
 
 
@@ -137,7 +138,11 @@ def _within(
     if made is None:
         least = sum(min(option.size for option in own) for own in options)
         count = sum(unit.weights for unit in units)
-        told = f"{8 * least / count:.2f}bpw" if amount.size is None else megabytes(int((least + rest) / (1 - _RESERVE)))
+        told = (
+            f"{8 * least / count:.2f}bpw"
+            if amount.size is None
+            else megabytes(int(max((least + rest) / (1 - _SHARE), least + rest + _BYTES)))
+        )
         raise UserError(f"budget {amount} is too small: with the smallest format of each weight it takes {told}")
     return made
 

@@ -44,13 +44,13 @@ def _compiled(source: Path, folder: Path, budget: str, **fields: Any) -> Report:
     )
 
 
-@pytest.mark.parametrize("budget", ["100kb", "120kb", "140kb"])
+@pytest.mark.parametrize("budget", ["110kb", "120kb", "140kb"])
 def test_bytes_of_the_output_are_within_the_budget(source: Path, tmp_path: Path, budget: str) -> None:
-    """Of all its files that a session reads; and most of it is used."""
+    """Of all its files that a session reads; and all is used but for what a rehearsal does not know: 16 KB."""
     report = _compiled(source, tmp_path, budget)
     size = sum((tmp_path / name).stat().st_size for name in report.files if ".report." not in name)
     allowed = float(budget[:-2]) * 1e3
-    assert 0.9 * allowed < size <= allowed
+    assert allowed - 32e3 < size <= allowed
     assert report.target[0].startswith(f"budget {float(budget[:-2]) / 1e3:g} MB: ")
 
 
@@ -97,7 +97,7 @@ def test_what_the_user_says_stays(source: Path, tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"budget": "2.1bpw"}, "budget 2.1 bits a weight is too small: with the smallest format of each weight it "),
-        ({"budget": "20kb"}, "budget 0.02 MB is too small: with the smallest format of each weight it takes 8"),
+        ({"budget": "20kb"}, "budget 0.02 MB is too small: with the smallest format of each weight it takes 9"),
         ({"budget": "4bpw", "passes": "smooth,qdq"}, "a budget is for the weights of pack"),
         ({"budget": "4bpw", "exclude": ["*"], "min_coverage": 0}, "a budget has nothing to choose"),
         ({"budget": "much"}, "cannot read budget 'much'"),
@@ -112,7 +112,7 @@ def test_what_cannot_be_is_told(source: Path, tmp_path: Path, fields: dict[str, 
 def test_the_same_budget_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        _compiled(source, tmp_path / name, "105kb", passes="smooth,awq,gptq,pack")
+        _compiled(source, tmp_path / name, "115kb", passes="smooth,awq,gptq,pack")
     a, b = ((tmp_path / name / "o.onnx").read_bytes() for name in ("a", "b"))
     assert a == b
 
