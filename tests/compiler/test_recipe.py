@@ -27,7 +27,7 @@ from qcompile.compiler.settings.setting import Setting, table
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import FORMATS
 
-WORDS = st.from_regex(r"[A-Za-z_][\w-]{0,12}", fullmatch=True).filter(lambda w: w.isascii())
+WORDS = st.from_regex(r"[A-Za-z_][\w.-]{0,12}", fullmatch=True).filter(lambda w: w.isascii())
 # Words that read as numbers or truth values are not words any more.
 VALUES = st.one_of(
     st.booleans(),
