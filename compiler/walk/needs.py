@@ -30,13 +30,15 @@ from qcompile.passes.threads import workers
 _log = logging.getLogger(__name__)
 
 # The libraries; two spills of what goes from segment to segment.
-BASE, _SPILLS = 200e6, 64e6
+BASE, _SPILLS = 190e6, 64e6
 # What a thread works on at once: a chunk of columns (rounding.py), and the arrays that its rounding makes of it.
 _CHUNK, _ARRAYS = 1 << 23, 2
 # Of a session of a whole file, bytes held for each that it has; Gram matrices beside that of a channel's statistics.
 _LOADED, _GRAMS = 2.0, 3
 # Arrays of a block of columns that are held while it is compared: the float and the decoded weight, and on the way.
 _BLOCKS = 5
+# Copies of codes below 8 bits while a session is made of them.
+_COPIES = 5
 # Rows of the sample that statistics keep.
 _SAMPLE = 1024
 # What is held of an output while it is compared, in its own float32 numbers.
@@ -196,10 +198,11 @@ def _segment(
     # Half precision is cast to float32 as a whole, and then let go of; a table that is read turned is turned, too.
     halves = [own for own in weights.values() if constant(own.weight).nbytes < 4 * _size(own)]
     cast = sum(4.0 * _size(own) * (1 + own.transposed) for own in halves)
-    # Codes of 8 bits are decoded to float32 before the product; of others ONNX Runtime makes its own copy.
+    # Codes of 8 bits are decoded to float32 before the product. Others are in the graph that a session is made of, and
+    # in its bytes; ONNX Runtime has its own copy, makes one for MatMulNBits and one in the layout of its kernel.
     eight = [own for own in weights.values() if _bits(own, policy, vocabulary) == 8]
     packed = _packed(weights.values(), policy, vocabulary)
-    running = 2 * packed + sum(4.0 * _size(own) for own in eight) - 2 * _packed(eight, policy, vocabulary)
+    running = _COPIES * (packed - _packed(eight, policy, vocabulary)) + sum(4.0 * _size(own) for own in eight)
     seen = {linear.activation: linear.shape[0] for linear in linears}
     wide = float(sum(seen.values()) + sum(linear.shape[1] for linear in linears)) * 4
     deepest = max((linear.shape[0] for linear in linears), default=0)
