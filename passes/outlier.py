@@ -1,6 +1,7 @@
 """LLM.int8(): a few input channels stay in float, all others are codes (Dettmers et al. 2022), chosen beforehand."""
 
 from collections.abc import Iterable, Mapping, Set
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -154,7 +155,7 @@ class Outlier(Pass):
         if self.observer != OutputMse.name:
             return OBSERVERS[self.observer](name)
         importance = row_power(weights)[kept].astype(np.float32)
-        return OutputMse(name, importance=lambda: importance)
+        return OutputMse(name, importance=partial(np.asarray, importance))  # a checkpoint pickles it
 
     def _skip(self, linears: Iterable[Linear], reason: str) -> None:
         for linear in linears:

@@ -29,7 +29,7 @@ from qcompile.passes.linears import (
 )
 from qcompile.passes.policy import Policy, Unfit
 from qcompile.passes.qdq.weights import WeightGrid, WeightStore
-from qcompile.passes.ranges import Ranges, by_weight
+from qcompile.passes.ranges import ByWeight, Ranges
 from qcompile.passes.rounding import blank, round_to_nearest
 from qcompile.passes.spec import integers
 from qcompile.passes.state import Tensors, node_state, set_node, set_weight, weight_state
@@ -63,7 +63,7 @@ class Pack(Pass):
 
     def __init__(self, policy: Policy, *, target: TargetName | None = None, ranges: Ranges = "auto") -> None:
         super().__init__()
-        self.policy, self.target, self.by_weight = policy, target, by_weight(ranges)
+        self.policy, self.target, self.by_weight = policy, target, ByWeight(ranges)
 
     def call(self, region: Region) -> None:
         """Rewrite every quantizable node of the region in place; skip the others with a reason."""

@@ -8,12 +8,13 @@ Invariant: by that error no group is worse than rounded to nearest on its whole 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from qcompile.passes.affine import Array, Grid, QParams, Quantized, grouped
-from qcompile.passes.rounding import Rounding, Weight, by_blocks, round_to_nearest
+from qcompile.passes.rounding import Weight, by_blocks, round_to_nearest
 from qcompile.passes.statistics import Statistics
 
 # What a recipe can choose.
@@ -29,7 +30,8 @@ _FRACTIONS = 5
 _NORM, _PENALTY, _GROWTH, _ROUNDS = 0.7, 10.0, 1.01, 10
 
 
-def by_weight(ranges: Ranges) -> Rounding:
+@dataclass(frozen=True)
+class ByWeight:
     """The rounding of a weight by itself.
 
     nearest: on the whole range of each group. search: on the best of a few fractions of it (`fractions`). hqq: on what
@@ -37,15 +39,16 @@ def by_weight(ranges: Ranges) -> Rounding:
     `_COARSE` bits and fewer, else nearest. Fine grids gain nothing, and are rounded to nearest.
     """
 
-    def rounding(w: Weight, spec: Grid, statistics: Statistics | None) -> Quantized:
-        own = ranges
+    ranges: Ranges
+
+    def __call__(self, w: Weight, spec: Grid, statistics: Statistics | None) -> Quantized:
+        """The codes of w (K, N); no statistics are used."""
+        own = self.ranges
         if own == "auto":
             own = "nearest" if spec.affine is None or spec.bits > _COARSE else "search"
         if own == "nearest" or spec.fine:
             return round_to_nearest(w, spec, None)
         return by_blocks(lambda block: chosen(block, spec, _PROPOSALS[own]), w, spec)
-
-    return rounding
 
 
 def chosen(w: Array, spec: Grid, proposals: Proposals) -> QParams:

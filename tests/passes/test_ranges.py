@@ -16,7 +16,7 @@ from qcompile.passes.formats import named
 from qcompile.passes.linears import find_linears
 from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
-from qcompile.passes.ranges import Ranges, by_weight, half_quadratic
+from qcompile.passes.ranges import ByWeight, Ranges, half_quadratic
 from qcompile.passes.rounding import round_to_nearest
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 from qcompile.passes.state import weight_state
@@ -64,7 +64,7 @@ def test_no_group_is_worse_than_to_nearest(grid: Grid, k: int, n: int, own: Rang
         "outlier": np.where(np.arange(k)[:, None] == k - 1, 7, w / 100),
         "tiny": w * np.float32(1e-6),
     }[kind].astype(np.float32)
-    plain, found = (by_weight(other)(w, grid, None) for other in ("nearest", own))
+    plain, found = (ByWeight(other)(w, grid, None) for other in ("nearest", own))
     assert np.isfinite(found.dequantize()).all()
     assert not grid.positive or (found.qparams.scale > 0).all()
     size = (np.abs(w) ** 3).sum()
@@ -74,7 +74,7 @@ def test_no_group_is_worse_than_to_nearest(grid: Grid, k: int, n: int, own: Rang
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_each_gains_on_heavy_tails_and_the_best_is_the_better(bits: int) -> None:
     w, spec = _heavy(256, 64), QuantSpec(bits, PerGroup(64))
-    plain, search, hqq, best = (_errors(w, by_weight(own)(w, spec, None)) for own in ("nearest", *FITTED))
+    plain, search, hqq, best = (_errors(w, ByWeight(own)(w, spec, None)) for own in ("nearest", *FITTED))
     assert search.sum() < 0.96 * plain.sum()
     assert hqq.sum() < 0.96 * plain.sum()
     assert best.sum() <= 1.001 * np.minimum(search, hqq).sum()
@@ -97,9 +97,9 @@ def test_half_quadratic_optimization_finds_the_grid_beside_an_outlier() -> None:
 @pytest.mark.parametrize("own", FITTED)
 def test_blocks_worked_on_together_change_nothing(own: Ranges, monkeypatch: pytest.MonkeyPatch) -> None:
     w, spec = _heavy(100, 12), QuantSpec(3, PerGroup(16))
-    wanted = by_weight(own)(w, spec, None)
+    wanted = ByWeight(own)(w, spec, None)
     monkeypatch.setattr(rounding, "_BLOCK", 1)
-    found = by_weight(own)(w, spec, None)
+    found = ByWeight(own)(w, spec, None)
     np.testing.assert_array_equal(found.codes, wanted.codes)
     np.testing.assert_array_equal(found.qparams.scale, wanted.qparams.scale)
     np.testing.assert_array_equal(found.qparams.zero_point, wanted.qparams.zero_point)
@@ -108,13 +108,13 @@ def test_blocks_worked_on_together_change_nothing(own: Ranges, monkeypatch: pyte
 @pytest.mark.parametrize("own", get_args(Ranges))
 def test_fine_grids_are_rounded_to_nearest(own: Ranges) -> None:
     w, spec = _heavy(64, 8), QuantSpec(8, PerGroup(32))
-    np.testing.assert_array_equal(by_weight(own)(w, spec, None).codes, round_to_nearest(w, spec, None).codes)
+    np.testing.assert_array_equal(ByWeight(own)(w, spec, None).codes, round_to_nearest(w, spec, None).codes)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_integers_of_few_bits_are_searched_others_when_told(grid: Grid) -> None:
     w = _heavy(96, 8)
-    auto, plain, search = (by_weight(own)(w, grid, None).dequantize() for own in ("auto", "nearest", "search"))
+    auto, plain, search = (ByWeight(own)(w, grid, None).dequantize() for own in ("auto", "nearest", "search"))
     np.testing.assert_array_equal(auto, search if grid.bits < 4 else plain)
     assert not np.array_equal(plain, search)
 
@@ -124,7 +124,7 @@ def test_pack_rounds_by_what_the_recipe_says(own: Ranges) -> None:
     (step,) = parse_passes(f"pack(ranges={own})")
     model, spec = tiny_mlp(), QuantSpec(4, PerGroup(16))
     linear = find_linears(model.graph)[0]
-    wanted = by_weight(own)(linear.read(), spec, None)
+    wanted = ByWeight(own)(linear.read(), spec, None)
     weight = linear.weight
     Pack(Policy(spec, None, None), **step.parameters).call(Region(model, [linear.node]))
     ((found, _),) = weight_state(weight).packed.values()

@@ -34,7 +34,7 @@ from qcompile.passes.smooth import Smooth
 # By name of the model: the lists that are stopped behind every segment.
 LISTS = {
     "decoder": ("pack", lists.BEST, "smooth,awq,gptq,pack,fuse_attention,kv", "smooth,qdq"),
-    "encoder": ("outlier,pack", "smooth,qdq(observer=entropy)", "qdq,bias_correction"),
+    "encoder": ("outlier,pack", "smooth,outlier,qdq", "smooth,qdq(observer=entropy)", "qdq,bias_correction"),
     "convolutions": ("qdq,bias_correction",),
 }
 
