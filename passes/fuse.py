@@ -24,7 +24,7 @@ from qcompile.passes.formats.base import (
     operands,
 )
 from qcompile.passes.formats.block_scales import adds_offsets
-from qcompile.passes.formats.half_scales import joined_scales
+from qcompile.passes.formats.half_scales import form_of, joined_scales
 from qcompile.passes.gates import fuse_gates, gates, in_gate
 from qcompile.passes.graph import Names, add_initializer, take_over
 from qcompile.passes.linears import constant, dimensions
@@ -35,7 +35,8 @@ class Fuse(Pass):
 
     Case 1 (bias): a MatMulInt… whose only reader is an Add of a constant (N,) becomes a MatMulAddInt….
     Case 2 (inputs): products that read one value, of the same operator, group size, code type, scale type and kind of
-    zero points become one node whose weights are concatenated along N, and a Split into the outputs they had. Columns
+    zero points become one node whose weights are concatenated along N, and a Split into the outputs they had; `_kind`
+    says all that they must have in common, so that what is joined is stored as its parts were. Columns
     take activations at the bits that they had (COLUMNS_AT_8): kernels compute the same bit for bit, where what takes 8
     fills whole panels. A gate and what it gates stay apart from several others. Offsets of groups behind them
     (`block_scales`) become one node, too.
@@ -173,10 +174,13 @@ class Fuse(Pass):
 
 
 def _offsets(node: ir.Node) -> ir.Node | None:
-    """The node that adds offsets to a product, and alone reads it."""
-    readers = [use.node for use in node.outputs[0].uses()]
-    alone = len(readers) == 1 and not node.outputs[0].is_graph_output()
-    return readers[0] if alone and adds_offsets(readers[0]) else None
+    """The node that adds constant offsets to a product, by the product's own scales, and alone reads it."""
+    output, uses = node.outputs[0], list(node.outputs[0].uses())
+    if len(uses) != 1 or uses[0].idx != 0 or output.is_graph_output() or not adds_offsets(uses[0].node):
+        return None
+    after = uses[0].node
+    fixed = all(value is not None and value.const_value is not None for value in after.inputs[3:])
+    return after if fixed and after.inputs[2] is node.inputs[2] else None
 
 
 def _result(node: ir.Node) -> ir.Value:
@@ -248,16 +252,20 @@ def _columns_at_8(nodes: Sequence[ir.Node]) -> list[int]:
 
 
 def _kind(node: ir.Node) -> str:
-    """What products must have in common to be joined, as it is told."""
+    """What products must have in common to be joined, as it is told: all that their joined node has once, and the form
+    in which the file has scales and offsets.
+    """
     own = operands(node)
-    codes, scale = constant(own.codes).dtype.name.lower(), constant(own.scale).dtype.name.lower()
+    codes, scale = constant(own.codes).dtype.name.lower(), form_of(constant(own.scale))
     zeros = "with" if own.zero_point is not None else "without"
     block_size, form = node.attributes["block_size"].as_int(), format_of(node)
     told = [f", {name} {node.attributes.get_int(name, 0)}" for name in getattr(form, "apart", ())]
     text = f"{node.op_type} of {codes} in groups of {block_size}, {zeros} zero points, {scale} scales"
     if (after := _offsets(node)) is not None:
         sums = after.inputs[1]
-        told += [f", offsets {after.attributes.get_int('middle', 0)} by {sums.name if sums is not None else ''}"]
+        sizes = " and ".join(f"{constant(v).dtype.name.lower()} of {dimensions(v)[0]}" for v in after.inputs[3:] if v)
+        settings = ", ".join(f"{name} {after.attributes.get_int(name, 0)}" for name in ("groups", "middle"))
+        told += [f", {after.op_type} ({settings}; {sizes}) of {sums.name if sums is not None else ''}"]
     return "".join([text, *told])
 
 

@@ -137,12 +137,11 @@ class BlockScales(ir.LazyTensor):
         shape = ir.Shape((groups, int(scale.shape.numpy()[1])))
         super().__init__(self._read, dtype=ir.DataType.FLOAT, shape=shape, name=name)
 
-    def cut_alike(self, other: ir.TensorProtocol) -> bool:
-        """Whether others are of as many blocks and groups, and have factors of as many bits."""
-        if not isinstance(other, BlockScales):
-            return False
-        form = (self.bits, self.groups, self.middle, len(self.scale.numpy()))
-        return form == (other.bits, other.groups, other.middle, len(other.scale.numpy()))
+    @property
+    def form(self) -> str:
+        """What others must have alike to lie beside these."""
+        taken = f" less {self.middle}" if self.middle else ""
+        return f"block ({self.scale.shape.numpy()[0]} times {self.groups} of {self.bits} bits{taken})"
 
     def _read(self) -> ir.TensorProtocol:
         codes = unpack_fields(np.asarray(self.factors.numpy()), self.bits, self.groups)
@@ -152,16 +151,20 @@ class BlockScales(ir.LazyTensor):
 
 
 def joined_scales(tensors: Sequence[ir.TensorProtocol], name: str) -> ir.TensorProtocol | None:
-    """Block scales side by side, if all are such and cut alike."""
-    first, *others = tensors
-    if not isinstance(first, BlockScales) or not all(first.cut_alike(own) for own in others):
-        return None
+    """Block scales side by side, if all are such and of one form."""
     own = [tensor for tensor in tensors if isinstance(tensor, BlockScales)]
+    if len(own) < len(tensors) or len({tensor.form for tensor in own}) > 1:
+        return None
     scale, factors = (
         ir.tensor(np.concatenate([np.asarray(part.numpy()) for part in parts], axis=1))
         for parts in ([part.scale for part in own], [part.factors for part in own])
     )
-    return BlockScales(scale, factors, first.bits, first.groups, first.middle, name=name)
+    return BlockScales(scale, factors, own[0].bits, own[0].groups, own[0].middle, name=name)
+
+
+def form_of(scale: ir.TensorProtocol) -> str:
+    """The form of scales in a word: what side by side stays as small as it is apart."""
+    return scale.form if isinstance(scale, BlockScales) else scale.dtype.name.lower()
 
 
 def stored_as(tensor: ir.TensorProtocol) -> tuple[ir.TensorProtocol, ...]:
