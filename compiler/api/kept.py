@@ -68,6 +68,7 @@ class Keeper:
 
     def __init__(self, file: GGUFFile) -> None:
         self.file, self.weights = file, list[KeptWeight]()
+        self._unranked = set[ir.Value]()
 
     def save(self, model: ir.Model, path: Path) -> None:
         """Keep what can be kept of a float graph, in place, and write it to `path` and `path`.data."""
@@ -90,33 +91,37 @@ class Keeper:
         names, nodes, float_before = Names(model), list(model.graph), set(model.graph.initializers.values())
         lookups, linears = find_embeddings(nodes), find_linears(nodes)
         tables = {own.table for own in lookups}
-        made: dict[ir.Value, _Stored | None] = {}
+        self._unranked = {own.weight for own in linears if own.activation.shape is None}
+        made: dict[tuple[ir.Value, bool], _Stored | None] = {}  # whether its rows are those of the file
         sums: dict[tuple[ir.Value, int], ir.Value] = {}
         readers: list[Linear | Embedding] = [*lookups, *linears]
         for own in readers:
             weight = own.table if isinstance(own, Embedding) else own.weight
-            if weight not in made:
-                made[weight] = self._store(model, own, weight, table=weight in tables)
-            stored = made[weight]
+            turned = isinstance(own, Embedding) or own.transposed
+            if (weight, turned) not in made:
+                title = names.fresh(f"{weight.name}.columns") if (weight, not turned) in made else str(weight.name)
+                made[weight, turned] = self._store(model, weight, title, turned=turned, table=weight in tables)
+            stored = made[weight, turned]
             if stored is None:
                 continue
             if isinstance(own, Embedding):
                 _look_up(model, own, stored, names)
             else:
                 _multiply(model, own, stored, names, sums)
+        read = {weight for weight, _ in made}
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None or len(tensor.shape) < 2 or tensor.size < _LEAST or not tensor.dtype.is_floating_point():
                 continue
-            if value in float_before and value not in made:
+            if value in float_before and value not in read:
                 by = sorted({use.node.op_type for use in value.uses()})
                 self._leave(value, f"read by {', '.join(by)}, not a product or a lookup of rows")
 
     def _leave(self, weight: ir.Value, reason: str) -> None:
         self.weights.append(KeptWeight(str(weight.name), reason=reason))
 
-    def _store(self, model: ir.Model, reader: Linear | Embedding, weight: ir.Value, *, table: bool) -> _Stored | None:
-        turned = isinstance(reader, Embedding) or reader.transposed
+    def _store(self, model: ir.Model, weight: ir.Value, title: str, *, turned: bool, table: bool) -> _Stored | None:
+        """A weight as the file has it, under a title. turned: the file's rows are its rows, else its columns."""
         assert weight.const_value is not None
         rows = np.asarray(read(weight.const_value), np.float32)
         rows = rows if turned else rows.T
@@ -126,15 +131,18 @@ class Keeper:
             return None
         kind = KINDS[found.kind]
         blocks = unpack(kind, found.data)
+        if blocks.minimum is not None and weight in self._unranked:
+            self._leave(weight, f"the rank of its input is not known, whose sums the offsets of {found.kind} are times")
+            return None
         for centred in (True, False) if blocks.minimum is not None else (True,):
-            quantized, offsets = _decoded(kind, blocks, table=table, centred=centred)
+            quantized, offsets = _decoded(kind, blocks, table=table and turned, centred=centred)
             if _equal(quantized, offsets, rows):
                 break
         else:
             self._leave(weight, f"blocks of {found.kind} whose numbers are rounded otherwise")
             return None
         middle = (1 << (kind.bits - 1)) * centred
-        stored = _put(model, str(weight.name), kind, blocks, quantized, middle)
+        stored = _put(model, title, kind, blocks, quantized, middle)
         form = f"{quantized.spec}{', offsets' if stored.offsets else ''}"
         size = sum(_bytes(value) for value in (*stored.tensors.values(), *stored.offsets))
         self.weights.append(KeptWeight(str(weight.name), found.kind, form, size))
@@ -233,7 +241,7 @@ def _multiply(
         return
     key = (linear.activation, stored.groups)
     if key not in sums:
-        sums[key] = _sums(model, node, linear.activation, stored.groups, names)
+        sums[key] = _sums(model, linear, stored.groups, names)
     _add(model, node, [sums[key]], stored, names, rows=False)
 
 
@@ -252,11 +260,10 @@ def _become(model: ir.Model, node: ir.Node, role: str, stored: _Stored, inputs: 
     become(node, operator, inputs, own.attributes(spec, stored.tensors.block_size, k), domain=DOMAIN)
 
 
-def _sums(model: ir.Model, place: ir.Node, x: ir.Value, groups: int, names: Names) -> ir.Value:
-    """x (…, K) summed over the rows of each group: (…, G)."""
+def _sums(model: ir.Model, linear: Linear, groups: int, names: Names) -> ir.Value:
+    """The activation x (…, K), of known rank, summed over the rows of each group: (…, G)."""
+    place, x, k = linear.node, linear.activation, linear.shape[0]
     assert x.shape is not None
-    k = x.shape[-1]
-    assert isinstance(k, int)
     shape, title = [*[0] * (len(x.shape) - 1), groups, k // groups], f"{x.name}.sums"
     cut = _shared(model, f"qcompile.blocks.{'x'.join(map(str, shape))}", shape)
     title = names.fresh(title)

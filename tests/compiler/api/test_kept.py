@@ -19,6 +19,7 @@ from qcompile.compiler.report.inspection import inspect
 from qcompile.models.gguf_blocks import KINDS
 from qcompile.models.gguf_file import GGUFFile
 from qcompile.passes.base import Region
+from qcompile.passes.formats import functions
 from qcompile.passes.formats.half_scales import halve
 from qcompile.passes.formats.lower import lower
 from qcompile.passes.fuse import Fuse
@@ -47,6 +48,16 @@ def _graph(weights: dict[str, np.ndarray], table: np.ndarray | None = None) -> i
         outputs.append(helper.make_tensor_value_info("head.y", TensorProto.FLOAT, ["rows", len(table)]))
     graph = helper.make_graph(nodes, "g", inputs, outputs, constants)
     return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+
+
+def _multiply_by_the_table(model: ir.Model) -> None:
+    """x times a table (K, K) as it lies, as plain.y."""
+    x, table = model.graph.inputs[0], model.graph.initializers["table"]
+    plain = ir.node("MatMul", [x, table], name="plain")
+    made = plain.outputs[0]
+    made.name, made.type, made.shape = "plain.y", x.type, x.shape
+    model.graph.append(plain)
+    model.graph.outputs.append(made)
 
 
 def _kept(folder: Path, tensors: dict[str, tuple[str, np.ndarray]], model: ir.Model) -> Keeper:
@@ -137,20 +148,46 @@ def test_what_is_read_and_written_again_stays_as_it_is(tmp_path: Path, kind: str
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q3_K", "IQ4_XS"])
 def test_fused_it_computes_the_same_and_grows_by_nothing(tmp_path: Path, kind: str) -> None:
-    raws = {f"w{i}": blocks(kind, 128 + 64 * i, 2048, seed=i) for i in range(3)}
-    weights = {name: numbers(kind, raw) for name, raw in raws.items()}
-    _kept(tmp_path, {name: (kind, raw) for name, raw in raws.items()}, _graph(weights))
-    model = load_model(tmp_path / "model.onnx")
+    raws = {f"w{i}": (kind, blocks(kind, 128 + 64 * i, 2048, seed=i)) for i in range(3)}
+    model = _fused(tmp_path, raws)
+    counts = Counter(node.op_type for node in model.graph if node.domain == "qcompile")
+    assert all(count == 1 for count in counts.values())
+
+
+def _fused(folder: Path, tensors: dict[str, tuple[str, np.ndarray]]) -> ir.Model:
+    """Products of one input by the tensors of a file, fused, as fused.onnx: no larger, and of the very numbers."""
+    weights = {name: numbers(*own) for name, own in tensors.items()}
+    _kept(folder, tensors, _graph(weights))
+    model = load_model(folder / "model.onnx")
     Fuse().call(Region.whole(model))
     lower(model, "qcompile")
     halve(model)
-    written = save_model(model, tmp_path / "fused.onnx")
-    counts = Counter(node.op_type for node in model.graph if node.domain == "qcompile")
-    assert all(count == 1 for count in counts.values())
-    assert written.data_bytes < 1.001 * (tmp_path / "model.onnx.data").stat().st_size
-    found = _run(tmp_path / "fused.onnx", np.eye(2048, dtype=np.float32))
+    written = save_model(model, folder / "fused.onnx")
+    before = sum((folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert written.model_bytes + written.data_bytes < 1.001 * before
+    k = next(iter(weights.values())).shape[1]
+    found = _run(folder / "fused.onnx", np.eye(k, dtype=np.float32))
     for name, weight in weights.items():
         assert np.array_equal(found[f"{name}.y"].T, weight)
+    return model
+
+
+@pytest.mark.parametrize("spread", [2, 14])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_any_types_on_one_input_are_fused_with_their_own(tmp_path: Path, kind: str, spread: int) -> None:
+    """Each with each, twice: what is joined is of one type, and what cannot be is left apart, at no cost.
+
+    spread 14: some of a type are centred and others are not.
+    """
+    for other in KINDS:
+        if other < kind:
+            continue
+        kinds = [kind, other, kind, other] if other != kind else [kind] * 3
+        raws = {f"w{i}": (own, blocks(own, 64 + 16 * i, K, seed=i, spread=spread)) for i, own in enumerate(kinds)}
+        (tmp_path / other).mkdir()
+        model = _fused(tmp_path / other, raws)
+        products = [node for node in model.graph if functions.is_product(node)]
+        assert len(products) == len(set(kinds)) or spread == 14
 
 
 @pytest.mark.parametrize("target", ["qdq", "matmulnbits"])
@@ -191,6 +228,54 @@ def test_rows_are_found_wherever_they_went(tmp_path_factory, kinds: list[str], s
     found = _run(folder / "model.onnx", np.eye(256, dtype=np.float32))
     for name, weight in weights.items():
         assert np.array_equal(found[f"{name}.y"].T, weight)
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "Q4_K", "IQ4_NL"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_table_that_is_multiplied_as_it_is_too(tmp_path: Path, kind: str, whole: bool) -> None:
+    """Its columns are rows of the file only where that has them as well (`whole`); else that product stays in float."""
+    raw = blocks(kind, 256, 256)
+    table = numbers(kind, raw)
+    model = _graph({}, table)
+    _multiply_by_the_table(model)
+    tensors = {"a": (kind, raw)} | ({"b": ("F32", np.ascontiguousarray(table.T))} if whole else {})
+    keeper = _kept(tmp_path, tensors, model)
+    reason = "the file has it in F32" if whole else "no tensor of the file has its numbers: they were changed when"
+    assert [own.reason[: len(reason)] for own in keeper.weights] == ["", reason]
+    ids = np.arange(256).reshape(2, 128)
+    found = _run(tmp_path / "model.onnx", np.eye(256, dtype=np.float32), ids)
+    assert np.array_equal(found["plain.y"], table)
+    assert np.array_equal(found["head.y"].T, table)
+    assert np.array_equal(found["rows"].reshape(256, 256), table)
+
+
+def test_a_weight_kept_in_both_orientations(tmp_path: Path) -> None:
+    """A matrix of the file equal to its own columns: each reader has the numbers that it reads."""
+    raw = np.repeat(blocks("Q4_0", 1, 32), 32, axis=0)
+    scale, codes = raw[:, :2], np.full((32, 16), 0x99, np.uint8)
+    raw = np.concatenate([scale, codes], axis=1)
+    table = numbers("Q4_0", raw)
+    model = _graph({}, table)
+    _multiply_by_the_table(model)
+    keeper = _kept(tmp_path, {"a": ("Q4_0", raw)}, model)
+    assert [own.reason for own in keeper.weights] == ["", ""]
+    found = _run(tmp_path / "model.onnx", np.eye(32, dtype=np.float32), np.arange(32).reshape(2, 16))
+    assert np.array_equal(found["plain.y"], table)
+    assert np.array_equal(found["head.y"].T, table)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("Q4_0", True), ("Q4_1", False), ("Q6_K", True), ("Q2_K", False)])
+def test_offsets_need_the_rank_of_the_input(tmp_path: Path, kind: str, kept: bool) -> None:
+    raw = blocks(kind, 32, 256)
+    model = _graph({"w": numbers(kind, raw)})
+    model.graph.inputs[0].shape = None
+    write(tmp_path / "m.gguf", {"a": (kind, raw)})
+    keeper = Keeper(GGUFFile(tmp_path / "m.gguf"))
+    keeper.save(model, tmp_path / "model.onnx")
+    (told,) = keeper.weights
+    assert told.reason == (
+        "" if kept else f"the rank of its input is not known, whose sums the offsets of {kind} are times"
+    )
 
 
 def test_what_is_left_in_float_and_why(tmp_path: Path) -> None:
