@@ -4,7 +4,9 @@ The grid of a group is chosen among a few by Σ |w| (ŵ - w)²: a squared error 
 Plain squared errors, which are least where the largest weights are cut off, mislead: by them SmolLM2 at 3 bits becomes
 worse than by rounding to nearest (docs/architecture.md).
 
-Invariant: by that error no group is worse than rounded to nearest on its whole range, whatever it is chosen among.
+Invariant: by that error no group is worse than rounded to nearest on its whole range, whatever it is chosen among. Of
+grids whose codes stand for several rows (`pairs2` to `pairs4`) it would not hold: their nearest codes are of least plain
+error, and with another scale others, which can be worse by |w|. These have their own fit, always.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +38,8 @@ class ByWeight:
 
     nearest: on the whole range of each group. search: on the best of a few fractions of it (`fractions`). hqq: on what
     half-quadratic optimization finds (`half_quadratic`). best: on the better of both. auto: search for integers of
-    `_COARSE` bits and fewer, else nearest. Fine grids gain nothing, and are rounded to nearest.
+    `_COARSE` bits and fewer, else nearest. Fine grids gain nothing, and are rounded to nearest; so are those of codes
+    for several rows, whose own fit is a search already (`CodebookGrid.fit`).
     """
 
     ranges: Ranges
@@ -46,7 +49,7 @@ class ByWeight:
         own = self.ranges
         if own == "auto":
             own = "nearest" if spec.affine is None or spec.bits > _COARSE else "search"
-        if own == "nearest" or spec.fine:
+        if own == "nearest" or spec.fine or spec.rows_per_code > 1:
             return round_to_nearest(w, spec, None)
         return by_blocks(lambda block: chosen(block, spec, _PROPOSALS[own]), w, spec)
 
