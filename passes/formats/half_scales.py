@@ -183,10 +183,10 @@ def _only_scales(model: ir.Model, value: ir.Value) -> bool:
 
 
 def _reads_scales(node: ir.Node, position: int) -> bool:
-    """Whether an input of a node is scales; also of a lookup that a DequantizeLinear takes its scales from."""
+    """Whether an input of a node is scales; also of what looks up or repeats those of a DequantizeLinear."""
     if node.domain == DOMAIN:
         return position == _OWN and (by_operator(node.op_type) is not None or adds_offsets(node))
-    if (node.op_type, node.domain, position) == ("Gather", "", 0):
-        readers = list(node.outputs[0].uses())
-        return bool(readers) and all(_SLOTS.get((use.node.domain, use.node.op_type)) == use.idx for use in readers)
+    if node.op_type in ("Gather", "Expand") and (node.domain, position) == ("", 0):
+        readers = [use for use in node.outputs[0].uses() if use.node.op_type != "Shape"]
+        return bool(readers) and all(_reads_scales(*use) for use in readers)
     return _SLOTS.get((node.domain, node.op_type)) == position

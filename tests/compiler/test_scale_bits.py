@@ -18,6 +18,7 @@ from qcompile.compiler.recipe import Recipe, Step, parse_passes
 from qcompile.compiler.report.inspection import inspect
 from qcompile.models.tiny import tiny_decoder, tiny_tokenizer
 from qcompile.passes.errors import UserError
+from qcompile.passes.formats import BY_NAME, named
 from qcompile.passes.formats.half_scales import HALF_SCALES, halve, widen
 
 FLOAT16 = onnx.TensorProto.FLOAT16
@@ -64,6 +65,21 @@ def test_the_same_numbers_and_kernels_in_fewer_bytes(bench: Any, target: str, we
     tied = sum(size for name, size in half.items() if ".lookup" in name)  # stored once
     assert told[32].compiled_bytes - told[16].compiled_bytes > 0.9 * (sum(half.values()) - tied) - 300 * len(half)
     assert told[16].bits_per_weight < told[32].bits_per_weight - 0.3  # 16 / 32, but for small ones
+
+
+@pytest.mark.parametrize("scale_bits", [16, 32])
+@pytest.mark.parametrize("target", ["qcompile", "qdq", "matmulnbits"])
+@pytest.mark.parametrize("weights", list(BY_NAME))
+def test_the_report_counts_what_the_file_has(bench: Any, weights: str, target: str, scale_bits: int) -> None:
+    """Of products and lookups, whatever reads the scales: a body may look them up, or repeat them."""
+    if named(weights).refusal(target, named(weights).grid(target), 128):
+        return
+    group = {"group": 32} if weights in ("int4", "int8") else {}
+    form, source = Step(weights, group), bench.save(tiny_decoder(hidden=128, ffn=512, layers=1))
+    settings: dict[str, Any] = {"weights": form, "lm_head": form, "embedding": form, "target": target}
+    report = bench.compile(source, scale_bits=scale_bits, context=16, samples=2, verify="none", **settings)
+    found = inspect(bench.folder / "out" / "model.onnx")
+    assert report.bits_per_weight == pytest.approx(found.linear_bits, rel=1e-6)
 
 
 def test_what_is_made_of_a_compiled_file_keeps_them(bench: Any) -> None:
