@@ -22,7 +22,7 @@ from qcompile.passes.near import near
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.weights import SPEC
 from qcompile.passes.rounding import Rounding, round_with_clip
-from qcompile.passes.spec import ActivationSpec
+from qcompile.passes.spec import ActivationSpec, QuantSpec
 from qcompile.passes.table import PASSES
 from qcompile.passes.targets import TARGETS, Target
 
@@ -231,10 +231,15 @@ def _fitted_named(recipe: Recipe, own: Target) -> Iterator[_Change]:
         yield "weights_of", tuple(made), " and ".join(why)
 
 
+def has_format(step: Step, own: Target) -> bool:
+    """Whether the runtime of a target, if it is another one, has the codes of a weight format."""
+    return not own.runtime or step.name in [f"int{bits}" for bits in own.bits]
+
+
 def _fitted_format(recipe: Recipe, setting: str, step: Step, own: Target) -> Iterator[_Change]:
     """Case 3: a weight format given by name; parameters that it does not say are those that the target wants."""
-    known = [f"int{bits}" for bits in own.bits]
-    if step.name not in known:
+    if not has_format(step, own):
+        known = [f"int{bits}" for bits in own.bits]
         raise _unfitting(recipe, f"weights as {' or '.join(known)}, got {setting} {step}", "choose one of these")
     takes, given, why = parameters(named(step.name).grid), dict(step.parameters), []
     if own.groups and given.get("group", takes["group"].default) not in own.groups:
@@ -337,30 +342,37 @@ def check_settings(recipe: Recipe, held: Set[Fact] = frozenset()) -> None:
 def make_policy(recipe: Recipe) -> Policy:
     """Specs of every kind of weight; `Policy` gives them the scale type of each.
 
-    8-bit weights are unsigned with zero points whatever `symmetric` says, but for targets that have none.
+    8-bit weights are unsigned with zero points whatever `symmetric` says, but for targets that have none. Tables have
+    them for all targets, and what decodes them is the target's operators.
     """
     named = tuple((pattern, None if step is None else grid(step, recipe.target)) for pattern, step in recipe.named)
+    tables = {pattern: _table(step, recipe.target) for pattern, step in recipe.named if step is not None}
     if steps_that(recipe, ensure=Fact.INTEGER):
         head, table = SPEC if recipe.lm_head else None, SPEC if recipe.embedding else None
         return Policy(SPEC, head, table, recipe.include, recipe.exclude, named, target=recipe.target)
     body = grid(recipe.weights or _short(recipe.bits, recipe), recipe.target)
 
-    def vocabulary(wanted: int | Step | None, target: str) -> Grid | None:
-        step = _short(wanted, replace(recipe, symmetric=False)) if isinstance(wanted, int) else wanted
-        return grid(step, target) if step else None
+    def vocabulary(wanted: int | Step | None) -> Step | None:
+        return _short(wanted, replace(recipe, symmetric=False)) if isinstance(wanted, int) else wanted
 
-    logits = vocabulary(recipe.lm_head, recipe.target)
-    lookups = vocabulary(recipe.embedding, TARGETS[recipe.target].operators)  # they have zero points for all targets
+    logits, lookups = vocabulary(recipe.lm_head), vocabulary(recipe.embedding)
     return Policy(
         body,
-        logits,
-        lookups,
+        grid(logits, recipe.target) if logits else None,
+        _table(lookups, recipe.target) if lookups else None,
         recipe.include,
         recipe.exclude,
         named,
+        tables=tables,
         target=recipe.target,
         half_scales=recipe.scale_bits == 16,
     )
+
+
+def _table(step: Step, target: str) -> Grid:
+    """The grid of a table of lookups. Operators that look up 4 and 8 bits read zero points, whatever the step says."""
+    own = grid(step, TARGETS[target].operators)
+    return replace(own, symmetric=False) if isinstance(own, QuantSpec) and own.bits in (4, 8) else own
 
 
 def _short(bits: int, recipe: Recipe) -> Step:

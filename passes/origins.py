@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
+from qcompile.passes.exact import unquoted
+
 # Node meta: its Origin. Model meta: those of all nodes of the source by name, while `prepare` runs.
 _META, _NOTED = "qcompile.origin", "qcompile.origins"
 # What may stand between a constant and the node that it is the weight of.
@@ -66,7 +68,12 @@ def fits(pattern: str, name: str) -> bool:
 
 
 def matches(pattern: str, node: ir.Node, *weights: ir.Value | None) -> bool:
-    """Whether a user's pattern means the node: by a name of its own or of its weights, or as the operator it is."""
+    """Whether a user's pattern means the node: by a name of its own or of its weights, or as the operator it is; in
+    quotes, by the very name of one of its weights as the prepared graph has it, and nothing else.
+    """
+    exact = unquoted(pattern)
+    if exact is not None:
+        return any(value is not None and value.name == exact for value in weights)
     return pattern in operators_of(node) or any(fits(pattern, name) for name in names_of(node, *weights))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.affine import Grid
+from qcompile.passes.exact import unquoted
 from qcompile.passes.linears import Embedding, Linear, constant, is_lm_head
 from qcompile.passes.masks import holds_fill
 from qcompile.passes.origins import matches, names_of
@@ -31,6 +32,7 @@ class Policy:
     body: grid of ordinary linears; of few bits, routers of experts get 8. lm_head, embedding: their own grid, or None
     to keep them in float.
     named: grids, or None for float, of weights that patterns fit, instead of these; the first that fits counts.
+    tables: by pattern of `named`, the grid of a table of lookups, where it is another one.
     include, exclude: shell patterns on names of nodes and weights, those of the source among them, or operators;
     exclude wins. kept: nodes that stay in float, and why.
     weights_only: products whose weight alone becomes int8 where others compute in integers, and why.
@@ -45,6 +47,7 @@ class Policy:
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     named: Sequence[tuple[str, Grid | None]] = ()
+    tables: Mapping[str, Grid] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
     weights_only: Mapping[str, str] = field(default_factory=dict)
     target: str = "qcompile"
@@ -105,18 +108,25 @@ class Policy:
         """
         if self.of(linear.node, linear.weight):
             return ""
-        if self.body.fine or set(self.include) & set(names_of(linear.node, linear.weight)):
+        if self.body.fine or self._included(linear):
             return ""
         return router(linear, vocabulary)
 
+    def _included(self, linear: Linear) -> bool:
+        names = names_of(linear.node, linear.weight)
+        return any(own in names or unquoted(own) == linear.weight.name for own in self.include)
+
     def for_embedding(self, embedding: Embedding) -> Grid | str:
         """The spec of an embedding table, or the reason why it stays in float; one that is a mask does."""
-        own = self.of(embedding.node, embedding.table) or self.embedding
+        pattern, named = self._fitting(embedding.node, embedding.table)
+        own, target = self.tables.get(pattern, named) or self.embedding, TARGETS[self.target]
         if own is not None and holds_fill(embedding.table):
             return "its table holds the fill of a mask (-1e4, -inf), which no grid serves"
         refusal = self.refusal(embedding.node, embedding.table)
         if refusal or own is None:
             return refusal or "embedding is kept in float"
+        if not target.decodes:
+            return Unfit(f"{target.runtime} takes constant scales alone, and those of a lookup are not")
         return self._typed(own, embedding.table)
 
     def refusal(self, node: ir.Node, *weights: ir.Value | None) -> str:

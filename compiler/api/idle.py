@@ -25,6 +25,9 @@ def of_recipe(recipe: Recipe, given: Collection[str]) -> dict[str, str]:
         found["accuracy_level"] = f"it is for target matmulnbits, this is {recipe.target}"
     if recipe.weights is not None:
         found["group_size"] = f"--weights {recipe.weights} has its own"
+    if recipe.budget is not None:
+        settled = "the budget chooses the formats of the graph's weights"
+        found |= dict.fromkeys(("bits", "group_size", "symmetric", "weights"), settled)
     if not recipe.mixed:
         found["keep_as"] = "no node is kept in float (--keep-worst, --keep-share, --max-kl or --min-sqnr do that)"
     return {name: why for name, why in found.items() if name in given and name in SETTINGS}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qcompile.passes.errors import UserError
+from qcompile.passes.exact import quoted, split_quoted
 
 _ITEM = re.compile(r"\s*([A-Za-z_][\w.-]*)\s*(?:\(([^()]*)\))?\s*$")
 
@@ -37,9 +38,13 @@ def parse_step(text: str, whole: str = "") -> Step:
 def parse_named(text: str, word: str, whole: str) -> tuple[str, Step | None]:
     """(pattern, what is for the names that it fits) of "PATTERN=NAME(key=value, …)"; None where that is the word.
 
-    whole: what it was taken from, for a message.
+    A pattern may be a name in quotes (`passes.exact`). whole: what it was taken from, for a message.
     """
-    pattern, equals, given = text.partition("=")
+    name, rest = split_quoted(text.strip())
+    before, equals, given = rest.partition("=")
+    pattern = before if name is None else quoted(name)
+    if name is not None and before.strip():
+        raise UserError(f"{whole}: cannot read {text!r}: '=' must stand behind the name in quotes")
     if not equals or not pattern.strip() or not given.strip():
         raise UserError(f"{whole}: cannot read {text!r}: expected PATTERN=FORMAT, such as '*down_proj*=int8'")
     return pattern.strip(), None if given.strip() == word else parse_step(given, whole)

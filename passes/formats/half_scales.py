@@ -24,8 +24,8 @@ HALF_SCALES = "qcompile.half_scales"
 _SLOTS = {(MICROSOFT, name): 2 for name in ("MatMulNBits", "GatherBlockQuantized", "MatMulBnb4")}
 _SLOTS[("", "DequantizeLinear")] = 1
 _OWN = 2
-# Elements from which two bytes each are worth a node.
-_LEAST = 512
+# Elements of scales from which two bytes each are worth a node.
+LEAST_HALVED = 512
 
 
 def halve(model: ir.Model) -> int:
@@ -106,7 +106,7 @@ def _in_memory(node: ir.Node, name: str) -> ir.TensorProtocol:
 def are_half(scale: ir.Value) -> bool:
     """Whether `halve` will store a float32 initializer as float16."""
     tensor = constant(scale)
-    if tensor.dtype != ir.DataType.FLOAT or tensor.size < _LEAST:
+    if tensor.dtype != ir.DataType.FLOAT or tensor.size < LEAST_HALVED:
         return False
     numbers = np.asarray(tensor.numpy())
     with np.errstate(over="ignore"):

@@ -79,3 +79,23 @@ def test_integer_products_have_one_format(tmp_path: Path) -> None:
     recipe = Recipe(parse_passes("dynamic"), min_coverage=0, weights_of=("*q_proj*=keep",))
     kept = [own for own in _compiled(tmp_path, recipe).decisions["dynamic"] if own.action == "kept"]
     assert {"kept in float by '*q_proj*'"} <= {str(own.reason) for own in kept}
+
+
+@pytest.mark.parametrize("target", ["qcompile", "matmulnbits", "qdq", "qnn"])
+@pytest.mark.parametrize("told", ["int8(group=64)", "int4(group=64)", "int4(group=64, symmetric=true)"])
+@pytest.mark.parametrize("setting", ["weights_of", "embedding"])
+def test_a_table_has_the_zero_points_that_its_operator_reads(
+    tmp_path: Path, target: str, told: str, setting: str
+) -> None:
+    """Whatever the target's products have, and wherever its format is said: also tied to a head without them."""
+    given = {"weights_of": (f"*embed_tokens={told}",)} if setting == "weights_of" else {"embedding": told}
+    recipe = Recipe(parse_passes("pack"), target=target, group_size=64, **given)
+    made = _stored(_compiled(tmp_path, recipe))
+    assert made["model.embed_tokens"] == told.partition("(")[0]
+
+
+def test_a_named_table_stays_in_float_where_the_target_decodes_none(tmp_path: Path) -> None:
+    recipe = Recipe(parse_passes("pack"), target="tensorrt", min_coverage=0, weights_of=("*embed_tokens=int4",))
+    (own,) = (d for d in _compiled(tmp_path, recipe).decisions["pack"] if d.node == "model.embed_tokens")
+    assert own.action == "skipped"
+    assert own.reason == "TensorRT takes constant scales alone, and those of a lookup are not"

@@ -31,15 +31,6 @@ class _Step:
     gain: float
 
 
-def frontier(units: Sequence[Sequence[Option[T]]]) -> list[list[Option[T]]]:
-    """Choices of an option for each unit, from the smallest on; each has the least cost of all of its size or less."""
-    hulls = [hull(options) for options in units]
-    made = [[own[0] for own in hulls]]
-    for step in _steps(hulls):
-        made.append([*made[-1][: step.unit], hulls[step.unit][step.to], *made[-1][step.unit + 1 :]])
-    return made
-
-
 def allocate(units: Sequence[Sequence[Option[T]]], size: float) -> list[Option[T]] | None:
     """The choice of least cost that the hulls have within a size, and what still fits on top; None where the smallest
     options are too large together.
@@ -58,7 +49,9 @@ def allocate(units: Sequence[Sequence[Option[T]]], size: float) -> list[Option[T
 
 
 def hull(options: Sequence[Option[T]]) -> list[Option[T]]:
-    """The options from the smallest on that are on the lower convex hull of (size, cost)."""
+    """The options from the smallest on that are on the lower convex hull of (size, cost): each is larger than the one
+    before it, and costs less.
+    """
     found: list[Option[T]] = []
     for own in sorted(options, key=lambda option: (option.size, option.cost)):
         if found and own.cost >= found[-1].cost:
@@ -71,7 +64,7 @@ def hull(options: Sequence[Option[T]]) -> list[Option[T]]:
 
 def _slope(a: Option[T], b: Option[T]) -> float:
     """What is gained for a byte."""
-    return (a.cost - b.cost) / (b.size - a.size) if b.size > a.size else float("inf")
+    return (a.cost - b.cost) / (b.size - a.size)
 
 
 def _steps(hulls: Sequence[Sequence[Option[T]]]) -> list[_Step]:
@@ -81,4 +74,4 @@ def _steps(hulls: Sequence[Sequence[Option[T]]]) -> list[_Step]:
         for unit, own in enumerate(hulls)
         for to in range(1, len(own))
     ]
-    return sorted(steps, key=lambda step: (-step.gain / step.size if step.size else float("-inf"), step.unit, step.to))
+    return sorted(steps, key=lambda step: (-step.gain / step.size, step.unit, step.to))

@@ -49,7 +49,7 @@ def measured(prepared: Prepared, data: Data, units: Sequence[Unit], progress: St
         left = f", {done / number * (len(units) - number):.0f} s left" if number else ""
         progress.step(f"budget: weight {number + 1} of {len(units)}{left}")
         distance = effect.distance(switched.run(Setting.of(unit.names)))
-        found.append(Ranked(unit.stored[0], "MatMul", unit.weights, 0, distance))
+        found.append(Ranked(unit.names_of_weights[0], "MatMul", unit.weights, 0, distance))
     every = Setting.of(name for unit in units for name in unit.names)
     plain, coded = (effect.distance(switched.run(setting)) for setting in (ALL_FLOAT, every))
     return Ranking(effect.metric, windows, plain, coded, tuple(found), time.monotonic() - started)
@@ -79,16 +79,17 @@ def probed(model: ir.Model, units: Sequence[Unit]) -> ir.Model:
     return clone
 
 
-def errors(unit: Unit, grids: Sequence[Grid], *, rotated: bool) -> list[float]:
-    """The squared errors of a unit's weights on each grid, relative to those on that of the probe: what a distance that
-    grows with the square of small changes is to be multiplied by. 0 of weights that the probe has exactly.
+def errors(unit: Unit, choices: Sequence[Sequence[Grid]], *, rotated: bool) -> list[float]:
+    """The squared errors of a unit's weights for each choice of a grid for each of its sites, relative to those on that
+    of the probe: what a distance that grows with the square of small changes is to be multiplied by. 0 of weights that
+    the probe has exactly.
 
     rotated: inputs of linears are turned (`passes.rotation`), so that the weights are, too.
     """
-    sums = np.zeros(1 + len(grids))
+    sums = np.zeros(1 + len(choices))
     sites: list[tuple[Array, bool]] = [(_sampled(own.mapped()), True) for own in unit.linears]
     sites += [(_sampled(read(constant(own.table)).T), False) for own in unit.embeddings]
-    for w, turn in sites:
+    for (w, turn), *grids in zip(sites, *choices, strict=True):
         rotation = Rotation.of(len(w), 0) if rotated and turn else None
         own = w if rotation is None else rotation.rows(w)
         for i, (given, grid) in enumerate([(w, PROBE), *((own, grid) for grid in grids)]):

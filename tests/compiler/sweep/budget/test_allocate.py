@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.compiler.settings.amount import Amount
-from qcompile.compiler.sweep.budget.allocate import Option, allocate, frontier, hull
+from qcompile.compiler.sweep.budget.allocate import Option, allocate, hull
 from qcompile.passes.errors import UserError
 
 OPTION = st.builds(Option, st.integers(0, 9), st.integers(1, 20), st.integers(0, 50))
@@ -24,7 +24,9 @@ def _cost(chosen: list[Option[int]]) -> float:
 
 @given(UNITS, st.integers(1, 90))
 def test_a_choice_fits_and_misses_the_best_by_one_step_at_most(units: list[list[Option[int]]], size: int) -> None:
-    """No choice of the same size is better by more than the step of one unit that did not fit any more."""
+    """No choice of the same size is better by more than what the first step of all that did not fit would have gained,
+    for as many bytes as are left over.
+    """
     every = [list(own) for own in itertools.product(*units)]
     fitting = [own for own in every if _size(own) <= size]
     chosen = allocate(units, size)
@@ -33,18 +35,34 @@ def test_a_choice_fits_and_misses_the_best_by_one_step_at_most(units: list[list[
         return
     assert _size(chosen) <= size
     assert all(own in options for own, options in zip(chosen, units, strict=True))
-    gap = max(max(o.cost for o in hull(options)) - min(o.cost for o in hull(options)) for options in units)
-    assert _cost(chosen) <= min(map(_cost, fitting)) + gap
+    assert _cost(chosen) <= min(map(_cost, fitting)) + _slack(units, size)
+
+
+def _slack(units: list[list[Option[int]]], size: float) -> float:
+    """By how much the continuous optimum may be below what greedy steps reach: what is left over where the first step
+    does not fit, at that step's gain for a byte (the linear bound of a knapsack).
+    """
+    hulls = [hull(options) for options in units]
+    steps = [
+        ((a.cost - b.cost) / (b.size - a.size), unit, at, b.size - a.size)
+        for unit, own in enumerate(hulls)
+        for at, (a, b) in enumerate(itertools.pairwise(own))
+    ]
+    left = size - sum(own[0].size for own in hulls)
+    for gain, _, _, wide in sorted(steps, key=lambda step: (-step[0], *step[1:3])):
+        if wide > left:
+            return left * gain + 1e-9
+        left -= wide
+    return 1e-9
 
 
 @given(UNITS)
-def test_all_of_the_frontier_are_the_best_of_their_size(units: list[list[Option[int]]]) -> None:
-    every = [list(own) for own in itertools.product(*units)]
-    points = frontier(units)
-    assert _size(points[0]) == sum(min(own.size for own in options) for options in units)
-    assert _cost(points[-1]) == sum(min(own.cost for own in options) for options in units)
-    for point in points:
-        assert _cost(point) == min(_cost(own) for own in every if _size(own) <= _size(point))
+def test_enough_room_costs_least_and_the_least_room_takes_least(units: list[list[Option[int]]]) -> None:
+    least, most = (sum(best(o.size for o in options) for options in units) for best in (min, max))
+    chosen = allocate(units, least)
+    assert chosen is not None
+    assert _size(chosen) == least
+    assert _cost(allocate(units, most) or []) == sum(min(own.cost for own in options) for options in units)
 
 
 @given(UNITS, st.integers(1, 90), st.integers(0, 30))

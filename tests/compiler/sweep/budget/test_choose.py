@@ -10,6 +10,7 @@ import pytest
 import qcompile
 from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.mixed.windows import check_windows
 from qcompile.compiler.plan import make_policy
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.results.report import Report
@@ -117,27 +118,6 @@ def test_the_same_budget_gives_the_same_bytes(source: Path, tmp_path: Path) -> N
     assert a == b
 
 
-def test_an_effect_is_that_of_the_unit_alone(source: Path) -> None:
-    """Against a model in which only its weights were rounded, run by itself."""
-    recipe = Recipe(parse_passes("smooth,qdq"), keep_worst=1)
-    prepared = prepare_model(source, recipe, Silent())
-    data = gather_data(prepared, Calibration(reader=_feeds()))
-    units = find_units(prepared.model, make_policy(Recipe(parse_passes("pack"))))
-    ranking = measured(prepared, data, units, Silent())
-    batch = (data.unseen or data.calibration)[0]
-    floats = session(source, kernels="portable").run(None, batch.feeds)[0]
-    for unit, found in list(zip(units, ranking.nodes, strict=True))[:3]:
-        model = ir.load(source)
-        weights = {own.name: own for own in find_linears(model.graph)}
-        for linear in unit.linears:
-            own = weights[linear.name]
-            rounded = round_to_nearest(own.read(), PROBE, None).dequantize()
-            own.weight.const_value = ir.tensor(np.ascontiguousarray(rounded), name=own.weight.name)
-        changed = session(ir.to_proto(model).SerializeToString(), kernels="portable").run(None, batch.feeds)[0]
-        assert not np.array_equal(changed, floats)
-        assert found.effect > ranking.all_float
-
-
 def test_the_probe_is_read_everywhere_and_the_model_is_left_as_it_was(source: Path) -> None:
     model = ir.load(source)
     before = {name: value.const_value for name, value in model.graph.initializers.items()}
@@ -153,7 +133,7 @@ def test_errors_fall_by_the_step_of_a_grid(source: Path) -> None:
     units = find_units(ir.load(source), make_policy(Recipe(parse_passes("pack"))))
     grids = [QuantSpec(bits, PerGroup(64)) for bits in (3, 4, 5, 6)]
     for unit in units:
-        three, four, five, six = errors(unit, grids, rotated=False)
+        three, four, five, six = errors(unit, [[grid] * len(unit.sites) for grid in grids], rotated=False)
         assert three == pytest.approx(1)
         assert three / 6 < four * 1.2 < three
         assert six < five < four
@@ -163,3 +143,90 @@ def test_sets_are_joined_by_what_they_share() -> None:
     assert joined([{1}, {2}, {1, 3}, {4}, {3, 2}]) == [[0, 1, 2, 4], [3]]
     assert joined([]) == []
     assert joined([{1}, {2}]) == [[0], [1]]
+
+
+def _told_bits(report: Report) -> float:
+    return float(report.target[0].partition(": ")[2].partition(" ")[0])
+
+
+@pytest.mark.parametrize("target", ["qcompile", "matmulnbits", "qdq", "qnn"])
+@pytest.mark.parametrize("embedding", [8, "keep", "int4(group=32)"])
+def test_targets_get_formats_that_they_have(source: Path, tmp_path: Path, target: str, embedding: str | int) -> None:
+    """Of a tied head, too, whose table has zero points for all targets."""
+    given = {"target": target, "embedding": embedding, "min_coverage": 0, "attention": "plain"}
+    report = _compiled(source, tmp_path, "5bpw", **given)
+    formats = {own.node: own.format or own.action for own in report.decisions["pack"]}
+    assert set(formats.values()) <= {"int3", "int4", "int5", "int6", "int8", "kept"}
+    if target in ("matmulnbits", "qnn"):
+        assert set(formats.values()) <= {"int4", "int8", "kept"}
+    assert formats["model.embed_tokens"] == {8: formats["lm_head"], "keep": "kept"}.get(embedding, "int4")
+    assert _told_bits(report) <= 5
+
+
+def test_a_target_of_one_format_has_nothing_to_choose(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to choose: of its formats target tensorrt has int4 alone"):
+        _compiled(source, tmp_path, "5bpw", target="tensorrt", min_coverage=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fields"),
+    [("fp32", {}), ("fp16", {}), ("fp32", {"scale_bits": 16}), ("fp16", {"scale_bits": 16}),
+     ("fp32", {"scale_bits": 16, "target": "qdq"}), ("fp32", {"target": "qdq"}), ("fp32", {"symmetric": True})],
+)  # fmt: skip
+def test_the_bits_that_are_told_are_those_of_the_file(tmp_path: Path, dtype: str, fields: dict[str, Any]) -> None:
+    """Scales have the type that the file gives them, each weight its own."""
+    ir.save(tiny_decoder(dtype=dtype), tmp_path / "m.onnx")
+    report = _compiled(tmp_path / "m.onnx", tmp_path, "5.2bpw", **fields)
+    assert report.bits_per_weight == pytest.approx(_told_bits(report), abs=0.006)
+
+
+def test_of_a_unit_only_the_named_weight_leaves(source: Path, tmp_path: Path) -> None:
+    report = _compiled(source, tmp_path, "4bpw", weights_of=["*layers.0*q_proj*=int8(group=32)"])
+    formats = {own.node: own.told for own in report.decisions["pack"]}
+    q, k, v = (formats[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv")
+    assert q == "int8 g32 asym"
+    assert k == v
+    assert "g64" in k
+
+
+@pytest.mark.parametrize("given", [{"lm_head": 4}, {"embedding": "int4(group=32)"}, {"weights_of": ["lm_head=int6"]}])
+def test_what_shares_a_weight_with_what_is_said_is_not_chosen(
+    source: Path, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    """The head and the table are tied: one is said, the other has what it has without a budget."""
+    report = _compiled(source, tmp_path, "4.4bpw", **given)
+    plain = qcompile.compile(source, "pack", output=tmp_path / "p.onnx", calibration=_feeds(), **given)
+    for node in ("lm_head", "model.embed_tokens"):
+        own, wanted = ({d.node: d.told for d in made.decisions["pack"]}[node] for made in (report, plain))
+        assert own == wanted
+
+
+def test_a_change_that_is_told_is_that_of_running_the_unit_alone(source: Path) -> None:
+    recipe = Recipe(parse_passes("smooth,qdq"), keep_worst=1)
+    prepared = prepare_model(source, recipe, Silent())
+    data = gather_data(prepared, Calibration(reader=_feeds()))
+    units = find_units(prepared.model, make_policy(Recipe(parse_passes("pack"))))
+    ranking = measured(prepared, data, units, Silent())
+    batches, _ = check_windows(prepared.plan, data)
+    floats = [_logits(ir.load(source), batch.feeds) for batch in batches]
+    for unit, found in zip(units, ranking.nodes, strict=True):
+        model = ir.load(source)
+        weights = {own.name: own for own in find_linears(model.graph)}
+        for linear in unit.linears:
+            own = weights[linear.name]
+            rounded = round_to_nearest(own.read(), PROBE, None).dequantize()
+            stored = np.ascontiguousarray(rounded.T if own.transposed else rounded)
+            own.weight.const_value = ir.tensor(stored, name=own.weight.name)
+        changed = [_logits(model, batch.feeds) for batch in batches]
+        kl = np.concatenate([_kl(a, b) for a, b in zip(floats, changed, strict=True)]).mean()
+        assert found.effect == pytest.approx(kl, rel=1e-3, abs=1e-7)
+
+
+def _logits(model: ir.Model, feeds: dict[str, Any]) -> np.ndarray[Any, Any]:
+    (made,) = session(ir.to_proto(model).SerializeToString(), kernels="portable").run(["logits"], feeds)
+    return np.asarray(made, np.float64).reshape(-1, VOCABULARY)
+
+
+def _kl(known: np.ndarray[Any, Any], made: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    p, q = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) for logits in (known, made))
+    return np.asarray((np.exp(p) * (p - q)).sum(axis=1))
