@@ -114,7 +114,7 @@ def _nodes(report: Mapping[str, Any]) -> Iterator[Explained]:
     for name, decisions in report["decisions"].items():
         for own in decisions:
             detail = dict(own.get("detail", {}))
-            candidates = detail.pop("candidates", {})
+            candidates = {label: _number(loss) for label, loss in detail.pop("candidates", {}).items()}
             made = Told(name, own["action"], own["reason"], detail, candidates)
             for node in detail.get(_ABOUT) or [own["node"]]:
                 told.setdefault(node, []).append(made)

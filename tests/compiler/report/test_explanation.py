@@ -56,6 +56,25 @@ def test_candidates_are_told_with_their_errors(made: tuple[Path, Report]) -> Non
             assert min(told.candidates, key=lambda label: told.candidates[label]) == told.reason
 
 
+def test_a_candidate_that_was_no_number_comes_last(
+    made: tuple[Path, Report], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Strict JSON has null for it."""
+    report = json.loads(made[0].with_name("o.report.json").read_text())
+    detail = next(own["detail"] for name in report["decisions"] for own in report["decisions"][name]
+                  if own["detail"].get("candidates"))  # fmt: skip
+    detail["candidates"] = {"first": None, **detail["candidates"]}
+    (tmp_path / "o.report.json").write_text(json.dumps(report))
+    (tmp_path / "o.onnx").write_bytes(made[0].read_bytes())
+    assert main(["explain", str(tmp_path / "o.onnx")]) == 0
+    tried = [line for line in capsys.readouterr().out.splitlines() if "tried first" in line]
+    assert tried
+    assert all("inf" in line for line in tried)
+    assert main(["explain", str(tmp_path / "o.onnx"), "--json"]) == 0
+    found = [own for node in json.loads(capsys.readouterr().out)["nodes"] for own in node["told"]]
+    assert any(own["candidates"].get("first", 0) is None for own in found)
+
+
 def test_nodes_are_named_or_ranked(made: tuple[Path, Report]) -> None:
     path, report = made
     assert [own.node for own in explain(path, [f"{DOWN}.weight", DOWN]).nodes] == [DOWN]
