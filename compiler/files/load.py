@@ -78,7 +78,10 @@ def load_model(path: Path) -> ir.Model:
     _check_versions(model, path)
     _sort(model, path)
     locate(model, path)
-    widen(model)
+    try:
+        widen(model)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return model
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import onnx
 import onnx_ir as ir
 
+from qcompile.passes.bit_fields import byte_rows
 from qcompile.passes.formats.base import DOMAIN
 from qcompile.passes.formats.bits import unpacking
 
@@ -90,6 +91,40 @@ def adds_offsets(node: ir.Node) -> bool:
 def add_offsets(bits: int, *, rows: bool) -> str:
     """The operator that adds offsets to a product, or to rows looked up; bits: of their factors, 0 for none."""
     return f"{_ROWS if rows else _OFFSETS}{bits or ''}"
+
+
+def misfit(node: ir.Node) -> str:
+    """What is wrong with an operator of `BLOCK_OPERATORS`: constants whose shapes are not those that its attributes and
+    `body` say; "" for nothing. Of inputs that are computed nothing is known.
+    """
+    kind, bits = BLOCK_OPERATORS[node.op_type]
+    for name in ("groups", "middle"):
+        if name not in node.attributes or node.attributes[name].type != ir.AttributeType.INT:
+            return f"it has no integer {name}"
+    groups, count = node.attributes["groups"].as_int(), (1 if kind == _SCALES else 4) + bool(bits)
+    if len(node.inputs) != count or None in node.inputs:
+        return f"it has not {count} inputs"
+    first = count - 1 - bool(bits)
+    half, *factors = (_sizes(value) for value in node.inputs[first:])
+    if groups < 1 or (half is not None and (len(half) != 2 or not _divides(half[0], groups, exact=not bits))):
+        return f"scales {half} are not those of {groups} groups"
+    columns = (half or (0, None))[1]
+    expected = [(own, sum(byte_rows(groups, bits)), "factors") for own in factors]
+    expected += [] if kind == _SCALES else [(_sizes(node.inputs[2]), groups, "scales")]
+    for own, rows, what in expected:
+        if own is not None and (len(own) != 2 or own[0] != rows or columns not in (None, own[1])):
+            return f"{what} {own} are not ({rows}, {columns or 'N'}), of {groups} groups"
+    return ""
+
+
+def _sizes(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape of a constant."""
+    tensor = value.const_value if value is not None else None
+    return None if tensor is None else tuple(tensor.shape.numpy())
+
+
+def _divides(blocks: int, groups: int, *, exact: bool) -> bool:
+    return blocks == groups if exact else blocks > 0 and groups % blocks == 0
 
 
 def body(name: str) -> onnx.FunctionProto:

@@ -11,9 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.passes.bit_fields import unpack_fields
+from qcompile.passes.errors import UserError
 from qcompile.passes.formats import by_operator
 from qcompile.passes.formats.base import DOMAIN, drop_unused
-from qcompile.passes.formats.block_scales import BLOCK_OPERATORS, adds_offsets, block_scales, is_block_scales
+from qcompile.passes.formats.block_scales import BLOCK_OPERATORS, adds_offsets, block_scales, is_block_scales, misfit
 from qcompile.passes.formats.functions import register
 from qcompile.passes.graph import MICROSOFT, Names, add_initializer, insert_before
 from qcompile.passes.linears import constant
@@ -66,8 +67,11 @@ def halve(model: ir.Model) -> int:
 
 def widen(model: ir.Model) -> None:
     """Turn Casts of constant float16 scales, and block scales, into float32 constants, in place; they are read when
-    they are asked for.
+    they are asked for. UserError for an operator of blocks whose constants do not fit it.
     """
+    for node in model.graph.all_nodes():
+        if node.domain == DOMAIN and node.op_type in BLOCK_OPERATORS and (told := misfit(node)):
+            raise UserError(f"node {node.name!r}, {node.op_type}: {told}; export or compile the model again")
     names = Names(model)
     for node in list(model.graph):
         value = node.outputs[0] if node.outputs else None

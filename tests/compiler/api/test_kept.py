@@ -19,6 +19,7 @@ from qcompile.compiler.report.inspection import inspect
 from qcompile.models.gguf_blocks import KINDS
 from qcompile.models.gguf_file import GGUFFile
 from qcompile.passes.base import Region
+from qcompile.passes.errors import UserError
 from qcompile.passes.formats import functions
 from qcompile.passes.formats.half_scales import halve
 from qcompile.passes.formats.lower import lower
@@ -303,3 +304,40 @@ def numbers_of_another(raw: np.ndarray) -> np.ndarray:
     import gguf
 
     return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.IQ2_XXS)
+
+
+CHANGES = {
+    "groups": [-16, 0, 1, 7, 8, 15, 17, 31, 2**40, "x", None],
+    "middle": ["x", None],
+    "half": [(), (0,), (4,), (0, 32), (3, 32), (4, 31), (1, 4, 32)],
+    "factors": [(), (7,), (0, 32), (11, 32), (12, 31), (1, 12, 32)],
+    "inputs": [1],
+}
+
+
+@pytest.mark.parametrize(("what", "value"), [(what, value) for what, own in CHANGES.items() for value in own])
+@pytest.mark.parametrize("place", ["BlockScales6", "AddOffsets6", "AddRowOffsets6", "AddOffsets"])
+def test_blocks_that_do_not_fit_are_told_in_a_line(tmp_path: Path, place: str, what: str, value: object) -> None:
+    """Other attributes, constants of other shapes or none, for an operator of blocks of a kept file."""
+    kind = "Q4_1" if place == "AddOffsets" else "Q4_K"
+    raw, own = blocks(kind, 32, 1024), blocks(kind, 34, 1024, seed=1)
+    _kept(tmp_path, {"a": (kind, raw), "b": (kind, own)}, _graph({"w": numbers(kind, raw)}, numbers(kind, own)))
+    model = onnx.load(tmp_path / "model.onnx")
+    node = next(node for node in model.graph.node if node.op_type == place)
+    factors = place != "AddOffsets"
+    if what == "inputs":
+        del node.input[-1]
+    elif what in ("groups", "middle"):
+        node.attribute.remove(next(own for own in node.attribute if own.name == what))
+        node.attribute.extend([] if value is None else [helper.make_attribute(what, value)])
+    elif what == "half" or factors:
+        name, dtype = (node.input[-1], np.uint8) if what == "factors" else (node.input[-1 - factors], np.float16)
+        model.graph.initializer.remove(next(own for own in model.graph.initializer if own.name == name))
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(value, dtype), name))
+    else:
+        return
+    onnx.save(model, tmp_path / "model.onnx")
+    for read in (load_model, inspect):
+        with pytest.raises(UserError, match=rf"model.onnx: node .*{place}.*; export") as told:
+            read(tmp_path / "model.onnx")
+        assert "\n" not in str(told.value)
