@@ -242,7 +242,8 @@ def gather_data(
     _check_fit(prepared, data)
     data = data if verified else replace(data, verified=False, evaluation=[])
     load = load_of(*([fed(prepared.plan, own) for own in some] for some in (data.calibration, data.checked)))
-    check_fits(prepared.model, prepared.passes, prepared.policy, load, room=room, judged=measured)
+    cuts = prepared.plan.ids is not None and prepared.plan.sequence is None
+    check_fits(prepared.model, prepared.passes, prepared.policy, load, room=room, judged=measured, cuts=cuts)
     mark_infinite(prepared.model, _infinite(prepared.plan, (*data.calibration, *data.checks)))
     if data.guess:
         refused = [p.name for p in prepared.passes if p.reads & {Reads.OUTPUTS, Reads.STATISTICS}]

@@ -25,7 +25,7 @@ from qcompile.passes.base import Region
 from qcompile.passes.contract import Stage
 from qcompile.passes.errors import UserError
 
-# Rows of a check batch.
+# Rows of a check batch, where the graph fixes no length.
 CHECKED = 48
 
 
@@ -80,8 +80,9 @@ def rehearse(source: Path, recipe: Recipe) -> Rehearsal:
     graph, report, own = prepared.model, prepared.report, quantizers(prepared.passes)
     segments = split(graph, targets(graph).__contains__)
     reads = any(p.reads for p in prepared.passes)
-    window = prepared.plan.sequence or prepared.recipe.context
-    load = load_of([Fed(window, window**2)] * prepared.recipe.samples if reads else [], [Fed(CHECKED, CHECKED**2)] * 2)
+    texts, fixed = prepared.plan.batch or 1, prepared.plan.sequence
+    batches = [Fed.of_texts(texts, fixed or prepared.recipe.context)] * -(-prepared.recipe.samples // texts)
+    load = load_of(batches if reads else [], [Fed.of_texts(texts, fixed or CHECKED)] * 2)
     need = foretold(graph, prepared.passes, prepared.policy, load)
     if prepared.recipe.mixed:
         sites(integer_pass(prepared.passes), graph)

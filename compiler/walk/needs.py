@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import onnx_ir as ir
 
@@ -55,11 +55,17 @@ _SURE = 0.8
 @dataclass(frozen=True)
 class Fed:
     """A batch. rows: of its products. pairs: of positions within its texts, which attention scores; 0 where it has no
-    texts.
+    texts. texts: or pictures, how many they are.
     """
 
     rows: int = 0
     pairs: int = 0
+    texts: int = 0
+
+    @classmethod
+    def of_texts(cls, texts: int, length: int) -> "Fed":
+        """Texts of so many tokens."""
+        return cls(texts * length, texts * length**2, texts)
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Load:
     rows: of the largest batch of calibration; 0 without statistics. checked: of all check batches together; where both
     are 0, nothing is run.
     threads: how many work side by side. total: rows of all batches of calibration; None: no matter how many.
-    largest, check: the batch of each kind that has most.
+    largest, check: the most that a batch of each kind has.
     """
 
     rows: int
@@ -117,12 +123,19 @@ def foretold(model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load
 
 
 def check_fits(
-    model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load, *, room: int | None = None, judged: bool = True
+    model: ir.Model,
+    passes: Sequence[Pass],
+    policy: Policy,
+    load: Load,
+    *,
+    room: int | None = None,
+    judged: bool = True,
+    cuts: bool = True,
 ) -> Need:
     """What it takes; UserError, before the work, where memory or disk at hand do not suffice, with what would do.
 
     Where it would swap it is a warning. room: bytes free on the output's disk; None: not known. judged: whether errors
-    are asked for, so that verification cannot be left out.
+    are asked for, so that verification cannot be left out. cuts: whether texts may be shorter.
     """
     need, free = foretold(model, passes, policy, load), available()
     if room is not None and _SURE * need.disk > room:
@@ -140,7 +153,7 @@ def check_fits(
             free / 1e9,
         )
         return need
-    known = ((words, make()) for words, make in _others(model, passes, policy, load, judged=judged))
+    known = ((words, make()) for words, make in _others(model, passes, policy, load, judged=judged, cuts=cuts))
     fitting = next((f"{words} takes about {own.memory / 1e9:.1f} GB" for words, own in known if _fits(own, free)), "")
     raise UserError(
         f"this compile takes about {need.memory / 1e9:.1f} GB of memory ({need.what}), {free / 1e9:.1f} GB are free; "
@@ -149,14 +162,14 @@ def check_fits(
 
 
 def _others(
-    model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load, *, judged: bool
+    model: ir.Model, passes: Sequence[Pass], policy: Policy, load: Load, *, judged: bool, cuts: bool
 ) -> Iterator[tuple[str, Callable[[], Need]]]:
     """Options that take less memory, in words, the least change first."""
     few = replace(load, threads=1)
-    quarter = Fed(load.largest.rows // 4, load.largest.pairs // 16)
+    quarter = replace(load.largest, rows=load.largest.rows // 4, pairs=load.largest.pairs // 16)
     short = replace(few, rows=load.rows // 4, largest=quarter)
     yield "--threads 1", lambda: foretold(model, passes, policy, few)
-    if short.rows >= 2:
+    if cuts and short.rows >= 2:
         yield f"--threads 1 --context {short.rows}", lambda: foretold(model, passes, policy, short)
     unseen = replace(few, checked=0, check=Fed())
     if load.checked and not judged:
@@ -237,13 +250,16 @@ def _segment(
 
 
 def _scores(node: ir.Node, fed: Fed) -> float:
-    """Bytes of one array (texts, heads, T, T) of attention's scores, as a Softmax reads it; 0 for other nodes."""
+    """Bytes of one array (texts, heads, T, T) of attention's scores, as a Softmax reads it; 0 for other nodes.
+
+    Invariant: they are those of the batch, whether the graph fixes both lengths, one of them, or none.
+    """
     shape = node.inputs[0].shape if node.op_type == "Softmax" and node.inputs[0] is not None else None
     heads = shape[1] if shape is not None and len(shape) == 4 else 0
     if shape is None or not isinstance(heads, int):
         return 0.0
     fixed = [size for size in shape[2:] if isinstance(size, int)]
-    return 4.0 * heads * (math.prod(fixed) * fed.rows if len(fixed) == 2 else fed.pairs)
+    return 4.0 * heads * math.prod(fixed) * (fed.pairs, fed.rows, fed.texts)[len(fixed)]
 
 
 def _constants(nodes: Iterable[ir.Node]) -> list[ir.Value]:
@@ -291,16 +307,17 @@ def _width(value: ir.Value) -> int:
 def fed(plan: InputPlan, batch: Batch) -> Fed:
     """Of ids in arrays rows are their number, where `batch.rows` are the texts."""
     if plan.ids is None:
-        return Fed(batch.rows)
+        return Fed(batch.rows, texts=batch.rows)
     ids = batch.feeds[plan.ids.name]
-    return Fed(max(batch.rows, ids.size), ids.size * ids.shape[-1])
+    found = Fed.of_texts(math.prod(ids.shape[:-1]), ids.shape[-1])
+    return replace(found, rows=max(batch.rows, found.rows))
 
 
 def load_of(calibration: Sequence[Fed], checked: Sequence[Fed]) -> Load:
     """Of all batches of calibration, and of all check batches."""
     rows = [own.rows for own in calibration]
     most = (
-        Fed(max((f.rows for f in own), default=0), max((f.pairs for f in own), default=0))
+        Fed(*(max(sizes) for sizes in zip(*map(astuple, own), strict=True))) if own else Fed()
         for own in (calibration, checked)
     )
     return Load(max(rows, default=0), sum(own.rows for own in checked), workers(), sum(rows), *most)

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qcompile.compiler import Recipe, parse_passes
 from qcompile.compiler.api.rehearsal import rehearse
@@ -21,7 +24,7 @@ from qcompile.compiler.files.work import Work
 from qcompile.compiler.settings.steps import parse_step
 from qcompile.compiler.stages import prepare_model
 from qcompile.compiler.walk import needs
-from qcompile.compiler.walk.needs import BASE, Fed, Load, Need, fed, foretold
+from qcompile.compiler.walk.needs import BASE, Fed, Load, Need, fed, foretold, load_of
 from qcompile.compiler.walk.walk import Job
 from qcompile.models.tiny import tiny_classifier, tiny_decoder
 from qcompile.passes import policy
@@ -88,10 +91,11 @@ def test_rows_of_arrays_with_ids_are_tokens(bench: Any) -> None:
     plan = prepare_model(bench.save(tiny_decoder()), Recipe(), Silent(), dry=True).plan
     assert plan.ids is not None
     ids = np.ones((3, 40), np.int64)
-    assert fed(plan, Batch({plan.ids.name: ids}, len(ids))) == Fed(ids.size, 3 * 40 * 40)
-    assert fed(plan, Batch(lambda: {plan.ids.name: ids}, len(ids))) == Fed(ids.size, 3 * 40 * 40)
+    assert fed(plan, Batch({plan.ids.name: ids}, len(ids))) == Fed(ids.size, 3 * 40 * 40, 3)
+    assert fed(plan, Batch(lambda: {plan.ids.name: ids}, len(ids))) == Fed(ids.size, 3 * 40 * 40, 3)
+    assert fed(plan, Batch({plan.ids.name: ids[0]}, 40)) == Fed(40, 40 * 40, 1), "of rank 1 they are one text"
     images = prepare_model(bench.save(tiny_classifier()), Recipe(passes=parse_passes("qdq")), Silent(), dry=True).plan
-    assert fed(images, Batch({}, 5)) == Fed(5)
+    assert fed(images, Batch({}, 5)) == Fed(5, texts=5)
 
 
 @pytest.mark.parametrize(("passes", "calibrated", "arrays"), [("smooth,qdq", False, 6), ("gptq,pack", True, 2)])
@@ -111,9 +115,67 @@ def test_scores_of_images_are_of_their_patches() -> None:
     """Where the graph fixes how many there are, a batch has that many for each of its rows."""
     scores = ir.Value(name="scores", shape=ir.Shape(["batch", 12, 197, 197]))
     node = ir.Node("", "Softmax", [scores])
-    assert needs._scores(node, Fed(8)) == 4 * 8 * 12 * 197 * 197
-    assert needs._scores(ir.Node("", "Relu", [scores]), Fed(8)) == 0
+    assert needs._scores(node, Fed(8, texts=8)) == 4 * 8 * 12 * 197 * 197
+    assert needs._scores(ir.Node("", "Relu", [scores]), Fed(8, texts=8)) == 0
     assert needs._scores(ir.Node("", "Softmax", [ir.Value(name="x")]), Fed(8, 64)) == 0
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    texts=st.integers(1, 3),
+    length=st.integers(2, 1024),
+    heads=st.sampled_from([2, 4, 8]),
+    passes=st.sampled_from(["smooth,qdq", "gptq,pack", "pack"]),
+)
+def test_a_fixed_length_changes_nothing(texts: int, length: int, heads: int, passes: str) -> None:
+    """The same graph on the same data takes the same, whether its axes are fixed or free."""
+    with TemporaryDirectory() as folder:
+        told = [_told(Path(folder), passes, heads, texts, length, fixed=fixed) for fixed in (False, True)]
+    assert told[0] == told[1]
+    assert told[0][1] == 4 * heads * texts * length**2
+
+
+def _told(folder: Path, passes: str, heads: int, texts: int, length: int, *, fixed: bool) -> tuple[Need, float]:
+    """What a compile takes on batches of texts, and attention's scores in it."""
+    made = _prepared(folder, passes, heads, (texts, length) if fixed else None)
+    assert (made.plan.batch, made.plan.sequence) == ((texts, length) if fixed else (None, None))
+    batch = Batch({made.plan.ids.name: np.ones((texts, length), np.int64)}, texts)
+    load = load_of([fed(made.plan, batch)] * 3, [fed(made.plan, batch)] * 2)
+    scores = sum(needs._scores(node, load.largest) for node in made.model.graph)
+    return foretold(made.model, made.passes, made.policy, load), scores
+
+
+def _prepared(folder: Path, passes: str, heads: int, shape: tuple[int, int] | None) -> Any:
+    model = tiny_decoder(layers=1, heads=heads, kv_heads=2)
+    for value in model.graph.inputs if shape is not None else ():
+        value.shape = ir.Shape(shape)
+    if shape is not None:
+        model.graph.outputs[0].shape = ir.Shape([*shape, 256])
+    save_model(model, folder / "m.onnx")
+    return prepare_model(folder / "m.onnx", Recipe(passes=parse_passes(passes)), Silent(), dry=True)
+
+
+@pytest.mark.parametrize("lengths", [(64, 1500), (1500, 64)])
+def test_scores_of_one_fixed_length(lengths: tuple[int, int]) -> None:
+    """Those of every token and all positions that are fixed, as a decoder's of an encoder's states."""
+    shapes = [["texts", 6, *((n if n == 1500 else own) for n in lengths)] for own in (64, "tokens")]
+    nodes = [ir.Node("", "Softmax", [ir.Value(name="x", shape=ir.Shape(shape))]) for shape in shapes]
+    assert [needs._scores(node, Fed.of_texts(3, 64)) for node in nodes] == [4 * 3 * 6 * 64 * 1500] * 2
+
+
+def test_a_fixed_length_is_not_to_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shorter `--context` is told where it can be given."""
+    monkeypatch.setattr(needs, "available", lambda: 1 << 20)
+    monkeypatch.setattr(needs, "swappable", lambda: 0)
+    monkeypatch.setattr(needs, "_fits", lambda need, free: False)
+    made = _prepared(tmp_path, "gptq,pack", 4, None)
+    told = [
+        [words for words, _ in needs._others(made.model, made.passes, made.policy, load, judged=False, cuts=cuts)]
+        for load in [load_of([Fed.of_texts(1, 64)], [Fed.of_texts(1, 48)])]
+        for cuts in (True, False)
+    ]
+    assert "--threads 1 --context 16" in told[0]
+    assert [words for words in told[0] if "context" not in words] == told[1]
 
 
 def test_little_data_is_spilled_little(tmp_path: Path) -> None:
