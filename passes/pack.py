@@ -52,8 +52,9 @@ class Pack(Pass):
     Case 4: a weight that several nodes share, a tied embedding among them, is stored once.
     Case 7: a linear that `outlier` marked: codes of the other channels, and a float product of these (`Columns`).
     target: the operators of the output, as the option --target; None leaves it to that option.
-    ranges: how Case 3 chooses: nearest, search (fractions of the range), hqq (half-quadratic optimization of zero
-    points and scales), best (the better of both); auto: by the bits.
+    ranges: how Case 3 chooses, and nothing else (decisions of the other cases say so): nearest, search (fractions of
+    the range), hqq (half-quadratic optimization of zero points and scales), best (the better of both); auto: by the
+    bits.
     """
 
     name: ClassVar[str] = "pack"
@@ -71,11 +72,13 @@ class Pack(Pass):
         nodes = list(region.live_nodes())
         chosen = [(linear, self.policy.for_linear(linear, vocabulary)) for linear in find_linears(nodes)]
         rounded = self._round(region, {linear: spec for linear, spec in chosen if not isinstance(spec, str)})
+        passed = {linear: self._passed_over(region, linear) for linear, _ in chosen}
         for linear, spec in chosen:
             if isinstance(spec, str):
                 self._keep(linear, spec)
             else:
-                self._pack_linear(region, linear, spec, rounded, self.policy.remark(linear, vocabulary))
+                told = "; ".join(filter(None, (self.policy.remark(linear, vocabulary), passed[linear])))
+                self._pack_linear(region, linear, spec, rounded, told)
         for embedding in find_embeddings(nodes):
             table = self.policy.for_embedding(embedding)
             if isinstance(table, str):
@@ -132,6 +135,15 @@ class Pack(Pass):
 
     def _alone(self, w: Array, spec: Grid) -> Quantized:
         return blank(w, spec) if self.dry else self.by_weight(w, spec, None)
+
+    def _passed_over(self, region: Region, linear: Linear) -> str:
+        """Why `ranges`, where it is given, does not choose a linear's grid (Cases 1 and 2); empty where it does."""
+        own, by = self.by_weight.ranges, ""
+        if linear.transposed in weight_state(linear.weight).codes:
+            by = "the pass before"
+        elif region.statistics.get(linear.activation) is not None:
+            by = "statistics of its input"
+        return f"by {by}, not by ranges={own}, which is for weights without" if by and own != "auto" else ""
 
     def _keep(self, site: Linear | Embedding, reason: str) -> None:
         kind = "MatMul" if isinstance(site, Linear) else "Gather"

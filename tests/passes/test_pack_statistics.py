@@ -1,5 +1,7 @@
 """The pass `pack` where there are statistics or codes already: which rounding it takes, and what it reports."""
 
+from typing import get_args
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -11,6 +13,7 @@ from qcompile.passes.gptq import ErrorCompensated, round_by_rows
 from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
+from qcompile.passes.ranges import ByWeight, Ranges
 from qcompile.passes.rounding import round_to_nearest, round_with_clip
 from qcompile.passes.spec import PerGroup, QuantSpec
 from qcompile.passes.state import node_state, set_weight, weight_state
@@ -54,6 +57,25 @@ def test_statistics_bring_the_clip_search(spec) -> None:
     wanted = round_with_clip(w, spec, statistics)
     _pack(region, spec)
     _stored(linear, wanted)
+
+
+@pytest.mark.parametrize("ranges", get_args(Ranges))
+@pytest.mark.parametrize("given", ["nothing", "statistics", "codes"])
+def test_ranges_that_choose_nothing_are_told(ranges: Ranges, given: str) -> None:
+    """What they would choose is not stored then, and the decision says by what the grid is chosen."""
+    region, linear, statistics = _region()
+    w = linear.read()
+    wanted = {"nothing": ByWeight(ranges)(w, SPEC, None), "statistics": round_with_clip(w, SPEC, statistics)}
+    if given != "statistics":
+        region.statistics.clear()
+    if given == "codes":
+        set_weight(linear.weight, codes={False: round_with_clip(w, SPEC, statistics)})
+    step = Pack(Policy(SPEC, None, None), ranges=ranges)
+    step.call(region)
+    _stored(linear, wanted["nothing" if given == "nothing" else "statistics"])
+    told = {"nothing": "", "statistics": "by statistics of its input", "codes": "by the pass before"}[given]
+    told = "" if ranges == "auto" or not told else f": {told}, not by ranges={ranges}, which is for weights without"
+    assert [own.reason for own in step.decisions] == [f"{SPEC}{told}"]
 
 
 def test_copies_of_one_row_are_followed_as_gptq_does() -> None:
