@@ -63,18 +63,24 @@ class GGUFFile:
 
     def find(self, weight: Floats) -> Rows | str:
         """The rows of the file that hold the numbers of a weight (N, K); or why they are not kept."""
-        sums = _sums(weight)
+        sums, types = _sums(weight), set[str]()
+        missing = np.ones(len(sums), bool)
         for (kind, k), group in self._groups.items():
             if k != weight.shape[1]:
                 continue
             places = np.searchsorted(group.sums, sums).clip(max=len(group.sums) - 1)
-            if not np.array_equal(group.sums[places], sums):
+            if (own := group.sums[places] == sums).any():
+                types.add(kind)
+            missing &= ~own
+            if not own.all():
                 continue
             if kind in _FLOATS:
                 return f"the file has it in {kind}"
             if kind not in KINDS:
                 return f"the file has it in {kind}, of which no format here holds the blocks"
             return Rows(kind, _gathered(group, group.of[places]))
+        if not missing.any():
+            return f"the file has its rows in several types, {', '.join(sorted(types))}, and a product has one"
         return "no tensor of the file has its numbers: they were changed when it was loaded"
 
 

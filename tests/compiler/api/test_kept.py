@@ -300,6 +300,22 @@ def test_what_is_left_in_float_and_why(tmp_path: Path) -> None:
     assert all(np.array_equal(found[f"{name}.y"].T, weight) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize(
+    ("kinds", "reason"),
+    [
+        (("Q8_0", "Q4_0"), "the file has its rows in several types, Q4_0, Q8_0, and a product has one"),
+        (("Q4_K", "Q6_K"), "the file has its rows in several types, Q4_K, Q6_K, and a product has one"),
+        (("Q4_0", "changed"), "no tensor of the file has its numbers: they were changed when it was loaded"),
+    ],
+)
+def test_a_weight_joined_of_two_types_is_told(tmp_path: Path, kinds: tuple[str, ...], reason: str) -> None:
+    """As of queries, keys and values that a checkpoint has as one."""
+    raws = [(kind, blocks(kind, 16, 256, seed=i)) for i, kind in enumerate(kinds) if kind != "changed"]
+    parts = [numbers(*own) for own in raws] + [np.ones((16, 256), np.float32)] * (len(raws) < len(kinds))
+    keeper = _kept(tmp_path, {f"t{i}": own for i, own in enumerate(raws)}, _graph({"w": np.concatenate(parts)}))
+    assert [own.reason for own in keeper.weights] == [reason]
+
+
 def numbers_of_another(raw: np.ndarray) -> np.ndarray:
     import gguf
 
