@@ -26,6 +26,7 @@ from qcompile.compiler.recipe import Recipe, dump_recipe
 from qcompile.compiler.report.coverage import check_coverage
 from qcompile.compiler.report.page import to_html
 from qcompile.compiler.results.report import Report
+from qcompile.compiler.settings.amount import Amount
 from qcompile.compiler.stages import (
     Walked,
     checkpoints,
@@ -66,6 +67,7 @@ def compile_model(
     fresh: bool = False,
     asked: tuple[Path, Path] | None = None,
     told: str = "",
+    budget: str = "",
 ) -> Report:
     """Compile the model file to `output` (with its data file and report.json beside it); everything or nothing.
 
@@ -79,6 +81,7 @@ def compile_model(
     fresh: begin anew, where the same compile was interrupted and would go on behind its last checkpoint.
     asked: the folders that the user named, where the model is of one: commands in the report say these.
     told: what was chosen in the recipe, in words; a budget must be spent by then (`api.spending`).
+    budget: the one that was spent; TooLarge where the files take more bytes than it says.
 
     Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
     """
@@ -106,6 +109,7 @@ def compile_model(
         judged,
         verify,
         [str(folder) for folder in asked or ()],
+        budget,
     )
     with Work(target, fresh=fresh) as work:
         return _compiled(job, work, progress, started, bench=bench)
@@ -113,7 +117,9 @@ def compile_model(
 
 @dataclass(frozen=True)
 class _Job:
-    """What `compile_model` was asked for. changed: what a target changed in the recipe. asked: folders, as named."""
+    """What `compile_model` was asked for. changed: what a target changed in the recipe. asked: folders, as named.
+    budget: that was spent, "" where none was.
+    """
 
     source: Path
     target: Path
@@ -124,6 +130,7 @@ class _Job:
     evaluation: Calibration | None
     verify: str
     asked: list[str]
+    budget: str
 
 
 def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, bench: bool) -> Report:
@@ -174,6 +181,8 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
     with publish.staging(target) as staged:
         with phase("save"):
             written = save_model(graph, staged, metadata=_metadata(report, recipe))
+        if asked.budget:
+            Amount.parse(asked.budget).check(written.model_bytes + written.data_bytes)
         ran = _run(staged, walked, verified, int8, level, progress)
         check_saved(staged, graph)
         report.verified = told(level, ran=ran)
@@ -182,7 +191,7 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
             progress.step("running both models in turns")
             report.speed = paired(source, staged, plan, (*data.evaluation, *data.checks)[0], recipe.provider)
         report.compiled_bytes = written.model_bytes + written.data_bytes
-        report.output, report.asked = str(target), asked.asked
+        report.output, report.asked, report.budget = str(target), asked.asked, asked.budget
         report.files = [file.name for file in (*written.paths, report_path(target), page_path(target))]
         report.seconds, report.peak_memory = aside.seconds + time.monotonic() - started, peak_memory()
         report.phases = phases()

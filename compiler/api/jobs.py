@@ -15,7 +15,7 @@ from qcompile.compiler.api.models import Model, PathLike, is_file, on_disk
 from qcompile.compiler.api.recipes import Passes, recipe_of
 from qcompile.compiler.api.rehearsal import Rehearsal, rehearse
 from qcompile.compiler.api.sensitivity import rank_nodes
-from qcompile.compiler.api.spending import spent
+from qcompile.compiler.api.spending import Spent, spending
 from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.console.terminal import Bar
 from qcompile.compiler.files.folders import is_checkpoint, model_file
@@ -90,21 +90,25 @@ def compile(
     warn(wanted, given, fields)
     other = data_of(evaluation, transform=transform if judged else None) if evaluation is not None else None
     with _graph(model, output, wanted, progress) as (path, target, asked, bar):
-        chosen = spent(path, wanted, given, bar)
-        return compile_model(
-            path,
-            chosen.recipe,
-            told=chosen.told,
-            output=target,
-            calibration=chosen.calibration,
-            statistics=Path(statistics) if statistics is not None else None,
-            evaluation=other,
-            bench=bench,
-            verify=verify,
-            fresh=fresh,
-            asked=asked,
-            progress=bar,
-        )
+
+        def run(chosen: Spent) -> Report:
+            return compile_model(
+                path,
+                chosen.recipe,
+                told=chosen.told,
+                budget=chosen.budget,
+                output=target,
+                calibration=chosen.calibration,
+                statistics=Path(statistics) if statistics is not None else None,
+                evaluation=other,
+                bench=bench,
+                verify=verify,
+                fresh=fresh,
+                asked=asked,
+                progress=bar,
+            )
+
+        return spending(path, wanted, given, bar, run)
 
 
 @door

@@ -76,6 +76,8 @@ class Rehearsal(Shown):
 
 def rehearse(source: Path, recipe: Recipe) -> Rehearsal:
     """What the recipe would make of a model file. Raises UserError as the compile does, before its work."""
+    if recipe.budget is not None:
+        raise UserError("a dry run reads no weights, and a budget is spent by them: leave one of the two out")
     prepared = prepare_model(source, recipe, Silent(), dry=True)
     graph, report, own = prepared.model, prepared.report, quantizers(prepared.passes)
     segments = split(graph, targets(graph).__contains__)

@@ -1,7 +1,7 @@
 """`qcompile MODEL.onnx …`: the main job."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 from qcompile.compiler.api.evaluation import EvaluationSet, evaluate_models
 from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, within
-from qcompile.compiler.api.spending import spent
+from qcompile.compiler.api.spending import Spent, spending
 from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.declared.compile import Options
 from qcompile.compiler.commands.dry_run import print_plan
@@ -38,6 +38,7 @@ from qcompile.compiler.plan import for_application
 from qcompile.compiler.recipe import Recipe, save_recipe
 from qcompile.compiler.report.terminal import print_report
 from qcompile.compiler.results.report import Report
+from qcompile.compiler.settings.amount import Amount
 from qcompile.passes.errors import UserError
 
 _MODEL = "the float model: an .onnx file, its folder, or a Hugging Face folder or .gguf file, which is exported first"
@@ -66,10 +67,18 @@ def run(args: Options) -> Document:
         source = exported(args.model, bar.step)
     if args.kind is None:
         check_folder(source, folder)
+    _check_one(recipe_of(args), graphs(source))
     with _told_what_is_written() as seen:
         each = [changed(args, model=graph, output=f"{folder}{os.sep}") for graph in graphs(source)]
         made = [_one(own, seen, (args.model, folder)) for own in each]
     return made[0] if len(made) == 1 else made
+
+
+def _check_one(recipe: Recipe, models: Sequence[Path]) -> None:
+    """UserError for a budget of bytes that several models would have to share."""
+    if recipe.budget is not None and Amount.parse(recipe.budget).size is not None and len(models) > 1:
+        told = f"a budget in bytes is for one model, and here are {', '.join(path.name for path in models)}"
+        raise UserError(f"{told}: give bits a weight, --budget 4bpw, or compile them one by one")
 
 
 @contextmanager
@@ -139,21 +148,25 @@ def _compiled(args: Options, recipe: Recipe, output: Path, asked: tuple[Path, Pa
             with writing(saved):
                 save_recipe(recipe, staged)
         with Bar() as bar:
-            chosen = spent(args.model, recipe, calibration_of(args), bar)
-            report = compile_model(
-                args.model,
-                chosen.recipe,
-                told=chosen.told,
-                output=output,
-                calibration=chosen.calibration,
-                progress=bar,
-                statistics=args.statistics,
-                evaluation=_evaluation(args),
-                bench=args.bench,
-                verify=args.verify,
-                fresh=args.fresh,
-                asked=asked,
-            )
+
+            def run(chosen: Spent) -> Report:
+                return compile_model(
+                    args.model,
+                    chosen.recipe,
+                    told=chosen.told,
+                    budget=chosen.budget,
+                    output=output,
+                    calibration=chosen.calibration,
+                    progress=bar,
+                    statistics=args.statistics,
+                    evaluation=_evaluation(args),
+                    bench=args.bench,
+                    verify=args.verify,
+                    fresh=args.fresh,
+                    asked=asked,
+                )
+
+            report = spending(args.model, recipe, calibration_of(args), bar, run)
         if saved is not None and staged is not None:
             replace_file(staged, saved)
     return report

@@ -5,15 +5,12 @@ from qcompile.compiler.commands.options import Document
 from qcompile.compiler.console.terminal import console
 from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.report.explanation import explain
-from qcompile.passes.errors import UserError
 
 _WORST = 10
 
 
 def run(args: Options) -> Document:
     """Print what the report says of the nodes."""
-    if args.worst is not None and args.worst < 1:
-        raise UserError(f"--worst must be at least 1, got {args.worst}")
     worst = _WORST if args.worst is None and not args.nodes else args.worst
     found = explain(model_file(args.model), args.nodes, worst)
     found.sheet().show(console(answer=True))

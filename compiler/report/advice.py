@@ -13,6 +13,7 @@ from qcompile.compiler.results.report import Report
 from qcompile.passes import lists
 from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError
+from qcompile.passes.exact import split_quoted
 from qcompile.passes.targets import TARGETS
 
 _RANKED = 5
@@ -62,7 +63,7 @@ def remedies(report: Report) -> list[Remedy]:
     integer = bool(steps_that(recipe, ensure=Fact.INTEGER))
     if not integer and not packs(report):
         return []
-    tried = [*(_of_integers(recipe, report) if integer else _of_weights(recipe)), *_in_float(recipe, worst)]
+    tried = [*(_of_integers(recipe, report) if integer else _of_weights(recipe, report)), *_in_float(recipe, worst)]
     return [Remedy(what, command(report, changes)) for what, changes in tried]
 
 
@@ -92,11 +93,13 @@ def _of_integers(recipe: Recipe, report: Report) -> Iterator[tuple[str, dict[str
         yield "leave outlying channels of MatMuls in float", {"passes": [*steps[:at], marking, *steps[at:]]}
 
 
-def _of_weights(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
+def _of_weights(recipe: Recipe, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
     target = TARGETS[effective(recipe).target]
     best = lists.BEST.split(",")
     if not {step.name for step in recipe.passes} >= set(best):
         yield "fit codes to calibration data (slower to compile, the same size)", {"passes": best}
+    if report.budget:
+        return  # which settles groups and bits
     smaller = _SMALLER.get(recipe.group_size)
     if smaller and recipe.weights is None and (not target.groups or smaller in target.groups):
         yield f"groups of {smaller} rows share a scale, not {recipe.group_size or 'all'}", {"group_size": smaller}
@@ -118,10 +121,14 @@ def _in_float(recipe: Recipe, worst: Sequence[Hurting]) -> Iterator[tuple[str, d
 
 
 def command(report: Report, changes: dict[str, Any]) -> str:
-    """The command that made a report, with other settings."""
+    """The command that made a report, with other settings; what a budget chose is left to the budget again."""
     source, output = report.asked or (report.source, report.output)
     words = ["qcompile", source]
-    for name, value in ({**report.recipe, **changes}).items():
+    settings = {**report.recipe, **changes}
+    if report.budget:
+        said = [own for own in settings.pop("weights_of", ()) if split_quoted(own)[0] is None]
+        settings |= {"weights_of": said, "budget": report.budget}
+    for name, value in settings.items():
         own = SETTINGS.get(name)
         if own is not None and value != own.plain(own.default) and value is not None:
             words += _option(own.option, own.about.opposite, name, value)

@@ -75,8 +75,11 @@ def explain(model: Path, patterns: Sequence[str] = (), worst: int | None = None)
     """The decisions on the nodes that a pattern fits, by their names or their weights', in the order of the graph; or
     on the worst of them; all nodes without a pattern.
 
-    model: a compiled file, whose report lies beside it. UserError where it does not, or a pattern fits no node.
+    model: a compiled file, whose report lies beside it. UserError where it does not, a pattern fits no node, or fewer
+    than one are asked for.
     """
+    if worst is not None and worst < 1:
+        raise UserError(f"--worst must be at least 1, got {worst}")
     path = model.with_name(f"{model.stem}.report.json")
     report = _report(path, model)
     try:

@@ -29,7 +29,7 @@ class Report(Shown):
     one account for every float constant of 1,024 elements or more (`coverage`). mixed: what stays in float by its
     sensitivity, where the recipe wants that. ladder: what each step without data gained, where there was no data.
     calibrated: names of the files and texts that statistics came from, by the sha256 of their content.
-    given: options of the command line that say where its data came from.
+    given: options of the command line that say where its data came from. budget: which `weights_of` was chosen by.
     measured: what `outputs` and `predictions` were measured on. speed: where a paired run was asked for.
     warnings: what is odd about the calibration data. predictions: of a decoder, on real tokens.
     rounding: what integer nodes changed in the outputs at most, relative.
@@ -56,6 +56,7 @@ class Report(Shown):
     measured: str = ""
     calibrated: dict[str, str] = field(default_factory=dict)
     given: list[str] = field(default_factory=list)
+    budget: str = ""
     speed: Speed | None = None
     warnings: list[str] = field(default_factory=list)
     ranges: list[ActivationRange] = field(default_factory=list)

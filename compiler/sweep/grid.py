@@ -51,10 +51,12 @@ def parse_grid(items: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def combinations(grid: Grid, base: Recipe, calibration: Sequence[str] = ()) -> list[Combination]:
     """Every combination of the grid's values over the base recipe, the last key changing fastest.
 
-    Case 1: a key that is neither a recipe's nor `calibration`, and a value without a meaning: UserError.
+    Case 1: a key that is neither a recipe's nor `calibration`, and a value without a meaning, and a budget: UserError.
     Case 2: settings that exclude each other: a combination without a recipe, but with the reason.
     Case 3: a value that every combination refuses: UserError with the first reason.
     """
+    if "budget" in grid or base.budget is not None:  # Case 1
+        raise UserError("--grid: a sweep spends no budget: leave it out, and vary weights, group_size or weights_of")
     known = [*SETTINGS, CALIBRATION]
     for key, values in grid.items():
         if key not in known:  # Case 1

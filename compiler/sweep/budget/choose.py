@@ -65,7 +65,7 @@ def choose(
     of each format; changes add up. What the recipe keeps in float, or says the format of, stays as it is.
     Invariant: the policy of the recipe that is returned gives every unit the grids that were chosen for it.
     size_of: bytes of the model that a recipe will make, without its weights being read. unforetold: bytes by which it
-    was off before.
+    is known to be too low.
     Raises UserError where no choice is small enough, and for lists that do not pack.
     """
     _check(recipe, amount)
@@ -81,7 +81,7 @@ def choose(
     if amount.size is None:
         made = _within(options, (amount.bits or 0) / 8 * sum(counts), amount, counts)
     else:
-        rest = _added(prepared.model, recipe) + unforetold
+        rest = max(_added(prepared.model, recipe), unforetold)
         made = _sized(options, amount.size - rest, amount, counts, lambda own: size_of(_with(recipe, units, own)))
     named = _with(recipe, units, made)
     _check_grids(named, units, vocabulary, [own[told.what] for own, told in zip(choices, made, strict=True)])

@@ -1,0 +1,122 @@
+"""A size that is given is one that the files keep, or an error; and where no budget can be spent."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import qcompile
+from qcompile.compiler import cli
+from qcompile.compiler.api import spending
+from qcompile.compiler.api.rehearsal import Rehearsal, rehearse
+from qcompile.compiler.report.advice import remedies
+from qcompile.models.tiny import tiny_decoder
+from qcompile.passes.errors import UserError
+
+SIZE = 150_000
+
+
+def _feeds(count: int = 8, length: int = 32) -> list[dict[str, Any]]:
+    random = np.random.default_rng(0)
+    return [{"input_ids": random.integers(0, 256, (1, length))} for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "m.onnx"
+    ir.save(tiny_decoder(), path)
+    return path
+
+
+def _size(folder: Path) -> int:
+    return sum(own.stat().st_size for own in folder.iterdir() if ".report." not in own.name)
+
+
+def _rehearsed_too_low(monkeypatch: pytest.MonkeyPatch, missed: int) -> None:
+    def low(source: Path, recipe: qcompile.Recipe) -> Rehearsal:
+        made = rehearse(source, recipe)
+        made.report.compiled_bytes -= missed
+        return made
+
+    monkeypatch.setattr(spending, "rehearse", low)
+
+
+def _compile(source: Path, folder: Path, passes: str, **fields: Any) -> Any:
+    given = {"budget": "150kb", **fields}
+    return qcompile.compile(source, passes, output=folder / "o.onnx", calibration=_feeds(), **given)
+
+
+@pytest.mark.parametrize("passes", ["rotate,pack", "rotate(judge=false),pack"])
+def test_nodes_that_turn_inputs_are_counted_before(
+    source: Path, tmp_path: Path, passes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first compile is within the size: none is made again."""
+    monkeypatch.setattr(spending, "_RUNS", 1)
+    report = _compile(source, tmp_path, passes)
+    assert _size(tmp_path) == report.compiled_bytes <= SIZE
+
+
+@pytest.mark.parametrize("missed", [0, 40_000, 200_000])
+def test_what_was_not_foretold_is_known_the_next_time(
+    source: Path, tmp_path: Path, missed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rehearsal that is too low by so many bytes: another compile has as much less."""
+    _rehearsed_too_low(monkeypatch, missed)
+    report = _compile(source, tmp_path, "pack", budget="115kb")
+    assert _size(tmp_path) == report.compiled_bytes <= 115_000
+    assert report.compiled_bytes > 85_000
+
+
+def test_channels_in_float_count(source: Path, tmp_path: Path) -> None:
+    report = _compile(source, tmp_path, "outlier(most=0.05, threshold=0.001),pack")
+    assert any("outliers in float" in own.told for own in report.decisions["pack"])
+    assert _size(tmp_path) == report.compiled_bytes <= SIZE
+    with pytest.raises(UserError, match="outlier leaves channels in float by data"):
+        _compile(source, tmp_path, "outlier,pack", budget="5bpw")
+
+
+def test_what_is_too_large_each_time_is_told_and_not_kept(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spending, "_RUNS", 1)
+    _rehearsed_too_low(monkeypatch, 40_000)
+    with pytest.raises(UserError, match=r"the output takes 0\.\d+ MB, 0\.\d+ MB more than its budget of 0.115 MB"):
+        _compile(source, tmp_path, "pack", budget="115kb")
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_no_budget_is_spent(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a dry run reads no weights, and a budget is spent by them"):
+        qcompile.dry_run(source, "pack", budget="5bpw")
+    for grid, recipe in (({"budget": ["4bpw", "5bpw"]}, None), ({"bits": [4, 8]}, qcompile.Recipe(budget="4bpw"))):
+        with pytest.raises(UserError, match="a sweep spends no budget"):
+            qcompile.sweep(source, grid, output=tmp_path / "s", recipe=recipe)
+
+
+def test_bytes_are_of_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("encoder", "decoder"):
+        ir.save(tiny_decoder(layers=1), tmp_path / "in" / f"{name}.onnx")
+    (tmp_path / "in" / "export.json").write_text('{"graphs": {"encoder.onnx": 0, "decoder.onnx": 0}}')
+    assert cli.main([str(tmp_path / "in"), "--budget", "150kb", "-o", str(tmp_path / "out")]) == 2
+    told = "a budget in bytes is for one model, and here are decoder.onnx, encoder.onnx: give bits a weight"
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_advice_leaves_formats_to_the_budget(source: Path, tmp_path: Path) -> None:
+    tried = remedies(_compile(source, tmp_path, "pack", weights_of=["*q_proj*=int8"]))
+    assert tried
+    for own in tried:
+        assert "--budget 150kb" in own.command
+        assert own.command.count("--weights-of") == 1
+        assert "--group-size" not in own.command
+
+
+@pytest.mark.parametrize("worst", [0, -1])
+def test_at_least_one_node_is_explained(source: Path, tmp_path: Path, worst: int) -> None:
+    _compile(source, tmp_path, "pack", budget=None)
+    with pytest.raises(UserError, match=f"worst= must be at least 1, got {worst}"):
+        qcompile.explain(tmp_path / "o.onnx", worst=worst)
