@@ -1,16 +1,19 @@
 """How many threads work side by side: as many as there are cores, unless the user says how many.
 
-Work is cut the same way whatever their number, and results are joined in the order of the work, so that no number
-that passes compute depends on it. (What ONNX Runtime's sessions sum may.)
+Work is cut the same way whatever their number, each piece is computed with one thread of BLAS, and results are joined
+in the order of the work, so that no number that passes compute depends on it. (What ONNX Runtime's sessions sum may.)
 """
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from threadpoolctl import threadpool_limits
 
 _LIMIT: ContextVar[int | None] = ContextVar("threads", default=None)
 _HELPERS: ContextVar[Executor | None] = ContextVar("helpers", default=None)
@@ -39,25 +42,56 @@ def workers() -> int:
     return _LIMIT.get() or cores
 
 
+class _OneBlasThread(threading.local):
+    """Inside, BLAS computes a product in the thread that asks for it: several would cut its sums by their number, and
+    wait for each other where all are at work anyway. What BLAS was told before holds again behind it.
+
+    Within a block another one of the same thread is free. Where the number is the process's (OpenBLAS with threads of
+    its own), that of the thread that came first holds for all, until it goes.
+    """
+
+    _inside: int = 0
+    _limits: Any = None
+
+    def __enter__(self) -> None:
+        if not self._inside:
+            self._limits = threadpool_limits(limits=1, user_api="blas")
+        self._inside += 1
+
+    def __exit__(self, *failure: object) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self._limits.__exit__(*failure)
+
+
+ONE_BLAS_THREAD = _OneBlasThread()
+
+
 def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """function(item) of each item, in order; called by `workers` threads, this one among them.
+    """function(item) of each item, in order; called by `workers` threads, this one among them, with `ONE_BLAS_THREAD`.
 
     Inside, it may be called again: whoever has nothing else to do helps there, and nobody waits for a free thread.
     """
     work = _Work(function, list(items))
+    with ONE_BLAS_THREAD:
+        _done(work)
+    return [work.results[number] for number in range(len(work.items))]
+
+
+def _done(work: "_Work[T, R]") -> None:
     helpers, more = _HELPERS.get(), min(workers(), len(work.items)) - 1
     if more < 1:
         work.help()
     elif helpers is not None:
         work.shared(helpers, more)
     else:
-        with ThreadPoolExecutor(workers() - 1) as pool:
+        # Where each thread has a number of its own (OpenMP), helpers need theirs as well.
+        with ThreadPoolExecutor(workers() - 1, initializer=ONE_BLAS_THREAD.__enter__) as pool:
             token = _HELPERS.set(pool)
             try:
                 work.shared(pool, more)
             finally:
                 _HELPERS.reset(token)
-    return [work.results[number] for number in range(len(work.items))]
 
 
 class _Work(Generic[T, R]):

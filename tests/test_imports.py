@@ -20,7 +20,7 @@ ERRORS = "qcompile.passes.errors"
 ALLOWED = {
     "compiler": {"qcompile.compiler", "qcompile.passes", "qcompile.runtime", "qcompile.models"}
     | {"cyclopts", "msgspec", "psutil", "numpy", "onnx", "onnx_ir", "rich", "yaml", "tokenizers", "threadpoolctl"},
-    "passes": {"qcompile.passes", "numpy", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"},
+    "passes": {"qcompile.passes", "numpy", "ml_dtypes", "onnx", "onnx_ir", "onnxscript", "threadpoolctl"},
     "runtime": {
         "qcompile.runtime",
         ERRORS,

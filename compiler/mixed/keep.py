@@ -18,6 +18,7 @@ from qcompile.passes.base import IntegerPass, Pass, Reason, Region, on_clone
 from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError
 from qcompile.passes.policy import Policy
+from qcompile.passes.threads import ONE_BLAS_THREAD
 
 # The share of what keeping nodes in float gains that keeping them with int8 weights has to gain.
 _ENOUGH = 0.75
@@ -235,7 +236,8 @@ def _tried(mixture: Mixture, ranking: Ranking, nodes: Sequence[Ranked], wish: Wi
 def _finished(mixture: Mixture, kept: tuple[Kept, ...]) -> _Tried:
     made, clone = on_clone(mixture.late, mixture.model)
     made.policy = _keeping(made.policy, kept)
-    made.call(Region.whole(clone))
+    with ONE_BLAS_THREAD:
+        made.call(Region.whole(clone))
     own, held = finished_distances(mixture, clone)
     return _Tried(kept, own, stored_bytes(clone), held)
 

@@ -16,6 +16,7 @@ from qcompile.compiler.walk.segments import Segment, split
 from qcompile.passes.base import Pass, Region, on_clone, values_by_name
 from qcompile.passes.linears import find_embeddings
 from qcompile.passes.state import node_state, remember, set_node
+from qcompile.passes.threads import ONE_BLAS_THREAD
 from qcompile.runtime.sessions import run
 
 
@@ -141,7 +142,8 @@ def rewritten(late: Pass, model: ir.Model, values: Sequence[str]) -> tuple[ir.Mo
     looked_up = [embedding.node for embedding in find_embeddings(clone.graph)]
     for node in looked_up:
         remember(node)
-    made.call(Region.whole(clone))
+    with ONE_BLAS_THREAD:
+        made.call(Region.whole(clone))
     for node in looked_up:
         if node.op_type == "Gather":  # the pass left it as it is
             set_node(node, twin=None)

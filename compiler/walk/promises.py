@@ -1,8 +1,9 @@
 """Passes are held to what they declare (passes/contract.py): what each leaves is looked at before the next one runs.
 
 Invariant: behind `run`, the region is a graph with the outputs that it had, and every fact that the pass ensures holds
-of what it decided on. The time is linear in the region. What quantizing passes say of weights that are still floats is
-found by the census of the finished graph (report/coverage.py).
+of what it decided on; nothing that it computed depends on the number of BLAS's threads. The time is linear in the
+region. What quantizing passes say of weights that are still floats is found by the census of the finished graph
+(report/coverage.py).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from qcompile.passes.formats.functions import is_product
 from qcompile.passes.linears import CONVOLUTIONS, Linear, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.state import node_state, weight_state
+from qcompile.passes.threads import ONE_BLAS_THREAD
 
 # Kinds of nodes that are checked one by one where they became integer.
 _PRODUCTS = ("MatMul", "Gemm", *CONVOLUTIONS)
@@ -28,7 +30,7 @@ _PRODUCTS = ("MatMul", "Gemm", *CONVOLUTIONS)
 def run(made: Pass, region: Region) -> None:
     """Call a pass on a region; BrokenPromise where it did not do what it says, or did what it does not say."""
     before, count = _Before.of(region), len(made.decisions)
-    with phase(made.name, of_pass=True):
+    with phase(made.name, of_pass=True), ONE_BLAS_THREAD:
         made.call(region)
     nodes = list(region.model.graph) if made.stage != Stage.WALK else list(region.live_nodes())
     own = {str(node.name): node for node in nodes}

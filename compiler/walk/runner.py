@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from threadpoolctl import threadpool_limits
 
 from qcompile.compiler.data.feeds import Batch, InputPlan, PastPair
 from qcompile.compiler.data.npz import Arrays
@@ -21,6 +20,7 @@ from qcompile.compiler.walk.segments import Segment
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.gram import UNIT, Gram
 from qcompile.passes.statistics import Statistics
+from qcompile.passes.threads import ONE_BLAS_THREAD
 from qcompile.passes.workers import Here, Workers, elsewhere, in_order
 
 # By the name of a carried value: its array for each batch.
@@ -138,7 +138,7 @@ class Runner:
         for observer in every:
             observer.append(piece.proto.graph)
         others, grams = self._others(piece, stream), [own for own in every if isinstance(own, Gram)]
-        with threadpool_limits(limits=1, user_api="blas"):  # observers work in threads of their own
+        with ONE_BLAS_THREAD:
             if others is not None and len(grams) == len(every):
                 self._merge(others, piece, segment, stream, grams)
                 return

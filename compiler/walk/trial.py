@@ -16,6 +16,7 @@ from qcompile.passes.base import Decision, Region, WalksAgain, on_clone
 from qcompile.passes.linears import find_linears
 from qcompile.passes.observers.mean import PARTS
 from qcompile.passes.state import node_state
+from qcompile.passes.threads import ONE_BLAS_THREAD
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -78,8 +79,9 @@ def through(late: WalksAgain, runner: Runner, batches: Sequence[Batch]) -> None:
     """Take batches through the runner's graph, segment by segment, for a pass that walks again."""
     stream = Stream(batches)
     for segment in split(runner.model, _is_integer) if batches else ():
-        for observers in late.walk_again(Region(runner.model, list(segment.nodes))):
-            runner.observe(segment, observers, stream)
+        with ONE_BLAS_THREAD:
+            for observers in late.walk_again(Region(runner.model, list(segment.nodes))):
+                runner.observe(segment, observers, stream)
         runner.advance(segment, stream)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from threadpoolctl import threadpool_limits
 
 from qcompile.compiler.console.progress import Progress
 from qcompile.compiler.data.calibration import Data
@@ -40,6 +39,7 @@ from qcompile.passes.observers.base import Observer
 from qcompile.passes.proxies import proxies
 from qcompile.passes.state import node_state, set_node
 from qcompile.passes.statistics import Statistics
+from qcompile.passes.threads import ONE_BLAS_THREAD
 
 
 def observed(passes: Sequence[Pass], model: ir.Model) -> dict[ir.Value, Observer]:
@@ -134,7 +134,8 @@ class Job:
                 keep.after(walk, walk.done, len(walk.segments), walk.segments[walk.done - 1].nodes)
         for rewrite in self.passes:
             before = len(rewrite.decisions)
-            rewrite.call_rest(self.model)
+            with ONE_BLAS_THREAD:
+                rewrite.call_rest(self.model)
             self.changed |= any(decision.action == "quantized" for decision in rewrite.decisions[before:])
         return walk.outputs
 
@@ -278,10 +279,8 @@ class Job:
             runner.observe(segment, {}, calibration, more=watched)
         with phase("float outputs"):
             before = runner.outputs(segment, checks, original=True, beside=beside)
-        # The passes work on columns side by side in threads of their own; BLAS threads inside those only fight.
-        with threadpool_limits(limits=1, user_api="blas"):
-            for rewrite in self.passes:
-                promises.run(rewrite, region)
+        for rewrite in self.passes:
+            promises.run(rewrite, region)
         segment.nodes[:] = region.live_nodes()
         products = Products(segment.nodes, self.int8 if int8 else None, share=self.share)
         with phase("probes"):

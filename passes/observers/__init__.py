@@ -1,4 +1,4 @@
-"""Observers: what is learnt from activations, by nodes that reduce them inside ONNX Runtime."""
+"""Observers: what is learnt from activations, by nodes that give what is needed of them."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""What an observer is: nodes that reduce a batch of an activation inside ONNX Runtime, and what they add up to."""
+"""What an observer is: nodes that give what it needs of a batch of an activation, and what that adds up to."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -17,7 +17,10 @@ State = dict[str, npt.NDArray[Any]]
 
 
 class Observer(ABC):
-    """Statistics of one activation value, of a size that does not depend on the number of batches.
+    """Statistics of one activation value, of a size that does not depend on the number of its rows.
+
+    Most reduce a batch inside ONNX Runtime, and are of one size. `gram` takes the rows themselves and holds a few
+    thousand until it multiplies them; `extents` keeps a few numbers a channel of each batch.
 
     name: how a recipe calls it. value: the name of the activation. axis: its channel axis (negative from the end), for
     statistics of each channel; None for one of the whole tensor.
@@ -33,7 +36,7 @@ class Observer(ABC):
 
     @abstractmethod
     def append(self, graph: onnx.GraphProto) -> None:
-        """Append nodes that reduce the value, and declare what they give as outputs of the graph.
+        """Append nodes that reduce the value, or give it whole, and declare what they give as outputs of the graph.
 
         Names of nodes begin with the name of the value; what several observers of a value need is appended once.
         """

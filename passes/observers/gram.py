@@ -54,10 +54,11 @@ class Gram(Observer):
     @property
     def statistics(self) -> Statistics | None:
         """Of everything so far; None before the first row."""
-        if self.gram is None:
+        gram = self.gram
+        if gram is None:
             return None
         self._sample, self._groups = [np.concatenate(self._sample)], [np.concatenate(self._groups)]
-        return Statistics(self.rows, self.gram, self._absmax, self._sample[0], self._rest, self._groups[0])
+        return Statistics(self.rows, gram, self._absmax, self._sample[0], self._rest, self._groups[0])
 
     @property
     def gram(self) -> Array | None:

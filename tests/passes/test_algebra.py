@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
 from qcompile.passes import algebra
 from qcompile.passes.algebra import Compensation, add_gram, cholesky, damping_of, mirror
@@ -37,6 +38,19 @@ def test_a_gram_matrix_is_summed_by_its_lower_triangle(k: int, rows: int, thread
     np.testing.assert_allclose(total, x.astype(np.float64).T @ x, rtol=0, atol=1e-5 * max(rows, 1))
     add_gram(total, x, -1)
     np.testing.assert_allclose(np.tril(total), 0, rtol=0, atol=1e-5 * max(rows, 1))
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(520, 700), st.integers(500, 900), st.integers(1, 3))
+def test_blas_s_threads_change_no_bit_of_a_gram_matrix(k: int, rows: int, threads: int) -> None:
+    """Of products that BLAS shares among its threads where it may: tiles beside the diagonal, of hundreds of rows."""
+    x = np.random.default_rng(k).standard_normal((rows, k), np.float32)
+    made = []
+    for most in (1, 2, 4):
+        with threadpool_limits(most, "blas"), limited(threads):
+            made.append(np.zeros((k, k), np.float32))
+            add_gram(made[-1], x)
+    assert all(np.array_equal(made[0], own) for own in made)
 
 
 @settings(max_examples=30, deadline=None)

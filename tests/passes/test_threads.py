@@ -4,8 +4,9 @@ import threading
 import time
 
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from qcompile.passes.threads import limit, limited, side_by_side, workers
+from qcompile.passes.threads import ONE_BLAS_THREAD, limit, limited, side_by_side, workers
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
@@ -66,3 +67,27 @@ def test_without_a_limit_there_are_as_many_as_cores() -> None:
     assert workers() >= 1
     with limited(7):
         assert workers() == 7
+
+
+def _blas() -> set[int]:
+    return {own["num_threads"] for own in threadpool_info() if own["user_api"] == "blas"}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_work_is_done_with_one_thread_of_blas(threads: int) -> None:
+    """Inside of work, too; behind it there are as many as before."""
+    with threadpool_limits(2, "blas"), limited(threads):
+        seen = side_by_side(lambda _: (_blas(), *side_by_side(lambda _: _blas(), range(2)), _blas()), range(5))
+        assert [own for found in seen for own in found] == [{1}] * 20
+        with pytest.raises(ValueError, match="no"):
+            side_by_side(lambda _: int("no"), range(3))
+        assert _blas() == {2}
+
+
+def test_a_block_within_a_block_ends_with_the_outer_one() -> None:
+    with threadpool_limits(2, "blas"):
+        with ONE_BLAS_THREAD:
+            with ONE_BLAS_THREAD:
+                assert _blas() == {1}
+            assert _blas() == {1}
+        assert _blas() == {2}

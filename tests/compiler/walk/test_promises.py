@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from qcompile.compiler.plan import build
 from qcompile.compiler.recipe import Recipe, parse_passes
@@ -153,6 +154,17 @@ def test_who_promises_nothing_keeps_it() -> None:
     for name in ("codes", "outliers", "clip", "packed", "integer", "static"):
         silent = _liar(type(LIARS[name][0]).call)
         promises.run(silent, _region())
+
+
+def test_a_pass_computes_with_one_thread_of_blas() -> None:
+    """Whatever stage it is of, and whether it works side by side or not."""
+    seen = list[int]()
+    told = lambda *_: seen.extend(own["num_threads"] for own in threadpool_info() if own["user_api"] == "blas")  # noqa: E731
+    with threadpool_limits(2, "blas"):
+        for stage in Stage:
+            promises.run(_liar(told, stage=stage), _region())
+        told()
+    assert seen == [*[1] * len(Stage), 2]
 
 
 def test_every_pass_keeps_its_promises_on_a_small_graph() -> None:

@@ -6,8 +6,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from threadpoolctl import threadpool_limits
 
+from qcompile.passes.algebra import mirror
 from qcompile.passes.errors import UserError
+from qcompile.passes.observers import gram
 from qcompile.passes.observers import nodes as observers
 from qcompile.passes.observers.gram import Gram
 from qcompile.runtime.sessions import run, session
@@ -141,3 +144,28 @@ def test_names_are_those_of_the_graph_that_is_asked() -> None:
     assert observers.has(second, "a")
     del second.node[:]
     assert not observers.has(second, "a")
+
+
+@pytest.mark.parametrize("batches", [3, 4, 7])
+def test_blas_s_threads_change_no_bit_of_what_is_held(batches: int) -> None:
+    """Rows that no whole unit has are multiplied when the matrix is read, wherever that is."""
+    rng, made = np.random.default_rng(0), []
+    data = [rng.standard_normal((1, 201, 700), np.float32) for _ in range(batches)]
+    for most in (1, 2, 4):
+        own = Gram("x")
+        with threadpool_limits(most, "blas"):
+            for rows in data:
+                own.update({"x.seen": rows})
+            made.append(own.state()["gram"])
+    assert all(np.array_equal(made[0], own) for own in made)
+
+
+def test_a_matrix_is_made_once_for_its_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit that is not at its end is added to the total for each who reads it."""
+    own, made = Gram("x"), list[int]()
+    for _ in range(6):
+        own.update({"x.seen": np.ones((5, 3), np.float32)})
+    monkeypatch.setattr(gram, "mirror", lambda matrix: made.append(len(matrix)) or mirror(matrix))
+    assert own.statistics is not None
+    np.testing.assert_array_equal(own.statistics.gram, np.full((3, 3), 30))
+    assert made == [3] * 2, "one for each time"
