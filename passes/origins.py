@@ -54,6 +54,15 @@ def names_of(node: ir.Node, *values: ir.Value | None) -> tuple[str, ...]:
     return (own[0], *dict.fromkeys(name for name in (*own[1:], *(origin.names if origin else ())) if name != own[0]))
 
 
+def source_of(node: ir.Node, weight: ir.Value) -> str:
+    """What the source calls a weight of the node, whose prepared name may say more (`w_transposed`); its own name where
+    the source is not known.
+    """
+    origin: Origin | None = node.meta.get(_META)
+    read = () if origin is None else origin.names[1:]
+    return max((name for name in read if str(weight.name).startswith(name)), key=len, default=str(weight.name))
+
+
 def operators_of(node: ir.Node) -> tuple[str, ...]:
     """The node's operator, and that which it was in the source."""
     origin: Origin | None = node.meta.get(_META)

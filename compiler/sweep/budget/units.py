@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qcompile.passes.affine import Grid
 from qcompile.passes.formats.half_scales import LEAST_HALVED
 from qcompile.passes.linears import Embedding, Linear, find_embeddings, find_linears, vocabulary_size
+from qcompile.passes.origins import source_of
 from qcompile.passes.policy import Policy
 
 Site = Linear | Embedding
@@ -88,7 +89,8 @@ def find_units(model: ir.Model, policy: Policy, taken: Callable[[Site], bool] = 
     sites: list[Site] = [own for own in linears if not isinstance(policy.for_linear(own, vocabulary), str)]
     sites += [own for own in tables if not isinstance(policy.for_embedding(own), str)]
     sites = [own for own in sites if _weight(own) not in gone]
-    keys = [{own.activation, own.weight} if isinstance(own, Linear) else {own.table} for own in sites]
+    keys = [{_weight(own), source_of(own.node, _weight(own))} for own in sites]
+    keys = [key | {own.activation} if isinstance(own, Linear) else key for key, own in zip(keys, sites, strict=True)]
     return [_unit([sites[i] for i in group]) for group in joined(keys)]
 
 

@@ -11,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcompile
+from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.plan import grid, make_policy
 from qcompile.compiler.recipe import Recipe, dump_recipe, parse_passes, parse_step
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.settings.steps import parse_named
+from qcompile.compiler.stages import prepare_model
 from qcompile.compiler.sweep.budget.choose import FORMATS
+from qcompile.compiler.sweep.budget.units import find_units
 from qcompile.models.tiny.build import Builder
 from qcompile.passes.errors import UserError
 from qcompile.passes.exact import quoted
@@ -100,3 +103,23 @@ def test_what_stands_behind_a_quoted_name_is_its_format(text: str) -> None:
 
 def test_an_open_quote_is_a_letter_of_a_pattern() -> None:
     assert parse_named('"a*=int8', "keep", "") == ('"a*', parse_step("int8"))
+
+
+def test_a_weight_that_is_read_both_ways_round_is_one_unit(tmp_path: Path) -> None:
+    """`prepare` makes two of it; what else a node read, such as a bias that all have, joins nothing."""
+    random, b = np.random.default_rng(0), Builder(opset=21)
+    x = b.input("x", ir.DataType.FLOAT, ["n", 64])
+    both, other = (b.weight(name, random.normal(0, 0.1, (64, 64))) for name in ("a", "b"))
+    bias = b.weight("bias", np.zeros(64, np.float32))
+    x = b.Tanh(b.MatMul(x, both, name="first"))
+    x = b.Tanh(b.Gemm(x, both, bias, transB=1, name="second"))
+    x = b.Tanh(b.Gemm(x, other, bias, transB=1, name="third"))
+    ir.save(b.model({"y": x}), tmp_path / "m.onnx")
+    prepared = prepare_model(tmp_path / "m.onnx", Recipe(parse_passes("pack")), Silent())
+    units = find_units(prepared.model, prepared.policy)
+    assert [own.names for own in units] == [("first", "second"), ("third",)]
+    feeds = [{"x": random.normal(size=(16, 64)).astype(np.float32)} for _ in range(4)]
+    report = qcompile.compile(tmp_path / "m.onnx", "pack", output=tmp_path / "o.onnx", calibration=feeds, budget="5bpw")
+    formats = {own.node: own.format for own in report.decisions["pack"]}
+    assert formats["first"] == formats["second"]
+    assert _told_bits(report) == pytest.approx(report.bits_per_weight, abs=0.006)
