@@ -27,6 +27,8 @@ _SLOTS[("", "DequantizeLinear")] = 1
 _OWN = 2
 # Elements of scales from which two bytes each are worth a node.
 LEAST_HALVED = 512
+# Ends the name of the float32 numbers that a node makes; in memory they have the name before it.
+_WIDENED = ".widened"
 
 
 def halve(model: ir.Model) -> int:
@@ -42,7 +44,7 @@ def halve(model: ir.Model) -> int:
         outer = value.is_graph_input() or value.is_graph_output()
         if value.const_value is None or outer or not _only_scales(model, value):
             continue
-        tensor, name = value.const_value, names.fresh(f"{value.name}.widened")
+        tensor, name = value.const_value, names.fresh(f"{value.name}{_WIDENED}")
         if isinstance(tensor, BlockScales) and DOMAIN in model.graph.opset_imports:
             kind, domain, attributes = (
                 block_scales(tensor.bits),
@@ -77,7 +79,7 @@ def widen(model: ir.Model) -> None:
         value = node.outputs[0] if node.outputs else None
         if value is None or value.is_graph_output() or not _stored_inputs(node) or not _only_scales(model, value):
             continue
-        name = names.fresh(f"{value.name}.scale")
+        name = names.fresh(str(value.name).removesuffix(_WIDENED))
         made = add_initializer(model.graph, name, _in_memory(node, name))
         ir.convenience.replace_all_uses_with(value, made)
         inputs = [own for own in node.inputs if own is not None]
