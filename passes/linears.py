@@ -14,6 +14,11 @@ from qcompile.passes.tensors import read
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 # Operators with a kernel (rows, columns / groups, …) or its transpose.
 CONVOLUTIONS = ("Conv", "ConvTranspose")
+# What takes scales and zero points to what decodes with them, beside lookups of them.
+_TAKEN_APART = {
+    "Gather", "Expand", "Cast", "Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Flatten",
+    "BitShift", "BitwiseAnd", "BitwiseOr", "Concat",
+}  # fmt: skip
 # What may stand between the last MatMul of a decoder and its logits.
 _HEAD_TAIL = {"Add", "Cast", "Identity", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze"}
 
@@ -151,15 +156,35 @@ def find_linears(nodes: Iterable[ir.Node]) -> list[Linear]:
     return [linear for linear in found if isinstance(linear, Linear)]
 
 
+def on_a_grid(value: ir.Value) -> bool:
+    """Whether a value is nothing but scales or zero points of codes: all that it ends in, taken apart, moved or
+    repeated perhaps, is a DequantizeLinear that reads it as these. A table of such is no weight of its own.
+    """
+    found, ends = [value], False
+    for current in found:  # grows while it is walked
+        if current.is_graph_output():
+            return False
+        for node, position in current.uses():
+            if node.op_type == "DequantizeLinear" and position > 0:
+                ends = True
+            elif node.op_type in _TAKEN_APART and node.domain == "":
+                found += [made for made in node.outputs if made not in found]
+            elif node.op_type != "Shape":
+                return False
+    return ends
+
+
 def find_embeddings(nodes: Iterable[ir.Node]) -> list[Embedding]:
-    """All lookups of rows of a constant float table by computed indices, in order."""
+    """All lookups of rows of a constant float table by computed indices, in order, but for scales (`on_a_grid`)."""
     found = []
     for node in nodes:
         if node.op_type != "Gather" or node.domain != "":
             continue
         table, indices = node.inputs[0], node.inputs[1]
         axis = node.attributes.get_int("axis", 0)
-        if is_weight(table) and table is not None and indices is not None and axis == 0 and indices.const_value is None:
+        if not is_weight(table) or table is None or indices is None or axis != 0 or indices.const_value is not None:
+            continue
+        if not on_a_grid(node.outputs[0]):
             found.append(Embedding(node, indices, table))
     return found
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from qcompile.passes.bodies import bodies
 from qcompile.passes.graph import MICROSOFT as _MS
 from qcompile.passes.graph import is_adapter
+from qcompile.passes.linears import on_a_grid
 
 Family = Literal["MatMul", "Conv", "Gather", "other"]
 
@@ -221,6 +222,8 @@ class _Reading:
             return
         for position, own in enumerate(taken):
             if own is None or (node.op_type in _GRIDS and position):
+                continue
+            if node.op_type == "Gather" and node.outputs and on_a_grid(node.outputs[0]):
                 continue
             compact = _compact(node.inputs[position], own)
             for source in own.sources:

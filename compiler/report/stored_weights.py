@@ -13,7 +13,7 @@ from qcompile.passes.formats import BY_NAME, by_operator
 from qcompile.passes.formats.base import DOMAIN, EMBEDDING, LOOKUP, PRODUCT, Operators, grouped_by
 from qcompile.passes.formats.block_scales import adds_offsets
 from qcompile.passes.graph import MICROSOFT
-from qcompile.passes.linears import CONVOLUTIONS, as_linear, find_embeddings, stored
+from qcompile.passes.linears import CONVOLUTIONS, as_linear, find_embeddings, on_a_grid, stored
 
 # Quantized products of ONNX itself: slots of (codes, scale, zero point), -1 where there is none.
 _INTEGER_PRODUCTS = {"MatMulInteger": (1, -1, 3), "QLinearMatMul": (3, 4, 5), "DynamicQuantizeMatMul": (1, 2, 3)}
@@ -276,6 +276,8 @@ def _gathered_codes(node: ir.Node) -> Iterator[Weight]:
     table = node.inputs[0]
     tensor = stored(table) if table is not None else None
     if tensor is None or len(tensor.shape) != 2 or tensor.dtype.bitwidth > 8 or tensor.dtype.is_floating_point():
+        return
+    if on_a_grid(node.outputs[0]):
         return
     axis, readers = node.attributes.get_int("axis", 0), [use.node for use in node.outputs[0].uses()]
     rows, columns = _dims(tensor)

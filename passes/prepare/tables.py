@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from qcompile.passes.graph import Decide, Names, turned_before
-from qcompile.passes.linears import dimensions, is_weight, turns
+from qcompile.passes.linears import dimensions, is_weight, on_a_grid, turns
 from qcompile.passes.prepare.writer import Writer
 from qcompile.passes.tensors import lazy
 
@@ -54,9 +54,9 @@ def _readers(views: Views) -> list[tuple[ir.Node, bool, int]]:
 
 
 def _looked_up(node: ir.Node, form: bool) -> bool | None:
-    """The form whose rows the node looks up; None where it is no lookup, or one that stays as it is."""
+    """The form whose rows the node looks up; None where it is no lookup, or one that stays as it is: also of scales."""
     indices = node.inputs[1] if node.op_type == "Gather" and node.domain == "" else None
-    if indices is None or indices.const_value is not None:
+    if indices is None or indices.const_value is not None or on_a_grid(node.outputs[0]):
         return None
     if _axis(node) == 0:
         return form

@@ -9,8 +9,13 @@ import numpy as np
 import onnx
 import pytest
 
+from qcompile.compiler.files.load import load_model
+from qcompile.compiler.recipe import Step
+from qcompile.compiler.report.stored_weights import all_weights
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
+from qcompile.passes.formats import BY_NAME, named
 from qcompile.passes.formats.base import ACTIVATION_BITS, COLUMNS_AT_8
+from qcompile.runtime.sessions import run, session
 
 FUSED = "fuse(faster=true),fuse_attention"
 
@@ -143,3 +148,36 @@ def test_an_encoder_is_fused_later_for_any_target(bench: Any) -> None:
         assert len([d for d in report.decisions["fuse"] if d.action == "fused"]) > 1
         assert max(o.relative for o in report.outputs) < 1e-5
     assert np.sum([name.count("MatMulAddInt4") for name in _nodes(bench.folder / "out" / "qcompile.onnx")]) > 0
+
+
+def _constants(path: Path) -> dict[str, tuple[int, ...]]:
+    """Large constants of a file by their names."""
+    found = onnx.load(path, load_external_data=False).graph.initializer
+    return {own.name: tuple(own.dims) for own in found if np.prod(own.dims) >= 512}
+
+
+@pytest.mark.parametrize("target", ["qcompile", "qdq"])
+@pytest.mark.parametrize("weights", list(BY_NAME))
+def test_scales_of_packed_weights_are_no_weights(bench: Any, weights: str, target: str) -> None:
+    """Packed again, a packed model has the weights that it had, under the names that they had, and the same numbers.
+
+    A table of scales that a lookup reads beside its codes was made int8.
+    """
+    source = bench.save(tiny_decoder(hidden=256, ffn=512, layers=1))
+    form = Step(weights, {"group": 32} if weights in ("int4", "int8") else {})
+    settings = {"weights": form, "embedding": form, "lm_head": form, "target": target, "scale_bits": 16}
+    bench.compile(source, output="in/first.onnx", context=16, samples=2, **settings)
+    first = bench.folder / "in" / "first.onnx"
+    report = bench.compile(first, output="in/second.onnx", context=16, samples=2, min_coverage=0, target=target)
+    second = bench.folder / "in" / "second.onnx"
+    assert not [own for own in report.decisions["pack"] if own.action == "quantized"]
+    told = [Counter((w.kind, w.shape, w.form) for w in all_weights(load_model(path))) for path in (first, second)]
+    if target == "qcompile" or not named(weights).shifts():  # else sizes that prepare folds tell `inspect` the form
+        assert told[0] == told[1]
+    assert not any(form.startswith("float") for own in told for _, _, form in own)
+    assert sum(kind == "embedding" for kind, _, _ in told[0]) == 1
+    if target == "qcompile":
+        assert _constants(first) == _constants(second)
+    feeds = {"input_ids": np.arange(24).reshape(2, 12), "attention_mask": np.ones((2, 12), np.int64)}
+    logits = [run(session(path, threads=1, kernels="portable"), ["logits"], feeds)[0] for path in (first, second)]
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-2 * np.abs(logits[0]).max())
