@@ -9,8 +9,8 @@ from qcompile.compiler.facts.census import INTEGER_OPERATORS, LEAST, Family, Flo
 from qcompile.compiler.plan import ensuring
 from qcompile.compiler.results.report import PRODUCTS
 from qcompile.passes.contract import Fact
-from qcompile.passes.formats import BY_NAME, by_operator
-from qcompile.passes.formats.base import DOMAIN, EMBEDDING, LOOKUP, PRODUCT, Operators, grouped_by
+from qcompile.passes.formats import BY_NAME, OTHERS, by_operator
+from qcompile.passes.formats.base import DOMAIN, EMBEDDING, LOOKUP, PRODUCT, Format, Operators, grouped_by
 from qcompile.passes.formats.block_scales import adds_offsets
 from qcompile.passes.graph import MICROSOFT
 from qcompile.passes.linears import CONVOLUTIONS, as_linear, find_embeddings, on_a_grid, stored
@@ -420,7 +420,8 @@ def _origin(value: ir.Value, steps: int = 6) -> ir.TensorProtocol | None:
 
 def _table(levels: ir.TensorProtocol) -> str:
     """The format that looks its codes up in a table."""
-    return next((own.name for own in BY_NAME.usable() if own.looks_up(levels.numpy())), "table")
+    known = (own for own in (*BY_NAME.usable(), *OTHERS) if isinstance(own, Format))
+    return next((own.name for own in known if own.looks_up(levels.numpy())), "table")
 
 
 def _looked_up_behind(node: ir.Node) -> str:

@@ -203,6 +203,9 @@ def test_other_targets_compute_the_same(tmp_path: Path, kind: str, target: str) 
     assert not model.functions
     assert {node.domain for node in model.graph} <= {"", "com.microsoft"}
     save_model(model, tmp_path / "other.onnx")
+    if KINDS[kind].table and target == "qdq":
+        forms = {own.form.split()[0] for own in inspect(tmp_path / "other.onnx").weights}
+        assert forms == {KINDS[kind].table}
     found = _run(tmp_path / "other.onnx", np.eye(K, dtype=np.float32), np.arange(34).reshape(2, 17))
     for made, wanted in ((found["w.y"].T, w), (found["rows"].reshape(34, K), table), (found["head.y"].T, table)):
         np.testing.assert_allclose(made, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
