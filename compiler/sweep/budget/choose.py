@@ -38,7 +38,7 @@ _TRIES = 8
 # What a rehearsal of a file's size may be off by, which is left of a budget: a share, and bytes of small ones.
 _SHARE, _BYTES = 0.002, 16_000
 # Bytes at most of a node with the types of its outputs, but for names; and of a function.
-_A_NODE, _A_FUNCTION = 400, 4_000
+_A_NODE, _A_FUNCTION = 250, 4_000
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def choose(
     if amount.size is None:
         made = _within(options, (amount.bits or 0) / 8 * sum(counts), amount, counts)
     else:
-        rest = max(_added(prepared.model, recipe), unforetold)
+        rest = max(added(prepared.model, recipe), unforetold)
         made = _sized(options, amount.size - rest, amount, counts, lambda own: size_of(_with(recipe, units, own)))
     named = _with(recipe, units, made)
     _check_grids(named, units, vocabulary, [own[told.what] for own, told in zip(choices, made, strict=True)])
@@ -207,14 +207,17 @@ def _turns(recipe: Recipe) -> bool:
     return any(PASSES.required(step.name).turns for step in recipe.passes)
 
 
-def _added(model: ir.Model, recipe: Recipe) -> int:
-    """Bytes that passes add at most which no rehearsal runs: a node for each input that is turned, and matrices."""
+def added(model: ir.Model, recipe: Recipe) -> int:
+    """Bytes that passes add at most which no rehearsal runs: matrices, and for each input that is turned a node, or the
+    three of its body where the target has no such operator.
+    """
     if not _turns(recipe):
         return 0
     inputs = {own.activation: own.shape[0] for own in find_linears(model.graph)}
     rotations = {len(own.signs) for k in inputs.values() if (own := Rotation.of(k, 0)) is not None}
     matrices = sum(4 * block**2 + _A_NODE for block in rotations)
-    return matrices + _A_FUNCTION + sum(_A_NODE + 6 * len(str(value.name)) for value in inputs)
+    nodes = 1 if TARGETS[recipe.target].operators == "qcompile" else 3
+    return matrices + _A_FUNCTION + nodes * sum(_A_NODE + 6 * len(str(value.name)) for value in inputs)
 
 
 def _within(

@@ -12,6 +12,7 @@ from qcompile.compiler import cli
 from qcompile.compiler.api import spending
 from qcompile.compiler.api.rehearsal import Rehearsal, rehearse
 from qcompile.compiler.report.advice import remedies
+from qcompile.compiler.sweep.budget.choose import added
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.errors import UserError
 
@@ -56,6 +57,25 @@ def test_nodes_that_turn_inputs_are_counted_before(
     monkeypatch.setattr(spending, "_RUNS", 1)
     report = _compile(source, tmp_path, passes)
     assert _size(tmp_path) == report.compiled_bytes <= SIZE
+
+
+@pytest.mark.parametrize("target", ["qcompile", "matmulnbits", "qdq"])
+def test_what_turning_adds_is_less_than_is_counted(tmp_path: Path, target: str) -> None:
+    """For a whole model, and for each layer more."""
+    found = []
+    for layers in (1, 4):
+        model = tiny_decoder(layers=layers)
+        ir.save(model, tmp_path / "m.onnx")
+        given = {"target": target, "group_size": 64, "budget": None}
+        sizes = [
+            _compile(tmp_path / "m.onnx", tmp_path, passes, **given).compiled_bytes
+            for passes in ("pack", "rotate(judge=false),pack")
+        ]
+        recipe = qcompile.Recipe(passes="rotate(judge=false),pack", target=target)
+        found.append((sizes[1] - sizes[0], added(model, recipe)))
+    (few, few_counted), (many, many_counted) = found
+    assert 0 < few <= few_counted
+    assert 0 < many - few <= many_counted - few_counted
 
 
 @pytest.mark.parametrize("missed", [0, 40_000, 200_000])
