@@ -24,6 +24,7 @@ from qcompile.passes.base import Pass
 from qcompile.passes.contract import Fact, Reads, Stage
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import Embedding, Linear, constant, find_embeddings, find_linears, vocabulary_size
+from qcompile.passes.observers.gram import CAPACITY, TOGETHER, UNIT
 from qcompile.passes.policy import Policy
 from qcompile.passes.threads import workers
 
@@ -33,14 +34,12 @@ _log = logging.getLogger(__name__)
 BASE, _SPILLS = 190e6, 64e6
 # What a thread works on at once: a chunk of columns (rounding.py), and the arrays that its rounding makes of it.
 _CHUNK, _ARRAYS = 1 << 23, 2
-# Of a session of a whole file, bytes held for each that it has; Gram matrices beside that of a channel's statistics.
+# Of a session of a whole file, bytes held for each that it has; matrices like the Gram matrix while a pass factors one.
 _LOADED, _GRAMS = 2.0, 3
 # Arrays of a block of columns that are held while it is compared: the float and the decoded weight, and on the way.
 _BLOCKS = 5
 # Copies of codes below 8 bits while a session is made of them.
 _COPIES = 5
-# Rows of the sample that statistics keep.
-_SAMPLE = 1024
 # What is held of an output while it is compared, in its own float32 numbers.
 _COMPARED = 8
 # Arrays of attention's scores that are held at once: of what a Softmax reads and gives; and while an integer product of
@@ -223,7 +222,7 @@ def _segment(
     codes = elements + sum(float(table.shape[0] * table.shape[1]) for table in tables)
     chunks = 4.0 * _ARRAYS * min(load.threads * min(_CHUNK, 1024 * deepest), codes)  # no more than there are
     statistics = load.rows > 0 and any(p.reads & {Reads.SCALES, Reads.STATISTICS} for p in passes)
-    grams = sum(4.0 * k * k + 4.0 * _SAMPLE * k for k in seen.values()) if statistics else 0.0
+    grams = sum(4.0 * k * k + 4.0 * CAPACITY * k for k in seen.values()) if statistics else 0.0
     scaling = floats if statistics and len([p for p in passes if p.reads & {Reads.STATISTICS, Reads.SCALES}]) > 1 else 0
     shown, checked = (max((_scores(node, own) for node in nodes), default=0.0) for own in (load.largest, load.check))
     if load.checked:
@@ -232,7 +231,8 @@ def _segment(
         yield Need(mapped + cast + run, mapped, 0, "float outputs")
     if load.rows:
         carried = 2 * load.rows * wide + _SCORED * shown
-        yield Need(stored + floats + cast + _GRAMS * grams + carried, stored, 0, "statistics")
+        summed = _summed(list(seen.values()), load) if statistics else 0.0
+        yield Need(stored + floats + cast + summed + carried, stored, 0, "statistics")
     factor = 4.0 * _GRAMS * max((k * k for k in seen.values()), default=0) if statistics else 0.0
     yield Need(largest + scaling + codes + packed + chunks + grams + factor, largest, 0, "passes")
     if not (load.rows or load.checked):
@@ -247,6 +247,22 @@ def _segment(
         compared = max((_size(own) for own in weights.values()), default=0)  # one weight after the other
         blocks = 4.0 * _BLOCKS * min(load.threads * ELEMENTS, compared)
         yield Need(probed + read + blocks, read, 0, "comparing packed products")
+
+
+def _summed(widths: Sequence[int], load: Load) -> float:
+    """What Gram observers of so many channels hold, at the peak: each a sample, its rows that are not multiplied yet,
+    and the total; beside it the sum of a unit, where rows are multiplied before that is at its end. One of them holds
+    the sum and, while it multiplies, its batch and all its rows once more; or at the end the sum and what it gives.
+    """
+    rows, largest = max(load.rows, 1), max(widths, default=0)
+    batches = math.inf if load.total is None else -(-load.total // rows)
+    several = batches > UNIT
+    matrices = 2 if several and (UNIT - 1) * rows >= TOGETHER else 1
+    waiting = rows * min(UNIT - 1, batches, (TOGETHER - 1) // rows)
+    kept = min(CAPACITY, rows * batches)
+    multiplying = largest * (several and matrices == 1) + waiting + 2 * rows
+    own = largest * max(largest * (3 - matrices) * several, multiplying)
+    return 4.0 * (sum(k * (matrices * k + kept + waiting) for k in widths) + own)
 
 
 def _scores(node: ir.Node, fed: Fed) -> float:

@@ -116,10 +116,10 @@ class Runner:
         expert that no token was sent to) has none.
         """
         groups = {tuple(group): Gram(*(str(value.name) for value in group)) for group in activations}
-        more = [(value, own) for group, own in groups.items() for value in group[1:]]
-        self.observe(segment, {group[0]: own for group, own in groups.items()}, stream, more=more)
-        known = ((group, own.statistics) for group, own in groups.items())
-        return {value: found for group, found in known if found is not None and found.rows for value in group}
+        pairs = [(value, own) for group, own in groups.items() for value in group]
+        self.observe(segment, {}, stream, more=pairs)
+        del pairs
+        return _read(groups)
 
     @phase("statistics")
     def observe(
@@ -291,6 +291,14 @@ class Runner:
             feeds |= {p.past.name: self._past(p, past) for p in self.plan.past if p.past.name in inputs}
         names = inputs & {str(value.name) for value in segment.carried}
         return self.plan.coded(feeds) | {name: stream.quantized[name][number] for name in names}
+
+
+def _read(groups: dict[tuple[ir.Value, ...], Gram]) -> dict[ir.Value, Statistics]:
+    """The statistics of each value that has a row; observers are taken out one after the other, since what they hold is
+    more than what they give.
+    """
+    known = ((group, groups.pop(group).statistics) for group in list(groups))
+    return {value: found for group, found in known if found is not None and found.rows for value in group}
 
 
 def _forget(presents: Arrays, names: set[str]) -> None:

@@ -19,7 +19,7 @@ CAPACITY = 1024
 # Consecutive batches whose sums are added up by themselves before they join the total.
 UNIT = 4
 # Rows of a unit that are held before they are multiplied: a product of few rows takes as long to write as to compute.
-_TOGETHER = 2048
+TOGETHER = 2048
 
 
 class Gram(Observer):
@@ -137,7 +137,7 @@ class Gram(Observer):
         left = np.arange(len(rows)) % step != 0
         self._peaks(absmax, _peaks_of(rows[left]) if step > 1 else np.zeros_like(absmax))
         self._held.append(rows)
-        if sum(map(len, self._held)) >= _TOGETHER:
+        if sum(map(len, self._held)) >= TOGETHER:
             self._multiply()
         self.rows += len(rows)
         self._take(rows[::step], self._begun + np.concatenate(groups)[::step])

@@ -4,6 +4,8 @@ import itertools
 import shutil
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,16 +21,18 @@ from qcompile.compiler import Recipe, parse_passes
 from qcompile.compiler.api.rehearsal import rehearse
 from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.data.feeds import Batch
+from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.files.load import save_model
 from qcompile.compiler.files.work import Work
 from qcompile.compiler.settings.steps import parse_step
 from qcompile.compiler.stages import prepare_model
-from qcompile.compiler.walk import needs
+from qcompile.compiler.walk import needs, runner
 from qcompile.compiler.walk.needs import BASE, Fed, Load, Need, fed, foretold, load_of
 from qcompile.compiler.walk.walk import Job
 from qcompile.models.tiny import tiny_classifier, tiny_decoder
 from qcompile.passes import policy
 from qcompile.passes.errors import UserError
+from qcompile.passes.observers.gram import Gram
 
 LISTS = ["pack", "smooth,awq,pack", "gptq,pack", "smooth,qdq", "dynamic"]
 
@@ -176,6 +180,33 @@ def test_a_fixed_length_is_not_to_be_cut(tmp_path: Path, monkeypatch: pytest.Mon
     ]
     assert "--threads 1 --context 16" in told[0]
     assert [words for words in told[0] if "context" not in words] == told[1]
+
+
+@pytest.mark.parametrize("widths", [[256, 256, 700], [512] * 3, [1024] * 3 + [64], [2048]])
+@pytest.mark.parametrize(("rows", "batches"), [(201, 7), (64, 12), (512, 9), (300, 1), (1100, 2), (2100, 5)])
+def test_observers_hold_what_is_foretold(widths: list[int], rows: int, batches: int) -> None:
+    """Arrays of all of a segment's observers, from the first batch until their statistics are read: the peak."""
+    rng = np.random.default_rng(0)
+    values = [ir.Value(name=str(number)) for number in range(len(widths))]
+    groups = {(value,): Gram(str(value.name)) for value in values}
+    feeds = {f"{n}.seen": rng.standard_normal((1, rows, k), np.float32) for n, k in enumerate(widths)}
+    tracemalloc.start()
+    try:
+        _observe(groups.values(), feeds, batches)
+        found = runner._read(groups)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    told = needs._summed(widths, Load(rows, 0, 1, rows * batches))
+    assert set(found) == set(values)
+    assert not groups
+    assert 0.9 * peak < told < 1.5 * peak
+
+
+def _observe(observers: Iterable[Gram], feeds: Arrays, batches: int) -> None:
+    for _ in range(batches):
+        for own in observers:
+            own.update(feeds)
 
 
 def test_little_data_is_spilled_little(tmp_path: Path) -> None:
