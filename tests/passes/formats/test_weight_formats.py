@@ -78,7 +78,7 @@ def _product(spec: Grid, w: np.ndarray, target: str = "qcompile", *, table: bool
     model = ir.from_proto(proto)
     made = typed(spec, model.graph.initializers["w"])
     assert isinstance(made, Grid)
-    Pack(Policy(spec, spec, spec)).call(Region.whole(model))
+    Pack(Policy(spec, spec, spec), ranges="nearest").call(Region.whole(model))
     lower(model, target)
     onnx.checker.check_model(ir.to_proto(model))
     return model, round_to_nearest(w.astype(spec.scale_dtype).astype(np.float32), made, None)
