@@ -74,14 +74,16 @@ class Grid(ABC):
         """Affine 8 bits with the same groups, for weights that need them."""
 
     @property
-    @abstractmethod
     def plain(self) -> "Grid":
-        """The integer grid that takes its place where a DequantizeLinear alone stands before the reader."""
+        """The integer grid that takes its place where a DequantizeLinear alone, which looks nothing up, stands before
+        the reader.
+        """
+        return self.eight()
 
     @property
-    @abstractmethod
     def positive(self) -> bool:
         """Whether scales must be positive."""
+        return True
 
     @property
     def affine(self) -> "IntegerRange | None":

@@ -4,6 +4,7 @@ A body unpacks the bytes to uint4 (2 and 3 bits) or uint8 (5 and 6), by a shift 
 Runtime folds that when it loads, and fuses the DequantizeLinear behind it with the MatMul.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,46 @@ def unpacking(made: str, packed: str, rows: str, bits: int) -> str:
     return cut + field(f"{made}a", f"{made}_first", first) + above + _JOINED.format(p=made, low=first)
 
 
-class BitFields(Format):
+class Fields(Format):
+    """What formats with codes in fields of bytes have in common: K, the rows of the weight, is an attribute."""
+
+    def attributes(self, spec: Grid, block_size: int, k: int) -> dict[str, int]:
+        """K: rows of the weight, which its bytes do not tell."""
+        return super().attributes(spec, block_size, k) | {"K": k}
+
+    def function(self, kind: str, word: str, lines: str, rows: str, more: Sequence[str] = ()) -> onnx.FunctionProto:
+        """An operator that ends in a product by what `lines` give as `decoded`, or in `rows` of a lookup.
+
+        more: inputs behind those that all have.
+        """
+        lookup = kind == EMBEDDING
+        given = ["indices" if lookup else "x", "w", "scale", *(["bias"] if kind == BIASED else []), *more]
+        if lookup:
+            lines += rows
+        elif kind == BIASED:
+            lines += "  product = MatMul (x, decoded)\n  y = Add (product, bias)\n"
+        else:
+            lines += "  y = MatMul (x, decoded)\n"
+        standard = [f"{ACTIVATION_BITS}: int = 16"] if word in self.native and not lookup else []
+        attributes = ", ".join(["block_size", "K", *standard])
+        header = (
+            f'<opset_import: ["" : 21], domain: "{DOMAIN}">\n{kind}{word} <{attributes}> ({", ".join(given)}) => (y)'
+        )
+        return onnx.parser.parse_function(f"{header} {{{lines}}}")
+
+    def lookup(self, model: ir.Model, tensors: Tensors) -> list[ir.Value]:
+        return [alias(model, value) for value in tensors.values()]
+
+    def refusal(self, target: str, spec: Grid, k: int) -> str:
+        if TARGETS[target].operators != "matmulnbits":
+            return ""
+        return f"target {target} has no operator for {self.name}: choose target qcompile or qdq, or other weights"
+
+    def lower(self, model: ir.Model, node: ir.Node, cache: Cache) -> None:
+        """Nothing: its bodies are inlined."""
+
+
+class BitFields(Fields):
     """Affine grids of 2, 3, 5 and 6 bits: operators read w (bytes, N) of uint8, and zero points likewise.
 
     Symmetric codes are stored with half of all codes added, and no zero points.
@@ -123,10 +163,6 @@ class BitFields(Format):
         own = TARGETS[target]
         return QuantSpec(self.bits, granularity(checked(group)), symmetric or own.symmetric, own.signed_scale)
 
-    def attributes(self, spec: Grid, block_size: int, k: int) -> dict[str, int]:
-        """K: rows of the weight, which its bytes do not tell."""
-        return super().attributes(spec, block_size, k) | {"K": k}
-
     def body(self, kind: str, word: str) -> onnx.FunctionProto:
         return self._body(kind, word, zero_points=True)
 
@@ -135,8 +171,6 @@ class BitFields(Format):
 
     def _body(self, kind: str, word: str, *, zero_points: bool) -> onnx.FunctionProto:
         lookup, taken = kind == EMBEDDING, "_taken" if kind == EMBEDDING else ""
-        given = ["indices" if lookup else "x", "w", "scale", *(["bias"] if kind == BIASED else [])]
-        given += ["zero_point"] if zero_points else []
         lines = _SIZES + (_LOOKED_UP if lookup else "  grid = Shape (scale)\n")
         lines += unpacking("codes", f"w{taken}", "rows", self.bits)
         if zero_points:
@@ -145,18 +179,7 @@ class BitFields(Format):
         else:
             lines += _MIDDLE.format(middle=self._middle, grid="grid")
         lines += (_NARROW if self.bits <= 4 else _WIDE) + _DECODED.format(scale=f"scale{taken}")
-        if lookup:
-            lines += _ROWS
-        elif kind == BIASED:
-            lines += "  product = MatMul (x, decoded)\n  y = Add (product, bias)\n"
-        else:
-            lines += "  y = MatMul (x, decoded)\n"
-        standard = [] if lookup else [f"{ACTIVATION_BITS}: int = 16"]
-        attributes = ", ".join(["block_size", "K", *standard])
-        header = (
-            f'<opset_import: ["" : 21], domain: "{DOMAIN}">\n{kind}{word} <{attributes}> ({", ".join(given)}) => (y)'
-        )
-        return onnx.parser.parse_function(f"{header} {{{lines}}}")
+        return self.function(kind, word, lines, _ROWS, ["zero_point"] if zero_points else [])
 
     @property
     def _middle(self) -> int:
@@ -182,17 +205,6 @@ class BitFields(Format):
 
     def middle_points(self, codes: ir.Value, scale: ir.Value) -> ir.TensorProtocol:
         return ir.tensor(pack_fields(np.full(dimensions(scale), self._middle, np.uint8), self.bits))
-
-    def lookup(self, model: ir.Model, tensors: Tensors) -> list[ir.Value]:
-        return [alias(model, value) for value in tensors.values()]
-
-    def refusal(self, target: str, spec: Grid, k: int) -> str:
-        if TARGETS[target].operators != "matmulnbits":
-            return ""
-        return f"target {target} has no operator for {self.name}: choose target qcompile or qdq, or other weights"
-
-    def lower(self, model: ir.Model, node: ir.Node, cache: Cache) -> None:
-        """Nothing: its bodies are inlined."""
 
     def read(self, node: ir.Node) -> Stored | None:
         given = weight_operands(node)

@@ -19,22 +19,15 @@ from qcompile.passes.affine import Array, Codes, Grid, QParams, Quantized
 from qcompile.passes.bit_fields import byte_rows, pack_fields, shifts, unpack_fields
 from qcompile.passes.codebooks import CODEBOOKS, Codebook
 from qcompile.passes.formats.base import (
-    ACTIVATION_BITS,
-    BIASED,
-    DOMAIN,
     EMBEDDING,
-    Cache,
-    Format,
     Stored,
-    alias,
     weight_operands,
 )
-from qcompile.passes.formats.bits import unpacking
+from qcompile.passes.formats.bits import Fields, unpacking
 from qcompile.passes.graph import add_initializer
 from qcompile.passes.linears import constant, dimensions, stored
 from qcompile.passes.spec import PerGroup, QuantSpec
 from qcompile.passes.state import Tensors
-from qcompile.passes.targets import TARGETS
 
 # Rows that share a scale in a body, and in the integers that take the format's place: ONNX Runtime fuses blocks of a
 # power of two only.
@@ -126,15 +119,6 @@ class CodebookGrid(Grid):
         return QuantSpec(8, PerGroup(_BLOCK), scale_dtype=self.scale_dtype)
 
     @property
-    def plain(self) -> QuantSpec:
-        """A DequantizeLinear alone looks nothing up."""
-        return self.eight()
-
-    @property
-    def positive(self) -> bool:
-        return True
-
-    @property
     def shrinks(self) -> tuple[float, ...]:
         return _SCALES
 
@@ -179,7 +163,7 @@ class CodebookGrid(Grid):
         return f"{self.format} per-column"
 
 
-class CodebookPairs(Format):
+class CodebookPairs(Fields):
     """Operators read w (bytes, N) of uint8 and scale (1, N); K, the rows of the weight, is an attribute.
 
     code_bits: of a code, which stands for two rows.
@@ -192,13 +176,8 @@ class CodebookPairs(Format):
         """A scale for each column."""
         return CodebookGrid(self.name, 1 << self.code_bits, self.bits)
 
-    def attributes(self, spec: Grid, block_size: int, k: int) -> dict[str, int]:
-        """K: rows of the weight, which its bytes do not tell."""
-        return super().attributes(spec, block_size, k) | {"K": k}
-
     def body(self, kind: str, word: str) -> onnx.FunctionProto:
         lookup, taken = kind == EMBEDDING, "_taken" if kind == EMBEDDING else ""
-        given = ["indices" if lookup else "x", "w", "scale", *(["bias"] if kind == BIASED else [])]
         pairs = CODEBOOKS[self.code_bits].pairs
         lines = _SIZES + (_LOOKED_UP if lookup else "") + unpacking("codes", f"w{taken}", "coded", self.code_bits)
         lines += _DECODED.format(
@@ -208,18 +187,7 @@ class CodebookPairs(Format):
             over=_BLOCK - 1,
             scale=f"scale{taken}",
         )
-        if lookup:
-            lines += _ROWS
-        elif kind == BIASED:
-            lines += "  product = MatMul (x, decoded)\n  y = Add (product, bias)\n"
-        else:
-            lines += "  y = MatMul (x, decoded)\n"
-        standard = [f"{ACTIVATION_BITS}: int = 16"] if word in self.native and not lookup else []
-        attributes = ", ".join(["block_size", "K", *standard])
-        header = (
-            f'<opset_import: ["" : 21], domain: "{DOMAIN}">\n{kind}{word} <{attributes}> ({", ".join(given)}) => (y)'
-        )
-        return onnx.parser.parse_function(f"{header} {{{lines}}}")
+        return self.function(kind, word, lines, _ROWS)
 
     def store(self, model: ir.Model, name: str, quantized: Quantized) -> Tensors:
         spec, name = quantized.spec, f"{name}.{self.name}"
@@ -231,17 +199,6 @@ class CodebookPairs(Format):
     def codes(self, value: ir.Value, k: int) -> npt.NDArray[Any]:
         own = unpack_fields(np.asarray(constant(value).numpy()), self.code_bits, -(-k // 2))
         return np.repeat(own, 2, axis=0)[:k]
-
-    def lookup(self, model: ir.Model, tensors: Tensors) -> list[ir.Value]:
-        return [alias(model, value) for value in tensors.values()]
-
-    def refusal(self, target: str, spec: Grid, k: int) -> str:
-        if TARGETS[target].operators != "matmulnbits":
-            return ""
-        return f"target {target} has no operator for {self.name}: choose target qcompile or qdq, or other weights"
-
-    def lower(self, model: ir.Model, node: ir.Node, cache: Cache) -> None:
-        """Nothing: its bodies are inlined."""
 
     def read(self, node: ir.Node) -> Stored | None:
         given = weight_operands(node)

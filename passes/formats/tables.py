@@ -117,15 +117,6 @@ class TableGrid(Grid):
     def eight(self) -> QuantSpec:
         return QuantSpec(8, self.granularity, scale_dtype=self.scale_dtype)
 
-    @property
-    def plain(self) -> QuantSpec:
-        """A DequantizeLinear alone looks nothing up."""
-        return self.eight()
-
-    @property
-    def positive(self) -> bool:
-        return True
-
     def span(self, blocks: Array, shrink: np.float32) -> QParams:
         """The largest magnitude of the group, times shrink, meets that of the table."""
         scale = self.storable(np.abs(blocks).max(axis=1) * shrink / np.float32(max(map(abs, self.table))))
