@@ -61,7 +61,7 @@ def print_table(rows: dict[Path, tuple[str, str]], scores: list[dict[str, object
     print(f"\n| setting | passes | bits | {names} | mean KL | mean top-1 % | s | peak GB |")
     print("|---|---|---|" + "---|" * (2 * len(TEXTS) + 4))
     for target, (setting, passes) in rows.items():
-        own = [score for score in scores if Path(str(score["model"])) == target]
+        own = [score for score in scores if Path(str(score["model"])) == target and score["text"] != "all texts"]
         divergences = [float(str(score["kl"])) for score in own]
         agreements = [100 * float(str(score["agreement"])) for score in own]
         cells = [f"{kl:.4f} | {top:.1f}" for kl, top in zip(divergences, agreements, strict=True)]

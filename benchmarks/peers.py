@@ -402,6 +402,7 @@ def score(args: argparse.Namespace) -> int:
 
 def score_table(rows: list[dict]) -> str:
     """A Markdown table of `qcompile eval --json`: a line a model, a group of columns a text, the mean KL last."""
+    rows = [row for row in rows if row["text"] != "all texts"]
     texts = list(dict.fromkeys(row["text"] for row in rows))
     names = [Path(text).stem for text in texts]
     columns = [f"{name}: {what}" for name in names for what in ("KL", "perplexity", "top-1")]

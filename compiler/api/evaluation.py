@@ -12,19 +12,28 @@ from qcompile.compiler.data.calibration_files import Files, named
 from qcompile.compiler.data.feeds import Batch, token_batches
 from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.data.labels import Labels, read_labels
-from qcompile.compiler.data.tokens import Tokenizer, find_tokenizer, load_tokenizer
+from qcompile.compiler.data.tokens import Ids, Tokenizer, find_tokenizer, load_tokenizer
 from qcompile.compiler.files.load import load_model
 from qcompile.compiler.measure.bounds import Bounds
-from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores, evaluate_many, score_outputs
+from qcompile.compiler.measure.evaluate import (
+    DecoderScores,
+    OutputScores,
+    decoder_scores,
+    score_outputs,
+    score_tokens,
+)
 from qcompile.compiler.measure.loaded import text_windows
 from qcompile.compiler.measure.metric import Function, Metric
+from qcompile.compiler.measure.metrics import TokenScores
 from qcompile.compiler.report.sizes import Sizes, model_sizes
 from qcompile.compiler.results.sheet import Sheet, Shown
-from qcompile.passes.errors import UserError
+from qcompile.passes.errors import UserError, Verdict
 from qcompile.runtime.sessions import operator_kernels
 
 # Called with what is being done, and how many of how many of its steps are.
 Told = Callable[[str, int, int], None]
+# The text of rows over several texts together.
+ALL_TEXTS = "all texts"
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,10 @@ class Running:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Scores of a model on a text, or of one of its outputs, and the sizes of its files. text: the file, or ""."""
+    """Scores of a model on a text, or of one of its outputs, and the sizes of its files.
+
+    text: the file, ALL_TEXTS for several together, or "".
+    """
 
     scores: DecoderScores | OutputScores
     sizes: Sizes
@@ -100,17 +112,30 @@ class Evaluated:
     def row(self) -> dict[str, Any]:
         """Plain values, as in the JSON of `qcompile eval`."""
         told = {"text": self.text} if self.text else {}
+        plain = asdict(self.scores)
+        changes = plain.pop("changes", None) or {}
         more = {"perplexity": self.scores.perplexity} if isinstance(self.scores, DecoderScores) else {}
-        return {**told, **asdict(self.scores), **more, **asdict(self.sizes)}
+        return {**told, **plain, **changes, **more, **asdict(self.sizes)}
 
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Shown):
-    """Everything of one evaluation: a row for each text and model (the reference first), or each output and model."""
+    """Everything of one evaluation: a row for each text and model (the reference first), or each output and model.
+
+    Several texts have rows over all of them behind their own.
+    """
 
     rows: Sequence[Evaluated]
     against: Path | None
     running: Running = field(default_factory=Running)
+
+    def check(self, bounds: Bounds) -> None:
+        """Raise Verdict where a bound is broken; rows over several texts say nothing that those of each do not."""
+        try:
+            bounds.check([own.scores for own in self.rows if own.text != ALL_TEXTS])
+        except Verdict as broken:
+            broken.document = self
+            raise
 
     def records(self) -> list[dict[str, Any]]:
         """A dict for each row, as in the JSON of `qcompile eval`."""
@@ -199,14 +224,26 @@ def _on_texts(
 ) -> list[Evaluated]:
     tokenizer = _tokenizer(models, on, against)
     texts = [text_windows(text, tokenizer, plan, on.context, on.tokens) for text in on.texts]
+    paths = [*([against] if against else []), *models]
+    sizes = [model_sizes(path) for path in paths]
+    together = [TokenScores() for _ in paths]
     rows: list[Evaluated] = []
+
+    def scored(scores: Sequence[TokenScores], windows: Sequence[Ids], text: str) -> None:
+        found = decoder_scores(against, models, scores, windows, running.accuracy_level)
+        rows.extend(Evaluated(score, size, text) for score, size in zip(found, sizes, strict=True))
+
     for text, windows in zip(on.texts, texts, strict=True):
 
         def progress(done: int, total: int, name: str = text.name) -> None:
             told(name, done, total)
 
-        scores = evaluate_many(against, models, windows, **running.settings(), progress=progress)
-        rows += [Evaluated(score, model_sizes(Path(score.model)), str(text)) for score in scores]
+        scores = score_tokens(against, models, windows, **running.settings(), progress=progress)
+        scored(scores, windows, str(text))
+        for own, score in zip(together, scores, strict=True):
+            own.extend(score)
+    if len(texts) > 1:
+        scored(together, [window for windows in texts for window in windows], ALL_TEXTS)
     return rows
 
 

@@ -27,7 +27,7 @@ from qcompile.compiler.report.explanation import Explanation
 from qcompile.compiler.report.explanation import explain as explain_file
 from qcompile.compiler.report.inspection import Summary
 from qcompile.compiler.report.inspection import inspect as inspect_file
-from qcompile.passes.errors import UserError, Verdict
+from qcompile.passes.errors import UserError
 
 # One model, several, or several by the names that results give them.
 Models: TypeAlias = Model | Sequence[Model] | Mapping[str, Model]
@@ -202,11 +202,7 @@ def _judge(
             known[str(reference)] = str(os.fspath(against)) if isinstance(against, (str, os.PathLike)) else "reference"
         made = evaluate_models(list(files.values()), on, against=reference, running=running, bounds=bounds)
     told = replace(made, rows=[row.renamed({**known, **names}) for row in made.rows])
-    try:
-        bounds.check([own.scores for own in told.rows])
-    except Verdict as broken:
-        broken.document = told
-        raise
+    told.check(bounds)
     return told
 
 

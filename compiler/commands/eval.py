@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.api.evaluation import EvaluationSet, Running, evaluate_models
+from qcompile.compiler.api.verdict import verdict_sheets
 from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.declared.eval import Options
 from qcompile.compiler.commands.options import (
@@ -21,6 +22,7 @@ from qcompile.compiler.files.publish import write_text
 from qcompile.compiler.measure.bounds import Bounds
 from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores
 from qcompile.compiler.measure.metric import Drop, Metric
+from qcompile.passes.errors import Verdict
 from qcompile.runtime.sessions import operator_kernels
 
 
@@ -56,9 +58,18 @@ def run(args: Options) -> Document:
         _print_scores(rows, running, compared=args.against is not None)
     else:
         print_outputs([own.scores for own in made.rows if isinstance(own.scores, OutputScores)])
+    if args.verdict:
+        sheets = verdict_sheets(made)
+        idle.told({} if sheets else {"verdict": "it is for decoders on --text, with --against"})
+        for sheet in sheets:
+            sheet.show(console(answer=True))
     if args.json_file is not None:
         write_text(args.json_file, json.dumps(rows, indent=2) + "\n")
-    bounds.check([own.scores for own in made.rows])
+    try:
+        made.check(bounds)
+    except Verdict as broken:
+        broken.document = rows
+        raise
     return rows
 
 

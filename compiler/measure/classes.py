@@ -1,13 +1,14 @@
 """What a change of numbers does to decisions: equal classes, and rows that flip from one class to another."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompile.compiler.data.labels import Labels
+from qcompile.compiler.measure.paired import Paired, wilson
 
 # What names of embeddings have in them.
 _EMBEDDINGS = ("embed", "pool", "hidden", "feature")
@@ -17,20 +18,28 @@ _EMBEDDINGS = ("embed", "pool", "hidden", "feature")
 class ClassScores:
     """An output (rows, classes) against the reference's.
 
-    top1: share of rows with an equal most likely class, top1_error: its standard error. top5: share of rows whose class
-    is among the model's five most likely; None of fewer than six classes. flips: rows with another class. Where labels
-    are known: reference, accuracy: share of rows that each gets right; lost, won: rows that one alone got right.
+    top1: share of rows with an equal most likely class, top1_error: its standard error, top1_low, top1_high: its 95 %
+    interval (Wilson's, rows taken as independent). top5: share of rows whose class is among the model's five most
+    likely; None of fewer than six classes. flips: rows with another class. Where labels are known: reference, accuracy:
+    share of rows that each gets right; lost, won: rows that one alone got right; accuracy_drop with its 95 % interval,
+    and mcnemar_p, as in `Paired`.
     """
 
     rows: int
     top1: float
     top1_error: float
+    top1_low: float
+    top1_high: float
     top5: float | None
     flips: int
     reference: float | None = None
     accuracy: float | None = None
     lost: int = 0
     won: int = 0
+    accuracy_drop: float | None = None
+    accuracy_drop_low: float | None = None
+    accuracy_drop_high: float | None = None
+    mcnemar_p: float | None = None
 
     def told(self) -> str:
         """In a line."""
@@ -38,7 +47,7 @@ class ClassScores:
         parts += [f"top-5 {self.top5:.2%}"] if self.top5 is not None else []
         parts.append(f"{self.flips} of {self.rows} rows flip")
         if self.reference is not None and self.accuracy is not None:
-            rows = f"{self.lost} rows wrong now, {self.won} right now"
+            rows = f"{self.lost} rows wrong now, {self.won} right now, McNemar's p {self.mcnemar_p:.2g}"
             parts.append(f"accuracy {self.reference:.2%} → {self.accuracy:.2%} ({rows})")
         return ", ".join(parts)
 
@@ -71,12 +80,12 @@ class Classes:
         share = float(same.mean())
         error = math.sqrt(share * (1 - share) / rows)
         top5 = float(np.concatenate(self.among).mean()) if self.count > 5 else None
+        flips, low, high = int((~same).sum()), *wilson(share, rows)
         if labels is None:
-            return ClassScores(rows, share, error, top5, int((~same).sum()))
-        was, now = before == labels, after == labels
-        lost, won = int((was & ~now).sum()), int((now & ~was).sum())
-        flips, right = int((~same).sum()), (float(was.mean()), float(now.mean()))
-        return ClassScores(rows, share, error, top5, flips, right[0], right[1], lost, won)
+            return ClassScores(rows, share, error, low, high, top5, flips)
+        pair = asdict(Paired.of(before == labels, after == labels))
+        pair.pop("count")
+        return ClassScores(rows, share, error, low, high, top5, flips, **pair)
 
 
 def scores_classes(name: str, array: npt.NDArray[Any]) -> bool:

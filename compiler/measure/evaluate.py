@@ -12,6 +12,7 @@ from qcompile.compiler.data.inputs import InputPlan
 from qcompile.compiler.data.labels import Labels, check_classes
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.data.tokens import Ids
+from qcompile.compiler.measure.changes import TokenChanges
 from qcompile.compiler.measure.classes import Classes, ClassScores, scores_classes
 from qcompile.compiler.measure.loaded import Subject
 from qcompile.compiler.measure.metric import Metric
@@ -28,7 +29,8 @@ class DecoderScores:
 
     nll: mean negative log-likelihood, nats per scored token. kl: mean KL(reference ‖ model), nats per scored token;
     kl_error: its standard error over tokens, taken as independent. agreement: share of equal most likely tokens.
-    The last three are None without a reference.
+    accuracy: share of tokens that were the most likely ones. kl, kl_error, agreement and changes are None without a
+    reference.
     """
 
     model: str
@@ -40,6 +42,8 @@ class DecoderScores:
     kl: float | None
     kl_error: float | None
     agreement: float | None
+    accuracy: float
+    changes: TokenChanges | None = None
 
     @property
     def perplexity(self) -> float:
@@ -91,7 +95,30 @@ def evaluate_many(
     kernels: str = "auto",
     progress: Counted | None = None,
 ) -> list[DecoderScores]:
-    """Scores of decoders, the reference first if there is one; the reference runs once for each window.
+    """Scores of decoders, the reference first if there is one; see `score_tokens`."""
+    scores = score_tokens(
+        reference,
+        candidates,
+        windows,
+        accuracy_level=accuracy_level,
+        provider=provider,
+        kernels=kernels,
+        progress=progress,
+    )
+    return decoder_scores(reference, candidates, scores, windows, accuracy_level)
+
+
+def score_tokens(
+    reference: Path | None,
+    candidates: Sequence[Path],
+    windows: Sequence[Ids],
+    *,
+    accuracy_level: int = 0,
+    provider: str = "cpu",
+    kernels: str = "auto",
+    progress: Counted | None = None,
+) -> list[TokenScores]:
+    """Scores of every token by decoders, the reference first if there is one, which runs once for each window.
 
     All models are loaded at once; of the logits, one window of the reference and one of a candidate.
     """
@@ -114,8 +141,21 @@ def evaluate_many(
             done += 1
             if progress:
                 progress(done, len(windows) * len(subjects))
+    return scores
+
+
+def decoder_scores(
+    reference: Path | None,
+    candidates: Sequence[Path],
+    scores: Sequence[TokenScores],
+    windows: Sequence[Ids],
+    accuracy_level: int,
+) -> list[DecoderScores]:
+    """What `score_tokens` found, in numbers; UserError where there was nothing to score."""
+    paths = [*([reference] if reference else []), *candidates]
     return [
-        _decoder_scores(str(path), score, windows, accuracy_level) for path, score in zip(paths, scores, strict=True)
+        _decoder_scores(str(path), score, windows, accuracy_level, scores[0] if reference and index else None)
+        for index, (path, score) in enumerate(zip(paths, scores, strict=True))
     ]
 
 
@@ -197,7 +237,9 @@ def _fitting(labels: Labels | None, classes: Classes) -> Labels | None:
     return labels
 
 
-def _decoder_scores(path: str, score: TokenScores, windows: Sequence[Ids], accuracy_level: int) -> DecoderScores:
+def _decoder_scores(
+    path: str, score: TokenScores, windows: Sequence[Ids], accuracy_level: int, before: TokenScores | None
+) -> DecoderScores:
     if not score.nll:
         raise UserError("there is no text to evaluate on")
     nll, _ = mean_and_error(score.nll)
@@ -212,4 +254,6 @@ def _decoder_scores(path: str, score: TokenScores, windows: Sequence[Ids], accur
         kl=kl,
         kl_error=kl_error,
         agreement=float(np.concatenate(score.agree).mean()) if score.agree else None,
+        accuracy=float(np.concatenate(score.right).mean()),
+        changes=TokenChanges.of(before, score) if before is not None else None,
     )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -41,23 +41,35 @@ def perplexity(nll: float) -> float:
 
 @dataclass
 class TokenScores:
-    """Scores of every next-token prediction so far, one array for each window: nats, nats, booleans."""
+    """Scores of every next-token prediction so far, arrays of a few tokens each: nats, nats, booleans.
+
+    right: whether the most likely token is the one that follows. place: how many tokens of the window stand before it.
+    """
 
     nll: list[Doubles] = field(default_factory=list)
     kl: list[Doubles] = field(default_factory=list)
     agree: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+    right: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+    place: list[npt.NDArray[np.int64]] = field(default_factory=list)
 
     def add(self, logits: npt.NDArray[Any], targets: npt.NDArray[np.int64], reference: Floats | None) -> None:
         """Score logits (L, V) against the tokens that follow, targets (L,), and the reference's log_softmax (L, V)."""
         for start in range(0, len(targets), ROWS):
             rows = slice(start, start + ROWS)
             scores = log_softmax(logits[rows])
-            wanted = targets[rows]
+            wanted, first = targets[rows], scores.argmax(axis=-1)
             self.nll.append(-scores[np.arange(len(wanted)), wanted].astype(np.float64))
+            self.right.append(first == wanted)
+            self.place.append(np.arange(start, start + len(wanted)) + 1)
             if reference is not None:
                 known = reference[rows]
                 self.kl.append(kl_divergence(known, scores))
-                self.agree.append(known.argmax(axis=-1) == scores.argmax(axis=-1))
+                self.agree.append(known.argmax(axis=-1) == first)
+
+    def extend(self, other: "TokenScores") -> None:
+        """Take in another's windows."""
+        for own in fields(self):
+            getattr(self, own.name).extend(getattr(other, own.name))
 
 
 def log_softmax_rows(logits: npt.NDArray[Any]) -> Floats:

@@ -16,11 +16,12 @@ from qcompile.compiler.commands.options import (
 
 _EPILOG = """Perplexity: non-overlapping windows of --context tokens from the start of the text; the first token of a
 window is given, not scored; no BOS is added. KL(reference ‖ model): mean over the scored tokens, in nats, ± its
-standard error. A model that is no decoder is compared with --against by SQNR and cosine of every output, and where
-an output scores classes (rows, classes) by the most likely ones. --metric calls function(inputs, outputs, labels):
-lists of dicts of arrays, one for each batch, and the labels or None; it returns a number of which more is better,
-unless it has an attribute lower_is_better. Exit code 1: a bound is broken (--max-kl, --min-sqnr, --max-drop). What
-the report beside a model names as calibrated on is refused."""
+standard error. --verdict: flips, percentiles of KL and KL by position, with 95 % intervals. Several texts have rows
+over all of them, too. A model that is no decoder is compared with --against by SQNR and cosine of every output, and
+where an output scores classes (rows, classes) by the most likely ones. --metric calls function(inputs, outputs,
+labels): lists of dicts of arrays, one for each batch, and the labels or None; it returns a number of which more is
+better, unless it has an attribute lower_is_better. Exit code 1: a bound is broken (--max-kl, --min-sqnr, --max-drop).
+What the report beside a model names as calibrated on is refused."""
 _BOUNDS = "bounds"
 
 
@@ -47,6 +48,9 @@ class Options(JsonFile, Threads, Runs, CustomOps):
             "FILE",
         ),
     ] = None
+    verdict: Annotated[
+        bool, option("tell of a decoder's flips, percentiles of KL and KL by position, too (--json always does)")
+    ] = False
     metric: Annotated[str | None, option("a score of your own on --data", "module:function")] = None
     max_kl: Annotated[float | None, option("exit with 1 where a text has more", "NATS", under=_BOUNDS)] = None
     min_sqnr: Annotated[float | None, option("exit with 1 where an output has less", "DB", under=_BOUNDS)] = None

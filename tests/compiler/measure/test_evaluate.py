@@ -185,7 +185,7 @@ def test_bounds_that_decoders_have_not(
     pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said before any is run."""
-    monkeypatch.setattr(evaluation, "evaluate_many", None)
+    monkeypatch.setattr(evaluation, "score_tokens", None)
     (tmp_path / "t.txt").write_text("some words of a text")
     command = ["eval", str(pair[1]), "--against", str(pair[0]), "--text", str(tmp_path / "t.txt")]
     for bound in (["--max-drop", "1%"], ["--min-sqnr", "20"]):
@@ -217,6 +217,36 @@ def test_eval_command(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.Ca
     assert (first["kl"], second["scored"]) == (None, 124)
     assert second["kl"] > 0
     assert second["file_bytes"] == pair[1].stat().st_size
+
+
+def test_a_verdict_on_several_texts(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows over all texts are what their tokens together say; the tables are asked for, the JSON has it all."""
+    tiny_tokenizer(256, tmp_path)
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for text, words in zip(texts, ("every unhappy family ", "a truth acknowledged "), strict=True):
+        text.write_text(words * 20)
+    out = tmp_path / "scores.json"
+    command = ["eval", pair[1], "--against", pair[0], "--text", *texts, "--context", 40, "--json", out]
+    command = [str(word) for word in command]
+    assert main(command) == 0
+    assert "flips" not in capsys.readouterr().out
+    assert main([*command, "--verdict"]) == 0
+    shown = capsys.readouterr().out
+    assert "perplexity ratio" in shown
+    assert "1-31" in shown
+    rows = json.loads(out.read_text())
+    assert [Path(row["text"]).name for row in rows[::2]] == ["a.txt", "b.txt", "all texts"]
+    a, b, together = rows[1::2]
+    assert together["scored"] == a["scored"] + b["scored"]
+    for name in ("kl", "flips", "flips_lost", "accuracy", "accuracy_drop"):
+        assert together[name] * together["scored"] == pytest.approx(a[name] * a["scored"] + b[name] * b["scored"])
+    assert together["kl_max"] == max(a["kl_max"], b["kl_max"])
+    assert together["perplexity_ratio"] == pytest.approx(together["perplexity"] / rows[-2]["perplexity"])
+    assert together["flips"] == pytest.approx(1 - together["agreement"])
+    assert main([*command[:2], *command[4:], "--verdict"]) == 0
+    assert "--verdict has no effect here" in capsys.readouterr().err
 
 
 def test_eval_command_on_encoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

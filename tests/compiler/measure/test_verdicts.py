@@ -72,6 +72,13 @@ def test_a_broken_bound_is_exit_code_one(compiled: tuple[Path, ...], capsys: Any
     ] * (code > 0)
 
 
+def test_the_document_of_a_broken_bound(compiled: tuple[Path, ...], capsys: Any) -> None:
+    source, output, _, other = compiled
+    command = ["eval", str(output), "--against", str(source), "--data", str(other), "--min-sqnr", "90", "--json"]
+    assert cli.main(command) == 1
+    assert json.loads(capsys.readouterr().out)[0]["sqnr"] < 90
+
+
 def test_a_metric_of_the_users(
     compiled: tuple[Path, ...], capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
