@@ -13,7 +13,7 @@ from qcompile.compiler.data.calibration import Calibration, Given
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.facts.model import element_type
-from qcompile.compiler.files import publish
+from qcompile.compiler.files import finished, publish
 from qcompile.compiler.files.load import check_model_file, check_output_path, save_model
 from qcompile.compiler.files.work import Work
 from qcompile.compiler.measure import randomness
@@ -29,7 +29,7 @@ from qcompile.compiler.results.report import Report
 from qcompile.compiler.settings.amount import Amount
 from qcompile.compiler.stages import (
     Walked,
-    checkpoints,
+    checkpoints_of,
     finish,
     gather_data,
     load_statistics,
@@ -65,6 +65,7 @@ def compile_model(
     bench: bool = False,
     verify: str = AUTO,
     fresh: bool = False,
+    checkpoints: Path | str | None = None,
     asked: tuple[Path, Path] | None = None,
     told: str = "",
     budget: str = "",
@@ -79,6 +80,8 @@ def compile_model(
     bench: run both models in turns, and report how long they take.
     verify: how much is verified, see `walk/level.py`.
     fresh: begin anew, where the same compile was interrupted and would go on behind its last checkpoint.
+    checkpoints: a folder that keeps the walk through the segments when the compile has succeeded, and from which the
+    same walk is taken.
     asked: the folders that the user named, where the model is of one: commands in the report say these.
     told: what was chosen in the recipe, in words; a budget must be spent by then (`api.spending`).
     budget: the one that was spent; TooLarge where the files take more bytes than it says.
@@ -111,7 +114,9 @@ def compile_model(
         [str(folder) for folder in asked or ()],
         budget,
     )
-    with Work(target, fresh=fresh) as work:
+    if (shelf := None if checkpoints is None else Path(checkpoints)) is not None:
+        finished.check(shelf)
+    with Work(target, fresh=fresh, shelf=shelf) as work:
         return _compiled(job, work, progress, started, bench=bench)
 
 
@@ -153,7 +158,7 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
         room=work.room,
     )
     job.share = SHARE if level == "sample" else 1
-    aside = checkpoints(work, prepared, data, statistics, level)
+    aside = checkpoints_of(work, prepared, data, statistics, level)
     climbed = data.data_free and saved is None and data.verified
     rungs = aside.once(
         "rungs", lambda: ladder.climb(source, recipe, prepared.passes, data, progress) if climbed else []

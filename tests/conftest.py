@@ -77,7 +77,7 @@ class Bench:
     def compile(self, model: Path, passes: str = "pack", *, output: str = "out/model.onnx", **settings: Any) -> Report:
         """Compile in this process, calibrated on a short text."""
         calibration, statistics = settings.pop("calibration", [str(self.text)]), settings.pop("statistics", None)
-        asked = {name: settings.pop(name) for name in ("verify", "bench") if name in settings}
+        asked = {name: settings.pop(name) for name in ("verify", "bench", "fresh", "checkpoints") if name in settings}
         recipe = Recipe(**{**QUICK, "passes": parse_passes(passes), **settings})
         given, target = Calibration(calibration), self.folder / output
         return compile_model(model, recipe, output=target, calibration=given, statistics=statistics, **asked)

@@ -45,6 +45,7 @@ def compile(
     bench: bool = False,
     verify: str = "auto",
     fresh: bool = False,
+    checkpoints: PathLike | None = None,
     progress: Progress | bool = False,
     **fields: Unpack[Fields],
 ) -> Report:
@@ -70,6 +71,8 @@ def compile(
         verify: `"full"`, `"sample"` (an eighth of each packed product's columns) or `"none"`; by default full, but
             a sample of models of more than 2 GB where nothing is calibrated.
         fresh: start over, where the same compile was interrupted and would go on behind its last checkpoint.
+        checkpoints: a folder that keeps the finished segments, as large as the output and more: another compile with it
+            begins behind them where only what follows is new, such as `attention`, `caches`, `fuse`, `max_kl`.
         progress: True shows on stderr what is going on; or an object that is told.
         **fields: settings of a recipe by their keys: `bits=8`, `group_size=64`, `target="qdq"`, `exclude=["*head*"]`.
 
@@ -104,6 +107,7 @@ def compile(
                 bench=bench,
                 verify=verify,
                 fresh=fresh,
+                checkpoints=None if checkpoints is None else Path(checkpoints),
                 asked=asked,
                 progress=bar,
             )

@@ -163,6 +163,7 @@ def _compiled(args: Options, recipe: Recipe, output: Path, asked: tuple[Path, Pa
                     bench=args.bench,
                     verify=args.verify,
                     fresh=args.fresh,
+                    checkpoints=args.checkpoints,
                     asked=asked,
                 )
 

@@ -15,69 +15,52 @@ Invariants, whoever is killed when:
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-import msgspec
 import onnx_ir as ir
 
-from qcompile.compiler.files import locks, publish, secret
+from qcompile.compiler.files import finished, locks, publish, secret
+from qcompile.compiler.files.header import (
+    CHECKPOINT,
+    TENSORS,
+    Damaged,
+    Header,
+    check_sizes,
+    has_checkpoint,
+    is_mine,
+    is_own,
+    proven,
+    sealed,
+)
 from qcompile.passes.errors import UserError
 from qcompile.passes.tensors import chunks
 
 _END, _ALIVE = ".work.tmp", ".alive"
-_TENSORS, _CHECKPOINT, _ARRAYS = "tensors", "checkpoint", "arrays"
+_ARRAYS = "arrays"
 # Tensors start on a cache line.
 _ALIGNMENT = 64
-
-
-@dataclass(frozen=True)
-class Header:
-    """The first line of a checkpoint.
-
-    key: of all that decides the result. done, of: finished segments, and all. seconds: worked until then.
-    arrays: the name of the file of arrays. arrays_size, tensors_size: bytes of both files. signature: over the other
-    fields and what follows.
-    """
-
-    key: str
-    done: int
-    of: int
-    seconds: float
-    arrays: str
-    arrays_size: int
-    tensors_size: int
-    signature: str = ""
-
-    @property
-    def next(self) -> str:
-        """Where who takes it up goes on, in words."""
-        return f"segment {self.done + 1} of {self.of}" if self.done < self.of else "the end of the segments"
-
-
-class Damaged(Exception):
-    """A checkpoint that is not whole, or not of this user."""
 
 
 class Work:
     """The folder of one compile, from its first tensor to its end; see the module for what holds of it.
 
+    shelf: a folder that finished walks are taken from, and put into when the compile has succeeded.
     kept: the header of the last checkpoint that is there, its own or one that it went on from.
+    taken: whether that is one of the shelf.
     """
 
-    def __init__(self, output: Path, *, fresh: bool = False) -> None:
-        self.output, self._fresh = output.absolute(), fresh
+    def __init__(self, output: Path, *, fresh: bool = False, shelf: Path | None = None) -> None:
+        self.output, self._fresh, self.shelf = output.absolute(), fresh, shelf
         self.folder: Path | None = None
         self.kept: Header | None = None
+        self.taken = False
         self._stack, self._held = contextlib.ExitStack(), False
         self._tensors: BinaryIO | None = None
         self._end = 0
@@ -88,6 +71,8 @@ class Work:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None and self.shelf is not None and not self.taken:
+            finished.put(self.folder, self.kept, self.shelf)
         self._close(remove=error is None or self.kept is None)
         if error is None:
             with contextlib.suppress(UserError):  # the next one removes them
@@ -98,7 +83,7 @@ class Work:
     @property
     def tensors(self) -> Path:
         """The file of tensors."""
-        return self._made() / _TENSORS
+        return self._made() / TENSORS
 
     @property
     def room(self) -> int | None:
@@ -119,18 +104,28 @@ class Work:
     def waiting(self) -> bool:
         """Whether an unfinished compile of this output lies there, with a checkpoint, whole or not."""
         with self._free() as folders:
-            return any(map(_has_checkpoint, folders))
+            return any(map(has_checkpoint, folders))
+
+    def is_finished(self, key: str) -> bool:
+        """Whether a walk of that key lies on the shelf."""
+        return self.shelf is not None and not self._fresh and has_checkpoint(finished.place(self.shelf, key))
 
     def adopted(self, key: str) -> bool:
         """Whether there was a folder of a compile that decides the same; it is this one's now, up to its checkpoint.
+        That of a walk on the shelf stays there.
 
         Damaged where there was none, and a checkpoint of no matter what that is not whole.
         """
         damaged = None
+        if self.is_finished(key):
+            assert self.shelf is not None
+            self.kept = finished.take(self.shelf, key, self._made())
+            self._end, self.taken = self.kept.tensors_size, True
+            return True
         with self._free() as folders:
-            for folder in filter(_has_checkpoint, folders):
+            for folder in filter(has_checkpoint, folders):
                 try:
-                    header, _ = _proven(folder)
+                    header, _ = proven(folder)
                 except Damaged as error:
                     damaged = error
                     continue
@@ -148,7 +143,7 @@ class Work:
         folder = self._made()
         if not self._held:
             return f"there are no locks in {self.output.parent}"
-        if not _is_own(folder):
+        if not is_own(folder):
             return f"others can write whatever is in {self.output.parent}"
         if secret.signature(b"") is None:
             return "the folder of caches keeps no secret that signs checkpoints (QCOMPILE_CACHE gives another folder)"
@@ -157,16 +152,15 @@ class Work:
     def content(self) -> tuple[bytes, BinaryIO]:
         """What the checkpoint says, and its file of arrays; Damaged where something is missing."""
         folder = self._made()
-        header, found = _proven(folder)
-        for name, size in ((header.arrays, header.arrays_size), (_TENSORS, header.tensors_size)):
-            if (folder / name).stat().st_size < size if (folder / name).exists() else size:
-                raise Damaged(f"{folder / name} is shorter than it was")
+        header, found = proven(folder)
+        check_sizes(folder, header)
         return found, open(folder / header.arrays, "rb")  # it is read as long as the walk goes on
 
     def drop(self) -> None:
         """Remove the folder, and begin without."""
         self._close(remove=True)
         self.folder = self.kept = self._tensors = None
+        self.taken = False
         self._stack, self._held, self._end = contextlib.ExitStack(), False, 0
 
     def place(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
@@ -211,18 +205,16 @@ class Work:
     def keep(self, key: str, done: int, of: int, seconds: float, content: bytes) -> None:
         """Make this the checkpoint, in one step; `arrays` of as many segments is written."""
         folder, name = self._made(), f"{_ARRAYS}-{done}"
-        part = folder / f"{_CHECKPOINT}.part"
+        part = folder / f"{CHECKPOINT}.part"
         with _whole(part), _whole(folder / name):
             if self._tensors is not None:
                 publish.settle(self._tensors)
             size = (folder / name).stat().st_size
-            header = Header(key, done, of, seconds, name, size, self._end)
-            header = replace(header, signature=secret.signature(_signed(header, content)) or "")
+            header, whole = sealed(Header(key, done, of, seconds, name, size, self._end), content)
             with open(part, "wb") as file:
-                file.write(_line(header) + b"\n")
-                file.write(content)
+                file.write(whole)
                 publish.settle(file)
-            os.replace(part, folder / _CHECKPOINT)
+            os.replace(part, folder / CHECKPOINT)
         self.kept = header
         for old in folder.glob(f"{_ARRAYS}-*"):
             if old.name != name:
@@ -271,7 +263,7 @@ class Work:
         with contextlib.ExitStack() as stack:
             with publish.writing(self.output):
                 stack.enter_context(locks.exclusive(publish.lock(self.output)))
-            free = [folder for folder in self._there() if _is_mine(folder) and locks.is_free(folder / _ALIVE)]
+            free = [folder for folder in self._there() if is_mine(folder) and locks.is_free(folder / _ALIVE)]
             yield sorted(free, key=_changed, reverse=True)
 
     def _remove_others(self) -> None:
@@ -288,7 +280,7 @@ def forget(output: Path) -> None:
 
 def _remove(folder: Path) -> None:
     with contextlib.suppress(OSError):
-        (folder / _CHECKPOINT).unlink()
+        (folder / CHECKPOINT).unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -316,55 +308,3 @@ def _changed(folder: Path) -> float:
         return folder.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _is_mine(folder: Path) -> bool:
-    """Whether a folder is one that this user made."""
-    try:
-        told = folder.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(told.st_mode) and (not hasattr(os, "getuid") or told.st_uid == os.getuid())
-
-
-def _is_own(folder: Path) -> bool:
-    """Whether a folder is one that this user made, and nobody else reads or writes in."""
-    with contextlib.suppress(OSError):
-        return _is_mine(folder) and not (hasattr(os, "getuid") and folder.lstat().st_mode & 0o077)
-    return False
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    """Whether a checkpoint lies there that nobody else can have written since."""
-    return _is_own(folder) and (folder / _CHECKPOINT).is_file()
-
-
-def _proven(folder: Path) -> tuple[Header, bytes]:
-    """The header of a folder's checkpoint and what follows it, as this user signed them; else Damaged."""
-    header, found = _parts(folder)
-    if not secret.is_signed(_signed(header, found), header.signature):
-        raise Damaged(f"{folder / _CHECKPOINT} is not whole, or is not of this user on this machine")
-    return header, found
-
-
-def _parts(folder: Path) -> tuple[Header, bytes]:
-    """The same, of the right types but not proven to be signed."""
-    if not _is_own(folder):
-        raise Damaged(f"{folder} is not of this user alone")
-    try:
-        first, _, rest = (folder / _CHECKPOINT).read_bytes().partition(b"\n")
-        header = msgspec.json.decode(first, type=Header)
-        if _line(header) != first:  # what is signed is what `keep` writes of the fields
-            raise ValueError("another spelling")
-        return header, rest
-    except Exception as error:  # of bytes that anything may have written; RecursionError among them
-        raise Damaged(f"{folder} has no whole checkpoint") from error
-
-
-def _signed(header: Header, content: bytes) -> bytes:
-    """What the signature is over."""
-    return _line(replace(header, signature="")) + b"\n" + content
-
-
-def _line(header: Header) -> bytes:
-    return json.dumps(asdict(header)).encode()

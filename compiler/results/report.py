@@ -39,7 +39,8 @@ class Report(Shown):
     settings it changed and what its rules say of the file.
     phases: where the time went. verified: what was compared with what.
     resumed: where the compile went on after an interrupt ("segment 7 of 61"); its seconds include those
-    before, phases and peak_memory are those since.
+    before, phases and peak_memory are those since. reused: the folder that the walk through all segments
+    was taken from, where an earlier compile made it.
     output: the model file. asked: source and output as the user named them, where these are folders. files: names of
     all that was written beside it. sizes in bytes, seconds, peak_memory in bytes.
     """
@@ -71,6 +72,7 @@ class Report(Shown):
     reload_error: float | None = None
     verified: str = ""
     resumed: str = ""
+    reused: str = ""
     output: str = ""
     asked: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
@@ -94,6 +96,8 @@ class Report(Shown):
         if not self.resumed:
             return f"{time}, {memory}"
         where = f"it was interrupted, and went on at {self.resumed}"
+        if self.reused:
+            where = "the walk through the segments is an earlier compile's"
         return f"{time} in all, {memory}; {where}: memory and phases are those since"
 
     @property

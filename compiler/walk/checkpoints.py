@@ -1,11 +1,11 @@
 """A compile goes on where one that was killed had come to: behind the last segment that became a checkpoint.
 
 Invariant: a compile that goes on writes the bytes that it would have written undisturbed. So a checkpoint is only
-taken up where all that decides the result is the same (`_named`): the source's content, the recipe, the content of all
-batches, the versions of the packages, the text of this program and of others' passes, formats and observers, the kind
-of processor and the number of threads (`program`). All of that is read when the compile begins. What goes from one
-segment to the next is in it: the graph with what passes noted there, the passes themselves, streams, observers,
-decisions, the report (`snapshot`).
+taken up where all that the walk reads is the same (`_named`): the source's content, the recipe but for what comes
+behind the walk alone (`_is_apart`, `_BEHIND`), the content of all batches, the versions of the packages, the text of
+this program and of others' passes, formats and observers, the kind of processor and the number of threads (`program`).
+All of that is read when the compile begins. What goes from one segment to the next is in it: the graph with what passes
+noted there, the passes themselves, streams, observers, decisions, the report (`snapshot`).
 
 When: no more often than every `EVERY` seconds, nor so often that writing, as long as it usually takes, is more than
 `_SHARE` of the time. A compile of seconds has none. A list whose passes have a state that cannot be pickled has none
@@ -30,13 +30,15 @@ import onnx_ir as ir
 from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.files.cache import digest
+from qcompile.compiler.files.header import Damaged
 from qcompile.compiler.files.publish import is_full
 from qcompile.compiler.files.snapshot import Saver, is_marked, mark, objects_of, restore
-from qcompile.compiler.files.work import Damaged, Work
+from qcompile.compiler.files.work import Work
 from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.walk import program
 from qcompile.passes.base import Pass
+from qcompile.passes.contract import Fact, Stage
 from qcompile.passes.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -46,11 +48,13 @@ EVERY, _SHARE = 20.0, 1 / 30
 # Bytes of tensors that passes made and that stay in memory; smaller ones than the second stay in any case.
 HELD, _SMALL = 16 << 20, 4096
 # Raised with every change of what is in a checkpoint.
-_VERSION = 1
+_VERSION = 2
 # Fields of a report that are of the command, not of the work.
 _OF_COMMAND = {"source", "source_hash", "recipe", "versions", "given", "calibrated", "warnings", "data", "source_bytes"}
-# Settings that judge the finished graph: who loosens one need not compile anew.
-_JUDGED_BY = {"min_coverage", "min_cosine"}
+# Settings that the walk does not read, nor what is made before it: those that judge the finished graph, those by which
+# nodes stay in float behind the walk, and those that add passes which come there. Data that they choose is in the key.
+_BEHIND = {"min_coverage", "min_cosine", "keep_worst", "keep_share", "max_kl", "min_sqnr", "keep_as"}
+_BEHIND |= {"attention", "caches"}
 T = TypeVar("T")
 
 
@@ -70,6 +74,7 @@ class Checkpoints:
         self._beside: dict[str, Any] = {}
         self._last, self._off, self._full, self._costs = time.monotonic(), False, False, [0.0]
         self._held = 0  # bytes that passes made since tensors were put aside
+        self._walked = [own for own in passes if not _is_apart(own)]
         self._key, self._unnamed = "", ""
         try:
             self._key = self._named()
@@ -77,10 +82,12 @@ class Checkpoints:
             self._unnamed = str(error)
         self._begun, self.seconds = self._last, 0.0
         prepared = mark(model)  # not kept: who holds a tensor of a file holds every page of it that was read
-        self.found = self._resumed(prepared) if self._key and work.waiting else None
+        there = self._key and (work.is_finished(self._key) or work.waiting)
+        self.found = self._resumed(prepared) if there else None
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """What `make` gives; what it gave where the compile goes on."""
+        """What `make` gives of the recipe; what it gave where the compile of the same one goes on."""
+        name = f"{name} {digest(self._report.recipe)}"
         if name not in self._beside:
             self._beside[name] = make()
         found: T = self._beside[name]
@@ -90,7 +97,8 @@ class Checkpoints:
     def after(self, state: Any, done: int, of: int, nodes: Iterable[ir.Node]) -> None:
         """Behind a finished segment of these nodes: put aside what is large, and make it a checkpoint if one is due."""
         now = time.monotonic()
-        due = not self._off and now - self._last >= max(EVERY, median(self._costs) / _SHARE)
+        last = done == of and self._work.shelf is not None
+        due = not self._off and (last or now - self._last >= max(EVERY, median(self._costs) / _SHARE))
         self._held += _made_for(nodes)
         if due or self._held > HELD:
             self.settle(everything=due)
@@ -137,7 +145,7 @@ class Checkpoints:
 
     def _state(self, state: Any) -> Mapping[str, Any]:
         told = {name: value for name, value in vars(self._report).items() if name not in _OF_COMMAND}
-        return {"walk": state, "passes": [vars(own) for own in self._passes], "report": told, "beside": self._beside}
+        return {"walk": state, "passes": [vars(own) for own in self._walked], "report": told, "beside": self._beside}
 
     def _resumed(self, prepared: Sequence[ir.TensorProtocol]) -> Any:
         """Continue from the checkpoint that is there, if it is of the same compile."""
@@ -154,7 +162,7 @@ class Checkpoints:
             _log.warning("begun anew: %s", error)
             self._work.drop()
             return None
-        for own, known in zip(self._passes, state["passes"], strict=True):
+        for own, known in zip(self._walked, state["passes"], strict=True):
             vars(own).clear()
             vars(own).update(known)
         vars(self._report).update(state["report"])
@@ -162,8 +170,13 @@ class Checkpoints:
         header = self._work.kept
         assert header is not None
         self.seconds = header.seconds
-        self._report.resumed = header.next
-        _log.warning("%s: going on at %s, where the compile was interrupted", self._work.output, header.next)
+        self._report.resumed, self._report.reused = header.next, ""
+        if self._work.taken:
+            self._report.reused = str(self._work.shelf)
+            told = "%s: the walk through all %d segments is an earlier compile's, which took %.0f s for it (%s)"
+            _log.warning(told, self._work.output, header.of, header.seconds, self._work.shelf)
+        else:
+            _log.warning("%s: going on at %s, where the compile was interrupted", self._work.output, header.next)
         return state["walk"]
 
     def _restored(self, prepared: Sequence[ir.TensorProtocol]) -> Any:
@@ -181,7 +194,7 @@ class Checkpoints:
 
     def _unpickled(self) -> str:
         """Which pass cannot be pickled, in words."""
-        for own in self._passes:
+        for own in self._walked:
             try:
                 Saver(self._model, _Nowhere(), Path()).saved(vars(own))  # type: ignore[arg-type]
             except Exception:
@@ -189,14 +202,15 @@ class Checkpoints:
         return "its state cannot be put aside"
 
     def _named(self) -> str:
-        """A name of all that decides the result; the data is read once for it."""
+        """A name of all that the walk reads; the data is read once for it."""
         report, data = self._report, self._data
         streams = (data.calibration, data.checks, data.evaluation)
         return digest(
             {
                 "version": _VERSION,
                 "source": report.source_hash,
-                "recipe": {name: own for name, own in report.recipe.items() if name not in _JUDGED_BY},
+                "recipe": {name: own for name, own in report.recipe.items() if name not in _BEHIND | {"passes"}},
+                "passes": self._steps(),
                 "versions": {**report.versions, "python": sys.version},
                 "program": program.digest_of(self._passes),
                 "machine": program.machine(),
@@ -205,6 +219,19 @@ class Checkpoints:
                 "more": self._more,
             }
         )
+
+    def _steps(self) -> list[str]:
+        """The passes that the walk knows of, as the recipe gives them; by name alone those that lists have added."""
+        given = {str(step).partition("(")[0]: str(step) for step in self._report.recipe["passes"]}
+        return [given.get(own.name, own.name) for own in self._walked]
+
+
+def _is_apart(own: Pass) -> bool:
+    """Whether a pass comes behind the walk, sees nothing of it, and no pass before it is made for what it does."""
+    kind = type(own)
+    given = (kind.rounds_by, kind.activation_grid, kind.refuses_codes, kind.observed, kind.observed_in)
+    none = (Pass.rounds_by, Pass.activation_grid, Pass.refuses_codes, Pass.observed, Pass.observed_in)
+    return own.stage == Stage.BEHIND and given == none and not own.takes & {Fact.FLOAT, Fact.CODES, Fact.OUTLIERS}
 
 
 class _Nowhere:

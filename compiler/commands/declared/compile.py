@@ -96,6 +96,15 @@ class Options(Common, Clustered, Calibrating, Recipes):
         option("start over, where the same command was interrupted and would go on behind its last checkpoint",
                under=SAFETY),
     ] = False  # fmt: skip
+    checkpoints: Annotated[
+        Path | None,
+        option(
+            "keep the finished segments in this folder, as large as the output and more, and begin behind them where "
+            "only what follows is new: --attention, --caches, fuse, --max-kl and the like",
+            "DIR",
+            under=SAFETY,
+        ),
+    ] = None
     dry_run: Annotated[
         bool, option("print the plan: nodes, sizes before and after, memory; write nothing", under=SAFETY)
     ] = False

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qcompile.compiler.files import locks, publish, secret
-from qcompile.compiler.files.work import Damaged, Header, Work
+from qcompile.compiler.files.header import Damaged, Header
+from qcompile.compiler.files.work import Work
 from qcompile.passes.errors import UserError
 
 
