@@ -213,7 +213,7 @@ def test_a_full_disk_keeps_no_walk_and_ends_no_compile(
 def test_a_place_for_no_folder_is_refused_before_the_work(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     source = _source(bench, "decoder")
     bench.refuses(capsys, source, ["--checkpoints", str(bench.text)], "--checkpoints .* is no folder")
-    with pytest.raises(UserError, match="^checkpoints=.* is no folder"):
+    with pytest.raises(UserError, match=r"^checkpoints=.* is no folder"):
         qcompile.compile(source, "pack", checkpoints=bench.text / "in", output=bench.folder / "out.onnx")
 
 
@@ -239,7 +239,7 @@ def test_nothing_is_kept_unasked(bench: Bench) -> None:
 
 def test_tensors_are_named_in_the_folder_that_took_them(bench: Bench) -> None:
     """Behind a taken walk no tensor is read from the shelf, which may go meanwhile."""
-    source, shelf, kept = _kept(bench)
+    source, shelf, _ = _kept(bench)
     restored, seen = Checkpoints._restored, list[Path]()
 
     def looked(self: Checkpoints, prepared: Any) -> Any:
