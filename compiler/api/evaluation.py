@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qcompile.compiler.api.gate import Gate, Kept, broken
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.data.apart import calibrated_on, check_apart, digests
 from qcompile.compiler.data.calibration import Calibration, data_batches
@@ -109,6 +110,11 @@ class Evaluated:
         model = names.get(self.scores.model, self.scores.model)
         return Evaluated(replace(self.scores, model=model), self.sizes, names.get(self.text, self.text))
 
+    @property
+    def of_reference(self) -> bool:
+        """Whether it is a decoder that others are compared with, or that no other is."""
+        return isinstance(self.scores, DecoderScores) and self.scores.changes is None
+
     def row(self) -> dict[str, Any]:
         """Plain values, as in the JSON of `qcompile eval`."""
         told = {"text": self.text} if self.text else {}
@@ -122,29 +128,43 @@ class Evaluated:
 class Evaluation(Shown):
     """Everything of one evaluation: a row for each text and model (the reference first), or each output and model.
 
-    Several texts have rows over all of them behind their own.
+    Several texts have rows over all of them behind their own. kept: the bounds of a gate, and whether they hold.
     """
 
     rows: Sequence[Evaluated]
     against: Path | None
     running: Running = field(default_factory=Running)
+    kept: Sequence[Kept] = ()
+
+    def gated(self, gate: Gate) -> "Evaluation":
+        """The same with what became of the bounds of a gate; UserError for a figure that it has not."""
+        judged = [own.row() for own in self.rows if self.against is None or not own.of_reference]
+        return replace(self, kept=gate.kept(judged))
 
     def check(self, bounds: Bounds) -> None:
         """Raise Verdict where a bound is broken; rows over several texts say nothing that those of each do not."""
+        told = []
         try:
             bounds.check([own.scores for own in self.rows if own.text != ALL_TEXTS])
-        except Verdict as broken:
-            broken.document = self
-            raise
+        except Verdict as error:
+            told.append(str(error))
+        told += filter(None, [broken(self.kept)])
+        if told:
+            raise Verdict("; ".join(told), self)
 
     def records(self) -> list[dict[str, Any]]:
         """A dict for each row, as in the JSON of `qcompile eval`."""
         return [own.row() for own in self.rows]
 
+    def document(self) -> list[dict[str, Any]]:
+        """The JSON of `qcompile eval`: the rows, and the bounds of a gate behind them."""
+        return [*self.records(), *map(asdict, self.kept)]
+
     def to_dict(self) -> dict[str, Any]:
-        """The rows, and how the models were run."""
+        """The rows, the bounds of a gate, and how the models were run."""
         against = str(self.against) if self.against is not None else None
-        return {"rows": self.records(), "against": against, **self.running.settings()}
+        gate = {"gate": list(map(asdict, self.kept))} if self.kept else {}
+        return {"rows": self.records(), **gate, "against": against, **self.running.settings()}
 
     def sheet(self) -> Sheet:
         """A line for each row."""
@@ -193,10 +213,11 @@ def evaluate_models(
     running: Running | None = None,
     progress: Told | None = None,
     bounds: Bounds | None = None,
+    gate: Gate | None = None,
 ) -> Evaluation:
     """Scores of all models. On texts: perplexity of decoders, and KL to the reference; else SQNR and cosine of outputs.
 
-    bounds: that the caller checks; those that such scores cannot have are refused before the work.
+    bounds, gate: that the caller checks; those that such scores cannot have are refused before the work.
     Raises UserError for bad input, and where outputs are to be compared without a reference.
     """
     running, told = running or Running(), progress or (lambda what, done, total: None)
@@ -204,6 +225,8 @@ def evaluate_models(
         bounds.check_asked(texts=bool(on.texts), against=against is not None)
     on.check_apart([*([against] if against is not None else []), *models])
     plan = input_plan(load_model(against or models[0]))
+    if gate is not None:
+        gate.check_asked(decoder=bool(on.texts) and plan.logits is not None, against=against is not None)
     if on.texts and plan.logits is not None and (on.labels is not None or on.metric is not None):
         raise UserError("--labels and --metric are for outputs on --data: a decoder on --text has KL and perplexity")
     if on.texts and plan.logits is not None:

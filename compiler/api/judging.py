@@ -15,6 +15,7 @@ from qcompile.compiler.api.bench import Benchmark, Candidate, bench_models
 from qcompile.compiler.api.data import Data, Transform, data_of
 from qcompile.compiler.api.door import door
 from qcompile.compiler.api.evaluation import Evaluation, EvaluationSet, Running, evaluate_models
+from qcompile.compiler.api.gate import Gate
 from qcompile.compiler.api.models import Model, PathLike, on_disk
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.labels import Labels
@@ -46,6 +47,7 @@ def evaluate(
     max_kl: float | None = None,
     min_sqnr: float | None = None,
     max_drop: float | str | None = None,
+    gate: PathLike | Mapping[str, Mapping[str, float]] | None = None,
     tokenizer: PathLike | None = None,
     context: int = 512,
     tokens: int = 4096,
@@ -68,6 +70,8 @@ def evaluate(
         min_sqnr: raise `Verdict` where an output has less signal over noise, dB.
         max_drop: raise `Verdict` where the score (of `metric`, else accuracy by `labels`, else top-1 agreement) loses
             more: `"0.5%"` of the reference's, or `0.005`.
+        gate: raise `Verdict` where one of its bounds is broken: a file, as `qcompile eval --gate` takes it, or what one
+            holds, `{"kl_p99": {"max": 0.5}}`.
         tokenizer: a folder with `tokenizer.json`, by default beside one of the models.
         context: tokens of a window.
         tokens: of each text, 0 for all of it.
@@ -84,7 +88,7 @@ def evaluate(
     running = Running(accuracy_level, provider, kernels)
     bounds = _bounds(max_kl, min_sqnr, max_drop, metric)
     with _set(text, data, transform, labels, metric, tokenizer, context, tokens) as (on, names):
-        return _judge([model], against, on, running, names, bounds)
+        return _judge([model], against, on, running, names, bounds, _gate(gate))
 
 
 @door
@@ -100,6 +104,7 @@ def compare(
     max_kl: float | None = None,
     min_sqnr: float | None = None,
     max_drop: float | str | None = None,
+    gate: PathLike | Mapping[str, Mapping[str, float]] | None = None,
     tokenizer: PathLike | None = None,
     context: int = 512,
     tokens: int = 4096,
@@ -116,7 +121,7 @@ def compare(
     running = Running(accuracy_level, provider, kernels)
     bounds = _bounds(max_kl, min_sqnr, max_drop, metric)
     with _set(text, data, transform, labels, metric, tokenizer, context, tokens) as (on, names):
-        return _judge(models, against, on, running, names, bounds)
+        return _judge(models, against, on, running, names, bounds, _gate(gate))
 
 
 @door
@@ -185,6 +190,12 @@ def _bounds(
     return Bounds(min_sqnr, max_kl, Drop(str(max_drop)) if max_drop is not None else None, lower)
 
 
+def _gate(given: PathLike | Mapping[str, Mapping[str, float]] | None) -> Gate | None:
+    if given is None or isinstance(given, Mapping):
+        return Gate.of(given) if given is not None else None
+    return Gate.read(Path(given))
+
+
 def _judge(
     models: Models,
     against: Model | None,
@@ -192,6 +203,7 @@ def _judge(
     running: Running,
     names: Mapping[str, str],
     bounds: Bounds,
+    gate: Gate | None,
 ) -> Evaluation:
     """The scores, with the names that models and texts were given; Verdict where a bound is broken. names: of texts."""
     with ExitStack() as stack:
@@ -200,8 +212,9 @@ def _judge(
         reference = stack.enter_context(on_disk(against)) if against is not None else None
         if reference is not None:
             known[str(reference)] = str(os.fspath(against)) if isinstance(against, (str, os.PathLike)) else "reference"
-        made = evaluate_models(list(files.values()), on, against=reference, running=running, bounds=bounds)
+        made = evaluate_models(list(files.values()), on, against=reference, running=running, bounds=bounds, gate=gate)
     told = replace(made, rows=[row.renamed({**known, **names}) for row in made.rows])
+    told = told.gated(gate) if gate is not None else told
     told.check(bounds)
     return told
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.api.evaluation import EvaluationSet, Running, evaluate_models
+from qcompile.compiler.api.gate import Gate, gate_sheet, junit
 from qcompile.compiler.api.verdict import verdict_sheets
 from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.declared.eval import Options
@@ -22,7 +23,7 @@ from qcompile.compiler.files.publish import write_text
 from qcompile.compiler.measure.bounds import Bounds
 from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores
 from qcompile.compiler.measure.metric import Drop, Metric
-from qcompile.passes.errors import Verdict
+from qcompile.passes.errors import UserError, Verdict
 from qcompile.runtime.sessions import operator_kernels
 
 
@@ -39,9 +40,15 @@ def run(args: Options) -> Document:
     lower = args.metric is not None and Metric(args.metric).lower_is_better
     drop = Drop(args.max_drop) if args.max_drop is not None else None
     bounds = Bounds(args.min_sqnr, args.max_kl, drop, lower)
-    if args.json_file is not None:
-        read = [*args.text, *named(data)]
-        check_result_path([*([args.against] if args.against else []), *args.models], args.json_file, read)
+    gate = Gate.read(args.gate) if args.gate is not None else None
+    if args.junit is not None and gate is None:
+        raise UserError("--junit is of bounds: give them with --gate FILE")
+    if args.junit is not None and args.json_file is not None and args.junit.absolute() == args.json_file.absolute():
+        raise UserError(f"--junit and --json would both be written to {args.junit}")
+    read = [*args.text, *named(data), *([args.gate] if args.gate is not None else [])]
+    for path in (args.json_file, args.junit):
+        if path is not None:
+            check_result_path([*([args.against] if args.against else []), *args.models], path, read)
     running = Running(args.accuracy_level, args.provider, args.kernels)
     with Bar() as bar:
         bar.step("loading")
@@ -52,8 +59,11 @@ def run(args: Options) -> Document:
             running=running,
             progress=lambda what, done, total: bar.at(done, total, what),
             bounds=bounds,
+            gate=gate,
         )
-    rows = [own.row() for own in made.rows]
+    if gate is not None:
+        made = made.gated(gate)
+    rows = made.records()
     if isinstance(made.rows[0].scores, DecoderScores):
         _print_scores(rows, running, compared=args.against is not None)
     else:
@@ -63,14 +73,19 @@ def run(args: Options) -> Document:
         idle.told({} if sheets else {"verdict": "it is for decoders on --text, with --against"})
         for sheet in sheets:
             sheet.show(console(answer=True))
+    if made.kept:
+        gate_sheet(made.kept).show(console(answer=True))
+    document = made.document()
     if args.json_file is not None:
-        write_text(args.json_file, json.dumps(rows, indent=2) + "\n")
+        write_text(args.json_file, json.dumps(document, indent=2) + "\n")
+    if args.junit is not None:
+        write_text(args.junit, junit(made.kept))
     try:
         made.check(bounds)
     except Verdict as broken:
-        broken.document = rows
+        broken.document = document
         raise
-    return rows
+    return document
 
 
 def _print_scores(rows: list[dict[str, Any]], running: Running, *, compared: bool) -> None:

@@ -20,8 +20,8 @@ standard error. --verdict: flips, percentiles of KL and KL by position, with 95 
 over all of them, too. A model that is no decoder is compared with --against by SQNR and cosine of every output, and
 where an output scores classes (rows, classes) by the most likely ones. --metric calls function(inputs, outputs,
 labels): lists of dicts of arrays, one for each batch, and the labels or None; it returns a number of which more is
-better, unless it has an attribute lower_is_better. Exit code 1: a bound is broken (--max-kl, --min-sqnr, --max-drop).
-What the report beside a model names as calibrated on is refused."""
+better, unless it has an attribute lower_is_better. Exit code 1: a bound is broken (--max-kl, --min-sqnr, --max-drop,
+--gate; docs/verdict.md has its figures). What the report beside a model names as calibrated on is refused."""
 _BOUNDS = "bounds"
 
 
@@ -62,4 +62,13 @@ class Options(JsonFile, Threads, Runs, CustomOps):
             "DROP",
             under=_BOUNDS,
         ),
+    ] = None
+    gate: Annotated[
+        Path | None,
+        option(
+            "bounds on any figure of the JSON, YAML or TOML: exit with 1 where one is broken", "FILE", under=_BOUNDS
+        ),
+    ] = None
+    junit: Annotated[
+        Path | None, option("write what became of the gate's bounds as JUnit XML", "FILE", under=_BOUNDS)
     ] = None
