@@ -158,7 +158,7 @@ def _join(ray: Any, address: str) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         told = (str(error).strip().splitlines() or ["?"])[0]
         raise UserError(
-            f"--cluster {address}: Ray cannot be reached ({told:.200}); start it with `ray start --head`"
+            f"--cluster: no Ray can be reached at {address} ({told:.200}); start it with `ray start --head`"
         ) from error
 
 
@@ -166,5 +166,5 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise UserError("--cluster needs Ray: pip install 'qcompile-onnx[cluster]'") from error
+        raise UserError("--cluster: Ray is not installed: pip install 'qcompile-onnx[cluster]'") from error
     return ray

@@ -28,6 +28,7 @@ from qcompile.compiler.sweep.run import sweep as run_sweep
 from qcompile.compiler.sweep.scoring import Evaluation
 from qcompile.passes import lists
 from qcompile.passes.errors import UserError
+from qcompile.runtime.cluster import clustered
 
 
 @door
@@ -46,6 +47,7 @@ def compile(
     verify: str = "auto",
     fresh: bool = False,
     checkpoints: PathLike | None = None,
+    cluster: str | None = None,
     progress: Progress | bool = False,
     **fields: Unpack[Fields],
 ) -> Report:
@@ -73,6 +75,8 @@ def compile(
         fresh: start over, where the same compile was interrupted and would go on behind its last checkpoint.
         checkpoints: a folder that keeps the finished segments, as large as the output and more: another compile with it
             begins behind them where only what follows is new, such as `attention`, `caches`, `fuse`, `max_kl`.
+        cluster: `"auto"`, or `"HOST:PORT"` of a Ray cluster, whose machines compute, for the same bytes
+            (docs/cluster.md). A Ray that runs in this process is used as it is.
         progress: True shows on stderr what is going on; or an object that is told.
         **fields: settings of a recipe by their keys: `bits=8`, `group_size=64`, `target="qdq"`, `exclude=["*head*"]`.
 
@@ -92,7 +96,7 @@ def compile(
     )
     warn(wanted, given, fields)
     other = data_of(evaluation, transform=transform if judged else None) if evaluation is not None else None
-    with _graph(model, output, wanted, progress) as (path, target, asked, bar):
+    with clustered(cluster), _graph(model, output, wanted, progress) as (path, target, asked, bar):
 
         def run(chosen: Spent) -> Report:
             return compile_model(
@@ -172,6 +176,7 @@ def sensitivity(
     transform: Transform | None = None,
     tokenizer: PathLike | None = None,
     recipe: Recipe | PathLike | None = None,
+    cluster: str | None = None,
     progress: Progress | bool = False,
     **fields: Unpack[Fields],
 ) -> Ranking:
@@ -183,7 +188,7 @@ def sensitivity(
     wanted = recipe_of(recipe, passes, fields, lists.INTEGER)
     given = data_of(calibration, transform=transform, tokenizer=tokenizer)
     warn(wanted, given, fields)
-    with on_disk(model) as path, _told(progress) as bar:
+    with clustered(cluster), on_disk(model) as path, _told(progress) as bar:
         return rank_nodes(path, wanted, calibration=given, progress=bar)
 
 
@@ -205,6 +210,7 @@ def sweep(
     limit: int | None = None,
     keep_models: bool = False,
     note: str = "",
+    cluster: str | None = None,
 ) -> Sweep:
     """Compile under every combination of settings, and score each; as `qcompile sweep` (docs/sweep.md).
 
@@ -224,11 +230,12 @@ def sweep(
         limit: run so many combinations at most.
         keep_models: keep what is compiled.
         note: joins the caption.
+        cluster: as in `compile`; a row is a task.
     """
     files = [calibration] if isinstance(calibration, str) or not isinstance(calibration, Sequence) else calibration
     scored = Evaluation(Path(text) if text is not None else None, [Path(file) for file in data], context, tokens,
                         kernels, provider)  # fmt: skip
-    with on_disk(model) as path:
+    with clustered(cluster), on_disk(model) as path:
         return run_sweep(
             path,
             grid,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
+import qcompile
 from qcompile.compiler.api.sensitivity import rank_nodes
 from qcompile.compiler.cli import main
 from qcompile.compiler.console.progress import Silent
@@ -21,7 +22,7 @@ from qcompile.compiler.sweep import run as sweeping
 from qcompile.compiler.sweep.scoring import Evaluation
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.errors import UserError
-from qcompile.passes.workers import Here, mapped
+from qcompile.passes.workers import Here, elsewhere, mapped
 from qcompile.runtime.cluster import Cluster, clustered
 
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="the extra cluster (Ray) is not installed")
@@ -126,8 +127,6 @@ def test_an_error_is_what_it_was(nodes: Nodes) -> None:
 
 def test_tasks_of_a_lost_node_are_computed_again(nodes: Nodes) -> None:
     """One of two dies while both work: every item has its result."""
-    from qcompile.passes.workers import elsewhere
-
     with clustered(nodes.address):
         workers, found = elsewhere(), dict[int, float]()
         assert workers is not None
@@ -205,6 +204,49 @@ def test_the_command_compiles_to_the_same_bytes(nodes: Nodes, bench: Any) -> Non
     assert compiled("--cluster", nodes.address) == compiled()
 
 
+def test_keywords_are_what_the_option_is(nodes: Nodes, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """compile, sensitivity and sweep with `cluster=`: what one process does; behind the call none is left."""
+    monkeypatch.setattr(ranking.RankingCache, "get", lambda self: None)
+    monkeypatch.setattr(sweeping, "write_plots", lambda *_: [])
+    model, text = bench.save(tiny_decoder(layers=1)), str(bench.text)
+    quick: dict[str, Any] = {"samples": 4, "context": 32}
+    given, each = list[str](), Cluster.each
+
+    def counted(workers: Cluster, compute: Any, items: Any, **more: Any) -> Any:
+        given.append(compute.__name__)
+        return each(workers, compute, items, **more)
+
+    monkeypatch.setattr(Cluster, "each", counted)
+
+    def made(where: str, **cluster: Any) -> list[Any]:
+        folder = bench.folder / where
+        qcompile.compile(
+            model, "gptq,pack", calibration=text, output=folder / "m.onnx", group_size=32, **quick, **cluster
+        )
+        ranked = qcompile.sensitivity(model, "qdq", calibration=text, **quick, **cluster)
+        rows = qcompile.sweep(
+            model,
+            {"bits": [4, 8]},
+            output=folder / "sweep",
+            recipe=BASE,
+            calibration=text,
+            context=32,
+            tokens=64,
+            **cluster,
+        ).rows
+        written = {file.name: file.read_bytes() for file in folder.glob("m*[xa]")}
+        return [written, ranked.nodes, [asdict(replace(row, seconds=0.0)) for row in rows]]
+
+    spread = made("spread", cluster=nodes.address)
+    assert elsewhere() is None
+    computed, given[:] = set(given), []
+    assert {"watched", "_distance", "figures"} <= computed, "one of each call"
+    assert spread == made("alone")
+    assert not given
+    with pytest.raises(UserError, match=r"^cluster: no Ray can be reached at nowhere "):
+        qcompile.compile(model, "pack", output=bench.folder / "none.onnx", cluster="nowhere")
+
+
 class _Advancing(Silent):
     """Does something once, when so many rows went through a segment."""
 
@@ -255,7 +297,9 @@ def test_a_compile_whose_node_dies_is_that_of_one_machine(
 
 def test_a_cluster_that_is_not_there(capsys: pytest.CaptureFixture[str], bench: Any) -> None:
     """One line, before any work."""
-    bench.refuses(capsys, bench.save(tiny_decoder(layers=1)), ["--cluster", "nowhere"], "Ray cannot be reached")
+    bench.refuses(
+        capsys, bench.save(tiny_decoder(layers=1)), ["--cluster", "nowhere"], "no Ray can be reached at nowhere"
+    )
 
 
 def test_ray_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
