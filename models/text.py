@@ -1,4 +1,4 @@
-"""Text to calibrate with: the bundled public-domain text, and the user's own files."""
+"""Text to calibrate with, and to judge on: the bundled public-domain texts, and the user's own files."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -12,6 +12,16 @@ from qcompile.passes.errors import UserError
 def calibration_text() -> str:
     """The bundled English text (State of the Union addresses, Moby-Dick; data/README.md has its provenance)."""
     return resources.files("qcompile.models").joinpath("data", "calibration.txt").read_text(encoding="utf-8")
+
+
+def tasks_path() -> Path:
+    """The bundled English text that tasks are made of, other than what models are calibrated on (data/README.md)."""
+    return Path(str(resources.files("qcompile.models").joinpath("data", "tasks.txt")))
+
+
+def tasks_text() -> str:
+    """What `tasks_path` holds."""
+    return tasks_path().read_text(encoding="utf-8")
 
 
 def read_texts(paths: Iterable[Path | str]) -> list[str]:

@@ -58,6 +58,7 @@ LAZY_OF_MODULE = {
     "compiler/sweep/plot.py": {"matplotlib"},
     "compiler/data/images.py": {"PIL"},
     "compiler/data/chat.py": {"jinja2"},
+    "compiler/measure/tasks/generated.py": {"reasoning_gym"},
     "compiler/results/sheet.py": {"pandas"},
 }
 

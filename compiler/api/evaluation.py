@@ -26,8 +26,12 @@ from qcompile.compiler.measure.evaluate import (
 from qcompile.compiler.measure.loaded import text_windows
 from qcompile.compiler.measure.metric import Function, Metric
 from qcompile.compiler.measure.metrics import TokenScores
+from qcompile.compiler.measure.tasks.items import Item
+from qcompile.compiler.measure.tasks.scoring import TaskScores, score_tasks
+from qcompile.compiler.measure.tasks.table import TASKS
 from qcompile.compiler.report.sizes import Sizes, model_sizes
 from qcompile.compiler.results.sheet import Sheet, Shown
+from qcompile.models.text import tasks_path
 from qcompile.passes.errors import UserError, Verdict
 from qcompile.runtime.sessions import operator_kernels
 
@@ -43,7 +47,8 @@ class EvaluationSet:
 
     tokenizer: its folder, by default beside one of the models. context, tokens: of a window, and of each text; None for
     all of it. labels: class numbers, one for each row of the data, or a file of them (`read_labels`). metric: a score
-    of the user's own, a function or module:function (`Metric`).
+    of the user's own, a function or module:function (`Metric`). tasks: names of task sets for decoders, of task_items
+    items each; with them and nothing else, the text is the bundled one that they are made of.
     """
 
     texts: Sequence[Path] = ()
@@ -53,8 +58,16 @@ class EvaluationSet:
     tokens: int | None = 4096
     labels: Path | Labels | None = None
     metric: str | Function | None = None
+    tasks: Sequence[str] = ()
+    task_items: int = 100
 
     def __post_init__(self) -> None:
+        if self.tasks and self.has_data:
+            raise UserError("--tasks are for decoders on text, and --data is for other models: give one of both")
+        if self.task_items < 1:
+            raise UserError(f"--task-items must be at least 1, got {self.task_items}")
+        if self.tasks and not self.texts:
+            object.__setattr__(self, "texts", (tasks_path(),))
         if bool(self.texts) == self.has_data:
             raise UserError("give either --text FILE … for a language model or --data FILE.npz … with --against")
         if self.tokens is not None and self.tokens < 2:
@@ -77,7 +90,8 @@ class EvaluationSet:
         scored: dict[str, str] | None = None
         for model in models:
             if calibrated := calibrated_on(model):
-                scored = scored or digests([*map(Path, self.texts), *named(self.data.files)], self.data.texts)
+                files = [*self.texts, *named(self.data.files), *([tasks_path()] if self.tasks else [])]
+                scored = scored or digests(map(Path, files), self.data.texts)
                 check_apart(calibrated, scored, str(model))
 
 
@@ -128,18 +142,21 @@ class Evaluated:
 class Evaluation(Shown):
     """Everything of one evaluation: a row for each text and model (the reference first), or each output and model.
 
-    Several texts have rows over all of them behind their own. kept: the bounds of a gate, and whether they hold.
+    Several texts have rows over all of them behind their own. tasks: scores of each task and model. kept: bounds of a
+    gate, and whether they hold.
     """
 
     rows: Sequence[Evaluated]
     against: Path | None
     running: Running = field(default_factory=Running)
+    tasks: Sequence[TaskScores] = ()
     kept: Sequence[Kept] = ()
 
     def gated(self, gate: Gate) -> "Evaluation":
         """The same with what became of the bounds of a gate; UserError for a figure that it has not."""
         judged = [own.row() for own in self.rows if self.against is None or not own.of_reference]
-        return replace(self, kept=gate.kept(judged))
+        tasks = [task_row(own) for own in self.tasks if self.against is None or own.paired is not None]
+        return replace(self, kept=gate.kept([*judged, *tasks]))
 
     def check(self, bounds: Bounds) -> None:
         """Raise Verdict where a bound is broken; rows over several texts say nothing that those of each do not."""
@@ -157,14 +174,15 @@ class Evaluation(Shown):
         return [own.row() for own in self.rows]
 
     def document(self) -> list[dict[str, Any]]:
-        """The JSON of `qcompile eval`: the rows, and the bounds of a gate behind them."""
-        return [*self.records(), *map(asdict, self.kept)]
+        """The JSON of `qcompile eval`: the rows, those of tasks, and the bounds of a gate."""
+        return [*self.records(), *map(task_row, self.tasks), *map(asdict, self.kept)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The rows, the bounds of a gate, and how the models were run."""
+        """The rows, those of tasks, the bounds of a gate, and how the models were run."""
         against = str(self.against) if self.against is not None else None
+        tasks = {"tasks": list(map(task_row, self.tasks))} if self.tasks else {}
         gate = {"gate": list(map(asdict, self.kept))} if self.kept else {}
-        return {"rows": self.records(), **gate, "against": against, **self.running.settings()}
+        return {"rows": self.records(), **tasks, **gate, "against": against, **self.running.settings()}
 
     def sheet(self) -> Sheet:
         """A line for each row."""
@@ -220,26 +238,50 @@ def evaluate_models(
     bounds, gate: that the caller checks; those that such scores cannot have are refused before the work.
     Raises UserError for bad input, and where outputs are to be compared without a reference.
     """
-    running, told = running or Running(), progress or (lambda what, done, total: None)
+    running, told, tasks = running or Running(), progress or (lambda what, done, total: None), list[TaskScores]()
     if bounds is not None:
         bounds.check_asked(texts=bool(on.texts), against=against is not None)
     on.check_apart([*([against] if against is not None else []), *models])
     plan = input_plan(load_model(against or models[0]))
     if gate is not None:
-        gate.check_asked(decoder=bool(on.texts) and plan.logits is not None, against=against is not None)
+        decoder = bool(on.texts) and plan.logits is not None
+        gate.check_asked(decoder=decoder, against=against is not None, tasks=on.tasks)
+    if on.tasks:
+        plan.require_decoder()
     if on.texts and plan.logits is not None and (on.labels is not None or on.metric is not None):
         raise UserError("--labels and --metric are for outputs on --data: a decoder on --text has KL and perplexity")
     if on.texts and plan.logits is not None:
         if bounds is not None:
             bounds.check_decoder()
+        items = _items(models, on, against, plan)
         rows = _on_texts(models, on, against, running, plan, told)
+        if items:
+            tokenizer = _tokenizer(models, on, against)
+            tasks = score_tasks(against, models, items, tokenizer, **running.settings(), progress=told)
     elif against is None:
         if on.texts:
             plan.require_decoder()
         raise UserError("outputs are compared with a reference: give it with --against REF.onnx")
     else:
         rows = _outputs(models, on, against, running, told)
-    return Evaluation(rows, against, running)
+    return Evaluation(rows, against, running, tasks)
+
+
+def task_row(own: TaskScores) -> dict[str, Any]:
+    """A task's scores as plain values, as in the JSON of `qcompile eval`."""
+    plain = asdict(own)
+    paired = plain.pop("paired") or {}
+    return {"task": own.task, **plain, **{name: value for name, value in paired.items() if name != "count"}}
+
+
+def _items(models: Sequence[Path], on: EvaluationSet, against: Path | None, plan: InputPlan) -> dict[str, list[Item]]:
+    """The items of the tasks that are asked for: made before the work, for a package may be missing."""
+    if not on.tasks:
+        return {}
+    tokenizer = _tokenizer(models, on, against)
+    tokenizer.check_vocabulary(plan.vocabulary)
+    tokens = plan.sequence if plan.sequence and not plan.past else on.context
+    return {name: TASKS[name](on.task_items, tokenizer, tokens) for name in on.tasks}
 
 
 def _on_texts(

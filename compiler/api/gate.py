@@ -12,6 +12,9 @@ from qcompile.compiler.data.tokens import read_text
 from qcompile.compiler.measure.changes import TokenChanges
 from qcompile.compiler.measure.classes import ClassScores
 from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores
+from qcompile.compiler.measure.paired import Paired
+from qcompile.compiler.measure.tasks.scoring import TaskScores
+from qcompile.compiler.measure.tasks.table import TASKS
 from qcompile.compiler.report.sizes import Sizes
 from qcompile.compiler.results.sheet import Sheet
 from qcompile.compiler.settings.files import plain_of
@@ -19,7 +22,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.near import near
 
 # What a row has that is no figure.
-_WORDS = {"model", "output", "classes", "changes"}
+_WORDS = {"model", "output", "classes", "changes", "task", "digest", "paired", "count"}
 _BINS = "kl_by_position"
 
 
@@ -29,6 +32,9 @@ def _figures(*kinds: type) -> set[str]:
 
 _ALONE = (_figures(DecoderScores, Sizes) | {"perplexity"}) - {"kl", "kl_error", "agreement"}
 _TEXT = _figures(DecoderScores, TokenChanges, Sizes) | {"perplexity"}
+# Of every task, behind tasks.NAME.
+_TASK_ALONE = _figures(TaskScores)
+_TASK = _TASK_ALONE | _figures(Paired)
 _OUTPUT = _figures(OutputScores, Sizes) | {f"classes.{name}" for name in _figures(ClassScores)}
 
 
@@ -49,7 +55,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Kept:
-    """A bound on one figure of a model; on: the text, the output. holds: whether the value is within it."""
+    """A bound on one figure of a model; on: the text, the output, the task. holds: whether the value is within it."""
 
     bound: str
     min: float | None
@@ -87,18 +93,18 @@ class Gate:
             raise UserError(f"{name}: a gate is a table of bounds, such as `kl: {{max: 0.1}}`")
         return cls(name, [_bound(name, figure, given) for figure, given in _flat(plain)])
 
-    def check_asked(self, *, decoder: bool, against: bool) -> None:
+    def check_asked(self, *, decoder: bool, against: bool, tasks: Sequence[str]) -> None:
         """Raise UserError for a bound on a figure that such an evaluation does not have: said before the work."""
-        known = (_TEXT if against else _ALONE) if decoder else _OUTPUT
+        there = _there(against=against, tasks=tasks) if decoder else _OUTPUT
         for own in self.bounds:
-            if own.figure not in known:
-                why = (
-                    "only outputs of models that are no decoders on --text have it"
-                    if decoder and own.figure in _OUTPUT
-                    else "it compares with a reference: give --against"
-                    if decoder
-                    else "only decoders on --text have it"
-                )
+            if own.figure not in there:
+                why = "only decoders on --text have it"
+                if own.figure in _OUTPUT - _TEXT:
+                    why = "only outputs of models that are no decoders on --text have it"
+                elif decoder and own.figure in _there(against=True, tasks=tasks):
+                    why = "it compares with a reference: give --against"
+                elif decoder:
+                    why = f"give --tasks {own.figure.split('.')[1]}"
                 raise UserError(f"{self.name}: there is no {own.figure} here: {why}")
 
     def kept(self, rows: Sequence[Mapping[str, Any]]) -> list[Kept]:
@@ -133,10 +139,13 @@ def gate_sheet(kept: Sequence[Kept]) -> Sheet:
     return Sheet("", heads, rows, 2)
 
 
-def junit(kept: Sequence[Kept]) -> str:
-    """The same as JUnit XML: a test case for each bound, named by its figure; its class is the model."""
-    broken = str(sum(not own.holds for own in kept))
-    counts = {"tests": str(len(kept)), "failures": broken, "errors": "0"}
+def junit(kept: Sequence[Kept], tasks: Sequence[TaskScores] = ()) -> str:
+    """The same as JUnit XML: a test case for each bound, named by its figure; its class is the model.
+
+    Tasks are test cases, too, which pass: what they found is in their output.
+    """
+    failures = str(sum(not own.holds for own in kept))
+    counts = {"tests": str(len(kept) + len(tasks)), "failures": failures, "errors": "0"}
     suites = ElementTree.Element("testsuites", counts)
     suite = ElementTree.SubElement(suites, "testsuite", {"name": "qcompile eval", **counts})
     for own in kept:
@@ -147,6 +156,10 @@ def junit(kept: Sequence[Kept]) -> str:
         if not own.holds:
             told = f"{own.value:.6g} breaks {own.bound}"
             ElementTree.SubElement(case, "failure", {"message": told, "type": "bound"}).text = told
+    for score in tasks:
+        names = {"classname": _xml(score.model), "name": f"task {score.task}", "time": "0"}
+        case = ElementTree.SubElement(suite, "testcase", names)
+        ElementTree.SubElement(case, "system-out").text = _xml(score.told())
     ElementTree.indent(suites)
     return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
 
@@ -156,8 +169,14 @@ def _xml(text: str) -> str:
     return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
 
 
+def _there(*, against: bool, tasks: Sequence[str]) -> set[str]:
+    """The figures of decoders on text and on tasks."""
+    each = _TASK if against else _TASK_ALONE
+    return (_TEXT if against else _ALONE) | {f"tasks.{task}.{figure}" for task in tasks for figure in each}
+
+
 def _bound(name: str, figure: str, given: Any) -> Bound:
-    known = _TEXT | _OUTPUT
+    known = _there(against=True, tasks=list(TASKS)) | _OUTPUT
     if figure not in known:
         raise UserError(f"{name}: no figure {figure!r}{near(figure, sorted(known))} (docs/verdict.md lists them)")
     if not isinstance(given, Mapping) or not given:
@@ -194,9 +213,16 @@ def _number(value: Any) -> float:
 
 def _kept(name: str, bound: Bound, row: Mapping[str, Any]) -> Iterator[Kept]:
     """A bound on a row that has its figure; on several where that is one for each bin of positions."""
-    on = Path(row["text"]).name if "text" in row else str(row.get("output", ""))
+    on, figure, task = str(row.get("output", "")), bound.figure, row.get("task")
+    if bound.figure.startswith("tasks.") or task is not None:
+        on, before = f"task {task}", f"tasks.{task}."
+        if not bound.figure.startswith(before):
+            return
+        figure = bound.figure.removeprefix(before)
+    elif "text" in row:
+        on = Path(row["text"]).name
     value: Any = row
-    for part in bound.figure.split("."):
+    for part in figure.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     if value is None and "text" in row:
         raise UserError(f"{name}: {bound.figure} is not known of {row['model']} on {on}: the text is too short for it")

@@ -23,6 +23,7 @@ from qcompile.compiler.data.readers import array_of
 from qcompile.compiler.files.folders import model_file
 from qcompile.compiler.measure.bounds import Bounds
 from qcompile.compiler.measure.metric import Drop, Function, Metric
+from qcompile.compiler.measure.tasks.table import named as named_tasks
 from qcompile.compiler.measure.workload import Workload
 from qcompile.compiler.report.explanation import Explanation
 from qcompile.compiler.report.explanation import explain as explain_file
@@ -48,6 +49,8 @@ def evaluate(
     min_sqnr: float | None = None,
     max_drop: float | str | None = None,
     gate: PathLike | Mapping[str, Mapping[str, float]] | None = None,
+    tasks: str | Sequence[str] = (),
+    task_items: int = 100,
     tokenizer: PathLike | None = None,
     context: int = 512,
     tokens: int = 4096,
@@ -72,6 +75,8 @@ def evaluate(
             more: `"0.5%"` of the reference's, or `0.005`.
         gate: raise `Verdict` where one of its bounds is broken: a file, as `qcompile eval --gate` takes it, or what one
             holds, `{"kl_p99": {"max": 0.5}}`.
+        tasks: task sets for a decoder, `"cloze,needle"` or a list; without `text` the tasks' bundled text is scored.
+        task_items: of each.
         tokenizer: a folder with `tokenizer.json`, by default beside one of the models.
         context: tokens of a window.
         tokens: of each text, 0 for all of it.
@@ -87,7 +92,7 @@ def evaluate(
     """
     running = Running(accuracy_level, provider, kernels)
     bounds = _bounds(max_kl, min_sqnr, max_drop, metric)
-    with _set(text, data, transform, labels, metric, tokenizer, context, tokens) as (on, names):
+    with _set(text, data, transform, labels, metric, tokenizer, context, tokens, (tasks, task_items)) as (on, names):
         return _judge([model], against, on, running, names, bounds, _gate(gate))
 
 
@@ -105,6 +110,8 @@ def compare(
     min_sqnr: float | None = None,
     max_drop: float | str | None = None,
     gate: PathLike | Mapping[str, Mapping[str, float]] | None = None,
+    tasks: str | Sequence[str] = (),
+    task_items: int = 100,
     tokenizer: PathLike | None = None,
     context: int = 512,
     tokens: int = 4096,
@@ -120,7 +127,7 @@ def compare(
     """
     running = Running(accuracy_level, provider, kernels)
     bounds = _bounds(max_kl, min_sqnr, max_drop, metric)
-    with _set(text, data, transform, labels, metric, tokenizer, context, tokens) as (on, names):
+    with _set(text, data, transform, labels, metric, tokenizer, context, tokens, (tasks, task_items)) as (on, names):
         return _judge(models, against, on, running, names, bounds, _gate(gate))
 
 
@@ -213,7 +220,11 @@ def _judge(
         if reference is not None:
             known[str(reference)] = str(os.fspath(against)) if isinstance(against, (str, os.PathLike)) else "reference"
         made = evaluate_models(list(files.values()), on, against=reference, running=running, bounds=bounds, gate=gate)
-    told = replace(made, rows=[row.renamed({**known, **names}) for row in made.rows])
+    told = replace(
+        made,
+        rows=[row.renamed({**known, **names}) for row in made.rows],
+        tasks=[replace(own, model=known.get(own.model, own.model)) for own in made.tasks],
+    )
     told = told.gated(gate) if gate is not None else told
     told.check(bounds)
     return told
@@ -229,18 +240,21 @@ def _set(
     tokenizer: PathLike | None,
     context: int,
     tokens: int,
+    tasks: tuple[str | Sequence[str], int],
 ) -> Iterator[tuple[EvaluationSet, dict[str, str]]]:
     """What to judge on, and the names of texts that lie in temporary files."""
-    if (text is None) == (data is None):
+    names, count = named_tasks(tasks[0]) if tasks[0] else (), tasks[1]
+    if (text is None) == (data is None) and not (names and data is None):
         raise UserError("give either text= (files or texts) for a language model, or data= (files, arrays, batches)")
     own = Path(tokenizer) if tokenizer is not None else None
     classes = _classes(labels)
-    if text is None:
+    if data is not None:
         batches = data_of(data, transform=transform, tokenizer=tokenizer)
-        yield EvaluationSet(data=batches, labels=classes, metric=metric), {}
+        yield EvaluationSet(data=batches, labels=classes, metric=metric, tasks=names), {}
         return
-    with _texts(text) as (texts, names):
-        yield EvaluationSet(texts, Calibration(), own, context, tokens or None, classes, metric), names
+    with _texts(text) as (texts, told):
+        settings = (Calibration(), own, context, tokens or None, classes, metric)
+        yield EvaluationSet(texts, *settings, names, count), told
 
 
 def _classes(labels: PathLike | Sequence[int] | npt.NDArray[Any] | None) -> Path | Labels | None:
@@ -271,8 +285,8 @@ def _on_disk(models: Models) -> Iterator[dict[str, Path]]:
 
 
 @contextmanager
-def _texts(given: PathLike | Sequence[PathLike]) -> Iterator[tuple[list[Path], dict[str, str]]]:
-    """Files of texts, texts in memory as temporary ones; and the names that results give those."""
+def _texts(given: PathLike | Sequence[PathLike] | None) -> Iterator[tuple[list[Path], dict[str, str]]]:
+    """Files of texts, texts in memory as temporary ones; and the names that results give those. None for none."""
     words = data_of(given)
     if not words.texts:
         yield [Path(file) for file in words.files], {}

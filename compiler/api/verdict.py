@@ -1,4 +1,4 @@
-"""The verdict on models in short tables: flips, percentiles of KL, and KL by position, against the reference."""
+"""The verdict on models in short tables: flips, percentiles of KL, KL by position, and tasks, against the reference."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 from qcompile.compiler.api.evaluation import Evaluated, Evaluation
 from qcompile.compiler.measure.changes import TokenChanges
 from qcompile.compiler.measure.evaluate import DecoderScores
+from qcompile.compiler.measure.tasks.items import CHOICES
+from qcompile.compiler.measure.tasks.scoring import TaskScores
 from qcompile.compiler.results.sheet import Sheet
 
 _CHANGES = ("flips", "lost", "won", "accuracy drop", "perplexity ratio", "KL p50", "p90", "p99", "max")
@@ -57,6 +59,22 @@ def _positions(found: Sequence[tuple[list[str], TokenChanges]]) -> Sheet:
         rows.append([*names, *cells, *[""] * (len(heads) - len(cells))])
     note = "KL to the reference of tokens behind so many others in their window, nats, ± its standard error over tokens"
     return Sheet("", ("text", "model", *heads), rows, len(heads), (note,))
+
+
+def tasks_sheet(tasks: Sequence[TaskScores]) -> Sheet:
+    """Every task and model, the reference first: accuracies, and McNemar's test of what differs."""
+    rows = []
+    for own in tasks:
+        accuracy = f"{own.accuracy:.1%}{_interval(own.accuracy_low, own.accuracy_high, '.1%')}"
+        cells, pair = [own.task, own.model, str(own.items), accuracy], own.paired
+        more = [""] * 4
+        if pair is not None:
+            drop = f"{pair.accuracy_drop:+.1%}{_interval(pair.accuracy_drop_low, pair.accuracy_drop_high, '+.1%')}"
+            more = [str(pair.lost), str(pair.won), drop, f"{pair.mcnemar_p:.2g}"]
+        rows.append([*cells, *more])
+    heads = ("task", "model", "items", "accuracy", "lost", "won", "accuracy drop", "McNemar's p")
+    note = f"the likeliest of {CHOICES} choices; lost, won: items that the reference alone, the model alone gets right"
+    return Sheet("", heads, rows, 6, (f"{note}; [95 % intervals]",))
 
 
 def _interval(low: float | None, high: float | None, form: str = ".2%") -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from qcompile.compiler.api.evaluation import EvaluationSet, Running, evaluate_models
 from qcompile.compiler.api.gate import Gate, gate_sheet, junit
-from qcompile.compiler.api.verdict import verdict_sheets
+from qcompile.compiler.api.verdict import tasks_sheet, verdict_sheets
 from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.declared.eval import Options
 from qcompile.compiler.commands.options import (
@@ -23,6 +23,7 @@ from qcompile.compiler.files.publish import write_text
 from qcompile.compiler.measure.bounds import Bounds
 from qcompile.compiler.measure.evaluate import DecoderScores, OutputScores
 from qcompile.compiler.measure.metric import Drop, Metric
+from qcompile.compiler.measure.tasks.table import named as named_tasks
 from qcompile.passes.errors import UserError, Verdict
 from qcompile.runtime.sessions import operator_kernels
 
@@ -33,16 +34,26 @@ def run(args: Options) -> Document:
     args = changed(args, models=tuple(map(model_file, args.models)), against=against)
     if args.data and not args.text:
         idle.told({name: "--data is no text" for name in ("context", "tokens", "tokenizer") if name in args.given})
+    if args.tasks is None and "task_items" in args.given:
+        idle.told({"task_items": "there are no --tasks"})
     data = [str(path) for path in args.data]
     test = EvaluationSet(
-        args.text, Calibration(data), args.tokenizer, args.context, args.tokens or None, args.labels, args.metric
+        args.text,
+        Calibration(data),
+        args.tokenizer,
+        args.context,
+        args.tokens or None,
+        args.labels,
+        args.metric,
+        named_tasks(args.tasks) if args.tasks is not None else (),
+        args.task_items,
     )
     lower = args.metric is not None and Metric(args.metric).lower_is_better
     drop = Drop(args.max_drop) if args.max_drop is not None else None
     bounds = Bounds(args.min_sqnr, args.max_kl, drop, lower)
     gate = Gate.read(args.gate) if args.gate is not None else None
-    if args.junit is not None and gate is None:
-        raise UserError("--junit is of bounds: give them with --gate FILE")
+    if args.junit is not None and gate is None and not test.tasks:
+        raise UserError("--junit is of bounds and tasks: give --gate FILE or --tasks")
     if args.junit is not None and args.json_file is not None and args.junit.absolute() == args.json_file.absolute():
         raise UserError(f"--junit and --json would both be written to {args.junit}")
     read = [*args.text, *named(data), *([args.gate] if args.gate is not None else [])]
@@ -73,13 +84,15 @@ def run(args: Options) -> Document:
         idle.told({} if sheets else {"verdict": "it is for decoders on --text, with --against"})
         for sheet in sheets:
             sheet.show(console(answer=True))
+    if made.tasks:
+        tasks_sheet(made.tasks).show(console(answer=True))
     if made.kept:
         gate_sheet(made.kept).show(console(answer=True))
     document = made.document()
     if args.json_file is not None:
         write_text(args.json_file, json.dumps(document, indent=2) + "\n")
     if args.junit is not None:
-        write_text(args.junit, junit(made.kept))
+        write_text(args.junit, junit(made.kept, made.tasks))
     try:
         made.check(bounds)
     except Verdict as broken:

@@ -31,6 +31,14 @@ class Paired:
     accuracy_drop_high: float
     mcnemar_p: float
 
+    def told(self) -> str:
+        """In a line."""
+        interval = f"[{self.accuracy_drop_low:+.1%}, {self.accuracy_drop_high:+.1%}]"
+        return (
+            f"reference {self.reference:.1%}, {self.lost} lost, {self.won} won, drop {self.accuracy_drop:+.1%} "
+            f"{interval}, McNemar's p {self.mcnemar_p:.2g}"
+        )
+
     @classmethod
     def of(cls, before: npt.NDArray[np.bool_], after: npt.NDArray[np.bool_]) -> "Paired":
         """From what the reference and the model got right, one boolean a decision; ValueError without any."""

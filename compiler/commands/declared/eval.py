@@ -48,6 +48,15 @@ class Options(JsonFile, Threads, Runs, CustomOps):
             "FILE",
         ),
     ] = None
+    tasks: Annotated[
+        str | None,
+        option(
+            "of decoders: cloze, next-sentence, needle, arithmetic, pattern, code, with commas between, or all: made "
+            "here, nothing is downloaded; without --text the tasks' bundled text is scored",
+            "NAMES",
+        ),
+    ] = None
+    task_items: Annotated[int, option("items of each task (default 100)", "N")] = 100
     verdict: Annotated[
         bool, option("tell of a decoder's flips, percentiles of KL and KL by position, too (--json always does)")
     ] = False
@@ -70,5 +79,5 @@ class Options(JsonFile, Threads, Runs, CustomOps):
         ),
     ] = None
     junit: Annotated[
-        Path | None, option("write what became of the gate's bounds as JUnit XML", "FILE", under=_BOUNDS)
+        Path | None, option("write what became of the gate's bounds, and of tasks, as JUnit XML", "FILE", under=_BOUNDS)
     ] = None

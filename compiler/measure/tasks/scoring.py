@@ -1,0 +1,123 @@
+"""Decoders on tasks: the choice of the largest log-likelihood, and how two models differ in what they get right."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.compiler.data.tokens import Ids, Tokenizer
+from qcompile.compiler.measure.loaded import Subject
+from qcompile.compiler.measure.metrics import log_softmax
+from qcompile.compiler.measure.paired import Paired, wilson
+from qcompile.compiler.measure.tasks.items import CHOICES, Item, digest
+
+# Called with a task, and how many of how many items are done by all models.
+Told = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """A decoder on a task. accuracy: share of items whose right choice is the likeliest; its 95 % interval is Wilson's.
+
+    chance: what guessing gets. digest: of the items, the same for the same ones. paired: against the reference on the
+    same items; None of the reference, and without one.
+    """
+
+    model: str
+    task: str
+    items: int
+    digest: str
+    chance: float
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    paired: Paired | None = None
+
+    def told(self) -> str:
+        """In a line."""
+        own = f"accuracy {self.accuracy:.1%} [{self.accuracy_low:.1%}, {self.accuracy_high:.1%}] of {self.items} items"
+        return own if self.paired is None else f"{own}; {self.paired.told()}"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An item in token ids. windows: (context and choice, how many of its ids stand before the choice), one a choice.
+
+    sizes: bytes of the choices, by which log-likelihoods are divided. Choices that are one token each behind the same
+    ids take one run of the model.
+    """
+
+    windows: Sequence[tuple[Ids, int]]
+    sizes: Sequence[int]
+    answer: int
+
+    @classmethod
+    def of(cls, own: Item, tokenizer: Tokenizer, before: Sequence[int]) -> "Encoded":
+        """before: ids that the tokenizer puts in front of every text."""
+        context, windows = tokenizer.encode(own.context), []
+        for choice in own.choices:
+            ids = tokenizer.encode(own.context + choice)
+            same = next((at for at, (a, b) in enumerate(zip(context, ids, strict=False)) if a != b), len(context))
+            start = min(same, len(ids) - 1)
+            windows.append((np.asarray([*before, *ids], np.int64), len(before) + max(start, 1 - len(before))))
+        return cls(windows, [len(choice.encode()) for choice in own.choices], own.answer)
+
+    def right(self, subject: Subject) -> bool:
+        """Whether the model has the right choice as the likeliest."""
+        first, start = self.windows[0]
+        if all(len(ids) == len(first) == start + 1 and (ids[:-1] == first[:-1]).all() for ids, _ in self.windows):
+            scores = _scores(subject, first[:-1], start - 1)[-1]
+            sums = [float(scores[ids[-1]]) for ids, _ in self.windows]
+        else:
+            sums = [_likelihood(subject, ids, begin) for ids, begin in self.windows]
+        return int(np.argmax(np.array(sums) / self.sizes)) == self.answer
+
+
+def score_tasks(
+    reference: Path | None,
+    candidates: Sequence[Path],
+    tasks: Mapping[str, Sequence[Item]],
+    tokenizer: Tokenizer,
+    *,
+    accuracy_level: int = 0,
+    provider: str = "cpu",
+    kernels: str = "auto",
+    progress: Told | None = None,
+) -> list[TaskScores]:
+    """Scores of decoders on each task, the reference first if there is one. All models are loaded at once."""
+    paths = [*([reference] if reference else []), *candidates]
+    subjects = [Subject(path, accuracy_level=accuracy_level, provider=provider, kernels=kernels) for path in paths]
+    before, _ = tokenizer.around()
+    found = []
+    for task, items in tasks.items():
+        right = np.zeros((len(subjects), len(items)), np.bool_)
+        for number, own in enumerate(items):
+            encoded = Encoded.of(own, tokenizer, before)
+            right[:, number] = [encoded.right(subject) for subject in subjects]
+            if progress:
+                progress(task, number + 1, len(items))
+        known = right[0] if reference else None
+        for index, path in enumerate(paths):
+            pair = Paired.of(known, right[index]) if known is not None and index else None
+            share = float(right[index].mean())
+            low, high = wilson(share, len(items))
+            found.append(TaskScores(str(path), task, len(items), digest(items), 1 / CHOICES, share, low, high, pair))
+    return found
+
+
+def _likelihood(subject: Subject, ids: Ids, start: int) -> float:
+    """The log-likelihood of the ids from `start` on, behind those before."""
+    scores = _scores(subject, ids[:-1], start - 1)
+    return float(scores[np.arange(len(ids) - start), ids[start:]].sum(dtype=np.float64))
+
+
+def _scores(subject: Subject, ids: Ids, first: int) -> npt.NDArray[np.float32]:
+    """Log-softmaxes of what follows the ids from number `first` on: (len(ids) - first, V).
+
+    A graph of fixed length gets as many ids as it takes: what stands behind changes nothing before it.
+    """
+    step = subject.plan.sequence or 1
+    filled = np.pad(ids, (0, -len(ids) % step), mode="edge")
+    return log_softmax(subject.logits(filled)[first : len(ids)])

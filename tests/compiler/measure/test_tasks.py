@@ -1,0 +1,252 @@
+"""measure/tasks: items that are what they say, the same every time, and models that are judged by likelihood."""
+
+import builtins
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from said import complaints
+
+import qcompile
+from qcompile.compiler.api import evaluation
+from qcompile.compiler.cli import main
+from qcompile.compiler.data.tokens import Tokenizer
+from qcompile.compiler.measure.tasks import generated, texts
+from qcompile.compiler.measure.tasks.items import Item, digest, item
+from qcompile.compiler.measure.tasks.scoring import Encoded, score_tasks
+from qcompile.compiler.measure.tasks.table import TASKS, named
+from qcompile.models.text import calibration_text, tasks_text
+from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
+from qcompile.passes.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return Tokenizer(tiny_tokenizer(256, tmp_path))
+
+
+def _saved(path: Path, noise: float = 0.0, **settings: Any) -> Path:
+    model, generator = tiny_decoder(**settings), np.random.default_rng(0)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and len(tensor.shape) == 2 and tensor.dtype == ir.DataType.FLOAT:
+            array = tensor.numpy() * (1 + noise * generator.standard_normal(tensor.shape.numpy()))
+            value.const_value = ir.tensor(array.astype(np.float32), name=value.name)
+    ir.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_items_are_the_same_every_time(name: str, tokenizer: Tokenizer) -> None:
+    if name in ("arithmetic", "pattern"):
+        pytest.importorskip("reasoning_gym")
+    items = TASKS[name](40, tokenizer, 1000)
+    assert len(items) == 40
+    assert len({own.context for own in items}) == 40
+    assert digest(items) == digest(TASKS[name](40, tokenizer, 1000)) != digest(items[1:])
+    assert all(len(set(own.choices)) == 4 for own in items)
+    places = np.bincount([own.answer for own in items], minlength=4)
+    assert places.min() > 2, "the right choice stands anywhere"
+
+
+def test_text_of_tasks_is_apart_from_other_texts() -> None:
+    """No sentence of it is calibrated on, nor one of the evaluation texts; one quotation aside."""
+    plain = [" ".join(text.split()) for text in (tasks_text(), calibration_text())]
+    plain += [" ".join(path.read_text().split()) for path in (ROOT / "benchmarks" / "text").glob("*.txt")]
+    sentences = [own for own in re.split(r"(?<=[.!?])\s+", plain[0]) if len(own) > 60]
+    assert len(sentences) > 500
+    assert [sum(own in other for own in sentences) <= 1 for other in plain[1:]] == [True] * 3
+
+
+def test_cloze_and_next_sentence_come_from_the_text() -> None:
+    """The right choice is what follows in it, the wrong ones do not; words are of one length, all from its text."""
+    plain = " ".join(tasks_text().split())
+    for own in texts.cloze(tasks_text(), 30):
+        assert own.context + own.choices[own.answer] in plain
+        assert len({len(choice) for choice in own.choices}) == 1
+        assert all(choice in plain for choice in own.choices)
+    for own in texts.next_sentence(tasks_text(), 30):
+        for number, choice in enumerate(own.choices):
+            assert (own.context + choice in plain) == (number == own.answer)
+    assert texts.cloze("One sentence. Another one.", 5) == []
+
+
+def test_titles_end_no_sentence() -> None:
+    (own,) = texts.passages("It rained. Mr. Starbuck was wet. ")
+    assert own.sentence == "Mr. Starbuck was wet."
+
+
+@pytest.mark.parametrize("tokens", [120, 400])
+def test_needles_are_in_a_context_of_as_many_tokens(tokens: int) -> None:
+    """All four words stand in it, each behind its role; the question asks for one of them."""
+    for own in texts.needle(tasks_text(), 10, lambda text: len(text.split()), tokens):
+        assert tokens - 20 < len(own.context.split()) <= tokens
+        hidden = dict(re.findall(r"secret word of the (\w+) is (\w+)\.", own.context))
+        asked = re.findall(r"secret word of the (\w+) is$", own.context)
+        assert own.choices[own.answer] == f" {hidden[asked[0]]}"
+        assert {f" {word}" for word in hidden.values()} == set(own.choices)
+
+
+def test_sums_and_sequences_are_right() -> None:
+    pytest.importorskip("reasoning_gym")
+    for own in generated.arithmetic(30):
+        *solved, last = own.context.split("\n")
+        for line in [*solved, last + own.choices[own.answer]]:
+            left, right = line.split(" = ")
+            assert eval(left, {}) == int(right)
+        assert solved == generated.arithmetic(1)[0].context.split("\n")[:-1]
+    assert all(own.context.count(",") >= 4 for own in generated.pattern(10))
+
+
+def test_examples_are_numpys() -> None:
+    for own in generated.code(20):
+        assert own.context.startswith(">>> ")
+        assert own.context.endswith("\n")
+
+
+def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *more: Any, **settings: Any) -> Any:
+        if name == "reasoning_gym":
+            raise ImportError(name)
+        return real(name, *more, **settings)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(UserError, match=r"need reasoning-gym: pip install 'qcompile-onnx\[tasks\]'"):
+        generated.pattern(3)
+
+
+class _Known:
+    """A model of four tokens that knows the log-probabilities of what follows, whatever stands before."""
+
+    def __init__(self, probabilities: Sequence[float], sequence: int | None = None) -> None:
+        self.runs: list[int] = []
+        self._row = np.log(np.asarray(probabilities, np.float64))
+        self.plan = type("Plan", (), {"sequence": sequence})()
+
+    def logits(self, window: np.ndarray) -> np.ndarray:
+        self.runs.append(len(window))
+        return np.tile(self._row, (len(window), 1)).astype(np.float32)
+
+
+class _Letters:
+    """a, b, c, d are 0 to 3."""
+
+    def encode(self, text: str) -> list[int]:
+        return ["abcd".index(letter) for letter in text]
+
+
+def _right(own: Item, model: _Known, before: Sequence[int] = ()) -> bool:
+    encoded: Any = Encoded.of(own, _Letters(), before)  # type: ignore[arg-type]
+    return bool(encoded.right(model))
+
+
+def test_the_likeliest_choice_is_the_models() -> None:
+    """By log-likelihood a byte: -0.69 of "b" twice beats -1.05 a byte of "c"; one run where each is one token."""
+    short = Item("aa", ("b", "c", "d", "a"), 0)
+    model = _Known([0.05, 0.5, 0.35, 0.1])
+    assert _right(short, model)
+    assert model.runs == [2]
+    assert not _right(Item("aa", ("c", "b", "d", "a"), 0), model)
+    longer = Item("aa", ("bb", "c", "dd", "a"), 0)
+    model = _Known([0.05, 0.5, 0.35, 0.1])
+    assert _right(longer, model)
+    assert model.runs == [3, 2, 3, 2]
+
+
+def test_fixed_lengths_and_texts_of_one_token() -> None:
+    """A graph of fixed length gets that many tokens; a context that the tokenizer starts needs no text."""
+    model = _Known([0.1, 0.2, 0.6, 0.1], sequence=8)
+    assert _right(Item("ab", ("cc", "b", "d", "a"), 0), model)
+    assert set(model.runs) == {8}
+    assert _right(Item("", ("c", "b", "d", "a"), 0), _Known([0.1, 0.2, 0.6, 0.1]), before=[0])
+
+
+def test_scores_of_two_models(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    a, b = _saved(tmp_path / "a.onnx"), _saved(tmp_path / "b.onnx", 0.5)
+    items = texts.next_sentence(tasks_text(), 24)
+    first, second = score_tasks(a, [b], {"next-sentence": items}, tokenizer)
+    assert first.paired is None
+    assert second.paired is not None
+    assert second.paired.reference == first.accuracy
+    assert second.paired.lost - second.paired.won == round(24 * (first.accuracy - second.accuracy))
+    assert second.paired.lost + second.paired.won > 0, "half of the weights' size as noise changes some choices"
+    assert first.accuracy_low < first.accuracy < first.accuracy_high
+    assert first.digest == second.digest == digest(items)
+    cached = _saved(tmp_path / "c.onnx", kv_cache=True)
+    (alone,) = score_tasks(None, [cached], {"next-sentence": items[:4]}, tokenizer)
+    assert (alone.items, alone.paired) == (4, None)
+
+
+def test_tasks_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --text the bundled one is scored; tasks are in the table, the JSON, the gate and JUnit XML."""
+    tiny_tokenizer(256, tmp_path)
+    a, b = _saved(tmp_path / "a.onnx"), _saved(tmp_path / "b.onnx", 0.3)
+    (tmp_path / "g.yaml").write_text("tasks.cloze.accuracy_drop: {max: 1}\ntasks: {needle: {mcnemar_p: {min: 2}}}\n")
+    command = ["eval", str(b), "--against", str(a), "--tokens", "200", "--context", "100", "--task-items", "6"]
+    out, xml = tmp_path / "o.json", tmp_path / "o.xml"
+    command += ["--tasks", "cloze,needle", "--json", str(out)]
+    assert main([*command, "--gate", str(tmp_path / "g.yaml"), "--junit", str(xml)]) == 1
+    printed = capsys.readouterr()
+    assert "McNemar's p" in printed.out
+    assert "task needle: " in complaints(printed.err)
+    rows = json.loads(out.read_text())
+    assert Path(rows[0]["text"]).name == "tasks.txt"
+    tasks = [row for row in rows if "task" in row]
+    assert [(row["task"], Path(row["model"]).name) for row in tasks] == [
+        (task, f"{name}.onnx") for task in ("cloze", "needle") for name in "ab"
+    ]
+    assert tasks[1]["accuracy_drop"] == tasks[0]["accuracy"] - tasks[1]["accuracy"]
+    assert [row["holds"] for row in rows if "bound" in row] == [True, False]
+    assert xml.read_text().count("<system-out>") == 4
+    assert main([*command, "--junit", str(xml)]) == 0
+    found = qcompile.evaluate(b, against=a, tasks=["cloze"], task_items=6, tokens=200, context=100)
+    assert found.to_dict()["tasks"][1]["accuracy"] == tasks[1]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--tasks", "clozed"], "--tasks: no task 'clozed'"),
+        (["--tasks", "cloze", "--task-items", "0"], "--task-items must be at least 1"),
+        (["--tasks", "cloze", "--data", "{x}"], "--tasks are for decoders on text, and --data is for other models"),
+        (["--tasks", "cloze", "--gate", "{g}"], "there is no tasks.needle.accuracy here: give --tasks needle"),
+    ],
+)
+def test_tasks_that_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any, words: list[str], reason: str
+) -> None:
+    monkeypatch.setattr(evaluation, "score_tokens", None)
+    tiny_tokenizer(256, tmp_path)
+    model = _saved(tmp_path / "a.onnx")
+    (tmp_path / "g.yaml").write_text("tasks.needle.accuracy: {min: 0.5}")
+    places = {"x": tmp_path / "x.npz", "g": tmp_path / "g.yaml"}
+    command = ["eval", str(model), "--against", str(model), *(word.format(**places) for word in words)]
+    assert main(command) == 2
+    assert reason in complaints(capsys.readouterr().err)
+
+
+def test_tasks_are_for_decoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_tokenizer(256, tmp_path)
+    ir.save(tiny_encoder(), tmp_path / "e.onnx")
+    model = str(tmp_path / "e.onnx")
+    assert main(["eval", model, "--against", model, "--tasks", "cloze"]) == 2
+    assert "the model is no decoder" in complaints(capsys.readouterr().err)
+
+
+def test_names_of_tasks() -> None:
+    assert named("cloze, needle,cloze") == ("cloze", "needle")
+    assert named("all") == tuple(TASKS)
+    assert named(["code"]) == ("code",)
+    with pytest.raises(UserError, match="did you mean 'needle'"):
+        named("needles")
+    with pytest.raises(ValueError, match="choices that are the same"):
+        item("a", "b", ["b"], Any)  # type: ignore[arg-type]
