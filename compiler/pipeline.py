@@ -17,16 +17,20 @@ from qcompile.compiler.files import finished, publish
 from qcompile.compiler.files.load import check_model_file, check_output_path, save_model
 from qcompile.compiler.files.work import Work
 from qcompile.compiler.measure import randomness
+from qcompile.compiler.measure.distance import effect_of
 from qcompile.compiler.measure.phases import peak_memory, phase, phases, recorded
 from qcompile.compiler.measure.speed import paired
 from qcompile.compiler.mixed.keep import keep
 from qcompile.compiler.mixed.ranking import RankingCache
-from qcompile.compiler.plan import fitted, steps_that
+from qcompile.compiler.mixed.windows import bounding_windows, float_outputs
+from qcompile.compiler.plan import bound_of, fitted, is_spent, steps_that
 from qcompile.compiler.recipe import Recipe, dump_recipe
 from qcompile.compiler.report.coverage import check_coverage
 from qcompile.compiler.report.page import to_html
+from qcompile.compiler.results.frontier import Frontier
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.settings.amount import Amount
+from qcompile.compiler.settings.bound import NO_BOUND, Bound, TooFar
 from qcompile.compiler.stages import (
     Walked,
     checkpoints_of,
@@ -52,6 +56,20 @@ from qcompile.passes.formats.lower import lower
 from qcompile.passes.targets import TARGETS
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What the formats of a recipe were chosen by. told: the choice, in words.
+
+    budget: bytes that the files may take, or bits a weight. bound: how far they may be from float on data held aside.
+    frontier: where the choice lies.
+    """
+
+    told: str = ""
+    budget: str = ""
+    bound: Bound = NO_BOUND
+    frontier: Frontier | None = None
+
+
 @recorded
 def compile_model(
     model: Path | str,
@@ -67,8 +85,7 @@ def compile_model(
     fresh: bool = False,
     checkpoints: Path | str | None = None,
     asked: tuple[Path, Path] | None = None,
-    told: str = "",
-    budget: str = "",
+    chosen: Chosen | None = None,
 ) -> Report:
     """Compile the model file to `output` (with its data file and report.json beside it); everything or nothing.
 
@@ -83,15 +100,17 @@ def compile_model(
     checkpoints: a folder that keeps the walk through the segments when the compile has succeeded, and from which the
     same walk is taken.
     asked: the folders that the user named, where the model is of one: commands in the report say these.
-    told: what was chosen in the recipe, in words; a budget must be spent by then (`api.spending`).
-    budget: the one that was spent; TooLarge where the files take more bytes than it says.
+    chosen: what the formats of the recipe were chosen by (`api.spending`), for the report, and for checks of the file.
 
-    Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails.
+    Raises UserError for bad input, for coverage below the recipe's minimum, and where verification fails; TooLarge and
+    TooFar for a file that is not what was `chosen`.
     """
     (recipe, changed), progress = fitted(recipe or Recipe()), progress or Silent()
-    changed = (*filter(None, [told]), *changed)
-    if recipe.budget is not None:
-        raise UserError("a budget is spent by `qcompile MODEL.onnx` and qcompile.compile alone")
+    chosen = chosen or Chosen()
+    changed = (*filter(None, [chosen.told]), *changed)
+    if is_spent(recipe):
+        told = str(bound_of(recipe)) if recipe.budget is None else "a budget"
+        raise UserError(f"{told} is spent by `qcompile MODEL.onnx` and qcompile.compile alone")
     source = Path(model)
     check_model_file(source)
     target = default_output(source, recipe) if output is None else Path(output)
@@ -112,7 +131,7 @@ def compile_model(
         judged,
         verify,
         [str(folder) for folder in asked or ()],
-        budget,
+        chosen,
     )
     if (shelf := None if checkpoints is None else Path(checkpoints)) is not None:
         finished.check(shelf)
@@ -122,9 +141,7 @@ def compile_model(
 
 @dataclass(frozen=True)
 class _Job:
-    """What `compile_model` was asked for. changed: what a target changed in the recipe. asked: folders, as named.
-    budget: that was spent, "" where none was.
-    """
+    """What `compile_model` was asked for. changed: what a target changed in the recipe. asked: folders, as named."""
 
     source: Path
     target: Path
@@ -135,13 +152,15 @@ class _Job:
     evaluation: Calibration | None
     verify: str
     asked: list[str]
-    budget: str
+    chosen: Chosen
 
 
 def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, bench: bool) -> Report:
     """The work itself; what is finished of it is put aside in `work`."""
     source, target, recipe, statistics = asked.source, asked.target, asked.recipe, asked.statistics
+    chosen = asked.chosen
     prepared = prepare_model(source, recipe, progress)
+    _check_source(chosen.frontier, prepared.report)
     saved = None if statistics is None else load_statistics(prepared, statistics)
     graph, plan, report, job = prepared.model, prepared.plan, prepared.report, prepared.job
     level = level_of(asked.verify, report.source_bytes, prepared.passes)
@@ -156,7 +175,11 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
         few=level == "sample" and not bench,
         measured=bench or asked.evaluation is not None or bool(recipe.mixed),
         room=work.room,
+        aside=chosen.frontier is not None,
+        bound=bool(chosen.bound),
     )
+    if chosen.bound:
+        bounding_windows(plan, data, chosen.bound)
     job.share = SHARE if level == "sample" else 1
     aside = checkpoints_of(work, prepared, data, statistics, level)
     climbed = data.data_free and saved is None and data.verified
@@ -186,25 +209,62 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
     with publish.staging(target) as staged:
         with phase("save"):
             written = save_model(graph, staged, metadata=_metadata(report, recipe))
-        if asked.budget:
-            Amount.parse(asked.budget).check(written.model_bytes + written.data_bytes)
+        report.compiled_bytes = written.model_bytes + written.data_bytes
+        if chosen.budget:
+            Amount.parse(chosen.budget).check(report.compiled_bytes)
         ran = _run(staged, walked, verified, int8, level, progress)
+        report.frontier = chosen.frontier
+        if chosen.bound:
+            report.frontier = _bounded(chosen, walked, staged, progress)
         check_saved(staged, graph)
         report.verified = told(level, ran=ran)
         report.target = [*asked.changed, *check_conformance(staged, recipe.target)]
         if bench:
             progress.step("running both models in turns")
             report.speed = paired(source, staged, plan, (*data.evaluation, *data.checks)[0], recipe.provider)
-        report.compiled_bytes = written.model_bytes + written.data_bytes
-        report.output, report.asked, report.budget = str(target), asked.asked, asked.budget
+        report.output, report.asked = str(target), asked.asked
+        report.budget, report.bound = chosen.budget, chosen.bound.settings
         report.files = [file.name for file in (*written.paths, report_path(target), page_path(target))]
         report.seconds, report.peak_memory = aside.seconds + time.monotonic() - started, peak_memory()
         report.phases = phases()
         with publish.writing(target):
-            report_path(staged).write_text(report.to_json(), encoding="utf-8")
-            page_path(staged).write_text(to_html(report), encoding="utf-8")
+            _write_report(report, staged)
         publish.publish(written.paths, target.absolute(), (report_path(staged), page_path(staged)))
     return report
+
+
+def _check_source(frontier: Frontier | None, report: Report) -> None:
+    """UserError where a frontier is of another model."""
+    if frontier is not None and frontier.source_hash != report.source_hash:
+        told = f"{frontier.source_hash[:12]}… is the hash of its model, {report.source_hash[:12]}… of this one"
+        raise UserError(f"the frontier is of another model than {report.source}: {told}")
+
+
+def _bounded(chosen: Chosen, walked: Walked, staged: Path, progress: Progress) -> Frontier:
+    """The frontier with how far the file is from the float model on what is held aside; TooFar beyond the bound."""
+    assert chosen.frontier is not None
+    progress.step("comparing on what is held aside")
+    prepared, bound, provider = walked.prepared, chosen.bound, walked.prepared.recipe.provider
+    batches, held_on = bounding_windows(prepared.plan, walked.data, bound)
+    effect = effect_of(prepared.plan, float_outputs(prepared.source, prepared.plan, batches, provider))
+    distance = effect.distance(run_saved(staged, walked.plan, batches, provider, prepared.job.optimize))
+    size = prepared.report.compiled_bytes
+    if distance > bound.distance:
+        raise TooFar(f"{bound} does not hold: {effect.told(distance)} on {held_on}", distance, size)
+    return chosen.frontier.with_tried(size, distance, str(bound), held_on)
+
+
+def _write_report(report: Report, model: Path) -> None:
+    """Beside the model file, for programs and for people."""
+    report_path(model).write_text(report.to_json(), encoding="utf-8")
+    page_path(model).write_text(to_html(report), encoding="utf-8")
+
+
+def rewrite_report(report: Report) -> None:
+    """Write the report of a compiled model anew."""
+    model = Path(report.output)
+    publish.write_text(report_path(model), report.to_json())
+    publish.write_text(page_path(model), to_html(report))
 
 
 def _run(

@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile.compiler.recipe import KEEP, SETTINGS, Recipe, Step
+from qcompile.compiler.settings.bound import NO_BOUND, Bound
 from qcompile.passes import lists
 from qcompile.passes.affine import Grid
 from qcompile.passes.base import Pass
@@ -119,6 +120,17 @@ def steps_that(recipe: Recipe, *, ensure: Fact | None = None, read: Reads | None
     kinds = {step.name: PASSES.required(step.name) for step in recipe.passes}
     own = {name for name, kind in kinds.items() if ensure in kind.ensures or read in kind.reads}
     return [step for step in recipe.passes if step.name in own]
+
+
+def bound_of(recipe: Recipe) -> Bound:
+    """What the formats of packed weights are to keep; none where passes make nodes integer, of which some keep it."""
+    packed = steps_that(recipe, ensure=Fact.PACKED) and not steps_that(recipe, ensure=Fact.INTEGER)
+    return Bound(recipe.max_kl, recipe.min_sqnr) if packed else NO_BOUND
+
+
+def is_spent(recipe: Recipe) -> bool:
+    """Whether formats are to be chosen, by a budget or a bound."""
+    return recipe.budget is not None or bool(bound_of(recipe))
 
 
 def ensuring(fact: Fact) -> str:
@@ -333,10 +345,10 @@ def check_settings(recipe: Recipe, held: Set[Fact] = frozenset()) -> None:
         raise UserError(
             f"scale_bits 16 puts Casts before scales, and {runtime} takes constant scales alone: leave it out"
         )
-    if recipe.mixed and not integer:
-        raise UserError(
-            f"{recipe.mixed} keeps nodes of {ensuring(Fact.INTEGER)} in float: add one of them to the passes"
-        )
+    if recipe.mixed and not integer and not bound_of(recipe):
+        told = f"{recipe.mixed} keeps nodes of {ensuring(Fact.INTEGER)} in float"
+        more = f", or is kept by the formats of {ensuring(Fact.PACKED)}" if recipe.max_kl or recipe.min_sqnr else ""
+        raise UserError(f"{told}{more}: add one of them to the passes")
 
 
 def make_policy(recipe: Recipe) -> Policy:

@@ -275,9 +275,10 @@ class Recipe:
     max_kl: Annotated[
         float | None,
         About(
-            "leave the fewest nodes in float with which a decoder's KL to the float model stays below this, in nats a "
-            "token on windows of the calibration text that calibration does not use; the float and the integer weights "
-            "are in memory at once",
+            "the least that keeps a decoder's KL to the float model below this, in nats a token on windows of the "
+            "calibration text that nothing else uses: the smallest formats of packed weights, as --budget chooses "
+            "them; of passes that make nodes integer, the fewest nodes left in float (the float and the integer "
+            "weights are in memory at once)",
             MIXED,
             metavar="NATS",
             positive=True,
@@ -287,7 +288,6 @@ class Recipe:
         float | None,
         About("the same for other models: signal to noise of their outputs", MIXED, metavar="DB", positive=True),
     ] = None
-
     budget: Annotated[
         str | None,
         About(

@@ -24,7 +24,7 @@ from qcompile.compiler.files.load import hash_and_check, load_model
 from qcompile.compiler.files.work import Work
 from qcompile.compiler.measure import randomness
 from qcompile.compiler.measure.phases import phase
-from qcompile.compiler.mixed.keep import Wish, check_metric
+from qcompile.compiler.mixed.keep import Wish
 from qcompile.compiler.plan import HELD, Planned, effective, facts_of, packages, planned, reading
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.coverage import Recorded, account, in_order, quantizers, record
@@ -142,7 +142,7 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress, *, dry: bool
     check_sizes(graph)
     check_target(graph, recipe.target, made)
     plan = input_plan(graph)
-    check_metric(wish(recipe), plan)
+    wish(recipe).bound.check_metric(decoder=plan.logits is not None)
     int8 = INT8.get(recipe.target) if recipe.activation_bits != 16 else None
     job = Job(graph, passes, report, progress, provider=recipe.provider, int8=int8)
     order = {str(node.name): place for place, node in enumerate(graph.graph.all_nodes())}
@@ -193,6 +193,8 @@ def gather_data(
     few: bool = False,
     measured: bool = True,
     room: int | None = None,
+    aside: bool = False,
+    bound: bool = False,
 ) -> Data:
     """The calibration data that the passes need; ranges may come from `saved`. UserError where it is not enough.
 
@@ -201,6 +203,8 @@ def gather_data(
     verified: whether check batches are run. few: of random tokens they are short.
     measured: whether somebody asked for what only they tell.
     room: bytes free on the output's disk.
+    aside: some of it is held aside for choices by measured errors; bound: more, that such a choice is judged by. As for
+    recipes that keep nodes in float.
     """
     files = digests(named_files([] if calibration.word else calibration.files), calibration.texts)
     judged = digests(named_files(evaluation.files), evaluation.texts) if evaluation is not None else {}
@@ -214,15 +218,15 @@ def gather_data(
         Sampling(
             recipe.samples,
             recipe.context,
-            aside=bool(recipe.mixed),
+            aside=aside or bool(recipe.mixed),
             seed=recipe.seed,
             provider=recipe.provider,
-            bound=_bounded(recipe),
+            bound=bound or _bounded(recipe),
             accuracy=evaluation is None,
             few=few,
         ),
         calibration,
-        needed=bool(recipe.mixed) or needed,
+        needed=aside or bool(recipe.mixed) or needed,
         learnt=saved is not None,
     )
     looked = (*data.checks, *data.calibration[:_LOOKED_AT])

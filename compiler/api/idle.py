@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from qcompile.compiler.api.door import worded
 from qcompile.compiler.data.calibration import NORMS, Calibration
 from qcompile.compiler.data.calibration_files import Files
-from qcompile.compiler.plan import ensuring, steps_that
+from qcompile.compiler.plan import bound_of, ensuring, is_spent, steps_that
 from qcompile.compiler.recipe import SETTINGS, Recipe
 from qcompile.passes.contract import Fact
 
@@ -25,10 +25,11 @@ def of_recipe(recipe: Recipe, given: Collection[str]) -> dict[str, str]:
         found["accuracy_level"] = f"it is for target matmulnbits, this is {recipe.target}"
     if recipe.weights is not None:
         found["group_size"] = f"--weights {recipe.weights} has its own"
-    if recipe.budget is not None:
-        settled = "the budget chooses the formats of the graph's weights"
+    if is_spent(recipe):
+        by = "the budget chooses" if recipe.budget is not None else f"{bound_of(recipe)} is kept by"
+        settled = f"{by} the formats of the graph's weights"
         found |= dict.fromkeys(("bits", "group_size", "symmetric", "weights"), settled)
-    if not recipe.mixed:
+    if not recipe.mixed or bound_of(recipe):
         found["keep_as"] = "no node is kept in float (--keep-worst, --keep-share, --max-kl or --min-sqnr do that)"
     return {name: why for name, why in found.items() if name in given and name in SETTINGS}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -12,10 +13,10 @@ from qcompile.compiler.api.fields import Fields
 from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, within
 from qcompile.compiler.api.idle import warn
 from qcompile.compiler.api.models import Model, PathLike, is_file, on_disk
-from qcompile.compiler.api.recipes import Passes, recipe_of
+from qcompile.compiler.api.recipes import Passes, plain_of, recipe_of
 from qcompile.compiler.api.rehearsal import Rehearsal, rehearse
 from qcompile.compiler.api.sensitivity import rank_nodes
-from qcompile.compiler.api.spending import Spent, spending
+from qcompile.compiler.api.spending import Spent, asked_for, planned, spending
 from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.console.terminal import Bar
 from qcompile.compiler.files.folders import is_checkpoint, model_file
@@ -41,6 +42,8 @@ def compile(
     transform: Transform | None = None,
     tokenizer: PathLike | None = None,
     recipe: Recipe | PathLike | None = None,
+    budget_file: PathLike | None = None,
+    point: int | None = None,
     statistics: PathLike | None = None,
     evaluation: Data | None = None,
     bench: bool = False,
@@ -66,6 +69,9 @@ def compile(
             `lambda batch: batch[0]` drops the labels of a `DataLoader`.
         tokenizer: a folder with `tokenizer.json`, by default the model's own.
         recipe: settings, as a `Recipe` or a file of them; `passes` and `fields` stand before them.
+        budget_file: the report of an earlier compile with a budget or a bound, of this model and target: a point of its
+            frontier is compiled, with the settings of that compile.
+        point: which one, as the report numbers them.
         statistics: ranges of activations that `calibrate` saved, instead of a run over calibration data.
         evaluation: what the accuracy in the report is measured on, in every form that `calibration` takes; none of it
             may be calibrated on. By default rows of the calibration data that are left out, where there are enough.
@@ -89,7 +95,13 @@ def compile(
     """
     if output is None and not is_file(model):
         raise UserError("a model in memory has no folder of its own: name the file to write with output=")
-    wanted = recipe_of(recipe, passes, fields)
+    wanted, frontier = asked_for(
+        Path(budget_file) if budget_file is not None else None,
+        point,
+        plain_of(passes, fields),
+        recipe,
+        lambda: recipe_of(recipe, passes, fields),
+    )
     judged = evaluation is not None and gives_items(evaluation)
     given = data_of(
         calibration, transform=transform if gives_items(calibration) or not judged else None, tokenizer=tokenizer
@@ -98,16 +110,15 @@ def compile(
     other = data_of(evaluation, transform=transform if judged else None) if evaluation is not None else None
     with clustered(cluster), _graph(model, output, wanted, progress) as (path, target, asked, bar):
 
-        def run(chosen: Spent) -> Report:
+        def run(made: Spent) -> Report:
             return compile_model(
                 path,
-                chosen.recipe,
-                told=chosen.told,
-                budget=chosen.budget,
+                made.recipe,
+                chosen=made.chosen,
                 output=target,
-                calibration=chosen.calibration,
+                calibration=made.calibration,
                 statistics=Path(statistics) if statistics is not None else None,
-                evaluation=other,
+                evaluation=made.evaluation,
                 bench=bench,
                 verify=verify,
                 fresh=fresh,
@@ -116,7 +127,7 @@ def compile(
                 progress=bar,
             )
 
-        return spending(path, wanted, given, bar, run)
+        return spending(path, wanted, given, bar, run, evaluation=other, point=frontier)
 
 
 @door
@@ -124,23 +135,37 @@ def dry_run(
     model: Model,
     passes: Passes | None = None,
     *,
+    calibration: Data | None = None,
+    transform: Transform | None = None,
+    tokenizer: PathLike | None = None,
     recipe: Recipe | PathLike | None = None,
+    budget_file: PathLike | None = None,
+    point: int | None = None,
     progress: Progress | bool = False,
     **fields: Unpack[Fields],
 ) -> Rehearsal:
     """What `compile` would make of every weight, how large the result would be, and what memory it would take.
 
-    No data is needed, no weights are read, and nothing is written; as `qcompile MODEL.onnx --dry-run`. A Hugging Face
+    No data is needed, no weights are read, and nothing is written; as `qcompile MODEL.onnx --dry-run`. But for a
+    budget or a bound, by which formats are chosen as `compile` does first, and the `frontier` is told. A Hugging Face
     folder or a `.gguf` file is exported first, since its graph decides, and kept: `compile` finds the export.
     The arguments are those of `compile`.
     """
-    wanted, own = recipe_of(recipe, passes, fields), Path(model) if is_file(model) else None  # type: ignore[arg-type]
+    wanted, drawn = asked_for(
+        Path(budget_file) if budget_file is not None else None,
+        point,
+        plain_of(passes, fields),
+        recipe,
+        lambda: recipe_of(recipe, passes, fields),
+    )
+    data, own = data_of(calibration, transform=transform, tokenizer=tokenizer), Path(model) if is_file(model) else None  # type: ignore[arg-type]
     with _told(progress) as bar, ExitStack() as stack:
         if own is not None and (own.is_dir() or is_checkpoint(own)):
             path = model_file(exported(own, bar.step))
         else:
             path = stack.enter_context(on_disk(model))
-        return rehearse(path, wanted)
+        made, frontier = planned(path, wanted, data, bar)
+        return replace(rehearse(path, made), frontier=frontier or drawn)
 
 
 @door

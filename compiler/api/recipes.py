@@ -33,7 +33,12 @@ def recipe_of(
     """The recipe's settings, or those of its file, overridden by what is given; UserError for an unknown one."""
     own = recipe if isinstance(recipe, Recipe) else load_recipe(recipe) if recipe is not None else None
     plain: dict[str, Any] = own.to_dict() if own is not None else {"passes": default} if default else {}
+    return Recipe.from_dict(plain | plain_of(passes, fields), "settings")
+
+
+def plain_of(passes: Passes | None, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, as a recipe file has it."""
+    plain: dict[str, Any] = {}
     if passes is not None:
         plain["passes"] = passes if isinstance(passes, str) else [str(step) for step in passes]
-    plain |= {name: SETTINGS[name].plain(value) if name in SETTINGS else value for name, value in fields.items()}
-    return Recipe.from_dict(plain, "settings")
+    return plain | {name: SETTINGS[name].plain(value) if name in SETTINGS else value for name, value in fields.items()}

@@ -14,8 +14,10 @@ from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.files.save import foretold_size
 from qcompile.compiler.mixed.keep import integer_pass
 from qcompile.compiler.mixed.sensitivity import sites
+from qcompile.compiler.plan import bound_of, is_spent
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.report.coverage import account, check_coverage, in_order, quantizers
+from qcompile.compiler.results.frontier import Frontier
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.results.sheet import Sheet, Shown
 from qcompile.compiler.stages import Prepared, prepare_model
@@ -37,7 +39,7 @@ class Rehearsal(Shown):
 
     passes: all that run, in order. inputs: names of the graph's inputs. segments: of the calibration run. memory: bytes
     at its peak, about. disk: bytes beside the output, with what is put aside until it is written. open: what only data
-    can tell.
+    can tell. frontier: where formats were chosen by a budget or a bound.
     """
 
     report: Report
@@ -48,6 +50,7 @@ class Rehearsal(Shown):
     memory: float
     disk: float
     open: tuple[str, ...]
+    frontier: Frontier | None = None
 
     def sheet(self) -> Sheet:
         """Nodes by what would become of them, and what the compile would take."""
@@ -67,7 +70,8 @@ class Rehearsal(Shown):
             "disk": int(self.disk),
             "open": self.open,
         }
-        return {**told, "refusal": self.refusal, "report": self.report.to_dict()}
+        drawn = {} if self.frontier is None else {"frontier": self.frontier.to_dict()}
+        return {**told, "refusal": self.refusal, **drawn, "report": self.report.to_dict()}
 
     def records(self) -> list[dict[str, Any]]:
         """A row for each decision on a weight."""
@@ -76,8 +80,9 @@ class Rehearsal(Shown):
 
 def rehearse(source: Path, recipe: Recipe) -> Rehearsal:
     """What the recipe would make of a model file. Raises UserError as the compile does, before its work."""
-    if recipe.budget is not None:
-        raise UserError("a dry run reads no weights, and a budget is spent by them: leave one of the two out")
+    if is_spent(recipe):
+        told = str(bound_of(recipe)) if recipe.budget is None else "a budget"
+        raise UserError(f"{told} is spent by `qcompile MODEL.onnx` and qcompile.compile alone")
     prepared = prepare_model(source, recipe, Silent(), dry=True)
     graph, report, own = prepared.model, prepared.report, quantizers(prepared.passes)
     segments = split(graph, targets(graph).__contains__)

@@ -1,9 +1,12 @@
-"""A recipe with a budget, and the one that it becomes for a model: with a format for every weight."""
+"""A recipe with a budget or a bound, and the one that it becomes for a model: with a format for every weight."""
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from qcompile.compiler.api.rehearsal import rehearse
 from qcompile.compiler.console.numbers import megabytes
@@ -12,52 +15,246 @@ from qcompile.compiler.data import user_code
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import Files
 from qcompile.compiler.data.readers import Batches, dicts, told
-from qcompile.compiler.plan import effective
+from qcompile.compiler.pipeline import Chosen, rewrite_report
+from qcompile.compiler.plan import bound_of, effective, is_spent
 from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.results.frontier import Frontier, Tried
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.settings.amount import Amount, TooLarge
-from qcompile.compiler.sweep.budget.choose import choose
+from qcompile.compiler.settings.bound import TooFar
+from qcompile.compiler.sweep.budget.choose import Choice, Search, check_amount
+from qcompile.compiler.sweep.budget.prices import with_formats
+from qcompile.passes.errors import UserError, Verdict
 
-# Compiles at most: sizes depend on data where channels stay in float, and on nothing else that is not counted.
+# Compiles at most: sizes depend on data where channels stay in float, distances on how well codes are fitted.
 _RUNS = 3
+# What a bound is aimed at, as a share of it; and of the size, what a further compile is to save.
+_AIM, _WORTH = 0.97, 0.99
+# Reports larger than this are something else.
+_LARGEST_FILE = 1 << 28
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a compile takes: the recipe, its calibration data, what was chosen, in words, and within which budget."""
+    """What a compile takes: the recipe, its data, and what was chosen in it."""
 
     recipe: Recipe
     calibration: Calibration
-    told: str = ""
-    budget: str = ""
+    evaluation: Calibration | None
+    chosen: Chosen
 
 
 def spending(
-    source: Path, recipe: Recipe, calibration: Calibration, progress: Progress, run: Callable[[Spent], Report]
+    source: Path,
+    recipe: Recipe,
+    calibration: Calibration,
+    progress: Progress,
+    run: Callable[[Spent], Report],
+    *,
+    evaluation: Calibration | None = None,
+    point: Frontier | None = None,
 ) -> Report:
-    """What a compile makes of the recipe as it is where it has no budget; else of the one with the formats that are
-    best within it (`budget.choose`). Where its file is larger all the same, again with what is known of that.
+    """What a compile makes of the recipe as it is where it has no budget and no bound; else of the one with the formats
+    that are best within them (`budget.choose`), in `_RUNS` compiles at most.
 
-    Raises UserError where it is too large each time, by how much.
+    A file that is larger than its budget all the same is made again with what is known of that. A bound is compared on
+    data held aside, and what is foretold of the next choice is scaled by that: the smallest that holds is kept.
+    point: the frontier that the recipe's formats are of, where they were chosen before.
+    Raises UserError where a file is too large each time, by how much, and Verdict where none holds the bound.
     """
-    if recipe.budget is None:
-        return run(Spent(recipe, calibration))
-    plain, data = effective(replace(recipe, budget=None)), _twice(calibration)
+    if not is_spent(recipe):
+        return run(Spent(recipe, calibration, evaluation, Chosen(frontier=point)))
+    found = Chooser(source, recipe, calibration, progress, evaluation)
+    return _within(found, run, progress) if not found.bound else _keeping(found, run, progress)
 
-    def size_of(own: Recipe) -> int:
-        return rehearse(source, own).report.compiled_bytes
 
-    unforetold, amount = 0, Amount.parse(recipe.budget)
+class Chooser:
+    """The choices for a recipe with a budget or a bound: `Search`, with what was asked for."""
+
+    def __init__(
+        self,
+        source: Path,
+        recipe: Recipe,
+        calibration: Calibration,
+        progress: Progress,
+        evaluation: Calibration | None = None,
+    ) -> None:
+        self.bound, self._budget = bound_of(recipe), recipe.budget or ""
+        self.amount = None if recipe.budget is None else Amount.parse(recipe.budget)
+        bare = replace(recipe.keeping_none if self.bound else recipe, budget=None)
+        plain = effective(bare)
+        if self.amount is not None:
+            check_amount(plain, self.amount)
+        self._data, self._judged = _twice(calibration), None if evaluation is None else _twice(evaluation)
+        self._asked, self.unforetold = bare, 0
+
+        def size_of(own: Recipe) -> int:
+            return rehearse(source, own).report.compiled_bytes
+
+        self.size_of = size_of
+        self.search = Search(
+            source, plain, self._data, progress, size_of, evaluation=self._judged, bound=self.bound
+        )  # fmt: skip
+
+    def first(self) -> Choice:
+        """Within the budget, and the smallest that is foretold to keep the bound."""
+        return self.within() if not self.bound else self.keeping(_AIM * self.bound.distance)
+
+    def within(self) -> Choice:
+        """All that the budget allows."""
+        assert self.amount is not None
+        return self.search.within(self.amount, self.unforetold)
+
+    def keeping(self, change: float) -> Choice:
+        """The smallest that is foretold to change no more; with a budget, no more than that."""
+        made = self.search.keeping(change)
+        return made if self.amount is None or self.search.fits(made, self.amount, self.unforetold) else self.within()
+
+    def is_last(self, made: Choice) -> bool:
+        """Whether nothing better is allowed."""
+        return self.search.is_largest(made) or (self.amount is not None and made == self.within())
+
+    def missed(self, size: int, made: Choice) -> int:
+        """Bytes that were not foretold, of a file that was made."""
+        self.unforetold = max(self.unforetold, size - self.size_of(self.search.recipe_of(made)))
+        return self.unforetold
+
+    def spent(self, made: Choice, tried: tuple[Tried, ...] = ()) -> Spent:
+        """What is compiled for a choice."""
+        words = " and ".join(filter(None, [f"budget {self.amount}" if self.amount else "", str(self.bound)]))
+        drawn = replace(self.search.frontier_with(made, self._asked, self.unforetold), tried=tried)
+        chosen = Chosen(f"{words}: {self.search.told(made)}", self._budget, self.bound, drawn)
+        return Spent(self.search.recipe_of(made), self._data, self._judged, chosen)
+
+
+def _within(found: Chooser, run: Callable[[Spent], Report], progress: Progress) -> Report:
+    """The best within a budget."""
     for left in reversed(range(_RUNS)):
-        made = choose(source, plain, amount, data, progress, size_of, unforetold=unforetold)
+        made = found.within()
         try:
-            return run(Spent(made.recipe, data, made.told, recipe.budget))
+            return run(found.spent(made))
         except TooLarge as error:
             if not left:
                 raise
-            unforetold = max(unforetold, error.size - size_of(made.recipe))
-            progress.step(f"again with less for weights, {megabytes(unforetold)} were not foretold")
+            progress.step(_again(found.missed(error.size, made)))
     raise AssertionError("the last run returns or raises")
+
+
+def _again(missed: int) -> str:
+    return f"again with less for weights, {megabytes(missed)} were not foretold"
+
+
+def _keeping(found: Chooser, run: Callable[[Spent], Report], progress: Progress) -> Report:
+    """The smallest that keeps a bound, as far as `_RUNS` compiles tell."""
+    tried, kept, made = list[Tried](), None, found.first()
+    size = math.inf  # of what is kept
+    for left in reversed(range(_RUNS)):
+        try:
+            kept = run(found.spent(made, tuple(tried)))
+            assert kept.frontier is not None
+            tried, size = list(kept.frontier.tried), kept.compiled_bytes
+        except TooFar as error:
+            tried.append(Tried(error.size, found.search.change(made), error.distance))
+            if kept is None and (not left or found.is_last(made)):
+                raise _refused(found, tried) from error
+        except TooLarge as error:
+            missed = found.missed(error.size, made)
+            if not left:
+                raise
+            progress.step(_again(missed))
+            made = found.keeping(found.search.change(made))
+            continue
+        following = found.keeping(_next(tried, found.bound.distance))
+        if following == made or not left or found.search.size(following, found.unforetold) > _WORTH * size:
+            break
+        made = following
+        progress.step(f"{found.bound}: again with {megabytes(found.search.size(made, found.unforetold))}")
+    if kept is None:
+        raise _refused(found, tried)
+    if kept.frontier is not None and tried != list(kept.frontier.tried):
+        kept.frontier = replace(kept.frontier, tried=tuple(tried))
+        rewrite_report(kept)
+    return kept
+
+
+def _next(tried: list[Tried], limit: float) -> float:
+    """The change to be foretold so that the one measured is just below a limit: in proportion to the last try, or as
+    powers of it go between the last two.
+    """
+    last, power = tried[-1], 1.0
+    if len(tried) > 1 and min(own.change * own.distance for own in tried[-2:]) > 0:
+        change, distance = (math.log(tried[-2].change / last.change), math.log(tried[-2].distance / last.distance))
+        power = min(max(distance / change, 0.3), 3.0) if change else 1.0
+    return last.change * (_AIM * limit / last.distance) ** (1 / power) if last.distance else math.inf
+
+
+def _refused(found: Chooser, tried: list[Tried]) -> Verdict:
+    """That no compile kept the bound; which of budget and bound does not hold."""
+    best = min(tried, key=lambda own: own.distance)
+    told = f"{found.bound} does not hold: {found.search.told_of(best.distance)} with {megabytes(best.size)}"
+    if found.amount is not None:
+        return Verdict(
+            f"{told}, which is what the budget of {found.amount} allows: give a larger budget or a looser bound"
+        )
+    if len(tried) < _RUNS:
+        return Verdict(f"{told}, with the most bits for all weights: give a looser bound, or keep some with --exclude")
+    return Verdict(f"{told}, the best of {len(tried)} compiles: give a looser bound, or a --budget larger than that")
+
+
+def planned(
+    source: Path, recipe: Recipe, calibration: Calibration, progress: Progress
+) -> tuple[Recipe, Frontier | None]:
+    """(the recipe that is compiled first, the frontier that it lies on; None where nothing is chosen)."""
+    if not is_spent(recipe):
+        return recipe, None
+    found = Chooser(source, recipe, calibration, progress)
+    made = found.spent(found.first())
+    return made.recipe, made.chosen.frontier
+
+
+def asked_for(
+    file: Path | None, point: int | None, given: Mapping[str, Any], settings: object, plain: Callable[[], Recipe]
+) -> tuple[Recipe, Frontier | None]:
+    """(the recipe of a point of the frontier in a report, that frontier with the point chosen); without a file what is
+    given `plain`.
+
+    given: plain values of settings that stand before those that the report's compile was asked for. settings: others.
+    """
+    if file is None:
+        if point is not None:
+            raise UserError("--point is one of --budget-file FILE: give both")
+        return plain(), None
+    if settings is not None:
+        raise UserError("--budget-file has the settings of its compile, and --recipe others: give one")
+    drawn = load_frontier(file)
+    if point is None:
+        raise UserError(f"--budget-file {file} has points 1 to {len(drawn.points)}: choose one with --point")
+    drawn, asked = drawn.at(point), dict(drawn.recipe)
+    if (target := given.get("target", asked.get("target"))) != asked.get("target"):
+        raise UserError(f"target {target}: the points of {file} are for target {asked.get('target')}")
+    if twice := [name for name in ("budget", "max_kl", "min_sqnr") if name in given]:
+        raise UserError(f"{twice[0]} chooses formats, and so does --budget-file: leave one of them out")
+    recipe = Recipe.from_dict({**asked, **given}, str(file))
+    return with_formats(recipe, drawn.units, drawn.points[point - 1].formats), drawn
+
+
+def load_frontier(path: Path) -> Frontier:
+    """The frontier in a report (`MODEL.report.json`), or in what `--dry-run --json` printed."""
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise UserError(f"--budget-file {path} has over {_LARGEST_FILE} bytes: that is no report")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--budget-file {path} cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"--budget-file {path} is no JSON: give the report.json of a compile with --budget") from error
+    plain = found.get("frontier") if isinstance(found, dict) else None
+    if plain is None:
+        raise UserError(f"--budget-file {path} has no frontier: give the report.json of a compile with --budget")
+    try:
+        return Frontier.from_dict(plain)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"--budget-file {path} has a frontier of another version of qcompile") from error
 
 
 def _twice(calibration: Calibration) -> Calibration:

@@ -9,7 +9,7 @@ from typing import Any
 
 from qcompile.compiler.api.evaluation import EvaluationSet, evaluate_models
 from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, within
-from qcompile.compiler.api.spending import Spent, spending
+from qcompile.compiler.api.spending import Spent, asked_for, planned, spending
 from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.declared.compile import Options
 from qcompile.compiler.commands.dry_run import print_plan
@@ -19,6 +19,7 @@ from qcompile.compiler.commands.options import (
     Document,
     changed,
     recipe_of,
+    settings_of,
 )
 from qcompile.compiler.commands.package import tell
 from qcompile.compiler.console.terminal import Bar, console, remark
@@ -37,6 +38,7 @@ from qcompile.compiler.pipeline import compile_model, default_output, page_path,
 from qcompile.compiler.plan import for_application
 from qcompile.compiler.recipe import Recipe, save_recipe
 from qcompile.compiler.report.terminal import print_report
+from qcompile.compiler.results.frontier import Frontier
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.settings.amount import Amount
 from qcompile.passes.errors import UserError
@@ -54,11 +56,11 @@ def calibration_of(args: Calibrating) -> Calibration:
 
 def run(args: Options) -> Document:
     """Compile a model, or all models of a folder; or with --dry-run say what would happen."""
-    idle.of(args, recipe_of(args))
+    idle.of(args, _recipe(args))
     if not (args.model.is_dir() or is_checkpoint(args.model)):
         with _told_what_is_written() as seen:
             return _one(args, seen, None)
-    folder = Path(args.output) if args.output else default_output(args.model, recipe_of(args))
+    folder = Path(args.output) if args.output else default_output(args.model, _recipe(args))
     if folder.suffix == ".onnx" or folder.is_file():
         raise UserError(f"{args.model} makes a folder, with its tokenizer and configuration: name one with -o DIR")
     if args.dry_run and is_checkpoint(args.model):
@@ -67,7 +69,7 @@ def run(args: Options) -> Document:
         source = exported(args.model, bar.step)
     if args.kind is None:
         check_folder(source, folder)
-    _check_one(recipe_of(args), graphs(source))
+    _check_one(_recipe(args), graphs(source))
     with _told_what_is_written() as seen:
         each = [changed(args, model=graph, output=f"{folder}{os.sep}") for graph in graphs(source)]
         made = [_one(own, seen, (args.model, folder)) for own in each]
@@ -109,7 +111,7 @@ def _stamp(path: Path) -> Stamp:
 def _one(args: Options, seen: dict[Path, Stamp], asked: tuple[Path, Path] | None) -> dict[str, Any]:
     """Compile one model file; `seen` takes its output, as it is before. asked: its folder, and where it goes."""
     _check_scores(args)
-    recipe = recipe_of(args)
+    recipe = _recipe(args)
     check_model_file(args.model)
     output = Path(args.output) if args.output else default_output(args.model, recipe)
     inside = args.kind is None and args.output is not None and within(args.output)
@@ -121,7 +123,9 @@ def _one(args: Options, seen: dict[Path, Stamp], asked: tuple[Path, Path] | None
     if args.save_recipe is not None:
         _check_recipe_path(args, args.save_recipe, output)
     if args.dry_run:
-        return print_plan(args.model, output, recipe, console(answer=True))
+        with Bar() as bar:
+            made, frontier = planned(args.model, recipe, calibration_of(args), bar)
+        return print_plan(args.model, output, made, console(answer=True), frontier or _point(args)[1])
     seen[output] = _stamp(output)
     report = _compiled(args, recipe, output, asked)
     screen = console()
@@ -149,17 +153,16 @@ def _compiled(args: Options, recipe: Recipe, output: Path, asked: tuple[Path, Pa
                 save_recipe(recipe, staged)
         with Bar() as bar:
 
-            def run(chosen: Spent) -> Report:
+            def run(made: Spent) -> Report:
                 return compile_model(
                     args.model,
-                    chosen.recipe,
-                    told=chosen.told,
-                    budget=chosen.budget,
+                    made.recipe,
+                    chosen=made.chosen,
                     output=output,
-                    calibration=chosen.calibration,
+                    calibration=made.calibration,
                     progress=bar,
                     statistics=args.statistics,
-                    evaluation=_evaluation(args),
+                    evaluation=made.evaluation,
                     bench=args.bench,
                     verify=args.verify,
                     fresh=args.fresh,
@@ -167,10 +170,20 @@ def _compiled(args: Options, recipe: Recipe, output: Path, asked: tuple[Path, Pa
                     asked=asked,
                 )
 
-            report = spending(args.model, recipe, calibration_of(args), bar, run)
+            data, judged = calibration_of(args), _evaluation(args)
+            report = spending(args.model, recipe, data, bar, run, evaluation=judged, point=_point(args)[1])
         if saved is not None and staged is not None:
             replace_file(staged, saved)
     return report
+
+
+def _point(args: Options) -> tuple[Recipe, Frontier | None]:
+    """The recipe of the options, or of a point of --budget-file, and the frontier of that."""
+    return asked_for(args.budget_file, args.point, settings_of(args), args.recipe, lambda: recipe_of(args))
+
+
+def _recipe(args: Options) -> Recipe:
+    return _point(args)[0]
 
 
 def _evaluation(args: Options) -> Calibration | None:

@@ -1,5 +1,6 @@
 """What a compile would do, without doing it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +8,25 @@ from rich.console import Console
 
 from qcompile.compiler.api.rehearsal import Rehearsal, rehearse
 from qcompile.compiler.recipe import Recipe
-from qcompile.compiler.report.terminal import print_coverage
+from qcompile.compiler.report.terminal import print_coverage, print_frontier
+from qcompile.compiler.results.frontier import Frontier
 
 # Of a decoder with caches there are dozens of inputs.
 _SHOWN = 6
 
 
-def print_plan(path: Path, output: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
-    """Print the nodes by decision, sizes before and after, and memory that compiling will need; the same by name."""
-    plan = rehearse(path, recipe)
+def print_plan(
+    path: Path, output: Path, recipe: Recipe, console: Console, frontier: Frontier | None = None
+) -> dict[str, Any]:
+    """Print the nodes by decision, sizes before and after, and memory that compiling will need; the same by name.
+
+    frontier: where the recipe's formats were chosen on.
+    """
+    plan = replace(rehearse(path, recipe), frontier=frontier)
     console.print(f"plan      {path} → {output}", soft_wrap=True)
     print_coverage(plan.report, console)
+    if frontier is not None:
+        print_frontier(frontier, console)
     _print_rest(plan, console)
     return {"output": str(output), **plan.to_dict()}
 

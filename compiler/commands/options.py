@@ -30,12 +30,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 Kernels = Literal["auto", "native", "portable"]
 # Headings of a command's help that stand in this order; others stand between them and the last.
 COMMON = "every command"
-_GROUPS = {
-    name: Group(title, sort_key=order)
-    for order, (name, title) in enumerate(
-        {WHAT: WHAT, WHICH: WHICH, DATA: DATA, MIXED: f"{MIXED}, with qdq or dynamic", SAFETY: SAFETY}.items(), 2
-    )
-}
+_GROUPS = {name: Group(name, sort_key=order) for order, name in enumerate((WHAT, WHICH, DATA, MIXED, SAFETY), 2)}
 _FIRST, _LAST = 1, 99
 
 
@@ -261,8 +256,13 @@ def changed(args: T, **new: Any) -> T:
 def recipe_of(args: Any) -> Recipe:
     """The recipe file's settings, overridden by the options given."""
     plain = (load_recipe(args.recipe) if args.recipe else Recipe()).to_dict()
+    return Recipe.from_dict(plain | settings_of(args), "options")
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """Plain values of a recipe's settings, of those that were given as options."""
     given = {name: getattr(args, name, None) for name in SETTINGS}
-    return Recipe.from_dict(plain | {name: value for name, value in given.items() if value is not None}, "options")
+    return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))

@@ -14,6 +14,7 @@ from qcompile.compiler.mixed.sensitivity import Mixture, Steps, finished_distanc
 from qcompile.compiler.mixed.work import work_of
 from qcompile.compiler.plan import ensuring
 from qcompile.compiler.results.mixed import Kept, Mixed
+from qcompile.compiler.settings.bound import Bound
 from qcompile.passes.base import IntegerPass, Pass, Reason, Region, on_clone
 from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError
@@ -40,6 +41,11 @@ class Wish:
     max_kl: float | None
     min_sqnr: float | None
     keep_as: str
+
+    @property
+    def bound(self) -> Bound:
+        """What is to hold; empty for what is no bound."""
+        return Bound(self.max_kl, self.min_sqnr)
 
 
 @phase("sensitivity")
@@ -101,14 +107,6 @@ class _Tried:
         return max(self.distance, self.held if self.held is not None else 0.0)
 
 
-def check_metric(wish: Wish, plan: InputPlan) -> None:
-    """Raise UserError where the bound is not one for this kind of model."""
-    if wish.max_kl is not None and plan.logits is None:
-        raise UserError("max_kl is for decoders, and this model has no logits: give min_sqnr in dB")
-    if wish.min_sqnr is not None and plan.logits is not None:
-        raise UserError("min_sqnr is for models without logits, and this one is a decoder: give max_kl in nats a token")
-
-
 def integer_pass(passes: Sequence[Pass]) -> IntegerPass:
     """The pass of a list that makes nodes integer; UserError where there is none."""
     found = next((p for p in passes if isinstance(p, IntegerPass)), None)
@@ -167,7 +165,7 @@ def _power(ranking: Ranking, distance: float) -> float:
 
 def _fewest(mixture: Mixture, ranking: Ranking, wish: Wish) -> _Tried:
     """Case 2."""
-    bound, told = _bound(wish)
+    told, bound = wish.bound, wish.bound.distance
     most, nodes = len(ranking.nodes), [ranked.node for ranked in ranking.nodes]
     if ranking.all_float > bound:
         raise UserError(
@@ -211,14 +209,6 @@ def smallest(holds: Callable[[int], bool], most: int) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
-
-
-def _bound(wish: Wish) -> tuple[float, str]:
-    """The largest distance allowed, and the setting in words."""
-    if wish.max_kl is not None:
-        return wish.max_kl, f"max_kl {wish.max_kl:g}"
-    assert wish.min_sqnr is not None
-    return 10 ** (-wish.min_sqnr / 20), f"min_sqnr {wish.min_sqnr:g}"
 
 
 def _tried(mixture: Mixture, ranking: Ranking, nodes: Sequence[Ranked], wish: Wish, bound: float = 0.0) -> _Tried:

@@ -9,6 +9,7 @@ from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.feeds import Batch, InputPlan, token_feeds
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.measure.randomness import repeatable
+from qcompile.compiler.settings.bound import Bound
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import run
 
@@ -46,6 +47,17 @@ def held_windows(plan: InputPlan, data: Data) -> tuple[list[Batch], str]:
     cut = [_cut(plan, batch) if tokens else batch for batch in alone]
     size = f" of {max(batch.rows for batch in cut)} tokens" if cut and tokens else ""
     return cut, f"{len(cut)} {'windows' if tokens else 'batches'}{size} held aside"
+
+
+def bounding_windows(plan: InputPlan, data: Data, bound: Bound) -> tuple[list[Batch], str]:
+    """As `held_windows`; UserError where nothing is held aside."""
+    batches, held_on = held_windows(plan, data)
+    if not batches:
+        raise UserError(
+            f"{bound} is judged on data that neither calibration nor the choice has seen, and none is left "
+            f"({data.description}): give more with --calibration"
+        )
+    return batches, held_on
 
 
 def _cut(plan: InputPlan, batch: Batch) -> Batch:

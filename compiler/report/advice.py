@@ -4,6 +4,7 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.console.numbers import percent
@@ -98,7 +99,7 @@ def _of_weights(recipe: Recipe, report: Report) -> Iterator[tuple[str, dict[str,
     best = lists.BEST.split(",")
     if not {step.name for step in recipe.passes} >= set(best):
         yield "fit codes to calibration data (slower to compile, the same size)", {"passes": best}
-    if report.budget:
+    if report.frontier is not None:
         return  # which settles groups and bits
     smaller = _SMALLER.get(recipe.group_size)
     if smaller and recipe.weights is None and (not target.groups or smaller in target.groups):
@@ -121,13 +122,22 @@ def _in_float(recipe: Recipe, worst: Sequence[Hurting]) -> Iterator[tuple[str, d
 
 
 def command(report: Report, changes: dict[str, Any]) -> str:
-    """The command that made a report, with other settings; what a budget chose is left to the budget again."""
+    """The command that made a report, with other settings; formats that were chosen are left to what chose them."""
     source, output = report.asked or (report.source, report.output)
     words = ["qcompile", source]
     settings = {**report.recipe, **changes}
-    if report.budget:
+    if report.frontier is not None:
         said = [own for own in settings.pop("weights_of", ()) if split_quoted(own)[0] is None]
-        settings |= {"weights_of": said, "budget": report.budget}
+        settings |= {"weights_of": said, "budget": report.budget or None, **report.bound}
+        if not report.budget and not report.bound:  # of a point: the rest is in its file
+            drawn = next(name for name in report.files if name.endswith(".report.json"))
+            words += [
+                "--budget-file",
+                str(Path(report.output).with_name(drawn)),
+                "--point",
+                str(report.frontier.chosen),
+            ]
+            settings = {k: v for k, v in settings.items() if v != report.frontier.recipe.get(k)}
     for name, value in settings.items():
         own = SETTINGS.get(name)
         if own is not None and value != own.plain(own.default) and value is not None:

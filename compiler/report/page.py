@@ -8,6 +8,7 @@ from qcompile.compiler.recipe import SETTINGS
 from qcompile.compiler.report.advice import packs
 from qcompile.compiler.report.chart import chart
 from qcompile.compiler.report.decisions import decisions
+from qcompile.compiler.report.frontier import frontier
 from qcompile.compiler.report.hurting import hurts
 from qcompile.compiler.report.markup import Markup, join, number, percent, table, text
 from qcompile.compiler.report.nodes import coverage, node_list, node_rows
@@ -24,6 +25,7 @@ def to_html(report: Report) -> str:
     title = text(f"qcompile report: {Path(report.source).name}")
     worst = hurts(report)
     parts = {"What hurts most": worst} if worst is not None else {}
+    parts |= {"Frontier": frontier(report.frontier)} if report.frontier is not None else {}
     parts |= {"Coverage": coverage(report, rows), "Errors": chart(rows)}
     if rows:
         parts["Nodes"] = node_list(rows)

@@ -11,6 +11,7 @@ from qcompile.compiler.report.advice import hurting, remedies
 from qcompile.compiler.report.nodes import node_rows
 from qcompile.compiler.report.tied import Tied
 from qcompile.compiler.results.errors import NodeError
+from qcompile.compiler.results.frontier import Frontier
 from qcompile.compiler.results.phases import longest
 from qcompile.compiler.results.report import Report
 
@@ -28,6 +29,8 @@ def print_report(report: Report, console: Console) -> None:
     for told in (report.mixed, report.ladder):
         for line in told.lines() if told is not None else ():
             console.print(line, soft_wrap=True)
+    if report.frontier is not None:
+        print_frontier(report.frontier, console)
     _print_errors(report, console)
     _print_advice(report, console)
     saved = f"{_mb(report.source_bytes)} → {_mb(report.compiled_bytes)}"
@@ -67,6 +70,17 @@ def print_coverage(report: Report, console: Console) -> None:
         made.add_row(str(rows[key]), key[0], key[1], amount, megabytes)
     if rows:
         console.print(made)
+
+
+def print_frontier(frontier: Frontier, console: Console) -> None:
+    """What each size was foretold to change, and what the one that was taken did."""
+    console.print(f"frontier  foretold from {frontier.windows}", soft_wrap=True)
+    made = table("point", "size", "bits a weight", frontier.unit, "", numbers=4)
+    for row in frontier.rows():
+        made.add_row(*row)
+    console.print(made)
+    for line in frontier.lines():
+        console.print(f"bound     {line}", soft_wrap=True)
 
 
 def _print_passes(report: Report, console: Console) -> None:

@@ -10,6 +10,7 @@ from qcompile.compiler.console.document import strict
 from qcompile.compiler.console.numbers import megabytes, percent
 from qcompile.compiler.facts.census import Family, family_of
 from qcompile.compiler.results.errors import ActivationRange, NodeError, OutputError, Predictions, RowsSeen, Speed
+from qcompile.compiler.results.frontier import Frontier
 from qcompile.compiler.results.ladder import Ladder
 from qcompile.compiler.results.mixed import Mixed
 from qcompile.compiler.results.phases import Phase
@@ -29,7 +30,8 @@ class Report(Shown):
     one account for every float constant of 1,024 elements or more (`coverage`). mixed: what stays in float by its
     sensitivity, where the recipe wants that. ladder: what each step without data gained, where there was no data.
     calibrated: names of the files and texts that statistics came from, by the sha256 of their content.
-    given: options of the command line that say where its data came from. budget: which `weights_of` was chosen by.
+    given: options of the command line that say where its data came from. budget, bound: by which `weights_of` was
+    chosen; frontier: of all sizes.
     measured: what `outputs` and `predictions` were measured on. speed: where a paired run was asked for.
     warnings: what is odd about the calibration data. predictions: of a decoder, on real tokens.
     rounding: what integer nodes changed in the outputs at most, relative.
@@ -58,6 +60,8 @@ class Report(Shown):
     calibrated: dict[str, str] = field(default_factory=dict)
     given: list[str] = field(default_factory=list)
     budget: str = ""
+    bound: dict[str, float] = field(default_factory=dict)
+    frontier: Frontier | None = None
     speed: Speed | None = None
     warnings: list[str] = field(default_factory=list)
     ranges: list[ActivationRange] = field(default_factory=list)

@@ -51,6 +51,16 @@ class Options(Common, Clustered, Calibrating, Recipes):
         ),
     ] = None
     save_recipe: Annotated[Path | None, option("write the settings used to a YAML file", "FILE", under=WHAT)] = None
+    budget_file: Annotated[
+        Path | None,
+        option(
+            "compile a point of the frontier that an earlier --budget, --max-kl or --min-sqnr drew for this model and "
+            "target, with the settings of that compile: its report.json",
+            "FILE",
+            under=MIXED,
+        ),
+    ] = None
+    point: Annotated[int | None, option("which point, as the report numbers them", "N", under=MIXED)] = None
     statistics: Annotated[
         Path | None,
         option("ranges of activations from `qcompile calibrate` instead of a calibration run", "FILE", under=DATA),
@@ -106,5 +116,5 @@ class Options(Common, Clustered, Calibrating, Recipes):
         ),
     ] = None
     dry_run: Annotated[
-        bool, option("print the plan: nodes, sizes before and after, memory; write nothing", under=SAFETY)
+        bool, option("print the plan: nodes, sizes, memory, with --budget the frontier; write nothing", under=SAFETY)
     ] = False

@@ -48,6 +48,18 @@ def allocate(units: Sequence[Sequence[Option[T]]], size: float) -> list[Option[T
     return [own[at] for own, at in zip(hulls, chosen, strict=True)]
 
 
+def frontier(units: Sequence[Sequence[Option[T]]]) -> list[list[Option[T]]]:
+    """The choices that are best within their own sizes, from the smallest options to the largest of the hulls, one step
+    of one unit from each to the next: the lower convex hull of (sum of sizes, sum of costs) over all choices.
+    """
+    hulls = [hull(options) for options in units]
+    made = [[own[0] for own in hulls]]
+    for step in _steps(hulls):
+        made.append([*made[-1]])
+        made[-1][step.unit] = hulls[step.unit][step.to]
+    return made
+
+
 def hull(options: Sequence[Option[T]]) -> list[Option[T]]:
     """The options from the smallest on that are on the lower convex hull of (size, cost): each is larger than the one
     before it, and costs less.

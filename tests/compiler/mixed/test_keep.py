@@ -184,7 +184,11 @@ def test_other_networks_by_the_noise_of_their_outputs(bench: Any, capsys: pytest
         (["--max-kl", "-1"], "max_kl must be a positive number, got -1.0"),
         (["--max-kl", "nan"], "max_kl must be a positive number, got nan"),
         (["--max-kl", "0.1", "--keep-worst", "2"], "keep_worst and max_kl are two ways to choose"),
-        (["--max-kl", "0.1", "--passes", "pack"], "max_kl keeps nodes of qdq or dynamic in float: add one of them"),
+        (
+            ["--max-kl", "0.1", "--passes", "smooth"],
+            "max_kl keeps nodes of qdq or dynamic in float, or is kept by",
+        ),
+        (["--keep-worst", "2", "--passes", "pack"], "keep_worst keeps nodes of qdq or dynamic in float: add one of th"),
         (["--max-kl", "lots"], "--max-kl: expected a number, got 'lots'"),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.compiler.settings.amount import Amount
-from qcompile.compiler.sweep.budget.allocate import Option, allocate, hull
+from qcompile.compiler.sweep.budget.allocate import Option, allocate, frontier, hull
 from qcompile.passes.errors import UserError
 
 OPTION = st.builds(Option, st.integers(0, 9), st.integers(1, 20), st.integers(0, 50))
@@ -88,3 +88,21 @@ def test_amounts(text: str, amount: Amount) -> None:
 def test_what_is_no_amount_is_told(text: str) -> None:
     with pytest.raises(UserError, match=r"give the size of the output, 80MB, or bits a weight, 3.6bpw"):
         Amount.parse(text)
+
+
+@given(UNITS)
+def test_the_frontier_is_convex_and_nothing_is_below_it(units: list[list[Option[int]]]) -> None:
+    made = frontier(units)
+    places = [(_size(own), _cost(own)) for own in made]
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(places)]
+    assert all(slope < 0 for slope in slopes)
+    assert slopes == sorted(slopes)
+    for own in map(list, itertools.product(*units)):
+        size = _size(own)
+        if size >= places[-1][0]:
+            assert _cost(own) >= places[-1][1]
+        for a, b in itertools.pairwise(places):
+            if a[0] <= size <= b[0]:
+                line = a[1] + (b[1] - a[1]) * (size - a[0]) / (b[0] - a[0])
+                assert _cost(own) >= line - 1e-9
+    assert all(allocate(units, size) is not None for size, _ in places)

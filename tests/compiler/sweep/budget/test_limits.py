@@ -45,8 +45,8 @@ def _rehearsed_too_low(monkeypatch: pytest.MonkeyPatch, missed: int) -> None:
 
 
 def _compile(source: Path, folder: Path, passes: str, **fields: Any) -> Any:
-    given = {"budget": "150kb", **fields}
-    return qcompile.compile(source, passes, output=folder / "o.onnx", calibration=_feeds(), **given)
+    given = {"budget": "150kb", "calibration": _feeds(), **fields}
+    return qcompile.compile(source, passes, output=folder / "o.onnx", **given)
 
 
 @pytest.mark.parametrize("passes", ["rotate,pack", "rotate(judge=false),pack"])
@@ -90,7 +90,7 @@ def test_what_was_not_foretold_is_known_the_next_time(
 
 
 def test_channels_in_float_count(source: Path, tmp_path: Path) -> None:
-    report = _compile(source, tmp_path, "outlier(most=0.05, threshold=0.001),pack")
+    report = _compile(source, tmp_path, "outlier(most=0.05, threshold=0.001),pack", calibration=_feeds(16))
     assert any("outliers in float" in own.told for own in report.decisions["pack"])
     assert _size(tmp_path) == report.compiled_bytes <= SIZE
     with pytest.raises(UserError, match="outlier leaves channels in float by data"):
@@ -108,8 +108,8 @@ def test_what_is_too_large_each_time_is_told_and_not_kept(
 
 
 def test_where_no_budget_is_spent(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a dry run reads no weights, and a budget is spent by them"):
-        qcompile.dry_run(source, "pack", budget="5bpw")
+    with pytest.raises(UserError, match="a budget is spent by"):
+        rehearse(source, qcompile.Recipe(passes="pack", budget="5bpw"))
     for grid, recipe in (({"budget": ["4bpw", "5bpw"]}, None), ({"bits": [4, 8]}, qcompile.Recipe(budget="4bpw"))):
         with pytest.raises(UserError, match="a sweep spends no budget"):
             qcompile.sweep(source, grid, output=tmp_path / "s", recipe=recipe)

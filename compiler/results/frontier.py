@@ -1,0 +1,104 @@
+"""What every size of a model was foretold to change, which of them was taken, and what that changed in truth."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from qcompile.compiler.console.numbers import decibels, megabytes
+from qcompile.passes.errors import UserError
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice. size: bytes of the model's files, about. bits: a weight, of those chosen, scales included. change:
+    foretold, KL in nats a token or a relative error. formats: of each unit.
+    """
+
+    size: int
+    bits: float
+    change: float
+    formats: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A choice that was compiled. size: bytes of its files. change: foretold; distance: measured on what was held
+    aside.
+    """
+
+    size: int
+    change: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Choices of formats from the smallest on, each the one that changes least within its size, as far as is foretold.
+
+    metric: KL or SQNR, whose changes are relative errors. windows: what changes were measured on. units: names of the
+    weights that get a format together. chosen: the number of the point that was compiled, from 1. recipe: what was
+    asked for, with no format chosen. source_hash: of the model.
+    bound: what had to hold, in words; tried: the compiles that it took, the last that holds written; held_on: what
+    they were compared on.
+    """
+
+    metric: str
+    windows: str
+    units: tuple[tuple[str, ...], ...]
+    points: tuple[Point, ...]
+    chosen: int
+    recipe: Mapping[str, Any]
+    source_hash: str
+    bound: str = ""
+    tried: tuple[Tried, ...] = ()
+    held_on: str = ""
+
+    def told(self, change: float) -> str:
+        """A change as tables have it."""
+        return f"{change:.3g}" if self.metric == "KL" else f"{decibels(change):.1f}"
+
+    @property
+    def unit(self) -> str:
+        """What changes are told in."""
+        return "KL, nats a token" if self.metric == "KL" else "SQNR, dB"
+
+    def rows(self) -> list[list[str]]:
+        """Of a table: number, size, bits a weight, change, and which was taken."""
+        return [
+            [str(number), megabytes(own.size), f"{own.bits:.2f}", self.told(own.change),
+             "chosen" if number == self.chosen else ""]
+            for number, own in enumerate(self.points, 1)
+        ]  # fmt: skip
+
+    def lines(self) -> list[str]:
+        """What came of the bound, for the terminal."""
+        told = [
+            f"{self.told(own.distance)} with {megabytes(own.size)} (foretold {self.told(own.change)})"
+            for own in self.tried
+        ]
+        return [f"{self.bound}: {self.unit}: {'; '.join(told)}; on {self.held_on}"] if told else []
+
+    def at(self, number: int) -> "Frontier":
+        """The same with another point chosen, nothing tried; UserError where there is none."""
+        if not 1 <= number <= len(self.points):
+            raise UserError(f"point {number} is not there: the frontier has points 1 to {len(self.points)}")
+        return replace(self, chosen=number, bound="", tried=(), held_on="")
+
+    def with_tried(self, size: int, distance: float, bound: str, held_on: str) -> "Frontier":
+        """The same with a compile of the chosen point more."""
+        own = Tried(size, self.points[self.chosen - 1].change, distance)
+        return replace(self, bound=bound, tried=(*self.tried, own), held_on=held_on)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Frontier":
+        """The frontier of plain values; KeyError, TypeError or ValueError where they are none."""
+        points = tuple(Point(**{**own, "formats": tuple(own["formats"])}) for own in plain["points"])
+        units = tuple(tuple(map(str, own)) for own in plain["units"])
+        if not points or any(len(own.formats) != len(units) for own in points):
+            raise ValueError("each point has a format for each unit")
+        tried = tuple(Tried(**own) for own in plain["tried"])
+        return cls(**{**plain, "points": points, "units": units, "tried": tried})

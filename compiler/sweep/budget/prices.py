@@ -1,0 +1,124 @@
+"""What each unit may become: formats, with their sizes and what they are foretold to change."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from qcompile.compiler.console.progress import Progress
+from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.facts.model import versions
+from qcompile.compiler.mixed.ranking import Ranking, RankingCache
+from qcompile.compiler.mixed.windows import bounding_windows
+from qcompile.compiler.plan import effective, has_format, make_policy
+from qcompile.compiler.recipe import SETTINGS, Recipe, parse_passes, parse_step
+from qcompile.compiler.settings.bound import Bound
+from qcompile.compiler.stages import Prepared, gather_data
+from qcompile.compiler.sweep.budget.allocate import Option
+from qcompile.compiler.sweep.budget.effects import errors, measured
+from qcompile.compiler.sweep.budget.units import Site, Unit
+from qcompile.passes import lists
+from qcompile.passes.affine import Grid
+from qcompile.passes.errors import UserError
+from qcompile.passes.exact import quoted
+from qcompile.passes.formats import named as by_name
+from qcompile.passes.linears import Embedding, is_lm_head
+from qcompile.passes.table import PASSES
+from qcompile.passes.targets import TARGETS
+
+# Formats to choose from, of 3 bits and more: below, errors are too large for their sum to be what all change together.
+FORMATS = ("int3(group=64)", "int4(group=64)", "int5(group=64)", "int6(group=64)", "int8(group=64)")
+
+
+def with_formats(recipe: Recipe, units: Iterable[Iterable[str]], formats: Iterable[str]) -> Recipe:
+    """The recipe, with a format for every weight of each unit by its very name."""
+    given = [f"{quoted(name)}={own}" for names, own in zip(units, formats, strict=True) for name in names]
+    return replace(recipe, weights_of=(*recipe.weights_of, *given))
+
+
+def measuring(recipe: Recipe) -> Recipe:
+    """A recipe whose data is gathered as for choices by measured errors: with a node to keep, for any list."""
+    asked = {name: getattr(recipe, name) for name in ("include", "exclude", "samples", "context", "seed", "provider")}
+    return Recipe(passes=parse_passes(lists.INTEGER), keep_worst=1, **asked)
+
+
+def taken(recipe: Recipe, vocabulary: int | None, site: Site) -> bool:
+    """Whether the recipe says the format of a site: by a pattern, or as lm_head or embedding unless by default."""
+    policy = make_policy(recipe)
+    if isinstance(site, Embedding):
+        own, given = policy.of(site.node, site.table), "embedding"
+    else:
+        own, given = policy.of(site.node, site.weight), "lm_head" if is_lm_head(site, vocabulary) else ""
+    return own is not None or (bool(given) and getattr(recipe, given) != SETTINGS[given].default)
+
+
+def choices_of(recipe: Recipe, units: Sequence[Unit], vocabulary: int | None) -> list[dict[str, list[Grid]]]:
+    """Of each unit, the grids of its sites in every format that the target has for all of them."""
+    made: list[dict[str, list[Grid]]] = [{} for _ in units]
+    offered = [step for step in map(parse_step, FORMATS) if has_format(step, TARGETS[recipe.target])]
+    for step in offered:
+        named = with_formats(recipe, [unit.names_of_weights for unit in units], [str(step)] * len(units))
+        policy = make_policy(effective(named))
+        for own, unit in zip(made, units, strict=True):
+            grids = unit.grids(policy, vocabulary)
+            if not isinstance(grids, str) and not _refused(unit, grids, recipe.target):
+                own[str(step)] = grids
+    if all(len(own) <= 1 for own in made):
+        told = " and ".join(step.name for step in offered) if offered else "none"
+        raise UserError(f"a budget has nothing to choose: of its formats target {recipe.target} has {told} alone")
+    if lacking := next((unit for unit, own in zip(units, made, strict=True) if not own), None):
+        raise UserError(f"a budget has no format for {lacking.names[0]} that target {recipe.target} takes: exclude it")
+    return made
+
+
+def ranking_of(
+    prepared: Prepared,
+    recipe: Recipe,
+    calibration: Calibration,
+    units: Sequence[Unit],
+    progress: Progress,
+    evaluation: Calibration | None,
+    *,
+    bound: Bound,
+) -> Ranking:
+    """The cached measurement, or a new one."""
+    settings = prepared.recipe.to_dict() | {"budget": [list(unit.names_of_weights) for unit in units]}
+    settings |= {"held": True} if bound else {}
+    key = prepared.source, prepared.report.source_hash, settings, versions(), calibration
+    cache = RankingCache(*key, judged=evaluation is not None)
+    known = cache.get()
+    if known is None:
+        data = gather_data(prepared, calibration, evaluation=evaluation, aside=True, bound=bool(bound))
+        if bound:
+            bounding_windows(prepared.plan, data, bound)
+        known = measured(prepared, data, units, progress)
+        cache.put(known)
+    return known
+
+
+def options_of(
+    recipe: Recipe, units: Sequence[Unit], choices: Sequence[Mapping[str, list[Grid]]], ranking: Ranking
+) -> list[list[Option[str]]]:
+    """Of each unit, in every format: its size, and what it changes."""
+    half = make_policy(recipe).half_scales
+    effects = {own.node: max(own.effect - ranking.all_float, 0.0) ** power(ranking) for own in ranking.nodes}
+    made = []
+    for unit, grids in zip(units, choices, strict=True):
+        sizes = [unit.bits(own, half_scales=half) / 8 for own in grids.values()]
+        ratios = errors(unit, list(grids.values()), rotated=turns(recipe))
+        costs = [effects[unit.names_of_weights[0]] * ratio for ratio in ratios]
+        made.append([Option(name, *both) for name, *both in zip(grids, sizes, costs, strict=True)])
+    return made
+
+
+def power(ranking: Ranking) -> int:
+    """Of what adds up: KL does, of independent errors the squares."""
+    return 1 if ranking.metric == "KL" else 2
+
+
+def turns(recipe: Recipe) -> bool:
+    return any(PASSES.required(step.name).turns for step in recipe.passes)
+
+
+def _refused(unit: Unit, grids: Sequence[Grid], target: str) -> bool:
+    """Whether the target has no operator for one of the unit's products."""
+    pairs = zip(unit.linears, grids, strict=False)
+    return any(by_name(grid.format).refusal(target, grid, own.shape[0]) for own, grid in pairs)
