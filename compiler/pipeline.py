@@ -14,6 +14,7 @@ from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.facts.model import element_type
 from qcompile.compiler.files import finished, publish
+from qcompile.compiler.files.folders import page_path, report_path
 from qcompile.compiler.files.load import check_model_file, check_output_path, save_model
 from qcompile.compiler.files.work import Work
 from qcompile.compiler.measure import randomness
@@ -307,16 +308,6 @@ def default_output(model: Path, recipe: Recipe) -> Path:
         named = model if model.name not in ("", "..") else model.resolve()
         return named.with_name(f"{named.name}-{own}")
     return model.with_name(f"{model.stem}-{own}{'' if model.suffix.lower() == '.gguf' else '.onnx'}")
-
-
-def report_path(output: Path) -> Path:
-    """Where the report of a compiled model lies."""
-    return output.with_name(f"{output.stem}.report.json")
-
-
-def page_path(output: Path) -> Path:
-    """Where the report lies as a page for people."""
-    return output.with_name(f"{output.stem}.report.html")
 
 
 def _metadata(report: Report, recipe: Recipe) -> dict[str, str]:

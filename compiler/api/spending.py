@@ -14,7 +14,7 @@ from qcompile.compiler.console.progress import Progress
 from qcompile.compiler.data import user_code
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import Files
-from qcompile.compiler.data.readers import Batches, dicts, told
+from qcompile.compiler.data.readers import Batches, dicts, label_of, told
 from qcompile.compiler.pipeline import Chosen, rewrite_report
 from qcompile.compiler.plan import bound_of, effective, is_spent
 from qcompile.compiler.recipe import Recipe
@@ -263,7 +263,7 @@ def _twice(calibration: Calibration) -> Calibration:
     source = reference or calibration.reader
     if source is None:
         return calibration
-    label = reference or str(getattr(source, "label", type(source).__name__))
+    label = label_of(source)
     with told(label):
         given = user_code.found(reference, "--calibration") if reference else source
         items = [deepcopy(item) for item in dicts(given)]

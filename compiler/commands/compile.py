@@ -26,7 +26,7 @@ from qcompile.compiler.console.terminal import Bar, console, remark
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import Files, named
 from qcompile.compiler.data.images import Pictures
-from qcompile.compiler.files.folders import graphs, is_checkpoint
+from qcompile.compiler.files.folders import graphs, is_checkpoint, page_path, report_path
 from qcompile.compiler.files.load import check_model_file, check_output_path, check_result_path
 from qcompile.compiler.files.publish import replace_file, staging, writing
 from qcompile.compiler.measure.bounds import Bounds
@@ -34,7 +34,7 @@ from qcompile.compiler.measure.evaluate import OutputScores
 from qcompile.compiler.measure.metric import Drop, Metric
 from qcompile.compiler.package.folder import MODEL
 from qcompile.compiler.package.genai import check_package, package
-from qcompile.compiler.pipeline import compile_model, default_output, page_path, report_path
+from qcompile.compiler.pipeline import compile_model, default_output
 from qcompile.compiler.plan import for_application
 from qcompile.compiler.recipe import Recipe, save_recipe
 from qcompile.compiler.report.terminal import print_report

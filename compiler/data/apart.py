@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from qcompile.compiler.files.folders import report_path
 from qcompile.models.text import calibration_text
 from qcompile.passes.errors import UserError
 
@@ -47,7 +48,7 @@ def check_apart(calibrated: Mapping[str, str], scored: Mapping[str, str], model:
 def calibrated_on(model: Path) -> dict[str, str]:
     """`digests` of what a compiled model was calibrated on, by the report beside it; empty without one."""
     try:
-        plain = json.loads(model.with_name(f"{model.stem}.report.json").read_text(encoding="utf-8"))
+        plain = json.loads(report_path(model).read_text(encoding="utf-8"))
         found = plain.get("calibrated")
     except (OSError, ValueError, RecursionError, AttributeError):
         return {}

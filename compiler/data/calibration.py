@@ -16,7 +16,7 @@ from qcompile.compiler.data.images import Pictures, picture_input
 from qcompile.compiler.data.inputs import Dim
 from qcompile.compiler.data.picture_batches import left_out as pictures_left_out
 from qcompile.compiler.data.picture_batches import picture_batches
-from qcompile.compiler.data.readers import Reader, is_reference, read_batches
+from qcompile.compiler.data.readers import Reader, is_reference, label_of, read_batches
 from qcompile.compiler.data.sampling import sample_windows
 from qcompile.compiler.data.tokens import Ids, Tokenizer, find_tokenizer, load_tokenizer
 from qcompile.compiler.files.load import data_files
@@ -216,7 +216,7 @@ def _source(given: Calibration, files: Files) -> str:
     """Arrays, images or a program in a few words."""
     if files.arrays or files.images:
         return _names([Path(file) for file in given.files])
-    return files.reference or str(getattr(given.reader, "label", type(given.reader).__name__))
+    return label_of(files.reference or given.reader)
 
 
 def _batches_given(

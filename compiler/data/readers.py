@@ -47,6 +47,11 @@ def is_reference(word: str) -> bool:
     return ":" in word and not Path(word).exists()
 
 
+def label_of(source: Any) -> str:
+    """What messages call a program's data: module:name as it is, a label that it has, else what kind of thing it is."""
+    return source if isinstance(source, str) else str(getattr(source, "label", type(source).__name__))
+
+
 def read_batches(plan: InputPlan, source: Any, label: str) -> tuple[list[Batch], list[str]]:
     """(batches, remarks) of what a reader, a function or an iterable gives, each put aside at once.
 

@@ -1,4 +1,4 @@
-"""Folders that stand for models: one with a graph in it, or a Hugging Face folder."""
+"""Folders that stand for models: one with a graph in it, or a Hugging Face folder; and reports beside models."""
 
 from pathlib import Path
 
@@ -36,3 +36,13 @@ def model_file(path: Path) -> Path:
     if is_checkpoint(path):
         raise UserError(f"{path} is a Hugging Face folder without a graph: `qcompile {path}` exports and compiles it")
     raise UserError(f"{path}: no .onnx model in this folder")
+
+
+def report_path(output: Path) -> Path:
+    """Where the report of a compiled model lies."""
+    return output.with_name(f"{output.stem}.report.json")
+
+
+def page_path(output: Path) -> Path:
+    """Where the report lies as a page for people."""
+    return output.with_name(f"{output.stem}.report.html")

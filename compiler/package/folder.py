@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.compiler.files import publish
+from qcompile.compiler.files.folders import report_path
 from qcompile.compiler.files.load import check_output_path, data_files, save_model
 from qcompile.compiler.package.beside import GENAI, table
 from qcompile.compiler.package.written import check_replaced, digest, known, note
@@ -119,7 +120,7 @@ def check_model(target: Path, name: str = "") -> None:
 
 def check_compiled(target: Path) -> None:
     """The same before a compile, which replaces what another one wrote, and the report that tells of it with it."""
-    told = table(target.with_name(f"{target.stem}.report.json")).get("files", ())
+    told = table(report_path(target)).get("files", ())
     if not isinstance(told, list) or target.name not in told:
         check_model(target)
 

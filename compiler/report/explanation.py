@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.console.numbers import megabytes, percent
+from qcompile.compiler.files.folders import report_path
 from qcompile.compiler.results.sheet import Sheet, Shown
 from qcompile.passes.errors import UserError
 from qcompile.passes.near import did_you_mean
@@ -80,7 +81,7 @@ def explain(model: Path, patterns: Sequence[str] = (), worst: int | None = None)
     """
     if worst is not None and worst < 1:
         raise UserError(f"--worst must be at least 1, got {worst}")
-    path = model.with_name(f"{model.stem}.report.json")
+    path = report_path(model)
     report = _report(path, model)
     try:
         nodes = list(_nodes(report))
