@@ -1,6 +1,5 @@
 """Fewer, wider packed products: a bias joins its product, products of one input become one."""
 
-import re
 from collections.abc import Sequence, Set
 from typing import Any, ClassVar
 
@@ -27,6 +26,7 @@ from qcompile.passes.formats.block_scales import adds_offsets
 from qcompile.passes.formats.half_scales import form_of, joined_scales
 from qcompile.passes.gates import fuse_gates, gates, in_gate
 from qcompile.passes.graph import Names, add_initializer, take_over
+from qcompile.passes.joined_names import joined_name
 from qcompile.passes.linears import constant, dimensions
 
 
@@ -214,15 +214,6 @@ def _apart(group: Sequence[ir.Node]) -> list[Sequence[ir.Node]]:
     gated = [node for node in group if in_gate(_result(node))]
     others = [node for node in group if node not in gated]
     return [gated, others] if len(gated) > 1 and len(others) > 1 else [group]
-
-
-def joined_name(names: Sequence[str]) -> str:
-    """One name for several: what they begin with in common, up to a dot or slash, once."""
-    parts = [re.split(r"(?<=[./])", name) for name in names]
-    common = 0
-    while all(len(part) > common + 1 for part in parts) and len({part[common] for part in parts}) == 1:
-        common += 1
-    return "".join(parts[0][:common]) + "+".join("".join(part[common:]) for part in parts)
 
 
 def _products(model: ir.Model) -> list[ir.Node]:

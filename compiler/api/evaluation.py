@@ -287,7 +287,7 @@ def _items(models: Sequence[Path], on: EvaluationSet, against: Path | None, plan
 def _on_texts(
     models: Sequence[Path], on: EvaluationSet, against: Path | None, running: Running, plan: InputPlan, told: Told
 ) -> list[Evaluated]:
-    tokenizer = _tokenizer(models, on, against)
+    tokenizer = tokenizer_of(models, on, against)
     texts = [text_windows(text, tokenizer, plan, on.context, on.tokens) for text in on.texts]
     paths = [*([against] if against else []), *models]
     sizes = [model_sizes(path) for path in paths]
@@ -318,7 +318,7 @@ def _outputs(models: Sequence[Path], on: EvaluationSet, against: Path, running: 
     def batches(plan: InputPlan) -> Sequence[Batch]:
         if on.has_data:
             return data_batches(plan, against, on.data)
-        tokenizer = _tokenizer(models, on, against)
+        tokenizer = tokenizer_of(models, on, against)
         texts = [text_windows(text, tokenizer, plan, on.context, on.tokens) for text in on.texts]
         return [batch for windows in texts for batch in token_batches(plan, windows)]
 
@@ -333,7 +333,7 @@ def _outputs(models: Sequence[Path], on: EvaluationSet, against: Path, running: 
     return [Evaluated(score, model_sizes(Path(score.model))) for score in scores]
 
 
-def _tokenizer(models: Sequence[Path], on: EvaluationSet, against: Path | None) -> Tokenizer:
+def tokenizer_of(models: Sequence[Path], on: EvaluationSet, against: Path | None) -> Tokenizer:
     """The one asked for, else the first that lies beside a model."""
     places = [on.tokenizer] if on.tokenizer else [*([against] if against else []), *models]
     return load_tokenizer(next((place for place in places if find_tokenizer(place)), places[-1]))

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from qcompile.compiler.api.bench import Benchmark, Candidate, bench_models
 from qcompile.compiler.api.data import Data, Transform, data_of
+from qcompile.compiler.api.difference import diff_models
 from qcompile.compiler.api.door import door
 from qcompile.compiler.api.evaluation import Evaluation, EvaluationSet, Running, evaluate_models
 from qcompile.compiler.api.gate import Gate
@@ -25,6 +26,7 @@ from qcompile.compiler.measure.bounds import Bounds
 from qcompile.compiler.measure.metric import Drop, Function, Metric
 from qcompile.compiler.measure.tasks.table import named as named_tasks
 from qcompile.compiler.measure.workload import Workload
+from qcompile.compiler.report.difference import Difference
 from qcompile.compiler.report.explanation import Explanation
 from qcompile.compiler.report.explanation import explain as explain_file
 from qcompile.compiler.report.inspection import Summary
@@ -188,6 +190,40 @@ def explain(model: PathLike, *nodes: str, worst: int | None = None) -> Explanati
         worst: of these the ones of largest error.
     """
     return explain_file(model_file(Path(model)), nodes, worst)
+
+
+@door
+def diff(
+    a: Model,
+    b: Model,
+    *,
+    worst: int | None = None,
+    text: PathLike | Sequence[PathLike] | None = None,
+    data: Data | None = None,
+    transform: Transform | None = None,
+    tokenizer: PathLike | None = None,
+    context: int = 512,
+    tokens: int = 4096,
+) -> Difference:
+    """What differs from one model to another: formats, bytes and errors of weights, recipes; as `qcompile diff`.
+
+    Args:
+        a: the first one, float or compiled.
+        b: the second one.
+        worst: print so many nodes alone, those whose errors grew most, by the reports beside both.
+        text: files or texts, as in `evaluate`: KL of b against a, and errors behind layers, are told.
+        data: batches instead.
+        transform: as in `evaluate`.
+        tokenizer: a folder with `tokenizer.json`, by default beside one of the models.
+        context: tokens of a window.
+        tokens: of each text, 0 for all of it.
+    """
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(on_disk(model)) for model in (a, b))
+        on = None
+        if text is not None or data is not None:
+            on, _ = stack.enter_context(_set(text, data, transform, None, None, tokenizer, context, tokens))
+        return diff_models(first, second, worst=worst, on=on)
 
 
 def _bounds(

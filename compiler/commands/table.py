@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "what is in a model: types, sizes, what is quantized and why not",
     ),
     "explain": ("qcompile.compiler.commands.explain", "why a node got what it got: decisions, candidates, errors"),
+    "diff": ("qcompile.compiler.commands.diff", "what differs between two models: formats, bytes, errors, recipes"),
     "generate": ("qcompile.compiler.commands.generate", "text from a decoder"),
     "package": (
         "qcompile.compiler.commands.package",

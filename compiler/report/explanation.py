@@ -46,6 +46,11 @@ class Explained:
     int8_error: float | None = None
     activation_bits: int | None = None
 
+    @property
+    def is_lookup(self) -> bool:
+        """Whether it looks rows of its weight up."""
+        return any(told.detail.get("kind") == "Gather" for told in self.told)
+
 
 @dataclass(frozen=True)
 class Explanation(Shown):
@@ -154,6 +159,7 @@ def _fitting(nodes: Sequence[Explained], patterns: Iterable[str]) -> list[Explai
 
 def _rows(own: Explained) -> Iterator[tuple[str, str, str, str]]:
     size = "" if own.bytes is None else f", {megabytes(own.bytes)}"
+    size += f", {8 * own.bytes / own.weights:.2f} bits each" if own.bytes and own.weights else ""
     yield own.node, "", f"{own.weights:,} weights{size}", ""
     for told in own.told:
         yield "", told.by, f"{told.action}: {told.reason}", _factor(told)

@@ -115,15 +115,14 @@ def inspect(path: Path, *, every: bool = False) -> Summary:
     model = load_model(path)
     weights = all_weights(model)
     constants = list(all_constants(model))
-    nodes = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.op_type != "Constant"]
     return Summary(
         path=str(path),
         ir_version=model.ir_version,
         opsets={domain or "ai.onnx": version for domain, version in model.opset_imports.items()},
         producer=" ".join(filter(None, (model.producer_name, model.producer_version))),
-        inputs=[_described(value) for value in model.graph.inputs if not value.is_initializer()],
-        outputs=[_described(value) for value in model.graph.outputs],
-        operators=dict(Counter(_operator(node) for node in nodes).most_common()),
+        inputs=[described(value) for value in model.graph.inputs if not value.is_initializer()],
+        outputs=[described(value) for value in model.graph.outputs],
+        operators=operators_of(model),
         functions=[f"{function.domain}.{function.name}" for function in model.functions.values()],
         types=type_shares(constants),
         parameters=parameter_count(weights, constants),
@@ -140,14 +139,23 @@ def inspect(path: Path, *, every: bool = False) -> Summary:
 def _groups(weights: list[Weight], *, every: bool) -> list[WeightGroup]:
     counted: Counter[WeightGroup] = Counter()
     for w in weights:
-        # linear, linear_1, linear_2 are alike, as are layers.0.up and layers.1.up.
-        pattern = w.node if every else re.sub(r"[_.]\d+$", "", w.node)
-        pattern = pattern if every else re.sub(r"\d+", "*", pattern)
+        pattern = w.node if every else pattern_of(w.node)
         shape = w.shape
         if w.kind in ("conv", "constant") and not every:  # a vision model has dozens, no two alike
             pattern, shape = w.operator, ()
         counted[WeightGroup(pattern, 1, w.operator, w.kind, shape, w.form, w.quantized, w.reason)] += 1
     return [replace(group, count=count) for group, count in counted.items()]
+
+
+def pattern_of(node: str) -> str:
+    """One name for alike nodes: linear, linear_1 and linear_2 are alike, as are layers.0.up and layers.1.up."""
+    return re.sub(r"\d+", "*", re.sub(r"[_.]\d+$", "", node))
+
+
+def operators_of(model: ir.Model) -> dict[str, int]:
+    """How many nodes of each operator there are, in all graphs, the most frequent first."""
+    nodes = (node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.op_type != "Constant")
+    return dict(Counter(_operator(node) for node in nodes).most_common())
 
 
 def _shared_storage(constants: list[tuple[str, ir.TensorProtocol]]) -> Iterator[str]:
@@ -172,7 +180,8 @@ def _operator(node: ir.Node) -> str:
     return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
 
 
-def _described(value: ir.Value) -> str:
+def described(value: ir.Value) -> str:
+    """An input or output with its type and sizes."""
     dims = (
         "?" if value.shape is None else ", ".join(str(d if isinstance(d, int) else d.value or "?") for d in value.shape)
     )

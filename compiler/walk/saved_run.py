@@ -15,11 +15,12 @@ from qcompile.compiler.facts.memory import give_back
 from qcompile.compiler.files.disk_arrays import Spill
 from qcompile.compiler.measure import randomness
 from qcompile.compiler.measure.phases import phase
-from qcompile.compiler.walk.runner import Beside, Runner, Stream, went_on
+from qcompile.compiler.walk.runner import Beside, Carried, Runner, Stream, went_on
 from qcompile.compiler.walk.segments import is_large, split
 from qcompile.compiler.walk.verify import run_file
 from qcompile.compiler.walk.verify_saved import read_saved
 from qcompile.passes.formats.nbits import ACCURACY_LEVEL
+from qcompile.passes.rotation import MATRIX
 from qcompile.runtime.sessions import session
 
 # Bytes of files that one session runs: ONNX Runtime holds about 2.6 times as much, which is no more than what a compile
@@ -76,10 +77,11 @@ def by_segments(
     floats: Collection[str] = (),
     more: Sequence[Batch] = (),
     each: Callable[[int, Arrays], None] = lambda number, outputs: None,
+    between: Callable[[Carried], None] = lambda carried: None,
 ) -> list[Arrays]:
     """As `run_file`: each segment of the file runs by itself, on what the segments before it gave.
 
-    Outputs for `more` are put aside until all are there.
+    Outputs for `more` are put aside until all are there. between: is shown what goes on behind each segment.
     """
     saved = read_saved(path)
     randomness.settle(saved)
@@ -93,6 +95,7 @@ def by_segments(
     for segment in split(saved, is_heavy):
         after = runner.outputs(segment, stream, original=False, beside=beside)
         stream.quantized = went_on(segment, stream.quantized, after)
+        between(stream.quantized)
         for kept, found in zip(results, after, strict=True):
             kept.update((name, array) for name, array in found.items() if name in aside)
     for number in range(len(more)):
@@ -101,10 +104,13 @@ def by_segments(
 
 
 def is_heavy(node: ir.Node) -> bool:
-    """Whether segments of a finished graph are made around the node: it computes with a large constant."""
+    """Whether segments of a finished graph are made around the node: it computes with a large constant of its own, not
+    with the matrix that turns all inputs.
+    """
     if node.op_type.startswith(_LOOKUPS) or node.op_type in _BEFORE:
         return False
-    return any(is_large(value) for given in node.inputs if given is not None for value in _sources(given))
+    values = (value for given in node.inputs if given is not None for value in _sources(given))
+    return any(is_large(value) and not str(value.name).startswith(MATRIX) for value in values)
 
 
 def _sources(value: ir.Value) -> list[ir.Value]:

@@ -43,6 +43,7 @@ def _documents(made: Any) -> dict[str, list[str]]:
         "bench": ["bench", compiled, "--rounds", "1", "--prompt-tokens", "4", "--decode", "0", "--threads", "1"],
         "inspect": ["inspect", compiled],
         "explain": ["explain", compiled],
+        "diff": ["diff", float_model, compiled, "--text", text, "--tokens", "64", "--context", "32"],
         "passes": ["passes"],
         "one pass": ["passes", "pack"],
         "generate": ["generate", compiled, "--prompt", "hello", "--max-tokens", "2"],
@@ -56,8 +57,8 @@ def _documents(made: Any) -> dict[str, list[str]]:
 
 
 NAMES = [
-    "compile", "plan", "calibrate", "sensitivity", "eval", "bench", "inspect", "explain", "passes", "one pass",
-    "generate", "package", "sweep", "zoo", "recipe", "schema",
+    "compile", "plan", "calibrate", "sensitivity", "eval", "bench", "inspect", "explain", "diff", "passes",
+    "one pass", "generate", "package", "sweep", "zoo", "recipe", "schema",
 ]  # fmt: skip
 
 

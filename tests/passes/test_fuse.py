@@ -20,7 +20,8 @@ from qcompile.passes.formats import functions
 from qcompile.passes.formats.base import ACTIVATION_BITS, COLUMNS_AT_8
 from qcompile.passes.formats.functions import is_product
 from qcompile.passes.formats.lower import lower
-from qcompile.passes.fuse import Fuse, joined_name
+from qcompile.passes.fuse import Fuse
+from qcompile.passes.joined_names import joined_name
 from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
 from qcompile.passes.prepare import Prepare

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qcompile.compiler.api.calibrate import Calibrated
     from qcompile.compiler.api.evaluation import Evaluation
     from qcompile.compiler.api.jobs import calibrate, compile, dry_run, sensitivity, sweep
-    from qcompile.compiler.api.judging import bench, compare, evaluate, explain, inspect
+    from qcompile.compiler.api.judging import bench, compare, diff, evaluate, explain, inspect
     from qcompile.compiler.api.recipes import load_recipe, save_recipe
     from qcompile.compiler.api.rehearsal import Rehearsal
     from qcompile.compiler.api.running import generate, session
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qcompile.compiler.data.images import Pictures
     from qcompile.compiler.mixed.ranking import Ranking
     from qcompile.compiler.recipe import Recipe, Step
+    from qcompile.compiler.report.difference import Difference
     from qcompile.compiler.report.explanation import Explanation
     from qcompile.compiler.report.inspection import Summary
     from qcompile.compiler.results.report import Report
@@ -38,6 +39,7 @@ _HOMES = {
     "Benchmark": f"{_API}.bench",
     "Calibrated": f"{_API}.calibrate",
     "Calibration": f"{_COMPILER}.data.calibration",
+    "Difference": f"{_COMPILER}.report.difference",
     "Evaluation": f"{_API}.evaluation",
     "Explanation": f"{_COMPILER}.report.explanation",
     "Pictures": f"{_COMPILER}.data.images",
@@ -55,6 +57,7 @@ _HOMES = {
     "compare": f"{_API}.judging",
     "compile": f"{_API}.jobs",
     "custom_operators": "qcompile.runtime.sessions",
+    "diff": f"{_API}.judging",
     "dry_run": f"{_API}.jobs",
     "evaluate": f"{_API}.judging",
     "explain": f"{_API}.judging",
@@ -72,6 +75,7 @@ __all__ = [
     "Benchmark",
     "Calibrated",
     "Calibration",
+    "Difference",
     "Evaluation",
     "Explanation",
     "Pictures",
@@ -90,6 +94,7 @@ __all__ = [
     "compare",
     "compile",
     "custom_operators",
+    "diff",
     "dry_run",
     "evaluate",
     "explain",

@@ -28,6 +28,7 @@ _SIZES: dict[str, Any] = {"layers": 3, "hidden": 256, "heads": 4, "kv_heads": 2,
         ("pack", {}, {"lm_head": None, "embedding": None}),
         ("pack", {}, {"lm_head": 8, "embedding": 8}),
         ("awq,pack", {"kv_cache": True}, {}),
+        ("rotate(judge=false),pack", {"kv_cache": True}, {}),  # every input is turned by one matrix
         ("dynamic", {}, {}),
         ("smooth,qdq", {}, {}),
     ],
