@@ -256,7 +256,7 @@ def evaluate_models(
         items = _items(models, on, against, plan)
         rows = _on_texts(models, on, against, running, plan, told)
         if items:
-            tokenizer = _tokenizer(models, on, against)
+            tokenizer = tokenizer_of(models, on, against)
             tasks = score_tasks(against, models, items, tokenizer, **running.settings(), progress=told)
     elif against is None:
         if on.texts:
@@ -278,7 +278,7 @@ def _items(models: Sequence[Path], on: EvaluationSet, against: Path | None, plan
     """The items of the tasks that are asked for: made before the work, for a package may be missing."""
     if not on.tasks:
         return {}
-    tokenizer = _tokenizer(models, on, against)
+    tokenizer = tokenizer_of(models, on, against)
     tokenizer.check_vocabulary(plan.vocabulary)
     tokens = plan.sequence if plan.sequence and not plan.past else on.context
     return {name: TASKS[name](on.task_items, tokenizer, tokens) for name in on.tasks}

@@ -222,7 +222,7 @@ def diff(
         first, second = (stack.enter_context(on_disk(model)) for model in (a, b))
         on = None
         if text is not None or data is not None:
-            on, _ = stack.enter_context(_set(text, data, transform, None, None, tokenizer, context, tokens))
+            on, _ = stack.enter_context(_set(text, data, transform, None, None, tokenizer, context, tokens, ((), 1)))
         return diff_models(first, second, worst=worst, on=on)
 
 
