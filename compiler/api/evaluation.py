@@ -185,7 +185,7 @@ class Evaluation(Shown):
         return {"rows": self.records(), **tasks, **gate, "against": against, **self.running.settings()}
 
     def sheet(self) -> Sheet:
-        """A line for each row."""
+        """A line for each row, and for each task."""
         by = operator_kernels(self.running.kernels, self.running.provider)
         first = self.rows[0].scores
         if isinstance(first, OutputScores):
@@ -196,7 +196,8 @@ class Evaluation(Shown):
             )
         heads = ("text", "model", "size", "perplexity", "KL to reference", "same top-1")
         title = f"{first.windows} windows of {first.context} tokens, {first.scored} scored; {by}"
-        return Sheet(title, heads, [_text_cells(own) for own in self.rows], 4)
+        notes = [f"task {own.task}, {own.model}: {own.told()}" for own in self.tasks]
+        return Sheet(title, heads, [_text_cells(own) for own in self.rows], 4, notes)
 
 
 def _told(score: DecoderScores | OutputScores) -> Iterator[str]:

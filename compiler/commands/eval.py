@@ -72,8 +72,11 @@ def run(args: Options) -> Document:
             bounds=bounds,
             gate=gate,
         )
-    if gate is not None:
-        made = made.gated(gate)
+    missing: UserError | None = None
+    try:
+        made = made.gated(gate) if gate is not None else made
+    except UserError as error:  # behind the tables and the JSON: they took long
+        missing = error
     rows = made.records()
     if isinstance(made.rows[0].scores, DecoderScores):
         _print_scores(rows, running, compared=args.against is not None)
@@ -93,6 +96,8 @@ def run(args: Options) -> Document:
         write_text(args.json_file, json.dumps(document, indent=2) + "\n")
     if args.junit is not None:
         write_text(args.junit, junit(made.kept, made.tasks))
+    if missing is not None:
+        raise missing
     try:
         made.check(bounds)
     except Verdict as broken:

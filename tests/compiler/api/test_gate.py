@@ -118,8 +118,13 @@ def test_figures_that_an_evaluation_has_not(
     assert main([*alone, *_gate(tmp_path, "kl: {max: 1}")]) == 2
     assert "it compares with a reference: give --against" in complaints(capsys.readouterr().err)
     assert main([*alone, *_gate(tmp_path, "perplexity: {max: 1e300}\nfile_bytes: {max: 10000000}")]) == 0
-    assert main([*command, "--tokens", "20", *_gate(tmp_path, "flips_high: {max: 1}")]) == 2
-    assert "flips_high is not known of" in complaints(capsys.readouterr().err)
+    told = tmp_path / "told.json"
+    capsys.readouterr()
+    assert main([*command, "--tokens", "20", *_gate(tmp_path, "flips_high: {max: 1}"), "--json", str(told)]) == 2
+    printed = capsys.readouterr()
+    assert "flips_high is not known of" in complaints(printed.err)
+    assert "perplexity" in printed.out, "what was found is not lost"
+    assert len(json.loads(told.read_text())) == 2
     assert main([*command, "--junit", str(tmp_path / "x.xml")]) == 2
     assert "--junit is of bounds" in complaints(capsys.readouterr().err)
     same = [*_gate(tmp_path, "kl: {max: 1}"), "--junit", str(tmp_path / "x"), "--json", str(tmp_path / "x")]
@@ -167,3 +172,4 @@ def test_junit_of_odd_names() -> None:
     assert "t?.txt" in str(case.get("name"))
     assert "2 breaks kl <= 1" in broken(kept)
     assert broken([]) == ""
+    assert broken(kept * 9).endswith("; and 5 more")

@@ -210,6 +210,7 @@ def test_tasks_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main([*command, "--junit", str(xml)]) == 0
     found = qcompile.evaluate(b, against=a, tasks=["cloze"], task_items=6, tokens=200, context=100)
     assert found.to_dict()["tasks"][1]["accuracy"] == tasks[1]["accuracy"]
+    assert "McNemar's p" in str(found)
 
 
 @pytest.mark.parametrize(
