@@ -8,6 +8,7 @@ from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.measure.distance import effect_of
+from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.plan import quantizes
 from qcompile.compiler.recipe import Recipe, Step
 from qcompile.compiler.results.ladder import NORMS, NOTHING, SELF, Ladder, Rung
@@ -16,6 +17,7 @@ from qcompile.passes.base import Pass
 from qcompile.passes.contract import Reads
 
 
+@phase("ladder")
 def climb(source: Path, recipe: Recipe, made: Sequence[Pass], data: Data, progress: Progress) -> list[Rung]:
     """The rungs below the one that `data` stands for: the finished model of each, measured on the check batches.
 

@@ -12,6 +12,7 @@ from qcompile.compiler.console.visible import visible
 from qcompile.compiler.data.calibration import Calibration, Given
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.facts.memory import give_back
 from qcompile.compiler.facts.model import element_type
 from qcompile.compiler.files import finished, publish
 from qcompile.compiler.files.folders import page_path, report_path
@@ -191,7 +192,11 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
     if recipe.mixed:
         key = source, report.source_hash, recipe.to_dict(), report.versions, asked.calibration, statistics
         rankings = RankingCache(*key, judged=asked.evaluation is not None)
-        report.mixed = keep(graph, walked.passes, plan, data, source, wish(recipe), recipe.provider, progress, rankings)
+        with phase("sensitivity"):
+            report.mixed = keep(
+                graph, walked.passes, plan, data, source, wish(recipe), recipe.provider, progress, rankings
+            )
+            give_back()
     if recipe.target in INT8:
         taking = activation_bits.taking(graph, INT8[recipe.target])
         report.nodes = activation_bits.choose(report.nodes, recipe.activation_bits, taking)
@@ -202,7 +207,8 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
     progress.step("saving")
     randomness.release(graph)
     given = activation_bits.leveled(graph)  # of the source, so the verified graph has them, too
-    lower(graph, recipe.target)
+    with phase("lower"):
+        lower(graph, recipe.target)
     int8 = activation_bits.leveled(graph) - given
     halved = recipe.scale_bits == 16 or graph.meta.get(HALF_SCALES, False)
     graph.meta[HALF_SCALES] = halved and not TARGETS[recipe.target].runtime
@@ -222,7 +228,9 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
         report.target = [*asked.changed, *check_conformance(staged, recipe.target)]
         if bench:
             progress.step("running both models in turns")
-            report.speed = paired(source, staged, plan, (*data.evaluation, *data.checks)[0], recipe.provider)
+            with phase("bench"):
+                report.speed = paired(source, staged, plan, (*data.evaluation, *data.checks)[0], recipe.provider)
+                give_back()
         report.output, report.asked = str(target), asked.asked
         report.budget, report.bound = chosen.budget, chosen.bound.settings
         report.files = [file.name for file in (*written.paths, report_path(target), page_path(target))]
@@ -241,6 +249,7 @@ def _check_source(frontier: Frontier | None, report: Report) -> None:
         raise UserError(f"the frontier is of another model than {report.source}: {told}")
 
 
+@phase("bound")
 def _bounded(chosen: Chosen, walked: Walked, staged: Path, progress: Progress) -> Frontier:
     """The frontier with how far the file is from the float model on what is held aside; TooFar beyond the bound."""
     assert chosen.frontier is not None

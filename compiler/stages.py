@@ -271,6 +271,7 @@ def _infinite(plan: InputPlan, batches: Sequence[Batch]) -> set[str]:
     return {name for batch in batches if names for name in names if np.isinf(batch.feeds.get(name, 0)).any()}
 
 
+@phase("checkpoints")
 def checkpoints_of(work: Work, prepared: Prepared, data: Data, statistics: Path | None, level: str) -> Checkpoints:
     """Those of a compile that keeps them in `work`; statistics: the file that ranges come from. level: `--verify`."""
     more = [level] if statistics is None else [level, files_digest([statistics])]

@@ -8,7 +8,6 @@ import onnx_ir as ir
 
 from qcompile.compiler.data.calibration import Data
 from qcompile.compiler.data.feeds import InputPlan
-from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.mixed.ranking import Ranked, Ranking, RankingCache
 from qcompile.compiler.mixed.sensitivity import Mixture, Steps, finished_distances, stored_bytes
 from qcompile.compiler.mixed.work import work_of
@@ -48,7 +47,6 @@ class Wish:
         return Bound(self.max_kl, self.min_sqnr)
 
 
-@phase("sensitivity")
 def keep(
     model: ir.Model,
     passes: Sequence[Pass],

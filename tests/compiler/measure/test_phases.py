@@ -99,6 +99,27 @@ def test_a_compile_tells_its_phases(bench: Any) -> None:
     assert longest(report.phases).count(",") <= 4
 
 
+@pytest.mark.parametrize(
+    ("name", "passes", "settings"),
+    [
+        ("bench", "pack", {"bench": True}),
+        ("sensitivity", "qdq", {"keep_worst": 1}),
+        ("ladder", "smooth,pack", {"calibration": ["self"]}),
+        ("checkpoints", "pack", {}),
+    ],
+)
+def test_what_takes_memory_beside_the_walk_has_a_name(
+    bench: Any, name: str, passes: str, settings: dict[str, Any]
+) -> None:
+    """Two sessions in turns, a float and an integer graph in one, whole compiles without data, reading all data once
+    more for its digest: none of it is said to be of `other`, nor is what it leaves behind.
+    """
+    report = bench.compile(bench.save(tiny_decoder()), passes, **settings)
+    named = {own.name: own for own in report.phases}
+    assert named[name].seconds > 0
+    assert named[OTHER].seconds < 0.1 * report.seconds + 0.3
+
+
 def test_the_waterfall() -> None:
     """A row each, a bar for each stretch, in seconds from the left; names are escaped."""
     drawn = waterfall([Phase("a", seconds=1, spans=[(0, 1)]), Phase("<b>", True, 1, spans=[(1, 1.5), (1.75, 2)])])
