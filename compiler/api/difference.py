@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from qcompile.compiler.api.evaluation import EvaluationSet, Told, evaluate_models, tokenizer_of
 from qcompile.compiler.data.calibration import data_batches
@@ -17,9 +18,10 @@ from qcompile.compiler.files.load import load_model
 from qcompile.compiler.measure.loaded import text_windows
 from qcompile.compiler.report.difference import Difference, Layer, difference
 from qcompile.compiler.walk.runner import Carried
-from qcompile.compiler.walk.saved_run import by_segments
+from qcompile.compiler.walk.saved_run import by_segments, is_heavy
 
-_MOST = 2
+# Values that go on behind a segment, at most; nodes that are looked at for what is before them.
+_MOST, _FAR = 2, 64
 
 
 def diff_models(
@@ -52,7 +54,7 @@ def _layers(a: Path, b: Path, on: EvaluationSet) -> list[Layer]:
 
     At most two go on, as before a norm that adds them up: no pass scales these. Caches and masks are not among them.
     """
-    known, found = dict[str, npt.NDArray[Any]](), dict[str, Layer]()
+    known, found = dict[str, npt.NDArray[Any]](), dict[str, float]()
 
     def seen(carried: Carried) -> None:
         known.update((name, array.astype(np.float64)) for name, array in _few(carried))
@@ -61,12 +63,23 @@ def _layers(a: Path, b: Path, on: EvaluationSet) -> list[Layer]:
         for name, array in _few(carried):
             before = known.get(name)
             if before is not None and before.shape == array.shape and (size := float(np.linalg.norm(before))) > 0:
-                found.setdefault(name, Layer(name, float(np.linalg.norm(array - before)) / size))
+                found.setdefault(name, float(np.linalg.norm(array - before)) / size)
 
     for path, watch in ((a, seen), (b, compared)):
         plan = input_plan(load_model(path))
         by_segments(path, plan, [_first(path, plan, on, a, b)], "cpu", between=watch)
-    return list(found.values())
+    made = {str(value.name): node for node in load_model(a).graph for value in node.outputs}
+    return [Layer(name, _behind(made.get(name)), error) for name, error in found.items()]
+
+
+def _behind(node: ir.Node | None) -> str:
+    """The nearest node with a weight before a value, by the node that gives it."""
+    near = [] if node is None else [node]
+    for own in near:  # grows while it is walked
+        if is_heavy(own) or len(near) > _FAR:
+            return str(own.name) if is_heavy(own) else ""
+        near += [made for value in own.inputs if value is not None and (made := value.producer()) is not None]
+    return ""
 
 
 def _few(carried: Carried) -> list[tuple[str, npt.NDArray[Any]]]:

@@ -8,10 +8,13 @@ from qcompile.compiler.commands.options import Document
 from qcompile.compiler.console.terminal import Bar, console
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.files.folders import model_file
+from qcompile.passes.errors import UserError
 
 
 def run(args: Options) -> Document:
     """Print the nodes that differ, and what else does."""
+    if args.text and args.data:
+        raise UserError("--text is for language models and --data for others: give one of both")
     on = None
     if args.text or args.data:
         data = Calibration([str(path) for path in args.data])

@@ -9,7 +9,7 @@ from typing import Any
 
 from qcompile.compiler.console.numbers import megabytes, percent
 from qcompile.compiler.report.inspection import described, operators_of, pattern_of
-from qcompile.compiler.report.matching import File, Own, matched
+from qcompile.compiler.report.matching import File, Own, matched, same_numbers
 from qcompile.compiler.results.sheet import Sheet, Shown
 from qcompile.passes.errors import UserError
 from qcompile.passes.joined_names import joined_name
@@ -53,9 +53,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Layer:
-    """A value that goes on from one part of both graphs to the next. error: ‖b - a‖ / ‖a‖ of it."""
+    """A value that goes on from one part of both graphs to the next. behind: the nearest node with a weight before it.
+    error: ‖b - a‖ / ‖a‖ of it.
+    """
 
     value: str
+    behind: str
     error: float
 
 
@@ -130,8 +133,10 @@ class Difference(Shown):
             yield f"operators: {_few([f'{name} {a} → {b}' for name, (a, b) in most], _MOST)}"
         yield from map(_scored, self.scores)
         if self.layers:
-            shown = [f"{own.value} {own.error:.2g}" for own in self.layers]
-            yield f"relative error of what goes on between layers, on one window: {_few(shown, _MOST)}"
+            spread = sorted({round(at * (len(self.layers) - 1) / (_MOST - 1)) for at in range(_MOST)})
+            shown = [f"{own.behind or own.value} {own.error:.2g}" for own in (self.layers[at] for at in spread)]
+            left = f" ({len(self.layers)} in --json)" if len(shown) < len(self.layers) else ""
+            yield f"relative error of what goes on, on one window, behind {', '.join(shown)}{left}"
         yield from self._recipes()
         yield from self.notes
 
@@ -177,8 +182,7 @@ def _pair(a: Sequence[Own], b: Sequence[Own]) -> Pair:
     sides = _side(a), _side(b)
     alike = sides[0] is not None and sides[1] is not None and (sides[0].form, sides[0].weights) == (
         sides[1].form, sides[1].weights)  # fmt: skip
-    same = alike and [part for own in a for part in own.content] == [part for own in b for part in own.content]
-    return Pair(_name(a, b), *sides, same)
+    return Pair(_name(a, b), *sides, alike and same_numbers(a, b))
 
 
 def _name(a: Sequence[Own], b: Sequence[Own]) -> str:
@@ -253,7 +257,7 @@ def _change(sizes: tuple[int, int]) -> str:
 
 def _scored(row: Mapping[str, Any]) -> str:
     if row.get("kl") is not None:
-        told = f"KL(a ‖ b) {row['kl']:.5f} ± {row['kl_error']:.5f} nats a token on {row['text']}"
+        told = f"KL(a ‖ b) {row['kl']:.5f} ± {row['kl_error']:.5f} nats a token on {Path(row['text']).name}"
         return f"{told}, same most likely token {percent(row['agreement'])}"
     return f"output {row['output']}: SQNR {row['sqnr']:.2f} dB, cosine {row['cosine']:.6f}"
 

@@ -5,9 +5,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompile.compiler.files.folders import report_path
@@ -20,7 +22,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.formats import BY_NAME
 from qcompile.passes.formats.half_scales import stored_as
 from qcompile.passes.joined_names import parts_of
-from qcompile.passes.tensors import chunks
+from qcompile.passes.tensors import chunks, read
 
 _RECIPE = "qcompile.recipe"
 # What the names of torch's weights end in, behind the module's.
@@ -131,9 +133,9 @@ class Own:
         return {(self.lookup, own) for name in found for own in (name, name.removesuffix(_OF_TORCH)) if own}
 
     @property
-    def content(self) -> list[str]:
-        """Digests of all its tensors."""
-        return [self.file.digest(tensor) for weight in self.weights for tensor in weight.tensors]
+    def tensors(self) -> list[list[ir.TensorProtocol]]:
+        """Those of each of its weights."""
+        return [list(weight.tensors) for weight in self.weights]
 
 
 def matched(a: File, b: File) -> Iterator[tuple[list[Own], list[Own]]]:
@@ -147,6 +149,29 @@ def matched(a: File, b: File) -> Iterator[tuple[list[Own], list[Own]]]:
     groups = _joined(groups, lambda own: own.aliases, alone=True)
     for group in groups:
         yield [own for own in group if own.file is a], [own for own in group if own.file is b]
+
+
+def same_numbers(a: Sequence[Own], b: Sequence[Own]) -> bool:
+    """Whether both have the same tensors, bit by bit; of joined nodes, whether those of the parts side by side are."""
+    one, other = ([tensors for own in side for tensors in own.tensors] for side in (a, b))
+    if len(one) == len(other):
+        digests = ([own.file.digest(t) for own in side for tensors in own.tensors for t in tensors] for side in (a, b))
+        return next(digests) == next(digests)
+    whole, parts = (one, other) if len(one) == 1 else (other, one)
+    if len(whole) != 1 or any(len(part) != len(whole[0]) for part in parts):
+        return False
+    return all(starmap(_side_by_side, zip(whole[0], zip(*parts, strict=True), strict=True)))
+
+
+def _side_by_side(whole: ir.TensorProtocol, parts: Sequence[ir.TensorProtocol]) -> bool:
+    shapes = [tuple(part.shape.numpy()) for part in (whole, *parts)]
+    axes = [axis for axis in range(len(shapes[0])) if len({shape[axis] for shape in shapes if len(shape) > axis}) > 1]
+    if any(len(shape) != len(shapes[0]) for shape in shapes) or len({part.dtype for part in (whole, *parts)}) > 1:
+        return False
+    arrays = [read(part) for part in parts]
+    if not axes:  # a table of levels is of all
+        return all(np.array_equal(array, read(whole)) for array in arrays)
+    return len(axes) == 1 and np.array_equal(np.concatenate(arrays, axes[0]), read(whole))
 
 
 def _joined(groups: list[list[Own]], called: Callable[[Own], Set[_Name]], *, alone: bool = False) -> list[list[Own]]:

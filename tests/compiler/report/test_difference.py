@@ -29,6 +29,8 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
     "fitted": ("gptq,pack", {"attention": "plain"}),
     "plain": ("pack", {"attention": "plain"}),
     "int8": ("dynamic", {}),
+    "table": ("pack,fuse", {"weights": "nf4(group=32)"}),
+    "tables": ("pack", {"weights": "nf4(group=32)", "attention": "plain"}),
 }
 
 
@@ -63,7 +65,9 @@ def test_every_node_has_its_partner(made: Path, a: str, b: str) -> None:
     assert [own.node for own in found.nodes if own.a is None or own.b is None] == []
     kinds = [own.a.kind for own in found.nodes if own.a is not None]
     assert kinds.count("embedding") == 1
-    separate = 2 + 4 * LAYERS if "joined" in (a, b) else 2 + 7 * LAYERS  # the table, the head; q+k+v, o, gate+up, down
+    separate = (
+        2 + 4 * LAYERS if {"joined", "table"} & {a, b} else 2 + 7 * LAYERS
+    )  # the table, the head; q+k+v, o, gate+up, down
     assert len(found.nodes) == separate
     _adds_up(found)
     for own in found.nodes:
@@ -131,6 +135,13 @@ def test_other_numbers_of_one_format_are_told(made: Path) -> None:
     assert found.recipe == {"passes": (["pack"], ["gptq", "pack"])}
 
 
+def test_joined_codes_are_those_of_their_parts(made: Path) -> None:
+    """Side by side; other codes are not."""
+    assert all(own.same for own in difference(made / "plain.onnx", made / "joined.onnx").nodes)
+    assert all(own.same for own in difference(made / "table.onnx", made / "tables.onnx").nodes)
+    assert not all(own.same for own in difference(made / "joined.onnx", made / "fitted.onnx").nodes)
+
+
 def test_what_differs_in_recipes_and_operators(made: Path) -> None:
     found = difference(made / "plain.onnx", made / "eight.onnx")
     assert found.recipe == {"bits": (4, 8)}
@@ -174,6 +185,8 @@ def test_data_tells_what_b_makes_of_it(made: Path) -> None:
     assert [own.value for own in finer.layers] == names
     for coarse, fine in zip(found.layers, finer.layers, strict=True):
         assert 0 < fine.error < coarse.error / 3
+    assert found.layers[0].behind == "model.layers.0.self_attn.o_proj"
+    assert f"behind {found.layers[0].behind} {found.layers[0].error:.2g}, " in str(found)
     same = qcompile.diff(made / "plain.onnx", made / "plain.onnx", text=text, context=32, tokens=200)
     assert {own.error for own in same.layers} == {0.0}
 
@@ -213,6 +226,8 @@ def test_the_command(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--worst", "2"]) == 0
     assert main(["diff", str(made / "float.onnx"), str(made / "text.txt")]) == 2
     assert "text.txt" in capsys.readouterr().err
+    assert main([*words, "--text", "a", "--data", "b"]) == 2
+    assert "give one of both" in capsys.readouterr().err
     assert main([*words, "--context", "9"]) == 0
     assert "--context has no effect here: it is for --text" in capsys.readouterr().err
 
