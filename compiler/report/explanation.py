@@ -16,6 +16,8 @@ from qcompile.passes.origins import fits
 
 # Details of a decision that name the linears it is about.
 _ABOUT = "linears"
+# Who chose a format within a budget, and its detail: bytes of the model from which on each would be best.
+_BUDGET, _SIZES = "budget", "sizes"
 _NEAREST = 3
 
 
@@ -130,14 +132,32 @@ def _nodes(report: Mapping[str, Any]) -> Iterator[Explained]:
             if name in quantizers and own["node"]:
                 found.setdefault(own["node"], detail)
     measured = {own["node"]: own | {"error": _number(own["error"])} for own in report.get("nodes", ())}
+    budgeted = _budgeted(report.get("frontier") or {})
     whole = sum(own["error"] ** 2 for own in measured.values() if math.isfinite(own["error"]))
     for node, detail in found.items():
         error = measured.get(node)
         finite = error is not None and math.isfinite(error["error"])
         share = error["error"] ** 2 / whole if error is not None and finite and whole else None
         known = {} if error is None else {key: error.get(key) for key in ("error", "int8_error", "activation_bits")}
-        sizes = str(detail.get("weight", "")), int(detail.get("weights", 0)), detail.get("bytes")
-        yield Explained(node, told[node], *sizes, share=share, **known)
+        weight, weights = str(detail.get("weight", "")), int(detail.get("weights", 0))
+        every = [*budgeted.get(weight, ()), *told[node]]
+        yield Explained(node, every, weight, weights, detail.get("bytes"), share=share, **known)
+
+
+def _budgeted(frontier: Mapping[str, Any]) -> dict[str, list[Told]]:
+    """Of weights that a budget chose formats of, by name: which one, and from which size of the model on each would be
+    best for the whole.
+    """
+    found = dict[str, list[Told]]()
+    for number, names in enumerate(frontier.get("units", ())):
+        sizes = dict[str, int]()
+        for point in frontier["points"]:
+            sizes.setdefault(point["formats"][number], int(point["size"]))
+        taken = frontier["points"][frontier["chosen"] - 1]["formats"][number]
+        beside = f", for all {len(names)} that read its input" if len(names) > 1 else ""
+        made = Told(_BUDGET, "chosen", f"{taken}{beside}", {_SIZES: sizes})
+        found |= {str(name): [made] for name in names}
+    return found
 
 
 def _number(error: float | None) -> float:
@@ -163,6 +183,8 @@ def _rows(own: Explained) -> Iterator[tuple[str, str, str, str]]:
     yield own.node, "", f"{own.weights:,} weights{size}", ""
     for told in own.told:
         yield "", told.by, f"{told.action}: {told.reason}", _factor(told)
+        for label, size in told.detail.get(_SIZES, {}).items() if told.by == _BUDGET else ():
+            yield "", "", f"  {label} in models from {megabytes(size)} on", ""
         for label, loss in sorted(told.candidates.items(), key=lambda item: item[1]):
             yield "", "", f"  tried {label}", f"{loss:.3f}"
     if own.error is not None:

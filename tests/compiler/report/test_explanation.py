@@ -46,6 +46,26 @@ def test_every_node_has_what_every_pass_decided_on_it(made: tuple[Path, Report])
     assert found["model.layers.0.mlp.up_proj"].told[-1].reason == "excluded by '*layers.0.mlp.up*'"
 
 
+def test_what_a_budget_chose_among_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each format with the size of the model from which on the frontier gives it; in order, and one of them chosen."""
+    ir.save(tiny_decoder(), tmp_path / "m.onnx")
+    feeds = [{"input_ids": np.random.default_rng(seed).integers(0, 256, (1, 32))} for seed in range(6)]
+    out = tmp_path / "o.onnx"
+    qcompile.compile(tmp_path / "m.onnx", "pack", budget="5bpw", calibration=feeds, output=out)
+    frontier = json.loads((tmp_path / "o.report.json").read_text())["frontier"]
+    point = frontier["points"][frontier["chosen"] - 1]
+    for own in explain(out).nodes:
+        (told,) = [told for told in own.told if told.by == "budget"]
+        (unit,) = [number for number, names in enumerate(frontier["units"]) if own.weight in names]
+        sizes = list(told.detail["sizes"].items())
+        assert told.reason.startswith(point["formats"][unit])
+        assert sizes == sorted(sizes, key=lambda item: item[1])
+        assert sizes[0] == (frontier["points"][0]["formats"][unit], frontier["points"][0]["size"])
+        assert told.detail["sizes"][point["formats"][unit]] <= point["size"]
+    assert main(["explain", str(out), DOWN]) == 0
+    assert " in models from " in capsys.readouterr().out
+
+
 def test_candidates_are_told_with_their_errors(made: tuple[Path, Report]) -> None:
     """The least of them is the one that was chosen, or was not worth it."""
     judged = [told for own in explain(made[0]).nodes for told in own.told if told.candidates]

@@ -112,7 +112,7 @@ def test_the_same_bytes_without_the_walk(
     assert not segments
     assert report.reused == str(shelf)
     assert report.resumed == "the end of the segments"
-    assert [own.getMessage() for own in caplog.records if "an earlier compile's" in own.getMessage()]
+    assert [own.getMessage() for own in caplog.records if "that of an earlier compile" in own.getMessage()]
     assert "is an earlier compile's" in report.took
     assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
     assert _story(report) == _story(whole)
@@ -226,7 +226,7 @@ def test_the_command_tells_what_was_reused(
     capsys.readouterr()
     assert bench.run(source, *words, "--attention", "plain") == 0
     (told,) = [own.getMessage() for own in caplog.records]
-    assert re.fullmatch(rf".*: the walk .* is an earlier compile's, which took \d+ s for it \({shelf}\)", told)
+    assert re.fullmatch(rf".*: the walk is that of an earlier compile, which took \d+ s for it \({shelf}\)", told)
     assert "the walk through the segments is an earlier compile's" in capsys.readouterr().out
 
 
