@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ T = TypeVar("T")
 _LEAST = 12
 # Where a sentence ends: not behind a title.
 _END = re.compile(r"(?<=[.!?])(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)\s+(?=[A-Z])")
+_WORD = re.compile(r"\b[a-z]+\b")
 _LAST_WORD = re.compile(r"(?s)(.*\s)([a-z]{4,12})[.!?]")
 # Characters of a context of sentences, and of a sentence that is chosen among others.
 _CONTEXT, _SENTENCE = (100, 700), (40, 200)
@@ -44,17 +46,24 @@ def passages(text: str) -> Iterator[Passage]:
 
 
 def cloze(text: str, count: int) -> list[Item]:
-    """The last word of a sentence, behind all that stands before it, among last words of others of as many letters."""
+    """The last word of a sentence, behind what stands before it, among words that the text has behind the same word.
+
+    All are of as many letters, and none stands in the context.
+    """
     random, found = Random("cloze"), []
+    behind: dict[str, list[tuple[str, int]]] = {}
     for own in passages(text):
         match = _LAST_WORD.fullmatch(own.sentence)
         if match and _within(_CONTEXT, context := f"{own.before} {match[1].rstrip()}"):
             found.append((context, match[2], own.paragraph))
+        for before, word in pairwise(own.sentence.split()):
+            if _WORD.fullmatch(plain := word.rstrip(".,;:!?")):
+                behind.setdefault(before, []).append((plain, own.paragraph))
     items = []
     for context, word, place in _drawn(random, found, count):
-        known = {word, *re.findall(r"[a-z]+", context)}
-        alike = [(other, at) for _, other, at in found if len(other) == len(word) and other not in known]
-        others = _nearest(alike, place)
+        known = {word, *_WORD.findall(context)}
+        followers = behind.get(context.split()[-1], [])
+        others = _nearest([own for own in followers if len(own[0]) == len(word) and own[0] not in known], place)
         if len(others) >= CHOICES - 1:
             wrong = random.sample(others, CHOICES - 1)
             items.append(item(context, f" {word}", [f" {other}" for other in wrong], random))
@@ -114,4 +123,4 @@ def _nearest(found: list[tuple[str, int]], place: int) -> list[str]:
 
 def _drawn(random: Random, found: list[T], count: int) -> list[T]:
     """More than are wanted, in random order, for some have no wrong answers."""
-    return random.sample(found, min(len(found), 2 * count))
+    return random.sample(found, min(len(found), 4 * count))
