@@ -38,6 +38,7 @@ from qcompile.compiler.stages import (
     checkpoints_of,
     finish,
     gather_data,
+    halve_scales,
     load_statistics,
     prepare_model,
     walk,
@@ -53,9 +54,7 @@ from qcompile.compiler.walk.verify_saved import check_saved
 from qcompile.passes.activations import INT8
 from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError
-from qcompile.passes.formats.half_scales import HALF_SCALES, halve
 from qcompile.passes.formats.lower import lower
-from qcompile.passes.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -210,9 +209,7 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
     with phase("lower"):
         lower(graph, recipe.target)
     int8 = activation_bits.leveled(graph) - given
-    halved = recipe.scale_bits == 16 or graph.meta.get(HALF_SCALES, False)
-    graph.meta[HALF_SCALES] = halved and not TARGETS[recipe.target].runtime
-    halve(graph)
+    halve_scales(graph, recipe)
     with publish.staging(target) as staged:
         with phase("save"):
             written = save_model(graph, staged, metadata=_metadata(report, recipe))

@@ -244,13 +244,16 @@ def _fitted_named(recipe: Recipe, own: Target) -> Iterator[_Change]:
 
 
 def has_format(step: Step, own: Target) -> bool:
-    """Whether the runtime of a target, if it is another one, has the codes of a weight format."""
-    return not own.runtime or step.name in [f"int{bits}" for bits in own.bits]
+    """Whether the runtime of a target, if it is another one, has the codes of a weight format, in groups of the size
+    that the step says.
+    """
+    grouped = not own.groups or step.parameters.get("group", own.groups[0]) in own.groups
+    return not own.runtime or (grouped and step.name in [f"int{bits}" for bits in own.bits])
 
 
 def _fitted_format(recipe: Recipe, setting: str, step: Step, own: Target) -> Iterator[_Change]:
     """Case 3: a weight format given by name; parameters that it does not say are those that the target wants."""
-    if not has_format(step, own):
+    if not has_format(Step(step.name), own):
         known = [f"int{bits}" for bits in own.bits]
         raise _unfitting(recipe, f"weights as {' or '.join(known)}, got {setting} {step}", "choose one of these")
     takes, given, why = parameters(named(step.name).grid), dict(step.parameters), []

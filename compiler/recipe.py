@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -306,8 +307,10 @@ class Recipe:
             raise UserError(f"weights: {self.weights} says all of bits and symmetric: leave these out")
         if self.budget is not None:
             Amount.parse(self.budget)
-        if twice := [text for i, text in enumerate(self.named) if text[0] in dict(self.named[:i])]:
-            raise UserError(f"weights_of: {twice[0][0]!r} is there twice")
+        patterns = [pattern for pattern, _ in self.named]
+        if len(set(patterns)) < len(patterns):
+            twice = next(pattern for i, pattern in enumerate(patterns) if pattern in patterns[:i])
+            raise UserError(f"weights_of: {twice!r} is there twice")
         if self.activations == 8 and self.target != "qcompile":
             raise UserError(f"activations 8 needs target qcompile: the operators of {self.target} do not take it")
         given = [name for name in _MIXED if getattr(self, name) is not None]
@@ -331,7 +334,7 @@ class Recipe:
             return None if self.accuracy_level is None else 8 if self.accuracy_level else 16
         return self.activations
 
-    @property
+    @cached_property
     def named(self) -> tuple[tuple[str, Step | None], ...]:
         """What `weights_of` says: patterns and their formats, None for float."""
         return tuple(parse_named(text, KEEP, "weights_of") for text in self.weights_of)

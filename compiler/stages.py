@@ -42,12 +42,14 @@ from qcompile.passes.contract import Fact, Reads, Stage
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import named
 from qcompile.passes.formats.attention import to_microsoft_attention
+from qcompile.passes.formats.half_scales import HALF_SCALES, halve
 from qcompile.passes.linears import find_linears, vocabulary_size
 from qcompile.passes.masks import mark_infinite
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.observers.extremes import Extremes
 from qcompile.passes.observers.histogram import Histogram
 from qcompile.passes.policy import Policy
+from qcompile.passes.targets import TARGETS
 
 # Batches of calibration data beside the check batches, by which it is told what a model will meet.
 _LOOKED_AT = 8
@@ -325,6 +327,13 @@ def finish(walked: Walked, progress: Progress) -> list[Arrays]:
     report.decisions = {p.name: p.decisions for p in walked.passes}
     _account(walked)
     return job.verify(walked.plan, walked.data, walked.outputs)
+
+
+def halve_scales(model: ir.Model, recipe: Recipe) -> None:
+    """Store scales as float16 in place, where the recipe or the source has them so, and the target takes them."""
+    halved = recipe.scale_bits == 16 or model.meta.get(HALF_SCALES, False)
+    model.meta[HALF_SCALES] = halved and not TARGETS[recipe.target].runtime
+    halve(model)
 
 
 def _check_fit(prepared: Prepared, data: Data) -> None:

@@ -20,7 +20,7 @@ from qcompile.compiler.report.coverage import account, check_coverage, in_order,
 from qcompile.compiler.results.frontier import Frontier
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.results.sheet import Sheet, Shown
-from qcompile.compiler.stages import Prepared, prepare_model
+from qcompile.compiler.stages import Prepared, halve_scales, prepare_model
 from qcompile.compiler.walk.needs import Fed, foretold, load_of
 from qcompile.compiler.walk.segments import split, targets
 from qcompile.passes.base import Region
@@ -107,6 +107,7 @@ def rehearse(source: Path, recipe: Recipe) -> Rehearsal:
     policy = getattr(own[0], "policy", prepared.policy) if own else prepared.policy
     made = account(prepared.constants, graph, prepared.passes, policy)
     report.decisions[report.quantizers[0]] = in_order(made, prepared.order)
+    halve_scales(graph, prepared.recipe)
     report.compiled_bytes = foretold_size(graph)
     names = tuple(p.name for p in prepared.passes)
     return Rehearsal(report, _refusal(prepared), names, inputs, len(segments), need.memory, need.disk, _open(prepared))

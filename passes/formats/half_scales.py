@@ -5,11 +5,13 @@ In memory a model has them as float32 always: `widen` takes these nodes out of a
 model; `halve` puts them into a marked one before it is written, so that what is compiled again or packaged keeps them.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.passes.affine import Array
 from qcompile.passes.bit_fields import unpack_fields
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import by_operator
@@ -40,6 +42,7 @@ def halve(model: ir.Model) -> int:
     if not model.meta.get(HALF_SCALES):
         return 0
     names, done = Names(model), 0
+    shared = _Shared()
     for value in list(model.graph.initializers.values()):
         outer = value.is_graph_input() or value.is_graph_output()
         if value.const_value is None or outer or not _only_scales(model, value):
@@ -55,7 +58,7 @@ def halve(model: ir.Model) -> int:
             register(model, kind)
         elif are_half(value):
             kind, domain, attributes = "Cast", "", {"to": int(ir.DataType.FLOAT)}
-            given = {"half": ir.tensor(np.asarray(tensor.numpy()).astype(np.float16))}
+            given = {"half": shared.half(np.asarray(tensor.numpy()))}
         else:
             continue
         stored = [add_initializer(model.graph, names.fresh(f"{value.name}.{end}"), own) for end, own in given.items()]
@@ -65,6 +68,25 @@ def halve(model: ir.Model) -> int:
         drop_unused(model, value)
         done += 1
     return done
+
+
+class _Shared:
+    """float16 numbers that are one tensor where the float32 ones are the same array, as a dry run counts bytes."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, tuple[int, ...]], tuple[Callable[[], object], ir.TensorProtocol]] = {}
+
+    def half(self, numbers: Array) -> ir.TensorProtocol:
+        """Those of numbers (G, N)."""
+        owner = numbers if numbers.base is None else numbers.base
+        place = numbers.__array_interface__["data"][0], numbers.shape
+        alive, known = self._made.get(place, (lambda: None, None))
+        if known is not None and alive() is owner:
+            return known
+        half = ir.tensor(numbers.astype(np.float16))
+        if isinstance(owner, np.ndarray):
+            self._made[place] = weakref.ref(owner), half
+        return half
 
 
 def widen(model: ir.Model) -> None:

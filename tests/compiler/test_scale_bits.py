@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qcompile
 from qcompile.compiler.files.load import load_model
 from qcompile.compiler.plan import planned
 from qcompile.compiler.recipe import Recipe, Step, parse_passes
@@ -176,3 +177,18 @@ def test_halved_and_widened_scales_are_the_same_numbers(rows, exact, shared, mar
     assert "Cast" not in [node.op_type for node in model.graph]
     assert np.array_equal(_scales(model), scale)
     assert model.meta.get(HALF_SCALES, False) == (stored.dtype == np.float16)
+
+
+@pytest.mark.parametrize("target", ["qcompile", "qdq"])
+def test_a_dry_run_counts_halved_scales(tmp_path: Path, target: str) -> None:
+    """Of a tied table once, too: 8 KB that a rehearsal would be too high by, and a budget could not use."""
+    ir.save(tiny_decoder(layers=1, vocab=2048), tmp_path / "m.onnx")
+    sizes = {}
+    for bits in (16, 32):
+        own: dict[str, Any] = {"group_size": 32, "scale_bits": bits, "target": target}
+        plan = qcompile.dry_run(tmp_path / "m.onnx", "pack", **own)
+        made = qcompile.compile(tmp_path / "m.onnx", "pack", output=tmp_path / "o.onnx", **own)
+        sizes[bits] = plan.report.compiled_bytes, made.compiled_bytes
+    foretold, written = (sizes[32][i] - sizes[16][i] for i in (0, 1))
+    assert foretold == pytest.approx(written, abs=200)
+    assert written > 7_000

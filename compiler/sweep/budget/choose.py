@@ -81,7 +81,7 @@ class Search:
             raise UserError("a budget has nothing to choose: no weight is left that the recipe does not say all of")
         self._choices = choices_of(recipe, self._units, self._vocabulary)
         self.ranking = ranking_of(prepared, recipe, calibration, self._units, progress, evaluation, bound=bound)
-        self._options = options_of(recipe, self._units, self._choices, self.ranking)
+        self.options = options_of(recipe, self._units, self._choices, self.ranking)
         self._counts = [u.elements(next(iter(own.values()))) for u, own in zip(self._units, self._choices, strict=True)]
         self._added = added(prepared.model, recipe)
 
@@ -91,13 +91,17 @@ class Search:
         unforetold: bytes by which `size_of` is known to be too low.
         """
         if amount.size is None:
-            return _within(self._options, (amount.bits or 0) / 8 * sum(self._counts), amount, self._counts)
+            return _within(self.options, (amount.bits or 0) / 8 * sum(self._counts), amount, self._counts)
         usable = amount.size - max(self._added, unforetold)
-        return _sized(self._options, usable, amount, self._counts, lambda own: self._size_of(self._with(own)))
+        return _sized(self.options, usable, amount, self._counts, lambda own: self._size_of(self._with(own)))
+
+    def of_bytes(self, size: float) -> Choice | None:
+        """The choice that changes least with so many bytes for its weights alone; None where none is small enough."""
+        return allocate(self.options, size)
 
     def keeping(self, change: float) -> Choice:
         """The smallest choice of the frontier that is foretold to change no more; the largest, where all do."""
-        made = frontier(self._options)
+        made = frontier(self.options)
         return next((own for own in made if self.change(own) <= change), made[-1])
 
     def fits(self, made: Choice, amount: Amount, unforetold: int = 0) -> bool:
@@ -108,7 +112,7 @@ class Search:
 
     def is_largest(self, made: Choice) -> bool:
         """Whether no choice changes less."""
-        return made == frontier(self._options)[-1]
+        return made == frontier(self.options)[-1]
 
     def change(self, made: Choice) -> float:
         """Foretold: KL in nats a token, or a relative error."""
@@ -142,13 +146,17 @@ class Search:
         for count, own in zip(self._counts, made, strict=True):
             counted[own.what] += count
         shares = ", ".join(f"{counted[name] / sum(self._counts):.0%} {name}" for name in FORMATS if counted[name])
-        return f"{self.bits(made):.2f} bits a weight, of the weights {shares}"
+        looked_up = any(
+            grid.rows_per_code > 1 for own, o in zip(self._choices, made, strict=True) for grid in own[o.what]
+        )
+        slow = "; pairs take the time of int8, and as much memory" if looked_up else ""
+        return f"{self.bits(made):.2f} bits a weight, of the weights {shares}{slow}"
 
     def frontier_with(self, made: Choice, asked: Recipe, unforetold: int = 0) -> Frontier:
         """Choices from the smallest to the largest, spread evenly by size, and the one that was made. asked: the recipe
         without a budget or a bound.
         """
-        every = frontier(self._options)
+        every = frontier(self.options)
         sizes, own = [_bytes(other) for other in every], _bytes(made)
         rest = self.size(made, unforetold) - own
         wanted = np.linspace(sizes[0], sizes[-1], _POINTS)

@@ -15,6 +15,7 @@ from qcompile.compiler.plan import make_policy
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.stages import gather_data, prepare_model
+from qcompile.compiler.sweep.budget import prices
 from qcompile.compiler.sweep.budget.effects import PROBE, errors, measured, probed
 from qcompile.compiler.sweep.budget.units import find_units, joined
 from qcompile.models.tiny import tiny_decoder
@@ -163,7 +164,27 @@ def test_targets_get_formats_that_they_have(source: Path, tmp_path: Path, target
     assert _told_bits(report) <= 5
 
 
-def test_a_target_of_one_format_has_nothing_to_choose(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("passes", "some"), [("pack", False), ("rotate(judge=false),pack", True)])
+def test_pairs_are_for_turned_inputs(source: Path, tmp_path: Path, passes: str, some: bool) -> None:
+    """Of products; a table that is read by its rows is never turned."""
+    report = _compiled(source, tmp_path, "3.7bpw", passes=passes)
+    formats = {own.node: own.format for own in report.decisions["pack"]}
+    assert any(own.startswith("pairs") for own in formats.values()) == some
+    assert not formats["model.embed_tokens"].startswith("pairs")
+    assert ("pairs take the time of int8" in report.target[0]) == some
+
+
+def test_a_target_of_one_format_has_group_sizes_to_choose(source: Path, tmp_path: Path) -> None:
+    report = _compiled(source, tmp_path, "4.8bpw", target="tensorrt", min_coverage=0)
+    made = {own.told for own in report.decisions["pack"] if own.format}
+    assert len(made) > 1
+    assert all(own.startswith("int4") for own in made)
+
+
+def test_a_target_of_one_choice_has_nothing_to_choose(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prices, "FORMATS", ("int4(group=64)", "int6(group=64)"))
     with pytest.raises(UserError, match="nothing to choose: of its formats target tensorrt has int4 alone"):
         _compiled(source, tmp_path, "5bpw", target="tensorrt", min_coverage=0)
 
