@@ -35,7 +35,7 @@ class Piece:
     weights: the large initializers, declared in the proto as external and handed to the session in memory.
     stored: of those that lie in a file, where. A session maps these itself: it copies what it is handed. Elsewhere the
     file may not be there, so this does not go along to another process.
-    prepack: as in `runtime.session`.
+    prepack, kernels: as in `runtime.session`.
     """
 
     proto: onnx.ModelProto
@@ -44,6 +44,7 @@ class Piece:
     weights: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     stored: dict[str, ir.ExternalTensor] = field(default_factory=dict)
     prepack: bool = True
+    kernels: str = "portable"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"stored": {}}
@@ -59,7 +60,7 @@ class Piece:
             folder=folder,
             weights={name: array for name, array in self.weights.items() if name not in mapped},
             spin=False,
-            kernels="portable",
+            kernels=self.kernels,
             prepack=self.prepack,
         )
 
