@@ -1,9 +1,10 @@
 """A model compiled and scored under many settings: every combination once, finished ones kept on disk."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from qcompile.compiler.files.cache import Cache, digest
 from qcompile.compiler.files.load import load_model, model_hash
 from qcompile.compiler.files.work import forget
 from qcompile.compiler.pipeline import compile_model
-from qcompile.compiler.plan import packages
+from qcompile.compiler.plan import build, effective, fitted, packages
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.sweep.grid import Combination, Grid, combinations, identity
@@ -23,6 +24,7 @@ from qcompile.compiler.sweep.progress import COMPILING, Compiling, Quiet, Watche
 from qcompile.compiler.sweep.rows import DONE, FAILED, OPEN, REFUSED, SAME, Row, Sweep, name
 from qcompile.compiler.sweep.scoring import Evaluation, Scoring, calibration_digest, scoring
 from qcompile.compiler.sweep.tables import write_plots, write_tables
+from qcompile.compiler.walk.checkpoints import walked
 from qcompile.passes.errors import UserError
 from qcompile.passes.workers import Here, elsewhere
 
@@ -74,6 +76,7 @@ def sweep(
     try:
         job.run(limit)
     finally:
+        shutil.rmtree(folder / ".walks", ignore_errors=True)
         write_tables(result, folder)
         result.remarks += write_plots(result, folder)
     return result
@@ -81,7 +84,9 @@ def sweep(
 
 @dataclass
 class _Job:
-    """The rows of a sweep on their way from open to done. made: the combination of each row."""
+    """The rows of a sweep on their way from open to done. made: the combination of each row. walks: by the number of a
+    row that another one walks alike, a name of their walk, which is made once.
+    """
 
     sweep: Sweep
     made: Sequence[Combination]
@@ -90,6 +95,7 @@ class _Job:
     folder: Path
     watcher: Watcher
     keep_models: bool
+    walks: dict[int, str] = field(default_factory=dict)
 
     @property
     def cache(self) -> Cache:
@@ -134,6 +140,7 @@ class _Job:
             self.scoring.metric.prepare(lambda done, total: self.watcher.share("running the float model", 0.0))
             self.sweep.float_scores = self.scoring.metric.float_scores
         ended = list[Row]()
+        self.walks = self._alike(chosen)
 
         def load(row: Row) -> tuple[Row]:
             self.watcher.begin(self.sweep, row, len(ended), len(chosen))
@@ -144,11 +151,28 @@ class _Job:
             ended.append(row := chosen[number])
             _fill(row, figures)
             if row.status != FAILED:
-                self.cache.put(row.key, {field: asdict(row)[field] for field in _KEPT})
+                self.cache.put(row.key, {kept: asdict(row)[kept] for kept in _KEPT})
             write_tables(self.sweep, self.folder)
+            if (walk := self.walks.pop(row.number, "")) and walk not in self.walks.values():
+                shutil.rmtree(self._walk(walk), ignore_errors=True)
             self.watcher.end(self.sweep, row, self._left([one for one in chosen if one not in ended]))
         if len(chosen) == len(pending):
             self.scoring.metric.close()
+
+    def _alike(self, rows: Sequence[Row]) -> dict[int, str]:
+        """Names of walks by the numbers of rows, of walks that several rows have; what these read decides once more."""
+        found: dict[str, list[int]] = {}
+        for row in rows:
+            made = self.made[row.number - 1]
+            with suppress(UserError):  # told of its row
+                recipe = effective(fitted(made.recipe)[0]) if made.recipe is not None else Recipe()
+                told = {**walked(recipe.to_dict(), build(recipe)), "files": [*map(str, self._files(made))]}
+                found.setdefault(digest(told), []).append(row.number)
+        return {number: name for name, numbers in found.items() if len(numbers) > 1 for number in numbers}
+
+    def _walk(self, name: str) -> Path:
+        """The folder of a walk that several rows have, while they are worked on."""
+        return self.folder / ".walks" / name
 
     def __getstate__(self) -> dict[str, Any]:
         """As another process has it, to which nobody listens."""
@@ -182,9 +206,15 @@ class _Job:
         made = self.made[row.number - 1]
         kept = self._kept(row)
         calibration = Calibration(self._files(made), self.tokenizer)
+        walk = self.walks.get(row.number)
         with nullcontext(kept) if self.keep_models else publish.staging(self.folder / "model.onnx") as path:
             report: Report = compile_model(
-                self.sweep.model, made.recipe, output=path, calibration=calibration, progress=Compiling(self.watcher)
+                self.sweep.model,
+                made.recipe,
+                output=path,
+                calibration=calibration,
+                progress=Compiling(self.watcher),
+                checkpoints=None if walk is None else self._walk(walk),
             )
             scores = self.scoring.metric.score(path, self._scored)
         return {
@@ -212,6 +242,6 @@ class _Job:
 
 
 def _fill(row: Row, figures: dict[str, Any]) -> None:
-    for field in _KEPT:
-        if field in figures:
-            setattr(row, field, figures[field])
+    for kept in _KEPT:
+        if kept in figures:
+            setattr(row, kept, figures[kept])

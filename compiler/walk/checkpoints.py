@@ -209,8 +209,7 @@ class Checkpoints:
             {
                 "version": _VERSION,
                 "source": report.source_hash,
-                "recipe": {name: own for name, own in report.recipe.items() if name not in _BEHIND | {"passes"}},
-                "passes": self._steps(),
+                **walked(report.recipe, self._passes),
                 "versions": {**report.versions, "python": sys.version},
                 "program": program.digest_of(self._passes),
                 "machine": program.machine(),
@@ -220,10 +219,14 @@ class Checkpoints:
             }
         )
 
-    def _steps(self) -> list[str]:
-        """The passes that the walk knows of, as the recipe gives them; by name alone those that lists have added."""
-        given = {str(step).partition("(")[0]: str(step) for step in self._report.recipe["passes"]}
-        return [given.get(own.name, own.name) for own in self._walked]
+
+def walked(recipe: Mapping[str, Any], passes: Sequence[Pass]) -> dict[str, Any]:
+    """What the walk reads of a recipe's plain values: settings, and the passes that it knows of; by name alone those
+    that lists have added. passes: all of them.
+    """
+    given = {str(step).partition("(")[0]: str(step) for step in recipe["passes"]}
+    steps = [given.get(own.name, own.name) for own in passes if not _is_apart(own)]
+    return {"recipe": {name: own for name, own in recipe.items() if name not in _BEHIND | {"passes"}}, "passes": steps}
 
 
 def _is_apart(own: Pass) -> bool:

@@ -69,6 +69,51 @@ def whole(make_bench: Callable[[str], Any]) -> tuple[Any, Path, Sweep]:
     return bench, model, _sweep(bench, model, keep_models=True)
 
 
+def test_rows_that_differ_behind_the_walk_are_walked_once(
+    make_bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures and models are those of rows by themselves; nothing of the walks stays."""
+    grid = {"passes": ["smooth,pack", "gptq,pack"], "attention": ["fused", "plain"], "bits": [4]}
+    walked, after = list[int](), checkpoints.Checkpoints.after
+
+    def counted(self: Any, state: Any, done: int, of: int, nodes: Any) -> None:
+        walked.append(done)
+        after(self, state, done, of, nodes)
+
+    def swept(name: str) -> tuple[list[dict[str, Any]], dict[str, bytes], int]:
+        bench = make_bench(name)
+        walked.clear()
+        result = _sweep(bench, bench.save(tiny_decoder(kv_cache=True)), grid, keep_models=True)
+        folder = bench.folder / "sweep"
+        assert not (folder / ".walks").exists()
+        models = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("models/*/model*[xa]")}
+        return [row.scores for row in result.done], models, len(walked)
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "after", counted)
+    once = swept("once")
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Job, "_alike", lambda *_: {})
+        each = swept("each")
+    assert once[:2] == each[:2]
+    assert len(each[0]) == 4
+    assert 2 * once[2] == each[2]
+
+
+def test_walks_of_no_other_row_are_not_kept(whole: tuple[Any, Path, Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All keys of that grid are read by the walk; a row that cannot be compiled is alike to none."""
+    bench, model, _ = whole
+    given = list[Any]()
+
+    def refused(*_: Any, **named: Any) -> Any:
+        given.append(named["checkpoints"])
+        raise UserError("not here")
+
+    monkeypatch.setattr(module, "compile_model", refused)
+    sweep(model, GRID, output=bench.folder / "other", recipe=BASE, calibration=[str(bench.text)], evaluation=SCORED)
+    assert len(given) == 6, "two are the same"
+    assert set(given) == {None}
+
+
 def test_figures_are_those_of_eval_and_of_the_report(whole: tuple[Any, Path, Sweep]) -> None:
     bench, model, result = whole
     folder = bench.folder / "sweep"
