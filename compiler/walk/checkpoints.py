@@ -173,8 +173,8 @@ class Checkpoints:
         self._report.resumed, self._report.reused = header.next, ""
         if self._work.taken:
             self._report.reused = str(self._work.shelf)
-            told = "%s: the walk is that of an earlier compile, which took %.0f s for it (%s)"
-            _log.warning(told, self._work.output, header.seconds, self._work.shelf)
+            told = "the walk is that of an earlier compile, which took %.0f s for it (%s)"
+            _log.warning(told, header.seconds, self._work.shelf)
         else:
             _log.warning("%s: going on at %s, where the compile was interrupted", self._work.output, header.next)
         return state["walk"]
