@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qcompile.compiler import ladder
@@ -217,9 +217,9 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
         if chosen.budget:
             Amount.parse(chosen.budget).check(report.compiled_bytes)
         ran = _run(staged, walked, verified, int8, level, progress)
-        report.frontier = chosen.frontier
         if chosen.bound:
-            report.frontier = _bounded(chosen, walked, staged, progress)
+            chosen = replace(chosen, frontier=_bounded(chosen, walked, staged, progress))
+        report.frontier = chosen.frontier and chosen.frontier.sized(report.compiled_bytes)
         check_saved(staged, graph)
         report.verified = told(level, ran=ran)
         report.target = [*asked.changed, *check_conformance(staged, recipe.target)]

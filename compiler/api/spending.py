@@ -28,8 +28,8 @@ from qcompile.passes.errors import UserError, Verdict
 
 # Compiles at most: sizes depend on data where channels stay in float, distances on how well codes are fitted.
 _RUNS = 3
-# What a bound is aimed at, as a share of it; and of the size, what a further compile is to save.
-_AIM, _WORTH = 0.97, 0.99
+# What is aimed at, as a share of a bound, and in the last compile; and of the size, what a further compile is to save.
+_AIM, _LAST_AIM, _WORTH = 0.97, 0.85, 0.99
 # Reports larger than this are something else.
 _LARGEST_FILE = 1 << 28
 
@@ -110,6 +110,10 @@ class Chooser:
         made = self.search.keeping(change)
         return made if self.amount is None or self.search.fits(made, self.amount, self.unforetold) else self.within()
 
+    def size(self, made: Choice) -> int:
+        """Foretold, of the model's files."""
+        return self.search.size(made, self.unforetold)
+
     def is_last(self, made: Choice) -> bool:
         """Whether nothing better is allowed."""
         return self.search.is_largest(made) or (self.amount is not None and made == self.within())
@@ -147,12 +151,12 @@ def _again(missed: int) -> str:
 def _keeping(found: Chooser, run: Callable[[Spent], Report], progress: Progress) -> Report:
     """The smallest that keeps a bound, as far as `_RUNS` compiles tell."""
     tried, kept, made = list[Tried](), None, found.first()
-    size = math.inf  # of what is kept
+    size = math.inf  # foretold, of what is kept
     for left in reversed(range(_RUNS)):
         try:
             kept = run(found.spent(made, tuple(tried)))
             assert kept.frontier is not None
-            tried, size = list(kept.frontier.tried), kept.compiled_bytes
+            tried, size = list(kept.frontier.tried), found.size(made)
         except TooFar as error:
             tried.append(Tried(error.size, found.search.change(made), error.distance))
             if kept is None and (not left or found.is_last(made)):
@@ -164,11 +168,12 @@ def _keeping(found: Chooser, run: Callable[[Spent], Report], progress: Progress)
             progress.step(_again(missed))
             made = found.keeping(found.search.change(made))
             continue
-        following = found.keeping(_next(tried, found.bound.distance))
-        if following == made or not left or found.search.size(following, found.unforetold) > _WORTH * size:
+        aim = (_AIM if left > 1 else _LAST_AIM) * found.bound.distance
+        following = found.keeping(_next(tried, aim))
+        if following == made or not left or found.size(following) > _WORTH * size:
             break
         made = following
-        progress.step(f"{found.bound}: again with {megabytes(found.search.size(made, found.unforetold))}")
+        progress.step(f"{found.bound}: again with {megabytes(found.size(made))}")
     if kept is None:
         raise _refused(found, tried)
     if kept.frontier is not None and tried != list(kept.frontier.tried):
@@ -177,15 +182,15 @@ def _keeping(found: Chooser, run: Callable[[Spent], Report], progress: Progress)
     return kept
 
 
-def _next(tried: list[Tried], limit: float) -> float:
-    """The change to be foretold so that the one measured is just below a limit: in proportion to the last try, or as
-    powers of it go between the last two.
+def _next(tried: list[Tried], aim: float) -> float:
+    """The change to be foretold so that as much as is aimed at is measured: in proportion to the last try, or as powers
+    of it go between the last two.
     """
     last, power = tried[-1], 1.0
     if len(tried) > 1 and min(own.change * own.distance for own in tried[-2:]) > 0:
         change, distance = (math.log(tried[-2].change / last.change), math.log(tried[-2].distance / last.distance))
         power = min(max(distance / change, 0.3), 3.0) if change else 1.0
-    return last.change * (_AIM * limit / last.distance) ** (1 / power) if last.distance else math.inf
+    return last.change * (aim / last.distance) ** (1 / power) if last.distance else math.inf
 
 
 def _refused(found: Chooser, tried: list[Tried]) -> Verdict:

@@ -10,8 +10,8 @@ from qcompile.passes.errors import UserError
 
 @dataclass(frozen=True)
 class Point:
-    """One choice. size: bytes of the model's files, about. bits: a weight, of those chosen, scales included. change:
-    foretold, KL in nats a token or a relative error. formats: of each unit.
+    """One choice. size: bytes of the model's files, about; those of the chosen one once it is compiled. bits: a weight,
+    of those chosen, scales included. change: foretold, KL in nats a token or a relative error. formats: of each unit.
     """
 
     size: int
@@ -83,6 +83,11 @@ class Frontier:
         if not 1 <= number <= len(self.points):
             raise UserError(f"point {number} is not there: the frontier has points 1 to {len(self.points)}")
         return replace(self, chosen=number, bound="", tried=(), held_on="")
+
+    def sized(self, size: int) -> "Frontier":
+        """The same where the file of the chosen point has so many bytes: all of them are off by as much."""
+        missed = size - self.points[self.chosen - 1].size
+        return replace(self, points=tuple(replace(own, size=own.size + missed) for own in self.points))
 
     def with_tried(self, size: int, distance: float, bound: str, held_on: str) -> "Frontier":
         """The same with a compile of the chosen point more."""
