@@ -1,6 +1,6 @@
 """Formats chosen by a budget against uniform settings and against random ones of equal bytes, by their true KL.
 
-python benchmarks/frontier.py MODEL_FOLDER -o OUT [--passes pack] [--random 20] [--tokens 510]
+python benchmarks/frontier.py MODEL_FOLDER -o OUT [--passes pack] [--random 20] [--tokens 511]
 
 Every row is compiled, run, and compared with the float model on both texts of benchmarks/text. The frontier is measured
 once, on windows of the bundled calibration text. `frontier.json` has all rows, `frontier.svg` the picture; what is
@@ -47,8 +47,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--passes", default="pack")
     parser.add_argument("--scale-bits", type=int, default=16)
+    parser.add_argument("--uniform", nargs="*", default=UNIFORM, help="formats for all weights")
     parser.add_argument("--random", type=int, default=20, help="draws of equal bytes")
-    parser.add_argument("--tokens", type=int, default=510, help="of each text")
+    parser.add_argument("--tokens", type=int, default=511, help="of each text")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     source, kept = args.model / "model.onnx", args.output / "frontier.json"
@@ -56,7 +57,7 @@ def main() -> None:
     with Bar() as bar:
         found = Chooser(source, recipe, Calibration(), bar)
     rows = [Row(**{**own, "kl": tuple(own["kl"])}) for own in json.loads(kept.read_text())] if kept.exists() else []
-    for name, made in choices(found.search, args.random):
+    for name, made in choices(found.search, args.uniform, args.random):
         if name in [row.name for row in rows]:
             continue
         target = args.output / "made.onnx"
@@ -71,10 +72,10 @@ def main() -> None:
     draw(rows, args.output / "frontier.svg")
 
 
-def choices(search: Search, draws: int) -> Iterator[tuple[str, Choice]]:
+def choices(search: Search, uniform: Sequence[str], draws: int) -> Iterator[tuple[str, Choice]]:
     """Uniform settings and, with at most as many bytes, the frontier's choice; random ones with those of int4 g64."""
     options = search.options
-    for name in UNIFORM:
+    for name in uniform:
         made = [next((own for own in unit if own.what == name), unit[0]) for unit in options]
         yield name, made
         if (best := search.of_bytes(sum(own.size for own in made))) is not None:
