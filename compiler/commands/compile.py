@@ -69,15 +69,18 @@ def run(args: Options) -> Document:
         source = exported(args.model, bar.step)
     if args.kind is None:
         check_folder(source, folder)
-    _check_one(_recipe(args), graphs(source))
+    _check_one(_recipe(args), graphs(source), args.budget_file)
     with _told_what_is_written() as seen:
         each = [changed(args, model=graph, output=f"{folder}{os.sep}") for graph in graphs(source)]
         made = [_one(own, seen, (args.model, folder)) for own in each]
     return made[0] if len(made) == 1 else made
 
 
-def _check_one(recipe: Recipe, models: Sequence[Path]) -> None:
-    """UserError for a budget of bytes that several models would have to share."""
+def _check_one(recipe: Recipe, models: Sequence[Path], points: Path | None) -> None:
+    """UserError for a budget of bytes that several models would have to share, and for the points of one of them."""
+    if points is not None and len(models) > 1:
+        told = f"--budget-file {points} is of one model, and here are {', '.join(path.name for path in models)}"
+        raise UserError(f"{told}: compile that one alone")
     if recipe.budget is not None and Amount.parse(recipe.budget).size is not None and len(models) > 1:
         told = f"a budget in bytes is for one model, and here are {', '.join(path.name for path in models)}"
         raise UserError(f"{told}: give bits a weight, --budget 4bpw, or compile them one by one")

@@ -123,6 +123,10 @@ def test_bytes_are_of_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main([str(tmp_path / "in"), "--budget", "150kb", "-o", str(tmp_path / "out")]) == 2
     told = "a budget in bytes is for one model, and here are decoder.onnx, encoder.onnx: give bits a weight"
     assert told in " ".join(capsys.readouterr().err.split())
+    _compile(tmp_path / "in" / "encoder.onnx", tmp_path, "pack")
+    points = ["--budget-file", str(tmp_path / "o.report.json"), "--point", "2"]
+    assert cli.main([str(tmp_path / "in"), *points, "-o", str(tmp_path / "out")]) == 2
+    assert "is of one model, and here are decoder.onnx, encoder.onnx" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
 
