@@ -10,7 +10,7 @@ import numpy as np
 
 from qcompile.compiler.data import aside
 from qcompile.compiler.data.calibration_files import Files
-from qcompile.compiler.data.feeds import Batch, InputPlan, array_conversions, npz_batches, token_batches
+from qcompile.compiler.data.feeds import Batch, InputPlan, array_conversions, beginning, npz_batches, token_batches
 from qcompile.compiler.data.images import SUFFIXES as IMAGES
 from qcompile.compiler.data.images import Pictures, picture_input
 from qcompile.compiler.data.inputs import Dim
@@ -203,7 +203,10 @@ def _from_batches(
     described += f", {len(others)} more held aside to choose nodes by" if others else ""
     halves = sampling.bound and len(others) > 1
     others, held = (others[::2], others[1::2]) if halves else (others, [])
-    made = Data(taken if needed else [], batches[:_CHECKS], described, unseen=others, held=held, none_aside=why)
+    checks = batches[:_CHECKS]
+    if all(batch.follows is None for batch in checks):
+        checks = [beginning(plan, batch, _CHECK_TOKENS) for batch in checks]
+    made = Data(taken if needed else [], checks, described, unseen=others, held=held, none_aside=why)
     if not shown and not needed and not learnt and all(batch.follows is None for batch in batches):
         shown = batches[_CHECKS:][:_JUDGED]  # nothing but checks is run on any
     if not shown:

@@ -84,6 +84,26 @@ def token_batches(plan: InputPlan, windows: Sequence[Ids], *, decode_step: bool 
     return batches
 
 
+def beginning(plan: InputPlan, batch: Batch, tokens: int) -> Batch:
+    """A batch of arrays with so many tokens of each of its texts at most; as it is where they cannot be cut there.
+
+    Case 1: the graph fixes their number, the batch continues another one's caches or has some of its own, or there are
+            inputs that do not follow from ids.
+    Case 2: padding stands before the texts, so that nothing of them might be left.
+    """
+    if plan.ids is None or plan.sequence or batch.follows is not None:  # Case 1
+        return batch
+    feeds, roles = batch.feeds, (plan.ids, plan.mask, plan.positions, plan.types)
+    cut = [role.name for role in roles if role is not None and role.name in feeds]
+    others = [array for name, array in feeds.items() if name not in (*cut, *(own.name for own in plan.unread))]
+    same = {feeds[name].shape[-1:] for name in cut} == {feeds[plan.ids.name].shape[-1:]}
+    if any(array.size for array in others) or not same:
+        return batch
+    if plan.mask is not None and plan.mask.name in feeds and not feeds[plan.mask.name][..., :1].all():  # Case 2
+        return batch
+    return Batch(feeds | {name: feeds[name][..., :tokens] for name in cut}, batch.rows)
+
+
 def token_feeds(plan: InputPlan, ids: Ids, *, past: int = 0, empty: bool = True) -> Arrays:
     """Feeds for ids (batch, current) behind `past` tokens; with `empty`, the caches too, at zero length."""
     given = plan.require_tokens()

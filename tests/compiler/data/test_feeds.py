@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.compiler.data import feeds
-from qcompile.compiler.data.feeds import complete, input_plan, npz_batches, token_batches
+from qcompile.compiler.data.feeds import Batch, beginning, complete, input_plan, npz_batches, token_batches
 from qcompile.compiler.data.sampling import sample_windows
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp
 from qcompile.passes.errors import UserError
@@ -351,3 +351,37 @@ def test_sampling_is_bounded_and_needs_a_decoder() -> None:
         sample_windows(None, input_plan(tiny_encoder()), 1, 8, 0)
     with pytest.raises(UserError, match="float input"):
         sample_windows(None, input_plan(tiny_conv()), 1, 8, 0)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_texts_of_arrays_are_cut_to_their_beginning(cached: bool) -> None:
+    """Ids and what follows from them; a past of no length stays, and the graph takes what is left."""
+    model = tiny_decoder(kv_cache=cached)
+    plan = input_plan(model)
+    (whole,) = token_batches(plan, [WINDOW])
+    cut = beginning(plan, whole, 5)
+    assert {name: array.shape for name, array in cut.feeds.items() if "past" not in name} == {
+        name: (1, 5) for name in whole.feeds if "past" not in name
+    }
+    names = [str(value.name) for value in model.graph.outputs]
+    running = session(ir.to_proto(model).SerializeToString())
+    logits, short = (run(running, names, own.feeds)[0] for own in (whole, cut))
+    np.testing.assert_allclose(short, logits[:, :5], rtol=0, atol=1e-4 * np.abs(logits).max())
+
+
+def test_texts_that_cannot_be_cut_stay() -> None:
+    """Padding in front, a cache of its own, a batch that follows another, a length that the graph fixes."""
+    plan = input_plan(tiny_decoder(kv_cache=True))
+    (whole,) = token_batches(plan, [WINDOW])
+    length = next(iter(whole.feeds.values())).shape[1]
+    padded = Batch(whole.feeds | {"attention_mask": np.arange(length)[None] % length}, 1)
+    assert plan.mask is not None
+    past = {
+        pair.past.name: np.zeros([2 if size == 0 else size for size in whole.feeds[pair.past.name].shape], "f")
+        for pair in plan.past
+    }
+    for batch in (padded, Batch(whole.feeds | past, 1), Batch(whole.feeds, 1, follows=0)):
+        assert beginning(plan, batch, 5) is batch
+    floats = input_plan(_floats("x"))
+    arrays = Batch({"x": np.ones((9, 3), np.float32)}, 9)
+    assert beginning(floats, arrays, 5) is arrays
