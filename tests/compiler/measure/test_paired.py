@@ -27,12 +27,14 @@ def test_mcnemar_of_many() -> None:
     assert mcnemar(2400, 2600) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=2e-3)
 
 
-def test_wilson_and_student_as_tables_have_them() -> None:
+def test_intervals_as_tables_have_them() -> None:
     assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998
+    assert newcombe(36, 12, 2, 0) == pytest.approx((0.0569, 0.3404), abs=5e-5)  # the same, on paired shares
     assert wilson(0.0, 20)[0] == 0.0
     assert wilson(1.0, 20)[1] == 1.0
-    for freedom, quantile in ((7, 2.36462), (15, 2.13145), (100, 1.98397)):
+    for freedom, quantile in ((1, 12.7062), (2, 4.30265), (7, 2.36462), (15, 2.13145), (100, 1.98397)):
         assert student(freedom) == pytest.approx(quantile, rel=4e-4)
+    assert student(3) == pytest.approx(3.18245, rel=8e-3)
 
 
 @given(COUNTS, COUNTS, COUNTS, COUNTS)
