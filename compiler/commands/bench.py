@@ -1,12 +1,12 @@
 """`qcompile bench`: how fast models run here, and how much memory they take, against each other."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from qcompile.compiler.api.bench import Candidate, bench_models, cores
 from qcompile.compiler.commands.declared.bench import Options
 from qcompile.compiler.commands.options import Document
+from qcompile.compiler.console.document import written
 from qcompile.compiler.console.terminal import Bar, console, table
 from qcompile.compiler.files.load import check_result_path
 from qcompile.compiler.files.publish import write_text
@@ -27,7 +27,7 @@ def run(args: Options) -> Document:
     report = _measured(candidates, workload, threads, args.rounds)
     _print(report)
     if args.json_file is not None:
-        write_text(args.json_file, json.dumps(report, indent=2) + "\n")
+        write_text(args.json_file, written(report) + "\n")
     return report
 
 

@@ -1,6 +1,5 @@
 """`qcompile eval`: how good models are, alone or against a reference."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from qcompile.compiler.commands.options import (
     Document,
     changed,
 )
+from qcompile.compiler.console.document import written
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.terminal import Bar, console, table
 from qcompile.compiler.data.calibration import Calibration
@@ -93,7 +93,7 @@ def run(args: Options) -> Document:
         gate_sheet(made.kept).show(console(answer=True))
     document = made.document()
     if args.json_file is not None:
-        write_text(args.json_file, json.dumps(document, indent=2) + "\n")
+        write_text(args.json_file, written(document) + "\n")
     if args.junit is not None:
         write_text(args.junit, junit(made.kept, made.tasks))
     if missing is not None:

@@ -219,6 +219,19 @@ def test_eval_command(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.Ca
     assert second["file_bytes"] == pair[1].stat().st_size
 
 
+def test_a_file_of_scores_is_strict_json(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """One token has no standard error, and equal outputs no noise: null, as on stdout, where a strict reader stops."""
+    tiny_tokenizer(256, tmp_path)
+    (tmp_path / "t.txt").write_text("two words")
+    ir.save(tiny_encoder(), tmp_path / "e.onnx")
+    text, out = str(tmp_path / "t.txt"), tmp_path / "o.json"
+    for name, tokens, figure in (("a", "2", "kl_error"), ("e", "8", "sqnr")):
+        model = str(tmp_path / f"{name}.onnx")
+        command = ["eval", model, "--against", model, "--text", text, "--tokens", tokens, "--json", str(out)]
+        assert main(command) == 0
+        assert json.loads(out.read_text(), parse_constant=pytest.fail)[-1][figure] is None
+
+
 def test_a_verdict_on_several_texts(
     pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
