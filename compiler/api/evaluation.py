@@ -246,7 +246,8 @@ def evaluate_models(
     plan = input_plan(load_model(against or models[0]))
     if gate is not None:
         decoder = bool(on.texts) and plan.logits is not None
-        gate.check_asked(decoder=decoder, against=against is not None, tasks=on.tasks)
+        labels, metric = on.labels is not None, on.metric is not None
+        gate.check_asked(decoder=decoder, against=against is not None, tasks=on.tasks, labels=labels, metric=metric)
     if on.tasks:
         plan.require_decoder()
     if on.texts and plan.logits is not None and (on.labels is not None or on.metric is not None):

@@ -38,6 +38,9 @@ _TEXT = _figures(DecoderScores, TokenChanges, Sizes) | {"perplexity"}
 _TASK_ALONE = _figures(TaskScores)
 _TASK = _TASK_ALONE | _figures(Paired)
 _OUTPUT = _figures(OutputScores, Sizes) | {f"classes.{name}" for name in _figures(ClassScores)}
+# Of outputs, what is known by labels and by a metric alone.
+_BY_LABELS = {f"classes.{name}" for name in _figures(Paired)}
+_BY_METRIC = {"metric", "reference_metric"}
 
 
 @dataclass(frozen=True)
@@ -95,32 +98,26 @@ class Gate:
             raise UserError(f"{name}: a gate is a table of bounds, such as `kl: {{max: 0.1}}`")
         return cls(name, [_bound(name, figure, given) for figure, given in _flat(plain)])
 
-    def check_asked(self, *, decoder: bool, against: bool, tasks: Sequence[str]) -> None:
+    def check_asked(self, *, decoder: bool, against: bool, tasks: Sequence[str], labels: bool, metric: bool) -> None:
         """Raise UserError for a bound on a figure that such an evaluation does not have: said before the work."""
-        there = _there(against=against, tasks=tasks) if decoder else _OUTPUT
+        of_outputs = _OUTPUT - (set() if labels else _BY_LABELS) - (set() if metric else _BY_METRIC)
+        there = _there(against=against, tasks=tasks) if decoder else of_outputs
         for own in self.bounds:
             if own.figure not in there:
-                why = "only decoders on --text have it"
-                if own.figure in _OUTPUT - _TEXT:
-                    why = "only outputs of models that are no decoders on --text have it"
-                elif decoder and own.figure in _there(against=True, tasks=tasks):
-                    why = "it compares with a reference: give --against"
-                elif decoder:
-                    why = f"give --tasks {own.figure.split('.')[1]}"
+                why = _why_not(own.figure, decoder=decoder, tasks=tasks)
                 raise UserError(f"{self.name}: there is no {own.figure} here: {why}")
 
     def kept(self, rows: Sequence[Mapping[str, Any]]) -> list[Kept]:
         """Every bound on every row of its kind, which are as `Evaluation.records` has them, without the reference's.
 
-        UserError for a figure that a text's row has not, or none of the outputs.
+        UserError for a figure that a row has not; of classes, that no output has.
         """
         found = []
         for bound in self.bounds:
             own = [made for row in rows for made in _kept(self.name, bound, row)]
             if not own:
-                raise UserError(
-                    f"{self.name}: {bound.figure} is not known here: no output scores classes, or no --metric"
-                )
+                few = " six or more" * (bound.figure == "classes.top5")
+                raise UserError(f"{self.name}: {bound.figure} is not known here: no output scores{few} classes")
             found += own
         return found
 
@@ -144,13 +141,14 @@ def gate_sheet(kept: Sequence[Kept]) -> Sheet:
     return Sheet("", heads, rows, 2)
 
 
-def junit(kept: Sequence[Kept], tasks: Sequence[TaskScores] = ()) -> str:
+def junit(kept: Sequence[Kept], tasks: Sequence[TaskScores] = (), missing: str = "") -> str:
     """The same as JUnit XML: a test case for each bound, named by its figure; its class is the model.
 
-    Tasks are test cases, too, which pass: what they found is in their output.
+    Tasks are test cases, too, which pass: what they found is in their output. missing: why there is a figure that is
+    not known, an error: no bound was judged, and none has passed.
     """
-    failures = str(sum(not own.holds for own in kept))
-    counts = {"tests": str(len(kept) + len(tasks)), "failures": failures, "errors": "0"}
+    failures, cases = str(sum(not own.holds for own in kept)), len(kept) + len(tasks) + bool(missing)
+    counts = {"tests": str(cases), "failures": failures, "errors": str(int(bool(missing)))}
     suites = ElementTree.Element("testsuites", counts)
     suite = ElementTree.SubElement(suites, "testsuite", {"name": "qcompile eval", **counts})
     for own in kept:
@@ -161,6 +159,11 @@ def junit(kept: Sequence[Kept], tasks: Sequence[TaskScores] = ()) -> str:
         if not own.holds:
             told = f"{own.value:.6g} breaks {own.bound}"
             ElementTree.SubElement(case, "failure", {"message": told, "type": "bound"}).text = told
+    if missing:
+        case = ElementTree.SubElement(
+            suite, "testcase", {"classname": "gate", "name": "figures are known", "time": "0"}
+        )
+        ElementTree.SubElement(case, "error", {"message": _xml(missing), "type": "figure"}).text = _xml(missing)
     for score in tasks:
         names = {"classname": _xml(score.model), "name": f"task {score.task}", "time": "0"}
         case = ElementTree.SubElement(suite, "testcase", names)
@@ -178,6 +181,19 @@ def _there(*, against: bool, tasks: Sequence[str]) -> set[str]:
     """The figures of decoders on text and on tasks."""
     each = _TASK if against else _TASK_ALONE
     return (_TEXT if against else _ALONE) | {f"tasks.{task}.{figure}" for task in tasks for figure in each}
+
+
+def _why_not(figure: str, *, decoder: bool, tasks: Sequence[str]) -> str:
+    """Why an evaluation does not have a figure, or what gives it."""
+    if not decoder and figure in _BY_LABELS | _BY_METRIC:
+        return "give --labels FILE" if figure in _BY_LABELS else "give --metric module:function"
+    if not decoder:
+        return "only decoders on --text have it"
+    if figure in _OUTPUT - _TEXT:
+        return "only outputs of models that are no decoders on --text have it"
+    if figure in _there(against=True, tasks=tasks):
+        return "it compares with a reference: give --against"
+    return f"give --tasks {figure.split('.')[1]}"
 
 
 def _bound(name: str, figure: str, given: Any) -> Bound:
@@ -229,8 +245,9 @@ def _kept(name: str, bound: Bound, row: Mapping[str, Any]) -> Iterator[Kept]:
     value: Any = row
     for part in figure.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    if value is None and "text" in row:
-        raise UserError(f"{name}: {bound.figure} is not known of {row['model']} on {on}: the text is too short for it")
+    if value is None and not figure.startswith("classes."):  # of outputs, not all score classes
+        why = "it has no linear weights" if figure == "linear_bits" else "the text is too short for it"
+        raise UserError(f"{name}: {bound.figure} is not known of {row['model']} on {on}: {why}")
     bins = bound.figure == _BINS and value is not None
     for where, own in [(f"{on}, {one['first']}-{one['last']}", one["kl"]) for one in value] if bins else [(on, value)]:
         if own is not None:

@@ -95,7 +95,7 @@ def run(args: Options) -> Document:
     if args.json_file is not None:
         write_text(args.json_file, written(document) + "\n")
     if args.junit is not None:
-        write_text(args.junit, junit(made.kept, made.tasks))
+        write_text(args.junit, junit(made.kept, made.tasks, str(missing or "")))
     if missing is not None:
         raise missing
     try:

@@ -20,7 +20,7 @@ class ClassScores:
 
     top1: share of rows with an equal most likely class, top1_error: its standard error, top1_low, top1_high: its 95 %
     interval (Wilson's, rows taken as independent). top5: share of rows whose class is among the model's five most
-    likely; None of fewer than six classes. flips: rows with another class. Where labels are known: reference, accuracy:
+    likely; None of fewer than six classes. flips: rows with another class. With labels, else None: reference, accuracy:
     share of rows that each gets right; lost, won: rows that one alone got right; accuracy_drop with its 95 % interval,
     and mcnemar_p, as in `Paired`.
     """
@@ -34,8 +34,8 @@ class ClassScores:
     flips: int
     reference: float | None = None
     accuracy: float | None = None
-    lost: int = 0
-    won: int = 0
+    lost: int | None = None
+    won: int | None = None
     accuracy_drop: float | None = None
     accuracy_drop_low: float | None = None
     accuracy_drop_high: float | None = None

@@ -120,11 +120,15 @@ def test_figures_that_an_evaluation_has_not(
     assert main([*alone, *_gate(tmp_path, "perplexity: {max: 1e300}\nfile_bytes: {max: 10000000}")]) == 0
     told = tmp_path / "told.json"
     capsys.readouterr()
-    assert main([*command, "--tokens", "20", *_gate(tmp_path, "flips_high: {max: 1}"), "--json", str(told)]) == 2
+    short = [*command, "--tokens", "20", *_gate(tmp_path, "kl: {max: 100}\nflips_high: {max: 1}")]
+    assert main([*short, "--json", str(told), "--junit", str(tmp_path / "x.xml")]) == 2
     printed = capsys.readouterr()
     assert "flips_high is not known of" in complaints(printed.err)
     assert "perplexity" in printed.out, "what was found is not lost"
     assert len(json.loads(told.read_text())) == 2
+    suite = ElementTree.parse(tmp_path / "x.xml").getroot()[0]
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("1", "0", "1"), "nothing has passed"
+    assert "flips_high is not known of" in str(suite[0][0].get("message"))
     assert main([*command, "--junit", str(tmp_path / "x.xml")]) == 2
     assert "--junit is of bounds" in complaints(capsys.readouterr().err)
     same = [*_gate(tmp_path, "kl: {max: 1}"), "--junit", str(tmp_path / "x"), "--json", str(tmp_path / "x")]
@@ -148,13 +152,40 @@ def test_outputs_and_classes(tmp_path: Path) -> None:
         b, against=a, data=[rows], labels=labels, gate={"sqnr": {"min": 1}, "classes.accuracy_drop_low": {"max": 0.9}}
     ).kept
     assert [own.holds for own in kept] == [True, True]
-    with pytest.raises(qcompile.Verdict, match=r"breaks 1 <= classes\.mcnemar_p <= 1|breaks 200 <= sqnr") as error:
+    with pytest.raises(qcompile.Verdict, match="breaks 200 <= sqnr") as error:
         qcompile.evaluate(b, against=a, data=[rows], labels=labels, gate={"sqnr": {"min": 200}})
     assert error.value.document.to_dict()["gate"][0]["holds"] is False
-    with pytest.raises(UserError, match=r"classes\.mcnemar_p is not known here"):
-        qcompile.evaluate(b, against=a, data=[rows], gate={"classes.mcnemar_p": {"min": 0.05}})
     with pytest.raises(UserError, match="only decoders on text"):
         qcompile.evaluate(b, against=a, data=[rows], gate={"kl": {"max": 1}})
+
+
+@pytest.mark.parametrize(
+    ("figure", "reason"),
+    [
+        ("classes.lost", "there is no classes.lost here: give labels="),
+        ("classes.mcnemar_p", "give labels="),
+        ("metric", "give metric="),
+    ],
+)
+def test_no_bound_holds_for_want_of_labels_or_a_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: str, reason: str
+) -> None:
+    """Rows that are lost are none where nobody knows what is right: said before any model is run."""
+    monkeypatch.setattr(evaluation, "score_outputs", None)
+    a, rows = _noisy(tiny_conv(), tmp_path / "a.onnx", 0), np.zeros((2, 3, 32, 32), np.float32)
+    with pytest.raises(UserError, match=reason):
+        qcompile.evaluate(a, against=a, data=[rows], gate={figure: {"max": 0}})
+
+
+def test_figures_of_no_output() -> None:
+    """Classes are of some outputs only; what no row has is an error, and so is what one row alone lacks."""
+    rows = [{"model": "m", "output": "a", "classes": {"top1": 0.5, "top5": None}}, {"model": "m", "output": "b"}]
+    assert [own.on for own in Gate.of({"classes.top1": {"min": 0}}).kept(rows)] == ["a"]
+    with pytest.raises(UserError, match=r"classes\.top5 is not known here: no output scores six or more classes"):
+        Gate.of({"classes.top5": {"min": 0}}).kept(rows)
+    rows = [{"model": name, "output": "a", "linear_bits": bits} for name, bits in (("m", 4.5), ("n", None))]
+    with pytest.raises(UserError, match="linear_bits is not known of n on a: it has no linear weights"):
+        Gate.of({"linear_bits": {"max": 5}}).kept(rows)
 
 
 def test_a_model_against_itself_is_judged(tmp_path: Path) -> None:
