@@ -14,7 +14,7 @@ from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.facts.memory import give_back
 from qcompile.compiler.facts.model import element_type
-from qcompile.compiler.files import finished, publish
+from qcompile.compiler.files import publish
 from qcompile.compiler.files.folders import page_path, report_path
 from qcompile.compiler.files.load import check_model_file, check_output_path, save_model
 from qcompile.compiler.files.work import Work
@@ -134,9 +134,7 @@ def compile_model(
         [str(folder) for folder in asked or ()],
         chosen,
     )
-    if (shelf := None if checkpoints is None else Path(checkpoints)) is not None:
-        finished.check(shelf)
-    with Work(target, fresh=fresh, shelf=shelf) as work:
+    with Work(target, fresh=fresh, shelf=None if checkpoints is None else Path(checkpoints)) as work:
         return _compiled(job, work, progress, started, bench=bench)
 
 

@@ -19,6 +19,7 @@ from qcompile.compiler.api.sensitivity import rank_nodes
 from qcompile.compiler.api.spending import Spent, asked_for, planned, spending
 from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.console.terminal import Bar
+from qcompile.compiler.files import finished
 from qcompile.compiler.files.folders import is_checkpoint, model_file
 from qcompile.compiler.mixed.ranking import Ranking
 from qcompile.compiler.pipeline import compile_model, default_output
@@ -80,7 +81,7 @@ def compile(
             a sample of models of more than 2 GB where nothing is calibrated.
         fresh: start over, where the same compile was interrupted and would go on behind its last checkpoint.
         checkpoints: a folder that keeps the finished segments, as large as the output and more: another compile with it
-            begins behind them where only what follows is new, such as `attention`, `caches`, `fuse`, `max_kl`.
+            begins behind them where only what follows is new: `attention`, `caches`, `fuse`, how many nodes stay float.
         cluster: `"auto"`, or `"HOST:PORT"` of a Ray cluster, whose machines compute, for the same bytes
             (docs/cluster.md). A Ray that runs in this process is used as it is.
         progress: True shows on stderr what is going on; or an object that is told.
@@ -95,6 +96,8 @@ def compile(
     """
     if output is None and not is_file(model):
         raise UserError("a model in memory has no folder of its own: name the file to write with output=")
+    if checkpoints is not None:
+        finished.check(Path(checkpoints))
     wanted, frontier = asked_for(
         Path(budget_file) if budget_file is not None else None,
         point,

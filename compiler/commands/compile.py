@@ -26,6 +26,7 @@ from qcompile.compiler.console.terminal import Bar, console, remark
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import Files, named
 from qcompile.compiler.data.images import Pictures
+from qcompile.compiler.files import finished
 from qcompile.compiler.files.folders import graphs, is_checkpoint, page_path, report_path
 from qcompile.compiler.files.load import check_model_file, check_output_path, check_result_path
 from qcompile.compiler.files.publish import replace_file, staging, writing
@@ -44,6 +45,8 @@ from qcompile.compiler.settings.amount import Amount
 from qcompile.passes.errors import UserError
 
 _MODEL = "the float model: an .onnx file, its folder, or a Hugging Face folder or .gguf file, which is exported first"
+# Options that say how a compile is done.
+_OF_COMPILES = ("bench", "verify", "fresh", "checkpoints")
 # Inode and time of a file, None where there is none.
 Stamp = tuple[int, int] | None
 
@@ -57,6 +60,10 @@ def calibration_of(args: Calibrating) -> Calibration:
 def run(args: Options) -> Document:
     """Compile a model, or all models of a folder; or with --dry-run say what would happen."""
     idle.of(args, _recipe(args))
+    if args.dry_run:
+        idle.told({name: "--dry-run compiles nothing" for name in _OF_COMPILES if name in args.given})
+    if args.checkpoints is not None:
+        finished.check(args.checkpoints)
     if not (args.model.is_dir() or is_checkpoint(args.model)):
         with _told_what_is_written() as seen:
             return _one(args, seen, None)

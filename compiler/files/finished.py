@@ -5,6 +5,7 @@ Invariant: what lies in `walk-KEY` never changes. It comes there by one rename, 
 """
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -12,7 +13,16 @@ import tempfile
 from pathlib import Path
 
 from qcompile.compiler.files import publish
-from qcompile.compiler.files.header import CHECKPOINT, TENSORS, Damaged, Header, check_sizes, proven
+from qcompile.compiler.files.header import (
+    CHECKPOINT,
+    TENSORS,
+    Damaged,
+    Header,
+    check_sizes,
+    has_checkpoint,
+    is_own,
+    proven,
+)
 from qcompile.passes.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -35,19 +45,24 @@ def place(shelf: Path, key: str) -> Path:
     return shelf / f"walk-{key}"
 
 
-def take(shelf: Path, key: str, folder: Path) -> Header:
-    """Have the files of a finished walk in `folder`, too; Damaged where they are not whole."""
+def whole(shelf: Path, key: str) -> Header:
+    """What the walk of that key says of itself; Damaged where its files are not whole."""
     own = place(shelf, key)
     header, _ = proven(own)
-    check_sizes(own, header)
     if header.key != key or header.done < header.of:
         raise Damaged(f"{own} is another walk")
+    check_sizes(own, header)
+    return header
+
+
+def take(shelf: Path, header: Header, folder: Path) -> None:
+    """Have the files of that walk in `folder`, too; Damaged where that cannot be."""
+    own = place(shelf, header.key)
     try:
         for name in _names(own, header):
             _share(own / name, folder / name)
     except OSError as error:
         raise Damaged(f"{own} cannot be taken ({error.strerror or error})") from error
-    return header
 
 
 def put(folder: Path | None, header: Header | None, shelf: Path) -> None:
@@ -55,18 +70,22 @@ def put(folder: Path | None, header: Header | None, shelf: Path) -> None:
     if folder is None or header is None or header.done < header.of:
         _log.warning("the walk is not kept in %s: there is no checkpoint behind it", shelf)
         return
-    own, part = place(shelf, header.key), None
+    own = place(shelf, header.key)
     try:
         shelf.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=_PART, dir=shelf))
-        for name in _names(folder, header):
-            _share(folder / name, part / name)
-        shutil.rmtree(own, ignore_errors=True)
-        os.replace(part, own)
-    except OSError as error:
-        _log.warning("the walk is not kept in %s: %s", shelf, error.strerror or error)
-        if part is not None:
+        try:
+            if not is_own(part):
+                raise PermissionError(errno.EPERM, "others can write whatever is there")
+            for name in _names(folder, header):
+                _share(folder / name, part / name)
+            shutil.rmtree(own, ignore_errors=True)
+            os.replace(part, own)
+        finally:
             shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        if not has_checkpoint(own):  # which another process has put there meanwhile
+            _log.warning("the walk is not kept in %s: %s", shelf, error.strerror or error)
 
 
 def _names(folder: Path, header: Header) -> list[str]:

@@ -81,7 +81,11 @@ def sealed(header: Header, content: bytes) -> tuple[Header, bytes]:
 def check_sizes(folder: Path, header: Header) -> None:
     """Damaged where a file that the header tells of is missing, or shorter than it was."""
     for name, size in ((header.arrays, header.arrays_size), (TENSORS, header.tensors_size)):
-        if (folder / name).stat().st_size < size if (folder / name).exists() else size:
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            found = 0
+        if found < size:
             raise Damaged(f"{folder / name} is shorter than it was")
 
 

@@ -111,7 +111,7 @@ class Work:
         return self.shelf is not None and not self._fresh and has_checkpoint(finished.place(self.shelf, key))
 
     def adopted(self, key: str) -> bool:
-        """Whether there was a folder of a compile that decides the same; it is this one's now, up to its checkpoint.
+        """Whether there was a folder of a compile that walks the same; it is this one's now, up to its checkpoint.
         That of a walk on the shelf stays there.
 
         Damaged where there was none, and a checkpoint of no matter what that is not whole.
@@ -119,9 +119,13 @@ class Work:
         damaged = None
         if self.is_finished(key):
             assert self.shelf is not None
-            self.kept = finished.take(self.shelf, key, self._made())
-            self._end, self.taken = self.kept.tensors_size, True
-            return True
+            try:
+                header = finished.whole(self.shelf, key)
+                finished.take(self.shelf, header, self._made())
+                self.kept, self._end, self.taken = header, header.tensors_size, True
+                return True
+            except Damaged as error:
+                damaged = error
         with self._free() as folders:
             for folder in filter(has_checkpoint, folders):
                 try:
@@ -150,9 +154,13 @@ class Work:
         return ""
 
     def content(self) -> tuple[bytes, BinaryIO]:
-        """What the checkpoint says, and its file of arrays; Damaged where something is missing."""
+        """What the checkpoint says, and its file of arrays; Damaged where something is missing, or another process has
+        replaced a walk on the shelf while its files were taken.
+        """
         folder = self._made()
         header, found = proven(folder)
+        if header != self.kept:
+            raise Damaged(f"{folder / CHECKPOINT} is another one meanwhile")
         check_sizes(folder, header)
         return found, open(folder / header.arrays, "rb")  # it is read as long as the walk goes on
 

@@ -141,6 +141,8 @@ class _Job:
             self.sweep.float_scores = self.scoring.metric.float_scores
         ended = list[Row]()
         self.walks = self._alike(chosen)
+        first = {walk: number for number, walk in reversed(self.walks.items())}
+        chosen = sorted(chosen, key=lambda row: first.get(self.walks.get(row.number, ""), row.number))  # one lies there
 
         def load(row: Row) -> tuple[Row]:
             self.watcher.begin(self.sweep, row, len(ended), len(chosen))

@@ -3,7 +3,8 @@
 Invariant: a compile that goes on writes the bytes that it would have written undisturbed. So a checkpoint is only
 taken up where all that the walk reads is the same (`_named`): the source's content, the recipe but for what comes
 behind the walk alone (`_is_apart`, `_BEHIND`), the content of all batches, the versions of the packages, the text of
-this program and of others' passes, formats and observers, the kind of processor and the number of threads (`program`).
+this program and of others' passes, formats and observers, the native kernels, the kind of processor and the number of
+threads (`program`).
 All of that is read when the compile begins. What goes from one segment to the next is in it: the graph with what passes
 noted there, the passes themselves, streams, observers, decisions, the report (`snapshot`).
 

@@ -11,7 +11,9 @@ from threadpoolctl import threadpool_info
 
 from qcompile.passes import extensions
 from qcompile.passes.base import Pass
+from qcompile.passes.errors import UserError
 from qcompile.passes.threads import workers
+from qcompile.runtime.library import chosen_kernel, library_path
 
 _OWN = ("compiler", "passes", "runtime", "models")
 _CODE = (".py", ".so", ".pyd", ".dll", ".dylib")
@@ -22,9 +24,22 @@ class Unnamed(Exception):
 
 
 def machine() -> list[str]:
-    """The processor as numeric libraries see it, by which they choose their loops, and the threads, which cut sums."""
+    """The processor as numeric libraries see it, by which they choose their loops, the threads, which cut sums, and the
+    native kernels, by which activations go on (`Runner.advance`).
+
+    OSError for kernels that cannot be read.
+    """
     kinds = sorted({f"{own.get('internal_api')} {own.get('architecture')}" for own in threadpool_info()})
-    return [platform.system(), platform.machine(), *kinds, f"{workers()} threads"]
+    return [platform.system(), platform.machine(), *kinds, f"{workers()} threads", *_kernels()]
+
+
+def _kernels() -> list[str]:
+    """The content of the library of native kernels, and the instruction set that it takes here."""
+    try:
+        library = library_path()
+        return [hashlib.sha256(library.read_bytes()).hexdigest(), chosen_kernel(library)]
+    except UserError:
+        return ["no native kernels"]
 
 
 def digest_of(passes: Sequence[Pass]) -> str:

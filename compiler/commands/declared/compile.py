@@ -110,7 +110,7 @@ class Options(Common, Clustered, Calibrating, Recipes):
         Path | None,
         option(
             "keep the finished segments in this folder, as large as the output and more, and begin behind them where "
-            "only what follows is new: --attention, --caches, fuse, --max-kl and the like",
+            "only what follows is new: --attention, --caches, fuse, how many nodes stay in float",
             "DIR",
             under=SAFETY,
         ),

@@ -73,12 +73,14 @@ def test_rows_that_differ_behind_the_walk_are_walked_once(
     make_bench: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Figures and models are those of rows by themselves; nothing of the walks stays."""
-    grid = {"passes": ["smooth,pack", "gptq,pack"], "attention": ["fused", "plain"], "bits": [4]}
-    walked, after = list[int](), checkpoints.Checkpoints.after
+    grid = {"attention": ["fused", "plain"], "passes": ["smooth,pack", "gptq,pack"], "bits": [4]}
+    walked, others, after = list[int](), list[Path](), checkpoints.Checkpoints.after
 
     def counted(self: Any, state: Any, done: int, of: int, nodes: Any) -> None:
         walked.append(done)
         after(self, state, done, of, nodes)
+        if self._work.shelf is not None:
+            others.extend(self._work.shelf.parent.glob("*"))
 
     def swept(name: str) -> tuple[list[dict[str, Any]], dict[str, bytes], int]:
         bench = make_bench(name)
@@ -97,6 +99,7 @@ def test_rows_that_differ_behind_the_walk_are_walked_once(
     assert once[:2] == each[:2]
     assert len(each[0]) == 4
     assert 2 * once[2] == each[2]
+    assert not others, "rows of a walk come one after the other, and it is removed before the next one"
 
 
 def test_walks_of_no_other_row_are_not_kept(whole: tuple[Any, Path, Sweep], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from conftest import Bench
 import qcompile
 from qcompile.compiler.files import finished, secret
 from qcompile.compiler.results.report import Report
+from qcompile.compiler.walk import program
 from qcompile.compiler.walk.checkpoints import Checkpoints
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.errors import UserError
@@ -172,6 +173,87 @@ def test_a_damaged_walk_is_begun_anew_and_replaced(name: str, bench: Bench, capl
     assert _compiled(bench, source, "out", {"passes": "pack,fuse"}, checkpoints=shelf).reused
 
 
+def test_other_kernels_walk_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Activations go on by the native kernels: an installation without them, or with another build, walks by itself."""
+    source, shelf, settings = _source(bench, "decoder"), bench.folder / "shelf", {"passes": "smooth,gptq,pack"}
+    for number, kernels in enumerate((b"one build", b"another", None), 1):
+        library = tmp_path / "kernels.so"
+        if kernels is None:
+            library.unlink()
+        else:
+            library.write_bytes(kernels)
+
+        def there() -> Path:
+            if not library.is_file():  # noqa: B023  # called in this round
+                raise UserError("none")
+            return library  # noqa: B023
+
+        with monkeypatch.context() as patched:
+            patched.setattr(program, "library_path", there)
+            patched.setattr(program, "chosen_kernel", lambda _: "avx2")
+            assert not _compiled(bench, source, f"out{number}", settings, checkpoints=shelf).reused
+            assert _compiled(bench, source, f"out{number}", settings, checkpoints=shelf).reused
+        assert len(list(shelf.iterdir())) == number
+
+
+def test_a_damaged_walk_leaves_an_interrupted_compile(bench: Bench) -> None:
+    """What lies beside the output is gone on from where the walk on the shelf is not whole."""
+    source, shelf, kept = _kept(bench)
+    with pytest.raises(qcompile.Verdict):
+        _compiled(bench, source, "out", {"passes": "pack"}, min_cosine=1.0, checkpoints=shelf)
+    (kept / "checkpoint").unlink()  # which both have
+    (kept / "checkpoint").write_bytes(b"")
+    report = _compiled(bench, source, "out", {"passes": "pack"}, checkpoints=shelf)
+    assert report.resumed
+    assert not report.reused
+    assert _compiled(bench, source, "out", {"passes": "pack"}, checkpoints=shelf).reused, "it was replaced"
+
+
+def test_a_walk_that_is_replaced_while_it_is_taken_is_begun_anew(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files of two walks of one key are never mixed: tensors may lie otherwise in the other one."""
+    source, shelf, kept = _kept(bench)
+    share = finished._share
+
+    def shared(file: Path, target: Path) -> None:
+        share(file, target)
+        if file == kept / "tensors":
+            monkeypatch.setattr(finished, "_share", share)
+            _compiled(bench, source, "other", {"passes": "pack"}, checkpoints=shelf, fresh=True)
+
+    monkeypatch.setattr(finished, "_share", shared)
+    report = _compiled(bench, source, "out", {"passes": "pack,fuse"}, checkpoints=shelf)
+    assert not report.reused
+    assert "is another one meanwhile" in caplog.text
+    _compiled(bench, source, "whole", {"passes": "pack,fuse"})
+    assert _bytes(bench.folder / "out") == _bytes(bench.folder / "whole")
+
+
+def test_an_interrupt_while_a_walk_is_put_away_leaves_no_part_of_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finished, "_share", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        _compiled(bench, _source(bench, "decoder"), "out", {"passes": "pack"}, checkpoints=bench.folder / "shelf")
+    assert not list((bench.folder / "shelf").iterdir())
+    assert (bench.folder / "out" / "model.onnx").is_file()
+
+
+def test_a_folder_without_modes_keeps_no_walk(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would not be trusted."""
+    monkeypatch.setattr(finished, "is_own", lambda _: False)
+    source, shelf = _source(bench, "decoder"), bench.folder / "shelf"
+    _compiled(bench, source, "out", {"passes": "pack"}, checkpoints=shelf)
+    assert f"the walk is not kept in {shelf}: others can write whatever is there" in caplog.text
+    assert not list(shelf.iterdir())
+
+
 def test_fresh_walks_and_replaces(bench: Bench, segments: list[int]) -> None:
     source, shelf, kept = _kept(bench)
     before = (kept / "checkpoint").stat().st_ino
@@ -215,6 +297,18 @@ def test_a_place_for_no_folder_is_refused_before_the_work(bench: Bench, capsys: 
     bench.refuses(capsys, source, ["--checkpoints", str(bench.text)], "--checkpoints .* is no folder")
     with pytest.raises(UserError, match=r"^checkpoints=.* is no folder"):
         qcompile.compile(source, "pack", checkpoints=bench.text / "in", output=bench.folder / "out.onnx")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("qcompile.compiler.commands.compile.spending", None)  # a budget is chosen by what takes minutes
+        bench.refuses(capsys, source, ["--budget", "5bpw", "--checkpoints", str(bench.text)], "is no folder")
+
+
+def test_a_dry_run_tells_what_it_leaves_out(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoints", str(bench.folder / "shelf"), "--fresh", "--bench", "--dry-run"]
+    assert bench.run(_source(bench, "decoder"), "--passes", "pack", *words) == 0
+    told = capsys.readouterr().err
+    for name in ("--checkpoints", "--fresh", "--bench"):
+        assert f"{name} has no effect here: --dry-run compiles nothing" in told
+    assert "--verify" not in told
 
 
 def test_the_command_tells_what_was_reused(
