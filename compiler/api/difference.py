@@ -43,10 +43,12 @@ def diff_models(
     made = evaluate_models([b], on, against=a, progress=progress)
     found = replace(found, scores=[own.row() for own in made.rows if not own.of_reference])
     try:
-        return replace(found, layers=_layers(a, b, on))
+        if layers := _layers(a, b, on):
+            return replace(found, layers=layers)
+        why = "nothing of one name goes on between large weights of both"
     except Exception as error:  # whatever a graph that nobody prepared lacks to be run by its parts
-        told = f"what goes on between layers is not told ({type(error).__name__}: {str(error)[:200]})"
-        return replace(found, notes=[*found.notes, told])
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+    return replace(found, notes=[*found.notes, f"what goes on between layers is not told ({why})"])
 
 
 def _layers(a: Path, b: Path, on: EvaluationSet) -> list[Layer]:

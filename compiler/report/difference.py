@@ -119,6 +119,8 @@ class Difference(Shown):
             yield name, str(len(pairs)), *forms, *map(_bytes, sides), *map(_error, sides)
 
     def _told(self) -> Iterator[str]:
+        if self.shown and not any(self._rows()):
+            yield "no node that differs has a larger error in b"
         if same := sum(own.same for own in self.nodes):
             yield f"the same, bit by bit: {same} of {len(self.nodes)} nodes with weights"
         for name, other in (("a", "b"), ("b", "a")):

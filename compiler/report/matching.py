@@ -22,6 +22,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.formats import BY_NAME
 from qcompile.passes.formats.half_scales import stored_as
 from qcompile.passes.joined_names import parts_of
+from qcompile.passes.qdq.dynamic import INTEGER
 from qcompile.passes.tensors import chunks, read
 
 _RECIPE = "qcompile.recipe"
@@ -44,7 +45,7 @@ class File:
         self.explained = _explained(path)
         self.by_weight: dict[_Name, list[Explained]] = {}
         for own in self.explained.values():
-            self.by_weight.setdefault((own.is_lookup, own.weight), []).append(own)
+            self.by_weight.setdefault((own.is_lookup, _stem(own.weight)), []).append(own)
         self._digests: dict[Storage, str] = {}
 
     @property
@@ -80,7 +81,10 @@ class File:
         found: dict[tuple[bool, str], list[int]] = {}
         for number, weight in enumerate(self.weights):
             found.setdefault((weight.kind == "embedding", weight.node or f"#{number}"), []).append(number)
-        return [Own(self, node, parts_of(node, known), lookup, numbers) for (lookup, node), numbers in found.items()]
+        return [
+            Own(self, node, parts_of(node.removesuffix(INTEGER), known), lookup, numbers)
+            for (lookup, node), numbers in found.items()
+        ]
 
     def digest(self, tensor: ir.TensorProtocol) -> str:
         """The sha256 of its bytes, which are read once."""
@@ -123,13 +127,17 @@ class Own:
 
     @property
     def names(self) -> set[_Name]:
-        """Of the nodes."""
-        return {(self.lookup, name) for name in (self.node, *self.members)}
+        """Of the nodes; what the report calls it, where it tells of one."""
+        told = [own.node for own in self.told]
+        return {(self.lookup, name) for name in (self.node, *self.members, *(told if len(told) == 1 else ()))}
 
     @property
     def aliases(self) -> set[_Name]:
-        """Of its weights as the source has them, with and without what torch ends their names in."""
-        found = {*_stems(self.weights), *(own.weight for own in self.told), *self.members}
+        """Of its weights as the source has them, with and without what torch ends their names in; of nodes that the
+        report tells of.
+        """
+        told = (name for own in self.told for name in (own.node, _stem(own.weight)))
+        found = {*_stems(self.weights), *self.members, *told}
         return {(self.lookup, own) for name in found for own in (name, name.removesuffix(_OF_TORCH)) if own}
 
     @property
@@ -221,6 +229,13 @@ def _counted_once(weights: Sequence[Weight]) -> Iterator[int]:
 
 
 def _stems(weights: Iterable[Weight]) -> list[str]:
-    """Names of weights; of codes without what they have behind these: a format's name and what follows."""
-    formats = re.compile(rf"\.(?:{'|'.join(re.escape(own.name) for own in BY_NAME.usable())})(?:\..*)?$")
-    return list(dict.fromkeys(formats.sub("", str(weight.tensors[0].name or "")) for weight in weights))
+    """Names of weights, as `_stem`."""
+    return list(dict.fromkeys(_stem(str(weight.tensors[0].name or "")) for weight in weights))
+
+
+def _stem(name: str) -> str:
+    """The name of a weight; of codes without what they have behind it: a format's name, a number where that was taken,
+    and what follows.
+    """
+    formats = "|".join(re.escape(own.name) for own in BY_NAME.usable())
+    return re.sub(rf"\.(?:{formats})(?:_\d+)?(?:\..*)?$", "", name)

@@ -22,6 +22,9 @@ from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore, refused
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.state import node_state, remember, set_node
 
+# What the integer product of a node has behind the node's name.
+INTEGER = ".integer"
+
 
 class Dynamic(IntegerPass):
     """Compute linears in int8 on activation ranges found when the model runs: no calibration.
@@ -174,7 +177,7 @@ def _replace(model: ir.Model, linear: Linear, stored: Stored, codes: tuple[ir.Va
     if point is None:
         shape = stored.quantized.scale.shape
         point = add_initializer(model.graph, zero, ir.tensor(np.zeros(shape, stored.quantized.codes.dtype)))
-    integer = ir.node("MatMulInteger", [x, stored.codes, zero_point, point], name=f"{base}.integer")
+    integer = ir.node("MatMulInteger", [x, stored.codes, zero_point, point], name=f"{base}{INTEGER}")
     cast = ir.node("Cast", [integer.outputs[0]], {"to": int(ir.DataType.FLOAT)}, name=f"{base}.cast")
     scales = ir.node("Mul", [scale, _float32(model, stored.scale)], name=f"{base}.scales")
     for made, kind in ((integer, ir.DataType.INT32), (cast, ir.DataType.FLOAT), (scales, ir.DataType.FLOAT)):

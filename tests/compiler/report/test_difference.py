@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from qcompile.compiler import Recipe, compile_model, parse_passes
 from qcompile.compiler.cli import main
 from qcompile.compiler.files.load import save_model
 from qcompile.compiler.report.difference import Difference, Pair, difference
-from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
+from qcompile.models.tiny import tiny_branch, tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
 from qcompile.passes.errors import UserError
 from qcompile.passes.joined_names import joined_name, parts_of
 
@@ -96,6 +97,33 @@ def test_without_reports_names_are_enough(made: Path, tmp_path: Path) -> None:
         difference(tmp_path / "joined.onnx", tmp_path / "qdq.onnx", worst=3)
 
 
+@pytest.mark.parametrize("model", [tiny_mlp, tiny_branch, tiny_conv], ids=lambda model: str(model.__name__))
+def test_products_of_other_kinds_have_their_partners(model: Any, tmp_path: Path) -> None:
+    """Gemm with transposed and scaled weights, shared ones, bodies of If: whatever the target calls node and codes."""
+    save_model(model(), tmp_path / "float.onnx")
+    feeds = _feeds(model())
+    made = {"packed": ("pack", {}), "qdq": ("pack", {"target": "qdq"}), "int8": ("dynamic", {}), "static": ("qdq", {})}
+    for name, (passes, settings) in made.items():
+        recipe = Recipe(parse_passes(passes), min_coverage=0, **settings)
+        compile_model(tmp_path / "float.onnx", recipe, output=tmp_path / f"{name}.onnx", calibration=feeds)
+    for a in ("float", *made):
+        for b in ("float", *made):
+            found = difference(tmp_path / f"{a}.onnx", tmp_path / f"{b}.onnx")
+            assert [own.node for own in found.nodes if own.a is None or own.b is None] == []
+            _adds_up(found)
+            if a == b or "float" in (a, b):
+                assert all(own.same for own in found.nodes) == (a == b)
+
+
+def _feeds(model: ir.Model) -> list[dict[str, Any]]:
+    random = np.random.default_rng(0)
+    sizes = {v.name: [d if isinstance(d, int) else 8 for d in v.shape] for v in model.graph.inputs}
+    return [
+        {v.name: random.normal(size=sizes[v.name]).astype(v.dtype.numpy()) for v in model.graph.inputs}
+        for _ in range(4)
+    ]
+
+
 def _errors(made: Path, name: str) -> dict[str, float]:
     report = json.loads((made / f"{name}.report.json").read_text())
     return {own["node"]: own["error"] for own in report["nodes"]}
@@ -120,7 +148,10 @@ def test_the_worst_are_those_whose_errors_grew_most(made: Path) -> None:
     grown = sorted(after, key=lambda name: before[name] - after[name])
     assert [row[0] for row in found.sheet().rows] == grown[:3]
     assert all(own.growth == 0 for own in found.nodes if own.a is not None and own.a.kind == "embedding")
-    assert not difference(made / "plain.onnx", made / "eight.onnx", worst=30).sheet().rows, "none grew"
+    none = difference(made / "plain.onnx", made / "eight.onnx", worst=30).sheet()
+    assert not none.rows
+    assert none.notes[0] == "no node that differs has a larger error in b"
+    assert none.notes[0] not in found.sheet().notes
     with pytest.raises(UserError, match="at least 1"):
         difference(made / "eight.onnx", made / "plain.onnx", worst=0)
 
@@ -204,6 +235,15 @@ def test_arrays_tell_of_outputs(tmp_path: Path) -> None:
     assert found.scores
     assert all(0 < row["sqnr"] < 60 for row in found.scores)
     assert "SQNR" in str(found)
+
+
+def test_nothing_that_goes_on_is_a_note(tmp_path: Path) -> None:
+    """Of a model without large weights."""
+    save_model(tiny_mlp(), tmp_path / "m.onnx")
+    found = qcompile.diff(tmp_path / "m.onnx", tmp_path / "m.onnx", data=_feeds(tiny_mlp()))
+    assert found.scores
+    assert not found.layers
+    assert [note for note in found.notes if "between layers is not told (nothing of one name goes on" in note]
 
 
 def test_what_cannot_be_run_by_its_parts_is_a_note(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
