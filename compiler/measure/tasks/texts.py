@@ -8,6 +8,7 @@ from random import Random
 from typing import TypeVar
 
 from qcompile.compiler.measure.tasks.items import CHOICES, Item, item
+from qcompile.passes.errors import UserError
 
 T = TypeVar("T")
 # Tokens that are left empty in a context: most sentences are longer.
@@ -48,7 +49,7 @@ def passages(text: str) -> Iterator[Passage]:
 def cloze(text: str, count: int) -> list[Item]:
     """The last word of a sentence, behind what stands before it, among words that the text has behind the same word.
 
-    All are of as many letters, and none stands in the context.
+    All are of as many letters, and none stands in the context, where it would be told by that alone.
     """
     random, found = Random("cloze"), []
     behind: dict[str, list[tuple[str, int]]] = {}
@@ -61,10 +62,11 @@ def cloze(text: str, count: int) -> list[Item]:
                 behind.setdefault(before, []).append((plain, own.paragraph))
     items = []
     for context, word, place in _drawn(random, found, count):
-        known = {word, *_WORD.findall(context)}
+        there = set(_WORD.findall(context.lower()))
         followers = behind.get(context.split()[-1], [])
-        others = _nearest([own for own in followers if len(own[0]) == len(word) and own[0] not in known], place)
-        if len(others) >= CHOICES - 1:
+        alike = [own for own in followers if len(own[0]) == len(word) and own[0] not in there | {word}]
+        others = _nearest(alike, place)
+        if word not in there and len(others) >= CHOICES - 1:
             wrong = random.sample(others, CHOICES - 1)
             items.append(item(context, f" {word}", [f" {other}" for other in wrong], random))
     return items[:count]
@@ -89,8 +91,10 @@ def needle(text: str, count: int, length: Callable[[str], int], tokens: int) -> 
     """Which of four words, spread over a context, is whose. length: of a text in tokens, of which there are `tokens`.
 
     As multi-key retrieval is asked for elsewhere (RULER, Hsieh et al. 2024): the wrong words stand in the context, too.
+    UserError for fewer tokens than all four take.
     """
     random, sentences = Random("needle"), [own.sentence for own in passages(text)]
+    sizes = [length(f" {own}") for own in sentences]
     items = []
     for _ in range(count):
         roles, words = random.sample(_ROLES, CHOICES), random.sample(_WORDS, CHOICES)
@@ -98,13 +102,15 @@ def needle(text: str, count: int, length: Callable[[str], int], tokens: int) -> 
         asked = random.randrange(CHOICES)
         question = f"\n\nThe secret word of the {roles[asked]} is"
         room = tokens - length(" ".join([*hidden, question, f" {words[asked]}"])) - CHOICES
+        if room < 0:
+            raise UserError(f"task needle: {tokens} tokens of context are too few: four words take {tokens - room}")
         start, hay = random.randrange(len(sentences)), list[str]()
-        for sentence in (*sentences[start:], *sentences[:start]):
+        for index in (*range(start, len(sentences)), *range(start)):
             if room < _LEAST:
                 break
-            if (size := length(f" {sentence}")) <= room:
-                hay.append(sentence)
-                room -= size
+            if sizes[index] <= room:
+                hay.append(sentences[index])
+                room -= sizes[index]
         for number, own in reversed(list(enumerate(hidden))):
             hay.insert(round((number + random.random()) * len(hay) / CHOICES), own)
         right, wrong = f" {words[asked]}", [f" {word}" for word in words if word != words[asked]]
