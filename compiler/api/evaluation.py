@@ -27,7 +27,7 @@ from qcompile.compiler.measure.loaded import text_windows
 from qcompile.compiler.measure.metric import Function, Metric
 from qcompile.compiler.measure.metrics import TokenScores
 from qcompile.compiler.measure.tasks.items import Item
-from qcompile.compiler.measure.tasks.scoring import TaskScores, score_tasks
+from qcompile.compiler.measure.tasks.scoring import TaskScores, check_fit, score_tasks
 from qcompile.compiler.measure.tasks.table import TASKS
 from qcompile.compiler.report.sizes import Sizes, model_sizes
 from qcompile.compiler.results.sheet import Sheet, Shown
@@ -255,10 +255,11 @@ def evaluate_models(
     if on.texts and plan.logits is not None:
         if bounds is not None:
             bounds.check_decoder()
-        items = _items(models, on, against, plan)
-        rows = _on_texts(models, on, against, running, plan, told)
+        tokenizer = tokenizer_of(models, on, against)
+        items = _items(on, plan, tokenizer)
+        windows = [text_windows(text, tokenizer, plan, on.context, on.tokens) for text in on.texts]
+        rows = _on_texts(models, on, against, running, windows, told)
         if items:
-            tokenizer = tokenizer_of(models, on, against)
             tasks = score_tasks(against, models, items, tokenizer, **running.settings(), progress=told)
     elif against is None:
         if on.texts:
@@ -276,21 +277,29 @@ def task_row(own: TaskScores) -> dict[str, Any]:
     return {"task": own.task, **plain, **{name: value for name, value in paired.items() if name != "count"}}
 
 
-def _items(models: Sequence[Path], on: EvaluationSet, against: Path | None, plan: InputPlan) -> dict[str, list[Item]]:
+def _items(on: EvaluationSet, plan: InputPlan, tokenizer: Tokenizer) -> dict[str, list[Item]]:
     """The items of the tasks that are asked for: made before the work, for a package may be missing."""
-    if not on.tasks:
-        return {}
-    tokenizer = tokenizer_of(models, on, against)
-    tokenizer.check_vocabulary(plan.vocabulary)
-    tokens = plan.sequence if plan.sequence and not plan.past else on.context
-    return {name: TASKS[name](on.task_items, tokenizer, tokens) for name in on.tasks}
+    if on.tasks:
+        tokenizer.check_vocabulary(plan.vocabulary)
+    fixed = plan.sequence if plan.sequence and not plan.past else None
+    items = {name: TASKS[name](on.task_items, tokenizer, fixed or on.context) for name in on.tasks}
+    for name, own in items.items():
+        if not own:
+            raise UserError(f"task {name}: there are no items here: leave it out")
+        if fixed:
+            check_fit(name, own, tokenizer, fixed)
+    return items
 
 
 def _on_texts(
-    models: Sequence[Path], on: EvaluationSet, against: Path | None, running: Running, plan: InputPlan, told: Told
+    models: Sequence[Path],
+    on: EvaluationSet,
+    against: Path | None,
+    running: Running,
+    texts: Sequence[Sequence[Ids]],
+    told: Told,
 ) -> list[Evaluated]:
-    tokenizer = tokenizer_of(models, on, against)
-    texts = [text_windows(text, tokenizer, plan, on.context, on.tokens) for text in on.texts]
+    """texts: the windows of each."""
     paths = [*([against] if against else []), *models]
     sizes = [model_sizes(path) for path in paths]
     together = [TokenScores() for _ in paths]

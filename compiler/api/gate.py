@@ -193,7 +193,7 @@ def _why_not(figure: str, *, decoder: bool, tasks: Sequence[str]) -> str:
         return "only outputs of models that are no decoders on --text have it"
     if figure in _there(against=True, tasks=tasks):
         return "it compares with a reference: give --against"
-    return f"give --tasks {figure.split('.')[1]}"
+    return f"ask for the task {figure.split('.')[1]} by --tasks"
 
 
 def _bound(name: str, figure: str, given: Any) -> Bound:

@@ -12,6 +12,7 @@ from qcompile.compiler.measure.loaded import Subject
 from qcompile.compiler.measure.metrics import log_softmax
 from qcompile.compiler.measure.paired import Paired, wilson
 from qcompile.compiler.measure.tasks.items import CHOICES, Item, digest
+from qcompile.passes.errors import UserError
 
 # Called with a task, and how many of how many items are done by all models.
 Told = Callable[[str, int, int], None]
@@ -75,6 +76,14 @@ class Encoded:
         return int(np.argmax(np.array(sums) / self.sizes)) == self.answer
 
 
+def check_fit(task: str, items: Sequence[Item], tokenizer: Tokenizer, tokens: int) -> None:
+    """Raise UserError for a choice that a graph of so many tokens cannot take; contexts are cut at their start."""
+    for own in items:
+        longest = max(len(ids) - start for ids, start in Encoded.of(own, tokenizer, tokenizer.around()[0]).windows)
+        if longest > tokens:
+            raise UserError(f"task {task}: choices of {longest} tokens, and the model takes {tokens}: leave it out")
+
+
 def score_tasks(
     reference: Path | None,
     candidates: Sequence[Path],
@@ -116,8 +125,11 @@ def _likelihood(subject: Subject, ids: Ids, start: int) -> float:
 def _scores(subject: Subject, ids: Ids, first: int) -> npt.NDArray[np.float32]:
     """Log-softmaxes of what follows the ids from number `first` on: (len(ids) - first, V).
 
-    A graph of fixed length gets as many ids as it takes: what stands behind changes nothing before it.
+    A graph of fixed length gets as many ids as it takes: what stands behind changes nothing before it, and of more than
+    it takes the last ones.
     """
     step = subject.plan.sequence or 1
+    cut = max(len(ids) - step, 0) if subject.plan.sequence and not subject.plan.past else 0
+    ids, first = ids[cut:], first - cut
     filled = np.pad(ids, (0, -len(ids) % step), mode="edge")
     return log_softmax(subject.logits(filled)[first : len(ids)])

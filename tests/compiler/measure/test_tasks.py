@@ -3,11 +3,14 @@
 import builtins
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from said import complaints
@@ -16,9 +19,10 @@ import qcompile
 from qcompile.compiler.api import evaluation
 from qcompile.compiler.cli import main
 from qcompile.compiler.data.tokens import Tokenizer
+from qcompile.compiler.measure.loaded import Subject
 from qcompile.compiler.measure.tasks import generated, texts
 from qcompile.compiler.measure.tasks.items import Item, digest, item
-from qcompile.compiler.measure.tasks.scoring import Encoded, score_tasks
+from qcompile.compiler.measure.tasks.scoring import Encoded, check_fit, score_tasks
 from qcompile.compiler.measure.tasks.table import TASKS, named
 from qcompile.models.text import calibration_text, tasks_text
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
@@ -56,6 +60,30 @@ def test_items_are_the_same_every_time(name: str, tokenizer: Tokenizer) -> None:
     assert places.min() > 2, "the right choice stands anywhere"
 
 
+def _sizes(own: Item) -> list[int]:
+    return [int(choice) if choice.strip().lstrip("-").isdigit() else len(choice) for choice in own.choices]
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "pattern"])  # whose numbers are as arithmetic's
+def test_choices_alone_do_not_tell_the_right_one(name: str, tokenizer: Tokenizer) -> None:
+    """By rank of size or length, by distances to the others, by how common it is.
+
+    Guessing gets 25 %: 300 items or more, so 36 % are more than four standard errors above.
+    """
+    if name == "arithmetic":
+        pytest.importorskip("reasoning_gym")
+    items = TASKS[name](400, tokenizer, 600)
+    assert len(items) >= 300
+    sizes, answers = np.array([_sizes(own) for own in items]), np.array([own.answer for own in items])
+    common = Counter(own.choices[own.answer] for own in items)
+    guesses = [np.argsort(sizes, axis=1, kind="stable")[:, rank] for rank in range(4)]
+    apart = np.abs(sizes[:, :, None] - sizes[:, None])
+    guesses += [apart.sum(axis=2).argmin(axis=1), np.isin(apart, (1, 2, 3, 10)).sum(axis=2).argmax(axis=1)]
+    others = [[common[c] - (place == own.answer) for place, c in enumerate(own.choices)] for own in items]
+    guesses.append(np.argmax(others, axis=1))
+    assert [share for share in ((own == answers).mean() for own in guesses) if share > 0.36] == []
+
+
 def test_text_of_tasks_is_apart_from_other_texts() -> None:
     """No sentence of it is calibrated on, nor one of the evaluation texts; one quotation aside."""
     plain = [" ".join(text.split()) for text in (tasks_text(), calibration_text())]
@@ -66,9 +94,13 @@ def test_text_of_tasks_is_apart_from_other_texts() -> None:
 
 
 def test_cloze_and_next_sentence_come_from_the_text() -> None:
-    """The right choice is what follows in it, the wrong ones do not; words are of one length, all from its text."""
+    """The right choice is what follows in it, the wrong ones do not; words are of one length, all from its text.
+
+    None stands in the context: where one in eight right ones did, and no wrong one, that told it.
+    """
     plain = " ".join(tasks_text().split())
-    for own in texts.cloze(tasks_text(), 30):
+    for own in texts.cloze(tasks_text(), 100):
+        assert not {choice.strip() for choice in own.choices} & set(re.findall(r"\w+", own.context.lower()))
         assert own.context + own.choices[own.answer] in plain
         assert len({len(choice) for choice in own.choices}) == 1
         assert all(choice in plain for choice in own.choices)
@@ -81,6 +113,11 @@ def test_cloze_and_next_sentence_come_from_the_text() -> None:
 def test_titles_end_no_sentence() -> None:
     (own,) = texts.passages("It rained. Mr. Starbuck was wet. ")
     assert own.sentence == "Mr. Starbuck was wet."
+
+
+def test_a_context_with_no_place_for_needles() -> None:
+    with pytest.raises(UserError, match="needle: 20 tokens of context are too few: four words take 4"):
+        texts.needle(tasks_text(), 1, lambda text: len(text.split()), 20)
 
 
 @pytest.mark.parametrize("tokens", [120, 400])
@@ -103,6 +140,20 @@ def test_sums_and_sequences_are_right() -> None:
             assert eval(left, {}) == int(right)
         assert solved == generated.arithmetic(1)[0].context.split("\n")[:-1]
     assert all(own.context.count(",") >= 4 for own in generated.pattern(10))
+
+
+def test_no_more_is_generated_than_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The item behind the first 100 sequences takes half a minute."""
+    gym, seen = pytest.importorskip("reasoning_gym"), list[int]()
+
+    class Made:
+        def __getitem__(self, index: int) -> dict[str, str]:
+            seen.append(index)
+            return {"question": f"{index // 2}, ?", "answer": "1"}
+
+    monkeypatch.setattr(gym, "create_dataset", lambda *_, **__: Made())
+    assert [own.context for own in generated.pattern(3)] == ["0,", "1,", "2,"]
+    assert seen == [0, 1, 2, 3, 4]
 
 
 def test_examples_are_numpys() -> None:
@@ -130,7 +181,7 @@ class _Known:
     def __init__(self, probabilities: Sequence[float], sequence: int | None = None) -> None:
         self.runs: list[int] = []
         self._row = np.log(np.asarray(probabilities, np.float64))
-        self.plan = type("Plan", (), {"sequence": sequence})()
+        self.plan = type("Plan", (), {"sequence": sequence, "past": ()})()
 
     def logits(self, window: np.ndarray) -> np.ndarray:
         self.runs.append(len(window))
@@ -142,6 +193,9 @@ class _Letters:
 
     def encode(self, text: str) -> list[int]:
         return ["abcd".index(letter) for letter in text]
+
+    def around(self) -> tuple[list[int], list[int]]:
+        return [], []
 
 
 def _right(own: Item, model: _Known, before: Sequence[int] = ()) -> bool:
@@ -167,6 +221,12 @@ def test_fixed_lengths_and_texts_of_one_token() -> None:
     model = _Known([0.1, 0.2, 0.6, 0.1], sequence=8)
     assert _right(Item("ab", ("cc", "b", "d", "a"), 0), model)
     assert set(model.runs) == {8}
+    short = _Known([0.1, 0.2, 0.6, 0.1], sequence=2)
+    assert _right(Item("abab", ("cc", "bc", "dd", "ab"), 0), short), "a context that is too long is cut at its start"
+    assert set(short.runs) == {2}
+    check_fit("t", [Item("abab", ("cc", "b", "d", "a"), 0)], _Letters(), 2)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="task t: choices of 3 tokens, and the model takes 2"):
+        check_fit("t", [Item("abab", ("ccc", "b", "d", "a"), 0)], _Letters(), 2)  # type: ignore[arg-type]
     assert _right(Item("", ("c", "b", "d", "a"), 0), _Known([0.1, 0.2, 0.6, 0.1]), before=[0])
 
 
@@ -191,7 +251,7 @@ def test_tasks_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     tiny_tokenizer(256, tmp_path)
     a, b = _saved(tmp_path / "a.onnx"), _saved(tmp_path / "b.onnx", 0.3)
     (tmp_path / "g.yaml").write_text("tasks.cloze.accuracy_drop: {max: 1}\ntasks: {needle: {mcnemar_p: {min: 2}}}\n")
-    command = ["eval", str(b), "--against", str(a), "--tokens", "200", "--context", "100", "--task-items", "6"]
+    command = ["eval", str(b), "--against", str(a), "--tokens", "800", "--context", "400", "--task-items", "6"]
     out, xml = tmp_path / "o.json", tmp_path / "o.xml"
     command += ["--tasks", "cloze,needle", "--json", str(out)]
     assert main([*command, "--gate", str(tmp_path / "g.yaml"), "--junit", str(xml)]) == 1
@@ -208,7 +268,7 @@ def test_tasks_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [row["holds"] for row in rows if "bound" in row] == [True, False]
     assert xml.read_text().count("<system-out>") == 4
     assert main([*command, "--junit", str(xml)]) == 0
-    found = qcompile.evaluate(b, against=a, tasks=["cloze"], task_items=6, tokens=200, context=100)
+    found = qcompile.evaluate(b, against=a, tasks=["cloze"], task_items=6, tokens=800, context=400)
     assert found.to_dict()["tasks"][1]["accuracy"] == tasks[1]["accuracy"]
     assert "McNemar's p" in str(found)
 
@@ -219,7 +279,10 @@ def test_tasks_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--tasks", "clozed"], "--tasks: no task 'clozed'"),
         (["--tasks", "cloze", "--task-items", "0"], "--task-items must be at least 1"),
         (["--tasks", "cloze", "--data", "{x}"], "--tasks are for decoders on text, and --data is for other models"),
-        (["--tasks", "cloze", "--gate", "{g}"], "there is no tasks.needle.accuracy here: give --tasks needle"),
+        (
+            ["--tasks", "cloze", "--gate", "{g}"],
+            "there is no tasks.needle.accuracy here: ask for the task needle by --tasks",
+        ),
     ],
 )
 def test_tasks_that_are_refused(
@@ -233,6 +296,35 @@ def test_tasks_that_are_refused(
     command = ["eval", str(model), "--against", str(model), *(word.format(**places) for word in words)]
     assert main(command) == 2
     assert reason in complaints(capsys.readouterr().err)
+
+
+def test_a_graph_of_fixed_length(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Most contexts are longer than its 64 tokens; it answers as the free one does to their last tokens."""
+    free, fixed = _saved(tmp_path / "a.onnx"), tmp_path / "f.onnx"
+    model = onnx.load(free)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[1].dim_value = 64
+    onnx.save(model, fixed)
+    one = [own for own in texts.cloze(tasks_text(), 40) if len(tokenizer.encode(own.context)) > 64][:8]
+    assert len(one) == 8
+    subjects = Subject(fixed), Subject(free)
+    for own in one:
+        encoded = Encoded.of(own, tokenizer, [])
+        cut = [(ids[-65:], start - max(len(ids) - 65, 0)) for ids, start in encoded.windows]
+        assert encoded.right(subjects[0]) == replace(encoded, windows=cut).right(subjects[1])
+    scores = qcompile.evaluate(fixed, tasks="cloze", task_items=4, context=64, tokens=128)
+    assert scores.tasks[0].items == 4
+    with pytest.raises(UserError, match="needle: 64 tokens of context are too few"):
+        qcompile.evaluate(fixed, tasks="needle", task_items=4, context=64)
+
+
+def test_a_task_without_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python without docstrings (-OO) has no examples of numpy's: told before the work, not a division by zero."""
+    tiny_tokenizer(256, tmp_path)
+    monkeypatch.setattr(evaluation, "score_tokens", None)
+    monkeypatch.setattr(generated, "_examples", lambda: iter(()))
+    with pytest.raises(UserError, match="task code: there are no items here: leave it out"):
+        qcompile.evaluate(_saved(tmp_path / "a.onnx"), tasks="code")
 
 
 def test_tasks_are_for_decoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
