@@ -1,7 +1,10 @@
-"""What a node is called that several became: `layers.0.q_proj+k_proj+v_proj`."""
+"""What nodes are called that others became: `layers.0.q_proj+k_proj+v_proj` of several, `….integer` of a product."""
 
 import re
 from collections.abc import Sequence, Set
+
+# What the integer product of a node has behind the node's name.
+INTEGER = ".integer"
 
 
 def joined_name(names: Sequence[str]) -> str:
@@ -14,7 +17,8 @@ def joined_name(names: Sequence[str]) -> str:
 
 
 def parts_of(name: str, known: Set[str]) -> list[str]:
-    """The names that `joined_name` made one of, where all of them are known; else the name alone."""
+    """The names that `joined_name` made one of, where all of them are known; else the name alone, of the float node."""
+    name = name.removesuffix(INTEGER)
     first, *others = name.split("+")
     ends = [end.end() for end in re.finditer(r"[./]", first)]
     for end in [*reversed(ends), 0] if others else ():

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -9,9 +10,10 @@ from typing import Any, TypeAlias
 import numpy.typing as npt
 
 from qcompile.compiler.api.models import PathLike
+from qcompile.compiler.data import user_code
 from qcompile.compiler.data.calibration import Calibration
-from qcompile.compiler.data.calibration_files import KINDS
-from qcompile.compiler.data.readers import Batches, Reader, dicts, document, documents, is_array, peeked, told
+from qcompile.compiler.data.calibration_files import KINDS, Files
+from qcompile.compiler.data.readers import Batches, Reader, dicts, document, documents, is_array, label_of, peeked, told
 from qcompile.passes.errors import UserError
 
 # One batch: arrays by input name, an array for a model with one input, or several in the order of the inputs.
@@ -46,6 +48,19 @@ def data_of(
         given = [given]
     label = "the calibration data" if isinstance(given, (list, tuple)) else type(given).__name__
     return _given(given, label, transform, own)  # Case 5
+
+
+def twice(calibration: Calibration) -> Calibration:
+    """Data that can be read again: what a program's reader gives is kept in memory."""
+    reference = Files.of([] if calibration.word else calibration.files).reference
+    source = reference or calibration.reader
+    if source is None:
+        return calibration
+    label = label_of(source)
+    with told(label):
+        given = user_code.found(reference, "--calibration") if reference else source
+        items = [deepcopy(item) for item in dicts(given)]
+    return replace(calibration, files=(), reader=Batches(label, items))
 
 
 def gives_items(given: Data | None) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompile.compiler.api.data import twice
 from qcompile.compiler.api.evaluation import EvaluationSet, Told, evaluate_models, tokenizer_of
 from qcompile.compiler.data.calibration import data_batches
 from qcompile.compiler.data.feeds import Batch, token_batches
@@ -40,6 +41,7 @@ def diff_models(
     found = difference(a, b, every=every, worst=worst)
     if on is None:
         return found
+    on = replace(on, data=twice(on.data))
     made = evaluate_models([b], on, against=a, progress=progress)
     found = replace(found, scores=[own.row() for own in made.rows if not own.of_reference])
     try:

@@ -3,18 +3,15 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qcompile.compiler.api.data import twice
 from qcompile.compiler.api.rehearsal import rehearse
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.progress import Progress
-from qcompile.compiler.data import user_code
 from qcompile.compiler.data.calibration import Calibration
-from qcompile.compiler.data.calibration_files import Files
-from qcompile.compiler.data.readers import Batches, dicts, label_of, told
 from qcompile.compiler.pipeline import Chosen, rewrite_report
 from qcompile.compiler.plan import bound_of, effective, is_spent
 from qcompile.compiler.recipe import Recipe
@@ -85,7 +82,7 @@ class Chooser:
         plain = effective(bare)
         if self.amount is not None:
             check_amount(plain, self.amount)
-        self._data, self._judged = _twice(calibration), None if evaluation is None else _twice(evaluation)
+        self._data, self._judged = twice(calibration), None if evaluation is None else twice(evaluation)
         self._asked, self.unforetold = bare, 0
 
         def size_of(own: Recipe) -> int:
@@ -260,16 +257,3 @@ def load_frontier(path: Path) -> Frontier:
         return Frontier.from_dict(plain)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"--budget-file {path} has a frontier of another version of qcompile") from error
-
-
-def _twice(calibration: Calibration) -> Calibration:
-    """Data that can be read again: what a program's reader gives is kept in memory."""
-    reference = Files.of([] if calibration.word else calibration.files).reference
-    source = reference or calibration.reader
-    if source is None:
-        return calibration
-    label = label_of(source)
-    with told(label):
-        given = user_code.found(reference, "--calibration") if reference else source
-        items = [deepcopy(item) for item in dicts(given)]
-    return replace(calibration, files=(), reader=Batches(label, items))

@@ -22,7 +22,6 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.formats import BY_NAME
 from qcompile.passes.formats.half_scales import stored_as
 from qcompile.passes.joined_names import parts_of
-from qcompile.passes.qdq.dynamic import INTEGER
 from qcompile.passes.tensors import chunks, read
 
 _RECIPE = "qcompile.recipe"
@@ -81,10 +80,7 @@ class File:
         found: dict[tuple[bool, str], list[int]] = {}
         for number, weight in enumerate(self.weights):
             found.setdefault((weight.kind == "embedding", weight.node or f"#{number}"), []).append(number)
-        return [
-            Own(self, node, parts_of(node.removesuffix(INTEGER), known), lookup, numbers)
-            for (lookup, node), numbers in found.items()
-        ]
+        return [Own(self, node, parts_of(node, known), lookup, numbers) for (lookup, node), numbers in found.items()]
 
     def digest(self, tensor: ir.TensorProtocol) -> str:
         """The sha256 of its bytes, which are read once."""

@@ -12,6 +12,7 @@ from qcompile.passes.formats.base import drop_weight
 from qcompile.passes.formats.columns import Columns
 from qcompile.passes.graph import add_initializer, insert_before
 from qcompile.passes.inner import int8, quantize_inner
+from qcompile.passes.joined_names import INTEGER
 from qcompile.passes.linears import Linear, constant, find_linears, vocabulary_size
 from qcompile.passes.policy import Policy
 from qcompile.passes.qdq.columns import split_weight, told
@@ -21,9 +22,6 @@ from qcompile.passes.qdq.selection import is_head, products
 from qcompile.passes.qdq.weights import Stored, WeightGrid, WeightStore, refused_codes
 from qcompile.passes.spec import ActivationSpec
 from qcompile.passes.state import node_state, remember, set_node
-
-# What the integer product of a node has behind the node's name.
-INTEGER = ".integer"
 
 
 class Dynamic(IntegerPass):

@@ -17,7 +17,15 @@ from qcompile.compiler import Recipe, compile_model, parse_passes
 from qcompile.compiler.cli import main
 from qcompile.compiler.files.load import save_model
 from qcompile.compiler.report.difference import Difference, Pair, difference
-from qcompile.models.tiny import tiny_branch, tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
+from qcompile.models.tiny import (
+    tiny_branch,
+    tiny_classifier,
+    tiny_conv,
+    tiny_decoder,
+    tiny_encoder,
+    tiny_mlp,
+    tiny_tokenizer,
+)
 from qcompile.passes.errors import UserError
 from qcompile.passes.joined_names import joined_name, parts_of
 
@@ -237,10 +245,24 @@ def test_arrays_tell_of_outputs(tmp_path: Path) -> None:
     assert "SQNR" in str(found)
 
 
+def test_data_that_a_program_gives_once_is_read_for_layers_too(made: Path) -> None:
+    """A generator is empty behind the scores."""
+    save_model(tiny_classifier(), made / "classifier.onnx")
+    feeds, output = _feeds(tiny_classifier()), made / "static.onnx"
+    compile_model(
+        made / "classifier.onnx", Recipe(parse_passes("qdq")), output=output, calibration=_feeds(tiny_classifier())
+    )
+    found = qcompile.diff(made / "classifier.onnx", output, data=(own for own in feeds))
+    assert found.scores
+    assert [own.behind for own in found.layers] == ["conv_2"]
+
+
 def test_nothing_that_goes_on_is_a_note(tmp_path: Path) -> None:
-    """Of a model without large weights."""
+    """Of a model that has other names in between."""
     save_model(tiny_mlp(), tmp_path / "m.onnx")
-    found = qcompile.diff(tmp_path / "m.onnx", tmp_path / "m.onnx", data=_feeds(tiny_mlp()))
+    recipe = Recipe(parse_passes("dynamic"), min_coverage=0)
+    compile_model(tmp_path / "m.onnx", recipe, output=tmp_path / "o.onnx", calibration=_feeds(tiny_mlp()))
+    found = qcompile.diff(tmp_path / "m.onnx", tmp_path / "o.onnx", data=_feeds(tiny_mlp()))
     assert found.scores
     assert not found.layers
     assert [note for note in found.notes if "between layers is not told (nothing of one name goes on" in note]
