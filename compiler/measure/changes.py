@@ -34,8 +34,9 @@ class TokenChanges:
     flips: share of tokens for which another token is the most likely now. flips_lost, flips_won: shares for which the
     reference alone, the model alone has the token that follows as the most likely one; reference_accuracy: the
     reference's share of those, accuracy_drop: what was lost of it (flips_lost - flips_won). perplexity_ratio: to the
-    reference's. kl_p50, kl_p90, kl_p99, kl_max: percentiles of KL over tokens, nats. clusters: by which intervals are
-    made, since neighbouring tokens depend on each other: windows, or runs of 64 tokens where there are fewer than 8.
+    reference's. kl_low, kl_high: of the mean KL, nats. kl_p50, kl_p90, kl_p99, kl_max: percentiles of KL over tokens,
+    nats. clusters: by which intervals are made, since neighbouring tokens depend on each other: windows, or runs of 64
+    tokens where there are fewer than 8.
     """
 
     flips: float
@@ -50,6 +51,8 @@ class TokenChanges:
     perplexity_ratio: float
     perplexity_ratio_low: float | None
     perplexity_ratio_high: float | None
+    kl_low: float | None
+    kl_high: float | None
     kl_p50: float
     kl_p90: float
     kl_p99: float
@@ -65,10 +68,10 @@ class TokenChanges:
         was, now = np.concatenate(before.right), np.concatenate(after.right)
         worse = np.concatenate(after.nll) - np.concatenate(before.nll)
         clusters = Clusters(_clustered(place))
-        drop = was.astype(np.float64) - now
         p50, p90, p99, most = (float(own) for own in np.quantile(kl, (0.5, 0.9, 0.99, 1.0), method="inverted_cdf"))
         flips_low, flips_high = clusters.share(flipped) or _NONE
-        drop_low, drop_high = clusters.mean(drop) or _NONE
+        drop_low, drop_high = clusters.drop(was, now) or _NONE
+        kl_low, kl_high = clusters.mean(kl) or _NONE
         worse_low, worse_high = clusters.mean(worse) or _NONE
         return cls(
             flips=float(flipped.mean()),
@@ -77,12 +80,14 @@ class TokenChanges:
             flips_lost=float((was & ~now).mean()),
             flips_won=float((now & ~was).mean()),
             reference_accuracy=float(was.mean()),
-            accuracy_drop=float(drop.mean()),
+            accuracy_drop=float(was.mean() - now.mean()),
             accuracy_drop_low=drop_low,
             accuracy_drop_high=drop_high,
             perplexity_ratio=perplexity(float(worse.mean())),
             perplexity_ratio_low=None if worse_low is None else perplexity(worse_low),
             perplexity_ratio_high=None if worse_high is None else perplexity(worse_high),
+            kl_low=kl_low,
+            kl_high=kl_high,
             kl_p50=p50,
             kl_p90=p90,
             kl_p99=p99,

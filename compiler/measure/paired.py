@@ -71,11 +71,11 @@ def wilson(share: float, count: float, quantile: float = _Z) -> Interval:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def newcombe(both: int, lost: int, won: int, neither: int) -> Interval:
+def newcombe(both: float, lost: float, won: float, neither: float, quantile: float = _Z) -> Interval:
     """The interval of (lost - won) / count, the difference of two paired shares (Newcombe 1998, method 10)."""
     count = both + lost + won + neither
     shares = ((both + lost) / count, (both + won) / count)
-    (low_a, high_a), (low_b, high_b) = (wilson(share, count) for share in shares)
+    (low_a, high_a), (low_b, high_b) = (wilson(share, count, quantile) for share in shares)
     cross = both * neither - lost * won
     sides = (both + lost) * (won + neither) * (both + won) * (lost + neither)
     phi = (min(cross, 0) + max(cross - count / 2, 0)) / math.sqrt(sides) if sides else 0.0
@@ -136,9 +136,22 @@ class Clusters:
 
         Their design effect, at least 1, divides the count (Korn and Graubard 1998); None of one cluster.
         """
-        error, share = self.error(hits.astype(np.float64)), float(hits.mean())
-        if error is None:
+        effect = self._effect(hits.astype(np.float64))
+        return None if effect is None else wilson(float(hits.mean()), len(hits) / effect, student(self.count - 1))
+
+    def drop(self, before: npt.NDArray[np.bool_], after: npt.NDArray[np.bool_]) -> Interval | None:
+        """The interval of the share of before less that of after (N,): Newcombe's, of as many decisions as for `share`.
+
+        Unlike that of a mean it is not empty where no decision differs.
+        """
+        effect = self._effect(before.astype(np.float64) - after)
+        if effect is None:
             return None
-        plain = share * (1 - share) / len(hits)
-        effect = max(error**2 / plain, 1.0) if plain else 1.0
-        return wilson(share, len(hits) / effect, student(self.count - 1))
+        four = (before & after, before & ~after, after & ~before, ~before & ~after)
+        both, lost, won, neither = (float(own.sum()) / effect for own in four)
+        return newcombe(both, lost, won, neither, student(self.count - 1))
+
+    def _effect(self, values: Doubles) -> float | None:
+        """How much more the mean of values varies than that of as many independent ones, at least 1."""
+        error, plain = self.error(values), float(values.var()) / len(values)
+        return None if error is None else max(error**2 / plain, 1.0) if plain else 1.0

@@ -49,6 +49,7 @@ def test_figures_equal_the_definitions() -> None:
         (found.flips_low, found.flips, found.flips_high),
         (found.accuracy_drop_low, found.accuracy_drop, found.accuracy_drop_high),
         (found.perplexity_ratio_low, found.perplexity_ratio, found.perplexity_ratio_high),
+        (found.kl_low, known["kl"].mean(), found.kl_high),
     ):
         assert low is not None
         assert high is not None
@@ -78,6 +79,10 @@ def test_equal_models_change_nothing() -> None:
     assert (found.flips, found.flips_lost, found.accuracy_drop, found.perplexity_ratio) == (0, 0, 0, 1)
     assert found.kl_max == 0
     assert (found.perplexity_ratio_low, found.perplexity_ratio_high) == (1, 1)
+    assert (found.kl_low, found.kl_high) == (0, 0)
+    assert found.accuracy_drop_low is not None
+    assert found.accuracy_drop_high is not None
+    assert found.accuracy_drop_low < 0 < found.accuracy_drop_high, "320 tokens do not show that none is ever lost"
     assert found.flips_low == 0
     assert found.flips_high is not None
     assert found.flips_high > 0, "nothing seen in 320 tokens is not nothing"

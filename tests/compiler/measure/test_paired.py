@@ -80,9 +80,25 @@ def test_clusters_hold_where_tokens_taken_as_independent_do_not() -> None:
     assert held["alone"] / 400 < 0.6
 
 
+def test_a_drop_of_few_decisions_is_not_known_too_well() -> None:
+    """8 clusters of 20, one decision in a hundred differs: in many draws none does, and an interval by t is empty."""
+    generator, clusters = np.random.default_rng(0), Clusters(np.repeat(np.arange(8), 20))
+    held = {"drop": 0, "mean": 0}
+    for _ in range(300):
+        before, chance = generator.random(160) < 0.3, generator.random(160)
+        lost, won = chance < 0.006, (chance >= 0.006) & (chance < 0.01)
+        was, now = (before | lost) & ~won, (before | won) & ~lost
+        found = {"drop": clusters.drop(was, now), "mean": clusters.mean(was.astype(np.float64) - now)}
+        for name, own in found.items():
+            low, high = own or (1.0, -1.0)
+            held[name] += low <= 0.002 <= high
+    assert held["mean"] / 300 < 0.85 < 0.95 < held["drop"] / 300
+
+
 def test_one_cluster_has_no_interval() -> None:
     one = Clusters(np.zeros(5, np.int64))
     assert (one.mean(np.arange(5.0)), one.share(np.arange(5) > 2), one.error(np.arange(5.0))) == (None, None, None)
+    assert one.drop(np.arange(5) > 2, np.arange(5) > 3) is None
     two = Clusters(np.array([0, 0, 1, 1]))
     assert two.mean(np.array([1.0, np.inf, 0.0, 0.0])) is None
 
