@@ -35,16 +35,17 @@ def _changes(found: Sequence[tuple[list[str], TokenChanges]]) -> Sheet:
             f"{own.flips:.2%}{_interval(own.flips_low, own.flips_high)}",
             f"{own.flips_lost:.2%}",
             f"{own.flips_won:.2%}",
-            f"{own.accuracy_drop:+.2%}{_interval(own.accuracy_drop_low, own.accuracy_drop_high)}",
+            f"{own.accuracy_drop:+.2%}{_interval(own.accuracy_drop_low, own.accuracy_drop_high, '+.2%')}",
             f"{own.perplexity_ratio:.4f}{_interval(own.perplexity_ratio_low, own.perplexity_ratio_high, '.4f')}",
             *(f"{kl:.3g}" for kl in (own.kl_p50, own.kl_p90, own.kl_p99, own.kl_max)),
         ]
         for names, own in found
     ]
     least = min(own.clusters for _, own in found)
+    intervals = f"; [95 % intervals by {least} or more clusters of tokens]" if least > 1 else ""
     notes = (
         "flips: tokens with another most likely token; lost, won: with the right one by the reference alone, by the "
-        f"model alone; [95 % intervals by {least} or more clusters of tokens]; KL in nats",
+        f"model alone{intervals}; KL in nats",
     )
     return Sheet("", ("text", "model", *_CHANGES), rows, len(_CHANGES), notes)
 
