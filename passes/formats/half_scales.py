@@ -7,6 +7,7 @@ model; `halve` puts them into a marked one before it is written, so that what is
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -74,12 +75,12 @@ class _Shared:
     """float16 numbers that are one tensor where the float32 ones are the same array, as a dry run counts bytes."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, tuple[int, ...]], tuple[Callable[[], object], ir.TensorProtocol]] = {}
+        self._made: dict[Any, tuple[Callable[[], object], ir.TensorProtocol]] = {}
 
     def half(self, numbers: Array) -> ir.TensorProtocol:
         """Those of numbers (G, N)."""
         owner = numbers if numbers.base is None else numbers.base
-        place = numbers.__array_interface__["data"][0], numbers.shape
+        place = numbers.__array_interface__["data"][0], numbers.shape, numbers.strides
         alive, known = self._made.get(place, (lambda: None, None))
         if known is not None and alive() is owner:
             return known

@@ -20,7 +20,7 @@ from qcompile.compiler.report.inspection import inspect
 from qcompile.models.tiny import tiny_decoder, tiny_tokenizer
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats import BY_NAME, named
-from qcompile.passes.formats.half_scales import HALF_SCALES, halve, widen
+from qcompile.passes.formats.half_scales import HALF_SCALES, _Shared, halve, widen
 
 FLOAT16 = onnx.TensorProto.FLOAT16
 FEEDS = {"input_ids": np.arange(24).reshape(2, 12) % 256, "attention_mask": np.ones((2, 12), np.int64)}
@@ -177,6 +177,16 @@ def test_halved_and_widened_scales_are_the_same_numbers(rows, exact, shared, mar
     assert "Cast" not in [node.op_type for node in model.graph]
     assert np.array_equal(_scales(model), scale)
     assert model.meta.get(HALF_SCALES, False) == (stored.dtype == np.float16)
+
+
+def test_numbers_of_one_memory_are_shared_where_they_are_the_same() -> None:
+    """Transposed ones of a square are others, at one place and of one shape."""
+    shared, numbers = _Shared(), np.arange(4, dtype=np.float32).reshape(2, 2)
+    half = shared.half(numbers)
+    assert shared.half(numbers[:]) is half
+    for other in (numbers.T, numbers[::-1], numbers.copy() + 1):
+        assert np.array_equal(shared.half(other).numpy(), other)
+    assert np.array_equal(half.numpy(), numbers)
 
 
 @pytest.mark.parametrize("target", ["qcompile", "qdq"])
