@@ -8,12 +8,14 @@ import pytest
 
 from qcompile.compiler.data.feeds import Batch, complete, input_plan, token_batches
 from qcompile.compiler.data.npz import Arrays
+from qcompile.compiler.walk import extract
 from qcompile.compiler.walk.runner import Runner, Stream, went_on
 from qcompile.compiler.walk.segments import Segment, split
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.errors import UserError
 from qcompile.passes.linears import find_linears
 from qcompile.passes.statistics import Statistics
+from qcompile.runtime.bench import native_kernel
 from qcompile.runtime.sessions import run, session
 
 WINDOWS = list(np.random.default_rng(0).integers(0, 256, size=(3, 14)))
@@ -229,3 +231,37 @@ def test_activations_from_the_disk_are_the_same_bits(monkeypatch: pytest.MonkeyP
         assert on_disk[value].rows == statistics.rows
         assert on_disk[value].gram.tobytes() == statistics.gram.tobytes()
         assert on_disk[value].absmax.tobytes() == statistics.absmax.tobytes()
+
+
+@pytest.mark.skipif(native_kernel() is None, reason="the library of native kernels is not built")
+def test_calibration_goes_on_by_native_kernels_and_checks_by_bodies(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes on differs from the bodies' numbers by rounding of 16 bits; nothing else is run by them."""
+    opened, forced, errors = list[tuple[bool, str]](), list[str](), list[float]()
+    advance, own = Runner.advance, extract.session
+
+    def spied(*args: Any, kernels: str, **more: Any) -> Any:
+        opened.append((bool(inside), kernels))
+        return own(*args, kernels=(forced or [kernels])[0], **more)
+
+    inside = list[Segment]()
+
+    def both(self: Runner, segment: Segment, stream: Stream, *rest: Any) -> None:
+        other = Stream(stream.batches, stream.quantized, presents={**stream.presents})
+        inside.append(segment)
+        forced.append("portable")
+        advance(self, segment, other, *rest)
+        forced.clear()
+        advance(self, segment, stream, *rest)
+        inside.clear()
+        for name in (own for own in other.quantized if other.quantized[own][0].dtype.kind == "f"):
+            for found, wanted in zip(stream.quantized[name], other.quantized[name], strict=True):
+                errors.append(float(np.abs(found - wanted).max() / np.abs(wanted).max()))
+
+    monkeypatch.setattr(extract, "session", spied)
+    monkeypatch.setattr(Runner, "advance", both)
+    bench.compile(bench.save(tiny_decoder(layers=2, kv_cache=True)), "smooth,pack")
+    assert {kernels for advancing, kernels in opened if advancing} == {"auto"}
+    assert {kernels for advancing, kernels in opened if not advancing} == {"portable"}
+    assert 0 < max(errors) < 1e-3
