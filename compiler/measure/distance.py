@@ -68,9 +68,10 @@ class OutputSqnr(Effect):
             noise = OutputNoise()
             for known, arrays in zip(self._known, outputs, strict=True):
                 noise.add(known[name], arrays[name])
-            wrong = math.inf if noise.noise else 0.0
-            errors.append(math.sqrt(noise.noise / noise.signal) if noise.signal else wrong)
-        return _finite(max(errors), self.outputs[0])
+            if noise.noise and not noise.signal:
+                raise UserError(f"output {name!r} is zero in float wherever it is compared: no error is relative to it")
+            errors.append(_finite(math.sqrt(noise.noise / noise.signal) if noise.noise else 0.0, name))
+        return max(errors)
 
     def told(self, distance: float) -> str:
         """In decibels."""
@@ -103,5 +104,5 @@ def _kl(known: Floats, logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 def _finite(distance: float, name: str) -> float:
     if not math.isfinite(distance):
-        raise UserError(f"output {name!r} is NaN or infinite on the check windows with integer nodes")
+        raise UserError(f"output {name!r} is NaN or infinite where it is compared with the float model's")
     return distance

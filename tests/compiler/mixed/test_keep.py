@@ -240,7 +240,7 @@ def test_effects_against_their_formulas() -> None:
     assert error.distance([{"a": p, "b": q * 1.1}]) == pytest.approx(0.1, rel=1e-4)
     assert error.distance([{"a": p, "b": q}]) == 0
     assert decibels(0.1) == pytest.approx(20)
-    with pytest.raises(UserError, match="'y' is NaN or infinite on the check windows"):
+    with pytest.raises(UserError, match="'y' is NaN or infinite where it is compared"):
         effect.distance([{"y": np.full_like(p, np.nan)}])
 
 
