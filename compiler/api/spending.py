@@ -158,11 +158,13 @@ def _keeping(found: Chooser, run: Callable[[Spent], Report], progress: Progress)
             tried.append(Tried(error.size, found.search.change(made), error.distance))
             if kept is None and (not left or found.is_last(made)):
                 raise _refused(found, tried) from error
-        except TooLarge as error:
-            missed = found.missed(error.size, made)
-            if not left:
+        except UserError as error:
+            if kept is not None:  # what holds stays, whatever is wrong with a smaller one
+                progress.step(f"{found.bound}: kept as it is, a smaller one is refused: {error}")
+                break
+            if not isinstance(error, TooLarge) or not left:
                 raise
-            progress.step(_again(missed))
+            progress.step(_again(found.missed(error.size, made)))
             made = found.keeping(found.search.change(made))
             continue
         aim = (_AIM if left > 1 else _LAST_AIM) * found.bound.distance

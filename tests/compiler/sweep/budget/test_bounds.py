@@ -9,11 +9,13 @@ import onnx_ir as ir
 import pytest
 
 import qcompile
+from qcompile.compiler import pipeline
 from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.mixed.windows import check_windows, held_windows
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.report import Report
+from qcompile.compiler.settings.amount import Amount, TooLarge
 from qcompile.compiler.stages import gather_data, prepare_model
 from qcompile.compiler.sweep.budget.choose import Search
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
@@ -87,6 +89,29 @@ def test_what_was_foretold_wrongly_is_repaired(
     written = json.loads((tmp_path / "o.report.json").read_text())
     assert [own["distance"] for own in written["frontier"]["tried"]] == distances
     assert (tmp_path / "o.report.html").read_text().count("<title>compiled: ") == len(distances)
+
+
+@pytest.mark.parametrize("error", [Verdict("output x is destroyed"), TooLarge(1 << 30, Amount(size=1), 1)])
+def test_what_holds_stays_where_a_smaller_one_is_refused(
+    source: Path, tmp_path: Path, error: UserError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is written by then: an error would say that nothing is."""
+    change, check, calls = Search.change, pipeline.check_saved, list[int]()
+    monkeypatch.setattr(Search, "change", lambda self, made: 30 * change(self, made))
+
+    def checked(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise error
+        check(*args)
+
+    monkeypatch.setattr(pipeline, "check_saved", checked)
+    report = _compiled(source, tmp_path, max_kl=0.03)
+    assert len(calls) == 2
+    assert len(_distances(report)) == 1
+    assert report.compiled_bytes == sum(
+        (tmp_path / name).stat().st_size for name in report.files if ".report." not in name
+    )
 
 
 @pytest.mark.parametrize(
