@@ -9,6 +9,7 @@ from pathlib import Path
 from qcompile.compiler import ladder
 from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.console.visible import visible
+from qcompile.compiler.data.apart import check_apart, digests
 from qcompile.compiler.data.calibration import Calibration, Given
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.data.npz import Arrays
@@ -159,7 +160,10 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
     source, target, recipe, statistics = asked.source, asked.target, asked.recipe, asked.statistics
     chosen = asked.chosen
     prepared = prepare_model(source, recipe, progress)
-    _check_source(chosen.frontier, prepared.report)
+    if (drawn := chosen.frontier) is not None:
+        drawn.check_source(str(source), prepared.report.source_hash)
+        if (judged := asked.evaluation) is not None:
+            check_apart(drawn.calibrated, digests(named(judged.files), judged.texts))
     saved = None if statistics is None else load_statistics(prepared, statistics)
     graph, plan, report, job = prepared.model, prepared.plan, prepared.report, prepared.job
     level = level_of(asked.verify, report.source_bytes, prepared.passes)
@@ -177,6 +181,7 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
         aside=chosen.frontier is not None,
         bound=bool(chosen.bound),
     )
+    report.calibrated |= {} if drawn is None else drawn.calibrated
     if chosen.bound:
         bounding_windows(plan, data, chosen.bound)
     job.share = SHARE if level == "sample" else 1
@@ -235,13 +240,6 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
             _write_report(report, staged)
         publish.publish(written.paths, target.absolute(), (report_path(staged), page_path(staged)))
     return report
-
-
-def _check_source(frontier: Frontier | None, report: Report) -> None:
-    """UserError where a frontier is of another model."""
-    if frontier is not None and frontier.source_hash != report.source_hash:
-        told = f"{frontier.source_hash[:12]}… is the hash of its model, {report.source_hash[:12]}… of this one"
-        raise UserError(f"the frontier is of another model than {report.source}: {told}")
 
 
 @phase("bound")

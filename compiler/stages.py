@@ -15,6 +15,7 @@ from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import InputPlan, input_plan
 from qcompile.compiler.data.npz import Arrays
 from qcompile.compiler.data.oddities import oddities
+from qcompile.compiler.data.readers import Batches, is_reference
 from qcompile.compiler.data.size_names import drop_contradicted
 from qcompile.compiler.facts.memory import check_sizes
 from qcompile.compiler.facts.model import file_size, versions
@@ -154,7 +155,9 @@ def prepare_model(source: Path, recipe: Recipe, progress: Progress, *, dry: bool
 def _options(given: Calibration) -> list[str]:
     """Calibration data as the command line is given it; none of what a program gives."""
     pictures = given.pictures
-    words = ["--calibration", *given.files] if given.files else []
+    reader = given.reader  # of a function that was read, its name is what was given
+    files = [reader.label] if isinstance(reader, Batches) and is_reference(reader.label) else given.files
+    words = ["--calibration", *files] if files else []
     for option, own in (
         ("--image-mean", pictures.mean),
         ("--image-std", pictures.std),

@@ -15,8 +15,10 @@ _PACKED = ("bits", "group_size", "symmetric", "activations", "accuracy_level", "
 _PICTURES = ("image_mean", "image_std", "image_size")
 
 
-def of_recipe(recipe: Recipe, given: Collection[str]) -> dict[str, str]:
-    """Settings given that this list of passes does not read, by name, with the reason."""
+def of_recipe(recipe: Recipe, given: Collection[str], *, point: bool = False) -> dict[str, str]:
+    """Settings given that this list of passes does not read, by name, with the reason. point: it is one of a frontier,
+    which has formats.
+    """
     found: dict[str, str] = {}
     if not steps_that(recipe, ensure=Fact.PACKED):
         names = ",".join(step.name for step in recipe.passes)
@@ -25,11 +27,14 @@ def of_recipe(recipe: Recipe, given: Collection[str]) -> dict[str, str]:
         found["accuracy_level"] = f"it is for target matmulnbits, this is {recipe.target}"
     if recipe.weights is not None:
         found["group_size"] = f"--weights {recipe.weights} has its own"
-    if is_spent(recipe):
+    if is_spent(recipe) or point:
         by = "the budget chooses" if recipe.budget is not None else f"{bound_of(recipe)} is kept by"
+        by = "the point has" if point else by
         settled = f"{by} the formats of the graph's weights"
         found |= dict.fromkeys(("bits", "group_size", "symmetric", "weights"), settled)
-    if not recipe.mixed or bound_of(recipe):
+    if bound_of(recipe):
+        found["keep_as"] = f"{bound_of(recipe)} is kept by formats, and no node in float"
+    elif not recipe.mixed:
         found["keep_as"] = "no node is kept in float (--keep-worst, --keep-share, --max-kl or --min-sqnr do that)"
     return {name: why for name, why in found.items() if name in given and name in SETTINGS}
 
@@ -39,9 +44,9 @@ def of_data(data: Calibration, given: Collection[str]) -> dict[str, str]:
     return {name: why for name, why in _of_data(data) if name in given}
 
 
-def warn(recipe: Recipe, data: Calibration, given: Collection[str]) -> None:
+def warn(recipe: Recipe, data: Calibration, given: Collection[str], *, point: bool = False) -> None:
     """Warn a program of its keywords without effect; the warning points at the caller of the public function."""
-    for name, why in (of_recipe(recipe, given) | of_data(data, given)).items():
+    for name, why in (of_recipe(recipe, given, point=point) | of_data(data, given)).items():
         told = worded(f"{name} has no effect here: {why}", {*SETTINGS, "calibration"})
         warnings.warn(told, stacklevel=4)  # this, the function, its door, the caller
 

@@ -109,7 +109,7 @@ def compile(
     given = data_of(
         calibration, transform=transform if gives_items(calibration) or not judged else None, tokenizer=tokenizer
     )
-    warn(wanted, given, fields)
+    warn(wanted, given, fields, point=frontier is not None)
     other = data_of(evaluation, transform=transform if judged else None) if evaluation is not None else None
     with clustered(cluster), _graph(model, output, wanted, progress) as (path, target, asked, bar):
 
@@ -150,9 +150,9 @@ def dry_run(
     """What `compile` would make of every weight, how large the result would be, and what memory it would take.
 
     No data is needed, no weights are read, and nothing is written; as `qcompile MODEL.onnx --dry-run`. But for a
-    budget or a bound, by which formats are chosen as `compile` does first, and the `frontier` is told. A Hugging Face
-    folder or a `.gguf` file is exported first, since its graph decides, and kept: `compile` finds the export.
-    The arguments are those of `compile`.
+    budget or a bound, by which formats are chosen as `compile` does first, and the `frontier` is told; and for a point,
+    whose model is known by its hash. A Hugging Face folder or a `.gguf` file is exported first, since its graph
+    decides, and kept: `compile` finds the export. The arguments are those of `compile`.
     """
     wanted, drawn = asked_for(
         Path(budget_file) if budget_file is not None else None,
@@ -167,8 +167,8 @@ def dry_run(
             path = model_file(exported(own, bar.step))
         else:
             path = stack.enter_context(on_disk(model))
-        made, frontier = planned(path, wanted, data, bar)
-        return replace(rehearse(path, made), frontier=frontier or drawn)
+        made, frontier = planned(path, wanted, data, bar, point=drawn)
+        return replace(rehearse(path, made), frontier=frontier)
 
 
 @door

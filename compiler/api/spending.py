@@ -12,6 +12,7 @@ from qcompile.compiler.api.rehearsal import rehearse
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.progress import Progress
 from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.files.load import hash_and_check, load_model
 from qcompile.compiler.pipeline import Chosen, rewrite_report
 from qcompile.compiler.plan import bound_of, effective, is_spent
 from qcompile.compiler.recipe import Recipe
@@ -206,12 +207,23 @@ def _refused(found: Chooser, tried: list[Tried]) -> Verdict:
 
 
 def planned(
-    source: Path, recipe: Recipe, calibration: Calibration, progress: Progress
+    source: Path,
+    recipe: Recipe,
+    calibration: Calibration,
+    progress: Progress,
+    *,
+    evaluation: Calibration | None = None,
+    point: Frontier | None = None,
 ) -> tuple[Recipe, Frontier | None]:
-    """(the recipe that is compiled first, the frontier that it lies on; None where nothing is chosen)."""
+    """(the recipe that is compiled first, the frontier that it lies on; None where nothing is chosen).
+
+    evaluation, point: as in `spending`. Raises UserError where the point is of another model.
+    """
     if not is_spent(recipe):
-        return recipe, None
-    found = Chooser(source, recipe, calibration, progress)
+        if point is not None:
+            point.check_source(str(source), hash_and_check(source, load_model(source)))
+        return recipe, point
+    found = Chooser(source, recipe, calibration, progress, evaluation)
     made = found.spent(found.first())
     return made.recipe, made.chosen.frontier
 
@@ -257,5 +269,5 @@ def load_frontier(path: Path) -> Frontier:
         raise UserError(f"--budget-file {path} has no frontier: give the report.json of a compile with --budget")
     try:
         return Frontier.from_dict(plain)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"--budget-file {path} has a frontier of another version of qcompile") from error

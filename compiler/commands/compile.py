@@ -59,7 +59,7 @@ def calibration_of(args: Calibrating) -> Calibration:
 
 def run(args: Options) -> Document:
     """Compile a model, or all models of a folder; or with --dry-run say what would happen."""
-    idle.of(args, _recipe(args))
+    idle.of(args, _recipe(args), point=args.point is not None)
     if args.dry_run:
         idle.told({name: "--dry-run compiles nothing" for name in _OF_COMPILES if name in args.given})
     if args.checkpoints is not None:
@@ -134,8 +134,10 @@ def _one(args: Options, seen: dict[Path, Stamp], asked: tuple[Path, Path] | None
         _check_recipe_path(args, args.save_recipe, output)
     if args.dry_run:
         with Bar() as bar:
-            made, frontier = planned(args.model, recipe, calibration_of(args), bar)
-        return print_plan(args.model, output, made, console(answer=True), frontier or _point(args)[1])
+            made, frontier = planned(
+                args.model, recipe, calibration_of(args), bar, evaluation=_evaluation(args), point=_point(args)[1]
+            )
+        return print_plan(args.model, output, made, console(answer=True), frontier)
     seen[output] = _stamp(output)
     report = _compiled(args, recipe, output, asked)
     screen = console()

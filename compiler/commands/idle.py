@@ -15,7 +15,7 @@ def told(found: Mapping[str, str]) -> None:
         remark(f"--{name.replace('_', '-')} has no effect here: {why}")
 
 
-def of(args: Talk, recipe: Recipe) -> None:
-    """Say it of a command that calibrates."""
+def of(args: Talk, recipe: Recipe, *, point: bool = False) -> None:
+    """Say it of a command that calibrates. point: the recipe is one of a frontier."""
     data = of_data(Calibration(args.calibration), args.given) if isinstance(args, Calibrating) else {}
-    told(of_recipe(recipe, args.given) | data)
+    told(of_recipe(recipe, args.given, point=point) | data)

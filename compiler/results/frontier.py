@@ -1,7 +1,7 @@
 """What every size of a model was foretold to change, which of them was taken, and what that changed in truth."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from qcompile.compiler.console.numbers import decibels, megabytes
@@ -37,7 +37,8 @@ class Frontier:
 
     metric: KL or SQNR, whose changes are relative errors. windows: what changes were measured on. units: names of the
     weights that get a format together. chosen: the number of the point that was compiled, from 1. recipe: what was
-    asked for, with no format chosen. source_hash: of the model.
+    asked for, with no format chosen. source_hash: of the model. calibrated: names of the files and texts that its
+    formats were chosen by, by the sha256 of their content.
     bound: what had to hold, in words; tried: the compiles that it took, the last that holds written; held_on: what
     they were compared on.
     """
@@ -52,6 +53,7 @@ class Frontier:
     bound: str = ""
     tried: tuple[Tried, ...] = ()
     held_on: str = ""
+    calibrated: Mapping[str, str] = field(default_factory=dict)
 
     def told(self, change: float) -> str:
         """A change as tables have it."""
@@ -84,6 +86,12 @@ class Frontier:
             raise UserError(f"point {number} is not there: the frontier has points 1 to {len(self.points)}")
         return replace(self, chosen=number, bound="", tried=(), held_on="")
 
+    def check_source(self, source: str, source_hash: str) -> None:
+        """UserError where it is of another model."""
+        if self.source_hash != source_hash:
+            told = f"{self.source_hash[:12]}… is the hash of its model, {source_hash[:12]}… of this one"
+            raise UserError(f"the frontier is of another model than {source}: {told}")
+
     def sized(self, size: int) -> "Frontier":
         """The same where the file of the chosen point has so many bytes: all of them are off by as much."""
         missed = size - self.points[self.chosen - 1].size
@@ -100,10 +108,13 @@ class Frontier:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Frontier":
-        """The frontier of plain values; KeyError, TypeError or ValueError where they are none."""
-        points = tuple(Point(**{**own, "formats": tuple(own["formats"])}) for own in plain["points"])
-        units = tuple(tuple(map(str, own)) for own in plain["units"])
-        if not points or any(len(own.formats) != len(units) for own in points):
+        """The frontier of plain values; ValueError where they are none."""
+        import msgspec  # here: compiles without a frontier start sooner
+
+        try:
+            made = msgspec.convert(plain, cls)
+        except msgspec.ValidationError as error:
+            raise ValueError(str(error)) from error
+        if not made.points or any(len(own.formats) != len(made.units) for own in made.points):
             raise ValueError("each point has a format for each unit")
-        tried = tuple(Tried(**own) for own in plain["tried"])
-        return cls(**{**plain, "points": points, "units": units, "tried": tried})
+        return made

@@ -10,7 +10,9 @@ import onnx_ir as ir
 
 from qcompile.compiler.console.numbers import decibels, megabytes
 from qcompile.compiler.console.progress import Progress
+from qcompile.compiler.data.apart import digests
 from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.plan import effective, ensuring, make_policy, steps_that
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.frontier import Frontier, Point
@@ -84,6 +86,7 @@ class Search:
         self.options = options_of(recipe, self._units, self._choices, self.ranking)
         self._counts = [u.elements(next(iter(own.values()))) for u, own in zip(self._units, self._choices, strict=True)]
         self._added = added(prepared.model, recipe)
+        self._calibrated = digests(named([] if calibration.word else calibration.files), calibration.texts)
 
     def within(self, amount: Amount, unforetold: int = 0) -> Choice:
         """The choice that changes least within the amount; UserError where none is small enough.
@@ -175,6 +178,7 @@ class Search:
             1 + next(i for i, one in enumerate(chosen) if one is made),
             asked.to_dict(),
             self.source_hash,
+            calibrated=self._calibrated,
         )
 
     def _with(self, made: Choice) -> Recipe:

@@ -91,6 +91,11 @@ def test_settings(recipe: Recipe, given: set[str], found: set[str]) -> None:
     assert set(idle.of_recipe(recipe, given)) == found
 
 
+def test_a_bound_kept_by_formats_keeps_no_node() -> None:
+    told = idle.of_recipe(Recipe(max_kl=0.1), {"keep_as"})["keep_as"]
+    assert told == "max_kl 0.1 is kept by formats, and no node in float"
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -1,5 +1,6 @@
 """--budget: a model within it, whose formats follow from what each weight changes."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,19 @@ def _logits(model: ir.Model, feeds: dict[str, Any]) -> np.ndarray[Any, Any]:
 def _kl(known: np.ndarray[Any, Any], made: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     p, q = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) for logits in (known, made))
     return np.asarray((np.exp(p) * (p - q)).sum(axis=1))
+
+
+def test_a_function_that_gives_data_is_named_in_commands(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is called once, and what it gave is read several times."""
+    (tmp_path / "given_feeds.py").write_text(
+        "import numpy as np\ncalls = []\ndef made():\n    calls.append(1)\n"
+        "    return [{'input_ids': np.full((1, 32), i)} for i in range(8)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    report = qcompile.compile(
+        source, "pack", output=tmp_path / "o.onnx", calibration="given_feeds:made", budget="120kb"
+    )
+    assert report.given == ["--calibration", "given_feeds:made"]
+    assert importlib.import_module("given_feeds").calls == [1]

@@ -39,6 +39,11 @@ def drawn(source: Path) -> Report:
     return qcompile.compile(source, "pack", output=source.parent / "o.onnx", calibration=_feeds(), budget="120kb")
 
 
+def _formats(report: Path) -> list[tuple[str, str, Any]]:
+    """Of every node, by the file of a report."""
+    return [(own["node"], own["format"], own["detail"]) for own in json.loads(report.read_text())["decisions"]["pack"]]
+
+
 def _frontier(report: Report) -> Frontier:
     assert report.frontier is not None
     return report.frontier
@@ -93,8 +98,53 @@ def test_the_same_settings_may_be_changed_but_not_the_model_or_the_target(
         with pytest.raises(UserError, match=message):
             qcompile.compile(model, **{**given, **fields})  # type: ignore[arg-type]
         assert not (tmp_path / "p.onnx").exists()
+        with pytest.raises(UserError, match=message):
+            qcompile.dry_run(model, budget_file=file, **fields)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="point= is one of budget_file="):
         qcompile.compile(source, point=2, output=tmp_path / "p.onnx")
+
+
+def test_settings_of_formats_have_no_effect_on_a_point(source: Path, drawn: Report, tmp_path: Path) -> None:
+    file = source.parent / "o.report.json"
+    given: dict[str, Any] = {"calibration": _feeds(), "budget_file": file, "point": 2}
+    qcompile.compile(source, output=tmp_path / "p.onnx", **given)
+    for name, value in (("bits", 8), ("group_size", 32), ("symmetric", True), ("weights", "nf4")):
+        with pytest.warns(UserWarning, match=f"{name} has no effect here: the point has the formats"):
+            qcompile.compile(source, output=tmp_path / "q.onnx", **given, **{name: value})
+        plain, other = (_formats(tmp_path / f"{stem}.report.json") for stem in "pq")
+        assert other == plain
+
+
+def test_what_formats_were_chosen_by_is_no_test_data(source: Path, tmp_path: Path) -> None:
+    """Of a point neither, whatever it is calibrated on; and its report says so to whoever scores it later."""
+    for name, seed in (("a", 1), ("b", 2)):
+        ids = np.random.default_rng(seed).integers(0, 256, (8, 32))
+        np.savez(tmp_path / f"{name}.npz", input_ids=ids)
+    a, b = ([str(tmp_path / f"{name}.npz")] for name in "ab")
+    qcompile.compile(source, "pack", output=tmp_path / "o.onnx", calibration=a, budget="4bpw")
+    given: dict[str, Any] = {"calibration": b, "budget_file": tmp_path / "o.report.json", "point": 2}
+    with pytest.raises(UserError, match=r"a\.npz is no test data: it is calibrated on, too"):
+        qcompile.compile(source, output=tmp_path / "p.onnx", evaluation=a, **given)
+    assert not (tmp_path / "p.onnx").exists()
+    report = qcompile.compile(source, output=tmp_path / "p.onnx", **given)
+    assert sorted(report.calibrated.values()) == ["a.npz", "b.npz"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"recipe": 3}, {"recipe": []}, {"source_hash": 3}, {"calibrated": []}, {"tried": [{}]},
+        {"points": [{"size": "x", "bits": 1, "change": 1, "formats": []}], "units": []},
+        {"points": [{"size": 1, "bits": 1, "change": None, "formats": []}], "units": []},
+        {"points": [{"size": 1, "bits": 1, "change": 1, "formats": [3]}], "units": [["a"]]},
+    ],
+)  # fmt: skip
+def test_a_damaged_frontier_is_told_in_a_line(
+    source: Path, drawn: Report, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    (tmp_path / "f.json").write_text(json.dumps({"frontier": {**_frontier(drawn).to_dict(), **wrong}}))
+    with pytest.raises(UserError, match="has a frontier of another version"):
+        qcompile.dry_run(source, budget_file=tmp_path / "f.json", point=1)
 
 
 @pytest.mark.parametrize(
