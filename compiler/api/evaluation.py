@@ -23,7 +23,7 @@ from qcompile.compiler.measure.evaluate import (
     score_outputs,
     score_tokens,
 )
-from qcompile.compiler.measure.loaded import text_windows
+from qcompile.compiler.measure.loaded import Subject, text_windows
 from qcompile.compiler.measure.metric import Function, Metric
 from qcompile.compiler.measure.metrics import TokenScores
 from qcompile.compiler.measure.tasks.items import Item
@@ -258,9 +258,10 @@ def evaluate_models(
         tokenizer = tokenizer_of(models, on, against)
         items = _items(on, plan, tokenizer)
         windows = [text_windows(text, tokenizer, plan, on.context, on.tokens) for text in on.texts]
-        rows = _on_texts(models, on, against, running, windows, told)
-        if items:
-            tasks = score_tasks(against, models, items, tokenizer, **running.settings(), progress=told)
+        paths = [*([against] if against is not None else []), *models]
+        subjects = [Subject(path, **running.settings()) for path in paths]
+        rows = _on_texts(subjects, on.texts, windows, running, told, compared=against is not None)
+        tasks = score_tasks(subjects, items, tokenizer, compared=against is not None, progress=told)
     elif against is None:
         if on.texts:
             plan.require_decoder()
@@ -292,29 +293,29 @@ def _items(on: EvaluationSet, plan: InputPlan, tokenizer: Tokenizer) -> dict[str
 
 
 def _on_texts(
-    models: Sequence[Path],
-    on: EvaluationSet,
-    against: Path | None,
-    running: Running,
+    subjects: Sequence[Subject],
+    files: Sequence[Path],
     texts: Sequence[Sequence[Ids]],
+    running: Running,
     told: Told,
+    *,
+    compared: bool,
 ) -> list[Evaluated]:
-    """texts: the windows of each."""
-    paths = [*([against] if against else []), *models]
-    sizes = [model_sizes(path) for path in paths]
-    together = [TokenScores() for _ in paths]
+    """texts: the windows of each file. compared: the first subject is the others' reference."""
+    sizes = [model_sizes(subject.path) for subject in subjects]
+    together = [TokenScores() for _ in subjects]
     rows: list[Evaluated] = []
 
     def scored(scores: Sequence[TokenScores], windows: Sequence[Ids], text: str) -> None:
-        found = decoder_scores(against, models, scores, windows, running.accuracy_level)
+        found = decoder_scores(subjects, scores, windows, running.accuracy_level, compared=compared)
         rows.extend(Evaluated(score, size, text) for score, size in zip(found, sizes, strict=True))
 
-    for text, windows in zip(on.texts, texts, strict=True):
+    for text, windows in zip(files, texts, strict=True):
 
         def progress(done: int, total: int, name: str = text.name) -> None:
             told(name, done, total)
 
-        scores = score_tokens(against, models, windows, **running.settings(), progress=progress)
+        scores = score_tokens(subjects, windows, compared=compared, progress=progress)
         scored(scores, windows, str(text))
         for own, score in zip(together, scores, strict=True):
             own.extend(score)

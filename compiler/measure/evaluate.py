@@ -96,34 +96,19 @@ def evaluate_many(
     progress: Counted | None = None,
 ) -> list[DecoderScores]:
     """Scores of decoders, the reference first if there is one; see `score_tokens`."""
-    scores = score_tokens(
-        reference,
-        candidates,
-        windows,
-        accuracy_level=accuracy_level,
-        provider=provider,
-        kernels=kernels,
-        progress=progress,
-    )
-    return decoder_scores(reference, candidates, scores, windows, accuracy_level)
+    paths = [*([reference] if reference else []), *candidates]
+    subjects = [Subject(path, accuracy_level=accuracy_level, provider=provider, kernels=kernels) for path in paths]
+    scores = score_tokens(subjects, windows, compared=reference is not None, progress=progress)
+    return decoder_scores(subjects, scores, windows, accuracy_level, compared=reference is not None)
 
 
 def score_tokens(
-    reference: Path | None,
-    candidates: Sequence[Path],
-    windows: Sequence[Ids],
-    *,
-    accuracy_level: int = 0,
-    provider: str = "cpu",
-    kernels: str = "auto",
-    progress: Counted | None = None,
+    subjects: Sequence[Subject], windows: Sequence[Ids], *, compared: bool, progress: Counted | None = None
 ) -> list[TokenScores]:
-    """Scores of every token by decoders, the reference first if there is one, which runs once for each window.
+    """Scores of every token by decoders. compared: the first is the others' reference, and runs once for each window.
 
-    All models are loaded at once; of the logits, one window of the reference and one of a candidate.
+    In memory are the logits of one window of the reference and of one of a candidate.
     """
-    paths = [*([reference] if reference else []), *candidates]
-    subjects = [Subject(path, accuracy_level=accuracy_level, provider=provider, kernels=kernels) for path in paths]
     scores = [TokenScores() for _ in subjects]
     done = 0
     for window in windows:
@@ -132,11 +117,11 @@ def score_tokens(
             logits = subject.logits(window)[: len(window) - 1]
             if known is not None and logits.shape != known.shape:
                 raise UserError(
-                    f"{subject.path} has logits {list(logits.shape)}, {paths[0]} {list(known.shape)}: "
+                    f"{subject.path} has logits {list(logits.shape)}, {subjects[0].path} {list(known.shape)}: "
                     "only models of one vocabulary can be compared"
                 )
             score.add(logits, window[1 : len(logits) + 1], known)
-            if reference and index == 0:
+            if compared and index == 0:
                 known = log_softmax_rows(logits)
             done += 1
             if progress:
@@ -145,17 +130,17 @@ def score_tokens(
 
 
 def decoder_scores(
-    reference: Path | None,
-    candidates: Sequence[Path],
+    subjects: Sequence[Subject],
     scores: Sequence[TokenScores],
     windows: Sequence[Ids],
     accuracy_level: int,
+    *,
+    compared: bool,
 ) -> list[DecoderScores]:
     """What `score_tokens` found, in numbers; UserError where there was nothing to score."""
-    paths = [*([reference] if reference else []), *candidates]
     return [
-        _decoder_scores(str(path), score, windows, accuracy_level, scores[0] if reference and index else None)
-        for index, (path, score) in enumerate(zip(paths, scores, strict=True))
+        _decoder_scores(str(subject.path), score, windows, accuracy_level, scores[0] if compared and index else None)
+        for index, (subject, score) in enumerate(zip(subjects, scores, strict=True))
     ]
 
 

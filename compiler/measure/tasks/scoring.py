@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -85,19 +84,14 @@ def check_fit(task: str, items: Sequence[Item], tokenizer: Tokenizer, tokens: in
 
 
 def score_tasks(
-    reference: Path | None,
-    candidates: Sequence[Path],
+    subjects: Sequence[Subject],
     tasks: Mapping[str, Sequence[Item]],
     tokenizer: Tokenizer,
     *,
-    accuracy_level: int = 0,
-    provider: str = "cpu",
-    kernels: str = "auto",
+    compared: bool,
     progress: Told | None = None,
 ) -> list[TaskScores]:
-    """Scores of decoders on each task, the reference first if there is one. All models are loaded at once."""
-    paths = [*([reference] if reference else []), *candidates]
-    subjects = [Subject(path, accuracy_level=accuracy_level, provider=provider, kernels=kernels) for path in paths]
+    """Scores of decoders on each task. compared: the first is the others' reference."""
     before, _ = tokenizer.around()
     found = []
     for task, items in tasks.items():
@@ -107,12 +101,13 @@ def score_tasks(
             right[:, number] = [encoded.right(subject) for subject in subjects]
             if progress:
                 progress(task, number + 1, len(items))
-        known = right[0] if reference else None
-        for index, path in enumerate(paths):
-            pair = Paired.of(known, right[index]) if known is not None and index else None
+        for index, subject in enumerate(subjects):
+            pair = Paired.of(right[0], right[index]) if compared and index else None
             share = float(right[index].mean())
             low, high = wilson(share, len(items))
-            found.append(TaskScores(str(path), task, len(items), digest(items), 1 / CHOICES, share, low, high, pair))
+            found.append(
+                TaskScores(str(subject.path), task, len(items), digest(items), 1 / CHOICES, share, low, high, pair)
+            )
     return found
 
 

@@ -233,7 +233,7 @@ def test_fixed_lengths_and_texts_of_one_token() -> None:
 def test_scores_of_two_models(tmp_path: Path, tokenizer: Tokenizer) -> None:
     a, b = _saved(tmp_path / "a.onnx"), _saved(tmp_path / "b.onnx", 0.5)
     items = texts.next_sentence(tasks_text(), 24)
-    first, second = score_tasks(a, [b], {"next-sentence": items}, tokenizer)
+    first, second = score_tasks([Subject(a), Subject(b)], {"next-sentence": items}, tokenizer, compared=True)
     assert first.paired is None
     assert second.paired is not None
     assert second.paired.reference == first.accuracy
@@ -242,7 +242,7 @@ def test_scores_of_two_models(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert first.accuracy_low < first.accuracy < first.accuracy_high
     assert first.digest == second.digest == digest(items)
     cached = _saved(tmp_path / "c.onnx", kv_cache=True)
-    (alone,) = score_tasks(None, [cached], {"next-sentence": items[:4]}, tokenizer)
+    (alone,) = score_tasks([Subject(cached)], {"next-sentence": items[:4]}, tokenizer, compared=False)
     assert (alone.items, alone.paired) == (4, None)
 
 
@@ -316,6 +316,16 @@ def test_a_graph_of_fixed_length(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert scores.tasks[0].items == 4
     with pytest.raises(UserError, match="needle: 64 tokens of context are too few"):
         qcompile.evaluate(fixed, tasks="needle", task_items=4, context=64)
+
+
+def test_models_are_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For two texts and a task, each of two."""
+    tiny_tokenizer(256, tmp_path)
+    loaded, a, b = list[Path](), _saved(tmp_path / "a.onnx"), _saved(tmp_path / "b.onnx", 0.1)
+    monkeypatch.setattr(evaluation, "Subject", lambda path, **how: loaded.append(path) or Subject(path, **how))
+    found = qcompile.evaluate(b, against=a, text=["some words", "and others"], tasks="cloze", task_items=2)
+    assert loaded == [a, b]
+    assert (len(found.rows), len(found.tasks)) == (6, 2)
 
 
 def test_a_task_without_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
