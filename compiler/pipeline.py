@@ -32,7 +32,7 @@ from qcompile.compiler.report.coverage import check_coverage
 from qcompile.compiler.report.page import to_html
 from qcompile.compiler.results.frontier import Frontier
 from qcompile.compiler.results.report import Report
-from qcompile.compiler.settings.amount import Amount
+from qcompile.compiler.settings.amount import Amount, TooLarge
 from qcompile.compiler.settings.bound import NO_BOUND, Bound, TooFar
 from qcompile.compiler.stages import (
     Walked,
@@ -136,7 +136,11 @@ def compile_model(
         chosen,
     )
     with Work(target, fresh=fresh, shelf=None if checkpoints is None else Path(checkpoints)) as work:
-        return _compiled(job, work, progress, started, bench=bench)
+        try:
+            return _compiled(job, work, progress, started, bench=bench)
+        except (TooLarge, TooFar):
+            work.drop()  # another choice of formats follows, and nobody goes on from this one
+            raise
 
 
 @dataclass(frozen=True)

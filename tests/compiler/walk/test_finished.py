@@ -12,8 +12,12 @@ import pytest
 from conftest import Bench
 
 import qcompile
+from qcompile.compiler import Recipe, compile_model, parse_passes
+from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.files import finished, secret
+from qcompile.compiler.pipeline import Chosen
 from qcompile.compiler.results.report import Report
+from qcompile.compiler.settings.amount import TooLarge
 from qcompile.compiler.walk import program
 from qcompile.compiler.walk.checkpoints import Checkpoints
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
@@ -300,6 +304,24 @@ def test_a_place_for_no_folder_is_refused_before_the_work(bench: Bench, capsys: 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("qcompile.compiler.commands.compile.spending", None)  # a budget is chosen by what takes minutes
         bench.refuses(capsys, source, ["--budget", "5bpw", "--checkpoints", str(bench.text)], "is no folder")
+
+
+def test_a_choice_that_is_too_large_leaves_nothing(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """The next choice of formats begins anew, and would tell of an unfinished compile that nobody has stopped."""
+    source, shelf = _source(bench, "decoder"), bench.folder / "shelf"
+    with pytest.raises(TooLarge) as raised:
+        compile_model(
+            source,
+            Recipe(parse_passes("pack"), min_coverage=0.0, samples=4, context=32),
+            output=bench.folder / "out" / "model.onnx",
+            calibration=Calibration([str(bench.text)]),
+            checkpoints=shelf,
+            chosen=Chosen(budget="0.001MB"),
+        )
+    assert not getattr(raised.value, "__notes__", [])
+    assert not list((bench.folder / "out").iterdir())
+    assert not shelf.exists()
+    assert not caplog.records
 
 
 def test_a_dry_run_tells_what_it_leaves_out(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
