@@ -9,9 +9,12 @@ from qcompile.compiler.data.calibration_files import Files
 from qcompile.compiler.plan import bound_of, ensuring, is_spent, steps_that
 from qcompile.compiler.recipe import SETTINGS, Recipe
 from qcompile.passes.contract import Fact
+from qcompile.passes.exact import split_quoted
 
 # Settings of packed weights and of what computes with them; others of these are errors without a pass that packs.
 _PACKED = ("bits", "group_size", "symmetric", "activations", "accuracy_level", "attention")
+# Those that say how the codes of a width are grouped.
+_GROUPS = ("group_size", "symmetric")
 _PICTURES = ("image_mean", "image_std", "image_size")
 
 
@@ -31,12 +34,18 @@ def of_recipe(recipe: Recipe, given: Collection[str], *, point: bool = False) ->
         by = "the budget chooses" if recipe.budget is not None else f"{bound_of(recipe)} is kept by"
         by = "the point has" if point else by
         settled = f"{by} the formats of the graph's weights"
-        found |= dict.fromkeys(("bits", "group_size", "symmetric", "weights"), settled)
+        found |= dict.fromkeys(("bits", "weights", *(() if _says_some(recipe) else _GROUPS)), settled)
     if bound_of(recipe):
         found["keep_as"] = f"{bound_of(recipe)} is kept by formats, and no node in float"
     elif not recipe.mixed:
         found["keep_as"] = "no node is kept in float (--keep-worst, --keep-share, --max-kl or --min-sqnr do that)"
     return {name: why for name, why in found.items() if name in given and name in SETTINGS}
+
+
+def _says_some(recipe: Recipe) -> bool:
+    """Whether formats of some weights are said beside those that are chosen."""
+    patterns = any(split_quoted(own)[0] is None for own in recipe.weights_of)
+    return patterns or any(getattr(recipe, own) != SETTINGS[own].default for own in ("lm_head", "embedding"))
 
 
 def of_data(data: Calibration, given: Collection[str]) -> dict[str, str]:

@@ -84,6 +84,8 @@ def test_nothing_is_said_of_what_has_an_effect(made: Any, capsys: pytest.Capture
         (Recipe.from_dict({"weights": "nf4"}), {"weights", "group_size"}, {"group_size"}),
         (Recipe.from_dict({"passes": "smooth,qdq", "keep_worst": 3}), {"keep_as", "bits"}, {"bits"}),
         (Recipe(budget="4bpw", bits=8), {"bits", "group_size", "lm_head", "budget"}, {"bits", "group_size"}),
+        (Recipe(budget="4bpw", lm_head=4), {"bits", "group_size", "symmetric", "weights"}, {"bits", "weights"}),
+        (Recipe(budget="4bpw", weights_of=("lm_head=int6",)), {"bits", "group_size", "symmetric"}, {"bits"}),
         (Recipe(max_kl=0.1, bits=8), {"bits", "max_kl", "keep_as"}, {"bits", "keep_as"}),
     ],
 )
