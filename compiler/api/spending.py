@@ -158,7 +158,7 @@ def _keeping(found: Chooser, run: Callable[[Spent], Report], progress: Progress)
         except TooFar as error:
             tried.append(Tried(error.size, found.search.change(made), error.distance))
             if kept is None and (not left or found.is_last(made)):
-                raise _refused(found, tried) from error
+                raise _refused(found, tried, made) from error
         except UserError as error:
             if kept is not None:  # what holds stays, whatever is wrong with a smaller one
                 progress.step(f"{found.bound}: kept as it is, a smaller one is refused: {error}")
@@ -175,7 +175,7 @@ def _keeping(found: Chooser, run: Callable[[Spent], Report], progress: Progress)
         made = following
         progress.step(f"{found.bound}: again with {megabytes(found.size(made))}")
     if kept is None:
-        raise _refused(found, tried)
+        raise _refused(found, tried, made)
     if kept.frontier is not None and tried != list(kept.frontier.tried):
         kept.frontier = replace(kept.frontier, tried=tuple(tried))
         rewrite_report(kept)
@@ -193,17 +193,18 @@ def _next(tried: list[Tried], aim: float) -> float:
     return last.change * (aim / last.distance) ** (1 / power) if last.distance else math.inf
 
 
-def _refused(found: Chooser, tried: list[Tried]) -> Verdict:
-    """That no compile kept the bound; which of budget and bound does not hold."""
+def _refused(found: Chooser, tried: list[Tried], made: Choice) -> Verdict:
+    """That no compile kept the bound, the last of a choice; which of budget and bound does not hold."""
     best = min(tried, key=lambda own: own.distance)
     told = f"{found.bound} does not hold: {found.search.told_of(best.distance)} with {megabytes(best.size)}"
-    if found.amount is not None:
+    if found.search.is_largest(made):
+        return Verdict(f"{told}, with the most bits for all weights: give a looser bound, or keep some with --exclude")
+    if found.is_last(made):
         return Verdict(
             f"{told}, which is what the budget of {found.amount} allows: give a larger budget or a looser bound"
         )
-    if len(tried) < _RUNS:
-        return Verdict(f"{told}, with the most bits for all weights: give a looser bound, or keep some with --exclude")
-    return Verdict(f"{told}, the best of {len(tried)} compiles: give a looser bound, or a --budget larger than that")
+    more = "a --budget larger than that" if found.amount is None else "no bound, for all that the budget allows"
+    return Verdict(f"{told}, the best of {len(tried)} compiles: give a looser bound, or {more}")
 
 
 def planned(

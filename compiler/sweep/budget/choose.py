@@ -80,7 +80,8 @@ class Search:
         self._size_of, self._vocabulary = size_of, vocabulary_size(prepared.model)
         self._units = find_units(prepared.model, make_policy(recipe), partial(taken, recipe, self._vocabulary))
         if not self._units:
-            raise UserError("a budget has nothing to choose: no weight is left that the recipe does not say all of")
+            told = f"no weight is left that target {recipe.target} packs and the recipe does not say all of"
+            raise UserError(f"a budget has nothing to choose: {told}")
         self._choices = choices_of(recipe, self._units, self._vocabulary)
         self.ranking = ranking_of(prepared, recipe, calibration, self._units, progress, evaluation, bound=bound)
         self.options = options_of(recipe, self._units, self._choices, self.ranking)

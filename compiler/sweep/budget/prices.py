@@ -33,6 +33,9 @@ FORMATS = (
 # nearest: rows of one code do not make up for each other. SmolLM2-135M, turned inputs, KL of two texts: pairs of 3.02
 # and 4.03 bits 0.31 and 0.11, integers of 3.30 and 4.31 bits 0.32 and 0.08; to nearest pairs are 1.2 and 0.4 dB better.
 _TOGETHER = 1.4
+# What all weights together change at least, as a share of what was measured: those that changed nothing on a few
+# windows, such as experts without a token, get the bytes that nothing else wants, and a bound can ask for them.
+_LEAST = 1e-6
 
 
 def with_formats(recipe: Recipe, units: Iterable[Iterable[str]], formats: Iterable[str]) -> Recipe:
@@ -107,12 +110,14 @@ def options_of(
     """Of each unit, in every format: its size, and what it changes."""
     half = make_policy(recipe).half_scales
     effects = {own.node: max(own.effect - ranking.all_float, 0.0) ** power(ranking) for own in ranking.nodes}
+    least = _LEAST * (sum(effects.values()) or 1.0) / sum(unit.weights for unit in units)
     made = []
     for unit, grids in zip(units, choices, strict=True):
         sizes = [unit.bits(own, half_scales=half) / 8 for own in grids.values()]
         ratios = errors(unit, list(grids.values()), rotated=turns(recipe))
         together = [_TOGETHER if own[0].rows_per_code > 1 else 1.0 for own in grids.values()]
-        costs = [effects[unit.names_of_weights[0]] * a * b for a, b in zip(ratios, together, strict=True)]
+        effect = max(effects[unit.names_of_weights[0]], least * unit.weights)
+        costs = [effect * a * b for a, b in zip(ratios, together, strict=True)]
         made.append([Option(name, *both) for name, *both in zip(grids, sizes, costs, strict=True)])
     return made
 

@@ -1,6 +1,7 @@
 """--max-kl and --min-sqnr of packed weights: the least that keeps the bound, on data that nothing else has seen."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 
 import qcompile
 from qcompile.compiler import pipeline
+from qcompile.compiler.api import spending
 from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.mixed.ranking import Ranking
 from qcompile.compiler.mixed.windows import check_windows, held_windows
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.settings.amount import Amount, TooLarge
 from qcompile.compiler.stages import gather_data, prepare_model
+from qcompile.compiler.sweep.budget import choose
 from qcompile.compiler.sweep.budget.choose import Search
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.errors import UserError, Verdict
@@ -89,6 +93,36 @@ def test_what_was_foretold_wrongly_is_repaired(
     written = json.loads((tmp_path / "o.report.json").read_text())
     assert [own["distance"] for own in written["frontier"]["tried"]] == distances
     assert (tmp_path / "o.report.html").read_text().count("<title>compiled: ") == len(distances)
+
+
+def test_weights_that_changed_nothing_where_it_was_measured_get_bits_all_the_same(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as experts without a token on the few windows: what is held aside meets them."""
+    ranking_of = choose.ranking_of
+
+    def silent(*args: Any, **fields: Any) -> Ranking:
+        found = ranking_of(*args, **fields)
+        return replace(found, nodes=tuple(replace(own, effect=found.all_float) for own in found.nodes))
+
+    monkeypatch.setattr(choose, "ranking_of", silent)
+    report = _compiled(source, tmp_path, max_kl=0.03)
+    distances = _distances(report)
+    assert distances[0] > 0.03
+    assert min(distances) <= 0.03
+    wide = _compiled(source, tmp_path, budget="8bpw")
+    assert wide.bits_per_weight == pytest.approx(8, abs=0.2)
+
+
+def test_compiles_that_do_not_go_far_enough_are_not_the_budget_s_fault(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeping = Search.keeping
+    monkeypatch.setattr(Search, "keeping", lambda self, change: keeping(self, 30 * change))
+    monkeypatch.setattr(spending, "_RUNS", 2)
+    with pytest.raises(Verdict, match="the best of 2 compiles: give a looser bound, or no bound"):
+        _compiled(source, tmp_path, max_kl=0.003, budget="400kb")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [Verdict("output x is destroyed"), TooLarge(1 << 30, Amount(size=1), 1)])
