@@ -341,7 +341,7 @@ def _from_text(
         windows, others = windows[:cut], windows[cut:]
     length = f"{len(windows[0])}"
     if plan.logits is None and not plan.past and not plan.sequence and plan.batch in (None, 1):
-        windows, others, shown = (_as_texts(tokenizer, own) for own in (windows, others, shown))
+        windows, others, held, shown = (_as_texts(tokenizer, own) for own in (windows, others, held, shown))
         length = f"{min(map(len, windows))} to {max(map(len, windows))}"
     calibration = _batches(plan, windows) if needed else []
     described = f"{len(windows)} windows of {length} tokens from {source}" if needed else source

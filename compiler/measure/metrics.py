@@ -29,8 +29,10 @@ def log_softmax(logits: npt.NDArray[Any]) -> Floats:
 
 
 def kl_divergence(known: Floats, scores: Floats) -> Doubles:
-    """KL(known ‖ scores) of each row of log-softmaxes (rows, V), nats."""
-    divergence: Doubles = (np.exp(known) * (known - scores)).sum(axis=-1, dtype=np.float64)
+    """KL(known ‖ scores) of each row of log-softmaxes (rows, V), nats. What cannot come adds 0 (lim p→0 of p log p)."""
+    possible, difference = np.exp(known), np.zeros_like(known)
+    np.subtract(known, scores, out=difference, where=known > -np.inf)
+    divergence: Doubles = (possible * difference).sum(axis=-1, dtype=np.float64)
     return divergence
 
 
