@@ -23,6 +23,7 @@ from qcompile.compiler.stages import gather_data, prepare_model
 from qcompile.compiler.sweep.budget import choose
 from qcompile.compiler.sweep.budget.choose import Search
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
+from qcompile.models.tiny.tokenizer import tiny_tokenizer
 from qcompile.passes.errors import UserError, Verdict
 
 
@@ -184,6 +185,31 @@ def test_the_bound_is_judged_on_data_of_its_own(source: Path, evaluation: Any) -
     ]
     assert all(parts)
     assert sum(map(len, parts)) == len(set().union(*parts))
+
+
+@pytest.mark.parametrize(("kind", "lengths"), [("decoder", [32, 32]), ("encoder", [32, 16])])
+def test_windows_of_a_text_are_used_for_one_thing_alone(tmp_path: Path, kind: str, lengths: list[int]) -> None:
+    """No stretch of tokens is in two of them; and an encoder's bound is judged on texts of several lengths, too."""
+    letters = np.random.default_rng(0).integers(ord("a"), ord("z"), 1024)
+    (tmp_path / "t.txt").write_text("".join(map(chr, letters)))
+    ir.save(tiny_decoder() if kind == "decoder" else tiny_encoder(), tmp_path / "m.onnx")
+    tiny_tokenizer(256, tmp_path)
+    prepared = prepare_model(tmp_path / "m.onnx", Recipe(passes="gptq,pack", samples=10, context=32), Silent())
+    data = gather_data(prepared, Calibration([str(tmp_path / "t.txt")]), aside=True, bound=True)
+    held, _ = held_windows(prepared.plan, data)
+    chosen, _ = check_windows(prepared.plan, data)
+    parts = [
+        {
+            tuple(own[i : i + 8])
+            for batch in part
+            for own in batch.feeds["input_ids"].tolist()
+            for i in range(len(own) - 7)
+        }
+        for part in (data.calibration, chosen, held, data.evaluation)
+    ]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    assert [own.feeds["input_ids"].shape[1] for own in held] == lengths
 
 
 def test_too_little_data_is_told_before_the_work(source: Path, tmp_path: Path) -> None:
