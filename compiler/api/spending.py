@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from qcompile.compiler.api.data import twice
 from qcompile.compiler.api.rehearsal import rehearse
 from qcompile.compiler.console.numbers import megabytes
-from qcompile.compiler.console.progress import Progress
+from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.files.load import hash_and_check, load_model
 from qcompile.compiler.pipeline import Chosen, rewrite_report
@@ -20,6 +20,7 @@ from qcompile.compiler.results.frontier import Frontier, Tried
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.settings.amount import Amount, TooLarge
 from qcompile.compiler.settings.bound import TooFar
+from qcompile.compiler.stages import prepare_model
 from qcompile.compiler.sweep.budget.choose import Choice, Search, check_amount
 from qcompile.compiler.sweep.budget.prices import with_formats
 from qcompile.passes.errors import UserError, Verdict
@@ -227,6 +228,17 @@ def planned(
     found = Chooser(source, recipe, calibration, progress, evaluation)
     made = found.spent(found.first())
     return made.recipe, made.chosen.frontier
+
+
+def check_bounds(models: Sequence[Path], recipe: Recipe) -> None:
+    """UserError where a bound is not one for each of several models; the first would be compiled by then."""
+    if len(models) < 2 or (recipe.max_kl is None and recipe.min_sqnr is None):
+        return
+    for path in models:
+        try:
+            prepare_model(path, recipe, Silent(), dry=True)
+        except UserError as error:
+            raise UserError(f"{path.name} of {len(models)} models: {error}, or compile them one by one") from error
 
 
 def asked_for(

@@ -9,7 +9,7 @@ from typing import Any
 
 from qcompile.compiler.api.evaluation import EvaluationSet, evaluate_models
 from qcompile.compiler.api.folders import check_folder, copy_companions, exported, home, within
-from qcompile.compiler.api.spending import Spent, asked_for, planned, spending
+from qcompile.compiler.api.spending import Spent, asked_for, check_bounds, planned, spending
 from qcompile.compiler.commands import idle
 from qcompile.compiler.commands.declared.compile import Options
 from qcompile.compiler.commands.dry_run import print_plan
@@ -77,6 +77,7 @@ def run(args: Options) -> Document:
     if args.kind is None:
         check_folder(source, folder)
     _check_one(_recipe(args), graphs(source), args.budget_file)
+    check_bounds(graphs(source), _recipe(args))
     with _told_what_is_written() as seen:
         each = [changed(args, model=graph, output=f"{folder}{os.sep}") for graph in graphs(source)]
         made = [_one(own, seen, (args.model, folder)) for own in each]

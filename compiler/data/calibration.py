@@ -200,7 +200,7 @@ def _from_batches(
         rows = sum(batch.rows for batch in shown)
         described += f"; {rows} rows of them held aside to tell the accuracy on" if shown else ""
     taken, others = aside.apart(plan, batches) if sampling.aside and not learnt else (batches, [])
-    described += f", {len(others)} more held aside to choose nodes by" if others else ""
+    described += f", {len(others)} more held aside for choices" if others else ""
     halves = sampling.bound and len(others) > 1
     others, held = (others[::2], others[1::2]) if halves else (others, [])
     checks = batches[:_CHECKS]

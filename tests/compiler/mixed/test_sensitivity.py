@@ -126,7 +126,7 @@ def test_a_network_without_logits_is_ranked_by_its_outputs(bench: Any, capsys: p
     assert float(first[4]) < 20, "in dB"
     assert "SQNR alone, dB" in shown
     assert "1 batches beside the calibration data (3 batches of " in shown
-    assert "1 more held aside to choose nodes by" in shown
+    assert "1 more held aside for choices" in shown
 
 
 @pytest.mark.parametrize(("windows", "found"), [(4, 0), (5, 1), (6, 2), (20, 2), (0, 0)])

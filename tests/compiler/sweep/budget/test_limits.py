@@ -13,7 +13,7 @@ from qcompile.compiler.api import spending
 from qcompile.compiler.api.rehearsal import Rehearsal, rehearse
 from qcompile.compiler.report.advice import remedies
 from qcompile.compiler.sweep.budget.choose import added
-from qcompile.models.tiny import tiny_decoder
+from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.errors import UserError
 
 SIZE = 150_000
@@ -113,6 +113,24 @@ def test_where_no_budget_is_spent(source: Path, tmp_path: Path) -> None:
     for grid, recipe in (({"budget": ["4bpw", "5bpw"]}, None), ({"bits": [4, 8]}, qcompile.Recipe(budget="4bpw"))):
         with pytest.raises(UserError, match="a sweep spends no budget"):
             qcompile.sweep(source, grid, output=tmp_path / "s", recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("bound", "told"),
+    [("--max-kl", "encoder.onnx of 2 models: max_kl is for decoders, and this model has no logits"),
+     ("--min-sqnr", "decoder.onnx of 2 models: min_sqnr is for models without logits")],
+)  # fmt: skip
+def test_a_bound_of_one_kind_of_model_is_told_before_another_is_compiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bound: str, told: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    ir.save(tiny_decoder(layers=1), tmp_path / "in" / "decoder.onnx")
+    ir.save(tiny_encoder(layers=1), tmp_path / "in" / "encoder.onnx")
+    (tmp_path / "in" / "export.json").write_text('{"graphs": {"encoder.onnx": 0, "decoder.onnx": 0}}')
+    words = [str(tmp_path / "in"), "--passes", "pack", bound, "20", "-o", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_bytes_are_of_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
