@@ -15,6 +15,8 @@ from qcompile.passes.affine import Array
 # Channels of a block at most: what a rotation of all channels gains beyond that is 0.4 dB (docs/architecture.md); and
 # at least: a sum of fewer numbers is as uneven as they are.
 MOST, LEAST = 64, 16
+# Rows of a matrix that are made symmetric at once.
+_BAND = 512
 # How the names of the initializers begin that hold a rotation's matrix.
 MATRIX = "qcompile.hadamard."
 
@@ -88,7 +90,12 @@ class Rotation:
 
 
 def _symmetric(matrix: Array) -> Array:
-    return np.asarray((matrix + matrix.T) / 2)
+    """(M + Mᵀ) / 2, in place: the Gram matrices of a wide input are most of what a compile holds."""
+    for start in range(0, len(matrix), _BAND):
+        stop = start + _BAND
+        mean = (matrix[start:stop, start:] + matrix[start:, start:stop].T) / 2
+        matrix[start:stop, start:], matrix[start:, start:stop] = mean, mean.T
+    return matrix
 
 
 @cache

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qcompile.passes.affine import Array
 from qcompile.passes.algebra import damping_of
-from qcompile.passes.rotation import LEAST, MOST, Rotation, hadamard
+from qcompile.passes.rotation import LEAST, MOST, Rotation, _symmetric, hadamard
 from qcompile.passes.statistics import Statistics
 
 
@@ -74,7 +74,7 @@ def test_rotated_statistics_are_those_of_rotated_rows() -> None:
     parts, before = found.split(), known.split()
     assert parts is not None
     assert before is not None
-    np.testing.assert_array_equal(parts[1], own.turned(before[1]))
+    np.testing.assert_allclose(parts[1], own.turned(before[1]), rtol=0, atol=1e-6 * np.abs(turned).max())
     assert parts[0].rotation is own
     assert found.held_groups is not None
 
@@ -101,3 +101,11 @@ def test_factors_on_turned_channels_end_what_is_known_of_them() -> None:
     found = Statistics(50, x.T @ x, np.abs(x).max(axis=0)).rotated(_of(64))
     found.rescale(np.full(64, 2, np.float32))
     assert found.rotation is None
+
+
+@pytest.mark.parametrize("k", [1, 511, 512, 513, 1200])
+def test_a_matrix_is_made_symmetric_in_its_place(k: int) -> None:
+    matrix = np.random.default_rng(k).standard_normal((k, k), np.float32)
+    wanted = (matrix + matrix.T) / 2
+    assert _symmetric(matrix) is matrix
+    np.testing.assert_array_equal(matrix, wanted)
