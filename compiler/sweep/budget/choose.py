@@ -21,7 +21,6 @@ from qcompile.compiler.settings.bound import NO_BOUND, Bound
 from qcompile.compiler.stages import prepare_model
 from qcompile.compiler.sweep.budget.allocate import Option, allocate, frontier
 from qcompile.compiler.sweep.budget.prices import (
-    FORMATS,
     choices_of,
     measuring,
     options_of,
@@ -32,6 +31,7 @@ from qcompile.compiler.sweep.budget.prices import (
     with_formats,
 )
 from qcompile.compiler.sweep.budget.units import Unit, find_units
+from qcompile.passes import lists
 from qcompile.passes.affine import Grid
 from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError
@@ -149,7 +149,9 @@ class Search:
         counted = Counter[str]()
         for count, own in zip(self._counts, made, strict=True):
             counted[own.what] += count
-        shares = ", ".join(f"{counted[name] / sum(self._counts):.0%} {name}" for name in FORMATS if counted[name])
+        shares = ", ".join(
+            f"{counted[name] / sum(self._counts):.0%} {name}" for name in lists.CANDIDATES if counted[name]
+        )
         looked_up = any(
             grid.rows_per_code > 1 for own, o in zip(self._choices, made, strict=True) for grid in own[o.what]
         )

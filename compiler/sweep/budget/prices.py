@@ -24,11 +24,6 @@ from qcompile.passes.linears import Embedding, is_lm_head
 from qcompile.passes.table import PASSES
 from qcompile.passes.targets import TARGETS
 
-# Formats to choose from, of 3 bits and more: below, errors are too large for their sum to be what all change together.
-FORMATS = (
-    *("int3(group=64)", "int3(group=128)", "pairs3", "pairs3.5", "int4(group=32)", "int4(group=64)", "int4(group=128)"),
-    *("int5(group=64)", "int5(group=128)", "int6(group=64)", "int6(group=128)", "int8(group=64)", "int8(group=128)"),
-)
 # What `gptq` leaves of errors where rows share a code, over what it leaves of others that are as large when rounded to
 # nearest: rows of one code do not make up for each other. SmolLM2-135M, turned inputs, KL of two texts: pairs of 3.02
 # and 4.03 bits 0.31 and 0.11, integers of 3.30 and 4.31 bits 0.32 and 0.08; to nearest pairs are 1.2 and 0.4 dB better.
@@ -63,7 +58,7 @@ def taken(recipe: Recipe, vocabulary: int | None, site: Site) -> bool:
 def choices_of(recipe: Recipe, units: Sequence[Unit], vocabulary: int | None) -> list[dict[str, list[Grid]]]:
     """Of each unit, the grids of its sites in every format that the target has for all of them."""
     made: list[dict[str, list[Grid]]] = [{} for _ in units]
-    offered = [step for step in map(parse_step, FORMATS) if has_format(step, TARGETS[recipe.target])]
+    offered = [step for step in map(parse_step, lists.CANDIDATES) if has_format(step, TARGETS[recipe.target])]
     for step in offered:
         named = with_formats(recipe, [unit.names_of_weights for unit in units], [str(step)] * len(units))
         policy = make_policy(effective(named))

@@ -185,7 +185,7 @@ def test_a_target_of_one_format_has_group_sizes_to_choose(source: Path, tmp_path
 def test_a_target_of_one_choice_has_nothing_to_choose(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prices, "FORMATS", ("int4(group=64)", "int6(group=64)"))
+    monkeypatch.setattr(prices.lists, "CANDIDATES", ("int4(group=64)", "int6(group=64)"))
     with pytest.raises(UserError, match="nothing to choose: of its formats target tensorrt has int4 alone"):
         _compiled(source, tmp_path, "5bpw", target="tensorrt", min_coverage=0)
 

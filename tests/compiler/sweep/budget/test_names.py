@@ -17,9 +17,9 @@ from qcompile.compiler.recipe import Recipe, dump_recipe, parse_passes, parse_st
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.settings.steps import parse_named
 from qcompile.compiler.stages import prepare_model
-from qcompile.compiler.sweep.budget.choose import FORMATS
 from qcompile.compiler.sweep.budget.units import find_units
 from qcompile.models.tiny.build import Builder
+from qcompile.passes import lists
 from qcompile.passes.errors import UserError
 from qcompile.passes.exact import quoted
 from qcompile.passes.linears import find_linears
@@ -69,7 +69,7 @@ def _named_oddly(names: Sequence[str]) -> ir.Model:
 def test_a_quoted_name_is_that_of_one_weight(names: list[str]) -> None:
     """Whatever it is made of, and whatever nodes are called: each weight has its own format, through a file, too."""
     found = find_linears(_named_oddly(names).graph)
-    wanted = [FORMATS[place % len(FORMATS)] for place in range(len(found))]
+    wanted = [lists.CANDIDATES[place % len(lists.CANDIDATES)] for place in range(len(found))]
     given = tuple(f"{quoted(str(own.weight.name))}={told}" for own, told in zip(found, wanted, strict=True))
     recipe = Recipe(parse_passes("pack"), weights_of=given)
     assert Recipe.from_dict(yaml.safe_load(dump_recipe(recipe))) == recipe
