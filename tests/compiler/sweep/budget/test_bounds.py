@@ -32,13 +32,6 @@ def _feeds(count: int = 16, length: int = 32) -> list[dict[str, Any]]:
     return [{"input_ids": random.integers(0, 256, (1, length))} for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("source") / "m.onnx"
-    ir.save(tiny_decoder(), path)
-    return path
-
-
 def _compiled(source: Path, folder: Path, **fields: Any) -> Report:
     given = {"calibration": _feeds(), **fields}
     return qcompile.compile(source, given.pop("passes", "pack"), output=folder / "o.onnx", **given)

@@ -28,13 +28,6 @@ def _feeds(count: int = 8, length: int = 32) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("source") / "m.onnx"
-    ir.save(tiny_decoder(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def drawn(source: Path) -> Report:
     return qcompile.compile(source, "pack", output=source.parent / "o.onnx", calibration=_feeds(), budget="120kb")
 

@@ -24,13 +24,6 @@ def _feeds(count: int = 8, length: int = 32) -> list[dict[str, Any]]:
     return [{"input_ids": random.integers(0, 256, (1, length))} for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("source") / "m.onnx"
-    ir.save(tiny_decoder(), path)
-    return path
-
-
 def _size(folder: Path) -> int:
     return sum(own.stat().st_size for own in folder.iterdir() if ".report." not in own.name)
 
