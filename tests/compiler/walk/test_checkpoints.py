@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from conftest import Bench
+from finishing import finished_segments
 from graphs.table import Graph
 
 import qcompile
@@ -75,18 +76,6 @@ def _stopped(
     return raised.value
 
 
-def _counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of segments, as they are finished."""
-    done, after = list[int](), Checkpoints.after
-
-    def counted(self: Checkpoints, state: Any, number: int, of: int, nodes: Any) -> None:
-        done.append(number)
-        after(self, state, number, of, nodes)
-
-    monkeypatch.setattr(Checkpoints, "after", counted)
-    return done
-
-
 def _bytes(folder: Path) -> dict[str, bytes]:
     """What a compile wrote, but for its reports, which tell how long it took; hidden folders among it."""
     return {file.name: file.read_bytes() if file.is_file() else b"" for file in sorted(folder.iterdir())
@@ -134,7 +123,7 @@ def test_same_bytes_after_a_stop_behind_every_segment(
     """One compile, stopped behind the first segment, gone on with, stopped behind the second …"""
     source, options = _saved(bench, kind)
     monkeypatch.setattr(segments_of, "_SEGMENTS", 4)  # so that convolutions are cut at, too
-    done = _counted(monkeypatch)
+    done = finished_segments(monkeypatch)
     whole = bench.compile(source, passes, output="whole/model.onnx", **options)
     segments, wanted = done[-1], _bytes(bench.folder / "whole")
     assert done == list(range(1, segments + 1))
@@ -376,13 +365,13 @@ def test_data_is_read_when_the_compile_begins(bench: Bench, monkeypatch: pytest.
     """Not with the first checkpoint: who changes a batch in place meanwhile has changed what is computed."""
     read, digest_of = list[int](), checkpoints._digest_of
     monkeypatch.setattr(checkpoints, "_digest_of", lambda batches: (read.append(len(done)), digest_of(batches))[1])
-    done = _counted(monkeypatch)
+    done = finished_segments(monkeypatch)
     bench.compile(bench.save(tiny_decoder(layers=2)), "pack")
     assert set(read) == {0}
 
 
 def test_a_verdict_can_be_loosened_without_the_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, done = bench.save(tiny_decoder(layers=2)), _counted(monkeypatch)
+    source, done = bench.save(tiny_decoder(layers=2)), finished_segments(monkeypatch)
     with pytest.raises(Verdict, match="min-cosine"):
         bench.compile(source, "pack", min_cosine=1.0)
     done.clear()

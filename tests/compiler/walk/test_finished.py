@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 from conftest import Bench
+from finishing import finished_segments
 
 import qcompile
 from qcompile.compiler import Recipe, compile_model, parse_passes
@@ -70,14 +71,7 @@ def _signed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def segments(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of segments, as they are finished."""
-    done, after = list[int](), Checkpoints.after
-
-    def counted(self: Checkpoints, state: Any, number: int, of: int, nodes: Any) -> None:
-        done.append(number)
-        after(self, state, number, of, nodes)
-
-    monkeypatch.setattr(Checkpoints, "after", counted)
-    return done
+    return finished_segments(monkeypatch)
 
 
 def _source(bench: Bench, kind: str) -> Path:

@@ -34,13 +34,6 @@ def _feeds(count: int = 8, length: int = 32) -> list[dict[str, Any]]:
     return [{"input_ids": random.integers(0, VOCABULARY, (1, length))} for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("source") / "m.onnx"
-    ir.save(tiny_decoder(), path)
-    return path
-
-
 def _compiled(source: Path, folder: Path, budget: str, **fields: Any) -> Report:
     return qcompile.compile(
         source, fields.pop("passes", "pack"), output=folder / "o.onnx", calibration=_feeds(), budget=budget, **fields
