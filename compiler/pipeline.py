@@ -9,7 +9,7 @@ from pathlib import Path
 from qcompile.compiler import ladder
 from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.console.visible import visible
-from qcompile.compiler.data.apart import check_apart, digests
+from qcompile.compiler.data.apart import check_apart
 from qcompile.compiler.data.calibration import Calibration, Given
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.data.npz import Arrays
@@ -40,6 +40,7 @@ from qcompile.compiler.stages import (
     finish,
     gather_data,
     halve_scales,
+    judged_by,
     load_statistics,
     prepare_model,
     walk,
@@ -119,7 +120,7 @@ def compile_model(
     started = time.monotonic()
     progress.step("loading")
     calibration = Calibration.of(calibration)
-    read = [*named(calibration.files), *(() if statistics is None else (Path(statistics),))]
+    read = [*named(calibration.paths), *(() if statistics is None else (Path(statistics),))]
     for file in (target, report_path(target), page_path(target)):
         check_output_path(source, file, read)
     judged = None if evaluation is None else Calibration.of(evaluation)
@@ -167,7 +168,7 @@ def _compiled(asked: _Job, work: Work, progress: Progress, started: float, *, be
     if (drawn := chosen.frontier) is not None:
         drawn.check_source(str(source), prepared.report.source_hash)
         if (judged := asked.evaluation) is not None:
-            check_apart(drawn.calibrated, digests(named(judged.files), judged.texts))
+            check_apart(drawn.calibrated, judged_by(judged))
     saved = None if statistics is None else load_statistics(prepared, statistics)
     graph, plan, report, job = prepared.model, prepared.plan, prepared.report, prepared.job
     level = level_of(asked.verify, report.source_bytes, prepared.passes)

@@ -156,7 +156,7 @@ def _options(given: Calibration) -> list[str]:
     """Calibration data as the command line is given it; none of what a program gives."""
     pictures = given.pictures
     reader = given.reader  # of a function that was read, its name is what was given
-    files = [reader.label] if isinstance(reader, Batches) and is_reference(reader.label) else given.files
+    files = [reader.label] if isinstance(reader, Batches) and is_reference(reader.label) else given.words
     words = ["--calibration", *files] if files else []
     for option, own in (
         ("--image-mean", pictures.mean),
@@ -175,6 +175,12 @@ def _bounded(recipe: Recipe) -> bool:
 def wish(recipe: Recipe) -> Wish:
     """What is to stay in float for its sensitivity."""
     return Wish(recipe.keep_worst, recipe.keep_share, recipe.max_kl, recipe.min_sqnr, recipe.keep_as)
+
+
+def judged_by(evaluation: Calibration) -> dict[str, str]:
+    """What the accuracy is told on, by its content (`apart.digests`)."""
+    own = digests(named_files(evaluation.files), evaluation.texts)
+    return {**own, **bundled()} if evaluation.general else own
 
 
 def load_statistics(prepared: Prepared, path: Path) -> SavedStatistics:
@@ -211,8 +217,8 @@ def gather_data(
     aside: some of it is held aside for choices by measured errors; bound: more, that such a choice is judged by. As for
     recipes that keep nodes in float.
     """
-    files = digests(named_files([] if calibration.word else calibration.files), calibration.texts)
-    judged = digests(named_files(evaluation.files), evaluation.texts) if evaluation is not None else {}
+    files = digests(named_files(calibration.paths), calibration.texts)
+    judged = judged_by(evaluation) if evaluation is not None else {}
     known = saved.header.calibrated if saved is not None else {}
     check_apart({**files, **known}, judged)
     observes, recipe = prepared.observes and saved is None, prepared.recipe
@@ -237,8 +243,8 @@ def gather_data(
     looked = (*data.checks, *data.calibration[:_LOOKED_AT])
     if told := drop_contradicted(prepared.model, looked):
         data = replace(data, description=f"{data.description}; {told}")
-    if data.bundled:
-        files = bundled()
+    if data.bundled and calibration.bundled is None:
+        files = {**files, **bundled()}
         check_apart(files, judged)
     if evaluation is not None:
         data = with_evaluation(prepared.plan, prepared.source, data, evaluation)

@@ -75,7 +75,7 @@ def calibrate_model(
         told = f"add {reading(Reads.RANGES)}"
         raise UserError(f"calibrate: no pass of the list takes ranges from calibration data: {told}")
     calibration = Calibration.of(calibration)
-    check_result_path([source], target, named(calibration.files))
+    check_result_path([source], target, named(calibration.paths))
     progress.step("loading")
     walked = walk_model(source, recipe, calibration, progress, checks=False)
     chosen = next(p for p in walked.passes if Reads.RANGES in p.reads)

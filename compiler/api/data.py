@@ -52,7 +52,7 @@ def data_of(
 
 def twice(calibration: Calibration) -> Calibration:
     """Data that can be read again: what a program's reader gives is kept in memory."""
-    reference = Files.of([] if calibration.word else calibration.files).reference
+    reference = Files.of(calibration.paths).reference
     source = reference or calibration.reader
     if source is None:
         return calibration

@@ -4,8 +4,8 @@ import warnings
 from collections.abc import Collection, Iterator
 
 from qcompile.compiler.api.door import worded
-from qcompile.compiler.data.calibration import NORMS, Calibration
-from qcompile.compiler.data.calibration_files import Files
+from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.data.calibration_files import NORMS, Files
 from qcompile.compiler.plan import bound_of, ensuring, is_spent, steps_that
 from qcompile.compiler.recipe import SETTINGS, Recipe
 from qcompile.passes.contract import Fact
@@ -61,7 +61,7 @@ def warn(recipe: Recipe, data: Calibration, given: Collection[str], *, point: bo
 
 
 def _of_data(data: Calibration) -> Iterator[tuple[str, str]]:
-    files = Files.of([] if data.word else data.files)
+    files = Files.of(data.paths)
     if files.arrays or files.reference or data.reader is not None:
         every = (
             f"{files.reference} gives what it gives" if files.reference else "arrays are taken as they are, all of them"

@@ -229,7 +229,7 @@ def sweep(
     recipe: Recipe | PathLike | None = None,
     calibration: PathLike | Sequence[PathLike] = (),
     tokenizer: PathLike | None = None,
-    text: PathLike | None = None,
+    text: PathLike | Sequence[PathLike] = (),
     data: Sequence[PathLike] = (),
     context: int = 512,
     tokens: int = 2048,
@@ -247,12 +247,13 @@ def sweep(
         grid: values by key of a recipe: `{"bits": [4, 8], "passes": ["pack", "smooth,awq,pack"]}`.
         output: the folder for tables, plots and the cache: what is finished there is not run again.
         recipe: settings that are not in the grid.
-        calibration: files for every combination.
+        calibration: files for every combination, and `"general"`, the bundled text. As values of the grid:
+            `{"calibration": ["general", "code.txt", ["general", "code.txt"]]}`.
         tokenizer: as in `compile`.
-        text: what decoders are scored on, by default the end of the bundled text.
-        data: `.npz` files to score on, instead.
+        text: what decoders are scored on, one or several; by default `"general"`, the end of the bundled text.
+        data: files of arrays or images to score on, instead.
         context: tokens of a window.
-        tokens: of the text, 0 for all of it.
+        tokens: of each text, 0 for all of it.
         kernels: who computes qcompile's operators; as in `session`.
         provider: where models are scored.
         limit: run so many combinations at most.
@@ -260,9 +261,10 @@ def sweep(
         note: joins the caption.
         cluster: as in `compile`; a row is a task.
     """
-    files = [calibration] if isinstance(calibration, str) or not isinstance(calibration, Sequence) else calibration
-    scored = Evaluation(Path(text) if text is not None else None, [Path(file) for file in data], context, tokens,
-                        kernels, provider)  # fmt: skip
+    files, texts = (
+        [own] if isinstance(own, str) or not isinstance(own, Sequence) else own for own in (calibration, text)
+    )
+    scored = Evaluation([*map(Path, texts)], [*map(Path, data)], context, tokens, kernels, provider)
     with clustered(cluster), on_disk(model) as path:
         return run_sweep(
             path,

@@ -215,8 +215,9 @@ class Calibrating(CustomOps):
         list[str],
         option(
             "text, .jsonl, .npz, .npy or image files, folders of them, or module:name (a function that gives dicts of "
-            "arrays, or a reader with get_next); or one word: self (tokens that the model generates), norms (no data: "
-            "the scales of norms stand in for activations); may repeat. Default: bundled text, else self",
+            "arrays, or a reader with get_next); general (the bundled text; beside files of text, half of the "
+            "windows); or one word: self (tokens that the model generates), norms (no data: the scales of norms stand "
+            "in for activations); may repeat. Default: general, else self",
             "FILE…",
             under=DATA,
             many=True,

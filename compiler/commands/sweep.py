@@ -25,7 +25,7 @@ def run(args: Options) -> Document:
     args = changed(args, model=model_file(args.model))
     if args.limit is not None and args.limit < 0:
         raise UserError(f"--limit must be 0 or more, got {args.limit}")
-    if args.data and args.text is None:
+    if args.data and not args.text:
         idle.told({name: "--data is no text" for name in ("context", "tokens") if name in args.given})
     evaluation = Evaluation(args.text, args.data, args.context, args.tokens, args.kernels, args.provider)
     with Bar() as bar:

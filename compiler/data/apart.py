@@ -2,15 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.files.folders import report_path
 from qcompile.models.text import calibration_text
 from qcompile.passes.errors import UserError
 
 # Texts in memory whose content is kept: whoever judges on the same ones meets these.
 _MOST = 4096
+# Characters of the passages that texts are compared by, and how many of them are looked for.
+_PASSAGE, _PASSAGES = 100, 512
 
 
 def digests(files: Iterable[Path], texts: Sequence[str] = ()) -> dict[str, str]:
@@ -53,3 +59,33 @@ def calibrated_on(model: Path) -> dict[str, str]:
     except (OSError, ValueError, RecursionError, AttributeError):
         return {}
     return {str(key): str(name) for key, name in found.items()} if isinstance(found, dict) else {}
+
+
+def repeated_share(text: str, others: Iterable[str]) -> float:
+    """The share of a text that is in others, whatever their white space: of its passages of `_PASSAGE` characters,
+    `_PASSAGES` of them at most, spread evenly.
+    """
+    plain, known = " ".join(text.split()), [" ".join(other.split()) for other in others]
+    count = max(len(plain) // _PASSAGE, 1)
+    starts = range(0, count * _PASSAGE, math.ceil(count / _PASSAGES) * _PASSAGE)
+    found = [any(plain[start : start + _PASSAGE] in other for other in known) for start in starts]
+    return sum(found) / len(found)
+
+
+def repeated_rows(scored: Iterable[Batch], others: Iterable[Batch]) -> int:
+    """How many rows of batches are in other batches: equal numbers in all inputs. Batches without rows count as one."""
+    known = {row for batch in others for row in _rows(batch)}
+    return sum(row in known for batch in scored for row in _rows(batch))
+
+
+def _rows(batch: Batch) -> Iterator[bytes]:
+    """The sha256 of each row of a batch."""
+    arrays = [np.asarray(array) for _, array in sorted(batch.feeds.items())]
+    if any(array.shape[:1] != (batch.rows,) for array in arrays):
+        arrays = [array[None] for array in arrays]
+    for row in zip(*arrays, strict=True):
+        total = hashlib.sha256()
+        for array in row:
+            total.update(f"{array.dtype} {array.shape} ".encode())
+            total.update(repr(array.tolist()).encode() if array.dtype == object else array.tobytes())
+        yield total.digest()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qcompile.compiler.data import aside
-from qcompile.compiler.data.calibration_files import Files
+from qcompile.compiler.data.calibration_files import GENERAL, NORMS, SELF, Files
 from qcompile.compiler.data.feeds import Batch, InputPlan, array_conversions, beginning, npz_batches, token_batches
 from qcompile.compiler.data.images import SUFFIXES as IMAGES
 from qcompile.compiler.data.images import Pictures, picture_input
@@ -26,8 +26,6 @@ from qcompile.runtime.sessions import session
 
 _log = logging.getLogger(__name__)
 
-# Words for --calibration without files.
-SELF, NORMS = "self", "norms"
 # Batches that the finished model is checked on: few and short, since every output of theirs is kept.
 _CHECKS, _CHECK_TOKENS = 2, 48
 # The same where a sample is verified on random tokens: each row is a product more by every weight, and tells little.
@@ -38,6 +36,8 @@ _PREPACKED = 512 << 20
 _UNSEEN = 2
 # Batches that the accuracy is told on, and tokens of each window among them.
 _JUDGED, _JUDGED_TOKENS = 2, 128
+# Windows held aside, of statistics and of a choice, and judged: what a mixture has beside those that are asked for.
+_BESIDE = 2 * _UNSEEN + _JUDGED
 # Windows of a text that the user gives for it.
 _GIVEN = 8
 # Windows of a model with caches that are followed by a decode step: each step is one more run, for one token.
@@ -54,7 +54,7 @@ class Data:
     the statistics, for choices by measured errors. held: more of them, that such a choice is judged by. evaluation:
     batches that nothing is fitted to or chosen by, for the accuracy that is told, evaluated_on: what they are; where
     there are none, the checks, and none_aside says why. data_free: nothing came from the user or the bundle.
-    bundled: the text is the one that comes with qcompile. verified: whether checks are run, or only looked at.
+    bundled: all or half of the text is what comes with qcompile. verified: whether checks are run, or only looked at.
     guess: passes have their statistics from the scales of norms (`proxies`), not from a run.
     """
 
@@ -119,7 +119,8 @@ class Calibration:
     files: texts, .npz or .npy files, images, folders of them, or module:name; or one word that is no file. tokenizer:
     its folder. reader: instead of files, an object with `get_next` as ONNX Runtime's CalibrationDataReader has it, or
     an iterable of batches (`readers.by_name`). pictures: what is done to images. texts: documents in memory, instead of
-    files.
+    files. general: the bundled text, alone or with half of the windows; GENERAL among the files. bundled: what it is
+    read from, where that is not the package.
     """
 
     files: Sequence[str] = ()
@@ -127,15 +128,33 @@ class Calibration:
     reader: Reader | Iterable[Any] | None = None
     pictures: Pictures = field(default_factory=Pictures)
     texts: Sequence[str] = ()
+    general: bool = False
+    bundled: Path | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "files", [str(file) for file in self.files])  # programs have paths
+        files = [str(file) for file in self.files]  # programs have paths
+        if GENERAL in files and not Path(GENERAL).exists():
+            files = [file for file in files if file != GENERAL]
+            object.__setattr__(self, "general", True)
+        object.__setattr__(self, "files", files)
 
     @property
     def word(self) -> str:
         """SELF or NORMS, where that is given and no file of the name is there; else empty."""
         alone = self.files[0] if len(self.files) == 1 else ""
         return alone if alone in (SELF, NORMS) and not Path(alone).exists() else ""
+
+    @property
+    def words(self) -> list[str]:
+        """The files as the command line is given them."""
+        return [*([GENERAL] if self.general else []), *self.files]
+
+    @property
+    def paths(self) -> list[str]:
+        """The files, and folders of them, that are read: none for a word that is no file."""
+        own = [] if self.word else list(self.files)
+        default = not self.files and not self.texts and self.reader is None
+        return own + ([str(self.bundled)] if self.bundled is not None and (self.general or default) else [])
 
     @property
     def only_files(self) -> bool:
@@ -168,9 +187,11 @@ def gather(
     """
     if sum(map(bool, (given.reader is not None, given.files, given.texts))) > 1:
         raise UserError("give calibration files, texts or a reader, not several of them")
-    if given.word:
+    if given.word and not given.general:
         return _data_free(plan, model, sampling, given.word, needed=needed)
     files = Files.of(given.files)
+    if given.general and (files.arrays or files.images or files.reference or given.reader is not None):
+        raise UserError(f"--calibration {GENERAL} is text: give it alone, or with files of text")
     if files.arrays or files.images or files.reference or given.reader is not None:
         return _from_batches(plan, model, sampling, given, files, needed=needed, learnt=learnt)
     if plan.floats or plan.unknown or plan.ids is None:
@@ -178,12 +199,12 @@ def gather(
             plan.require_tokens()
         return _random(plan, few=sampling.few)
     found = load_tokenizer(given.tokenizer) if given.tokenizer is not None else _beside(model)
-    if found is None and (files.texts or given.texts):
-        told = f"--calibration {files.texts[0]}" if files.texts else "the calibration data"
+    if found is None and (files.texts or given.texts or given.general):
+        told = f"--calibration {given.words[0]}" if files.texts or given.general else "the calibration data"
         raise UserError(f"{told} is text, but no tokenizer.json lies beside {model}: give --tokenizer")
     if found is not None:
-        data = _from_text(plan, sampling, found, *_documents(given, files), needed=needed, learnt=learnt)
-        return replace(data, bundled=not given.texts and not files.texts)
+        data = _from_text(plan, sampling, found, *_sources(given, files), needed=needed, learnt=learnt)
+        return replace(data, bundled=given.general or not (given.texts or files.texts))
     return _data_free(plan, model, sampling, SELF, needed=needed, why=" (no tokenizer beside it)")
 
 
@@ -240,21 +261,21 @@ def _batches_given(
 def with_evaluation(plan: InputPlan, model: Path, data: Data, given: Calibration) -> Data:
     """The data with batches of the user's for the accuracy that is told: files of arrays or images, or texts."""
     files = Files.of(given.files)
-    if not files.texts and not given.texts:
+    if not files.texts and not given.texts and not given.general:
         batches = data_batches(plan, model, given)
         where = _names([Path(file) for file in given.files]) if given.files else "the evaluation data"
         rows = sum(batch.rows for batch in batches)
         return replace(data, evaluation=batches, evaluated_on=f"{rows} row{'s' * (rows != 1)} of {where}")
-    documents, source = _documents(given, files)
+    sources, told = _sources(given, files)
     found = load_tokenizer(given.tokenizer or model)
-    ids = [token for document in documents for token in found.encode(document)]
-    found.check_vocabulary(plan.vocabulary, ids)
-    windows = spread(ids, plan.sequence or min(_JUDGED_TOKENS, max(len(ids), 2)), _GIVEN * (plan.batch or 1))
+    length, count = plan.sequence or _JUDGED_TOKENS, _GIVEN * (plan.batch or 1)
+    ids = _mixed([_encoded(plan, found, documents) for documents in sources], length, count)
+    windows = spread(ids, plan.sequence or min(length, max(len(ids), 2)), count)
     if not windows:
-        raise UserError(f"{source}: the evaluation text has {len(ids)} tokens: give at least two")
+        raise UserError(f"{told}: the evaluation text has {len(ids)} tokens: give at least two")
     batches = [batch for batch in token_batches(plan, windows) if batch.follows is None]
-    told = f"{len(windows)} windows of {len(windows[0])} tokens of {source}"
-    return replace(data, evaluation=batches, evaluated_on=told)
+    described = f"{len(windows)} windows of {len(windows[0])} tokens of {told}"
+    return replace(data, evaluation=batches, evaluated_on=described)
 
 
 def data_batches(plan: InputPlan, model: Path, given: Calibration) -> list[Batch]:
@@ -302,28 +323,48 @@ def evenly(windows: Sequence[Ids], wanted: int) -> tuple[list[Ids], list[Ids]]:
     return parts
 
 
-def _documents(given: Calibration, files: Files) -> tuple[Sequence[str], str]:
-    """(texts to calibrate on, what they are)."""
-    if given.texts:
-        return given.texts, f"{len(given.texts)} texts given" if len(given.texts) > 1 else "the text given"
+def _sources(given: Calibration, files: Files) -> tuple[list[Sequence[str]], str]:
+    """(documents of each source of text, what they are in words): the bundled text, what the user gives, or both."""
+    own, told = given.texts, f"{len(given.texts)} texts given" if len(given.texts) > 1 else "the text given"
     if files.texts:
-        return read_texts(files.texts), _names(files.texts)
-    return [calibration_text()], "the bundled text (speeches and a novel, English)"
+        own, told = read_texts(files.texts), _names(files.texts)
+    if own and not given.general:
+        return [own], told
+    text = calibration_text() if given.bundled is None else given.bundled.read_text(encoding="utf-8")
+    general = f"{'the' if given.bundled is None else 'most of the'} bundled text (speeches and a novel, English)"
+    return ([[text], own], f"{general} mixed with {told}") if own else ([[text]], general)
+
+
+def _encoded(plan: InputPlan, tokenizer: Tokenizer, documents: Sequence[str]) -> Sequence[int]:
+    ids = [token for document in documents for token in tokenizer.encode(document)]
+    tokenizer.check_vocabulary(plan.vocabulary, ids)
+    return ids
+
+
+def _mixed(parts: Sequence[Sequence[int]], context: int, count: int) -> Sequence[int]:
+    """The tokens of one source; of two, as many whole windows of each, spread evenly over it: where one has too few,
+    so many of the other that there are `count`.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    least = min(len(own) // context for own in parts)
+    limit = max(least, count - least)
+    return [token for own in parts for window in spread(own, context, limit) for token in window.tolist()]
 
 
 def _from_text(
     plan: InputPlan,
     sampling: Sampling,
     tokenizer: Tokenizer,
-    documents: Sequence[str],
+    sources: Sequence[Sequence[str]],
     source: str,
     *,
     needed: bool,
     learnt: bool,
 ) -> Data:
-    ids = [token for document in documents for token in tokenizer.encode(document)]
-    tokenizer.check_vocabulary(plan.vocabulary, ids)
     context = plan.sequence or sampling.context
+    parts = [_encoded(plan, tokenizer, documents) for documents in sources]
+    ids = _mixed(parts, context, sampling.samples + _BESIDE * (plan.batch or 1))
     windows = spread(ids, context, sampling.samples)
     if not windows:
         raise UserError(f"the calibration text has {len(ids)} tokens: give at least two")

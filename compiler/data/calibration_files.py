@@ -8,6 +8,11 @@ from qcompile.compiler.data import images
 from qcompile.compiler.data.array_files import ARRAYS, in_folder
 from qcompile.compiler.data.readers import is_reference
 from qcompile.passes.errors import UserError
+from qcompile.passes.near import near
+
+# Words for --calibration without files; and one that may stand among files of text: the text that comes with qcompile.
+SELF, NORMS = "self", "norms"
+GENERAL = "general"
 
 _TEXTS = (".txt", ".jsonl")
 KINDS = (*ARRAYS, *images.SUFFIXES, *_TEXTS)
@@ -52,7 +57,7 @@ def _check_regular(path: Path) -> None:
     if path.exists() and not path.is_file():  # reading a pipe may wait for ever
         raise UserError(f"{path} is not a regular file: save the data in one")
     if not path.exists() and path.suffix.lower() not in KINDS:
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder{near(str(path), (GENERAL, SELF, NORMS))}")
 
 
 def _expanded(path: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qcompile.compiler.console.numbers import decibels
 from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.data.calibration_files import GENERAL
 from qcompile.compiler.data.tokens import find_tokenizer
 from qcompile.compiler.files.cache import Cache, digest, files_digest
 from qcompile.compiler.results.sheet import Sheet, Shown
@@ -122,8 +123,8 @@ class RankingCache:
             _log.warning("the ranking is not kept: %s", error)
             return
         beside = find_tokenizer(calibration.tokenizer or model)
-        files, word = ((), calibration.word) if calibration.word else (calibration.files, "")
-        read = [*files, *([beside] if beside else []), *([statistics] if statistics else [])]
+        word = GENERAL if calibration.general else calibration.word
+        read = [*calibration.paths, *([beside] if beside else []), *([statistics] if statistics else [])]
         own = {name: value for name, value in settings.items() if name not in _LATER}
         bounded = any(settings.get(name) is not None for name in ("keep_share", "max_kl", "min_sqnr"))
         own |= {"bounded": True} if bounded else {}  # ranked on a part of what is held aside

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,8 +14,10 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.near import near
 
 CALIBRATION = "calibration"
-# Settings that are lists themselves: their alternatives are separated by semicolons.
-LISTS = (*(name for name, own in SETTINGS.items() if own.many), CALIBRATION)
+# Settings that are lists themselves: their alternatives are separated by semicolons. Files of one alternative of
+# calibration data have a plus between them.
+LISTS = tuple(name for name, own in SETTINGS.items() if own.many)
+_JOIN = "+"
 _WORDS: dict[tuple[str, Any], Any] = {("group_size", "channel"): 0, ("exclude", "none"): [], ("weights_of", "none"): []}
 
 Grid = Mapping[str, Sequence[Any]]
@@ -22,7 +25,8 @@ Grid = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Combination:
-    """One point of the grid. values: by key, as the grid writes them. calibration: files, none for the default.
+    """One point of the grid. values: by key, as the grid writes them. calibration: files and words, none for the
+    default.
 
     recipe: None where the settings exclude each other; `reason` then says why.
     """
@@ -39,6 +43,8 @@ def parse_grid(items: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for item in items:
         key, equals, text = item.partition("=")
         key = key.strip()
+        if key == CALIBRATION and ";" in text:
+            raise UserError(f"--grid: {item!r} has semicolons: commas part its values, {_JOIN} the files of one")
         values = [value.strip() for value in (text.split(";") if key in LISTS else split_list(text))]
         if not equals or not all(values):
             raise UserError(f"--grid: cannot read {item!r}: expected KEY=VALUE,VALUE (lists of {LISTS[0]} with ';')")
@@ -64,6 +70,8 @@ def combinations(grid: Grid, base: Recipe, calibration: Sequence[str] = ()) -> l
         if not values or isinstance(values, str):
             raise UserError(f"--grid: {key} needs a list of values, got {values!r}")
     texts = {key: list(dict.fromkeys(_text(key, value) for value in values)) for key, values in grid.items()}
+    if not all(texts.get(CALIBRATION, [CALIBRATION])):
+        raise UserError(f"--grid: {CALIBRATION} has an empty value")
     made = [
         _combination(dict(zip(texts, values, strict=True)), base, calibration)
         for values in itertools.product(*texts.values())
@@ -100,14 +108,14 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
-        return ",".join(str(item) for item in value) or "none"
+        return _JOIN.join(map(str, value)) if key == CALIBRATION else ",".join(map(str, value)) or "none"
     return str(value)
 
 
 def _combination(values: Mapping[str, str], base: Recipe, calibration: Sequence[str]) -> Combination:
     files = tuple(calibration)
     if CALIBRATION in values:
-        files = () if values[CALIBRATION] == "none" else tuple(values[CALIBRATION].split(","))
+        files = tuple(_joined(values[CALIBRATION]))
     settings = {key: _value(key, text) for key, text in values.items() if key != CALIBRATION}
     try:
         recipe = effective(Recipe.from_dict(base.to_dict() | settings, "combination"))
@@ -115,6 +123,17 @@ def _combination(values: Mapping[str, str], base: Recipe, calibration: Sequence[
     except UserError as error:
         return Combination(values, None, files, str(error))  # Case 2
     return Combination(values, recipe, files)
+
+
+def _joined(text: str) -> list[str]:
+    """The files and words that have a plus between them; files may have one in their names."""
+    parts, found = text.split(_JOIN), list[str]()
+    while parts:
+        names = (count for count in range(len(parts), 1, -1) if Path(_JOIN.join(parts[:count])).exists())
+        count = next(names, 1)
+        found.append(_JOIN.join(parts[:count]).strip())
+        parts = parts[count:]
+    return found
 
 
 def _value(key: str, text: str) -> Any:

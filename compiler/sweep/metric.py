@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -63,14 +63,18 @@ class Metric(ABC):
 class TextMetric(Metric):
     """A decoder on windows of text: KL(float ‖ model), perplexity and share of equal most likely tokens.
 
-    The float model's log-probabilities (scored tokens, V), float32, lie in a file of `folder` until the sweep is done.
+    Of several texts, each by its name, KL is told of each, too. The float model's log-probabilities (scored tokens, V),
+    float32, lie in a file of `folder` until the sweep is done.
     """
 
     error: ClassVar[str] = "kl"
     axis: ClassVar[str] = "KL(float ‖ quantized), nats per token"
 
-    def __init__(self, model: Path, windows: Sequence[Ids], running: Running, folder: Path, key: str) -> None:
-        self.model, self.windows, self.running = model, windows, running
+    def __init__(
+        self, model: Path, texts: Mapping[str, Sequence[Ids]], running: Running, folder: Path, key: str
+    ) -> None:
+        self.model, self.texts, self.running = model, texts, running
+        self.windows = [window for own in texts.values() for window in own]
         self.stored, self.scored = folder / f"reference-{key}.npy", folder / f"reference-{key}.json"
         self.float_scores = json.loads(self.scored.read_text(encoding="utf-8")) if self.scored.exists() else {}
 
@@ -99,7 +103,7 @@ class TextMetric(Metric):
             progress(number, len(self.windows))
 
     def score(self, path: Path, progress: Counted) -> Scores:
-        """kl and kl_error in nats per scored token, perplexity, agreement."""
+        """kl and kl_error in nats per scored token, of several texts those of each; perplexity, agreement."""
         subject, scores, start = self.running.subject(path), TokenScores(), 0
         known: Any = np.load(self.stored, mmap_mode="r")
         for number, window in enumerate(self.windows, 1):
@@ -112,9 +116,19 @@ class TextMetric(Metric):
         return {
             "kl": kl,
             "kl_error": error,
+            **(self._each(scores.kl) if len(self.texts) > 1 else {}),
             "perplexity": perplexity(mean_and_error(scores.nll)[0]),
             "agreement": agreement,
         }
+
+    def _each(self, kl: Sequence[Any]) -> Scores:
+        """Of each text, by the KL of the tokens of each window."""
+        found, start = Scores(), 0
+        for name, windows in self.texts.items():
+            mean, error = mean_and_error(kl[start : start + len(windows)])
+            found |= {f"kl {name}": mean, f"kl_error {name}": error}
+            start += len(windows)
+        return found
 
     def close(self) -> None:
         """Remove the log-probabilities; the perplexity stays."""

@@ -71,7 +71,10 @@ def sweep(
         rows=[Row(number, combination.values) for number, combination in enumerate(made, 1)],
         float_scores=score.metric.float_scores,
     )
-    job = _Job(result, made, score, tokenizer, folder, watcher or Quiet(), keep_models)
+    data = [Calibration(one.calibration, tokenizer, bundled=score.bundled) for one in made]
+    for given in {tuple(own.words): own for own in data}.values():
+        score.check_apart(plan, given)
+    job = _Job(result, made, data, score, tokenizer, folder, watcher or Quiet(), keep_models)
     job.look_up()
     try:
         job.run(limit)
@@ -84,12 +87,13 @@ def sweep(
 
 @dataclass
 class _Job:
-    """The rows of a sweep on their way from open to done. made: the combination of each row. walks: by the number of a
-    row that another one walks alike, a name of their walk, which is made once.
+    """The rows of a sweep on their way from open to done. made, data: the combination of each row, and what it is
+    calibrated on. walks: by the number of a row that another one walks alike, a name of their walk, which is made once.
     """
 
     sweep: Sweep
     made: Sequence[Combination]
+    data: Sequence[Calibration]
     scoring: Scoring
     tokenizer: Path | None
     folder: Path
@@ -109,7 +113,7 @@ class _Job:
             if made.recipe is None:
                 row.status, row.reason = REFUSED, made.reason
                 continue
-            row.key = self._key(made.recipe, self._files(made))
+            row.key = self._key(made.recipe, self.data[row.number - 1])
             if (same := first.setdefault(row.key, row)) is not row:
                 differing = " and ".join(key for key in row.values if row.values[key] != same.values[key])
                 told = name(same.values, self.sweep.varying)
@@ -117,8 +121,8 @@ class _Job:
             else:
                 _fill(row, self.cache.get(row.key) or {})
 
-    def _key(self, recipe: Recipe, files: Sequence[str]) -> str:
-        content = calibration_digest(files, self.scoring.files, self.tokenizer or Path(self.sweep.model))
+    def _key(self, recipe: Recipe, data: Calibration) -> str:
+        content = calibration_digest(data, self.tokenizer or Path(self.sweep.model))
         return digest(
             {
                 "model": self.sweep.model_hash,
@@ -127,9 +131,6 @@ class _Job:
                 "versions": self.sweep.versions | packages(recipe),
             }
         )
-
-    def _files(self, made: Combination) -> Sequence[str]:
-        return made.calibration or self.scoring.calibration
 
     def run(self, limit: int | None) -> None:
         """Compile and score the open rows, `limit` of them at most."""
@@ -168,7 +169,7 @@ class _Job:
             made = self.made[row.number - 1]
             with suppress(UserError):  # told of its row
                 recipe = effective(fitted(made.recipe)[0]) if made.recipe is not None else Recipe()
-                told = {**walked(recipe.to_dict(), build(recipe)), "files": [*map(str, self._files(made))]}
+                told = {**walked(recipe.to_dict(), build(recipe)), "data": self.data[row.number - 1].words}
                 found.setdefault(digest(told), []).append(row.number)
         return {number: name for name, numbers in found.items() if len(numbers) > 1 for number in numbers}
 
@@ -207,14 +208,13 @@ class _Job:
         """Compile and score; the model is removed unless it is to be kept."""
         made = self.made[row.number - 1]
         kept = self._kept(row)
-        calibration = Calibration(self._files(made), self.tokenizer)
         walk = self.walks.get(row.number)
         with nullcontext(kept) if self.keep_models else publish.staging(self.folder / "model.onnx") as path:
             report: Report = compile_model(
                 self.sweep.model,
                 made.recipe,
                 output=path,
-                calibration=calibration,
+                calibration=self.data[row.number - 1],
                 progress=Compiling(self.watcher),
                 checkpoints=None if walk is None else self._walk(walk),
             )

@@ -5,27 +5,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcompile.compiler.data.feeds import InputPlan, npz_batches, token_batches
-from qcompile.compiler.data.tokens import find_tokenizer, load_tokenizer
+from qcompile.compiler.data.apart import digests, repeated_rows, repeated_share
+from qcompile.compiler.data.calibration import Calibration, data_batches
+from qcompile.compiler.data.calibration_files import GENERAL, Files, named
+from qcompile.compiler.data.feeds import Batch, InputPlan, npz_batches, token_batches
+from qcompile.compiler.data.tokens import find_tokenizer, load_tokenizer, read_text
 from qcompile.compiler.files.cache import digest, files_digest, write_atomically
 from qcompile.compiler.measure.loaded import text_windows
 from qcompile.compiler.sweep.metric import Metric, OutputMetric, Running, TextMetric
-from qcompile.models.text import calibration_text
+from qcompile.models.text import calibration_text, read_texts
 from qcompile.passes.errors import UserError
 from qcompile.runtime.sessions import operator_kernels
 
 # Of the bundled text, this share at its end is kept from calibration where it is what models are scored on.
 _HELD_OUT = 0.1
+# Of a text that models are scored on, this share may be in what is calibrated on: a licence above every file, say.
+_REPEATED = 0.1
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What models are scored on: a text, or .npz files, or by default the end of the bundled text.
+    """What models are scored on: texts, or arrays or images, or by default the end of the bundled text.
 
-    context, tokens: of a window and of all of them, 0 tokens for the whole text. kernels, provider: as `qcompile eval`.
+    texts: files; GENERAL for that end. data: files, and folders of them.
+    context, tokens: of a window and of all of a text, 0 tokens for the whole text. kernels, provider: as
+    `qcompile eval`.
     """
 
-    text: Path | None = None
+    texts: Sequence[Path] = ()
     data: Sequence[Path] = ()
     context: int = 512
     tokens: int = 2048
@@ -33,7 +40,7 @@ class Evaluation:
     provider: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.text and self.data:
+        if self.texts and self.data:
             raise UserError("give either --text FILE or --data FILE.npz … to score models on, not both")
         if self.tokens < 2 and self.tokens != 0:
             raise UserError(f"--tokens must be at least 2 (or 0 for the whole text), got {self.tokens}")
@@ -41,16 +48,45 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scoring:
-    """A metric; its settings, which decide the figures; its data in words; the calibration text left beside it.
+    """A metric; its settings, which decide the figures; its data in words.
 
-    files: what must not be calibrated on, too.
+    texts, batches: what must not be calibrated on, too; files: where that lies. bundled: what is left of the bundled
+    text for calibration, where its end is scored.
     """
 
     metric: Metric
     identity: dict[str, Any]
     source: str
-    calibration: tuple[str, ...] = ()
-    files: tuple[Path, ...] = ()
+    bundled: Path | None = None
+    texts: Sequence[Path] = ()
+    files: Sequence[Path] = ()
+    batches: Sequence[Batch] = ()
+
+    def check_apart(self, plan: InputPlan, given: Calibration) -> None:
+        """Raise UserError where data of a row is what every row is scored on, whatever files it comes in.
+
+        Case 1: the same file. Case 2: more than a tenth of a scored text. Case 3: rows of scored arrays.
+        """
+        calibrated, files = digests(map(Path, named(given.paths))), Files.of(given.paths)
+        for content, name in digests(self.files).items():  # Case 1
+            if content in calibrated:
+                raise UserError(f"{name} is calibrated on and scored on: {_OTHERS}")
+        own = read_texts(files.texts) if files.texts and self.texts else []
+        if self.texts and given.bundled is None and (given.general or not given.files):
+            own.append(calibration_text())
+        for text in self.texts:  # Case 2
+            if (share := repeated_share(read_text(text), own)) > _REPEATED:
+                told = f"{share:.0%} of {text.name}, which models are scored on"
+                raise UserError(f"{told}, is in the calibration data {' '.join(given.words) or GENERAL}: {_OTHERS}")
+        if self.batches and files.arrays:  # Case 3
+            rows = sum(batch.rows for batch in self.batches)
+            if count := repeated_rows(self.batches, npz_batches(plan, files.arrays)):
+                told = f"{count} of {rows} rows that models are scored on"
+                raise UserError(f"{told} are in the calibration data {' '.join(given.words)}: {_OTHERS}")
+
+
+_BUNDLED = "the end of the bundled text (held out of calibration, which has earlier chapters of the same book)"
+_OTHERS = "give other data to score on (--text, --data), or to calibrate on"
 
 
 def scoring(
@@ -65,51 +101,53 @@ def scoring(
     running = Running(wanted.kernels, wanted.provider)
     by = operator_kernels(wanted.kernels, wanted.provider)
     if wanted.data:
-        batches = npz_batches(plan, wanted.data)
-        identity: dict[str, Any] = {"data": files_digest(wanted.data), "kernels": by, "provider": wanted.provider}
-        source = f"{len(batches)} batches of {', '.join(path.name for path in wanted.data[:3])}; {by}"
-        return Scoring(OutputMetric(model, batches, running), identity, source, files=tuple(wanted.data))
+        batches = data_batches(plan, model, Calibration([str(path) for path in wanted.data]))
+        files = named([*map(str, wanted.data)])
+        identity: dict[str, Any] = {"data": files_digest(files), "kernels": by, "provider": wanted.provider}
+        told = ", ".join(path.name for path in wanted.data[:3])
+        source = f"{len(batches)} batches of {told}; {by}"
+        return Scoring(OutputMetric(model, batches, running), identity, source, files=files, batches=batches)
     if plan.ids is None or plan.floats or plan.unknown:
         raise UserError(f"{model} cannot be fed from text: give inputs to score it on with --data FILE.npz …")
-    found = load_tokenizer(tokenizer or model)
-    text, rest = (wanted.text, ()) if wanted.text else _split_bundled(folder)
-    windows = text_windows(text, found, plan, wanted.context, wanted.tokens or None)
-    told = (
-        text.name
-        if wanted.text
-        else "the end of the bundled text (held out of calibration, which has earlier chapters of the same book)"
-    )
+    found, bundled, texts = load_tokenizer(tokenizer or model), None, dict[str, Path]()
+    for text in wanted.texts or [Path(GENERAL)]:
+        if str(text) == GENERAL and not text.exists():
+            bundled, texts[GENERAL] = _split_bundled(folder)
+        elif text.name in texts:
+            raise UserError(f"--text: two files are called {text.name}: rename one, their scores have the names")
+        else:
+            texts[text.name] = text
+    windows = {
+        name: text_windows(text, found, plan, wanted.context, wanted.tokens or None) for name, text in texts.items()
+    }
+    every = [window for own in windows.values() for window in own]
     identity = {
-        "text": files_digest([text, found.path]),
-        "windows": [len(window) for window in windows],
+        "text": files_digest([*texts.values(), found.path]),
+        "windows": [len(window) for window in every],
         "kernels": by,
         "provider": wanted.provider,
     }
-    source = f"{told}, {len(windows)} windows of {len(windows[0])} tokens; {by}"
-    metric: Metric = OutputMetric(model, token_batches(plan, windows), running)
+    told = ", ".join(_BUNDLED if name == GENERAL else name for name in texts)
+    source = f"{told}, {len(every)} windows of {len(every[0])} tokens; {by}"
+    metric: Metric = OutputMetric(model, token_batches(plan, every), running)
     if plan.logits is not None:
         metric = TextMetric(model, windows, running, folder / "cache", digest(identity | {"model": source_hash}))
-    return Scoring(metric, identity, source, tuple(map(str, rest)), (text,))
+    scored = [text for name, text in texts.items() if name != GENERAL]
+    return Scoring(metric, identity, source, bundled, [*texts.values()], scored)
 
 
-def calibration_digest(files: Sequence[str], scored: Sequence[Path], tokenizer: Path) -> str:
-    """The content of calibration files and of the tokenizer at or beside a path, if there is one.
-
-    Raises UserError for a file that models are scored on.
-    """
-    taken = {files_digest([path]): path for path in scored}
-    for file in files:
-        if files_digest([file]) in taken:
-            raise UserError(f"{file} is calibrated on and scored on: give another --text, or other calibration data")
+def calibration_digest(given: Calibration, tokenizer: Path) -> str:
+    """What names calibration data: the words, and the content of the files and of the tokenizer at or beside a path."""
     beside = find_tokenizer(tokenizer)
-    return files_digest([*files, *([beside] if beside else [])])
+    files = [*named(given.paths), *([beside] if beside else [])]
+    return digest({"files": files_digest(files), "general": given.general or not given.files, "word": given.word})
 
 
-def _split_bundled(folder: Path) -> tuple[Path, tuple[Path, ...]]:
-    """(evaluation, (calibration,)): files with the bundled text's end, from the beginning of a line, and the rest."""
+def _split_bundled(folder: Path) -> tuple[Path, Path]:
+    """(calibration, evaluation): files with most of the bundled text, and with its end, cut between lines."""
     text = calibration_text()
     cut = text.index("\n", round(len(text) * (1 - _HELD_OUT))) + 1
-    parts = {"evaluation": text[cut:], "calibration": text[:cut]}
+    parts = {"calibration": text[:cut], "evaluation": text[cut:]}
     for name, part in parts.items():
         write_atomically(folder / "text" / f"{name}.txt", part)
-    return folder / "text" / "evaluation.txt", (folder / "text" / "calibration.txt",)
+    return folder / "text" / "calibration.txt", folder / "text" / "evaluation.txt"

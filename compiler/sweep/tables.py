@@ -51,7 +51,7 @@ def write_plots(sweep: Sweep, folder: Path) -> list[str]:
 
 def caption(sweep: Sweep) -> list[str]:
     """What the figures mean, line by line."""
-    own = ", ".join(f"{_HEADS[name]} {_number(name, value)}" for name, value in sweep.float_scores.items())
+    own = ", ".join(f"{_head(name)} {_number(name, value)}" for name, value in sweep.float_scores.items())
     lines = [
         f"model     {sweep.model}" + (f"; float: {own}" if own else ""),
         f"scored    {sweep.source}",
@@ -91,7 +91,7 @@ def markdown(sweep: Sweep) -> str:
 def _cells(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of the rows with figures."""
     names = list(dict.fromkeys(score for row in sweep.done for score in row.scores))
-    heads = ["", *sweep.varying, "bits/weight", "size", *(_HEADS.get(score, score) for score in names), "seconds"]
+    heads = ["", *sweep.varying, "bits/weight", "size", *map(_head, names), "seconds"]
     return heads, [_row(sweep, row, names) for row in sweep.ordered() if row.status == DONE]
 
 
@@ -102,8 +102,15 @@ def _row(sweep: Sweep, row: Row, names: Sequence[str]) -> list[str]:
     return ["*" if row.pareto else "", *settings, bits, megabytes(row.compiled_bytes), *scores, f"{row.seconds:.0f}"]
 
 
-def _number(name: str, value: float) -> str:
+def _head(score: str) -> str:
+    """The name of a score, behind which may be that of the text that it is of."""
+    name, _, text = score.partition(" ")
+    return f"{_HEADS.get(name, name)} {text}".strip()
+
+
+def _number(score: str, value: float) -> str:
     """A score as people read it; an error too small for five digits in its own magnitude."""
+    name = score.partition(" ")[0]
     small = name in ("kl", "kl_error", "relative_error") and 0 < abs(value) < 1e-3
     return format(value, ".2e" if small else _FORMATS.get(name, ".4g"))
 

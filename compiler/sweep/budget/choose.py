@@ -87,7 +87,7 @@ class Search:
         self.options = options_of(recipe, self._units, self._choices, self.ranking)
         self._counts = [u.elements(next(iter(own.values()))) for u, own in zip(self._units, self._choices, strict=True)]
         self._added = added(prepared.model, recipe)
-        self._calibrated = digests(named([] if calibration.word else calibration.files), calibration.texts)
+        self._calibrated = digests(named(calibration.paths), calibration.texts)
 
     def within(self, amount: Amount, unforetold: int = 0) -> Choice:
         """The choice that changes least within the amount; UserError where none is small enough.

@@ -309,3 +309,29 @@ def test_a_tokenizer_of_another_model(bench: Any, tmp_path: Path, size: int) -> 
         (folder / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"does not fit the model"):
         _gather(bench, tiny_decoder(), tokenizer=folder)
+
+
+@pytest.mark.parametrize(("length", "general"), [(30_000, 4), (40, 7)])
+def test_half_of_a_mixture_is_the_bundled_text(bench: Any, length: int, general: int) -> None:
+    """And more of it, where the other text has too few windows: all that are asked for are there."""
+    path, text = bench.save(tiny_decoder()), bench.folder / "numbers.txt"
+    text.write_text("".join(f"{i} " for i in range(length))[:length])
+    sampling = Sampling(samples=8, context=32)
+    own, mixed = (
+        gather(input_plan(tiny_decoder()), path, sampling, Calibration(files), needed=True)
+        for files in ([str(text)], ["general", str(text)])
+    )
+    digits = set(own.calibration[0].feeds["input_ids"].ravel().tolist())
+    numbers = [set(batch.feeds["input_ids"].ravel().tolist()) <= digits for batch in mixed.calibration]
+    assert (len(numbers), numbers.count(False)) == (8, general)
+    assert mixed.evaluation
+    assert mixed.bundled
+    assert mixed.description.endswith("the bundled text (speeches and a novel, English) mixed with numbers.txt")
+
+
+@pytest.mark.parametrize("beside", ["x.npz", "self"])
+def test_the_bundled_text_mixes_with_texts_alone(bench: Any, tmp_path: Path, beside: str) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros(2))
+    given = Calibration(["general", str(tmp_path / beside) if beside == "x.npz" else beside])
+    with pytest.raises(UserError, match=r"general is text: give it alone|self: no such file or folder"):
+        gather(input_plan(tiny_decoder()), bench.save(tiny_decoder()), SAMPLING, given, needed=True)

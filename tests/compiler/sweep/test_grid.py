@@ -1,6 +1,7 @@
 """compiler/sweep/grid.py: values, combinations, what is refused at once and what is a row with its reason."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,11 +13,13 @@ PACK = Recipe(passes=parse_passes("pack"))
 
 
 def test_lists_have_semicolons_and_all_else_commas() -> None:
-    grid = parse_grid(["bits=4,8", "passes=pack;smooth,awq(grid=4, clip=false),pack", "calibration=a.txt,b.txt;none"])
+    grid = parse_grid(
+        ["bits=4,8", "passes=pack;smooth,awq(grid=4, clip=false),pack", "calibration=a.txt+b.txt,general"]
+    )
     assert grid == {
         "bits": ("4", "8"),
         "passes": ("pack", "smooth,awq(grid=4, clip=false),pack"),
-        "calibration": ("a.txt,b.txt", "none"),
+        "calibration": ("a.txt+b.txt", "general"),
     }
 
 
@@ -47,8 +50,15 @@ def test_python_values_are_those_of_the_command_line() -> None:
 
 
 def test_calibration_alternatives() -> None:
-    made = combinations({"calibration": ["a.txt", "b.npz,c.npz", "none"]}, PACK, ["base.txt"])
-    assert [one.calibration for one in made] == [("a.txt",), ("b.npz", "c.npz"), ()]
+    made = combinations({"calibration": ["a.txt", "b.npz+c.npz", ["general", "a.txt"], "self"]}, PACK, ["base.txt"])
+    assert [one.calibration for one in made] == [("a.txt",), ("b.npz", "c.npz"), ("general", "a.txt"), ("self",)]
+
+
+def test_a_plus_in_a_file_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c++.txt").touch()
+    made = combinations({"calibration": ["c++.txt", "general+c++.txt+a.txt"]}, PACK)
+    assert [one.calibration for one in made] == [("c++.txt",), ("general", "c++.txt", "a.txt")]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +67,7 @@ def test_calibration_alternatives() -> None:
         (["bits"], "cannot read 'bits'"),
         (["bits=4,,8"], "cannot read 'bits=4,,8'"),
         (["passes=pack;"], "cannot read 'passes=pack;'"),
+        (["calibration=a.txt;b.txt"], "has semicolons: commas part its values"),
         (["bits=4", "bits=8"], "bits is given twice"),
         (["bit=4"], "unknown key 'bit'; known keys are passes, bits"),
         (["bits=4,5"], "bits=5 is never possible: weights are quantized to 4 or 8 bits, got 5"),

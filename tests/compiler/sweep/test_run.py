@@ -164,7 +164,7 @@ def test_the_bundled_text_is_held_out(whole: tuple[Any, Path, Sweep]) -> None:
     assert calibrated + scored == calibration_text()
     assert len(scored) == pytest.approx(0.1 * len(calibration_text()), rel=0.05)
     result = _sweep(bench, model, {"passes": ["smooth,pack"]}, calibration=[])
-    assert result.done[0].data == "4 windows of 32 tokens from calibration.txt"
+    assert result.done[0].data == "4 windows of 32 tokens from most of the bundled text (speeches and a novel, English)"
 
 
 def test_the_float_model_is_kept_only_while_rows_are_open(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +313,43 @@ def test_models_without_tokens_take_arrays(bench: Any, tmp_path: Path) -> None:
     assert [row.status for row in result.rows] == [DONE, DONE]
     with pytest.raises(UserError, match=r"calibrated\.npz is calibrated on and scored on"):
         _sweep(bench, model, grid, evaluation=Evaluation(data=[tmp_path / "calibrated.npz"]), **named)
+    rows = [np.load(tmp_path / f"{name}.npz")["x"] for name in ("calibrated", "scored")]
+    np.savez(tmp_path / "both", x=np.concatenate([rows[1], rows[0][:3]]))
+    with pytest.raises(UserError, match=r"^3 of 11 rows that models are scored on are in the calibration data .*npz: "):
+        _sweep(bench, model, grid, evaluation=Evaluation(data=[tmp_path / "both.npz"]), **named)
+
+
+def test_what_calibrates_best(bench: Any, tmp_path: Path) -> None:
+    """The bundled text, a text of the user's, and both, judged on what none of them has."""
+    model, code = bench.save(DECODER()), tmp_path / "code.txt"
+    (tmp_path / "more.txt").write_text("".join(f"while (i < {i}) {{ total += row[i++]; }}\n" for i in range(900, 990)))
+    code.write_text("".join(f"for (int i = 0; i < {i}; ++i) sum += values[{i}];\n" for i in range(400)))
+    grid = {"calibration": ["general", code, ["general", code]], "passes": ["smooth,pack"]}
+    scored = Evaluation([Path("general"), tmp_path / "more.txt"], context=32, tokens=128)
+    result = _sweep(bench, model, grid, calibration=[], evaluation=scored)
+    assert [row.status for row in result.rows] == [DONE] * 3
+    assert [row.values["calibration"] for row in result.rows] == ["general", str(code), f"general+{code}"]
+    assert result.rows[1].data == "4 windows of 32 tokens from code.txt"
+    assert result.rows[2].data.endswith("(speeches and a novel, English) mixed with code.txt")
+    assert len({row.scores["kl"] for row in result.rows}) == 3
+    for row in result.rows:
+        each = [row.scores[f"kl {name}"] for name in ("general", "more.txt")]
+        assert row.scores["kl"] == pytest.approx(sum(each) / 2, rel=1e-6)
+    assert "| KL general | ± general | KL more.txt | ± more.txt |" in (bench.folder / "sweep" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("given", ["general", "copy.txt", "copy.txt+general"])
+def test_what_is_scored_is_not_calibrated_on_under_another_name(bench: Any, tmp_path: Path, given: str) -> None:
+    """A text whose second half is in the calibration data, in other lines."""
+    model, own = bench.save(DECODER()), calibration_text()[20_000:24_000]
+    (tmp_path / "copy.txt").write_text(calibration_text()[18_000:25_000])
+    (tmp_path / "scored.txt").write_text("another tale of other whales and ships\n" * 100 + own.replace("\n", "  \n"))
+    grid = {"calibration": [[tmp_path / word if word != "general" else word for word in given.split("+")], "self"]}
+    with pytest.raises(
+        UserError, match=r"^\d\d% of scored\.txt, which models are scored on, is in the calibration data"
+    ):
+        _sweep(bench, model, grid, evaluation=Evaluation([tmp_path / "scored.txt"], context=32, tokens=128))
+    assert not (bench.folder / "sweep" / "cache").exists()
 
 
 def test_the_pareto_front() -> None:
