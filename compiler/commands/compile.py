@@ -24,7 +24,7 @@ from qcompile.compiler.commands.options import (
 from qcompile.compiler.commands.package import tell
 from qcompile.compiler.console.terminal import Bar, console, remark
 from qcompile.compiler.data.calibration import Calibration
-from qcompile.compiler.data.calibration_files import Files, named
+from qcompile.compiler.data.calibration_files import GENERAL, Files, named
 from qcompile.compiler.data.images import Pictures
 from qcompile.compiler.files import finished
 from qcompile.compiler.files.folders import graphs, is_checkpoint, page_path, report_path
@@ -221,13 +221,15 @@ def _check_scores(args: Options) -> None:
     """What is wrong with the options of scores is said before the work."""
     if not args.eval_data and (args.metric or args.labels or args.max_drop):
         raise UserError("--metric, --labels and --max-drop are for --eval-data FILE …, which calibration has not seen")
-    if (args.metric or args.labels or args.max_drop) and (texts := Files.of(args.eval_data).texts):
+    given = Calibration(args.eval_data)
+    texts = [*([GENERAL] if given.general else []), *Files.of(given.files).texts]
+    if (args.metric or args.labels or args.max_drop) and texts:
         told = "--metric, --labels and --max-drop judge outputs on arrays (.npz, .npy) or images"
         raise UserError(
             f"--eval-data {texts[0]} is text: {told}; leave them out, and see qcompile eval --text --max-kl"
         )
     if args.labels:
-        EvaluationSet(data=Calibration(args.eval_data), labels=args.labels).given_labels()
+        EvaluationSet(data=given, labels=args.labels).given_labels()
     if args.metric:
         Metric(args.metric)
     if args.max_drop:

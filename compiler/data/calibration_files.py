@@ -56,6 +56,8 @@ def named(words: Sequence[str]) -> list[Path]:
 def _check_regular(path: Path) -> None:
     if path.exists() and not path.is_file():  # reading a pipe may wait for ever
         raise UserError(f"{path} is not a regular file: save the data in one")
+    if not path.exists() and str(path) in (SELF, NORMS):
+        raise UserError(f"--calibration {path} stands alone: leave out what stands beside it")
     if not path.exists() and path.suffix.lower() not in KINDS:
         raise UserError(f"{path}: no such file or folder{near(str(path), (GENERAL, SELF, NORMS))}")
 
