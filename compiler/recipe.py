@@ -71,7 +71,7 @@ class Recipe:
     groups. lm_head, embedding: None keeps float. min_coverage: None: what `told` says, by the list's own formats.
     Passes, formats and words may be given as a file has them: Recipe(passes="smooth,qdq", lm_head="keep").
     weights_of: of "PATTERN=FORMAT". activations, accuracy_level: None: chosen node by node.
-    keep_worst, keep_share, max_kl, min_sqnr: one of them at most.
+    keep_worst, keep_share, max_kl, min_sqnr: one of them at most. fastest: with one of the last two alone.
     """
 
     passes: Annotated[
@@ -298,6 +298,14 @@ class Recipe:
             metavar="SIZE",
         ),
     ] = None
+    fastest: Annotated[
+        bool,
+        About(
+            "of all choices of formats that keep --max-kl or --min-sqnr, and --budget where it is given, the one that "
+            "runs fastest here, by measured times of each product in each format",
+            MIXED,
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         for name, own in SETTINGS.items():
@@ -307,6 +315,9 @@ class Recipe:
             raise UserError(f"weights: {self.weights} says all of bits and symmetric: leave these out")
         if self.budget is not None:
             Amount.parse(self.budget)
+        if self.fastest and self.max_kl is None and self.min_sqnr is None:
+            told = "fastest is of formats within a bound: give max_kl in nats a token"
+            raise UserError(f"{told}, or of models without logits min_sqnr in dB, too")
         patterns = [pattern for pattern, _ in self.named]
         if len(set(patterns)) < len(patterns):
             twice = next(pattern for i, pattern in enumerate(patterns) if pattern in patterns[:i])
@@ -325,7 +336,7 @@ class Recipe:
     @property
     def keeping_none(self) -> "Recipe":
         """The same without a setting that keeps nodes in float for their sensitivity."""
-        return replace(self, keep_worst=None, keep_share=None, max_kl=None, min_sqnr=None)
+        return replace(self, keep_worst=None, keep_share=None, max_kl=None, min_sqnr=None, fastest=False)
 
     @property
     def activation_bits(self) -> int | None:
@@ -351,6 +362,7 @@ class Recipe:
         plain = {name: own.plain(getattr(self, name)) for name, own in SETTINGS.items()}
         left = set() if self.mixed else {"keep_as"}
         left |= {"scale_bits"} if self.scale_bits == SETTINGS["scale_bits"].default else set()
+        left |= set() if self.fastest else {"fastest"}
         left |= {"accuracy_level"} if self.accuracy_level is None and self.target != "matmulnbits" else set()
         return {name: value for name, value in plain.items() if value is not None and name not in left}
 

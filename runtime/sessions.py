@@ -84,6 +84,7 @@ def session(
     kernels: str = "auto",
     growing: bool = False,
     prepack: bool = True,
+    parking: bool = False,
 ) -> Any:
     """An onnxruntime.InferenceSession of a model file or of serialized bytes.
 
@@ -101,6 +102,7 @@ def session(
     by sizes: a plan is of no use for the next token, and one of a long prompt keeps its memory.
     prepack: False leaves float weights as they lie, mapped from their file, instead of copying them into the layout of
     the kernels: for a run or two that takes longer than it saves. Packed products decode their weight in each run then.
+    parking: threads that wait actively stop when a run ends: for sessions that take turns.
     """
     ort = _runtime()
     if kernels not in KERNELS:
@@ -118,6 +120,8 @@ def session(
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    if parking:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if folder is not None:

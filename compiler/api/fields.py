@@ -37,3 +37,4 @@ class Fields(TypedDict, total=False):
     max_kl: float | None
     min_sqnr: float | None
     budget: str | None
+    fastest: bool

@@ -45,6 +45,7 @@ def compile(
     recipe: Recipe | PathLike | None = None,
     budget_file: PathLike | None = None,
     point: int | None = None,
+    for_machine: PathLike | None = None,
     statistics: PathLike | None = None,
     evaluation: Data | None = None,
     bench: bool = False,
@@ -73,6 +74,8 @@ def compile(
         budget_file: the report of an earlier compile with a budget or a bound, of this model and target: a point of its
             frontier is compiled, with the settings of that compile.
         point: which one, as the report numbers them.
+        for_machine: times of products that `qcompile timings` measured on another machine, for the choice of formats
+            with a budget or a bound.
         statistics: ranges of activations that `calibrate` saved, instead of a run over calibration data.
         evaluation: what the accuracy in the report is measured on, in every form that `calibration` takes; none of it
             may be calibrated on. By default rows of the calibration data that are left out, where there are enough.
@@ -130,7 +133,16 @@ def compile(
                 progress=bar,
             )
 
-        return spending(path, wanted, given, bar, run, evaluation=other, point=frontier)
+        return spending(
+            path,
+            wanted,
+            given,
+            bar,
+            run,
+            evaluation=other,
+            point=frontier,
+            machine=None if for_machine is None else Path(for_machine),
+        )
 
 
 @door
@@ -144,6 +156,7 @@ def dry_run(
     recipe: Recipe | PathLike | None = None,
     budget_file: PathLike | None = None,
     point: int | None = None,
+    for_machine: PathLike | None = None,
     progress: Progress | bool = False,
     **fields: Unpack[Fields],
 ) -> Rehearsal:
@@ -167,7 +180,8 @@ def dry_run(
             path = model_file(exported(own, bar.step))
         else:
             path = stack.enter_context(on_disk(model))
-        made, frontier = planned(path, wanted, data, bar, point=drawn)
+        machine = None if for_machine is None else Path(for_machine)
+        made, frontier = planned(path, wanted, data, bar, point=drawn, machine=machine)
         return replace(rehearse(path, made), frontier=frontier)
 
 

@@ -22,6 +22,7 @@ from qcompile.compiler.settings.amount import Amount, TooLarge
 from qcompile.compiler.settings.bound import TooFar
 from qcompile.compiler.stages import prepare_model
 from qcompile.compiler.sweep.budget.choose import Choice, Search, check_amount
+from qcompile.compiler.sweep.budget.fastest import Clock
 from qcompile.compiler.sweep.budget.prices import with_formats
 from qcompile.passes.errors import UserError, Verdict
 
@@ -52,18 +53,20 @@ def spending(
     *,
     evaluation: Calibration | None = None,
     point: Frontier | None = None,
+    machine: Path | None = None,
 ) -> Report:
     """What a compile makes of the recipe as it is where it has no budget and no bound; else of the one with the formats
     that are best within them (`budget.choose`), in `_RUNS` compiles at most.
 
     A file that is larger than its budget all the same is made again with what is known of that. A bound is compared on
     data held aside, and what is foretold of the next choice is scaled by that: the smallest that holds is kept.
-    point: the frontier that the recipe's formats are of, where they were chosen before.
+    point: the frontier that the recipe's formats are of, where they were chosen before. machine: a table of times.
     Raises UserError where a file is too large each time, by how much, and Verdict where none holds the bound.
     """
+    _check_machine(recipe, machine)
     if not is_spent(recipe):
         return run(Spent(recipe, calibration, evaluation, Chosen(frontier=point)))
-    found = Chooser(source, recipe, calibration, progress, evaluation)
+    found = Chooser(source, recipe, calibration, progress, evaluation, machine)
     return _within(found, run, progress) if not found.bound else _keeping(found, run, progress)
 
 
@@ -77,9 +80,11 @@ class Chooser:
         calibration: Calibration,
         progress: Progress,
         evaluation: Calibration | None = None,
+        machine: Path | None = None,
     ) -> None:
         self.bound, self._budget = bound_of(recipe), recipe.budget or ""
         self.amount = None if recipe.budget is None else Amount.parse(recipe.budget)
+        self.fastest, self._machine = recipe.fastest and bool(self.bound), machine
         bare = replace(recipe.keeping_none if self.bound else recipe, budget=None)
         plain = effective(bare)
         if self.amount is not None:
@@ -91,12 +96,13 @@ class Chooser:
             return rehearse(source, own).report.compiled_bytes
 
         self.size_of = size_of
+        clock = Clock(machine, self.fastest)
         self.search = Search(
-            source, plain, self._data, progress, size_of, evaluation=self._judged, bound=self.bound
-        )  # fmt: skip
+            source, plain, self._data, progress, size_of, evaluation=self._judged, bound=self.bound, clock=clock
+        )
 
     def first(self) -> Choice:
-        """Within the budget, and the smallest that is foretold to keep the bound."""
+        """Within the budget, and the smallest, or fastest, that is foretold to keep the bound."""
         return self.within() if not self.bound else self.keeping(_AIM * self.bound.distance)
 
     def within(self) -> Choice:
@@ -105,13 +111,18 @@ class Chooser:
         return self.search.within(self.amount, self.unforetold)
 
     def keeping(self, change: float) -> Choice:
-        """The smallest that is foretold to change no more; with a budget, no more than that."""
-        made = self.search.keeping(change)
-        return made if self.amount is None or self.search.fits(made, self.amount, self.unforetold) else self.within()
+        """The smallest, or fastest, that is foretold to change no more; with a budget, no more than that."""
+        if self.amount is None:
+            return self.search.keeping(change)
+        return self.search.keeping_within(change, self.amount, self.unforetold)
 
-    def size(self, made: Choice) -> int:
-        """Foretold, of the model's files."""
-        return self.search.size(made, self.unforetold)
+    def price(self, made: Choice) -> float:
+        """Foretold, what is to be little: bytes of the model's files, or microseconds."""
+        return self.search.price(made, self.unforetold)
+
+    def told_price(self, made: Choice) -> str:
+        """The same in words."""
+        return self.search.told_price(made, self.unforetold)
 
     def is_last(self, made: Choice) -> bool:
         """Whether nothing better is allowed."""
@@ -124,7 +135,8 @@ class Chooser:
 
     def spent(self, made: Choice, tried: tuple[Tried, ...] = ()) -> Spent:
         """What is compiled for a choice."""
-        words = " and ".join(filter(None, [f"budget {self.amount}" if self.amount else "", str(self.bound)]))
+        parts = [f"budget {self.amount}" if self.amount else "", str(self.bound), "fastest" if self.fastest else ""]
+        words = " and ".join(filter(None, parts))
         drawn = replace(self.search.frontier_with(made, self._asked, self.unforetold), tried=tried)
         chosen = Chosen(f"{words}: {self.search.told(made)}", self._budget, self.bound, drawn)
         return Spent(self.search.recipe_of(made), self._data, self._judged, chosen)
@@ -150,19 +162,19 @@ def _again(missed: int) -> str:
 def _keeping(found: Chooser, run: Callable[[Spent], Report], progress: Progress) -> Report:
     """The smallest that keeps a bound, as far as `_RUNS` compiles tell."""
     tried, kept, made = list[Tried](), None, found.first()
-    size = math.inf  # foretold, of what is kept
+    price = math.inf  # foretold, of what is kept
     for left in reversed(range(_RUNS)):
         try:
             kept = run(found.spent(made, tuple(tried)))
             assert kept.frontier is not None
-            tried, size = list(kept.frontier.tried), found.size(made)
+            tried, price = list(kept.frontier.tried), found.price(made)
         except TooFar as error:
             tried.append(Tried(error.size, found.search.change(made), error.distance))
             if kept is None and (not left or found.is_last(made)):
                 raise _refused(found, tried, made) from error
         except UserError as error:
             if kept is not None:  # what holds stays, whatever is wrong with a smaller one
-                progress.step(f"{found.bound}: kept as it is, a smaller one is refused: {error}")
+                progress.step(f"{found.bound}: kept as it is, another one is refused: {error}")
                 break
             if not isinstance(error, TooLarge) or not left:
                 raise
@@ -171,10 +183,10 @@ def _keeping(found: Chooser, run: Callable[[Spent], Report], progress: Progress)
             continue
         aim = (_AIM if left > 1 else _LAST_AIM) * found.bound.distance
         following = found.keeping(_next(tried, aim))
-        if following == made or not left or found.size(following) > _WORTH * size:
+        if following == made or not left or found.price(following) > _WORTH * price:
             break
         made = following
-        progress.step(f"{found.bound}: again with {megabytes(found.size(made))}")
+        progress.step(f"{found.bound}: again with {found.told_price(made)}")
     if kept is None:
         raise _refused(found, tried, made)
     if kept.frontier is not None and tried != list(kept.frontier.tried):
@@ -216,18 +228,27 @@ def planned(
     *,
     evaluation: Calibration | None = None,
     point: Frontier | None = None,
+    machine: Path | None = None,
 ) -> tuple[Recipe, Frontier | None]:
     """(the recipe that is compiled first, the frontier that it lies on; None where nothing is chosen).
 
-    evaluation, point: as in `spending`. Raises UserError where the point is of another model.
+    evaluation, point, machine: as in `spending`. Raises UserError where the point is of another model.
     """
+    _check_machine(recipe, machine)
     if not is_spent(recipe):
         if point is not None:
             point.check_source(str(source), hash_and_check(source, load_model(source)))
         return recipe, point
-    found = Chooser(source, recipe, calibration, progress, evaluation)
+    found = Chooser(source, recipe, calibration, progress, evaluation, machine)
     made = found.spent(found.first())
     return made.recipe, made.chosen.frontier
+
+
+def _check_machine(recipe: Recipe, machine: Path | None) -> None:
+    """UserError for a table of times where nothing is chosen."""
+    if machine is not None and not is_spent(recipe):
+        told = f"--for-machine {machine} tells of times where formats are chosen, and here are none to choose"
+        raise UserError(f"{told}: give --budget, --max-kl or --min-sqnr, or leave it out")
 
 
 def check_bounds(models: Sequence[Path], recipe: Recipe) -> None:
@@ -261,7 +282,7 @@ def asked_for(
     drawn, asked = drawn.at(point), dict(drawn.recipe)
     if (target := given.get("target", asked.get("target"))) != asked.get("target"):
         raise UserError(f"target {target}: the points of {file} are for target {asked.get('target')}")
-    if twice := [name for name in ("budget", "max_kl", "min_sqnr") if name in given]:
+    if twice := [name for name in ("budget", "max_kl", "min_sqnr", "fastest") if name in given]:
         raise UserError(f"{twice[0]} chooses formats, and so does --budget-file: leave one of them out")
     recipe = Recipe.from_dict({**asked, **given}, str(file))
     return with_formats(recipe, drawn.units, drawn.points[point - 1].formats), drawn

@@ -136,7 +136,13 @@ def _one(args: Options, seen: dict[Path, Stamp], asked: tuple[Path, Path] | None
     if args.dry_run:
         with Bar() as bar:
             made, frontier = planned(
-                args.model, recipe, calibration_of(args), bar, evaluation=_evaluation(args), point=_point(args)[1]
+                args.model,
+                recipe,
+                calibration_of(args),
+                bar,
+                evaluation=_evaluation(args),
+                point=_point(args)[1],
+                machine=args.for_machine,
             )
         return print_plan(args.model, output, made, console(answer=True), frontier)
     seen[output] = _stamp(output)
@@ -184,7 +190,9 @@ def _compiled(args: Options, recipe: Recipe, output: Path, asked: tuple[Path, Pa
                 )
 
             data, judged = calibration_of(args), _evaluation(args)
-            report = spending(args.model, recipe, data, bar, run, evaluation=judged, point=_point(args)[1])
+            report = spending(
+                args.model, recipe, data, bar, run, evaluation=judged, point=_point(args)[1], machine=args.for_machine
+            )
         if saved is not None and staged is not None:
             replace_file(staged, saved)
     return report

@@ -310,6 +310,8 @@ def _annotation(own: Setting) -> Any:
     if about.opposite is not None:
         other, otherwise = about.opposite
         return Annotated[bool | None, option(f"{told}; {other}: {otherwise}", under=under, negative=other)]
+    if own.kinds == (bool,):
+        return Annotated[bool | None, option(told, under=under)]
     if own.many and Step not in own.kinds:
         return Annotated[list[str] | None, option(told, about.metavar, under=under)]
     if own.kinds == (str,) and own.choices:

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "the folder that an application copies (onnxruntime-genai, transformers.js, ORT)",
     ),
     "bench": ("qcompile.compiler.commands.bench", "speed and memory of models, against each other"),
+    "timings": ("qcompile.compiler.commands.timings", "how long a model's products take here, for --for-machine"),
     "recipe": ("qcompile.compiler.commands.recipe", "check a recipe file; its JSON schema for editors"),
     "completion": ("qcompile.compiler.commands.completion", "what a shell needs to complete all this"),
 }

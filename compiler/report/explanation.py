@@ -16,8 +16,9 @@ from qcompile.passes.origins import fits
 
 # Details of a decision that name the linears it is about.
 _ABOUT = "linears"
-# Who chose a format within a budget, and its detail: bytes of the model from which on each would be best.
-_BUDGET, _SIZES = "budget", "sizes"
+# Who chose a format within a budget, and its details: bytes of the model from which on each would be best, and what the
+# products take in each.
+_BUDGET, _SIZES, _TIMES = "budget", "sizes", "microseconds"
 _NEAREST = 3
 
 
@@ -145,17 +146,20 @@ def _nodes(report: Mapping[str, Any]) -> Iterator[Explained]:
 
 
 def _budgeted(frontier: Mapping[str, Any]) -> dict[str, list[Told]]:
-    """Of weights that a budget chose formats of, by name: which one, and from which size of the model on each would be
-    best for the whole.
+    """Of weights that a budget chose formats of, by name: which one, from which size of the model on each would be best
+    for the whole, and what its products take in each, where that is known.
     """
+    speeds, fastest = (frontier.get("speeds") or {}).get("units"), frontier.get("fastest", False)
     found = dict[str, list[Told]]()
     for number, names in enumerate(frontier.get("units", ())):
         sizes = dict[str, int]()
-        for point in frontier["points"]:
+        for point in () if fastest else frontier["points"]:
             sizes.setdefault(point["formats"][number], int(point["size"]))
         taken = frontier["points"][frontier["chosen"] - 1]["formats"][number]
         beside = f", for all {len(names)} that read its input" if len(names) > 1 else ""
-        made = Told(_BUDGET, "chosen", f"{taken}{beside}", {_SIZES: sizes})
+        made = Told(
+            _BUDGET, "chosen", f"{taken}{beside}", {_SIZES: sizes, **({_TIMES: speeds[number]} if speeds else {})}
+        )
         found |= {str(name): [made] for name in names}
     return found
 
@@ -185,6 +189,8 @@ def _rows(own: Explained) -> Iterator[tuple[str, str, str, str]]:
         yield "", told.by, f"{told.action}: {told.reason}", _factor(told)
         for label, size in told.detail.get(_SIZES, {}).items() if told.by == _BUDGET else ():
             yield "", "", f"  {label} in models from {megabytes(size)} on", ""
+        for label, time in told.detail.get(_TIMES, {}).items() if told.by == _BUDGET else ():
+            yield "", "", f"  {label} takes {time:.1f} µs", ""
         for label, loss in sorted(told.candidates.items(), key=lambda item: item[1]):
             yield "", "", f"  tried {label}", f"{loss:.3f}"
     if own.error is not None:

@@ -75,10 +75,12 @@ def print_coverage(report: Report, console: Console) -> None:
 def print_frontier(frontier: Frontier, console: Console) -> None:
     """What each size was foretold to change, and what the one that was taken did."""
     console.print(f"frontier  foretold from {frontier.windows}", soft_wrap=True)
-    made = table("point", "size", "bits a weight", frontier.unit, "", numbers=4)
+    made = table(*frontier.heads, "", numbers=len(frontier.heads))
     for row in frontier.rows():
         made.add_row(*row)
     console.print(made)
+    if told := frontier.timed():
+        console.print(f"speed     {told}", soft_wrap=True)
     for line in frontier.lines():
         console.print(f"bound     {line}", soft_wrap=True)
 

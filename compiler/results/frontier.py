@@ -1,5 +1,6 @@
 """What every size of a model was foretold to change, which of them was taken, and what that changed in truth."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -12,12 +13,30 @@ from qcompile.passes.errors import UserError
 class Point:
     """One choice. size: bytes of the model's files, about; those of the chosen one once it is compiled. bits: a weight,
     of those chosen, scales included. change: foretold, KL in nats a token or a relative error. formats: of each unit.
+    microseconds: foretold, of the products of a run; None where no times are known.
     """
 
     size: int
     bits: float
     change: float
     formats: tuple[str, ...]
+    microseconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Times:
+    """What products take. machine: that they were measured on, in words. rows: of their inputs, 1 of decoders. floats:
+    microseconds of all of them with what was chosen in float. units: microseconds of each unit, by format.
+    """
+
+    machine: str
+    rows: int
+    floats: float | None
+    units: tuple[Mapping[str, float], ...]
+
+    def rate(self, microseconds: float) -> float:
+        """Rows a second, of products alone."""
+        return self.rows * 1e6 / microseconds if microseconds else math.inf
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,8 @@ class Frontier:
     formats were chosen by, by the sha256 of their content.
     bound: what had to hold, in words; tried: the compiles that it took, the last that holds written; held_on: what
     they were compared on.
+    speeds: where times of products are known. fastest: points go from the fastest on, each the one that changes least
+    in its time.
     """
 
     metric: str
@@ -54,6 +75,8 @@ class Frontier:
     tried: tuple[Tried, ...] = ()
     held_on: str = ""
     calibrated: Mapping[str, str] = field(default_factory=dict)
+    fastest: bool = False
+    speeds: Times | None = None
 
     def told(self, change: float) -> str:
         """A change as tables have it."""
@@ -64,13 +87,38 @@ class Frontier:
         """What changes are told in."""
         return "KL, nats a token" if self.metric == "KL" else "SQNR, dB"
 
+    @property
+    def rate_unit(self) -> str:
+        """What speeds are told in; empty where none are known."""
+        return "" if self.speeds is None else "tokens/s" if self.speeds.rows == 1 else "rows/s"
+
+    def rate(self, point: Point) -> str:
+        """The speed of a point as tables have it; empty where it is not known."""
+        if self.speeds is None or point.microseconds is None:
+            return ""
+        return _rate(self.speeds.rate(point.microseconds))
+
+    @property
+    def heads(self) -> list[str]:
+        """Of `rows`, but for the last column."""
+        return ["point", "size", "bits a weight", self.unit, *filter(None, [self.rate_unit])]
+
     def rows(self) -> list[list[str]]:
-        """Of a table: number, size, bits a weight, change, and which was taken."""
+        """Of a table: number, size, bits a weight, change, speed where it is known, and which was taken."""
         return [
             [str(number), megabytes(own.size), f"{own.bits:.2f}", self.told(own.change),
-             "chosen" if number == self.chosen else ""]
+             *([self.rate(own)] if self.rate_unit else []), "chosen" if number == self.chosen else ""]
             for number, own in enumerate(self.points, 1)
         ]  # fmt: skip
+
+    def timed(self) -> str:
+        """What speeds are of; empty where none are known."""
+        if self.speeds is None:
+            return ""
+        own = self.speeds.floats
+        floats = f"; {_rate(self.speeds.rate(own))} with all of them in float" if own is not None else ""
+        alone = f"{self.rate_unit} of matrix products alone, and no attention or norms"
+        return f"{alone}: from times of each on {self.speeds.machine}{floats}"
 
     def lines(self) -> list[str]:
         """What came of the bound, for the terminal."""
@@ -115,6 +163,11 @@ class Frontier:
             made = msgspec.convert(plain, cls)
         except msgspec.ValidationError as error:
             raise ValueError(str(error)) from error
-        if not made.points or any(len(own.formats) != len(made.units) for own in made.points):
+        timed = made.speeds is None or len(made.speeds.units) == len(made.units)
+        if not made.points or not timed or any(len(own.formats) != len(made.units) for own in made.points):
             raise ValueError("each point has a format for each unit")
         return made
+
+
+def _rate(own: float) -> str:
+    return f"{own:,.0f}" if own >= 100 else f"{own:.3g}"

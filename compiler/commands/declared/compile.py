@@ -61,6 +61,15 @@ class Options(Common, Clustered, Calibrating, Recipes):
         ),
     ] = None
     point: Annotated[int | None, option("which point, as the report numbers them", "N", under=MIXED)] = None
+    for_machine: Annotated[
+        Path | None,
+        option(
+            "times of products that `qcompile timings` measured on another machine, for --fastest and for what the "
+            "frontier says of speed",
+            "FILE",
+            under=MIXED,
+        ),
+    ] = None
     statistics: Annotated[
         Path | None,
         option("ranges of activations from `qcompile calibrate` instead of a calibration run", "FILE", under=DATA),

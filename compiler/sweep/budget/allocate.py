@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
+# What sums of costs are off by, relative, when their terms are added in another order.
+_ROUNDED = 1e-9
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,17 @@ def frontier(units: Sequence[Sequence[Option[T]]]) -> list[list[Option[T]]]:
         made.append([*made[-1]])
         made[-1][step.unit] = hulls[step.unit][step.to]
     return made
+
+
+def keeping(units: Sequence[Sequence[Option[T]]], cost: float) -> list[Option[T]]:
+    """The first choice of the `frontier` whose costs are no more together; the last one, where none is."""
+    hulls = [hull(options) for options in units]
+    chosen, whole = [0] * len(hulls), sum(own[0].cost for own in hulls)
+    for step in _steps(hulls):
+        if whole <= cost * (1 + _ROUNDED):
+            break
+        chosen[step.unit], whole = step.to, whole - step.gain
+    return [own[at] for own, at in zip(hulls, chosen, strict=True)]
 
 
 def hull(options: Sequence[Option[T]]) -> list[Option[T]]:

@@ -19,7 +19,8 @@ from qcompile.compiler.results.frontier import Frontier, Point
 from qcompile.compiler.settings.amount import Amount
 from qcompile.compiler.settings.bound import NO_BOUND, Bound
 from qcompile.compiler.stages import prepare_model
-from qcompile.compiler.sweep.budget.allocate import Option, allocate, frontier
+from qcompile.compiler.sweep.budget.allocate import Option, allocate, frontier, keeping
+from qcompile.compiler.sweep.budget.fastest import HERE, Clock, by_time, fastest, speeds_of, with_sizes
 from qcompile.compiler.sweep.budget.prices import (
     choices_of,
     measuring,
@@ -57,7 +58,7 @@ class Search:
     What a weight changes is measured alone (`effects.measured`; kept in the cache of rankings) and scaled by the errors
     of each format; changes add up. What the recipe keeps in float, or says the format of, stays as it is.
     size_of: bytes of the model that a recipe will make, without its weights being read. bound: what is to hold, for
-    which some of the data is left. evaluation: what the accuracy is told on.
+    which some of the data is left. evaluation: what the accuracy is told on. clock: where times of products come from.
     Raises UserError for lists that do not pack, for a bound of other kinds of models, and where there is nothing to
     choose.
     """
@@ -72,17 +73,22 @@ class Search:
         *,
         evaluation: Calibration | None = None,
         bound: Bound = NO_BOUND,
+        clock: Clock = HERE,
     ) -> None:
-        _check(recipe)
+        check_packs(recipe)
         prepared = prepare_model(source, measuring(recipe), progress)
         bound.check_metric(decoder=prepared.plan.logits is not None)
         self.recipe, self.source_hash = recipe, prepared.report.source_hash
         self._size_of, self._vocabulary = size_of, vocabulary_size(prepared.model)
-        self._units = find_units(prepared.model, make_policy(recipe), partial(taken, recipe, self._vocabulary))
-        if not self._units:
-            told = f"no weight is left that target {recipe.target} packs and the recipe does not say all of"
-            raise UserError(f"a budget has nothing to choose: {told}")
-        self._choices = choices_of(recipe, self._units, self._vocabulary)
+        self._units, self._choices = chosen_of(prepared.model, recipe)
+        self.speeds = speeds_of(
+            prepared.model, recipe, self._units, self._choices, clock, progress,
+            decoder=prepared.plan.logits is not None,
+        )  # fmt: skip
+        if self.speeds is not None:  # a table of another machine may lack some
+            timed = zip(self._choices, self.speeds.units, strict=True)
+            self._choices = [{name: grids for name, grids in own.items() if name in known} for own, known in timed]
+        self._fast = self.speeds if clock.needed else None
         self.ranking = ranking_of(prepared, recipe, calibration, self._units, progress, evaluation, bound=bound)
         self.options = options_of(recipe, self._units, self._choices, self.ranking)
         self._counts = [u.elements(next(iter(own.values()))) for u, own in zip(self._units, self._choices, strict=True)]
@@ -104,9 +110,29 @@ class Search:
         return allocate(self.options, size)
 
     def keeping(self, change: float) -> Choice:
-        """The smallest choice of the frontier that is foretold to change no more; the largest, where all do."""
-        made = frontier(self.options)
-        return next((own for own in made if self.change(own) <= change), made[-1])
+        """The smallest choice of the frontier that is foretold to change no more, the fastest where that is asked for;
+        the one that changes least, where none is.
+        """
+        cost = change ** power(self.ranking)
+        return keeping(self.options, cost) if self._fast is None else fastest(self.options, self._fast, cost)
+
+    def keeping_within(self, change: float, amount: Amount, unforetold: int = 0) -> Choice:
+        """The same of choices within the amount; all that it allows where none of them changes so little."""
+        made = self.keeping(change)
+        for _ in range(_TRIES):
+            if self.fits(made, amount, unforetold):
+                return made
+            if self._fast is None:
+                break
+            room = self._room(made, amount, unforetold)
+            made = fastest(self.options, self._fast, change ** power(self.ranking), room)
+        return self.within(amount, unforetold)
+
+    def _room(self, made: Choice, amount: Amount, unforetold: int) -> float:
+        """Bytes of an amount that weights may take, where all else takes what it does beside a choice."""
+        if amount.size is None:
+            return (amount.bits or 0) / 8 * sum(self._counts)
+        return amount.size - max(_SHARE * amount.size, _BYTES) - (self.size(made, unforetold) - _bytes(made))
 
     def fits(self, made: Choice, amount: Amount, unforetold: int = 0) -> bool:
         """Whether a choice is foretold to be within the amount."""
@@ -116,7 +142,7 @@ class Search:
 
     def is_largest(self, made: Choice) -> bool:
         """Whether no choice changes less."""
-        return made == frontier(self.options)[-1]
+        return made == self.keeping(0.0)
 
     def change(self, made: Choice) -> float:
         """Foretold: KL in nats a token, or a relative error."""
@@ -156,21 +182,38 @@ class Search:
             grid.rows_per_code > 1 for own, o in zip(self._choices, made, strict=True) for grid in own[o.what]
         )
         slow = "; pairs take the time of int8, and as much memory" if looked_up else ""
-        return f"{self.bits(made):.2f} bits a weight, of the weights {shares}{slow}"
+        speed = f"; products take {self.speeds.of(made):.0f} µs a run" if self.speeds is not None else ""
+        return f"{self.bits(made):.2f} bits a weight, of the weights {shares}{slow}{speed}"
+
+    def price(self, made: Choice, unforetold: int = 0) -> float:
+        """What is to be as little as a bound allows: bytes of the model's files, or microseconds."""
+        return self.size(made, unforetold) if self._fast is None else self._fast.of(made)
+
+    def told_price(self, made: Choice, unforetold: int = 0) -> str:
+        """The same in words."""
+        size = megabytes(self.size(made, unforetold))
+        return size if self._fast is None else f"{size} and {self._fast.of(made):.0f} µs a run"
 
     def frontier_with(self, made: Choice, asked: Recipe, unforetold: int = 0) -> Frontier:
-        """Choices from the smallest to the largest, spread evenly by size, and the one that was made. asked: the recipe
-        without a budget or a bound.
+        """Choices from the smallest to the largest, or from the fastest on, spread evenly by that, and the one that was
+        made. asked: the recipe without a budget or a bound.
         """
-        every = frontier(self.options)
-        sizes, own = [_bytes(other) for other in every], _bytes(made)
-        rest = self.size(made, unforetold) - own
-        wanted = np.linspace(sizes[0], sizes[-1], _POINTS)
-        near = {int(np.abs(np.array(sizes) - size).argmin()) for size in wanted}
-        others = [every[i] for i in sorted(near) if abs(sizes[i] - own) > _NEAR * (own + rest)]
-        chosen = sorted([*others, made], key=_bytes)
+        every, fast = self._every(), self._fast
+        price = _bytes if fast is None else fast.of
+        prices, own = [price(other) for other in every], price(made)
+        rest = self.size(made, unforetold) - _bytes(made)
+        wanted = np.linspace(prices[0], prices[-1], _POINTS)
+        near = {int(np.abs(np.array(prices) - one).argmin()) for one in wanted}
+        apart = _NEAR * (own + rest if fast is None else own)
+        chosen = sorted([*(every[i] for i in sorted(near) if abs(prices[i] - own) > apart), made], key=price)
         points = [
-            Point(round(_bytes(one) + rest), self.bits(one), self.change(one), tuple(option.what for option in one))
+            Point(
+                round(_bytes(one) + rest),
+                self.bits(one),
+                self.change(one),
+                tuple(option.what for option in one),
+                None if self.speeds is None else self.speeds.of(one),
+            )
             for one in chosen
         ]
         return Frontier(
@@ -182,7 +225,15 @@ class Search:
             asked.to_dict(),
             self.source_hash,
             calibrated=self._calibrated,
+            fastest=fast is not None,
+            speeds=None if self.speeds is None else self.speeds.told(),
         )
+
+    def _every(self) -> list[list[Option[str]]]:
+        """The choices of the frontier: by bytes, or by time."""
+        if self._fast is None:
+            return frontier(self.options)
+        return [with_sizes(self.options, made) for made in frontier(by_time(self.options, self._fast))]
 
     def _with(self, made: Choice) -> Recipe:
         return with_formats(self.recipe, [unit.names_of_weights for unit in self._units], [own.what for own in made])
@@ -201,7 +252,17 @@ def _bytes(made: Choice) -> float:
     return sum(own.size for own in made)
 
 
-def _check(recipe: Recipe) -> None:
+def chosen_of(model: ir.Model, recipe: Recipe) -> tuple[list[Unit], list[dict[str, list[Grid]]]]:
+    """What formats are chosen for, and the grids of each unit's sites by format; UserError where there is nothing."""
+    vocabulary = vocabulary_size(model)
+    units = find_units(model, make_policy(recipe), partial(taken, recipe, vocabulary))
+    if not units:
+        told = f"no weight is left that target {recipe.target} packs and the recipe does not say all of"
+        raise UserError(f"a budget has nothing to choose: {told}")
+    return units, choices_of(recipe, units, vocabulary)
+
+
+def check_packs(recipe: Recipe) -> None:
     """UserError for lists of passes that a budget is not for."""
     if not steps_that(recipe, ensure=Fact.PACKED):
         told = f"a budget is for the weights of {ensuring(Fact.PACKED)}, and the passes are {_names(recipe)}"

@@ -21,6 +21,7 @@ from qcompile.compiler.results.report import Report
 from qcompile.compiler.settings.amount import Amount, TooLarge
 from qcompile.compiler.stages import gather_data, prepare_model
 from qcompile.compiler.sweep.budget import choose
+from qcompile.compiler.sweep.budget.allocate import Option
 from qcompile.compiler.sweep.budget.choose import Search
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.models.tiny.tokenizer import tiny_tokenizer
@@ -40,6 +41,16 @@ def _compiled(source: Path, folder: Path, **fields: Any) -> Report:
 def _distances(report: Report) -> list[float]:
     assert report.frontier is not None
     return [own.distance for own in report.frontier.tried]
+
+
+def _misprice(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Have every change foretold too large by a factor."""
+    options_of = choose.options_of
+
+    def wrong(*args: Any) -> list[list[Option[str]]]:
+        return [[replace(own, cost=factor * own.cost) for own in unit] for unit in options_of(*args)]
+
+    monkeypatch.setattr(choose, "options_of", wrong)
 
 
 @pytest.mark.parametrize("bound", [0.1, 0.05, 0.005])
@@ -77,8 +88,7 @@ def test_what_was_foretold_wrongly_is_repaired(
     be. All of it is in the report that lies there.
     """
     plain = _compiled(source, tmp_path, max_kl=0.03)
-    change = Search.change
-    monkeypatch.setattr(Search, "change", lambda self, made: change(self, made) / factor)
+    _misprice(monkeypatch, 1 / factor)
     report = _compiled(source, tmp_path, max_kl=0.03)
     distances = _distances(report)
     assert 2 <= len(distances) <= 3
@@ -124,8 +134,8 @@ def test_what_holds_stays_where_a_smaller_one_is_refused(
     source: Path, tmp_path: Path, error: UserError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its file is written by then: an error would say that nothing is."""
-    change, check, calls = Search.change, pipeline.check_saved, list[int]()
-    monkeypatch.setattr(Search, "change", lambda self, made: 30 * change(self, made))
+    check, calls = pipeline.check_saved, list[int]()
+    _misprice(monkeypatch, 30)
 
     def checked(*args: Any) -> None:
         calls.append(1)
