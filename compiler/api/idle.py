@@ -36,9 +36,7 @@ def of_recipe(recipe: Recipe, given: Collection[str], *, point: bool = False) ->
         settled = f"{by} the formats of the graph's weights"
         found |= dict.fromkeys(("bits", "weights", *(() if _says_some(recipe) else _GROUPS)), settled)
     if not bound_of(recipe):
-        found["fastest"] = (
-            f"it is of formats of packed weights, and {recipe.mixed or 'no bound'} keeps nodes in float here"
-        )
+        found["fastest"] = f"it is of formats of packed weights, and {recipe.mixed} keeps nodes in float here"
     if bound_of(recipe):
         found["keep_as"] = f"{bound_of(recipe)} is kept by formats, and no node in float"
     elif not recipe.mixed:

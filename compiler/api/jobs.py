@@ -17,6 +17,7 @@ from qcompile.compiler.api.recipes import Passes, plain_of, recipe_of
 from qcompile.compiler.api.rehearsal import Rehearsal, rehearse
 from qcompile.compiler.api.sensitivity import rank_nodes
 from qcompile.compiler.api.spending import Spent, asked_for, planned, spending
+from qcompile.compiler.api.timing import time_products
 from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.console.terminal import Bar
 from qcompile.compiler.files import finished
@@ -25,6 +26,7 @@ from qcompile.compiler.mixed.ranking import Ranking
 from qcompile.compiler.pipeline import compile_model, default_output
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.report import Report
+from qcompile.compiler.results.timings import Timings
 from qcompile.compiler.sweep.rows import Sweep
 from qcompile.compiler.sweep.run import sweep as run_sweep
 from qcompile.compiler.sweep.scoring import Evaluation
@@ -292,6 +294,25 @@ def sweep(
             keep_models=keep_models,
             note=note,
         )
+
+
+@door
+def timings(
+    model: Model,
+    passes: Passes | None = None,
+    *,
+    recipe: Recipe | PathLike | None = None,
+    progress: Progress | bool = False,
+    **fields: Unpack[Fields],
+) -> Timings:
+    """How long each product of a model takes here, float and in each format that a budget chooses from; as `qcompile
+    timings`. What `to_json()` gives is a file for `compile(…, for_machine=…)` on another machine.
+
+    The arguments are those of `compile`: the target decides what is timed, and what the recipe says of formats.
+    """
+    wanted = recipe_of(recipe, passes, fields)
+    with on_disk(model) as path, _told(progress) as bar:
+        return time_products(path, wanted, progress=bar)
 
 
 @contextmanager

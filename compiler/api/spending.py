@@ -169,7 +169,8 @@ def _keeping(found: Chooser, run: Callable[[Spent], Report], progress: Progress)
             assert kept.frontier is not None
             tried, price = list(kept.frontier.tried), found.price(made)
         except TooFar as error:
-            tried.append(Tried(error.size, found.search.change(made), error.distance))
+            search = found.search
+            tried.append(Tried(error.size, search.change(made), error.distance, search.microseconds(made)))
             if kept is None and (not left or found.is_last(made)):
                 raise _refused(found, tried, made) from error
         except UserError as error:

@@ -130,6 +130,9 @@ def command(report: Report, changes: dict[str, Any]) -> str:
         said = [own for own in settings.pop("weights_of", ()) if split_quoted(own)[0] is None]
         settings |= {"weights_of": said, "budget": report.budget or None, **report.bound}
         settings |= {"fastest": True} if report.frontier.fastest else {}
+        speeds = report.frontier.speeds
+        if speeds is not None and speeds.file and (report.budget or report.bound):
+            words += ["--for-machine", speeds.file]
         if not report.budget and not report.bound:  # of a point: the rest is in its file
             drawn = next(name for name in report.files if name.endswith(".report.json"))
             words += [

@@ -157,9 +157,8 @@ def _budgeted(frontier: Mapping[str, Any]) -> dict[str, list[Told]]:
             sizes.setdefault(point["formats"][number], int(point["size"]))
         taken = frontier["points"][frontier["chosen"] - 1]["formats"][number]
         beside = f", for all {len(names)} that read its input" if len(names) > 1 else ""
-        made = Told(
-            _BUDGET, "chosen", f"{taken}{beside}", {_SIZES: sizes, **({_TIMES: speeds[number]} if speeds else {})}
-        )
+        detail = {_SIZES: sizes} | ({_TIMES: speeds[number]} if speeds else {})
+        made = Told(_BUDGET, "chosen", f"{taken}{beside}", detail)
         found |= {str(name): [made] for name in names}
     return found
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.report.chart import AXIS, HEIGHT, TOP, Scale, decades, grid
 from qcompile.compiler.report.markup import Markup, paragraph, section, table, text
-from qcompile.compiler.results.frontier import Frontier, Point
+from qcompile.compiler.results.frontier import Frontier, Point, Tried
 
 # Units of the SVG, which are CSS pixels: of the whole, of what is left of both sides and below.
 _WIDTH, _SIDE, _BELOW = 860, 40, 24
@@ -28,7 +28,7 @@ def frontier(drawn: Frontier) -> Markup:
 def _chart(drawn: Frontier) -> Markup:
     """Nothing where no point changes anything."""
     found = [(_place(drawn, own), own.change) for own in drawn.points]
-    measured = [(own.size, own.distance) for own in drawn.tried if not drawn.fastest]
+    measured = [(_place(drawn, own), own.distance) for own in drawn.tried]
     scale = Scale.of(change for _, change in (*found, *measured))
     if scale is None:
         return Markup()
@@ -46,8 +46,8 @@ def _chart(drawn: Frontier) -> Markup:
     )
 
 
-def _place(drawn: Frontier, own: Point) -> float:
-    """Of a point on the axis: its size, or the time of its products where points go by that."""
+def _place(drawn: Frontier, own: Point | Tried) -> float:
+    """Of a choice on the axis: its size, or the time of its products where points go by that."""
     return own.microseconds or 0.0 if drawn.fastest else own.size
 
 
@@ -73,8 +73,8 @@ def _line(
         kind = "taken" if number == drawn.chosen else "open"
         hole = f'<path class="hole" d="{dot}" stroke-width="4"/>' if kind == "open" else ""
         yield f'<g><title>{told}</title><path class="{kind}" d="{dot}" stroke-width="8"/>{hole}</g>'
-    for size, change in measured:
-        told = text(f"compiled: {megabytes(int(size))}, {drawn.told(change)} {drawn.unit}")
+    for (size, change), tried in zip(measured, drawn.tried, strict=True):
+        told = text(f"compiled: {megabytes(tried.size)}, {drawn.told(change)} {drawn.unit}")
         yield f'<path class="k-skipped" d="M{x(size) - 4} {y(change) - 4}h8v8h-8z"><title>{told}</title></path>'
     below = TOP + HEIGHT + 16
     for size in dict.fromkeys((min(sizes), max(sizes))):

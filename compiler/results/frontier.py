@@ -26,13 +26,15 @@ class Point:
 @dataclass(frozen=True)
 class Times:
     """What products take. machine: that they were measured on, in words. rows: of their inputs, 1 of decoders. floats:
-    microseconds of all of them with what was chosen in float. units: microseconds of each unit, by format.
+    microseconds of all of them with what was chosen in float. units: microseconds of each unit, by format. file: the
+    table that said so, where one was given.
     """
 
     machine: str
     rows: int
     floats: float | None
     units: tuple[Mapping[str, float], ...]
+    file: str = ""
 
     def rate(self, microseconds: float) -> float:
         """Rows a second, of products alone."""
@@ -42,12 +44,13 @@ class Times:
 @dataclass(frozen=True)
 class Tried:
     """A choice that was compiled. size: bytes of its files. change: foretold; distance: measured on what was held
-    aside.
+    aside. microseconds: foretold, as of a `Point`.
     """
 
     size: int
     change: float
     distance: float
+    microseconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,8 @@ class Frontier:
 
     def with_tried(self, size: int, distance: float, bound: str, held_on: str) -> "Frontier":
         """The same with a compile of the chosen point more."""
-        own = Tried(size, self.points[self.chosen - 1].change, distance)
+        point = self.points[self.chosen - 1]
+        own = Tried(size, point.change, distance, point.microseconds)
         return replace(self, bound=bound, tried=(*self.tried, own), held_on=held_on)
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def _documents(made: Any) -> dict[str, list[str]]:
         "sensitivity": ["sensitivity", float_model, *data, "--passes", "qdq"],
         "eval": ["eval", compiled, "--against", float_model, "--text", text, "--tokens", "64", "--context", "32"],
         "bench": ["bench", compiled, "--rounds", "1", "--prompt-tokens", "4", "--decode", "0", "--threads", "1"],
+        "timings": ["timings", float_model, "--passes", "pack", "--threads", "1"],
         "inspect": ["inspect", compiled],
         "explain": ["explain", compiled],
         "diff": ["diff", float_model, compiled, "--text", text, "--tokens", "64", "--context", "32"],
@@ -57,7 +58,7 @@ def _documents(made: Any) -> dict[str, list[str]]:
 
 
 NAMES = [
-    "compile", "plan", "calibrate", "sensitivity", "eval", "bench", "inspect", "explain", "diff", "passes",
+    "compile", "plan", "calibrate", "sensitivity", "eval", "bench", "timings", "inspect", "explain", "diff", "passes",
     "one pass", "generate", "package", "sweep", "zoo", "recipe", "schema",
 ]  # fmt: skip
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qcompile.compiler.api.bench import Benchmark
     from qcompile.compiler.api.calibrate import Calibrated
     from qcompile.compiler.api.evaluation import Evaluation
-    from qcompile.compiler.api.jobs import calibrate, compile, dry_run, sensitivity, sweep
+    from qcompile.compiler.api.jobs import calibrate, compile, dry_run, sensitivity, sweep, timings
     from qcompile.compiler.api.judging import bench, compare, diff, evaluate, explain, inspect
     from qcompile.compiler.api.recipes import load_recipe, save_recipe
     from qcompile.compiler.api.rehearsal import Rehearsal
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qcompile.compiler.report.explanation import Explanation
     from qcompile.compiler.report.inspection import Summary
     from qcompile.compiler.results.report import Report
+    from qcompile.compiler.results.timings import Timings
     from qcompile.compiler.sweep.rows import Sweep
     from qcompile.passes.errors import UserError, Verdict
     from qcompile.runtime.library import library_path
@@ -50,6 +51,7 @@ _HOMES = {
     "Step": f"{_COMPILER}.recipe",
     "Summary": f"{_COMPILER}.report.inspection",
     "Sweep": f"{_COMPILER}.sweep.rows",
+    "Timings": f"{_COMPILER}.results.timings",
     "UserError": "qcompile.passes.errors",
     "Verdict": "qcompile.passes.errors",
     "bench": f"{_API}.judging",
@@ -69,6 +71,7 @@ _HOMES = {
     "sensitivity": f"{_API}.jobs",
     "session": f"{_API}.running",
     "sweep": f"{_API}.jobs",
+    "timings": f"{_API}.jobs",
 }
 
 __all__ = [
@@ -86,6 +89,7 @@ __all__ = [
     "Step",
     "Summary",
     "Sweep",
+    "Timings",
     "UserError",
     "Verdict",
     "__version__",
@@ -106,6 +110,7 @@ __all__ = [
     "sensitivity",
     "session",
     "sweep",
+    "timings",
 ]
 
 

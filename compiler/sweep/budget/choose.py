@@ -1,5 +1,6 @@
 """From an amount to a recipe that keeps within it: formats of all weights, by what each of them changes."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -113,7 +114,10 @@ class Search:
         """The smallest choice of the frontier that is foretold to change no more, the fastest where that is asked for;
         the one that changes least, where none is.
         """
-        cost = change ** power(self.ranking)
+        return self._costing(change ** power(self.ranking))
+
+    def _costing(self, cost: float) -> Choice:
+        """The same by the sum of costs."""
         return keeping(self.options, cost) if self._fast is None else fastest(self.options, self._fast, cost)
 
     def keeping_within(self, change: float, amount: Amount, unforetold: int = 0) -> Choice:
@@ -142,7 +146,7 @@ class Search:
 
     def is_largest(self, made: Choice) -> bool:
         """Whether no choice changes less."""
-        return made == self.keeping(0.0)
+        return made == self._costing(-math.inf)
 
     def change(self, made: Choice) -> float:
         """Foretold: KL in nats a token, or a relative error."""
@@ -185,6 +189,10 @@ class Search:
         speed = f"; products take {self.speeds.of(made):.0f} µs a run" if self.speeds is not None else ""
         return f"{self.bits(made):.2f} bits a weight, of the weights {shares}{slow}{speed}"
 
+    def microseconds(self, made: Choice) -> float | None:
+        """Foretold, of the products of a run; None where no times are known."""
+        return None if self.speeds is None else self.speeds.of(made)
+
     def price(self, made: Choice, unforetold: int = 0) -> float:
         """What is to be as little as a bound allows: bytes of the model's files, or microseconds."""
         return self.size(made, unforetold) if self._fast is None else self._fast.of(made)
@@ -212,7 +220,7 @@ class Search:
                 self.bits(one),
                 self.change(one),
                 tuple(option.what for option in one),
-                None if self.speeds is None else self.speeds.of(one),
+                self.microseconds(one),
             )
             for one in chosen
         ]

@@ -47,12 +47,13 @@ HERE = Clock()
 @dataclass(frozen=True)
 class Speeds:
     """Microseconds of a model's products. units: of each unit, by format, FLOAT where that is known. rest: of all
-    others, whose format nothing chooses.
+    others, whose format nothing chooses. file: of the table, where it was given.
     """
 
     table: Timings
     units: Sequence[Mapping[str, float]]
     rest: float
+    file: str = ""
 
     def of(self, made: Sequence[Option[str]]) -> float:
         """All products, in the formats of a choice."""
@@ -66,7 +67,8 @@ class Speeds:
 
     def told(self) -> Times:
         """For the record."""
-        return Times(self.table.told, self.table.rows, self.floats, tuple(dict(own) for own in self.units))
+        units = tuple(dict(own) for own in self.units)
+        return Times(self.table.told, self.table.rows, self.floats, units, self.file)
 
     @property
     def levelled(self) -> list[dict[str, float]]:
@@ -110,7 +112,7 @@ def speeds_of(
         {name: _sum(table, parts) for name, parts in own.items() if not table.lacking(product for product, _ in parts)}
         for own in each
     ]
-    return Speeds(table, made, _sum(table, others))
+    return Speeds(table, made, _sum(table, others), "" if clock.file is None else str(clock.file))
 
 
 def fastest(options: Options, speeds: Speeds, cost: float, size: float = math.inf) -> list[Option[str]]:

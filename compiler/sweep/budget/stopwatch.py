@@ -13,16 +13,19 @@ import onnx_ir as ir
 
 from qcompile.compiler.console.progress import Progress
 from qcompile.compiler.files.cache import Cache, digest, files_digest
+from qcompile.compiler.plan import build
+from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.results.timings import VERSION, Product, Timings
 from qcompile.compiler.walk import activation_bits
 from qcompile.models.cache import cache_dir
+from qcompile.passes import lists
 from qcompile.passes.activations import INT8
 from qcompile.passes.affine import Grid
 from qcompile.passes.base import Region
+from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.functions import is_product, product_bits
 from qcompile.passes.formats.lower import lower
-from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
 from qcompile.passes.targets import TARGETS
 from qcompile.runtime.bench import cpu_name
@@ -191,9 +194,11 @@ def _model(operator: str, k: int, n: int, rows: int, kind: str) -> ir.Model:
 
 def _store(model: ir.Model, grid: Grid, target: str, wanted: int | None) -> None:
     """Store the weights as a compile does, in place."""
-    made = Pack(Policy(grid, grid, None, target=target, blank=True))
-    made.dry = True
-    made.call(Region(model, list(model.graph), vocabulary=None))
+    plain = Recipe(parse_passes(lists.PLAIN), target=target)  # type: ignore[arg-type]
+    packing = next(own for own in build(plain) if Fact.PACKED in own.ensures)
+    packing.dry = True
+    packing.policy = Policy(grid, grid, None, target=target, blank=True)  # type: ignore[attr-defined]
+    packing.call(Region(model, list(model.graph), vocabulary=None))
     int8, node = INT8.get(target), next(own for own in model.graph if is_product(own))  # all of them are alike
     if int8 is not None and wanted is None:
         coarse = int8.takes(node) and (int8.alone(node) or product_bits(node) <= _COARSE)
