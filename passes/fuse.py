@@ -163,7 +163,8 @@ class Fuse(Pass):
         bits = {_bits(node) for node in nodes}
         columns = [] if bits == {8} else _columns_at_8(nodes)
         zero_points = operands(nodes[0]).zero_point is not None
-        functions.register(model, operator, zero_points=zero_points, columns=bool(columns))
+        k = nodes[0].attributes.get_int("K", 1)
+        functions.register(model, operator, zero_points=zero_points, columns=bool(columns), k=k)
         own = (ACTIVATION_BITS, COLUMNS_AT_8)
         attributes: dict[str, Any] = {name: a.as_int() for name, a in nodes[0].attributes.items() if name not in own}
         attributes |= {} if bits == {None} else {ACTIVATION_BITS: 8 if bits == {8} else 16}

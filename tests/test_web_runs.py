@@ -18,6 +18,7 @@ from qcompile.compiler.files.load import load_model
 from qcompile.compiler.measure.generate import Sampling, generate_ids
 from qcompile.compiler.measure.loaded import Subject
 from qcompile.compiler.package.web import package_web
+from qcompile.compiler.recipe import Step
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.runtime.sessions import session
 
@@ -65,13 +66,17 @@ console.log(JSON.stringify([found.type, Array.from(found.data)]));
 """,
 }
 # By what the table of docs/web.md calls them; None: the float model.
-_FILES: dict[str, dict[str, str] | None] = {
+_G32 = {"group": 32}
+_FILES: dict[str, dict[str, Any] | None] = {
     "float": None,
     "bodies": {},
     "plain": {"attention": "plain"},
     "matmulnbits": {"target": "matmulnbits"},
     "qdq": {"target": "qdq"},
     "int8": {"passes": "smooth,qdq", "target": "qdq"},
+    "int3": {"weights": Step("int3", _G32), "lm_head": Step("int6", _G32), "embedding": Step("int2", _G32)},
+    "pairs3": {"weights": Step("pairs3"), "lm_head": Step("pairs3"), "embedding": Step("pairs2.5")},
+    "nvfp4": {"weights": Step("nvfp4"), "lm_head": Step("nvfp4"), "embedding": Step("nvfp4")},
 }
 _DECODERS = _FILES | {"caches": {"passes": "pack,kv"}, "plain caches": {"passes": "pack,kv", "attention": "plain"}}
 _ENCODERS = _FILES | {"dynamic": {"passes": "dynamic", "target": "qdq"}}
@@ -95,7 +100,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _packaged(bench: Bench, model: Any, settings: dict[str, str] | None, config: dict[str, Any]) -> tuple[Path, Path]:
+def _packaged(bench: Bench, model: Any, settings: dict[str, Any] | None, config: dict[str, Any]) -> tuple[Path, Path]:
     """The file that was packaged, and its graph in the folder web/tiny."""
     source = bench.save(model)
     (source.parent / "config.json").write_text(json.dumps(_SHAPE | config))

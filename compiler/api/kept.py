@@ -256,7 +256,7 @@ def _look_up(model: ir.Model, embedding: Embedding, stored: _Stored, names: Name
 def _become(model: ir.Model, node: ir.Node, role: str, stored: _Stored, inputs: list[ir.Value], k: int) -> None:
     own, spec = stored.own, stored.quantized.spec
     operator = f"{role}{own.word(spec)}"
-    functions.register(model, operator, zero_points=stored.tensors.zero_point is not None)
+    functions.register(model, operator, zero_points=stored.tensors.zero_point is not None, k=k)
     become(node, operator, inputs, own.attributes(spec, stored.tensors.block_size, k), domain=DOMAIN)
 
 

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from qcompile.compiler.facts.census import INTEGER_OPERATORS, LEAST, Family, FloatConstant, census, family_of
 from qcompile.compiler.plan import ensuring
 from qcompile.compiler.results.report import PRODUCTS
+from qcompile.passes import bit_fields
 from qcompile.passes.contract import Fact
 from qcompile.passes.formats import BY_NAME, OTHERS, by_operator
 from qcompile.passes.formats.base import DOMAIN, EMBEDDING, LOOKUP, PRODUCT, Format, Operators, grouped_by
@@ -24,6 +25,7 @@ _MOVED = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "S
 _REMADE = {"Cast": 1, "CastLike": 1, "Sub": 2, "Pow": 2, "Mul": 2, "Gather": 2, "Expand": 1}
 # What takes codes out of the fields of bytes, or puts them together.
 _UNPACKING = {"Cast", "Identity", "Slice", "Flatten", "Gather", "BitShift", "BitwiseAnd", "BitwiseOr", "Transpose"}
+_UNPACKING |= {"Split", "Concat"}  # of whole blocks of rows
 _RECURRENT = ("LSTM", "GRU", "RNN")
 # By family, what `Weight.kind` says.
 KINDS: Mapping[Family, tuple[str, ...]] = {"MatMul": ("linear", "weight"), "Conv": ("conv",), "Gather": ("embedding",)}
@@ -338,7 +340,7 @@ class _Fields:
 def _fields(value: ir.Value) -> _Fields | None:
     """The bytes that a value is unpacked of, if it is."""
     packed: ir.TensorProtocol | None = None
-    rows, shifts, found, book = 0, [], [value], None
+    rows, shifts, found, book, bits = 0, [], [value], None, 0
     for current in found:  # grows while it is walked
         own, producer = stored(current), current.producer()
         packed = own if own is not None and len(own.shape) == 2 else packed
@@ -349,10 +351,14 @@ def _fields(value: ir.Value) -> _Fields | None:
             shifts.append(sorted(int(n) for n in amounts.numpy().reshape(-1)))
         if producer.op_type == "Slice" and not rows:
             rows = _given(producer.inputs[2])
-        taken = producer.inputs[: 2 if producer.op_type == "BitwiseOr" else 1]
+        if producer.op_type == "Split":
+            bits = producer.attributes.get_int("num_outputs", 0)
+        taken = producer.inputs[: {"BitwiseOr": 2, "Concat": None}.get(producer.op_type, 1)]
         if producer.op_type == "Gather" and (table := _codebook(producer)) is not None:
             book, taken = table, producer.inputs[1:]
-        found += [v for v in taken if v is not None]
+        found += [v for v in taken if v is not None and v not in found]
+    if bits and packed is not None:  # whole blocks of rows
+        shifts, rows = bit_fields.shifts(bits), 8 * _dims(packed)[0] // bits * (1 if book is None else 2)
     unpacking = [own for own in BY_NAME.usable() if shifts and sorted(own.shifts()) == sorted(shifts)]
     named = (own.name for own in unpacking if (own.rows_per_code == 1 if book is None else own.looks_up(book.numpy())))
     name = next(named, "")

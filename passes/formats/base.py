@@ -93,6 +93,15 @@ class Operators(ABC):
                     node.input.remove("zero_point")
         return proto
 
+    @property
+    def whole_rows(self) -> int:
+        """Of a weight of a multiple of so many rows `body_of_whole` is the body of products; 0: there is none."""
+        return 0
+
+    def body_of_whole(self, kind: str, word: str, *, zero_points: bool) -> onnx.FunctionProto:
+        """The body for weights of whole blocks of `whole_rows`: the same numbers with less to fold."""
+        raise NotImplementedError
+
     def middle_points(self, codes: ir.Value, scale: ir.Value) -> ir.TensorProtocol:
         """Explicit zero points of codes that are stored without: the integer that stands for 0, for each scale."""
         return coded(np.zeros(dimensions(scale), np.int8), constant(codes).dtype)

@@ -23,7 +23,7 @@ from qcompile.passes.formats.base import (
     Stored,
     weight_operands,
 )
-from qcompile.passes.formats.bits import Fields, unpacking
+from qcompile.passes.formats.bits import Fields, unpacking, unpacking_whole
 from qcompile.passes.graph import add_initializer
 from qcompile.passes.linears import constant, dimensions, stored
 from qcompile.passes.spec import PerGroup, QuantSpec
@@ -39,6 +39,8 @@ _SIZES = """
   given = Constant <value_int: int = @K> ()
   one = Constant <value_ints: ints = [1]> ()
   rows = Reshape (given, one)
+"""
+_CODED = """
   two = Constant <value_ints: ints = [2]> ()
   more = Add (rows, one)
   coded = Div (more, two)
@@ -49,14 +51,19 @@ _LOOKED_UP = """
   w_taken = Gather <axis: int = 1> (w, flat)
   scale_taken = Gather <axis: int = 1> (scale, flat)
 """
-_DECODED = """
+_FOUND = """
   book = Constant <value: tensor = int8[{size},2] {{{pairs}}}> ()
   index = Cast <to: int = 6> (codes)
   found = Gather (book, index)
   beside = Transpose <perm: ints = [0, 2, 1]> (found)
-  every = Flatten <axis: int = 2> (beside)
+  {levels} = Flatten <axis: int = 2> (beside)
+"""
+# The second number of the last code of an odd K is nobody's.
+_CUT = """
   begin = Constant <value_ints: ints = [0]> ()
   levels = Slice (every, begin, rows)
+"""
+_DECODED = """
   block = Constant <value_ints: ints = [{block}]> ()
   over = Constant <value_ints: ints = [{over}]> ()
   filled = Add (rows, over)
@@ -177,16 +184,23 @@ class CodebookPairs(Fields):
         return CodebookGrid(self.name, 1 << self.code_bits, self.bits)
 
     def body(self, kind: str, word: str) -> onnx.FunctionProto:
+        return self._body(kind, word)
+
+    def body_of_whole(self, kind: str, word: str, *, zero_points: bool) -> onnx.FunctionProto:
+        return self._body(kind, word, whole=True)
+
+    def _body(self, kind: str, word: str, *, whole: bool = False) -> onnx.FunctionProto:
         lookup, taken = kind == EMBEDDING, "_taken" if kind == EMBEDDING else ""
         pairs = CODEBOOKS[self.code_bits].pairs
-        lines = _SIZES + (_LOOKED_UP if lookup else "") + unpacking("codes", f"w{taken}", "coded", self.code_bits)
-        lines += _DECODED.format(
-            size=len(pairs),
-            pairs=", ".join(map(str, pairs.reshape(-1).tolist())),
-            block=_BLOCK,
-            over=_BLOCK - 1,
-            scale=f"scale{taken}",
-        )
+        lines = _SIZES + (_LOOKED_UP if lookup else "")
+        if whole:
+            lines += unpacking_whole("codes", f"w{taken}", self.code_bits, clean=True)
+        else:
+            lines += _CODED + unpacking("codes", f"w{taken}", "coded", self.code_bits)
+        told = ", ".join(map(str, pairs.reshape(-1).tolist()))
+        lines += _FOUND.format(size=len(pairs), pairs=told, levels="levels" if whole else "every")
+        lines += "" if whole else _CUT
+        lines += _DECODED.format(block=_BLOCK, over=_BLOCK - 1, scale=f"scale{taken}")
         return self.function(kind, word, lines, _ROWS)
 
     def store(self, model: ir.Model, name: str, quantized: Quantized) -> Tensors:

@@ -41,5 +41,5 @@ def _become(
     model: ir.Model, node: ir.Node, kind: str, spec: Grid, inputs: Sequence[ir.Value], tensors: Tensors, k: int
 ) -> None:
     name = operator(kind, spec)
-    functions.register(model, name, zero_points=tensors.zero_point is not None)
+    functions.register(model, name, zero_points=tensors.zero_point is not None, k=k)
     become(node, name, inputs, named(spec.format).attributes(spec, tensors.block_size, k), domain=DOMAIN)

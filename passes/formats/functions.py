@@ -44,9 +44,12 @@ from qcompile.passes.formats.block_scales import body as block_body
 from qcompile.passes.formats.gated import SWIGLU
 from qcompile.passes.formats.hadamard import HADAMARD
 
+# Says of a body that it is for K that are multiples of this number (`Operators.body_of_whole`).
+WHOLE_ROWS = "qcompile.whole_rows"
+
 
 @cache
-def _proto(name: str, zero_points: bool) -> bytes:
+def _proto(name: str, zero_points: bool, whole: bool) -> bytes:
     if name in (SWIGLU, HADAMARD):
         return bytes(scripted(name).SerializeToString())
     if name in BLOCK_OPERATORS:
@@ -56,17 +59,22 @@ def _proto(name: str, zero_points: bool) -> bytes:
     own = by_operator(name)
     if own is None:
         raise KeyError(name)
-    made = own.body if zero_points else own.without_zero_points
-    return bytes(made(*own.operators[name]).SerializeToString())
+    kind, word = own.operators[name]
+    if whole:
+        proto = own.body_of_whole(kind, word, zero_points=zero_points)
+        proto.metadata_props.add(key=WHOLE_ROWS, value=str(own.whole_rows))
+    else:
+        proto = (own.body if zero_points else own.without_zero_points)(kind, word)
+    return bytes(proto.SerializeToString())
 
 
-def body(name: str, *, zero_points: bool = True) -> ir.Function:
-    """A fresh copy of the operator's ONNX function.
+def body(name: str, *, zero_points: bool = True, whole: bool = False) -> ir.Function:
+    """A fresh copy of the operator's ONNX function. whole: that for K of whole blocks, of a product that has one.
 
     zero_points: False leaves that input out. ONNX Runtime fuses a DequantizeLinear of two inputs, and one of three, but
     none whose third is absent, which is what inlining makes of an optional input that a node does not give.
     """
-    return ir.serde.deserialize_function(onnx.FunctionProto.FromString(_proto(name, zero_points)))
+    return ir.serde.deserialize_function(onnx.FunctionProto.FromString(_proto(name, zero_points, whole)))
 
 
 def is_product(node: ir.Node) -> bool:
@@ -92,18 +100,24 @@ def product_bits(node: ir.Node) -> int:
     return own.bits if isinstance(own, Format) and is_product(node) else 0
 
 
-def register(model: ir.Model, name: str, *, zero_points: bool = True, columns: bool = False) -> None:
+def register(model: ir.Model, name: str, *, zero_points: bool = True, columns: bool = False, k: int = 1) -> None:
     """Make sure that the model carries a body of the operator that takes zero points where they are given.
 
-    columns: and declares COLUMNS_AT_8, without which no node may have it.
+    columns: and declares COLUMNS_AT_8, without which no node may have it. k: and serves a weight of so many rows.
     """
     model.graph.opset_imports.setdefault(DOMAIN, VERSION)
-    function = body(name, zero_points=zero_points)
-    known = model.functions.get(function.identifier())
-    if known is None or len(known.inputs) < len(function.inputs):
+    own, known = by_operator(name), model.functions.get((DOMAIN, name, ""))
+    whole = own is not None and own.whole_rows > 0 and name.startswith(PRODUCT) and k % own.whole_rows == 0
+    if known is not None:
+        whole &= WHOLE_ROWS in known.metadata_props
+        zero_points |= "zero_point" in [value.name for value in known.inputs]
+    function = body(name, zero_points=zero_points, whole=whole)
+    lacks = known is None or len(known.inputs) < len(function.inputs) or (WHOLE_ROWS in known.metadata_props) != whole
+    if lacks:
         # The body's operators mean the same from opset 21 on, and ONNX Runtime inlines them under the model's version.
         function.opset_imports[""] = max(function.opset_imports[""], model.graph.opset_imports.get("", 21))
         columns |= known is not None and COLUMNS_AT_8 in known.attributes
         model.functions[function.identifier()] = known = function
+    assert known is not None
     if columns:
         known.attributes.setdefault(COLUMNS_AT_8, ir.AttrInt64s(COLUMNS_AT_8, []))
