@@ -45,6 +45,7 @@ class Fact(Enum):
     FLOAT: weights are floats. What takes this quantizes: its decisions say which weights became codes.
     CLIP, CODES: of each linear that it decided on, the pass left how its weight is to be rounded, or codes of it.
     OUTLIERS: of each linear that it marked, the pass left the channels that stay in float.
+    GROUPS: of each linear that it split, the parts have grids of their own, which they are to be stored in.
     PACKED: quantized products are operators of a weight format, each with its float weight to be checked against.
     INTEGER: quantized products compute in integers, each with its float form to be checked against.
     STATIC: nodes told to be so read activations on fixed grids, behind QuantizeLinear and DequantizeLinear.
@@ -58,6 +59,7 @@ class Fact(Enum):
     CLIP = "clipped ranges"
     CODES = "chosen codes"
     OUTLIERS = "marked outliers"
+    GROUPS = "groups of several bits"
     PACKED = "packed products"
     INTEGER = "integer products"
     STATIC = "fixed ranges"
@@ -86,6 +88,6 @@ class Added:
 
 
 # What is left for a later pass to take; without one, it would be lost.
-PENDING = (Fact.CLIP, Fact.CODES, Fact.OUTLIERS)
+PENDING = (Fact.CLIP, Fact.CODES, Fact.OUTLIERS, Fact.GROUPS)
 # What passes of the walk are for.
 WEIGHTS = frozenset({Fact.CANONICAL, Fact.FLOAT})

@@ -59,7 +59,7 @@ class Pack(Pass):
 
     name: ClassVar[str] = "pack"
     ensures: ClassVar[Set[Fact]] = frozenset({Fact.PACKED})
-    takes: ClassVar[Set[Fact]] = frozenset({Fact.FLOAT, Fact.CLIP, Fact.CODES, Fact.OUTLIERS})
+    takes: ClassVar[Set[Fact]] = frozenset({Fact.FLOAT, Fact.CLIP, Fact.CODES, Fact.OUTLIERS, Fact.GROUPS})
     families: ClassVar[tuple[str, ...]] = ("MatMul",)
 
     def __init__(self, policy: Policy, *, target: TargetName | None = None, ranges: Ranges = "auto") -> None:

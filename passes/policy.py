@@ -14,6 +14,7 @@ from qcompile.passes.origins import matches, names_of
 from qcompile.passes.rotation import MATRIX
 from qcompile.passes.routers import router
 from qcompile.passes.spec import PerGroup, integers
+from qcompile.passes.state import node_state
 from qcompile.passes.targets import TARGETS
 from qcompile.passes.tensors import largest
 
@@ -56,6 +57,8 @@ class Policy:
 
     def for_linear(self, linear: Linear, vocabulary: int | None) -> Grid | str:
         """The spec of a linear, or the reason why it stays in float."""
+        if (part := node_state(linear.node).grid) is not None:
+            return part
         refusal = self.refusal(linear.node, linear.weight)
         if refusal:
             return refusal

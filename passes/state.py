@@ -112,13 +112,15 @@ class NodeState:
     """Of a node.
 
     left: why it keeps a constant, or computes one, that `prepare` would have brought into a known form; "" where it
-    does not. outliers: what is marked for the pass that quantizes. The others are there until they are verified.
+    does not. outliers: what is marked for the pass that quantizes. grid: of its weight, a part of one that was split by
+    bits (`group_bits`), whatever the policy says; None of any other. The others are there until they are verified.
     reference: the float weight (K, N) that a packed node stands for, and its codes. twin: the float node that an
     integer one stands for. decoded: the float weight that a DequantizeLinear stands for.
     """
 
     left: str = ""
     outliers: Outliers | None = None
+    grid: Grid | None = None
     reference: tuple[npt.NDArray[np.floating], Quantized] | None = None
     twin: Twin | None = None
     decoded: Decoded | None = None

@@ -187,6 +187,13 @@ class Statistics:
         rest = None if self.rest is None else np.zeros_like(absmax)
         return Statistics(self.rows, gram, absmax, sample, rest, self.groups, rotation=rotation)
 
+    def part(self, channels: Numbers) -> "Statistics":
+        """Those of some channels of X, which is not turned."""
+        sample, rest = (None if own is None else own[..., channels] for own in (self.sample, self.rest))
+        made = Statistics(self.rows, self.gram[np.ix_(channels, channels)], self.absmax[channels], sample, rest)
+        made.groups, made.kept = self.groups, None if self.kept is None else {}
+        return made
+
     def rescaled(self, factor: Array) -> "Statistics":
         """A copy that followed such a rewrite by a factor (K,), or for each column of a weight by another one (K, N).
         What is kept of the Gram matrix follows, too, so that it is factored once for all factors: channels are rounded

@@ -10,6 +10,7 @@ from qcompile.passes.equalize import Equalize
 from qcompile.passes.extensions import Table, parameters
 from qcompile.passes.fuse import Fuse
 from qcompile.passes.gptq import Gptq
+from qcompile.passes.group_bits import GroupBits
 from qcompile.passes.outlier import Outlier
 from qcompile.passes.pack import Pack
 from qcompile.passes.prepare import Prepare
@@ -43,6 +44,7 @@ PASSES: Table[type[Pass]] = Table(
         Fuse,
         FuseAttention,
         Equalize,
+        GroupBits,
         Outlier,
         Qdq,
         Dynamic,

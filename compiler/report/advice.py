@@ -64,7 +64,8 @@ def remedies(report: Report) -> list[Remedy]:
     integer = bool(steps_that(recipe, ensure=Fact.INTEGER))
     if not integer and not packs(report):
         return []
-    tried = [*(_of_integers(recipe, report) if integer else _of_weights(recipe, report)), *_in_float(recipe, worst)]
+    tried = list(_of_integers(recipe, report) if integer else _of_weights(recipe, report))
+    tried += _in_float(recipe, report, worst)
     return [Remedy(what, command(report, changes)) for what, changes in tried]
 
 
@@ -108,17 +109,23 @@ def _of_weights(recipe: Recipe, report: Report) -> Iterator[tuple[str, dict[str,
         yield "8 bits for all weights (about twice the size)", {"bits": 8}
 
 
-def _in_float(recipe: Recipe, worst: Sequence[Hurting]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _in_float(recipe: Recipe, report: Report, worst: Sequence[Hurting]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The few nodes that make up most of the error, or the worst one."""
     share, names = 0.0, list[str]()
     for own in worst[:_FEW]:
-        share, names = share + own.share, [*names, own.node]
+        share, names = share + own.share, [*names, _whole(report, own.node)]
         if share >= _ENOUGH:
             break
-    chosen = names if share >= _ENOUGH else names[:1]
+    chosen = list(dict.fromkeys(names)) if share >= _ENOUGH else names[:1]
     part = percent(share if share >= _ENOUGH else worst[0].share)
     told = f"leave {' and '.join(chosen)} in float: {part} of the squared errors of all nodes"
     yield told, {"exclude": [*recipe.exclude, *chosen]}
+
+
+def _whole(report: Report, node: str) -> str:
+    """The node of the model that a node is a part of, where a pass split it; the node itself else."""
+    split = [own.node for made in report.decisions.values() for own in made if own.action == "split"]
+    return max((name for name in split if node.startswith(f"{name}.")), key=len, default=node)
 
 
 def command(report: Report, changes: dict[str, Any]) -> str:

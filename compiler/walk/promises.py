@@ -81,6 +81,8 @@ def _has(linear: Linear, fact: Fact) -> bool:
     weight = weight_state(linear.weight)
     if fact == Fact.CLIP:
         return weight.clip is not None
+    if fact == Fact.GROUPS:
+        return node_state(linear.node).grid is not None
     return linear.transposed in weight.codes if fact == Fact.CODES else node_state(linear.node).outliers is not None
 
 
@@ -136,6 +138,15 @@ def _pending(made: Pass, decided: Sequence[Decision], nodes: _Nodes, region: Reg
         wanted = policy is not None and not isinstance(policy.for_linear(linear, region.vocabulary), str)
         if wanted and not _has(linear, Fact.CLIP):
             yield f"it does not say of node {linear.name} whether its ranges may be clipped"
+
+
+def _split(made: Pass, decided: Sequence[Decision], nodes: _Nodes, region: Region) -> Iterable[str]:
+    """Parts with grids of their own behind every sum that is said to be of such."""
+    for decision in (own for own in decided if own.action == "split"):
+        parts = list(_producers(nodes[decision.node])) if decision.node in nodes else []
+        parts += [own for part in parts for own in _producers(part) if part.op_type == "Add"]
+        if not any(node_state(part).grid is not None for part in parts):
+            yield f"node {decision.node} is said to be split and has no {Fact.GROUPS.value}"
 
 
 def _quantized(decided: Sequence[Decision], nodes: _Nodes) -> Iterable[tuple[Decision, ir.Node]]:
@@ -200,6 +211,7 @@ _UNKEPT = {
     Fact.CLIP: _pending,
     Fact.CODES: _pending,
     Fact.OUTLIERS: _pending,
+    Fact.GROUPS: _split,
     Fact.PACKED: _packed,
     Fact.INTEGER: _integer,
     Fact.STATIC: _static,

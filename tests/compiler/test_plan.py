@@ -137,9 +137,11 @@ def test_impossible_lists_are_told(passes: str, message: str) -> None:
 
 
 # Which lists make sense, told by names: the second way to say what follows from what passes declare.
-BEHIND = {"awq": {"pack"}, "gptq": {"pack", "qdq", "dynamic"}, "outlier": {"pack", "qdq", "dynamic"}}
+BEHIND = {"awq": {"pack"}, "group_bits": {"pack"}}
+BEHIND |= {"gptq": {"pack", "qdq", "dynamic"}, "outlier": {"pack", "qdq", "dynamic"}}
 BEFORE = {"fuse": {"pack"}, "bias_correction": {"qdq"}}
-QUANTIZING, ON_FLOATS = {"pack", "qdq", "dynamic"}, {"smooth", "equalize", "awq", "rotate", "gptq", "outlier"}
+QUANTIZING = {"pack", "qdq", "dynamic"}
+ON_FLOATS = {"smooth", "equalize", "awq", "rotate", "gptq", "group_bits", "outlier"}
 
 
 def _sensible(names: Sequence[str]) -> bool:

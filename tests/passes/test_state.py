@@ -11,6 +11,7 @@ import pytest
 
 from qcompile.models.tiny import tiny_mlp
 from qcompile.passes.observers.extremes import MinMax
+from qcompile.passes.spec import PerGroup, QuantSpec
 from qcompile.passes.state import (
     Outliers,
     Twin,
@@ -26,6 +27,7 @@ WEIGHT: dict[str, Any] = {"clip": False, "codes": {True: "chosen"}, "packed": {(
 NODE: dict[str, Any] = {
     "left": "its weight is chosen when the model runs",
     "outliers": Outliers(np.array([3]), MinMax("x")),
+    "grid": QuantSpec(2, PerGroup(8)),
     "reference": (np.ones((2, 2), np.float32), "codes"),
     "twin": Twin(onnx.NodeProto(op_type="MatMul"), ()),
     "decoded": "decoded",
