@@ -89,6 +89,9 @@ class Chooser:
         plain = effective(bare)
         if self.amount is not None:
             check_amount(plain, self.amount)
+        rehearsed = rehearse(source, plain)
+        if rehearsed.refusal and rehearsed.report.coverage:  # whatever formats are chosen, which takes its time
+            raise Verdict(rehearsed.refusal)
         self._data, self._judged = twice(calibration), None if evaluation is None else twice(evaluation)
         self._asked, self.unforetold = bare, 0
 

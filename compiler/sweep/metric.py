@@ -122,12 +122,13 @@ class TextMetric(Metric):
         }
 
     def _each(self, kl: Sequence[Any]) -> Scores:
-        """Of each text, by the KL of the tokens of each window."""
-        found, start = Scores(), 0
+        """Of each text, by the KL of all scored tokens in their order."""
+        found, every, start = Scores(), np.concatenate(kl), 0
         for name, windows in self.texts.items():
-            mean, error = mean_and_error(kl[start : start + len(windows)])
+            end = start + sum(len(window) - 1 for window in windows)
+            mean, error = mean_and_error([every[start:end]])
             found |= {f"kl {name}": mean, f"kl_error {name}": error}
-            start += len(windows)
+            start = end
         return found
 
     def close(self) -> None:

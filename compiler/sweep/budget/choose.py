@@ -274,7 +274,9 @@ def check_packs(recipe: Recipe) -> None:
     """UserError for lists of passes that a budget is not for."""
     if not steps_that(recipe, ensure=Fact.PACKED):
         told = f"a budget is for the weights of {ensuring(Fact.PACKED)}, and the passes are {_names(recipe)}"
-        raise UserError(f"{told}: add it, or leave the budget out")
+        if steps_that(recipe, ensure=Fact.INTEGER):
+            raise UserError(f"{told}, whose integers have one size: min_sqnr and keep_worst choose what stays in float")
+        raise UserError(f"{told}: add {ensuring(Fact.PACKED)}, or leave the budget out")
 
 
 def _sized(

@@ -325,7 +325,7 @@ def test_what_calibrates_best(bench: Any, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("".join(f"while (i < {i}) {{ total += row[i++]; }}\n" for i in range(900, 990)))
     code.write_text("".join(f"for (int i = 0; i < {i}; ++i) sum += values[{i}];\n" for i in range(400)))
     grid = {"calibration": ["general", code, ["general", code]], "passes": ["smooth,pack"]}
-    scored = Evaluation([Path("general"), tmp_path / "more.txt"], context=32, tokens=128)
+    scored = Evaluation([Path("general"), tmp_path / "more.txt"], context=300, tokens=900)
     result = _sweep(bench, model, grid, calibration=[], evaluation=scored)
     assert [row.status for row in result.rows] == [DONE] * 3
     assert [row.values["calibration"] for row in result.rows] == ["general", str(code), f"general+{code}"]
@@ -335,6 +335,7 @@ def test_what_calibrates_best(bench: Any, tmp_path: Path) -> None:
     for row in result.rows:
         each = [row.scores[f"kl {name}"] for name in ("general", "more.txt")]
         assert row.scores["kl"] == pytest.approx(sum(each) / 2, rel=1e-6)
+        assert each[0] != pytest.approx(each[1], rel=1e-3)
     assert "| KL general | ± general | KL more.txt | ± more.txt |" in (bench.folder / "sweep" / "table.md").read_text()
 
 

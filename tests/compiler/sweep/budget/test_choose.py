@@ -94,7 +94,8 @@ def test_what_the_user_says_stays(source: Path, tmp_path: Path) -> None:
     [
         ({"budget": "2.1bpw"}, "budget 2.1 bits a weight is too small: with the smallest format of each weight it "),
         ({"budget": "20kb"}, "budget 0.02 MB is too small: with the smallest format of each weight it takes 9"),
-        ({"budget": "4bpw", "passes": "smooth,qdq"}, "a budget is for the weights of pack"),
+        ({"budget": "4bpw", "passes": "smooth,qdq"}, "a budget is for the weights of pack.*: min_sqnr and keep_worst"),
+        ({"budget": "4bpw", "passes": "prepare"}, "a budget is for the weights of pack.*: add pack"),
         ({"budget": "4bpw", "exclude": ["*"], "min_coverage": 0}, "a budget has nothing to choose"),
         ({"budget": "much"}, "cannot read budget 'much'"),
     ],

@@ -13,8 +13,8 @@ from qcompile.compiler.api import spending
 from qcompile.compiler.api.rehearsal import Rehearsal, rehearse
 from qcompile.compiler.report.advice import remedies
 from qcompile.compiler.sweep.budget.choose import added
-from qcompile.models.tiny import tiny_decoder, tiny_encoder
-from qcompile.passes.errors import UserError
+from qcompile.models.tiny import tiny_classifier, tiny_decoder, tiny_encoder
+from qcompile.passes.errors import UserError, Verdict
 
 SIZE = 150_000
 
@@ -40,6 +40,18 @@ def _rehearsed_too_low(monkeypatch: pytest.MonkeyPatch, missed: int) -> None:
 def _compile(source: Path, folder: Path, passes: str, **fields: Any) -> Any:
     given = {"budget": "150kb", "calibration": _feeds(), **fields}
     return qcompile.compile(source, passes, output=folder / "o.onnx", **given)
+
+
+def test_too_few_weights_are_told_before_any_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A classifier, most of whose weights are of convolutions, which no packed format is for."""
+    model = tmp_path / "m.onnx"
+    ir.save(tiny_classifier(channels=64, classes=100), model)
+    with monkeypatch.context() as patched:
+        patched.setattr(spending, "Search", None)
+        with pytest.raises(Verdict, match=r"only .* of the MatMul and Conv weights were quantized, below 0\.5"):
+            qcompile.compile(model, "pack", budget="30kb", output=tmp_path / "o.onnx")
+    with pytest.raises(UserError, match="cannot be made from text"):  # what is measured on
+        qcompile.compile(model, "pack", budget="30kb", min_coverage=0, output=tmp_path / "o.onnx")
 
 
 @pytest.mark.parametrize("passes", ["rotate,pack", "rotate(judge=false),pack"])
