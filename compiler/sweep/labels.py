@@ -10,6 +10,7 @@ FONT = 8  # points
 # Letters of a name's line, the share of a point size that a letter is wide, and of a line that is high.
 _LETTERS, _WIDE, _HIGH = 22, 0.56, 1.25
 _AWAY = 9  # points between the last marker and the names
+_DOT, _BESIDE = 4, 9  # points: half a marker, and between a marker and its name
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[Point, str, str]]) -> None:
@@ -36,6 +37,40 @@ def label_ends(axes: Any, ends: Sequence[tuple[Point, str, str]]) -> None:
             fontsize=FONT,
             color=color,
         )
+
+
+def label_points(axes: Any, points: Sequence[tuple[Point, str, str]]) -> None:
+    """Write (point, name, colour) beside each point, at the first of a few places where no other name or point is."""
+    dot, high = axes.figure.dpi / 72, _HIGH * FONT
+    at = [axes.transData.transform(point) / dot for point, _, _ in points]
+    taken = [(x - _DOT, y - _DOT, x + _DOT, y + _DOT) for x, y in at]
+    taken += [tuple(text.get_window_extent().extents / dot) for text in axes.texts]
+    left, right = axes.get_window_extent().get_points()[:, 0] / dot
+    for (x, y), (point, name, color) in zip(at, points, strict=True):
+        wide = len(name) * _WIDE * FONT
+        # Lines fall to the right: above them is room.
+        places = [(x + _BESIDE - 2, y + 7), (x + _BESIDE, y), (x - _BESIDE - wide, y), (x - _BESIDE - wide, y - 7)]
+        places += [(x - wide / 2, y + _BESIDE + 3), (x - wide / 2, y - _BESIDE - 3)]
+        places += [(x + _BESIDE, y + step * high) for step in (1, -1, 2, -2)]
+        boxes = [(a, b - high / 2, a + wide, b + high / 2) for a, b in places]
+        free = (
+            box for box in boxes if left <= box[0] and box[2] <= right and not any(_meet(box, own) for own in taken)
+        )
+        box = next(free, boxes[0])
+        taken.append(box)
+        axes.annotate(
+            name,
+            point,
+            (box[0] - x, box[1] + high / 2 - y),
+            textcoords="offset points",
+            va="center",
+            fontsize=FONT,
+            color=color,
+        )
+
+
+def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def wrapped(name: str) -> str:

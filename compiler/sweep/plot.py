@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcompile.compiler.sweep.labels import FONT, Point, label_ends
+from qcompile.compiler.sweep.labels import FONT, Point, label_ends, label_points
 from qcompile.compiler.sweep.rows import Row, Sweep, name, word
 
 # Okabe and Ito's colours, which colour-blind readers tell apart. Symmetric lines are broken, their markers hollow:
@@ -32,7 +32,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Series:
-    """Rows that differ in bits and group size only. lines: by bits, from few bits per weight to many."""
+    """Rows that differ in bits, group size and weight format only. lines: by bits, from few bits per weight to many."""
 
     label: str
     color: str
@@ -62,7 +62,7 @@ def draw(sweep: Sweep) -> dict[str, bytes]:
 
 def series(sweep: Sweep) -> list[Series]:
     """The rows with figures, one series for each choice of the other settings: passes first, symmetry last."""
-    keys = [key for key in sweep.varying if key not in ("bits", "group_size")]
+    keys = [key for key in sweep.varying if key not in ("bits", "group_size", "weights")]
     keys.sort(key=lambda key: (key == "symmetric", key != "passes"))
     found: dict[str, list[Row]] = {}
     for row in sorted(_drawn(sweep), key=lambda row: row.number):
@@ -100,13 +100,15 @@ def _panels(figure: Any, sweep: Sweep) -> None:
             axes.set_title(word("bits", bits), loc="left", fontsize=9, weight="bold")
     made[0].set_ylabel(sweep.axis)
     _legend(made[-1], sizes, front=any(row.pareto for row in rows))
-    _words(figure, sweep)
+    _words(figure, sweep, len(panels))
     figure.get_layout_engine().set(rect=(0, 0, 0.985, 1))  # half of the last number below an axis
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    for axes, own in zip(made, ends, strict=True):
-        if own:
+    for axes, own, bits in zip(made, ends, panels, strict=True):
+        if own and not (_named(sweep) and len(own) == 1):
             label_ends(axes, own)
+        if _named(sweep):
+            label_points(axes, _names(sweep, bits))
 
 
 def _fill(axes: Any, sweep: Sweep, bits: str, sizes: Sequence[str]) -> list[tuple[Point, str, str]]:
@@ -122,11 +124,36 @@ def _fill(axes: Any, sweep: Sweep, bits: str, sizes: Sequence[str]) -> list[tupl
     for one in series(sweep):
         for row in one.lines.get(bits, []):
             _mark(axes, _point(sweep, row), row, one, _MARKERS[sizes.index(_size(row)) % len(_MARKERS)])
-        points = [_point(sweep, row) for row in one.lines.get(bits, [])]
+        rows = one.lines.get(bits, [])
+        # Formats are no steps of one thing: the line joins those that no other of the series beats.
+        points = [_point(sweep, row) for row in (best(sweep, rows) if _named(sweep) else rows)]
         if points:
             axes.plot(*zip(*points, strict=True), color=one.color, linestyle=one.style, linewidth=1.4)
             ends.append((points[-1], one.label, one.color))
     return ends
+
+
+def best(sweep: Sweep, rows: Sequence[Row]) -> list[Row]:
+    """Of rows from few bits per weight to many, those with less error than all before them."""
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda row: _point(sweep, row)):
+        if not found or row.scores[sweep.error] < found[-1].scores[sweep.error]:
+            found.append(row)
+    return found
+
+
+def _named(sweep: Sweep) -> bool:
+    """Whether points have names of their own: those of weight formats."""
+    return "weights" in sweep.varying
+
+
+def _names(sweep: Sweep, bits: str) -> list[tuple[Point, str, str]]:
+    """(point, weight format, colour) of every row of a panel."""
+    return [
+        (_point(sweep, row), row.values["weights"].replace("(group=", " g").removesuffix(")"), one.color)
+        for one in series(sweep)
+        for row in one.lines.get(bits, [])
+    ]
 
 
 def _mark(axes: Any, point: Point, row: Row, one: Series, marker: str) -> None:
@@ -149,16 +176,14 @@ def _legend(axes: Any, sizes: Sequence[str], *, front: bool) -> None:
                 fontsize=FONT, handlelength=1.2, handletextpad=0.4, columnspacing=1.0, borderaxespad=0.2)  # fmt: skip
 
 
-def _words(figure: Any, sweep: Sweep) -> None:
+def _words(figure: Any, sweep: Sweep, panels: int) -> None:
     """Title, the axis that all panels share, and caption, in as many lines as they take."""
     path = Path(sweep.model).absolute()
     title = textwrap.fill(f"{path.parent.name}/{path.name}: accuracy against size", _TITLE)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
     own = "".join(f", {name} {value:.4g}" for name, value in sweep.float_scores.items())
-    told = (
-        f"Scored on {sweep.source}. Each panel has a scale of its own. The float model would be at error 0, below the "
-        f"axis{own}. {sweep.note}"
-    )
+    apart = "Each panel has a scale of its own. " if panels > 1 else ""
+    told = f"Scored on {sweep.source}. {apart}The float model would be at error 0, below the axis{own}. {sweep.note}"
     label = "bits per quantized weight, scales and zero points included"
     figure.supxlabel(f"{label}\n\n{textwrap.fill(told, _LETTERS)}", x=0.01, ha="left", fontsize=FONT, color="0.3")
 

@@ -128,7 +128,7 @@ def scoring(
         "provider": wanted.provider,
     }
     told = ", ".join(_BUNDLED if name == GENERAL else name for name in texts)
-    source = f"{told}, {len(every)} windows of {len(every[0])} tokens; {by}"
+    source = f"{told}, {len(every)} window{'s' * (len(every) != 1)} of {len(every[0])} tokens; {by}"
     metric: Metric = OutputMetric(model, token_batches(plan, every), running)
     if plan.logits is not None:
         metric = TextMetric(model, windows, running, folder / "cache", digest(identity | {"model": source_hash}))

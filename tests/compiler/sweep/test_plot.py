@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qcompile.compiler.sweep.labels import spread, within, wrapped
-from qcompile.compiler.sweep.plot import draw, series
+from qcompile.compiler.sweep.labels import label_points, spread, within, wrapped
+from qcompile.compiler.sweep.plot import best, draw, series
 from qcompile.compiler.sweep.rows import DONE, OPEN, Row, Sweep
 from qcompile.compiler.sweep.tables import INSTALL, write_plots, write_tables
 
@@ -48,6 +48,56 @@ def test_a_series_is_every_setting_but_bits_and_group_size() -> None:
     assert [one.hollow for one in found] == [False, False, True, True]
     assert found[0].color == found[2].color != found[1].color
     assert len({str(one.style) for one in found}) == 4
+
+
+def _formats() -> Sweep:
+    """Four formats by two lists, of which mxfp4 has more bits and more error than int4."""
+    figures = {"int3": (3.3, 0.5), "int4(group=64)": (4.3, 0.1), "mxfp4": (4.3, 0.2), "nvfp4": (4.5, 0.05)}
+    rows = [
+        Row(
+            number,
+            {"weights": weights, "passes": passes},
+            status=DONE,
+            bits_per_weight=bits,
+            scores={"kl": error / (1 + 9 * ("awq" in passes))},
+        )
+        for number, (weights, (bits, error), passes) in enumerate((w, f, p) for w, f in figures.items() for p in PASSES)
+    ]
+    return _made(rows=rows)
+
+
+def test_formats_are_points_of_one_series_whose_line_joins_the_best() -> None:
+    sweep = _formats()
+    found = series(sweep)
+    assert [one.label for one in found] == list(PASSES)
+    for one in found:
+        (rows,) = one.lines.values()
+        assert len(rows) == 4
+        assert [row.values["weights"] for row in best(sweep, rows)] == ["int3", "int4(group=64)", "nvfp4"]
+
+
+def test_every_point_of_a_format_is_named() -> None:
+    drawn = draw(_formats())
+    text = ["".join(node.itertext()) for node in ET.fromstring(drawn["svg"]).iter() if node.tag.endswith("text")]
+    assert {name: text.count(name) for name in ("int3", "int4 g64", "mxfp4", "nvfp4")} == dict.fromkeys(
+        ("int3", "int4 g64", "mxfp4", "nvfp4"), 2
+    )
+    assert not any("Each panel" in line for line in text)
+    assert any("Each panel" in line for line in ET.fromstring(draw(_made())["svg"]).itertext())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_names_of_points_do_not_lie_upon_each_other(seed: int) -> None:
+    from matplotlib.figure import Figure
+
+    axes, random = Figure(figsize=(9, 5)).subplots(), np.random.default_rng(seed)
+    points = [((float(x), float(y)), f"format{i}", "k") for i, (x, y) in enumerate(random.random((12, 2)))]
+    axes.plot(*zip(*(point for point, _, _ in points), strict=True), "o")
+    axes.figure.draw_without_rendering()
+    label_points(axes, points)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 12
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_labels_keep_their_distance() -> None:
