@@ -348,6 +348,9 @@ def check_settings(recipe: Recipe, held: Set[Fact] = frozenset()) -> None:
         raise UserError(
             f"scale_bits 16 puts Casts before scales, and {runtime} takes constant scales alone: leave it out"
         )
+    if recipe.fastest and recipe.max_kl is None and recipe.min_sqnr is None:
+        told = "fastest is of formats within a bound: give max_kl in nats a token"
+        raise UserError(f"{told}, or of models without logits min_sqnr in dB, too")
     if recipe.mixed and not integer and not bound_of(recipe):
         told = f"{recipe.mixed} keeps nodes of {ensuring(Fact.INTEGER)} in float"
         more = f", or is kept by the formats of {ensuring(Fact.PACKED)}" if recipe.max_kl or recipe.min_sqnr else ""

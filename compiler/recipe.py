@@ -71,7 +71,7 @@ class Recipe:
     groups. lm_head, embedding: None keeps float. min_coverage: None: what `told` says, by the list's own formats.
     Passes, formats and words may be given as a file has them: Recipe(passes="smooth,qdq", lm_head="keep").
     weights_of: of "PATTERN=FORMAT". activations, accuracy_level: None: chosen node by node.
-    keep_worst, keep_share, max_kl, min_sqnr: one of them at most. fastest: with one of the last two alone.
+    keep_worst, keep_share, max_kl, min_sqnr: one of them at most. fastest: with one of the last two.
     """
 
     passes: Annotated[
@@ -315,9 +315,6 @@ class Recipe:
             raise UserError(f"weights: {self.weights} says all of bits and symmetric: leave these out")
         if self.budget is not None:
             Amount.parse(self.budget)
-        if self.fastest and self.max_kl is None and self.min_sqnr is None:
-            told = "fastest is of formats within a bound: give max_kl in nats a token"
-            raise UserError(f"{told}, or of models without logits min_sqnr in dB, too")
         patterns = [pattern for pattern, _ in self.named]
         if len(set(patterns)) < len(patterns):
             twice = next(pattern for i, pattern in enumerate(patterns) if pattern in patterns[:i])

@@ -1,6 +1,5 @@
 """A recipe with a budget or a bound, and the one that it becomes for a model: with a format for every weight."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +11,10 @@ from qcompile.compiler.api.rehearsal import rehearse
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.progress import Progress, Silent
 from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.files.given_json import read_json
 from qcompile.compiler.files.load import hash_and_check, load_model
 from qcompile.compiler.pipeline import Chosen, rewrite_report
-from qcompile.compiler.plan import bound_of, effective, is_spent
+from qcompile.compiler.plan import bound_of, check_settings, effective, is_spent
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.frontier import Frontier, Tried
 from qcompile.compiler.results.report import Report
@@ -30,8 +30,8 @@ from qcompile.passes.errors import UserError, Verdict
 _RUNS = 3
 # What is aimed at, as a share of a bound, and in the last compile; and of the size, what a further compile is to save.
 _AIM, _LAST_AIM, _WORTH = 0.97, 0.85, 0.99
-# Reports larger than this are something else.
-_LARGEST_FILE = 1 << 28
+# What draws a frontier.
+_REPORT = "the report.json of a compile with --budget"
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Chooser:
         evaluation: Calibration | None = None,
         machine: Path | None = None,
     ) -> None:
+        check_settings(effective(recipe))
         self.bound, self._budget = bound_of(recipe), recipe.budget or ""
         self.amount = None if recipe.budget is None else Amount.parse(recipe.budget)
         self.fastest, self._machine = recipe.fastest and bool(self.bound), machine
@@ -251,6 +252,7 @@ def planned(
 def _check_machine(recipe: Recipe, machine: Path | None) -> None:
     """UserError for a table of times where nothing is chosen."""
     if machine is not None and not is_spent(recipe):
+        check_settings(effective(recipe))
         told = f"--for-machine {machine} tells of times where formats are chosen, and here are none to choose"
         raise UserError(f"{told}: give --budget, --max-kl or --min-sqnr, or leave it out")
 
@@ -294,17 +296,10 @@ def asked_for(
 
 def load_frontier(path: Path) -> Frontier:
     """The frontier in a report (`MODEL.report.json`), or in what `--dry-run --json` printed."""
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise UserError(f"--budget-file {path} has over {_LARGEST_FILE} bytes: that is no report")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--budget-file {path} cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"--budget-file {path} is no JSON: give the report.json of a compile with --budget") from error
+    found = read_json(path, "--budget-file", _REPORT)
     plain = found.get("frontier") if isinstance(found, dict) else None
     if plain is None:
-        raise UserError(f"--budget-file {path} has no frontier: give the report.json of a compile with --budget")
+        raise UserError(f"--budget-file {path} has no frontier: give {_REPORT}")
     try:
         return Frontier.from_dict(plain)
     except ValueError as error:

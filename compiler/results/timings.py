@@ -14,8 +14,8 @@ from qcompile.passes.errors import UserError
 FLOAT = "float"
 # Raised with every change of what is measured, or how.
 VERSION = 1
-# Tables larger than this are something else, and products that are named of those that one lacks.
-_LARGEST_FILE, _NAMED = 1 << 26, 3
+# Products that are named of those that a table lacks.
+_NAMED = 3
 
 
 @dataclass(frozen=True, order=True)
@@ -105,30 +105,6 @@ class Timings(Shown):
                 raise ValueError(f"{product} is there twice")
             times[product] = own.microseconds
         return cls(read.machine, read.target, read.rows, times)
-
-
-def load_timings(path: Path, target: str, rows: int) -> Timings:
-    """The table in a file that another machine wrote; UserError where it is none, or of something else."""
-    told = f"--for-machine {path}"
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise UserError(f"{told} has over {_LARGEST_FILE} bytes: that is no table of times")
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{told} cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(
-            f"{told} is no JSON: give what `qcompile timings MODEL -o FILE` wrote on that machine"
-        ) from error
-    try:
-        made = Timings.from_dict(read)
-    except ValueError as error:
-        raise UserError(f"{told} is no table of times: {error}") from error
-    if made.target != target:
-        raise UserError(f"{told} is of target {made.target}, and this compile is for {target}")
-    if made.rows != rows:
-        raise UserError(f"{told} is of {made.rows} rows at a time, and this model is timed with {rows}")
-    return made
 
 
 def check_complete(table: Timings, products: Collection[Product], path: Path | None) -> None:

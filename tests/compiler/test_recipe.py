@@ -191,8 +191,6 @@ def _recipes(draw: st.DrawFn) -> Recipe:
     mixed = [name for name in ("keep_worst", "keep_share", "max_kl", "min_sqnr") if given.get(name) is not None]
     for name in mixed[1:] + (["bits", "symmetric"] if given.get("weights") else []):
         given.pop(name, None)
-    if given.get("max_kl") is None and given.get("min_sqnr") is None:
-        given.pop("fastest", None)
     if given.get("activations") == 8:
         given.pop("target", None)
     if not any(given.get(name) is not None for name in mixed):

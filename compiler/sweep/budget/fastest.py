@@ -8,10 +8,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qcompile.compiler.console.progress import Progress
+from qcompile.compiler.files.given_json import read_json
 from qcompile.compiler.plan import effective, make_policy
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.frontier import Times
-from qcompile.compiler.results.timings import FLOAT, Product, Timings, check_complete, load_timings
+from qcompile.compiler.results.timings import FLOAT, Product, Timings, check_complete
 from qcompile.compiler.sweep.budget.allocate import Option, keeping
 from qcompile.compiler.sweep.budget.stopwatch import TYPES, timed
 from qcompile.compiler.sweep.budget.units import Unit
@@ -27,6 +28,8 @@ Parts = Sequence[tuple[Product, Grid | None]]
 _TOKEN, _ROWS = 1, 64
 # Times that differ by less are the same: medians of one product beside other work on a machine differ by as much.
 _NOISE = 0.03
+# What tells times.
+_TABLE = "what `qcompile timings MODEL -o FILE` wrote on that machine"
 # Steps that find what a byte must cost for a choice to be small enough, and what it costs at most, in microseconds.
 _HALVINGS, _DEAREST = 24, 1e6
 
@@ -113,6 +116,20 @@ def speeds_of(
         for own in each
     ]
     return Speeds(table, made, _sum(table, others), "" if clock.file is None else str(clock.file))
+
+
+def load_timings(path: Path, target: str, rows: int) -> Timings:
+    """The table in a file that another machine wrote; UserError where it is none, or of something else."""
+    read, told = read_json(path, "--for-machine", _TABLE), f"--for-machine {path}"
+    try:
+        made = Timings.from_dict(read)
+    except ValueError as error:
+        raise UserError(f"{told} is no table of times: {error}") from error
+    if made.target != target:
+        raise UserError(f"{told} is of target {made.target}, and this compile is for {target}")
+    if made.rows != rows:
+        raise UserError(f"{told} is of {made.rows} rows at a time, and this model is timed with {rows}")
+    return made
 
 
 def fastest(options: Options, speeds: Speeds, cost: float, size: float = math.inf) -> list[Option[str]]:

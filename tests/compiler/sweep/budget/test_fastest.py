@@ -262,6 +262,15 @@ def test_what_cannot_be_is_told(
         _plan(source, written(), **fields)
 
 
+def test_a_file_of_settings_may_leave_the_bound_to_an_option(source: Path, written: Callable[..., Path]) -> None:
+    recipe = Recipe.from_dict({"passes": ["pack"], "fastest": True})
+    assert recipe.to_dict()["fastest"]
+    plan = qcompile.dry_run(source, recipe=recipe, max_kl=0.5, for_machine=written(), calibration=_feeds())
+    assert _frontier(plan).fastest
+    with pytest.raises(UserError, match="fastest is of formats within a bound"):
+        qcompile.dry_run(source, recipe=recipe)
+
+
 def test_runtimes_that_are_not_here_are_asked_by_a_file_alone(source: Path) -> None:
     with pytest.raises(UserError, match=r"TensorRT, which is not here to be timed: give times of .* with for_machine="):
         qcompile.dry_run(

@@ -1,6 +1,7 @@
 """Tables of times: they come back from their files, and what is none is told in a line."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompile.compiler.results.timings import Product, Timings, check_complete, load_timings
+from qcompile.compiler.results.timings import Product, Timings, check_complete
+from qcompile.compiler.sweep.budget.fastest import load_timings
 from qcompile.passes.errors import UserError
 
 PRODUCT = st.builds(
@@ -79,6 +81,13 @@ def test_what_is_no_table_of_this_compile_is_told(tmp_path: Path, content: Any, 
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=f"^--for-machine .*t.json.*{message}"):
         load_timings(file, "qcompile", 1)
+
+
+def test_folders_and_pipes_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UserError, match="is not a regular file: give what `qcompile timings"):
+            load_timings(path, "qcompile", 1)
 
 
 def test_infinite_times_are_none(tmp_path: Path) -> None:
