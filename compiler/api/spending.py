@@ -91,8 +91,8 @@ class Chooser:
         if self.amount is not None:
             check_amount(plain, self.amount)
         rehearsed = rehearse(source, plain)
-        if rehearsed.refusal and rehearsed.report.coverage:  # whatever formats are chosen, which takes its time
-            raise Verdict(rehearsed.refusal)
+        if rehearsed.refusal:  # whatever formats are chosen, which takes its time
+            raise (Verdict if rehearsed.report.coverage else UserError)(rehearsed.refusal)
         self._data, self._judged = twice(calibration), None if evaluation is None else twice(evaluation)
         self._asked, self.unforetold = bare, 0
 
