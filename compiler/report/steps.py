@@ -28,7 +28,7 @@ def _mixed(mixed: Mixed) -> Markup:
 
 
 def _ladder(ladder: Ladder) -> Markup:
-    rows = [[rung.name, " → ".join(rung.passes), rung.told] for rung in ladder.rungs]
+    rows = [[rung.name, " → ".join(rung.passes), words] for rung, words in ladder.steps()]
     made = table("Each step, finished and measured", ["Statistics from", "Passes", "Distance from float"], rows)
     told = f"Measured on {ladder.windows}. The last step is what was written."
     return section(

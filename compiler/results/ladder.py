@@ -1,5 +1,6 @@
 """What a ladder of steps without data showed."""
 
+import math
 from dataclasses import dataclass
 
 NOTHING, NORMS, SELF = "no data", "norms as a proxy", "self-generated tokens"
@@ -31,9 +32,15 @@ class Ladder:
         """The rung of least distance."""
         return min(self.rungs, key=lambda rung: rung.distance)
 
+    def steps(self) -> list[tuple[Rung, str]]:
+        """Each rung, with its distance and how much less that is than behind the step before it, in words."""
+        before = (math.nan, *(rung.distance for rung in self.rungs[:-1]))
+        pairs = zip(before, self.rungs, strict=True)
+        return [(rung, rung.told + _gain(known, rung.distance)) for known, rung in pairs]
+
     def lines(self) -> list[str]:
         """For the terminal."""
-        told = [f"ladder    {rung.name}: {rung.told} ({','.join(rung.passes)})" for rung in self.rungs]
+        told = [f"ladder    {rung.name}: {words} ({','.join(rung.passes)})" for rung, words in self.steps()]
         return [*told, *(f"          {line}" for line in (f"on {self.windows}", self.advice) if line)]
 
     @property
@@ -43,3 +50,11 @@ class Ladder:
             return ""
         how = "--calibration norms" if self.best.name == NORMS else f"--passes {','.join(self.best.passes)}"
         return f"{self.best.name} did better than {self.rungs[-1].name}: try {how}"
+
+
+def _gain(before: float, distance: float) -> str:
+    """How much less a distance is than another one; empty where that says nothing."""
+    if not before > 0 or not math.isfinite(distance):
+        return ""
+    share = 1 - distance / before
+    return f", {abs(share):.0%} {'less' if share >= 0 else 'more'} than the step before"

@@ -133,6 +133,11 @@ def test_the_ladder_says_where_a_lower_rung_is_better() -> None:
     rungs = [Rung(NOTHING, ("pack",), 0.3, "KL 0.3"), Rung(NORMS, ("awq", "pack"), 0.1, "KL 0.1")]
     ladder = Ladder((*rungs, Rung(SELF, ("awq", "pack"), 0.2, "KL 0.2")), "2 batches of 48 rows")
     assert ladder.best is rungs[1]
+    assert [words for _, words in ladder.steps()] == [
+        "KL 0.3",
+        "KL 0.1, 67% less than the step before",
+        "KL 0.2, 100% more than the step before",
+    ]
     assert ladder.lines()[-1].strip() == f"{NORMS} did better than {SELF}: try --calibration norms"
     assert Ladder((rungs[0], rungs[1]), "").advice == ""
     report = Report("a.onnx", "hash", {}, {}, ladder=ladder)
