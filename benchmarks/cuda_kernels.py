@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of the table, named after the card; printed in any case")
     given = parser.parse_args()
     if given.library is None:
-        from qcompile.runtime.library import library_path
+        from qcompile.passes.library import library_path
 
         given.library = library_path()
     library = Library(given.library)

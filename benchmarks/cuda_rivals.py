@@ -71,7 +71,7 @@ def measure(variant: str, k: int, n: int, rows: list[int], *, provider: str = "c
     for m in rows:  # a captured graph is of one shape
         options = ort.SessionOptions()
         if ours:
-            from qcompile.runtime.library import library_path
+            from qcompile.passes.library import library_path
 
             options.register_custom_ops_library(str(library_path()))
         chosen: list[Any] = [("CUDAExecutionProvider", {"enable_cuda_graph": "1"})] if gpu else ["CPUExecutionProvider"]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from kernels import Layer, Worker
 
-from qcompile.runtime.library import VARIABLE, library_path
+from qcompile.passes.library import VARIABLE, library_path
 
 
 def compared(paths: list[str], path: str, layer: Layer, variant: str, m: int, args: argparse.Namespace) -> str:

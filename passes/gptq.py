@@ -16,6 +16,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.formats.columns import coded
 from qcompile.passes.held import NOT_CONFIRMED, row_weights, too_few
 from qcompile.passes.linears import Linear, find_linears
+from qcompile.passes.native import RUN, Loops
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import (
     Rounding,
@@ -27,12 +28,12 @@ from qcompile.passes.rounding import (
     round_to_nearest,
     round_with_clip,
 )
-from qcompile.passes.row_steps import Descent, Nearest, descent, nearest
+from qcompile.passes.row_steps import Descent, Nearest, descent
 from qcompile.passes.state import set_weight, weight_state
 from qcompile.passes.statistics import Statistics
 
-# Rows rounded one by one before others follow in matrix products; rows whose changes reach all others in one product.
-_RUN, _BLOCK = 32, 128
+# Rows whose changes reach all others in one product.
+_BLOCK = 128
 # For each direction that rows lie in, so many channels and rows make it one of few: of fewer channels, codes that keep
 # one direction give others away.
 _CHANNELS, _ROWS = 32, 8
@@ -44,8 +45,6 @@ _DAMPINGS, _TRIED = (0.3, 1.0, 3.0), 256
 _TOLD = 512
 # Why codes of a linear would not be stored; empty where they would.
 Refused = Callable[[Linear], str]
-# What rounds rows of a (k, N) weight on its parameters.
-Rows = Callable[[QParams, Grid, int], Nearest]
 
 
 @dataclass(frozen=True)
@@ -298,9 +297,7 @@ def _started(w: Array, by: Compensation, qparams: QParams, spec: Grid) -> Quanti
     return merge_columns(swept, plain, others < errors)
 
 
-def _compensate(
-    w: Array, by: Compensation, qparams: QParams, spec: Grid, *, rows: Rows = nearest
-) -> tuple[Quantized, Array]:
+def _compensate(w: Array, by: Compensation, qparams: QParams, spec: Grid) -> tuple[Quantized, Array]:
     """The GPTQ sweep over w (K, N), and what is left of each row's error, (K, N) in `by.order`: e = (s L)ᵀ (W - Ŵ).
 
     Rows are rounded from the last to the first. The damped error of a column is the sum of its squares of e, and a row
@@ -308,7 +305,7 @@ def _compensate(
     (Babai's nearest plane; the same codes as by the inverse's factor: Chen et al. 2025, "The Geometry of LLM
     Quantization"). No inverse is needed.
     """
-    sweep = _Sweep(w, by, rows(qparams, spec, len(w)), np.empty(w.shape, spec.code_dtype))
+    sweep = _Sweep(w, by, Nearest(qparams, spec, len(w)), np.empty(w.shape, spec.code_dtype))
     sweep.several(0, len(w))
     return Quantized(sweep.codes, qparams, spec), sweep.spread
 
@@ -320,7 +317,7 @@ class _Sweep:
 
     def __init__(self, w: Array, by: Compensation, round_row: Nearest, codes: Codes) -> None:
         self.w, self.by, self.round_row, self.codes = w, by, round_row, codes
-        self.together = round_row.spec.rows_per_code
+        self.together, self.loops = round_row.spec.rows_per_code, Loops.of(round_row.spec)
         self.left, self.spread = np.empty_like(w), np.zeros_like(w)
 
     def one(self, i: int, stop: int) -> None:
@@ -349,7 +346,11 @@ class _Sweep:
 
     def several(self, start: int, stop: int) -> None:
         """Round rows, the last first: by halves, so that most of what they carry are products of matrices."""
-        if stop - start <= _RUN:
+        if self.loops is not None and stop - start <= RUN:
+            own = self.w, self.round_row.qparams, self.round_row.size, self.codes, self.left, self.spread
+            self.loops.sweep(self.by, slice(start, stop), *own)
+            return
+        if stop - start <= RUN:
             step = self.one if self.together == 1 else self.together_from
             for i in reversed(range(start, stop, self.together)):
                 step(i, stop)
@@ -411,44 +412,27 @@ class _Block:
         for start in range(0, len(pull), size):
             rows = slice(start, min(start + size, len(pull)))
             if scales:
-                change[rows] += self._rescale(pull, rows)
+                self._rescale(pull, change, rows)
             if codes:
                 self._recode(pull, change, rows)
                 if scales:
-                    change[rows] += self._rescale(pull, rows)
+                    self._rescale(pull, change, rows)
         return change
 
-    def _rescale(self, pull: Array, rows: slice) -> Array:
+    def _rescale(self, pull: Array, change: Array, rows: slice) -> None:
         """Set the scales (N,) of a group to those of least error, where the file can hold better ones."""
-        moving, spec, group = self.moving, self.moving.q.spec, (self.top + rows.start) // self.moving.size
-        levels = moving.levels(slice(self.top + rows.start, self.top + rows.stop))
+        own = slice(self.top + rows.start, self.top + rows.stop)
+        levels = self.moving.levels(own)
         product = self.gram[:, rows] @ levels
         product[rows] += self.added[rows, None] * levels
-        power, gain = (np.einsum("kn,kn->n", levels, by[rows]) for by in (product, pull))
-        scale = moving.scale[group]
-        wish = scale + np.divide(gain, power, out=np.zeros_like(gain), where=power > 0)
-        usable = np.isfinite(wish) & ((wish > 0) if spec.positive else (wish != 0))
-        step = spec.storable(np.where(usable, wish, scale)) - scale
-        step = np.where(step * (step * power - 2 * gain) < 0, step, np.float32(0))
-        moving.scale[group] = scale + step
-        pull -= step * product
-        return np.asarray(step * levels)
+        self.moving.rescale(own, rows.start, product, pull, change[rows])
 
     def _recode(self, pull: Array, change: Array, rows: slice) -> None:
         """Set each code of a group to its best."""
-        together = self.moving.q.spec.rows_per_code
-        for start in range(rows.start, rows.stop, _RUN):
-            stop = min(start + _RUN, rows.stop)
-            own = np.zeros((stop - start, pull.shape[1]), np.float32)
-            for i in range(start, stop, together):
-                end = min(i + together, stop)
-                if together == 1:
-                    wanted = pull[i] - self.gram[i, start:i] @ own[: i - start]
-                    own[i - start] = self.moving.move(self.top + i, wanted, self.gram[i, i] + self.added[i])
-                else:
-                    wanted = pull[i:end] - self.gram[i:end, start:i] @ own[: i - start]
-                    gram = self.gram[i:end, i:end] + np.diag(self.added[i:end])
-                    own[i - start : end - start] = self.moving.move_several(self.top + i, wanted, gram)
-            pull -= self.gram[:, start:stop] @ own
-            pull[start:stop] -= self.added[start:stop, None] * own
-            change[start:stop] += own
+        for start in range(rows.start, rows.stop, RUN):
+            run = slice(start, min(start + RUN, rows.stop))
+            own = slice(self.top + run.start, self.top + run.stop)
+            moved = self.moving.run(own, pull[run], self.gram[run, run], self.added[run])
+            pull -= self.gram[:, run] @ moved
+            pull[run] -= self.added[run, None] * moved
+            change[run] += moved

@@ -1,12 +1,13 @@
-"""Rounding a weight one row at a time, on any grid: what GPTQ's sweep and coordinate descent do with a row.
+"""Rounding a weight one row at a time, on any grid: what GPTQ's sweep and coordinate descent do with rows.
 
-`Nearest` and `Descent` ask the grid itself, `AffineNearest` and `AffineDescent` compute the same on integers, in a
-fraction of the time (tests/passes/test_gptq.py compares them).
+`Nearest` and `Descent` ask the grid itself; `NativeDescent` computes the same on integers, in a fraction of the time
+(tests/passes/test_gptq.py compares them).
 """
 
 import numpy as np
 
-from qcompile.passes.affine import Array, Codes, Grid, IntegerRange, QParams, Quantized, expand
+from qcompile.passes.affine import Array, Codes, Grid, QParams, Quantized, expand
+from qcompile.passes.native import Loops
 
 
 class Nearest:
@@ -30,20 +31,6 @@ class Nearest:
         return codes, self.spec.decode(codes, own)
 
 
-class AffineNearest(Nearest):
-    """The same where codes are integers."""
-
-    def __init__(self, qparams: QParams, spec: Grid, k: int, ends: IntegerRange) -> None:
-        super().__init__(qparams, spec, k)
-        self.low, self.high = ends.qmin, ends.qmax
-
-    def __call__(self, row: int, values: Array) -> tuple[Array | Codes, Array]:
-        group = row // self.size
-        scale, zero = self.qparams.scale[group], self.qparams.zero_point[group]
-        codes = np.clip(np.rint(values / scale) + zero, self.low, self.high)
-        return codes, (codes - zero) * scale
-
-
 class Descent:
     """Moves rows and scales of a quantized weight (K, N) to the values of least error, all others fixed."""
 
@@ -58,10 +45,43 @@ class Descent:
         own = self._own(group, np.ones_like(self.scale[group : group + 1]))
         return self.q.spec.decode(self.codes[rows], own)
 
-    def move(self, row: int, pull: Array, energy: np.float32) -> Array:
+    def run(self, rows: slice, pull: Array, gram: Array, added: Array) -> Array:
+        """Change the codes of rows of one group, one after another; returns by how much their values change (s, N).
+
+        pull (s, N): their rows of G (W - Ŵ). gram (s, s): their part of G, without what is `added` to its diagonal (s,).
+        """
+        own, together = np.zeros_like(pull), self.q.spec.rows_per_code
+        for i in range(0, len(pull), together):
+            end = min(i + together, len(pull))
+            wanted = pull[i:end] - gram[i:end, :i] @ own[:i]
+            if together == 1:
+                own[i] = self._move(rows.start + i, wanted[0], gram[i, i] + added[i])
+            else:
+                corner = gram[i:end, i:end] + np.diag(added[i:end])
+                own[i:end] = self._move_several(rows.start + i, wanted, corner)
+        return own
+
+    def rescale(self, rows: slice, first: int, product: Array, pull: Array, change: Array) -> None:
+        """Set the scale of a group to that of least error, where the file can hold a better one.
+
+        product: G by the group's levels, pull: G (W - Ŵ), of the rows of a block (M, N), in which the group's begin with
+        the `first`. pull follows the change in place, and the change of the group's values (s, N) is added to `change`.
+        """
+        spec, levels, scale = self.q.spec, self.levels(rows), self.scale[rows.start // self.size]
+        own = slice(first, first + len(levels))
+        power, gain = (np.einsum("kn,kn->n", levels, by[own]) for by in (product, pull))
+        wish = scale + np.divide(gain, power, out=np.zeros_like(gain), where=power > 0)
+        usable = np.isfinite(wish) & ((wish > 0) if spec.positive else (wish != 0))
+        step = spec.storable(np.where(usable, wish, scale)) - scale
+        step = np.where(step * (step * power - 2 * gain) < 0, step, np.float32(0))
+        scale += step
+        pull -= step * product
+        change += step * levels
+
+    def _move(self, row: int, pull: Array, energy: np.float32) -> Array:
         """Change the codes of a row; returns by how much (N,) its values change.
 
-        pull (N,): the row of XᵀX (W - Ŵ). energy: the row's diagonal element of XᵀX.
+        pull (N,): the row of G (W - Ŵ). energy: the row's diagonal element of G.
         """
         group, spec = row // self.size, self.q.spec
         own = self._own(group, self.scale[group : group + 1])
@@ -71,7 +91,7 @@ class Descent:
         change: Array = (spec.decode(codes, own) - before)[0]
         return change
 
-    def move_several(self, row: int, pull: Array, gram: Array) -> Array:
+    def _move_several(self, row: int, pull: Array, gram: Array) -> Array:
         """The same of rows that share a code, from `row` on; pull and the change (s, N), gram: their part (s, s)."""
         group, spec, rows = row // self.size, self.q.spec, slice(row, row + len(pull))
         own = self._own(group, self.scale[group : group + 1])
@@ -88,36 +108,31 @@ class Descent:
         return QParams(scale, self.zero[group : group + 1])
 
 
-class AffineDescent(Descent):
-    """The same where codes are integers."""
+class NativeDescent(Descent):
+    """The same by the loops of `native`: levels are kept instead of codes."""
 
-    def __init__(self, q: Quantized, ends: IntegerRange) -> None:
-        self.q, self.size = q, q.spec.group_size(len(q.codes))
-        self.scale, self.zero = q.qparams.scale.copy(), q.qparams.zero_point
-        self.low, self.high = ends.qmin - self.zero, ends.qmax - self.zero
+    def __init__(self, q: Quantized, loops: Loops) -> None:
+        super().__init__(q)
+        self.loops = loops
         self._levels = q.codes - expand(self.zero, q.spec, len(q.codes))
 
     def levels(self, rows: slice) -> Array:
         return self._levels[rows]
 
-    def move(self, row: int, pull: Array, energy: np.float32) -> Array:
-        group, levels = row // self.size, self._levels[row]
-        wish = np.rint(levels + pull / (energy * self.scale[group]))
-        better = np.minimum(np.maximum(wish, self.low[group]), self.high[group])
-        change: Array = (better - levels) * self.scale[group]
-        self._levels[row] = better
-        return change
+    def run(self, rows: slice, pull: Array, gram: Array, added: Array) -> Array:
+        group = rows.start // self.size
+        return self.loops.recode(gram, added, pull, self.scale[group], self.zero[group], self._levels[rows])
+
+    def rescale(self, rows: slice, first: int, product: Array, pull: Array, change: Array) -> None:
+        own = self.scale[rows.start // self.size]
+        self.loops.rescale(first, self._levels[rows], product, pull, own, change)
 
     def result(self) -> Quantized:
         codes = self._levels + expand(self.zero, self.q.spec, len(self._levels))
         return Quantized(codes.astype(self.q.codes.dtype), QParams(self.scale, self.zero), self.q.spec)
 
 
-def nearest(qparams: QParams, spec: Grid, k: int) -> Nearest:
-    """What rounds rows of a (k, N) weight: the fast form where the grid has one."""
-    return Nearest(qparams, spec, k) if spec.affine is None else AffineNearest(qparams, spec, k, spec.affine)
-
-
 def descent(q: Quantized) -> Descent:
     """What moves rows of a quantized weight: the fast form where the grid has one."""
-    return Descent(q) if q.spec.affine is None else AffineDescent(q, q.spec.affine)
+    loops = Loops.of(q.spec)
+    return Descent(q) if loops is None else NativeDescent(q, loops)

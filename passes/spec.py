@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array, Codes, Grid, IntegerRange, QParams
 from qcompile.passes.bit_fields import FIELDS, byte_rows
 from qcompile.passes.errors import UserError
+from qcompile.passes.native import Loops
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,13 @@ class QuantSpec(Grid):
     @property
     def affine(self) -> IntegerRange:
         return self
+
+    def fit(self, w: Array, importance: Array | None = None) -> QParams:
+        loops = None if importance is None or not w.size else Loops.of(self)
+        if importance is None or loops is None:
+            return super().fit(w, importance)
+        own = np.asarray(importance, np.float32).reshape(len(w), -1)
+        return loops.fit(w, own, self.group_size(len(w)), self.shrinks)
 
     def span(self, blocks: Array, shrink: np.float32) -> QParams:
         """Zero included: asymmetric min..max, symmetric signed amax / 8 at 4 bits."""

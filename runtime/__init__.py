@@ -1,6 +1,6 @@
 """Running compiled models with ONNX Runtime."""
 
-from qcompile.runtime.library import library_path
+from qcompile.passes.library import library_path
 from qcompile.runtime.sessions import session
 
 __all__ = ["library_path", "session"]

@@ -23,7 +23,8 @@ import psutil
 
 from qcompile.passes.errors import UserError
 from qcompile.runtime.caches import Caches, Decoder
-from qcompile.runtime.library import chosen_kernel, library_path
+from qcompile.passes.library import library_path
+from qcompile.runtime.library import chosen_kernel
 from qcompile.runtime.sessions import custom_operators, ort_version, registered_libraries, session
 
 Feeds = Mapping[str, npt.NDArray[Any]]

@@ -21,7 +21,7 @@ from qcompile.passes.formats import FORMATS, OTHERS, by_operator, functions
 from qcompile.passes.formats.base import BIASED, COLUMNS_AT_8, PRODUCT, pack_nibbles
 from qcompile.passes.formats.bits import BitFields
 from qcompile.passes.formats.codebook import CodebookPairs
-from qcompile.runtime.library import library_path
+from qcompile.passes.library import library_path
 from qcompile.runtime.sessions import session
 
 # What the CUDA kernels have, too.

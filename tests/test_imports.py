@@ -25,6 +25,7 @@ ALLOWED = {
         "qcompile.runtime",
         ERRORS,
         "qcompile.passes.interrupts",
+        "qcompile.passes.library",
         "qcompile.passes.threads",
         "qcompile.passes.workers",
         "numpy",

@@ -17,7 +17,8 @@ from qcompile.compiler.package.beside import GENAI, table
 from qcompile.compiler.package.written import check_replaced, digest, known, note
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.half_scales import halve
-from qcompile.runtime.library import DOMAIN, check_version, library_path
+from qcompile.passes.library import library_path
+from qcompile.runtime.library import DOMAIN, check_version
 from qcompile.runtime.sessions import session
 
 MODEL = "model.onnx"

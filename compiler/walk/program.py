@@ -13,7 +13,8 @@ from qcompile.passes import extensions
 from qcompile.passes.base import Pass
 from qcompile.passes.errors import UserError
 from qcompile.passes.threads import workers
-from qcompile.runtime.library import chosen_kernel, library_path
+from qcompile.passes.library import library_path
+from qcompile.runtime.library import chosen_kernel
 
 _OWN = ("compiler", "passes", "runtime", "models")
 _CODE = (".py", ".so", ".pyd", ".dll", ".dylib")

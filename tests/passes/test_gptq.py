@@ -6,12 +6,10 @@ import itertools
 import numpy as np
 import pytest
 
-from qcompile.passes import gptq
 from qcompile.passes.affine import QParams, Quantized
 from qcompile.passes.algebra import Compensation
 from qcompile.passes.gptq import ErrorCompensated, _compensate, _Descending, default_damping
 from qcompile.passes.rounding import column_errors, round_to_nearest, round_with_clip
-from qcompile.passes.row_steps import Descent, Nearest
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
 
@@ -48,9 +46,9 @@ def _errors(q: Quantized, w: np.ndarray, gram: np.ndarray) -> np.ndarray:
     return column_errors(q.dequantize().astype(np.float64) - w, gram.astype(np.float64))
 
 
-def _swept(w: np.ndarray, gram: np.ndarray, qparams: QParams, spec: QuantSpec, **rows: type[Nearest]) -> Quantized:
+def _swept(w: np.ndarray, gram: np.ndarray, qparams: QParams, spec: QuantSpec) -> Quantized:
     """The codes of the sweep."""
-    return _compensate(w, Compensation.of(gram, np.zeros(len(gram), np.float32)), qparams, spec, **rows)[0]
+    return _compensate(w, Compensation.of(gram, np.zeros(len(gram), np.float32)), qparams, spec)[0]
 
 
 def _rounds(
@@ -86,23 +84,6 @@ def test_the_sweep_is_the_textbook_s(k, size, grid) -> None:
     spec, gram = QuantSpec(4, PerGroup(size), **GRIDS[grid]), _raised(statistics.gram, 0.01)
     qparams = spec.fit(w)
     np.testing.assert_array_equal(_swept(w, gram, qparams, spec).codes, _textbook(w, gram, qparams, spec))
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize(("k", "size"), [(7, 4), (150, 64)])
-def test_the_fast_form_for_integers_is_the_general_one(k, size, grid, bits, monkeypatch) -> None:
-    """Row by row through the grid's own fit and project. Descent adds in another order: at a tie it may differ."""
-    w, statistics = _problem(k, 40, seed=k)
-    spec, gram = QuantSpec(bits, PerGroup(size), **GRIDS[grid]), _raised(statistics.gram, 0.01)
-    qparams = spec.fit(w, np.diagonal(gram))
-    fast = _swept(w, gram, qparams, spec)
-    np.testing.assert_array_equal(fast.codes, _swept(w, gram, qparams, spec, rows=Nearest).codes)
-    (moved,) = _rounds(w, gram, fast, scales=True)
-    monkeypatch.setattr(gptq, "descent", Descent)
-    (general,) = _rounds(w, gram, fast, scales=True)
-    assert (moved.codes != general.codes).mean() < 1e-3
-    np.testing.assert_allclose(_errors(moved, w, gram).sum(), _errors(general, w, gram).sum(), rtol=1e-3)
 
 
 def test_uncorrelated_channels_need_no_compensation() -> None:

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.base import VERSION
-from qcompile.runtime import library as module
+from qcompile.passes import library as module
 from qcompile.runtime import library_path, session, sessions
 from qcompile.runtime.library import operators_version
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qcompile.compiler.results.timings import Timings
     from qcompile.compiler.sweep.rows import Sweep
     from qcompile.passes.errors import UserError, Verdict
-    from qcompile.runtime.library import library_path
+    from qcompile.passes.library import library_path
     from qcompile.runtime.sessions import custom_operators
 
     __version__: str

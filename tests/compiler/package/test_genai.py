@@ -24,7 +24,7 @@ from qcompile.compiler.package.beside import Beside
 from qcompile.compiler.package.genai import genai_config, package
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
 from qcompile.passes.errors import UserError
-from qcompile.runtime.library import library_path
+from qcompile.passes.library import library_path
 
 _CONFIG = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 4096}
 _GENERATION = {"eos_token_id": [2, 7], "bos_token_id": 1, "pad_token_id": 0, "temperature": 0.7, "top_k": None}

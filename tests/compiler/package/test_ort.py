@@ -14,7 +14,7 @@ from qcompile.compiler.package.ort import package_ort
 from qcompile.compiler.package.written import SUMS
 from qcompile.models.tiny import tiny_decoder, tiny_mlp
 from qcompile.passes.errors import UserError
-from qcompile.runtime.library import library_path
+from qcompile.passes.library import library_path
 
 
 def test_a_small_model_is_one_file_that_its_readme_opens(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

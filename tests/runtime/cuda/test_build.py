@@ -18,7 +18,7 @@ from cuda_plans import cuobjdump, readable, resources
 from kernel_builds import ROOT, build_kernel_check, run, tool
 
 from qcompile.passes.errors import UserError
-from qcompile.runtime.library import library_path
+from qcompile.passes.library import library_path
 
 CUDA = ROOT / "runtime" / "kernels" / "cuda"
 NEEDED = {"80", "90a"}

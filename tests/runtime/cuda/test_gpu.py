@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from cuda_harness import CHOSEN, EXCLUDED, GUARD, ROUTES, CudaError, DeviceWeight, Library, Shape, Weight, torch_dtype
 
-from qcompile.runtime.library import library_path
+from qcompile.passes.library import library_path
 
 pytestmark = pytest.mark.gpu
 

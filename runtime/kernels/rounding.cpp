@@ -1,0 +1,264 @@
+#include "rounding.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+// One source for every instruction set: the loader takes the form that the machine runs. Where the compiler cannot, the
+// plain one.
+#if defined(QCOMPILE_X86) && defined(__ELF__) && !defined(QCOMPILE_SANITIZED)
+#define FOR_EACH_MACHINE __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define FOR_EACH_MACHINE
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int kLanes = 16;
+typedef float V __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
+constexpr float kLeastScale = 0x1p-120f;       // affine.LEAST_SCALE
+constexpr float kLeastHalf = 0x1p-24f;         // the smallest fp16 number
+constexpr float kDenseFrom = 0x1p-16f, kDenseTo = 65504;  // fp16 is dense enough for a scale between these
+constexpr float kToInteger = 0x1.8p23f;        // added and taken away, it leaves a small number rounded to an integer
+
+INLINE V all(float x) { return V{} + x; }
+INLINE V bits(I x) { V y; std::memcpy(&y, &x, sizeof y); return y; }
+INLINE I bits(V x) { I y; std::memcpy(&y, &x, sizeof y); return y; }
+INLINE V least(V a, V b) { return a < b ? a : b; }
+INLINE V most(V a, V b) { return a > b ? a : b; }
+INLINE V magnitude(V x) { return bits(bits(x) & 0x7FFFFFFF); }
+INLINE V with_sign(V x, V sign) { return bits((bits(x) & 0x7FFFFFFF) | (bits(sign) & I(I{} + INT32_MIN))); }
+
+INLINE V load(const float* p) { V x; std::memcpy(&x, p, sizeof x); return x; }
+INLINE void store(float* p, V x) { std::memcpy(p, &x, sizeof x); }
+// Of the last columns there are fewer.
+INLINE V load(const float* p, int lanes, float others) {
+  if (lanes == kLanes) return load(p);
+  V x = all(others);
+  for (int i = 0; i < lanes; ++i) x[i] = p[i];
+  return x;
+}
+INLINE void store(float* p, V x, int lanes) {
+  if (lanes == kLanes) return store(p, x);
+  for (int i = 0; i < lanes; ++i) p[i] = x[i];
+}
+
+// The nearest integer, ties to even, of numbers whose ends are integers far below 2^22: first cut, then rounded.
+INLINE V cut(V x, V low, V high) { return (most(least(x, high), low) + kToInteger) - kToInteger; }
+
+// The nearest fp16 number, as fp32.
+INLINE V to_half(V x) {
+  const V size = magnitude(x);
+  const I whole = bits(size);
+  const V normal = bits((whole + 0xFFF + ((whole >> 13) & 1)) & ~0x1FFF), subnormal = (size + 0.5f) - 0.5f;
+  const V rounded = size < 0x1p-14f ? subnormal : normal;
+  return with_sign(rounded > kDenseTo ? all(INFINITY) : rounded, x);
+}
+
+// affine.storable
+INLINE V storable(V scale, bool half) {
+  const V size = magnitude(scale);
+  V stored = to_half(scale);
+  if (!half) stored = (size >= kDenseFrom) & (size <= kDenseTo) ? stored : scale;
+  const V smallest = all(half ? kLeastHalf : kLeastScale);
+  stored = magnitude(stored) < smallest ? with_sign(smallest, scale) : stored;
+  return scale == 0 ? all(1) : stored;
+}
+
+struct Range {
+  V scale, zero;
+};
+
+// QuantSpec.span of a group's extremes, 0 among them.
+INLINE Range span(const QCompileGrid& grid, V low, V high, float shrink) {
+  low *= shrink;
+  high *= shrink;
+  if (!grid.is_signed) {
+    const V scale = storable((high - low) / grid.qmax, grid.half);
+    return {scale, cut(-low / scale, all(grid.qmin), all(grid.qmax))};
+  }
+  if (grid.signed_scale) return {storable((high > -low ? high : low) / grid.qmin, grid.half), V{}};
+  return {storable(most(high / grid.qmax, low / grid.qmin), grid.half), V{}};
+}
+
+struct Sums {
+  V top, bottom, error;
+};
+
+// The error of rounding rows of `block` by a range, weighted; with `refit`, the sums of the best scale for their levels instead.
+template <bool kRefit>
+INLINE Sums sums(const QCompileGrid& grid, const V* block, const V* weight, int64_t rows, Range range) {
+  const V low = grid.qmin - range.zero, high = grid.qmax - range.zero;
+  Sums own{};
+  for (int64_t row = 0; row < rows; ++row) {
+    const V level = cut(block[row] / range.scale, low, high);
+    if (kRefit) {
+      const V weighted = level * weight[row];
+      own.top += weighted * block[row];
+      own.bottom += weighted * level;
+    } else {
+      const V residual = level * range.scale - block[row];
+      own.error += (residual * weight[row]) * residual;
+    }
+  }
+  return own;
+}
+
+INLINE Range best_range(const QCompileGrid& grid, const V* block, const V* weight, int64_t rows, const float* shrinks,
+                        int64_t count) {
+  V low{}, high{};
+  for (int64_t row = 0; row < rows; ++row) {
+    low = least(low, block[row]);
+    high = most(high, block[row]);
+  }
+  Range best = span(grid, low, high, 1);
+  V error = sums<false>(grid, block, weight, rows, best).error;
+  for (int64_t i = 0; i < count; ++i) {
+    Range own = span(grid, low, high, shrinks[i]);
+    const Sums found = sums<true>(grid, block, weight, rows, own);
+    const V refit = found.top / found.bottom;
+    const I usable = (found.bottom > 0) & (refit != 0) & (magnitude(refit) < INFINITY) & ((refit < 0) == (own.scale < 0));
+    own.scale = storable(usable ? refit : own.scale, grid.half);
+    const V left = sums<false>(grid, block, weight, rows, own).error;
+    const I better = left < error;
+    best = {better ? own.scale : best.scale, better ? own.zero : best.zero};
+    error = better ? left : error;
+  }
+  return best;
+}
+
+// Rows of groups that need no memory of their own.
+constexpr int64_t kRows = 256;
+
+FOR_EACH_MACHINE
+void fit(const QCompileGrid& grid, const float* w, int64_t ld, int64_t k, int64_t n, int64_t size, const float* importance,
+         int64_t importance_ld, const float* shrinks, int64_t count, float* scale, float* zero_point) {
+  alignas(64) float known[2 * kRows * kLanes];
+  std::vector<float> large(size > kRows ? size_t((2 * size + 1) * kLanes) : 0);
+  float* room = known;
+  if (!large.empty()) room = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(large.data()) + 63) & ~uintptr_t(63));
+  V* block = reinterpret_cast<V*>(room);
+  V* weight = block + std::max(size, kRows);
+  for (int64_t start = 0, group = 0; start < k; start += size, ++group) {
+    const int64_t rows = std::min(size, k - start);
+    for (int64_t column = 0; column < n; column += kLanes) {
+      const int lanes = int(std::min<int64_t>(kLanes, n - column));
+      for (int64_t row = 0; row < rows; ++row) {
+        block[row] = load(w + (start + row) * ld + column, lanes, 0);
+        const float* own = importance + (start + row) * (importance_ld ? importance_ld : 1);
+        weight[row] = importance_ld ? load(own + column, lanes, 0) : all(*own);
+      }
+      const Range best = best_range(grid, block, weight, rows, shrinks, count);
+      store(scale + group * n + column, best.scale, lanes);
+      store(zero_point + group * n + column, best.zero, lanes);
+    }
+  }
+}
+
+// Rows that are rounded one after another, so that what they leave stays in registers' reach.
+constexpr int64_t kRun = 64;
+
+FOR_EACH_MACHINE
+void sweep(const QCompileGrid& grid, int64_t start, int64_t stop, int64_t n, int64_t size, const int64_t* order,
+           const float* lower, int64_t ld_lower, const float* energy, int64_t energy_ld, const float* w, const float* scale,
+           const float* zero_point, uint8_t* codes, float* left, float* spread) {
+  for (int64_t column = 0; column < n; column += kLanes) {
+    const int lanes = int(std::min<int64_t>(kLanes, n - column));
+    V known[kRun];
+    for (int64_t i = stop - 1; i >= start; --i) {
+      const int64_t row = order[i], group = row / size;
+      V carried{};
+      for (int64_t j = i + 1; j < stop; ++j) carried += lower[j * ld_lower + i] * known[j - start];
+      carried += load(spread + i * n + column, lanes, 0);
+      const V own = load(w + row * n + column, lanes, 0);
+      const V by = energy_ld ? load(energy + i * energy_ld + column, lanes, 1) : all(energy[i]);
+      const V unit = lower[i * ld_lower + i] * by, wish = own + carried / unit;
+      const V step = load(scale + group * n + column, lanes, 1), zero = load(zero_point + group * n + column, lanes, 0);
+      const V level = cut(wish / step, grid.qmin - zero, grid.qmax - zero), decoded = level * step;
+      known[i - start] = by * (own - decoded);
+      store(left + i * n + column, known[i - start], lanes);
+      store(spread + i * n + column, unit * (wish - decoded), lanes);
+      const I code = __builtin_convertvector(level + zero, I);
+      const Bytes narrow = __builtin_convertvector(code, Bytes);
+      std::memcpy(codes + row * n + column, &narrow, size_t(lanes));
+    }
+  }
+}
+
+FOR_EACH_MACHINE
+void recode(const QCompileGrid& grid, int64_t count, int64_t n, const float* gram, int64_t ld_gram, const float* added,
+            const float* pull, const float* scale, const float* zero_point, float* levels, float* change) {
+  for (int64_t column = 0; column < n; column += kLanes) {
+    const int lanes = int(std::min<int64_t>(kLanes, n - column));
+    const V step = load(scale + column, lanes, 1), zero = load(zero_point + column, lanes, 0);
+    const V low = grid.qmin - zero, high = grid.qmax - zero;
+    V known[kRun];
+    for (int64_t i = 0; i < count; ++i) {
+      V met{};
+      for (int64_t j = 0; j < i; ++j) met += gram[i * ld_gram + j] * known[j];
+      const V wanted = load(pull + i * n + column, lanes, 0) - met, level = load(levels + i * n + column, lanes, 0);
+      const V better = cut(level + wanted / ((gram[i * ld_gram + i] + added[i]) * step), low, high);
+      known[i] = (better - level) * step;
+      store(levels + i * n + column, better, lanes);
+      store(change + i * n + column, known[i], lanes);
+    }
+  }
+}
+
+FOR_EACH_MACHINE
+void rescale(const QCompileGrid& grid, int64_t total, int64_t first, int64_t count, int64_t n, const float* levels,
+             const float* product, float* pull, float* scale, float* change) {
+  for (int64_t column = 0; column < n; column += kLanes) {
+    const int lanes = int(std::min<int64_t>(kLanes, n - column));
+    V power{}, gain{};
+    for (int64_t row = 0; row < count; ++row) {
+      const V level = load(levels + row * n + column, lanes, 0);
+      power += level * load(product + (first + row) * n + column, lanes, 0);
+      gain += level * load(pull + (first + row) * n + column, lanes, 0);
+    }
+    const V own = load(scale + column, lanes, 1), wish = own + (power > 0 ? gain / power : V{});
+    const bool positive = !grid.is_signed || !grid.signed_scale;
+    const I usable = (magnitude(wish) < INFINITY) & (positive ? wish > 0 : wish != 0);
+    V step = storable(usable ? wish : own, grid.half) - own;
+    step = step * (step * power - 2 * gain) < 0 ? step : V{};
+    store(scale + column, own + step, lanes);
+    for (int64_t row = 0; row < total; ++row) {
+      float* at = pull + row * n + column;
+      store(at, load(at, lanes, 0) - step * load(product + row * n + column, lanes, 0), lanes);
+    }
+    for (int64_t row = 0; row < count; ++row) {
+      float* at = change + row * n + column;
+      store(at, load(at, lanes, 0) + step * load(levels + row * n + column, lanes, 0), lanes);
+    }
+  }
+}
+
+}  // namespace
+
+void qcompile_fit(const QCompileGrid* grid, const float* w, int64_t ld, int64_t k, int64_t n, int64_t rows,
+                  const float* importance, int64_t importance_ld, const float* shrinks, int64_t count, float* scale,
+                  float* zero_point) {
+  fit(*grid, w, ld, k, n, rows, importance, importance_ld, shrinks, count, scale, zero_point);
+}
+
+void qcompile_sweep(const QCompileGrid* grid, int64_t start, int64_t stop, int64_t n, int64_t rows, const int64_t* order,
+                    const float* lower, int64_t ld_lower, const float* energy, int64_t energy_ld, const float* w,
+                    const float* scale, const float* zero_point, uint8_t* codes, float* left, float* spread) {
+  sweep(*grid, start, stop, n, rows, order, lower, ld_lower, energy, energy_ld, w, scale, zero_point, codes, left, spread);
+}
+
+void qcompile_recode(const QCompileGrid* grid, int64_t count, int64_t n, const float* gram, int64_t ld_gram,
+                     const float* added, const float* pull, const float* scale, const float* zero_point, float* levels,
+                     float* change) {
+  recode(*grid, count, n, gram, ld_gram, added, pull, scale, zero_point, levels, change);
+}
+
+void qcompile_rescale(const QCompileGrid* grid, int64_t all, int64_t first, int64_t count, int64_t n, const float* levels,
+                      const float* product, float* pull, float* scale, float* change) {
+  rescale(*grid, all, first, count, n, levels, product, pull, scale, change);
+}

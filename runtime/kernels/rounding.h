@@ -1,0 +1,40 @@
+// What a compile does with every row of a weight: the search of ranges, the rows of GPTQ's sweep and of coordinate descent.
+//
+// passes/native.py calls these instead of numpy, which takes a pass over memory for each step of the arithmetic; the clear
+// form is passes/affine.py, passes/row_steps.py and passes/gptq.py. Matrices are fp32 in rows, `ld` numbers from one row to the
+// next. Nothing allocates but a search for groups of many rows, and nothing fails. Products and sums are not contracted: each
+// step rounds as numpy's does.
+#pragma once
+
+#include "c_api.h"
+
+// A grid of integers: the smallest and the largest code. is_signed: a symmetric one, without zero points.
+// signed_scale: scales of a symmetric grid may be negative. half: scales are stored as fp16, else as fp32.
+struct QCompileGrid {
+  float qmin, qmax;
+  int32_t is_signed, signed_scale, half;
+};
+
+// scale, zero_point (groups, n) of the fractions of each group's range (rows, n) that make the error least, weighted by
+// importance (k, 1) or, where its ld is not 0, (k, n).
+QCOMPILE_EXPORT void qcompile_fit(const QCompileGrid* grid, const float* w, int64_t ld, int64_t k, int64_t n, int64_t rows,
+                                  const float* importance, int64_t importance_ld, const float* shrinks, int64_t count,
+                                  float* scale, float* zero_point);
+
+// Rounds rows start … stop - 1 of a sweep, the last first. order, lower (ld_lower), energy: as `Compensation` has them (scale);
+// energy_ld 0: one for all columns. w, codes by row of the weight; left, spread by place in the order; all with ld n.
+QCOMPILE_EXPORT void qcompile_sweep(const QCompileGrid* grid, int64_t start, int64_t stop, int64_t n, int64_t rows,
+                                    const int64_t* order, const float* lower, int64_t ld_lower, const float* energy,
+                                    int64_t energy_ld, const float* w, const float* scale, const float* zero_point,
+                                    uint8_t* codes, float* left, float* spread);
+
+// Sets the levels (count, n) of a run of rows of one group to their best values, one row after another: `change` is by how
+// much each value (count, n) changes. gram (count, count) of these rows, with what is added to its diagonal; pull (count, n).
+QCOMPILE_EXPORT void qcompile_recode(const QCompileGrid* grid, int64_t count, int64_t n, const float* gram, int64_t ld_gram,
+                                     const float* added, const float* pull, const float* scale, const float* zero_point,
+                                     float* levels, float* change);
+
+// Sets the scale (n,) of a group to the best that the file can hold. product: G by the levels, (all, n), of which rows from
+// `first` on are those of the group, (count, n). pull (all, n) follows; change (count, n) gets what the values change by.
+QCOMPILE_EXPORT void qcompile_rescale(const QCompileGrid* grid, int64_t all, int64_t first, int64_t count, int64_t n,
+                                      const float* levels, const float* product, float* pull, float* scale, float* change);

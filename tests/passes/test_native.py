@@ -1,0 +1,171 @@
+"""The loops in C++ against the clear forms that they stand for, which an installation without them has alone."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_models import native_library
+
+from qcompile.passes import native
+from qcompile.passes.affine import Quantized
+from qcompile.passes.algebra import Compensation
+from qcompile.passes.gptq import ErrorCompensated, _compensate, _Descending
+from qcompile.passes.native import Loops
+from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
+from qcompile.passes.statistics import Statistics
+
+GRIDS = st.builds(
+    lambda bits, size, symmetric, signed, half: QuantSpec(
+        bits, PerGroup(size) if size else PerChannel(1), symmetric, signed, np.float16 if half else np.float32
+    ),
+    st.sampled_from([2, 3, 4, 5, 6, 8]),
+    st.sampled_from([0, 1, 8, 32, 300]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def library() -> None:
+    native_library()
+
+
+@contextmanager
+def clear_form() -> Iterator[None]:
+    """An installation without the library."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_library", lambda: None)
+        yield
+
+
+def _weights(seed: int, k: int, n: int) -> np.ndarray:
+    """Heavy-tailed columns of very different sizes, some with zeros or with one sign."""
+    rng = np.random.default_rng(seed)
+    w = (rng.standard_t(3, (k, n)) * 10.0 ** rng.uniform(-9, 4, n)).astype(np.float32)
+    w[: k // 2, ::5] = 0
+    w[:, 1::5] = np.abs(w[:, 1::5])
+    return w
+
+
+@settings(max_examples=60, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.integers(1, 400), st.integers(1, 40), st.booleans())
+def test_fit_gives_the_very_numbers(spec: QuantSpec, seed: int, k: int, n: int, each: bool) -> None:
+    w = _weights(seed, k, n)
+    importance = np.random.default_rng(seed).lognormal(0, 2, (k, n) if each else k).astype(np.float32)
+    importance[::7] = 0
+    found = spec.fit(w, importance)
+    with clear_form(), np.errstate(all="ignore"):
+        wanted = spec.fit(w, importance)
+    np.testing.assert_array_equal(found.scale, wanted.scale)
+    np.testing.assert_array_equal(found.zero_point, wanted.zero_point)
+
+
+def test_fit_reads_a_weight_however_it_lies() -> None:
+    spec, w, importance = QuantSpec(4, PerGroup(32)), _weights(1, 96, 20), np.ones(96, np.float32)
+    wanted = spec.fit(w, importance).scale
+    for other in (np.asfortranarray(w), np.repeat(w, 2, axis=1)[:, ::2]):
+        np.testing.assert_array_equal(spec.fit(other, importance).scale, wanted)
+
+
+@pytest.mark.parametrize(("k", "n"), [(4, 0)])
+def test_an_empty_weight_has_no_ranges(k: int, n: int) -> None:
+    assert QuantSpec(4, PerGroup(2)).fit(np.zeros((k, n), np.float32), np.ones(k, np.float32)).scale.shape == (
+        -(-k // 2),
+        n,
+    )
+
+
+def _problem(seed: int, k: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (k, n) and the Gram matrix of correlated channels of very different energy."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((2 * k + 8, k)) @ (np.eye(k) + 0.3 * rng.standard_normal((k, k))) * rng.lognormal(0, 0.7, k)
+    return rng.standard_t(5, (k, n)).astype(np.float32), np.asarray(x.T @ x, np.float32)
+
+
+def _losses(q: Quantized, w: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    delta = q.dequantize().astype(np.float64) - w
+    return np.einsum("kn,kn->n", delta, gram.astype(np.float64) @ delta)
+
+
+@settings(max_examples=40, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.integers(1, 200), st.integers(1, 40))
+def test_the_sweep_rounds_as_row_by_row(spec: QuantSpec, seed: int, k: int, n: int) -> None:
+    """Sums are in another order: a value that lies between two codes may go to the other one, and others follow."""
+    w, gram = _problem(seed, k, n)
+    by, qparams = Compensation.of(gram, 0.01 * np.diagonal(gram)), spec.fit(w)
+    found, left = _compensate(w, by, qparams, spec)
+    with clear_form():
+        wanted, other = _compensate(w, by, qparams, spec)
+    assert found.codes.dtype == wanted.codes.dtype
+    alike = (found.codes == wanted.codes).all(axis=0)
+    assert alike.mean() >= 0.9 or (~alike).sum() <= 1
+    np.testing.assert_allclose(left[:, alike], other[:, alike], rtol=1e-3, atol=1e-4 * np.abs(other).max())
+
+
+def test_the_sweep_follows_factors_of_each_column() -> None:
+    w, gram = _problem(3, 70, 12)
+    spec, factor = QuantSpec(4, PerGroup(32)), np.random.default_rng(0).uniform(0.5, 2, (70, 12)).astype(np.float32)
+    by = Compensation.of(gram, 0.01 * np.diagonal(gram)).rescaled(factor)
+    found, _ = _compensate(w, by, spec.fit(w), spec)
+    with clear_form():
+        wanted, _ = _compensate(w, by, spec.fit(w), spec)
+    np.testing.assert_array_equal(found.codes, wanted.codes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.integers(1, 300), st.integers(1, 40), st.booleans(), st.booleans())
+def test_descent_ends_as_row_by_row(spec: QuantSpec, seed: int, k: int, n: int, codes: bool, scales: bool) -> None:
+    w, gram = _problem(seed, k, n)
+    q, added = Quantized(spec.project(w, spec.fit(w)), spec.fit(w), spec), 0.01 * np.diagonal(gram)
+
+    def rounds() -> Quantized:
+        own = _Descending(gram, added, w, q)
+        for number in range(3):
+            own.round(forward=number % 2 == 0, codes=codes, scales=scales)
+        np.testing.assert_allclose(own.left, w - own.moving.result().dequantize(), atol=1e-4 * np.abs(w).max())
+        return own.moving.result()
+
+    found = rounds()
+    with clear_form():
+        wanted = rounds()
+    assert found.codes.dtype == wanted.codes.dtype
+    damped = gram + np.diag(added)
+    np.testing.assert_allclose(_losses(found, w, damped).sum(), _losses(wanted, w, damped).sum(), rtol=2e-2)
+    same = (found.codes == wanted.codes).all(axis=0) & (found.qparams.scale == wanted.qparams.scale).all(axis=0)
+    assert same.mean() >= 0.8 or (~same).sum() <= 2
+    if spec.positive:
+        assert (found.qparams.scale > 0).all()
+
+
+@pytest.mark.parametrize("size", [32, 0])
+def test_error_compensation_gains_the_same(size: int) -> None:
+    w, gram = _problem(5, 256, 64)
+    spec = QuantSpec(4, PerGroup(size) if size else PerChannel(1))
+    statistics = Statistics(600, gram, np.ones(256, np.float32))
+    found = ErrorCompensated()(w, spec, statistics)
+    with clear_form():
+        wanted = ErrorCompensated()(w, spec, statistics)
+    np.testing.assert_allclose(_losses(found, w, gram).sum(), _losses(wanted, w, gram).sum(), rtol=5e-3)
+
+
+def test_other_grids_have_no_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ml_dtypes
+
+    spec = QuantSpec(4, PerGroup(32))
+    assert Loops.of(spec) is not None
+    assert Loops.of(spec.typed(ml_dtypes.bfloat16)) is None, "scales are stored in a type that they do not know"
+    monkeypatch.setattr(native, "_library", functools.cache(lambda: None))
+    assert Loops.of(spec) is None
+
+
+def test_arrays_must_lie_row_by_row() -> None:
+    loops = Loops.of(QuantSpec(4, PerGroup(2)))
+    assert loops is not None
+    w = np.ones((4, 8), np.float32)[:, ::2]
+    with pytest.raises(ValueError, match="takes arrays that lie row by row"):
+        loops.rescale(0, w, w, w, np.ones(4, np.float32), w)
