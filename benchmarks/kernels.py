@@ -57,8 +57,8 @@ from onnx import TensorProto, helper
 from qcompile.passes.formats import FORMATS, functions
 from qcompile.passes.formats.base import PRODUCT, pack_nibbles
 from qcompile.passes.formats.tables import TableGrid
-from qcompile.runtime.bench import cpu_name
 from qcompile.passes.library import library_path
+from qcompile.runtime.bench import cpu_name
 
 SHAPES = "576x1536,2048x2048,4096x4096,4096x11008,11008x4096"
 ROWS = "1,2,4,16,64,256,512"

@@ -13,6 +13,8 @@ Array64 = npt.NDArray[np.float64]
 
 # Columns of a factor that are made at once, and rows of them in one piece of work.
 _BLOCK, _ROWS = 128, 512
+# Rows that are put in order at once.
+_RUN = 16
 # Rows and columns of a part of a Gram matrix that one thread sums.
 _TILE = 512
 # What float32 may be off by: of the channels' correlations, beside which 0.01 at least are added to their diagonal.
@@ -90,6 +92,11 @@ class Compensation:
         by = by.reshape(len(by), -1)
         scale = np.asarray(self.scale / by[self.order], np.float32)
         return replace(self, scale=scale, by=by if self.by is None else self.by * by)
+
+    def followed(self, gram: Array, by: Array) -> "Compensation":
+        """The same of G / (b bᵀ), b (K,), which is given."""
+        own = self.rescaled(by)
+        return replace(own, gram=gram, added=np.asarray(self.added / np.square(by), np.float32), by=None)
 
     def of_columns(self, columns: npt.NDArray[np.int64]) -> "Compensation":
         """That for some of the columns."""
@@ -170,10 +177,14 @@ def _rising(energy: Array, together: int) -> npt.NDArray[np.int64]:
 
 
 def _in_order(gram: Array, diagonal: Array, order: npt.NDArray[np.int64]) -> Array:
-    """The matrix with that diagonal and its channels in that order, in memory of its own."""
-    found = np.empty_like(gram)
-    for start, stop in _blocks(len(gram)):
-        found[start:stop] = gram[order[start:stop]][:, order]
+    """The matrix with that diagonal and its channels in that order, in memory of its own; its lower triangle, of which
+    the other one takes no memory.
+    """
+    found = np.zeros_like(gram)
+    for start in range(0, len(gram), _RUN):
+        rows = np.take(gram, order[start : start + _RUN], axis=0)
+        stop = start + len(rows)
+        np.take(rows, order[:stop], axis=1, out=found[start:stop, :stop], mode="clip")  # "raise" would copy each
     np.fill_diagonal(found, diagonal[order])
     return found
 

@@ -33,7 +33,7 @@ from qcompile.passes.state import set_weight, weight_state
 from qcompile.passes.statistics import Statistics
 
 # Rows whose changes reach all others in one product.
-_BLOCK = 128
+_BLOCK = 256
 # For each direction that rows lie in, so many channels and rows make it one of few: of fewer channels, codes that keep
 # one direction give others away.
 _CHANNELS, _ROWS = 32, 8
@@ -104,7 +104,7 @@ def damped_by_rows(
     parts = statistics.split()
     if parts is None or too_few(statistics):
         return rounding
-    rest, held = parts
+    rest, held = replace(parts[0], kept=None), parts[1]
     step, count = max(1, wanted.shape[1] // _TRIED), row_weights(held, statistics)
     w = np.concatenate([own[:, ::step] for own in wanted.weights], axis=1, dtype=np.float32)
 
@@ -237,6 +237,7 @@ def round_together(
     if not spec.fine:  # else `pack` and `qdq` do not clip
         others.append(round_with_clip)
     joint = fitted(wanted, spec, statistics, rounding, others)
+    statistics.forget()  # large, and of no more use
     if joint is None:
         return too_few(statistics) or NOT_CONFIRMED
     start, found = 0, list[tuple[Quantized, float]]()
@@ -411,12 +412,10 @@ class _Block:
         size, change = self.moving.size, np.zeros_like(pull)
         for start in range(0, len(pull), size):
             rows = slice(start, min(start + size, len(pull)))
-            if scales:
-                self._rescale(pull, change, rows)
             if codes:
                 self._recode(pull, change, rows)
-                if scales:
-                    self._rescale(pull, change, rows)
+            if scales:
+                self._rescale(pull, change, rows)
         return change
 
     def _rescale(self, pull: Array, change: Array, rows: slice) -> None:

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -96,6 +96,8 @@ class Rotate(Pass):
             reason = refused[value] or (_NO_GAIN if share is not None and share > self._enough else "")
             if not reason:
                 self._turn(region, value, list(linears))
+            if value in region.statistics:
+                region.statistics[value].forget()
             for linear in linears:
                 detail: dict[str, Any] = {} if share is None else {"relative_loss": share}
                 self.decide(linear.name, "skipped" if reason else "rotated", reason or "in blocks", **detail)
@@ -247,11 +249,12 @@ class _Side:
         parts, sample = statistics.split(), statistics.sample
         assert parts is not None
         assert sample is not None
-        fitted, held = parts
-        count = row_weights(held, statistics)
+        count = row_weights(parts[1], statistics)
         if rotation is not None:
-            fitted, held, sample = fitted.rotated(rotation), rotation.turned(held), rotation.turned(sample)
-        return cls(rotation, replace(fitted, kept={}), held, count, grid, float(np.abs(sample).max()))
+            parts[0].kept = {}  # the side that is not turned was looked at before
+            parts, sample = statistics.turned(rotation), rotation.turned(sample)
+            assert parts is not None
+        return cls(rotation, *parts, count, grid, float(np.abs(sample).max()))
 
     @property
     def given(self) -> Array:

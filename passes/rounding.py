@@ -133,7 +133,9 @@ def fitted(
     if parts is None or too_few(statistics):  # Case 2
         return None
     rest, held = parts
-    rest.kept, step = {}, max(1, w.shape[1] // _JUDGED)
+    if rest.rotation is None:
+        rest.kept = {}  # channels are to be rounded in the order of their energies as they are now
+    step = max(1, w.shape[1] // _JUDGED)
     if isinstance(make, Prepared):
         make.prepare(rest, spec)
 

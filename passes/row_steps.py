@@ -48,7 +48,7 @@ class Descent:
     def run(self, rows: slice, pull: Array, gram: Array, added: Array) -> Array:
         """Change the codes of rows of one group, one after another; returns by how much their values change (s, N).
 
-        pull (s, N): their rows of G (W - Ŵ). gram (s, s): their part of G, without what is `added` to its diagonal (s,).
+        pull (s, N): their rows of G (W - Ŵ). gram (s, s): their part of G, without what is `added` to its diagonal.
         """
         own, together = np.zeros_like(pull), self.q.spec.rows_per_code
         for i in range(0, len(pull), together):
@@ -64,8 +64,8 @@ class Descent:
     def rescale(self, rows: slice, first: int, product: Array, pull: Array, change: Array) -> None:
         """Set the scale of a group to that of least error, where the file can hold a better one.
 
-        product: G by the group's levels, pull: G (W - Ŵ), of the rows of a block (M, N), in which the group's begin with
-        the `first`. pull follows the change in place, and the change of the group's values (s, N) is added to `change`.
+        product: G by the group's levels, pull: G (W - Ŵ), of the rows of a block (M, N), in which the group's begin
+        with the `first`. pull follows in place; the change of the group's values (s, N) is added to `change`.
         """
         spec, levels, scale = self.q.spec, self.levels(rows), self.scale[rows.start // self.size]
         own = slice(first, first + len(levels))

@@ -342,7 +342,6 @@ class Judges:
             for i in (0, 1)
         )
         fitted, held = statistics.split() or (statistics, None)
-        fitted = replace(fitted, kept={})
         known = (pair.shared, statistics, fitted, held, self.rounding, first, others_of)
         return Judge(*known, grid=self.grid, weight=self.weigh(pair))
 

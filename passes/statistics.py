@@ -1,6 +1,6 @@
 """Sufficient statistics of an activation: what every pass needs instead of the activations themselves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -47,6 +47,8 @@ class Statistics:
     groups: Numbers | None = None
     kept: dict[tuple[float, int], Compensation] | None = None
     rotation: Rotation | None = None
+    _parts: "tuple[Statistics, Array] | None" = field(default=None, init=False, repr=False, compare=False)
+    _turned: "tuple[Rotation, Statistics, Array] | None" = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def mean_square(self) -> Array:
@@ -128,20 +130,41 @@ class Statistics:
     def split(self) -> "tuple[Statistics, Array] | None":
         """(statistics of all rows but some, those rows held aside (h, K)); None where fewer than two are known.
 
-        What is fitted to the first is judged on the second: `aside` says which they are.
+        What is fitted to the first is judged on the second: `aside` says which they are. They are kept, with what
+        `compensation` gave of them, and follow rewrites: several passes fit to them.
         """
         if self.sample is None or not self.divisible:
             return None
-        aside = self.aside
-        held, kept = self.sample[aside], self.sample[~aside]
-        gram = self.gram.copy()
-        add_gram(gram, held, -1)
-        mirror(gram)
-        np.fill_diagonal(gram, np.maximum(np.diagonal(gram), 0))
-        absmax = np.abs(kept).max(axis=0)
-        if self.rest is not None:
-            absmax = np.maximum(absmax, self.rest)
-        return Statistics(self.rows - len(held), gram, absmax, rotation=self.rotation), held
+        if self._parts is None:
+            aside = self.aside
+            held, kept = self.sample[aside], self.sample[~aside]
+            gram = self.gram.copy()
+            add_gram(gram, held, -1)
+            mirror(gram)
+            np.fill_diagonal(gram, np.maximum(np.diagonal(gram), 0))
+            absmax = np.abs(kept).max(axis=0)
+            if self.rest is not None:
+                absmax = np.maximum(absmax, self.rest)
+            self._parts = Statistics(self.rows - len(held), gram, absmax, kept={}, rotation=self.rotation), held
+        return self._parts
+
+    def turned(self, rotation: Rotation) -> "tuple[Statistics, Array] | None":
+        """`split` of the rows of X R; kept, too."""
+        parts = self.split()
+        if parts is None:
+            return None
+        if self._turned is None or not np.array_equal(self._turned[0].signs, rotation.signs):
+            rest, held = parts
+            assert self.sample is not None
+            peaks = np.abs(rotation.turned(self.sample[~self.aside])).max(axis=0)
+            made = rest.rotated(rotation)
+            made = replace(made, absmax=np.maximum(made.absmax, peaks), kept={})
+            self._turned = rotation, made, rotation.turned(held)
+        return self._turned[1:]
+
+    def forget(self) -> None:
+        """Let go of what `split` and `turned` keep."""
+        self._parts = self._turned = None
 
     @property
     def aside(self) -> npt.NDArray[np.bool_]:
@@ -166,9 +189,16 @@ class Statistics:
     def rescale(self, factor: Array) -> None:
         """Follow a rewrite that divides channel k of the activation by factor[k] (K,)."""
         inverse = (1.0 / factor).astype(np.float32)
+        parts, known, was_turned = self._parts, self.kept, self.rotation is not None
+        self.forget()
         self.rotation = None
-        self.kept = None if self.kept is None else {}
         self.gram = self.gram * inverse[:, None] * inverse[None, :]
+        if known is not None:
+            self.kept = {} if was_turned else {key: own.followed(self.gram, factor) for key, own in known.items()}
+        if parts is not None and not was_turned:
+            rest, held = parts
+            rest.rescale(factor)
+            self._parts = rest, held * inverse
         self.absmax = self.absmax * np.abs(inverse)
         if self.sample is not None:
             self.sample = self.sample * inverse
@@ -179,13 +209,21 @@ class Statistics:
         """Those of X R. The largest magnitudes are those of the sample, and what its energy says of a channel: rows
         that are not in the sample may reach further, `Rotation.reach` says how far.
         """
-        gram = rotation.gram(self.gram)
-        sample = None if self.sample is None else rotation.turned(self.sample)
+        parts, sample = self.turned(rotation), None if self.sample is None else rotation.turned(self.sample)
+        self._parts = None  # large, and of no more use
+        if parts is None:
+            gram = rotation.gram(self.gram)
+        else:
+            gram = parts[0].gram.copy()
+            add_gram(gram, parts[1])
+            mirror(gram)
         rows = np.zeros((0, len(gram)), np.float32) if sample is None else np.abs(sample)
         usual = np.sqrt(np.maximum(np.diagonal(gram), 0) / np.float32(max(self.rows, 1)))
         absmax = np.maximum(rows.max(axis=0, initial=0.0), usual)
         rest = None if self.rest is None else np.zeros_like(absmax)
-        return Statistics(self.rows, gram, absmax, sample, rest, self.groups, rotation=rotation)
+        made = Statistics(self.rows, gram, absmax, sample, rest, self.groups, rotation=rotation)
+        made._parts = parts
+        return made
 
     def part(self, channels: Numbers) -> "Statistics":
         """Those of some channels of X, which is not turned."""
@@ -220,6 +258,7 @@ class _Rescaled(Statistics):
             self.kept = {key: own.rescaled(factor) for key, own in base.kept.items()}
 
     def rescale(self, factor: Array) -> None:
+        self.forget()
         self.__init__(self.base, factor / self.inverse)  # type: ignore[misc]
         self.__dict__.pop("gram", None)
 

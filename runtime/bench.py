@@ -22,8 +22,8 @@ import numpy.typing as npt
 import psutil
 
 from qcompile.passes.errors import UserError
-from qcompile.runtime.caches import Caches, Decoder
 from qcompile.passes.library import library_path
+from qcompile.runtime.caches import Caches, Decoder
 from qcompile.runtime.library import chosen_kernel
 from qcompile.runtime.sessions import custom_operators, ort_version, registered_libraries, session
 

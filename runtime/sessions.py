@@ -14,8 +14,8 @@ import psutil
 
 from qcompile.passes.errors import UserError
 from qcompile.passes.interrupts import uninterrupted
-from qcompile.passes.threads import limit
 from qcompile.passes.library import VARIABLE, library_path
+from qcompile.passes.threads import limit
 from qcompile.runtime.library import check_version, chosen_kernel, why_no_cuda
 
 # 1.23 and older crash on an absent optional input of an inlined model-local function.

@@ -12,8 +12,8 @@ from threadpoolctl import threadpool_info
 from qcompile.passes import extensions
 from qcompile.passes.base import Pass
 from qcompile.passes.errors import UserError
-from qcompile.passes.threads import workers
 from qcompile.passes.library import library_path
+from qcompile.passes.threads import workers
 from qcompile.runtime.library import chosen_kernel
 
 _OWN = ("compiler", "passes", "runtime", "models")

@@ -113,20 +113,20 @@ def test_descent_ends_where_no_single_code_lowers_the_error(grid) -> None:
         assert (other >= reached * (1 - 1e-4) - 1e-6 * gram.max()).all()
 
 
-@pytest.mark.parametrize("size", [16, 64, 100, 200])
+@pytest.mark.parametrize("size", [16, 64, 200, 400])
 @pytest.mark.parametrize("scales", [False, True])
 def test_descent_works_across_blocks(size: int, scales: bool) -> None:
     """The error of no column rises in any round, to and fro over blocks of several groups or of one: what blocks know
     of each other is what a whole product would say.
     """
-    w, statistics = _problem(200, 8)
+    w, statistics = _problem(400, 8, rows=800)
     gram, q = statistics.gram, _nearest(w, QuantSpec(4, PerGroup(size)))
     first = _errors(q, w, gram)
     for following in _rounds(w, gram, q, 5, scales=scales):
         assert (_errors(following, w, gram) <= _errors(q, w, gram) * (1 + 1e-5)).all()
         q = following
     assert _errors(q, w, gram).sum() < 0.7 * first.sum()
-    own = _Descending(gram, np.zeros(200, np.float32), w, q)
+    own = _Descending(gram, np.zeros(400, np.float32), w, q)
     for number in range(3):
         own.round(forward=number % 2 == 0, codes=True, scales=scales)
         met = [(slice(0, b.start) if number % 2 == 0 else slice(b.stop, None)) for b in own.blocks]

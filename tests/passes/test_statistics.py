@@ -7,6 +7,7 @@ import pytest
 from observing import UINT8, observe
 
 from qcompile.passes.observers.gram import Gram
+from qcompile.passes.rotation import Rotation
 from qcompile.passes.statistics import Statistics
 
 ROWS, K, N = 200, 12, 5
@@ -88,3 +89,59 @@ def test_a_copy_that_follows_a_factor_has_the_statistics_of_such_a_rewrite(sign:
     np.testing.assert_allclose(several.times(_w()[:, :2]), wanted, rtol=1e-4, atol=1e-5 * scale)
     copy.rescale(1 / factor)
     np.testing.assert_allclose(copy.gram, own.gram, rtol=1e-4)
+
+
+def _sampled(x: np.ndarray) -> Statistics:
+    return Statistics(len(x), x.T @ x, np.abs(x).max(axis=0), x, np.zeros(x.shape[1], np.float32))
+
+
+def _same(found: Statistics, wanted: Statistics) -> None:
+    np.testing.assert_allclose(found.gram, wanted.gram, rtol=1e-4, atol=1e-5 * np.abs(wanted.gram).max())
+    np.testing.assert_allclose(found.absmax, wanted.absmax, rtol=1e-4)
+    assert (found.rows, found.rotation is None) == (wanted.rows, wanted.rotation is None)
+
+
+def test_the_parts_of_a_split_follow_rewrites_with_their_factor() -> None:
+    """A pass that fits to them behind a rewrite finds what a split of the rewritten rows would have, and the Gram
+    matrix is not factored again.
+    """
+    factor = np.random.default_rng(2).uniform(0.3, 3, K).astype(np.float32)
+    statistics, wanted = _sampled(_x()), _sampled(_x() / factor)
+    parts = statistics.split()
+    assert parts is not None
+    assert parts is statistics.split()
+    before = parts[0].compensation(0.01)
+    statistics.rescale(factor)
+    rest, held = statistics.split() or pytest.fail("it can be split")
+    other, rows = wanted.split() or pytest.fail("it can be split")
+    _same(rest, other)
+    np.testing.assert_allclose(held, rows, rtol=1e-5)
+    followed = rest.compensation(0.01)
+    assert followed.lower is before.lower
+    assert followed.gram is rest.gram
+    e = np.random.default_rng(3).standard_normal((K, 4)).astype(np.float32)
+    damped = followed.damped[0] + np.diag(followed.damped[1])
+    squares = np.square(followed.transposed_times(e[followed.order])).sum(axis=0)
+    np.testing.assert_allclose(squares, np.einsum("kn,kn->n", e, damped @ e), rtol=1e-3)
+    statistics.forget()
+    assert statistics.split() is not parts
+
+
+def test_a_rotation_turns_the_parts_of_a_split() -> None:
+    """Those who judged it and those who round behind it fit to the same rows, by one factor."""
+    x = np.random.default_rng(0).standard_normal((ROWS, 32)).astype(np.float32) * np.linspace(
+        0.1, 4, 32, dtype=np.float32
+    )
+    statistics, rotation = _sampled(x), Rotation.of(32, 0)
+    assert rotation is not None
+    judged, rows = statistics.turned(rotation) or pytest.fail("it can be split")
+    factor = judged.compensation(0.01)
+    turned = statistics.rotated(Rotation.of(32, 0))
+    _same(turned, replace(_sampled(rotation.turned(x)), rotation=rotation))
+    rest, held = turned.split() or pytest.fail("it can be split")
+    assert rest.compensation(0.01) is factor
+    assert held is rows
+    _same(rest, replace(_sampled(rotation.turned(x)), rotation=rotation).split()[0])
+    other = statistics.turned(Rotation.of(32, 1))
+    assert other is not None
+    assert other[0] is not judged, "another rotation has parts of its own"

@@ -18,9 +18,9 @@ from kernel_builds import SANITIZED, build_kernel_check, run, tool
 from native_models import Case, native_library, open_session, relative
 from onnx import TensorProto, helper
 
+from qcompile.passes import library as module
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.base import VERSION
-from qcompile.passes import library as module
 from qcompile.runtime import library_path, session, sessions
 from qcompile.runtime.library import operators_version
 

@@ -24,9 +24,9 @@ from qcompile.compiler.files.load import load_model, save_model
 from qcompile.compiler.measure.workload import Workload, common_vocabulary
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_encoder, tiny_mlp
 from qcompile.passes.errors import UserError
+from qcompile.passes.library import library_path
 from qcompile.runtime import bench
 from qcompile.runtime.bench import Case, Loaded, Measured, Runner, Subject, measure, paired_ratio, spread
-from qcompile.passes.library import library_path
 from qcompile.runtime.sessions import run
 
 SMALL = Workload(prompts=(1, 4), decode=3, after=5)
