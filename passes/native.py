@@ -65,6 +65,17 @@ class Loops:
         self._call("fit", w, n, k, n, size, importance, _step(importance, n), tried, len(tried), scale, zero)
         return QParams(scale, zero)
 
+    def nearest(self, w: npt.NDArray[np.floating], size: int, codes: Codes, scale: Array, zero: Array) -> None:
+        """The nearest codes of w (K, N), float16 or float32, on the range of each group of so many rows, in parts
+        of codes (K, N), scale and zero points (groups, N), of which each row lies together.
+        """
+        if w.dtype not in _HALF_OR_SINGLE or w.strides[1] != w.itemsize:
+            w = np.ascontiguousarray(w, w.dtype if w.dtype in _HALF_OR_SINGLE else np.float32)
+        (k, n), half = w.shape, w.dtype == np.float16
+        step, step_scale, step_codes = (own.strides[0] // own.itemsize for own in (w, scale, codes))
+        places = w, half, step, k, n, size, scale, zero, step_scale, codes, step_codes
+        self._call("nearest", *places, strided=(w, scale, zero, codes))
+
     def sweep(
         self,
         by: Compensation,
@@ -89,7 +100,7 @@ class Loops:
         """
         count, n = levels.shape
         change, step = np.empty((count, n), np.float32), gram.strides[0] // gram.itemsize
-        self._call("recode", count, n, gram, step, added, pull, scale, zero, levels, change, strided=gram)
+        self._call("recode", count, n, gram, step, added, pull, scale, zero, levels, change, strided=(gram,))
         return change
 
     def rescale(self, first: int, levels: Array, product: Array, pull: Array, scale: Array, change: Array) -> None:
@@ -101,14 +112,16 @@ class Loops:
         (count, n), total = levels.shape, len(pull)
         self._call("rescale", total, first, count, n, levels, product, pull, scale, change)
 
-    def _call(self, name: str, *values: int | npt.NDArray[np.generic], strided: Array | None = None) -> None:
+    def _call(
+        self, name: str, *values: int | npt.NDArray[np.generic], strided: tuple[npt.NDArray[np.generic], ...] = ()
+    ) -> None:
         """A function of the library: numbers as int64, arrays by where they begin, which lie there row by row."""
         given = list[object]()
         for value in values:
             if not isinstance(value, np.ndarray):
                 given.append(ctypes.c_int64(value))
                 continue
-            if value is not strided and not value.flags.c_contiguous:
+            if not any(value is own for own in strided) and not value.flags.c_contiguous:
                 raise ValueError(f"{name} takes arrays that lie row by row, not one of strides {value.strides}")
             given.append(ctypes.c_void_p(value.ctypes.data))
         getattr(self.library, f"qcompile_{name}")(ctypes.byref(self.grid), *given)

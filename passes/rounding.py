@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from qcompile.passes.affine import Array, Grid, QParams, Quantized, output_error
 from qcompile.passes.held import confirmed, too_few
+from qcompile.passes.native import Loops
 from qcompile.passes.statistics import Statistics
 from qcompile.passes.threads import side_by_side
 from qcompile.passes.workers import mapped
@@ -59,19 +60,24 @@ def round_to_nearest(w: Weight, spec: Grid, statistics: Statistics | None) -> Qu
     w: of any float type, and read by the block: a mapped table is never held as a whole, and what is made of a block
     stays in a core's own cache.
     """
-    return by_blocks(spec.fit, w, spec)
+    return by_blocks(None, w, spec)
 
 
-def by_blocks(fit: Callable[[Array], QParams], w: Weight, spec: Grid) -> Quantized:
-    """The nearest codes of w (K, N) on what `fit` makes of blocks of whole groups."""
+def by_blocks(fit: Callable[[Array], QParams] | None, w: Weight, spec: Grid) -> Quantized:
+    """The nearest codes of w (K, N) on what `fit` makes of blocks of whole groups; None: on the range of each."""
     k, n = w.shape
     codes, (scale, zero_point) = np.empty((k, n), spec.code_dtype), np.empty((2, spec.groups(k), n), np.float32)
     size, turned = max(spec.group_size(k), 1), isinstance(w, np.ndarray) and w.strides[0] < w.strides[1]
+    loops = Loops.of(spec) if fit is None else None
 
     def one(columns: slice) -> None:
         for rows, own in _blocks(k, columns, size, turned=turned):
-            block, groups = np.asarray(w[rows, own], np.float32), slice(rows.start // size, -(-rows.stop // size))
-            qparams = fit(block)
+            groups = slice(rows.start // size, -(-rows.stop // size))
+            if loops is not None:
+                loops.nearest(w[rows, own], size, codes[rows, own], scale[groups, own], zero_point[groups, own])
+                continue
+            block = np.asarray(w[rows, own], np.float32)
+            qparams = (fit or spec.fit)(block)
             scale[groups, own], zero_point[groups, own] = qparams.scale, qparams.zero_point
             codes[rows, own] = spec.project(block, qparams)
 

@@ -19,6 +19,7 @@ namespace {
 constexpr int kLanes = 16;
 typedef float V __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 constexpr float kLeastScale = 0x1p-120f;       // affine.LEAST_SCALE
@@ -60,6 +61,19 @@ INLINE V to_half(V x) {
   return with_sign(rounded > kDenseTo ? all(INFINITY) : rounded, x);
 }
 
+// What finite fp16 numbers are in fp32: their bits are those of a number 2^112 times smaller.
+INLINE V from_half(Halves x) {
+  const I whole = __builtin_convertvector(x, I);
+  return bits(bits(bits((whole & 0x7FFF) << 13) * 0x1p112f) | ((whole & 0x8000) << 16));
+}
+
+INLINE V load(const uint16_t* p, int lanes) {
+  Halves x{};
+  std::memcpy(&x, p, size_t(lanes) * sizeof *p);
+  return from_half(x);
+}
+INLINE V load(const float* p, int lanes) { return load(p, lanes, 0); }
+
 // affine.storable
 INLINE V storable(V scale, bool half) {
   const V size = magnitude(scale);
@@ -69,6 +83,8 @@ INLINE V storable(V scale, bool half) {
   stored = magnitude(stored) < smallest ? with_sign(smallest, scale) : stored;
   return scale == 0 ? all(1) : stored;
 }
+
+INLINE Bytes code_of(V x) { return __builtin_convertvector(__builtin_convertvector(x, I), Bytes); }
 
 struct Range {
   V scale, zero;
@@ -160,6 +176,55 @@ void fit(const QCompileGrid& grid, const float* w, int64_t ld, int64_t k, int64_
   }
 }
 
+// Columns of a group that are looked at together: whole cache lines of every row.
+constexpr int kWide = 4;
+
+template <typename Number>
+INLINE void round_group(const QCompileGrid& grid, const Number* w, int64_t ld, int64_t rows, int64_t columns, float* scale,
+                        float* zero_point, uint8_t* codes, int64_t ld_codes) {
+  V low[kWide] = {}, high[kWide] = {};
+  Range range[kWide];
+  const auto lanes = [columns](int part) { return int(std::max<int64_t>(0, std::min<int64_t>(kLanes, columns - part * kLanes))); };
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int part = 0; part < kWide; ++part) {
+      const V own = load(w + row * ld + part * kLanes, lanes(part));
+      low[part] = least(low[part], own);
+      high[part] = most(high[part], own);
+    }
+  }
+  for (int part = 0; part < kWide; ++part) {
+    range[part] = span(grid, low[part], high[part], 1);
+    store(scale + part * kLanes, range[part].scale, lanes(part));
+    store(zero_point + part * kLanes, range[part].zero, lanes(part));
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int part = 0; part < kWide; ++part) {
+      const V zero = range[part].zero, own = load(w + row * ld + part * kLanes, lanes(part)) / range[part].scale;
+      const Bytes narrow = code_of(cut(own, grid.qmin - zero, grid.qmax - zero) + zero);
+      std::memcpy(codes + row * ld_codes + part * kLanes, &narrow, size_t(lanes(part)));
+    }
+  }
+}
+
+template <typename Number>
+INLINE void nearest(const QCompileGrid& grid, const Number* w, int64_t ld, int64_t k, int64_t n, int64_t size, float* scale,
+                    float* zero_point, int64_t ld_scale, uint8_t* codes, int64_t ld_codes) {
+  for (int64_t start = 0, group = 0; start < k; start += size, ++group) {
+    for (int64_t column = 0; column < n; column += kWide * kLanes) {
+      const int64_t at = group * ld_scale + column;
+      round_group(grid, w + start * ld + column, ld, std::min(size, k - start), n - column, scale + at, zero_point + at,
+                  codes + start * ld_codes + column, ld_codes);
+    }
+  }
+}
+
+FOR_EACH_MACHINE
+void nearest_of(const QCompileGrid& grid, const void* w, bool half, int64_t ld, int64_t k, int64_t n, int64_t size, float* scale,
+                float* zero_point, int64_t ld_scale, uint8_t* codes, int64_t ld_codes) {
+  if (half) return nearest(grid, static_cast<const uint16_t*>(w), ld, k, n, size, scale, zero_point, ld_scale, codes, ld_codes);
+  nearest(grid, static_cast<const float*>(w), ld, k, n, size, scale, zero_point, ld_scale, codes, ld_codes);
+}
+
 // Rows that are rounded one after another, so that what they leave stays in registers' reach.
 constexpr int64_t kRun = 64;
 
@@ -183,8 +248,7 @@ void sweep(const QCompileGrid& grid, int64_t start, int64_t stop, int64_t n, int
       known[i - start] = by * (own - decoded);
       store(left + i * n + column, known[i - start], lanes);
       store(spread + i * n + column, unit * (wish - decoded), lanes);
-      const I code = __builtin_convertvector(level + zero, I);
-      const Bytes narrow = __builtin_convertvector(code, Bytes);
+      const Bytes narrow = code_of(level + zero);
       std::memcpy(codes + row * n + column, &narrow, size_t(lanes));
     }
   }
@@ -244,6 +308,11 @@ void qcompile_fit(const QCompileGrid* grid, const float* w, int64_t ld, int64_t 
                   const float* importance, int64_t importance_ld, const float* shrinks, int64_t count, float* scale,
                   float* zero_point) {
   fit(*grid, w, ld, k, n, rows, importance, importance_ld, shrinks, count, scale, zero_point);
+}
+
+void qcompile_nearest(const QCompileGrid* grid, const void* w, int64_t half, int64_t ld, int64_t k, int64_t n, int64_t rows,
+                      float* scale, float* zero_point, int64_t ld_scale, uint8_t* codes, int64_t ld_codes) {
+  nearest_of(*grid, w, half != 0, ld, k, n, rows, scale, zero_point, ld_scale, codes, ld_codes);
 }
 
 void qcompile_sweep(const QCompileGrid* grid, int64_t start, int64_t stop, int64_t n, int64_t rows, const int64_t* order,

@@ -21,6 +21,12 @@ QCOMPILE_EXPORT void qcompile_fit(const QCompileGrid* grid, const float* w, int6
                                   const float* importance, int64_t importance_ld, const float* shrinks, int64_t count,
                                   float* scale, float* zero_point);
 
+// scale, zero_point (groups, n) that span each group's range (rows, n), and the nearest codes (k, n; ld_codes) by them. w is fp16
+// where `half`, else fp32, and finite.
+QCOMPILE_EXPORT void qcompile_nearest(const QCompileGrid* grid, const void* w, int64_t half, int64_t ld, int64_t k, int64_t n,
+                                      int64_t rows, float* scale, float* zero_point, int64_t ld_scale, uint8_t* codes,
+                                      int64_t ld_codes);
+
 // Rounds rows start … stop - 1 of a sweep, the last first. order, lower (ld_lower), energy: as `Compensation` has them (scale);
 // energy_ld 0: one for all columns. w, codes by row of the weight; left, spread by place in the order; all with ld n.
 QCOMPILE_EXPORT void qcompile_sweep(const QCompileGrid* grid, int64_t start, int64_t stop, int64_t n, int64_t rows,

@@ -15,6 +15,7 @@ from qcompile.passes.affine import Quantized
 from qcompile.passes.algebra import Compensation
 from qcompile.passes.gptq import ErrorCompensated, _compensate, _Descending
 from qcompile.passes.native import Loops
+from qcompile.passes.rounding import round_to_nearest
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
 
@@ -63,6 +64,40 @@ def test_fit_gives_the_very_numbers(spec: QuantSpec, seed: int, k: int, n: int, 
         wanted = spec.fit(w, importance)
     np.testing.assert_array_equal(found.scale, wanted.scale)
     np.testing.assert_array_equal(found.zero_point, wanted.zero_point)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    GRIDS,
+    st.integers(0, 99),
+    st.integers(1, 400),
+    st.integers(1, 150),
+    st.sampled_from(["row", "column", "half", "double"]),
+)
+def test_plain_rounding_gives_the_very_codes(spec: QuantSpec, seed: int, k: int, n: int, kind: str) -> None:
+    w = _weights(seed, k, n)
+    if kind == "half":
+        w = np.clip(w, -60000, 60000).astype(np.float16)
+    w = np.asfortranarray(w) if kind == "column" else w.astype(np.float64) if kind == "double" else w
+    found = round_to_nearest(w, spec, None)
+    with clear_form():
+        wanted = round_to_nearest(w, spec, None)
+    assert found.codes.dtype == wanted.codes.dtype
+    np.testing.assert_array_equal(found.codes, wanted.codes)
+    np.testing.assert_array_equal(found.qparams.scale, wanted.qparams.scale)
+    np.testing.assert_array_equal(found.qparams.zero_point, wanted.qparams.zero_point)
+
+
+def test_every_half_precision_number_is_read_as_it_is() -> None:
+    """Each in a column of its own, which its scale alone tells: at 8 bits, with the file's own precision."""
+    w = np.arange(1 << 16, dtype=np.uint16).view(np.float16)[None]
+    w = w[:, np.isfinite(w[0])]
+    spec = QuantSpec(8, PerGroup(1), symmetric=True, scale_dtype=np.float32)
+    found = round_to_nearest(w, spec, None)
+    with clear_form():
+        wanted = round_to_nearest(w.astype(np.float32), spec, None)
+    np.testing.assert_array_equal(found.qparams.scale, wanted.qparams.scale)
+    np.testing.assert_array_equal(found.codes, wanted.codes)
 
 
 def test_fit_reads_a_weight_however_it_lies() -> None:
