@@ -69,7 +69,11 @@ INLINE V from_half(Halves x) {
 
 INLINE V load(const uint16_t* p, int lanes) {
   Halves x{};
-  std::memcpy(&x, p, size_t(lanes) * sizeof *p);
+  if (lanes == kLanes) {
+    std::memcpy(&x, p, sizeof x);
+  } else {
+    std::memcpy(&x, p, size_t(lanes) * sizeof *p);
+  }
   return from_half(x);
 }
 INLINE V load(const float* p, int lanes) { return load(p, lanes, 0); }
@@ -84,7 +88,14 @@ INLINE V storable(V scale, bool half) {
   return scale == 0 ? all(1) : stored;
 }
 
-INLINE Bytes code_of(V x) { return __builtin_convertvector(__builtin_convertvector(x, I), Bytes); }
+INLINE void store_codes(uint8_t* p, V x, int lanes) {
+  const Bytes codes = __builtin_convertvector(__builtin_convertvector(x, I), Bytes);
+  if (lanes == kLanes) {
+    std::memcpy(p, &codes, sizeof codes);
+  } else {
+    std::memcpy(p, &codes, size_t(lanes));
+  }
+}
 
 struct Range {
   V scale, zero;
@@ -179,12 +190,14 @@ void fit(const QCompileGrid& grid, const float* w, int64_t ld, int64_t k, int64_
 // Columns of a group that are looked at together: whole cache lines of every row.
 constexpr int kWide = 4;
 
-template <typename Number>
+template <typename Number, bool kFull>
 INLINE void round_group(const QCompileGrid& grid, const Number* w, int64_t ld, int64_t rows, int64_t columns, float* scale,
                         float* zero_point, uint8_t* codes, int64_t ld_codes) {
   V low[kWide] = {}, high[kWide] = {};
   Range range[kWide];
-  const auto lanes = [columns](int part) { return int(std::max<int64_t>(0, std::min<int64_t>(kLanes, columns - part * kLanes))); };
+  const auto lanes = [columns](int part) {
+    return kFull ? kLanes : int(std::max<int64_t>(0, std::min<int64_t>(kLanes, columns - part * kLanes)));
+  };
   for (int64_t row = 0; row < rows; ++row) {
     for (int part = 0; part < kWide; ++part) {
       const V own = load(w + row * ld + part * kLanes, lanes(part));
@@ -200,8 +213,7 @@ INLINE void round_group(const QCompileGrid& grid, const Number* w, int64_t ld, i
   for (int64_t row = 0; row < rows; ++row) {
     for (int part = 0; part < kWide; ++part) {
       const V zero = range[part].zero, own = load(w + row * ld + part * kLanes, lanes(part)) / range[part].scale;
-      const Bytes narrow = code_of(cut(own, grid.qmin - zero, grid.qmax - zero) + zero);
-      std::memcpy(codes + row * ld_codes + part * kLanes, &narrow, size_t(lanes(part)));
+      store_codes(codes + row * ld_codes + part * kLanes, cut(own, grid.qmin - zero, grid.qmax - zero) + zero, lanes(part));
     }
   }
 }
@@ -212,8 +224,14 @@ INLINE void nearest(const QCompileGrid& grid, const Number* w, int64_t ld, int64
   for (int64_t start = 0, group = 0; start < k; start += size, ++group) {
     for (int64_t column = 0; column < n; column += kWide * kLanes) {
       const int64_t at = group * ld_scale + column;
-      round_group(grid, w + start * ld + column, ld, std::min(size, k - start), n - column, scale + at, zero_point + at,
-                  codes + start * ld_codes + column, ld_codes);
+      const int64_t rows = std::min(size, k - start), left = n - column;
+      const Number* own = w + start * ld + column;
+      uint8_t* out = codes + start * ld_codes + column;
+      if (left >= kWide * kLanes) {
+        round_group<Number, true>(grid, own, ld, rows, left, scale + at, zero_point + at, out, ld_codes);
+      } else {
+        round_group<Number, false>(grid, own, ld, rows, left, scale + at, zero_point + at, out, ld_codes);
+      }
     }
   }
 }
@@ -248,8 +266,7 @@ void sweep(const QCompileGrid& grid, int64_t start, int64_t stop, int64_t n, int
       known[i - start] = by * (own - decoded);
       store(left + i * n + column, known[i - start], lanes);
       store(spread + i * n + column, unit * (wish - decoded), lanes);
-      const Bytes narrow = code_of(level + zero);
-      std::memcpy(codes + row * n + column, &narrow, size_t(lanes));
+      store_codes(codes + row * n + column, level + zero, lanes);
     }
   }
 }
