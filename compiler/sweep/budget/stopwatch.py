@@ -26,10 +26,10 @@ from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.functions import is_product, product_bits
 from qcompile.passes.formats.lower import lower
+from qcompile.passes.library import library_path
 from qcompile.passes.policy import Policy
 from qcompile.passes.targets import TARGETS
 from qcompile.runtime.bench import cpu_name
-from qcompile.runtime.library import library_path
 from qcompile.runtime.sessions import default_threads, operator_kernels, ort_version, run, session
 
 _log = logging.getLogger(__name__)
