@@ -1,5 +1,7 @@
-"""Where the shared library of native kernels lies."""
+"""Where the shared library of native kernels lies, and which one it is."""
 
+import functools
+import hashlib
 import json
 import os
 import sys
@@ -30,6 +32,20 @@ def library_path() -> Path:
         "this installation has no library of native kernels (it was built without a C++ compiler): install g++, then "
         "reinstall qcompile-onnx. Without the library, models run through their portable bodies"
     )
+
+
+def library_digest() -> str:
+    """The sha256 of its content; empty where this installation has none. OSError where it cannot be read."""
+    try:
+        path = library_path()
+    except UserError:
+        return ""
+    return _digest(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _digest(path: Path, written: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _candidates() -> Iterator[Path]:

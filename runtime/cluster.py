@@ -3,14 +3,15 @@
 Ray schedules the tasks, and runs what a lost machine had again.
 
 Invariant: what comes back is what this process would have computed, bit by bit, on machines with the same versions and
-the same kind of processor: a task computes one item alone, no sum follows the order of arrival, and sessions and BLAS,
-whose sums depend on their threads, have as many as are in force here where the items are given out (`Where`): a pass
-that runs within threadpool_limits(1) has one there as well.
+the same kind of processor (other native kernels are refused): a task computes one item alone, no sum follows the order
+of arrival, and sessions and BLAS, whose sums depend on their threads, have as many as are in force here where the items
+are given out (`Where`): a pass that runs within threadpool_limits(1) has one there as well.
 """
 
 import itertools
 import os
 import pickle
+import platform
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from qcompile.passes.errors import UserError
+from qcompile.passes.library import library_digest
 from qcompile.passes.threads import limited
 from qcompile.passes.workers import working
 from qcompile.runtime.sessions import custom_operators, default_threads, registered_libraries, session_threads
@@ -39,19 +41,20 @@ _STAY = 2
 class Where:
     """Where names of files begin in this process, and its libraries of operators and threads of sessions and of BLAS.
 
-    blas: the most of any BLAS that is loaded; None without one.
+    blas: the most of any BLAS that is loaded; None without one. kernels: what `library_digest` says.
     """
 
     folder: Path
     libraries: Sequence[Path]
     threads: int
     blas: int | None
+    kernels: str
 
     @classmethod
     def here(cls) -> "Where":
         """As it is now."""
         blas = max((own["num_threads"] for own in threadpool_info() if own["user_api"] == "blas"), default=None)
-        return cls(Path.cwd(), registered_libraries(), default_threads(), blas)
+        return cls(Path.cwd(), registered_libraries(), default_threads(), blas, library_digest())
 
 
 class Cluster:
@@ -109,6 +112,11 @@ def _computed(where: Where, job: str, compute: Callable[..., R], shared: list[An
     """In a worker: one item. Its result as bytes: of arrays, Ray would show the caller what it must not change."""
     import ray
 
+    if where.kernels != library_digest():
+        raise UserError(
+            f"a worker of the cluster, on {platform.node()}, has other native kernels than this machine, with which it "
+            "would round otherwise: install the same qcompile-onnx on both"
+        )
     if job not in _GIVEN:
         while len(_GIVEN) >= _STAY:
             del _GIVEN[next(iter(_GIVEN))]

@@ -23,6 +23,7 @@ from qcompile.compiler.sweep.scoring import Evaluation
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.errors import UserError
 from qcompile.passes.workers import Here, elsewhere, mapped
+from qcompile.runtime import cluster
 from qcompile.runtime.cluster import Cluster, clustered
 
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="the extra cluster (Ray) is not installed")
@@ -123,6 +124,13 @@ def test_an_error_is_what_it_was(nodes: Nodes) -> None:
     """Its class and its one line, as of this process."""
     with clustered(nodes.address), pytest.raises(UserError, match=r"^item 0 cannot be$"):
         mapped(_refused, [0], load=lambda number: (number,))
+
+
+def test_workers_with_other_native_kernels_are_refused(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would round otherwise, and bytes would depend on who computed what."""
+    monkeypatch.setattr(cluster, "library_digest", lambda: "another build")
+    with clustered(nodes.address), pytest.raises(UserError, match="has other native kernels than this machine"):
+        mapped(_told, range(2), load=lambda number: (number,), given=("first",))
 
 
 def test_tasks_of_a_lost_node_are_computed_again(nodes: Nodes) -> None:
