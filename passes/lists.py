@@ -4,6 +4,8 @@
 BEST = "smooth,awq,rotate,gptq,pack"
 # The same in seconds, and what needs no data at all.
 QUICK, PLAIN = "smooth,awq,pack", "pack"
+# Without data, for codes of several rows: they are meant for weights behind a rotation.
+TURNED = "rotate,pack"
 # Integer products on ranges of activations, and with what suits convolutions.
 INTEGER, CORRECTED = "smooth,qdq", "smooth,equalize,qdq,bias_correction"
 # The names of the weight formats (`formats.FORMATS`), for who tells of them without loading them.

@@ -15,6 +15,7 @@ from qcompile.passes import lists
 from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError
 from qcompile.passes.exact import split_quoted
+from qcompile.passes.formats import named
 from qcompile.passes.targets import TARGETS
 
 _RANKED = 5
@@ -98,6 +99,10 @@ def _of_integers(recipe: Recipe, report: Report) -> Iterator[tuple[str, dict[str
 def _of_weights(recipe: Recipe, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
     target = TARGETS[effective(recipe).target]
     best = lists.BEST.split(",")
+    plain = {step.name for step in recipe.passes} <= {ensuring(Fact.CANONICAL), *lists.PLAIN.split(",")}
+    if plain and recipe.weights is not None and named(recipe.weights.name).rows_per_code > 1:
+        told = f"turn inputs of products, for which {recipe.weights.name} is meant (without data, the same size)"
+        yield told, {"passes": lists.TURNED.split(",")}
     if not {step.name for step in recipe.passes} >= set(best):
         yield "fit codes to calibration data (slower to compile, the same size)", {"passes": best}
     if report.frontier is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qcompile.compiler import cli
+from qcompile.compiler.recipe import Step
 from qcompile.compiler.report.advice import hurting, remedies
 from qcompile.compiler.report.coverage import in_order
 from qcompile.compiler.report.page import to_html
@@ -32,6 +33,18 @@ def test_what_hurts_most_is_ranked_and_the_commands_run(bench: Any, passes: str)
         assert cli.main(words) == 0
     assert own.what.startswith("leave")
     assert f"--exclude {ranked[0].node}" in own.command
+
+
+def test_pairs_without_a_rotation_have_it_named(bench: Any) -> None:
+    source = bench.save(tiny_decoder(hidden=128, ffn=256, layers=1))
+    told = {}
+    for weights, passes in (("pairs3", "pack"), ("int3", "pack"), ("pairs3", "rotate,pack")):
+        report = bench.compile(source, passes, weights=Step(weights), min_cosine=0.0)
+        told[weights, passes] = [own for own in remedies(report) if own.what.startswith("turn inputs")]
+    (own,) = told.pop(("pairs3", "pack"))
+    assert " --passes rotate,pack " in own.command
+    assert cli.main(shlex.split(own.command)[1:]) == 0
+    assert not any(told.values())
 
 
 def test_the_command_has_its_data_and_names_are_quoted(bench: Any) -> None:
