@@ -6,10 +6,13 @@
 Each compile is a child process. CPU seconds are user and system time of it and of what it started; memory is sampled
 from /proc every 20 ms: anonymous pages (what must be free), and all that is resident (mapped weights, too, which the
 system may drop). Fits are straight lines over the depths, by least squares; what they say beyond the greatest depth
-that ran is marked extrapolated. Models and tokens are kept in --cache; they are large (llama-2-7b of 8 layers: 3.8 GB).
+that ran is marked extrapolated. Peaks of two compiles differ by more than what a layer adds, so that memory is also
+fitted within each compile of four layers and more: the peak of each layer against its number, but for the first one.
+Models and tokens are kept in --cache; they are large (llama-2-7b of 8 layers: 3.8 GB).
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -21,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scale_models import SHAPES, Shape, at_depth, decoder, tokens
@@ -35,7 +39,7 @@ _PAGE = resource.getpagesize()
 @dataclass
 class Run:
     """What one compile took. cpu, elapsed in seconds; anonymous, resident (peaks) and packed in bytes; phases: the
-    processor seconds of each kind of its work, as its report has them.
+    processor seconds of each kind of its work, as its report has them. by_layer: the anonymous peak of each.
     """
 
     python: str
@@ -49,6 +53,7 @@ class Run:
     packed: int = 0
     failed: str = ""
     phases: dict[str, float] = field(default_factory=dict)
+    by_layer: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -91,12 +96,14 @@ def memory(pid: int) -> tuple[int, int]:
 
 def measured(run: Run, words: Sequence[str], output: Path, limit: float) -> Run:
     """Run a command to its end, or to the limit in seconds, and look at it meanwhile."""
+    seen = list[tuple[float, int]]()
     with tempfile.TemporaryFile() as said:
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said)
         while process.poll() is None:
-            seen = memory(process.pid)
-            run.anonymous, run.resident = max(run.anonymous, seen[0]), max(run.resident, seen[1])
+            anonymous, resident = memory(process.pid)
+            run.anonymous, run.resident = max(run.anonymous, anonymous), max(run.resident, resident)
+            seen.append((time.monotonic() - started, anonymous))
             if time.monotonic() - started > limit:
                 process.kill()
                 process.wait()
@@ -112,8 +119,45 @@ def measured(run: Run, words: Sequence[str], output: Path, limit: float) -> Run:
     for report in output.glob("*.report.json"):
         told = json.loads(report.read_text()).get("phases", [])  # an older qcompile tells none
         run.phases = {phase["name"]: phase["cpu"] for phase in told}
+        run.by_layer = by_layer(seen, told, run.layers)
     run.packed = sum(file.stat().st_size for file in output.glob("*.data"))
     return run
+
+
+def by_layer(seen: Sequence[tuple[float, int]], phases: Sequence[dict[str, Any]], layers: int) -> list[int]:
+    """The anonymous peaks of so many layers: of what was seen (seconds, bytes), by when `pack` had each segment.
+
+    A layer has as many segments as the next one, and the head is behind them. A report's time ends when it is written,
+    which is just before the process ends.
+    """
+    spans = [span for phase in phases for span in phase["spans"]]
+    packing = sorted(start for phase in phases if phase["name"] == "pack" for start, _ in phase["spans"])
+    each = (len(packing) - 1) // layers if spans and packing else 0
+    if not each:
+        return []
+    late = seen[-1][0] - max(stop for _, stop in spans)
+    starts = [packing[layer * each] + late for layer in range(layers + 1)]
+    return [
+        max((own for at, own in seen if start <= at < stop), default=0) for start, stop in itertools.pairwise(starts)
+    ]
+
+
+def within(runs: Sequence[Run]) -> str:
+    """Of each compile of four layers and more the line through the peaks of its layers, but for the first."""
+    head = "| list | layers | peaks of the second layer to the last, MB | MB a layer | % of its packed bytes |"
+    lines = [head, "|---|---:|---|---:|---:|"]
+    for run in runs:
+        peaks = [peak / 1e6 for peak in run.by_layer[1:]]
+        if run.failed or len(peaks) < 3:
+            continue
+        line, each = Line.through(list(enumerate(peaks))), run.packed / run.layers / 1e6
+        off = np.array(peaks) - [line.at(number) for number in range(len(peaks))]
+        numbers = np.arange(len(peaks)) - np.arange(len(peaks)).mean()
+        error = float(np.sqrt(off @ off / (len(peaks) - 2) / (numbers @ numbers)))
+        told = ", ".join(f"{peak:.0f}" for peak in peaks)
+        slope = f"{line.slope:+.2f} ± {error:.2f} | {100 * line.slope / each:+.1f} ± {100 * error / each:.1f}"
+        lines.append(f"| {run.passes} | {run.layers} | {told} | {slope} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def compiled(run: Run, model: Path, data: Path, options: Sequence[str], limit: float) -> Run:
@@ -204,7 +248,7 @@ def main() -> None:
         if args.drop:
             shutil.rmtree(model.parent)
     print(f"{args.shape}: {shape}; {args.tokens[0]} x {args.tokens[1]} random tokens; qcompile {' '.join(options)}\n")
-    print(f"{table(runs)}\n\n{fits(runs)}")
+    print("\n\n".join(filter(None, (table(runs), fits(runs), within(runs)))))
     if args.json is not None:
         record = {"shape": asdict(shape), "tokens": args.tokens, "options": options, "runs": [asdict(r) for r in runs]}
         args.json.write_text(json.dumps(record, indent=2) + "\n")
