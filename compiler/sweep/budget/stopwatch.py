@@ -4,7 +4,7 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,8 +64,10 @@ def here() -> dict[str, str | int]:
 def timed(
     products: Mapping[Product, Grid | None], target: str, rows: int, progress: Progress | None, *, measure: bool = True
 ) -> Timings:
-    """The times of products here: those of the cache, and, if they are to be measured, all others.
+    """The times of products here: those of the cache, or, if they are to be measured, new ones; without, none.
 
+    All are of one measurement: what else is at work on the machine, and whose weights are in its caches, is then the
+    same for all, and formats are compared by that.
     products: with the grids of their weights, None for float. rows: of x. Raises UserError for targets whose runtime is
     not here.
     """
@@ -73,13 +75,14 @@ def timed(
         told = f"target {target} is for {TARGETS[target].runtime}, which is not here to be timed"
         raise UserError(f"{told}: give times of another machine with --for-machine FILE")
     made = Timings(here(), target, rows, {})
-    cache, key = _cache(), digest({"version": VERSION, "machine": made.machine, "target": target, "rows": rows})
-    known = dict(_kept(cache, key).times)
-    left = {own: grid for own, grid in products.items() if own not in known}
-    if left and measure:
-        known |= _measured(left, target, rows, progress)
+    wanted = [astuple(own) for own in sorted(products)]
+    content = {"version": VERSION, "machine": made.machine, "target": target, "rows": rows, "products": wanted}
+    cache, key = _cache(), digest(content)
+    known = _kept(cache, key).times
+    if measure and not set(products) <= set(known):
+        known = _measured(products, target, rows, progress)
         _keep(cache, key, replace(made, times=known))
-    return replace(made, times={own: known[own] for own in products if own in known})
+    return replace(made, times=known)
 
 
 def _cache() -> Cache | None:
