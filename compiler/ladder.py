@@ -11,7 +11,7 @@ from qcompile.compiler.measure.distance import effect_of
 from qcompile.compiler.measure.phases import phase
 from qcompile.compiler.plan import quantizes
 from qcompile.compiler.recipe import Recipe, Step
-from qcompile.compiler.results.ladder import NORMS, NOTHING, SELF, Ladder, Rung
+from qcompile.compiler.results.ladder import MIXED, NORMS, NOTHING, SELF, Ladder, Rung
 from qcompile.compiler.stages import Walked, finish, prepare_model, walk
 from qcompile.passes.base import Pass
 from qcompile.passes.contract import Reads
@@ -25,8 +25,9 @@ def climb(source: Path, recipe: Recipe, made: Sequence[Pass], data: Data, progre
 
     Case 1: no data: the passes that need no statistics.
     Case 2: norms as a proxy: the passes that need no more than the scale of each channel.
-    Case 3: no rung where it would be the same as another one.
-    Ranges of integer activations, where a pass takes them, are those of the self-generated tokens on every rung.
+    Case 3: the tokens that the model sampled, without random ones: all passes.
+    Case 4: no rung where it would be the same as another one.
+    Ranges of integer activations, where a pass takes them, are those of the tokens that the model ran on every rung.
     """
     if not any(map(quantizes, made)):
         return []
@@ -35,14 +36,18 @@ def climb(source: Path, recipe: Recipe, made: Sequence[Pass], data: Data, progre
         for what in ({Reads.OUTPUTS}, {Reads.STATISTICS, Reads.CHANNELS}, {Reads.SCALES})
     )
     statistics = correlations | scales
-    wanted = [(NOTHING, _without(recipe, again | statistics))]
+    guess = replace(data, guess=True)
+    wanted = [(NOTHING, _without(recipe, again | statistics), guess)]
     if not data.guess:
-        wanted.append((NORMS, _without(recipe, again | correlations)))
+        wanted.append((NORMS, _without(recipe, again | correlations), guess))
+    if data.own:
+        wanted.append((SELF, recipe.passes, replace(data, calibration=data.calibration[: data.own])))
     rungs = []
-    for name, passes in wanted:
-        if passes != recipe.passes if name == NOTHING else statistics & {step.name for step in passes}:  # else Case 3
+    for name, passes, given in wanted:
+        reads = statistics | again if name == SELF else statistics
+        if passes != recipe.passes if name == NOTHING else reads & {step.name for step in passes}:  # else Case 4
             progress.step(f"ladder: {name}")
-            rungs.append(_rung(name, source, replace(recipe, passes=passes), data))
+            rungs.append(_rung(name, source, replace(recipe, passes=passes), given))
     return rungs
 
 
@@ -51,7 +56,7 @@ def finished(rungs: Sequence[Rung], walked: Walked, outputs: Sequence[Arrays]) -
     if not rungs:
         return None
     data = walked.data
-    top = _measured(NORMS if data.guess else SELF, walked, outputs)
+    top = _measured(NORMS if data.guess else MIXED, walked, outputs)
     sampled = "that the model sampled and calibration has not seen" if data.real else "of random inputs"
     windows = f"{len(data.checks)} batches of {data.checks[0].rows} rows {sampled}"
     kept = len(walked.report.mixed.kept) if walked.report.mixed is not None else 0
@@ -62,7 +67,8 @@ def finished(rungs: Sequence[Rung], walked: Walked, outputs: Sequence[Arrays]) -
 
 def _rung(name: str, source: Path, recipe: Recipe, data: Data) -> Rung:
     prepared = prepare_model(source, recipe.keeping_none, Silent())
-    walked = walk(prepared, replace(data, guess=True, calibration=data.calibration if prepared.observes else []))
+    read = data.calibration if prepared.observes or not data.guess else []
+    walked = walk(prepared, replace(data, calibration=read))
     return _measured(name, walked, finish(walked, Silent()))
 
 

@@ -216,8 +216,8 @@ class Calibrating(CustomOps):
         option(
             "text, .jsonl, .npz, .npy or image files, folders of them, or module:name (a function that gives dicts of "
             "arrays, or a reader with get_next); general (the bundled text; beside files of text, half of the "
-            "windows); or one word: self (tokens that the model generates), norms (no data: the scales of norms stand "
-            "in for activations); may repeat. Default: general, else self",
+            "windows); or one word: self (tokens that the model generates, and random ones), norms (no data: the "
+            "scales of norms stand in for activations); may repeat. Default: general, else self",
             "FILE…",
             under=DATA,
             many=True,

@@ -55,6 +55,7 @@ class Data:
     batches that nothing is fitted to or chosen by, for the accuracy that is told, evaluated_on: what they are; where
     there are none, the checks, and none_aside says why. data_free: nothing came from the user or the bundle.
     bundled: all or half of the text is what comes with qcompile. verified: whether checks are run, or only looked at.
+    own: how many batches of `calibration`, the first ones, the model sampled itself; random tokens come behind them.
     guess: passes have their statistics from the scales of norms (`proxies`), not from a run.
     """
 
@@ -70,6 +71,7 @@ class Data:
     evaluated_on: str = ""
     none_aside: str = ""
     bundled: bool = False
+    own: int = 0
     verified: bool = True
 
     @property
@@ -434,7 +436,8 @@ def _batches(plan: InputPlan, windows: Sequence[Ids]) -> list[Batch]:
 
 
 def _data_free(plan: InputPlan, model: Path, sampling: Sampling, kind: str, *, needed: bool, why: str = "") -> Data:
-    """Case 1: nothing is needed: random checks. Case 2: "norms". Case 3: tokens sampled from the model.
+    """Case 1: nothing is needed: random checks. Case 2: "norms". Case 3: tokens sampled from the model, and as many
+    random ones, in which the model meets more than it says by itself.
 
     Checks are sampled, too, but by another seed, so that statistics have not seen them.
     """
@@ -456,13 +459,16 @@ def _data_free(plan: InputPlan, model: Path, sampling: Sampling, kind: str, *, n
     if kind == NORMS:
         return Data([], checks, "none: scales of norms stand in", data_free=True, guess=True)
     windows = sample_windows(running, plan, sampling.samples, sampling.context, sampling.seed)
+    random = np.random.default_rng(sampling.seed).integers(plan.vocabulary or 2, size=(len(windows), len(windows[0])))
     described = f"{len(windows)} windows of {len(windows[0])} tokens sampled from the model itself{why}"
+    described += ", and as many of random tokens"
     count, seed = _UNSEEN * (plan.batch or 1), sampling.seed
     unseen, held = (
         token_batches(plan, sample_windows(running, plan, count, sampling.context, seed + more)) if wanted else []
         for more, wanted in ((2, sampling.aside), (3, sampling.bound))
     )
-    return Data(_batches(plan, windows), checks, described, data_free=True, unseen=unseen, held=held)
+    own, more = _batches(plan, windows), token_batches(plan, list(random))
+    return Data(own + more, checks, described, data_free=True, unseen=unseen, held=held, own=len(own))
 
 
 def _random(plan: InputPlan, *, few: bool = False) -> Data:

@@ -18,7 +18,7 @@ from qcompile.passes.errors import UserError
 _log = logging.getLogger(__name__)
 
 # Raised with every change of what is measured, or how.
-_VERSION = 4
+_VERSION = 5
 # Settings that do not change the ranking.
 _LATER = (
     "keep_worst",

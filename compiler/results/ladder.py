@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-NOTHING, NORMS, SELF = "no data", "norms as a proxy", "self-generated tokens"
+NOTHING, NORMS, SELF, MIXED = "no data", "norms as a proxy", "self-generated tokens", "mixed with random tokens"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Ladder:
         """What to do where the last rung is not the best one."""
         if self.best is self.rungs[-1]:
             return ""
-        how = "--calibration norms" if self.best.name == NORMS else f"--passes {','.join(self.best.passes)}"
+        how = {NORMS: "--calibration norms", SELF: "--calibration FILE, text of your own"}.get(self.best.name)
+        how = how or f"--passes {','.join(self.best.passes)}"
         return f"{self.best.name} did better than {self.rungs[-1].name}: try {how}"
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.compiler.report.page import to_html
-from qcompile.compiler.results.ladder import NORMS, NOTHING, SELF, Ladder, Rung
+from qcompile.compiler.results.ladder import MIXED, NORMS, NOTHING, SELF, Ladder, Rung
 from qcompile.compiler.results.report import Report
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
 from qcompile.passes.linears import find_linears
@@ -28,15 +28,17 @@ def _names(report: Report) -> list[str]:
 
 def test_each_step_is_measured_and_the_last_one_is_written(bench: Any) -> None:
     report = _climbed(bench, tiny_decoder(), "smooth,dynamic")
-    assert _names(report) == [NOTHING, NORMS, SELF]
-    none, norms, own = report.ladder.rungs  # type: ignore[union-attr]
-    assert [rung.passes for rung in (none, norms, own)] == [("dynamic",), ("smooth", "dynamic"), ("smooth", "dynamic")]
+    assert _names(report) == [NOTHING, NORMS, SELF, MIXED]
+    none, norms, own, mixed = report.ladder.rungs  # type: ignore[union-attr]
+    assert [rung.passes for rung in (none, norms, own, mixed)] == [("dynamic",), *[("smooth", "dynamic")] * 3]
     # The outliers of the tiny decoder are planted in its gammas, which norms and data both see.
     assert own.distance < 0.5 * none.distance
     assert norms.distance < 0.5 * none.distance
+    assert 0 < mixed.distance < 0.5 * none.distance
+    assert mixed.distance != own.distance
     assert own.told == f"KL {own.distance:.3g} nats a token"
     written = json.loads((bench.folder / "out/model.report.json").read_text())["ladder"]
-    assert [rung["distance"] for rung in written["rungs"]] == [none.distance, norms.distance, own.distance]
+    assert [rung["distance"] for rung in written["rungs"]] == [rung.distance for rung in (none, norms, own, mixed)]
 
 
 def test_norms_alone_make_the_file_of_their_rung(bench: Any) -> None:
@@ -51,17 +53,17 @@ def test_norms_alone_make_the_file_of_their_rung(bench: Any) -> None:
 @pytest.mark.parametrize(
     ("passes", "rungs"),
     [
-        ("smooth,qdq", [NOTHING, NORMS, SELF]),
-        ("smooth,awq,gptq,pack", [NOTHING, NORMS, SELF]),
-        ("gptq,pack", [NOTHING, SELF]),  # correlations are all that gptq wants
-        ("qdq,bias_correction", [NOTHING, SELF]),
+        ("smooth,qdq", [NOTHING, NORMS, SELF, MIXED]),
+        ("smooth,awq,gptq,pack", [NOTHING, NORMS, SELF, MIXED]),
+        ("gptq,pack", [NOTHING, SELF, MIXED]),  # correlations are all that gptq wants
+        ("qdq,bias_correction", [NOTHING, SELF, MIXED]),
     ],
 )
 def test_rungs_run_the_passes_that_can_work_there(bench: Any, passes: str, rungs: list[str]) -> None:
     report = _climbed(bench, tiny_decoder(layers=1), passes)
     assert _names(report) == rungs
     if "gptq" in passes:
-        assert all("gptq" not in rung.passes for rung in report.ladder.rungs[:-1])  # type: ignore[union-attr]
+        assert all("gptq" not in rung.passes for rung in report.ladder.rungs[:-2])  # type: ignore[union-attr]
 
 
 def test_the_ladder_says_that_only_its_last_step_keeps_nodes(bench: Any) -> None:
@@ -81,8 +83,8 @@ def test_no_ladder_where_there_is_text(bench: Any) -> None:
 
 def test_self_wins_over_the_bundled_text(bench: Any) -> None:
     report = _climbed(bench, tiny_decoder(layers=1), "smooth,dynamic", "self", tokenizer=True)
-    assert "sampled from the model itself" in report.data
-    assert _names(report)[-1] == SELF
+    assert report.data.endswith("sampled from the model itself, and as many of random tokens")
+    assert _names(report)[-2:] == [SELF, MIXED]
 
 
 def test_an_encoder_has_norms_only(bench: Any) -> None:
@@ -140,5 +142,7 @@ def test_the_ladder_says_where_a_lower_rung_is_better() -> None:
     ]
     assert ladder.lines()[-1].strip() == f"{NORMS} did better than {SELF}: try --calibration norms"
     assert Ladder((rungs[0], rungs[1]), "").advice == ""
+    own = Ladder((Rung(SELF, ("pack",), 0.2, ""), Rung(MIXED, ("pack",), 0.3, "")), "")
+    assert own.advice == f"{SELF} did better than {MIXED}: try --calibration FILE, text of your own"
     report = Report("a.onnx", "hash", {}, {}, ladder=ladder)
     assert f"{NORMS} did better than {SELF}" in to_html(report)

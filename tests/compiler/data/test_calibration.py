@@ -204,7 +204,8 @@ def test_without_a_tokenizer_the_model_samples_its_own_text(bench: Any) -> None:
     first, second = (_gather(bench, tiny_decoder(), beside=False) for _ in range(2))
     assert "sampled from the model itself (no tokenizer beside it)" in first.description
     assert _ids(first) == _ids(second), "by the recipe's seed"
-    assert len({tuple(ids) for ids in _ids(first)}) == 4
+    assert len({tuple(ids) for ids in _ids(first)}) == 8
+    assert first.own == 4, "of the model; random tokens come behind"
     assert all(0 <= token < 256 for ids in _ids(first) for token in ids)
 
 
