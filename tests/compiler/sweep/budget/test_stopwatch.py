@@ -140,12 +140,13 @@ def test_wide_products_are_timed_by_a_part_of_their_columns(quick: None, monkeyp
     assert whole.scale == 1
 
 
-def test_larger_products_take_longer(quick: None) -> None:
-    """By far: 256 times the weights take more than 10 times as long."""
+def test_larger_products_take_longer() -> None:
+    """By far: 256 times the weights take more than 4 times as long, whatever else the machine does."""
     grid = _grid("int4(group=64)")
     small, large = Product(64, 64, str(grid)), Product(1024, 1024, str(grid))
-    found = timed({small: grid, large: grid}, "qcompile", 1, Silent()).times
-    assert found[large] > 10 * found[small]
+    with limited(1):
+        found = timed({small: grid, large: grid}, "qcompile", 1, Silent()).times
+    assert found[large] > 4 * found[small]
 
 
 def test_runtimes_that_are_not_here_are_refused() -> None:
