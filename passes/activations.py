@@ -17,8 +17,9 @@ from onnx import helper, numpy_helper
 from qcompile.passes.formats.functions import is_native, product_bits, takes_level
 from qcompile.passes.observers import nodes
 
-# Rows of a packed group at most, and what their number is a multiple of: kMaxDepth and the blocks of layout.h.
-_MOST, _STEP = 128, 8
+# Rows of a packed group at most, and what their number is a multiple of, of all rows at once and of blocks of them:
+# kMaxDepth and the blocks of layout.h.
+_MOST, _STEP, _BLOCK_STEP = 128, 64, 8
 # Rows of a part at most in ONNX Runtime's MatMulNBits (1.32, bit for bit with 4 and 8 bits, blocks of 16 to 1024 rows).
 _NBITS_MOST = 256
 _LEVELS = np.float32(127)
@@ -29,12 +30,13 @@ _TINY = np.float32(2.0**-100)
 def packed_rows(k: int, block_size: int) -> npt.NDArray[np.int64]:
     """Rows of a (k, N) weight by packed group, (groups, depth); k, one behind the last, where a group lacks rows.
 
-    Packed groups are those of runtime/kernels/layout.h: a group of the weight, cut into equal parts of at most
-    128 rows.
+    Packed groups are those of runtime/kernels/layout.h: a group of the weight, cut into parts of at most 128 rows,
+    equal but for the last.
     """
     size = min(block_size, k)
     splits = math.ceil(size / _MOST)
-    depth = _STEP * math.ceil(size / splits / _STEP)
+    step = _STEP if size == k else _BLOCK_STEP
+    depth = step * math.ceil(size / splits / step)
     starts = np.arange(0, k, block_size)[:, None] + depth * np.arange(splits)[None, :]
     ends = np.minimum(np.arange(block_size, k + block_size, block_size)[: len(starts)], k)
     rows = starts.reshape(-1, 1) + np.arange(depth)

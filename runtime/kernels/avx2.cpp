@@ -232,7 +232,7 @@ constexpr Products avx2_products(std::integer_sequence<int, kFormat...>) {
 
 extern const Kernels kAvx2;
 const Kernels kAvx2 = {
-    "avx2", available, quantize, avx2_products(std::make_integer_sequence<int, kFormatCount>()), expand,
+    "avx2", available, quantize, avx2_products(std::make_integer_sequence<int, kFormatCount>()), kPairs, expand,
     from_half, to_half, swiglu, hadamard, Attend<AttentionSet>::run};
 
 }  // namespace qcompile

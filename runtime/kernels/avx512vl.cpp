@@ -22,7 +22,7 @@ inline __m256i dot(__m256i sums, __m256i codes, __m256i activations) {
 }  // namespace
 
 extern const Kernels kAvx512Vl;
-const Kernels kAvx512Vl = {"avx512vl", available, quantize, kProducts<kTileRows>, expand, from_half, to_half, swiglu, hadamard,
+const Kernels kAvx512Vl = {"avx512vl", available, quantize, kProducts<kTileRows>, kPairs, expand, from_half, to_half, swiglu, hadamard,
                         Attend<AttentionSet>::run};
 
 }  // namespace qcompile

@@ -25,7 +25,7 @@ inline __m256i dot(__m256i sums, __m256i codes, __m256i activations) {
 }  // namespace
 
 extern const Kernels kAvxVnni;
-const Kernels kAvxVnni = {"avxvnni", available, quantize, kProducts<kTileRows>, expand, from_half, to_half, swiglu, hadamard,
+const Kernels kAvxVnni = {"avxvnni", available, quantize, kProducts<kTileRows>, kPairs, expand, from_half, to_half, swiglu, hadamard,
                         Attend<AttentionSet>::run};
 
 }  // namespace qcompile

@@ -37,6 +37,7 @@ void* qcompile_weight_create(const char* kernel, int64_t k, int64_t n, int64_t b
   if (!kernels || row == kFormatCount || !kernels->products.of[row].multiply || k < 1 || n < 1 || block_size < 1) return nullptr;
   if (!kFormats[row].zeros() && (is_signed || zero_point)) return nullptr;
   if (kFormats[row].base() >= 0 && is_signed) return nullptr;
+  if (block_size < k && block_size % kFormats[row].shared()) return nullptr;
   if (k > limit || n > limit || block_size > limit) return nullptr;
   const Source source = {static_cast<const uint8_t*>(codes), scale, scale_is_half != 0,
                          static_cast<const uint8_t*>(zero_point), is_signed != 0};

@@ -132,14 +132,14 @@ class Weight {
   bool saturated;         // all codes are the last: the largest sums there are
 
  private:
-  int last() const { return (1 << case_.of().code_bits()) - 1; }
+  int last() const { return (1 << case_.of().bits) - 1; }
   int middle() const { return case_.is_signed ? 0 : last() / 2 + 1; }
   int value(int code) const { return case_.is_signed && code > last() / 2 ? code - last() - 1 : code; }
   int level(int code) const { return case_.of().affine ? value(code) : case_.of().table[code]; }
 
-  bool fields() const { return case_.of().stored_in_fields(); }
+  bool fields() const { return case_.of().in_fields(); }
   static int64_t bytes_of(const Case& c, int64_t rows) {
-    return !c.of().stored_in_fields() ? (rows * c.n * c.of().bits + 7) / 8 : c.of().byte_rows(rows) * c.n;
+    return !c.of().in_fields() ? (rows * c.n * c.of().bits + 7) / 8 : c.of().byte_rows(rows) * c.n;
   }
 
   // In fields of bits: put(byte, its bits, how many of them, the bits of the code below) for an element of so many rows.
@@ -147,8 +147,8 @@ class Weight {
   void for_bytes(int64_t rows, int64_t index, const Put& put) const {
     const int64_t row = index / case_.n, column = index % case_.n;
     int64_t start = 0;
-    for (int below = 0; below < case_.of().code_bits();) {
-      const int width = qcompile::Format::widest_field(case_.of().code_bits() - below);
+    for (int below = 0; below < case_.of().bits;) {
+      const int width = qcompile::Format::widest_field(case_.of().bits - below);
       const int64_t size = (rows * width + 7) / 8;
       put((start + row % size) * case_.n + column, int(row / size) * width, width, below);
       start += size;

@@ -9,7 +9,7 @@ namespace qcompile {
 
 extern const Kernels kReference;
 #if defined(QCOMPILE_X86)
-extern const Kernels kAvx2, kAvxVnni, kAvx512Vl, kAvx512Vnni;
+extern const Kernels kAvx2, kAvxVnni, kAvx512Vl, kAvx512Vnni, kAvx512Vbmi;
 #elif defined(QCOMPILE_NEON)
 extern const Kernels kNeon;
 #endif
@@ -19,7 +19,7 @@ namespace {
 const Kernels* const kAll[] = {
     &kReference,
 #if defined(QCOMPILE_X86)
-    &kAvx2, &kAvxVnni, &kAvx512Vl, &kAvx512Vnni,
+    &kAvx2, &kAvxVnni, &kAvx512Vl, &kAvx512Vnni, &kAvx512Vbmi,
 #elif defined(QCOMPILE_NEON)
     &kNeon,
 #endif

@@ -27,44 +27,44 @@ QCOMPILE_INLINE constexpr int log2_of(int power) {
 
 struct Format {
   const char* word;       // the end of its operators' names: MatMul…, MatMulAdd…
-  int bits;               // of a code: 4 or 8; or 2, 3, 5 or 6, in fields of bits
+  int bits;               // of a code: 4 or 8; or others, in fields of bits
   int middle;             // a power of two
   bool affine;            // codes are numbers, maybe signed, with zero points or without; otherwise there is a table
   bool powers;            // scales of a file are bytes e, for 2^(e - 128), of the type that an attribute `dtype` says
   int8_t table[kLevels];  // the level of each code
-  // Pairs of a codebook: a code of a file stands for two rows of a column. It is looked up when a weight is packed, and
-  // panels hold `bits` of each number, with `middle` added.
-  int pairs = 0;
+  int pairs = 0;          // of a codebook: a code stands for two rows of a column, for the numbers of a pair with `middle` added
 
   // Whether a weight may have zero points, or signed codes.
   QCOMPILE_INLINE constexpr bool zeros() const { return affine && !pairs; }
-  // Of a code as a file has it; and whether codes lie there in fields of bytes, the lowest bits first: of 4 bits, 2 or 1.
-  QCOMPILE_INLINE constexpr int code_bits() const { return pairs ? log2_of(pairs) : bits; }
-  QCOMPILE_INLINE constexpr bool stored_in_fields() const { return pairs || base() >= 0; }
-  QCOMPILE_INLINE static constexpr int widest_field(int left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
-  QCOMPILE_INLINE constexpr int64_t code_rows(int64_t k) const { return pairs ? (k + 1) / 2 : k; }
-
-  // A code is cut into a field of its low bits and one of its high bits, if any: 6 = 4 + 2, 5 = 4 + 1, 3 = 2 + 1.
-  QCOMPILE_INLINE constexpr int high() const { return bits == 6 ? 2 : bits == 5 || bits == 3 ? 1 : 0; }
-  QCOMPILE_INLINE constexpr int low() const { return bits - high(); }
   // The row of kFormats whose blocks its codes are brought into to be multiplied; -1 where products take them as they are.
-  QCOMPILE_INLINE constexpr int base() const { return bits == 4 || bits == 8 ? -1 : bits < 4 ? 0 : 1; }
+  QCOMPILE_INLINE constexpr int base() const { return pairs || (bits > 4 && bits < 8) ? 1 : bits < 4 ? 0 : -1; }
+  // Codes lie in fields of bits, in a file and in panels, the lowest bits first: 7 = 4 + 2 + 1, 6 = 4 + 2, 5 = 4 + 1, 3 = 2 + 1.
+  QCOMPILE_INLINE constexpr bool in_fields() const { return base() >= 0; }
+  QCOMPILE_INLINE static constexpr int widest_field(int left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+  QCOMPILE_INLINE constexpr int low() const { return widest_field(bits); }
+  QCOMPILE_INLINE constexpr int high() const { return bits - low(); }  // in one field or two
+  QCOMPILE_INLINE constexpr int narrowest_field() const { return bits & -bits; }
+  // Rows of a column that share a code; rows of codes of k rows.
+  QCOMPILE_INLINE constexpr int shared() const { return pairs ? 2 : 1; }
+  QCOMPILE_INLINE constexpr int64_t code_rows(int64_t k) const { return (k + shared() - 1) / shared(); }
   // Rows of bytes of k rows of codes in a file.
   QCOMPILE_INLINE constexpr int64_t byte_rows(int64_t k) const {
     int64_t rows = 0;
-    for (int left = code_bits(); left > 0; left -= widest_field(left)) rows += (code_rows(k) * widest_field(left) + 7) / 8;
+    for (int left = bits; left > 0; left -= widest_field(left)) rows += (code_rows(k) * widest_field(left) + 7) / 8;
     return rows;
   }
-  // Rows k of a unit, and its bytes in a panel: as many whole blocks of each field as hold the same rows (layout.h).
-  QCOMPILE_INLINE constexpr int unit_rows() const { return 4 * 8 / (high() ? high() : low()); }
-  QCOMPILE_INLINE constexpr int unit_bytes() const { return 8 * unit_rows() * bits; }
+  // Rows of codes of a unit, its rows k, and its bytes in a panel: as many whole blocks of each field as hold the same rows
+  // (layout.h).
+  QCOMPILE_INLINE constexpr int unit_codes() const { return 4 * 8 / narrowest_field(); }
+  QCOMPILE_INLINE constexpr int unit_rows() const { return shared() * unit_codes(); }
+  QCOMPILE_INLINE constexpr int unit_bytes() const { return 8 * unit_codes() * bits; }
   // Rows k of a block: what four bytes of a column hold. Of formats without a base, a unit is a block.
   QCOMPILE_INLINE constexpr int block_rows() const { return 4 * 8 / bits; }
   QCOMPILE_INLINE constexpr int last_code() const { return (1 << bits) - 1; }
-  // What products multiply for a code; of signed codes, for one with `middle` added.
+  // What products multiply for a code that is no pair's; of signed codes, for one with `middle` added.
   QCOMPILE_INLINE constexpr int integer(int code) const { return affine ? code : table[code] + middle; }
   QCOMPILE_INLINE constexpr int largest() const {
-    int most = 0;
+    int most = pairs ? 255 : 0;
     for (int code = 0; code <= last_code(); ++code) most = integer(code) > most ? integer(code) : most;
     return most;
   }
@@ -81,13 +81,12 @@ constexpr Format kFormats[] = {
     {"Int6", 6, 32, true, false, {}},
     {"FP4", 4, 128, false, false, {0, 1, 85, 127, 42, 64, 21, 32, 0, -1, -85, -127, -42, -64, -21, -32}},
     {"IQ4NL", 4, 128, false, false, {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}},
-    {"Pairs16", 8, 128, true, false, {}, 16},
-    {"Pairs32", 8, 128, true, false, {}, 32},
-    {"Pairs64", 8, 128, true, false, {}, 64},
-    {"Pairs128", 8, 128, true, false, {}, 128},
+    {"Pairs16", 4, 128, true, false, {}, 16},
+    {"Pairs32", 5, 128, true, false, {}, 32},
+    {"Pairs64", 6, 128, true, false, {}, 64},
+    {"Pairs128", 7, 128, true, false, {}, 128},
     {"Pairs256", 8, 128, true, false, {}, 256},
 };
-constexpr int kInt8 = 1;  // its row, whose panels are those of pairs
 constexpr int kFormatCount = int(sizeof kFormats / sizeof kFormats[0]);
 
 // Integers fit a byte, 0 is among them, and levels have a sign that can be turned.
@@ -96,6 +95,7 @@ QCOMPILE_INLINE constexpr bool are_sound() {
     if (format.bits != 4 && !format.affine) return false;
     const int base = format.base();
     if (base >= 0 && (kFormats[base].bits != (format.bits < 4 ? 4 : 8) || !kFormats[base].affine)) return false;
+    if (format.pairs && (format.pairs != 1 << format.bits || format.middle != kFormats[base].middle)) return false;
     if (format.middle & (format.middle - 1) || format.largest() > 255) return false;
     if (format.affine) continue;
     for (const int level : format.table) {
@@ -107,7 +107,7 @@ QCOMPILE_INLINE constexpr bool are_sound() {
 static_assert(are_sound(), "a row of kFormats does not go with the kernels");
 
 // The number of row 0 or 1 that a code of a codebook of so many pairs stands for.
-QCOMPILE_INLINE int paired(int pairs, int code, int row) { return kCodebooks[pairs - 16 + code][row]; }
+QCOMPILE_INLINE constexpr int paired(int pairs, int code, int row) { return kCodebooks[pairs - 16 + code][row]; }
 
 // The integers of a table in the order of the codes, 16 bytes that are looked up with a shuffle; less some number.
 struct alignas(16) Levels {
@@ -117,6 +117,21 @@ struct alignas(16) Levels {
 QCOMPILE_INLINE constexpr Levels levels_of(const Format& format, int less = 0) {
   Levels levels{};
   for (int code = 0; code < kLevels; ++code) levels.of[code] = uint8_t(format.integer(code) - less);
+  return levels;
+}
+
+// The integers of pairs: the first numbers of all, then the second ones; of less than 64, again and again.
+template <int kPairs>
+struct alignas(64) PairLevels {
+  uint8_t of[2][kPairs > 64 ? kPairs : 64];
+};
+
+template <int kPairs>
+QCOMPILE_INLINE constexpr PairLevels<kPairs> pair_levels() {
+  PairLevels<kPairs> levels{};
+  for (int row = 0; row < 2; ++row) {
+    for (int i = 0; i < int(sizeof levels.of[row]); ++i) levels.of[row][i] = uint8_t(paired(kPairs, i % kPairs, row) + 128);
+  }
   return levels;
 }
 

@@ -190,7 +190,7 @@ std::vector<Case> products() {
   for (int i = 0; i < kFormatCount * 3 * 72; ++i) {
     // 35 and the number of sorts share no factor: those of codes come three times each, those of tables 18 times.
     const int format = i % kFormatCount;
-    if (kFormats[format].stored_in_fields() && i / kFormatCount >= 3 * sorts_of(kFormats[format])) continue;
+    if (kFormats[format].in_fields() && i / kFormatCount >= 3 * sorts_of(kFormats[format])) continue;
     Case c = sort_of(format, int64_t(i / kFormatCount) * 35 % sorts_of(kFormats[format]));
     const int64_t at = i / kFormatCount + i % kFormatCount * 5;  // formats go through the sizes at different paces
     c.m = rows[at % 24];

@@ -16,6 +16,7 @@ struct Product {
 };
 
 constexpr int kMaxRows = 32, kManyRows = 8;
+constexpr int kMostPairs = 256;
 
 // For each row of kFormats. nullptr: the instruction set has no product of that format, so no operator of it is
 // registered, and its body runs.
@@ -37,6 +38,9 @@ struct Kernels {
                     int32_t* sum);
 
   Products products;
+
+  // Larger codebooks are looked up when a weight is packed: a byte a weight is read in less time than it takes to look up.
+  int pairs;
 
   // A panel of codes in fields of bits -> the same in the layout of the base, layout.expanded(). What products of few rows
   // do group by group, done once for many.

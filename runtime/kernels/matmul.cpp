@@ -60,6 +60,18 @@ void for_each(const Parallel& parallel, int64_t total, bool worthwhile, const Wo
       size_t(std::min(total, kThreads)), &shared);
 }
 
+// Activations from the order of rows k into that of `Layout::place`. codes: (depth / 4, rows, 4)
+void separate(int8_t* codes, int64_t depth, int rows) {
+  for (int64_t k = 0; k < depth; k += 8, codes += 8 * rows) {
+    for (int r = 0; r < rows; ++r) {
+      int8_t *low = codes + 4 * r, *high = low + 4 * rows;
+      const int8_t even[4] = {low[0], low[2], high[0], high[2]}, odd[4] = {low[1], low[3], high[1], high[3]};
+      std::memcpy(low, even, 4);
+      std::memcpy(high, odd, 4);
+    }
+  }
+}
+
 }  // namespace
 
 Parallel serial() {
@@ -94,9 +106,18 @@ struct PackedWeight::Job {
 };
 
 PackedWeight::PackedWeight(const Layout& layout, const Source& source, const Kernels* kernels)
-    : layout_(layout), expanded_(layout.in_fields() ? layout.expanded() : layout), kernels_(kernels), finite_(scales_are_finite(layout, source)),
-      packed_(weight_memory(size_t(layout.bytes()))) {
-  pack(layout_, source, packed_.get());
+    : layout_(layout.of().pairs > kernels->pairs ? layout.expanded() : layout),
+      expanded_(layout_.in_fields() ? layout_.expanded() : layout_), kernels_(kernels),
+      finite_(scales_are_finite(layout, source)), packed_(weight_memory(size_t(layout_.bytes()))) {
+  if (layout_.format == layout.format) {
+    pack(layout_, source, packed_.get());
+    return;
+  }
+  std::vector<uint8_t> codes(size_t(layout.bytes()));
+  pack(layout, source, codes.data());
+  for (int64_t panel = 0; panel < layout.panels(); ++panel) {
+    kernels->expand(layout, layout_, codes.data() + panel * layout.panel_bytes(), packed_.get() + panel * layout_.panel_bytes());
+  }
 }
 
 void PackedWeight::unpack(float* w) const {
@@ -193,6 +214,7 @@ void PackedWeight::quantize_tile(const Job& job, int64_t tile) const {
       std::memset(job.sum + row * job.step() * groups, 0, size_t(job.step() * groups) * 4);
     }
   }
+  if (layout_.separated()) separate(codes, layout_.padded_k(), rows);
 }
 
 void PackedWeight::multiply_unit(const Job& job, int64_t unit) const {

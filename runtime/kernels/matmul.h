@@ -54,7 +54,7 @@ class PackedWeight {
   void multiply_panels(const Job& job, int64_t m, const Parallel& parallel) const;
   void multiply_rows(const Job& job, const Parallel& parallel) const;
 
-  Layout layout_, expanded_;  // expanded_: of codes in fields of bits; else the same
+  Layout layout_, expanded_;  // as packed; with codes in fields of bits expanded, else the same
   const Kernels* kernels_;
   bool finite_;
   std::shared_ptr<uint8_t> packed_;

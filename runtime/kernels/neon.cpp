@@ -274,7 +274,7 @@ struct AttentionSet {
 }  // namespace
 
 extern const Kernels kNeon;
-const Kernels kNeon = {"neon", available, quantize, kProducts<kTileRows>, expand, from_half, to_half, swiglu, hadamard,
+const Kernels kNeon = {"neon", available, quantize, kProducts<kTileRows>, 64, expand, from_half, to_half, swiglu, hadamard,
                       Attend<AttentionSet>::run};
 
 }  // namespace qcompile

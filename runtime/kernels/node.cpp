@@ -146,10 +146,13 @@ void Node::check_attributes(const OrtKernelInfo* info) {
   }
   activation_bits_ = int(bits);
   columns_at_8_ = attributes(info, "columns_at_8");
-  if (op_.of().stored_in_fields()) {
+  if (op_.of().in_fields()) {
     rows_ = attribute(info, "K", std::nullopt);
     if (rows_ < 1 || rows_ > kMaxSize) {
       refuse("K is %lld, it must be 1 to %lld: compile the model again", (long long)rows_, (long long)kMaxSize);
+    }
+    if (block_size_ < rows_ && block_size_ % op_.of().shared()) {
+      refuse("block_size is %lld, it must be even or all of K: compile the model again", (long long)block_size_);
     }
   }
   if (!op_.of().powers) return;  // the type of x is that of the scales
@@ -227,7 +230,7 @@ void Node::check_shapes(const Given& given) const {
   }
   if (given.shape[kX]) check_rows(*given.shape[kX], w[0]);
   if (w[1] >= 0) check_columns(w[1]);
-  const bool fields = op_.of().stored_in_fields();
+  const bool fields = op_.of().in_fields();
   if (fields && differ(stored[0], op_.of().byte_rows(w[0]))) {
     refuse("w has shape %s, %lld rows of codes take %lld rows of bytes: compile the model again", stored.text().c_str(),
            (long long)w[0], (long long)op_.of().byte_rows(w[0]));
@@ -281,7 +284,7 @@ int64_t Node::check_rows(const Shape& x, int64_t k) const {
 
 // ---- The weight and the output
 
-Shape Node::weight_shape(const Shape& w) const { return !op_.of().stored_in_fields() ? w : Shape{{rows_, w[1]}, 2}; }
+Shape Node::weight_shape(const Shape& w) const { return !op_.of().in_fields() ? w : Shape{{rows_, w[1]}, 2}; }
 
 Source Node::source(const Given& given) const {
   Source source{};
@@ -297,7 +300,7 @@ void Node::give_back(const Given& given) const {
   for (Input input : kWeightInputs) {
     if (!given.value[input]) continue;
     const Shape& shape = *given.shape[input];
-    const int64_t codes = !op_.of().stored_in_fields() ? op_.of().bits : 8;  // of an element of w
+    const int64_t codes = !op_.of().in_fields() ? op_.of().bits : 8;  // of an element of w
     const int64_t bits = input != kScale ? codes : op_.of().powers ? 8 : 8 * element_bytes();
     give_back_pages(data_of(api_, given.value[input]), shape[0] * shape[1] * bits / 8);
   }

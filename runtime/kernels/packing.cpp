@@ -23,8 +23,8 @@ struct Matrix {
 void read_fields(const Matrix& matrix, const Format& format, int64_t row, int64_t column, int count, uint8_t* out) {
   std::memset(out, 0, size_t(count));
   int64_t start = 0;
-  for (int below = 0; below < format.code_bits();) {
-    const int width = Format::widest_field(format.code_bits() - below);
+  for (int below = 0; below < format.bits;) {
+    const int width = Format::widest_field(format.bits - below);
     const int64_t size = div_up(matrix.rows * width, 8);
     const uint8_t* in = matrix.codes + (start + row % size) * matrix.n + column;
     const int shift = width * int(row / size), mask = (1 << width) - 1;
@@ -34,17 +34,10 @@ void read_fields(const Matrix& matrix, const Format& format, int64_t row, int64_
   }
 }
 
-// What the codes of both rows that share them stand for in one of them.
-void read_pairs(const Matrix& matrix, const Format& format, int64_t row, int64_t column, int count, uint8_t* out) {
-  read_fields({matrix.codes, format.code_rows(matrix.rows), matrix.n}, format, row / 2, column, count, out);
-  for (int i = 0; i < count; ++i) out[i] = uint8_t(paired(format.pairs, out[i], int(row % 2)) + format.middle);
-}
-
 // `count` elements of a row from `column` on, one a byte; signed codes become unsigned by adding half the range.
 void read_row(const Matrix& matrix, const Format& format, int64_t row, int64_t column, int count, bool is_signed,
               uint8_t* out) {
-  if (format.pairs) return read_pairs(matrix, format, row, column, count, out);
-  if (format.base() >= 0) return read_fields(matrix, format, row, column, count, out);
+  if (format.in_fields()) return read_fields(matrix, format, row, column, count, out);
   const uint8_t* codes = matrix.codes;
   const int64_t index = row * matrix.n + column;
   const int bits = format.bits;
@@ -81,10 +74,10 @@ void pack_scales(const Layout& layout, const Source& source, int64_t group, int6
   }
 }
 
-// rows: (unit_rows, 64) codes, one a byte -> one unit
+// rows: (unit_codes, 64) codes, one a byte -> one unit
 void pack_fields(const Format& format, const uint8_t (*rows)[kPanel], uint8_t* unit) {
   std::memset(unit, 0, size_t(format.unit_bytes()));
-  for (int r = 0; r < format.unit_rows(); ++r) {
+  for (int r = 0; r < format.unit_codes(); ++r) {
     for_fields(format, r, [&](int byte, int shift, int below, int mask) {
       for (int column = 0; column < kPanel; ++column) {
         uint8_t& own = unit[byte + column_bytes(format, column)];
@@ -95,7 +88,7 @@ void pack_fields(const Format& format, const uint8_t (*rows)[kPanel], uint8_t* u
 }
 
 void pack_unit(const Format& format, const uint8_t (*rows)[kPanel], uint8_t* block) {
-  if (format.base() >= 0) return pack_fields(format, rows, block);
+  if (format.in_fields()) return pack_fields(format, rows, block);
   for (int column = 0; column < kPanel; ++column) {
     for (int t = 0; t < 4; ++t) {
       uint8_t code = rows[t][column];
@@ -153,8 +146,9 @@ bool scales_are_finite(const Layout& layout, const Source& source) {
 }
 
 void pack(const Layout& layout, const Source& source, uint8_t* packed) {
-  const int step = layout.of().unit_rows();
-  const Matrix codes = {source.codes, layout.k, layout.n}, zero_points = {source.zero_point, layout.file_groups(), layout.n};
+  const Format& format = layout.of();
+  const int step = format.unit_codes();
+  const Matrix codes = {source.codes, format.code_rows(layout.k), layout.n}, zero_points = {source.zero_point, layout.file_groups(), layout.n};
   uint8_t rows[32][kPanel];
   for (int64_t panel = 0; panel < layout.panels(); ++panel) {
     const int64_t column = panel * kPanel;
@@ -171,13 +165,13 @@ void pack(const Layout& layout, const Source& source, uint8_t* packed) {
         }
         out += kPanel;
       }
-      const int64_t begin = layout.group_begin(group), filled = layout.group_rows(group);
-      for (int64_t row = 0; row < layout.depth(group); row += step, out += layout.of().unit_bytes()) {
+      const int64_t begin = layout.group_begin(group) / format.shared(), filled = format.code_rows(layout.group_rows(group));
+      for (int64_t row = 0; row < format.code_rows(layout.depth(group)); row += step, out += format.unit_bytes()) {
         std::memset(rows, 0, size_t(step) * kPanel);
         for (int t = 0; t < step && row + t < filled; ++t) {
-          read_row(codes, layout.of(), begin + row + t, column, columns, source.is_signed, rows[t]);
+          read_row(codes, format, begin + row + t, column, columns, source.is_signed, rows[t]);
         }
-        pack_unit(layout.of(), rows, out);
+        pack_unit(format, rows, out);
       }
     }
   }
@@ -200,7 +194,7 @@ void unpack_column(const Layout& layout, const uint8_t* packed, int64_t column, 
     in += layout.zero_point_bytes();
     const int64_t begin = layout.group_begin(group);
     for (int64_t row = 0; row < layout.group_rows(group); ++row) {
-      w[begin + row] = float(layout.of().integer(code_at(layout.of(), in, c, row)) - zero_point) * scale;
+      w[begin + row] = float(integer_at(layout, in, c, row) - zero_point) * scale;
     }
   }
 }

@@ -74,7 +74,8 @@ float group_scale(const Layout& layout, const uint8_t* group, int column) {
 int32_t dot(const Layout& layout, int64_t depth, const uint8_t* blocks, int column, const int8_t* codes, int rows) {
   int32_t total = 0;
   for (int64_t k = 0; k < depth; ++k) {
-    total += layout.of().integer(code_at(layout.of(), blocks, column, k)) * codes[k / 4 * rows * 4 + k % 4];
+    const int64_t at = layout.place(k);
+    total += integer_at(layout, blocks, column, k) * codes[at / 4 * rows * 4 + at % 4];
   }
   return total;
 }
@@ -111,11 +112,12 @@ void expand(const Layout& layout, const Layout& expanded, const uint8_t* panel, 
   for (int64_t group = 0; group < layout.groups(); ++group) {
     std::memcpy(out, panel, size_t(head));
     for (int64_t k = 0; k < layout.depth(group); ++k) {
-      uint8_t* unit = out + head + k / expanded.of().unit_rows() * kBlockBytes;
-      for_fields(expanded.of(), int(k % expanded.of().unit_rows()), [&](int byte, int shift, int, int) {
+      const int64_t row = layout.place(k);
+      uint8_t* unit = out + head + row / expanded.of().unit_rows() * kBlockBytes;
+      for_fields(expanded.of(), int(row % expanded.of().unit_rows()), [&](int byte, int shift, int, int) {
         for (int column = 0; column < kPanel; ++column) {
           uint8_t& own = unit[byte + column_bytes(expanded.of(), column)];
-          own = uint8_t(own | (code_at(layout.of(), panel + head, column, k) + more) << shift);
+          own = uint8_t(own | (integer_at(layout, panel + head, column, k) + more) << shift);
         }
       });
     }
@@ -168,7 +170,7 @@ struct AttentionSet {
 
 extern const Kernels kReference;
 const Kernels kReference = {
-    "reference", always, quantize, products(std::make_integer_sequence<int, kFormatCount>()), expand, from_half,
+    "reference", always, quantize, products(std::make_integer_sequence<int, kFormatCount>()), kMostPairs, expand, from_half,
     to_half, swiglu, hadamard, Attend<AttentionSet>::run};
 
 }  // namespace qcompile

@@ -65,9 +65,7 @@ inline void multiply_rows(const Layout& layout, const uint8_t* panel, const Tile
 }
 
 // Codes in fields of bits are brought into the blocks of their base, a group at a time, whose products multiply them.
-// Panels of pairs are those of Int8.
 QCOMPILE_INLINE constexpr int multiplied_as(int format) {
-  if (kFormats[format].pairs) return kInt8;
   return kFormats[format].base() < 0 ? format : kFormats[format].base();
 }
 

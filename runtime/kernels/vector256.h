@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kLanes = 8;                     // columns of a register of sums
 constexpr int kVectors = kPanel / kLanes;     // of sums over a panel, and of codes in a block
+constexpr int kPairs = 32;                    // of a codebook that is looked up as it is multiplied
 constexpr int kAhead = 4096;                  // bytes of prefetch: what a panel is away in time from memory
 
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_builds import SANITIZED, build_kernel_check, passed, run
-from native_models import NATIVE, TABLES, WORDS, Case, Weight, native_library
+from native_models import NATIVE, PAIRS, TABLES, WORDS, Case, Weight, native_library
 
 from qcompile.passes.bit_fields import FIELDS
 from qcompile.passes.codebooks import CODEBOOKS
@@ -63,6 +63,7 @@ def test_every_path_under_sanitizers(sanitized: Path) -> None:
         flags = set(Path("/proc/cpuinfo").read_text().split())
         wanted = {"avx2": {"avx2", "fma", "f16c"}, "avxvnni": {"avx2", "fma", "f16c", "avx_vnni"}}
         wanted |= {"avx512vl": {"avx512vl", "avx512_vnni"}, "avx512vnni": {"avx512bw", "avx512dq", "avx512_vnni"}}
+        wanted |= {"avx512vbmi": wanted["avx512vnni"] | {"avx512vbmi"}}
         assert kernels[1:] == [name for name, needed in wanted.items() if needed <= flags]
 
 
@@ -278,6 +279,53 @@ def test_int8_products_of_looked_up_codes(library, names, table: str, block_size
     for name in names:
         with Packed(library, name, weight) as packed:
             assert _relative(packed.multiply(x, 8), seen @ w, seen, w) < 1e-5
+
+
+def _pairs(library: ctypes.CDLL, name: str, case: Case, block_size: int) -> int | None:
+    """The handle of a weight whose codes stand for two rows each."""
+    scale = np.repeat(case.arrays["scale"], -(-case.k // block_size), axis=0)
+    given = (name.encode(), case.k, case.n, block_size, case.word.encode(), 0, case.arrays["w"].ctypes.data)
+    return library.qcompile_weight_create(*given, scale.ctypes.data, scale.dtype == np.float16, None)
+
+
+@pytest.mark.parametrize("word", PAIRS)
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (7, 3), (33, 65), (129, 64), (300, 70), (577, 130)])
+def test_products_of_pairs(library, names, word: str, k: int, n: int) -> None:
+    """Odd sizes, partial groups and units; one row, few, and more than a tile; blocks of rows that share a scale."""
+    case = Case(f"MatMul{word}", k, n, seed=k, x_shape=("rows", k))
+    w = case.weight()
+    for name in names:
+        for block in (k, 2 * (k // 4) or k):
+            handle = _pairs(library, name, case, block)
+            assert handle
+            decoded = np.full((k, n), np.nan, np.float32)
+            library.qcompile_weight_unpack(handle, decoded.ctypes.data)
+            np.testing.assert_array_equal(decoded, w.astype(np.float32))
+            for m in (1, 3, 5, 37):
+                x, y = case.x(m), np.full((m, n), np.nan, np.float32)
+                assert library.qcompile_weight_multiply(handle, x.ctypes.data, 0, m, y.ctypes.data, None, 16) == 0
+                assert _relative(y, x.astype(np.float64) @ w, x, w) < (1e-4 if n > 3 else 1e-3)
+            library.qcompile_weight_destroy(handle)
+
+
+@pytest.mark.parametrize("word", PAIRS)
+def test_pairs_lie_packed_where_they_are_looked_up_in_registers(library, names, word: str) -> None:
+    """512 rows of 64 columns take their codes and four times their scales; a set that is slower at that has int8."""
+    case = Case(f"MatMul{word}", 512, 64, x_shape=("rows", 512))
+    packed, int8 = (512 * 64 * bits // 8 + 4 * 64 * 4 for bits in (case.bits / 2, 8))
+    for name in names:
+        handle = _pairs(library, name, case, case.k)
+        size = library.qcompile_weight_bytes(handle)
+        library.qcompile_weight_destroy(handle)
+        assert size in (packed, int8)
+        assert size == packed or name not in ("reference", "avx512vbmi")
+        assert size == packed or case.bits > 5
+
+
+def test_a_pair_in_two_blocks_is_refused(library: ctypes.CDLL, names: list[str]) -> None:
+    case = Case("MatMulPairs64", 70, 5, x_shape=("rows", 70))
+    assert _pairs(library, names[0], case, 33) is None
+    assert _pairs(library, names[0], case, 34)
 
 
 _CODES, _SCALE = np.zeros(256, np.uint8), np.ones(16, np.float32)

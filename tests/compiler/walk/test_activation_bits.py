@@ -32,7 +32,8 @@ def _int8(x: np.ndarray, block: int) -> np.ndarray:
     k = x.shape[1]
     size = min(block, k)
     splits = (size + 127) // 128
-    depth = ((size + splits - 1) // splits + 7) // 8 * 8
+    step = 64 if block >= k else 8
+    depth = -(-size // (splits * step)) * step
     for start in range(0, k, block):
         for split in range(splits):
             part = slice(start + split * depth, min(start + (split + 1) * depth, start + block, k))
