@@ -138,7 +138,7 @@ def test_the_sweep_rounds_as_row_by_row(spec: QuantSpec, seed: int, k: int, n: i
         wanted, other = _compensate(w, by, qparams, spec)
     assert found.codes.dtype == wanted.codes.dtype
     alike = (found.codes == wanted.codes).all(axis=0)
-    assert alike.mean() >= 0.9 or (~alike).sum() <= 1
+    assert alike.mean() >= 0.9 or (~alike).sum() <= 2
     np.testing.assert_allclose(left[:, alike], other[:, alike], rtol=1e-3, atol=1e-4 * np.abs(other).max())
 
 
