@@ -298,6 +298,13 @@ def test_absurd_rows_of_fields_are_refused(library: Path, op: str, k: int) -> No
             open_session(Case(op, attributes={"K": k}, x_shape=x_shape).model(), library)
 
 
+def test_a_pair_in_two_blocks_is_refused(library: Path) -> None:
+    """Of rows that share a code, and scales of blocks that begin between them."""
+    case = Case("MatMulPairs64", attributes={"block_size": 33})
+    with pytest.raises(Exception, match=r"\(MatMulPairs64\): block_size is 33, it must be even or all of K"):
+        open_session(case.model(), library)
+
+
 @pytest.mark.parametrize("inputs", [["x", "w"], ["x", "", "scale"], ["x", "w", "scale", "scale", "scale"]])
 def test_a_wrong_number_of_inputs_is_refused(library: Path, inputs: list[str]) -> None:
     proto = Case(zero_point=False).proto()
