@@ -35,7 +35,7 @@ def of_recipe(recipe: Recipe, given: Collection[str], *, point: bool = False) ->
         by = "the point has" if point else by
         settled = f"{by} the formats of the graph's weights"
         found |= dict.fromkeys(("bits", "weights", *(() if _says_some(recipe) else _GROUPS)), settled)
-    if not bound_of(recipe):
+    if recipe.fastest and recipe.mixed and not bound_of(recipe):
         found["fastest"] = f"it is of formats of packed weights, and {recipe.mixed} keeps nodes in float here"
     if bound_of(recipe):
         found["keep_as"] = f"{bound_of(recipe)} is kept by formats, and no node in float"

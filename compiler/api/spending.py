@@ -14,7 +14,7 @@ from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.files.given_json import read_json
 from qcompile.compiler.files.load import hash_and_check, load_model
 from qcompile.compiler.pipeline import Chosen, rewrite_report
-from qcompile.compiler.plan import bound_of, check_settings, effective, is_spent
+from qcompile.compiler.plan import bound_of, check_settings, effective, ensuring, is_spent
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.frontier import Frontier, Tried
 from qcompile.compiler.results.report import Report
@@ -24,6 +24,7 @@ from qcompile.compiler.stages import prepare_model
 from qcompile.compiler.sweep.budget.choose import Choice, Search, check_amount
 from qcompile.compiler.sweep.budget.fastest import Clock
 from qcompile.compiler.sweep.budget.prices import with_formats
+from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError, Verdict
 
 # Compiles at most: sizes depend on data where channels stay in float, distances on how well codes are fitted.
@@ -254,7 +255,8 @@ def _check_machine(recipe: Recipe, machine: Path | None) -> None:
     if machine is not None and not is_spent(recipe):
         check_settings(effective(recipe))
         told = f"--for-machine {machine} tells of times where formats are chosen, and here are none to choose"
-        raise UserError(f"{told}: give --budget, --max-kl or --min-sqnr, or leave it out")
+        chosen = f"--budget, --max-kl or --min-sqnr with a list that has {ensuring(Fact.PACKED)}"
+        raise UserError(f"{told}: give {chosen}, or leave it out")
 
 
 def check_bounds(models: Sequence[Path], recipe: Recipe) -> None:
@@ -288,7 +290,7 @@ def asked_for(
     drawn, asked = drawn.at(point), dict(drawn.recipe)
     if (target := given.get("target", asked.get("target"))) != asked.get("target"):
         raise UserError(f"target {target}: the points of {file} are for target {asked.get('target')}")
-    if twice := [name for name in ("budget", "max_kl", "min_sqnr", "fastest") if name in given]:
+    if twice := [name for name in ("budget", "max_kl", "min_sqnr", "fastest") if given.get(name)]:
         raise UserError(f"{twice[0]} chooses formats, and so does --budget-file: leave one of them out")
     recipe = Recipe.from_dict({**asked, **given}, str(file))
     return with_formats(recipe, drawn.units, drawn.points[point - 1].formats), drawn

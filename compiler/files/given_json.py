@@ -21,8 +21,10 @@ def read_json(path: Path, option: str, wanted: str) -> Any:
             raise UserError(f"{told} is not a regular file: give {wanted}")
         if path.stat().st_size > _LARGEST_FILE:
             raise UserError(f"{told} has over {_LARGEST_FILE} bytes: give {wanted}")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{told} cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and JSON, and numbers of thousands of digits
         raise UserError(f"{told} is no JSON: give {wanted}") from error

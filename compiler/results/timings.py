@@ -13,7 +13,9 @@ from qcompile.passes.errors import UserError
 # What a product whose weight stays as it is has for a format.
 FLOAT = "float"
 # Raised with every change of what is measured, or how.
-VERSION = 1
+VERSION = 2
+# What makes a table whole: options that say formats or activations name other products.
+AGAIN = "measure them there with `qcompile timings MODEL -o FILE` and the options that this compile has of them"
 # Products that are named of those that a table lacks.
 _NAMED = 3
 
@@ -113,7 +115,7 @@ def check_complete(table: Timings, products: Collection[Product], path: Path | N
     if lacking:
         named = "; ".join(map(str, lacking[:_NAMED])) + ("; …" if len(lacking) > _NAMED else "")
         told = f"--for-machine {path} lacks {len(lacking)} of {len(set(products))} products: {named}"
-        raise UserError(f"{told}: measure them there with `qcompile timings MODEL -o FILE`")
+        raise UserError(f"{told}: {AGAIN}")
 
 
 def _struct() -> Any:

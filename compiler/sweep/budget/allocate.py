@@ -73,6 +73,11 @@ def keeping(units: Sequence[Sequence[Option[T]]], cost: float) -> list[Option[T]
     return [own[at] for own, at in zip(hulls, chosen, strict=True)]
 
 
+def bytes_of(made: Sequence[Option[T]]) -> float:
+    """All sizes of a choice together."""
+    return sum(own.size for own in made)
+
+
 def hull(options: Sequence[Option[T]]) -> list[Option[T]]:
     """The options from the smallest on that are on the lower convex hull of (size, cost): each is larger than the one
     before it, and costs less.

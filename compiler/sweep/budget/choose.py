@@ -20,7 +20,7 @@ from qcompile.compiler.results.frontier import Frontier, Point
 from qcompile.compiler.settings.amount import Amount
 from qcompile.compiler.settings.bound import NO_BOUND, Bound
 from qcompile.compiler.stages import prepare_model
-from qcompile.compiler.sweep.budget.allocate import Option, allocate, frontier, keeping
+from qcompile.compiler.sweep.budget.allocate import Option, allocate, bytes_of, frontier, keeping
 from qcompile.compiler.sweep.budget.fastest import HERE, Clock, by_time, fastest, speeds_of, with_sizes
 from qcompile.compiler.sweep.budget.prices import (
     choices_of,
@@ -136,7 +136,7 @@ class Search:
         """Bytes of an amount that weights may take, where all else takes what it does beside a choice."""
         if amount.size is None:
             return (amount.bits or 0) / 8 * sum(self._counts)
-        return amount.size - max(_SHARE * amount.size, _BYTES) - (self.size(made, unforetold) - _bytes(made))
+        return amount.size - max(_SHARE * amount.size, _BYTES) - (self.size(made, unforetold) - bytes_of(made))
 
     def fits(self, made: Choice, amount: Amount, unforetold: int = 0) -> bool:
         """Whether a choice is foretold to be within the amount."""
@@ -162,7 +162,7 @@ class Search:
 
     def bits(self, made: Choice) -> float:
         """A weight, scales included."""
-        return 8 * sum(own.size for own in made) / sum(self._counts)
+        return 8 * bytes_of(made) / sum(self._counts)
 
     def recipe_of(self, made: Choice) -> Recipe:
         """The recipe with the formats of a choice.
@@ -185,7 +185,7 @@ class Search:
         looked_up = any(
             grid.rows_per_code > 1 for own, o in zip(self._choices, made, strict=True) for grid in own[o.what]
         )
-        slow = "; pairs take the time of int8, and as much memory" if looked_up else ""
+        slow = "; pairs take up to int8's time and memory, by the processor" if looked_up else ""
         speed = f"; products take {self.speeds.of(made):.0f} µs a run" if self.speeds is not None else ""
         return f"{self.bits(made):.2f} bits a weight, of the weights {shares}{slow}{speed}"
 
@@ -207,16 +207,16 @@ class Search:
         made. asked: the recipe without a budget or a bound.
         """
         every, fast = self._every(), self._fast
-        price = _bytes if fast is None else fast.of
+        price: Callable[[Choice], float] = bytes_of if fast is None else fast.of
         prices, own = [price(other) for other in every], price(made)
-        rest = self.size(made, unforetold) - _bytes(made)
+        rest = self.size(made, unforetold) - bytes_of(made)
         wanted = np.linspace(prices[0], prices[-1], _POINTS)
         near = {int(np.abs(np.array(prices) - one).argmin()) for one in wanted}
         apart = _NEAR * (own + rest if fast is None else own)
         chosen = sorted([*(every[i] for i in sorted(near) if abs(prices[i] - own) > apart), made], key=price)
         points = [
             Point(
-                round(_bytes(one) + rest),
+                round(bytes_of(one) + rest),
                 self.bits(one),
                 self.change(one),
                 tuple(option.what for option in one),
@@ -255,11 +255,6 @@ def check_amount(recipe: Recipe, amount: Amount) -> None:
         raise UserError(f"{told}: give the size of the output, 80MB, or leave {marking[0].name} out")
 
 
-def _bytes(made: Choice) -> float:
-    """Of the weights of a choice."""
-    return sum(own.size for own in made)
-
-
 def chosen_of(model: ir.Model, recipe: Recipe) -> tuple[list[Unit], list[dict[str, list[Grid]]]]:
     """What formats are chosen for, and the grids of each unit's sites by format; UserError where there is nothing."""
     vocabulary = vocabulary_size(model)
@@ -289,7 +284,7 @@ def _sized(
     """The best choice whose foretold file is within a size, but for what a rehearsal may be off by."""
     usable = size - max(_SHARE * size, _BYTES)
     smallest = [min(own, key=lambda option: option.size) for own in options]
-    rest = float(size_of(smallest)) - sum(own.size for own in smallest)
+    rest = float(size_of(smallest)) - bytes_of(smallest)
     _within(options, usable - rest, amount, counts, rest + (amount.size or 0) - size)
     for _ in range(_TRIES):  # nodes join by their formats, each of which has functions: that moves what is not weights
         made = allocate(options, usable - rest)

@@ -12,8 +12,8 @@ from qcompile.compiler.files.given_json import read_json
 from qcompile.compiler.plan import effective, make_policy
 from qcompile.compiler.recipe import Recipe
 from qcompile.compiler.results.frontier import Times
-from qcompile.compiler.results.timings import FLOAT, Product, Timings, check_complete
-from qcompile.compiler.sweep.budget.allocate import Option, keeping
+from qcompile.compiler.results.timings import AGAIN, FLOAT, Product, Timings, check_complete
+from qcompile.compiler.sweep.budget.allocate import Option, bytes_of, keeping
 from qcompile.compiler.sweep.budget.stopwatch import TYPES, timed
 from qcompile.compiler.sweep.budget.units import Unit
 from qcompile.passes.affine import Grid
@@ -149,14 +149,14 @@ def fastest(options: Options, speeds: Speeds, cost: float, size: float = math.in
         return _smaller(options, times, with_sizes(options, keeping(units, cost)), cost)
 
     made, low, high = priced(0.0), 0.0, 1e-6
-    if _size(made) <= size:
+    if bytes_of(made) <= size:
         return made
-    while _size(made := priced(high)) > size and high < _DEAREST:
+    while bytes_of(made := priced(high)) > size and high < _DEAREST:
         low, high = high, 4 * high
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         other = priced(middle)
-        low, high, made = (low, middle, other) if _size(other) <= size else (middle, high, made)
+        low, high, made = (low, middle, other) if bytes_of(other) <= size else (middle, high, made)
     return made
 
 
@@ -182,7 +182,7 @@ def _smaller(
         for unit, known, one in zip(options, times, made, strict=True)
     ]
     found = keeping(allowed, cost)
-    return found if _size(found) < _size(made) else list(made)
+    return found if bytes_of(found) < bytes_of(made) else list(made)
 
 
 def _levelled(times: Mapping[str, float]) -> dict[str, float]:
@@ -198,7 +198,8 @@ def _had(each: Sequence[Mapping[str, Parts]], table: Timings, file: Path) -> lis
     known = {name for own in each for name, parts in own.items() if any(product in table.times for product, _ in parts)}
     made = [{name: parts for name, parts in own.items() if not parts or name in known} for own in each]
     if any(not set(own) - {FLOAT} for own in made):
-        raise UserError(f"--for-machine {file} has no time of any format that target {table.target} offers here")
+        told = f"--for-machine {file} has no time of any format that target {table.target} offers for some products"
+        raise UserError(f"{told}: {AGAIN}")
     return made
 
 
@@ -231,7 +232,3 @@ def _product(own: Linear, grid: Grid | None, recipe: Recipe) -> Product:
 def _type(own: Linear) -> str:
     """The type of what it multiplies, as numpy calls it."""
     return str(constant(own.weight).dtype.numpy())
-
-
-def _size(made: Sequence[Option[str]]) -> float:
-    return sum(own.size for own in made)

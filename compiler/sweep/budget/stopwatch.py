@@ -12,7 +12,8 @@ import onnx
 import onnx_ir as ir
 
 from qcompile.compiler.console.progress import Progress
-from qcompile.compiler.files.cache import Cache, digest, files_digest
+from qcompile.compiler.facts.model import versions
+from qcompile.compiler.files.cache import Cache, digest
 from qcompile.compiler.plan import build
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.results.timings import VERSION, Product, Timings
@@ -26,7 +27,7 @@ from qcompile.passes.contract import Fact
 from qcompile.passes.errors import UserError
 from qcompile.passes.formats.functions import is_product, product_bits
 from qcompile.passes.formats.lower import lower
-from qcompile.passes.library import library_path
+from qcompile.passes.library import library_digest
 from qcompile.passes.policy import Policy
 from qcompile.passes.targets import TARGETS
 from qcompile.runtime.bench import cpu_name
@@ -53,11 +54,7 @@ _FLOATS = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.floa
 
 def here() -> dict[str, str | int]:
     """What times depend on, on this machine: processor, kernels by the content of their library, versions, threads."""
-    try:
-        library = files_digest([library_path()])[:16]
-    except UserError:
-        library = ""
-    kernels = {"kernels": operator_kernels("auto", "cpu"), "library": library}
+    kernels = {"kernels": operator_kernels("auto", "cpu"), "library": library_digest()[:16]}
     return {"cpu": cpu_name(), **kernels, "onnxruntime": ort_version(), "threads": default_threads()}
 
 
@@ -76,8 +73,8 @@ def timed(
         raise UserError(f"{told}: give times of another machine with --for-machine FILE")
     made = Timings(here(), target, rows, {})
     wanted = [astuple(own) for own in sorted(products)]
-    content = {"version": VERSION, "machine": made.machine, "target": target, "rows": rows, "products": wanted}
-    cache, key = _cache(), digest(content)
+    content = {"version": VERSION, "versions": versions(), "machine": made.machine, "target": target, "rows": rows}
+    cache, key = _cache(), digest(content | {"products": wanted})
     known = _kept(cache, key).times
     if measure and not set(products) <= set(known):
         known = _measured(products, target, rows, progress)
@@ -126,7 +123,8 @@ def _measured(
     """Medians over rounds in which every product has one turn, less what a run takes that does nothing.
 
     Between two turns of a product all others have theirs, so that its weights come from where those of a model come
-    from that is larger than the caches; of a small one, where it is small.
+    from that is larger than the caches; of a small one, where it is small. So every round has the same order: one that
+    turns round gives the last of a round two turns in a row, the second from what the first one left in the caches.
     """
     nothing = ir.to_proto(_model("Identity", 8, 8, rows, "float32"))
     empty = _Subject(session(_repeated(nothing, 1), parking=True), _feeds(8, rows, "float32"))
@@ -136,10 +134,9 @@ def _measured(
             progress.step(f"timing products here: {number} of {len(products)} is made")
         subjects[own] = _subject(own, grid, target, rows)
     turns: list[list[float]] = [[] for _ in range(1 + len(subjects))]
-    every = list(enumerate((empty, *subjects.values())))
-    for number in _rounds(progress):
-        for place, subject in every if number % 2 else reversed(every):
-            turns[place].append(_turn(subject))
+    for _ in _rounds(progress):
+        for seconds, subject in zip(turns, (empty, *subjects.values()), strict=True):
+            seconds.append(_turn(subject))
     idle, *medians = map(statistics.median, turns)
     return {
         product: max(1e6 * (median - idle) / own.copies * own.scale, _TINY)

@@ -87,6 +87,10 @@ def test_nothing_is_said_of_what_has_an_effect(made: Any, capsys: pytest.Capture
         (Recipe(budget="4bpw", lm_head=4), {"bits", "group_size", "symmetric", "weights"}, {"bits", "weights"}),
         (Recipe(budget="4bpw", weights_of=("lm_head=int6",)), {"bits", "group_size", "symmetric"}, {"bits"}),
         (Recipe(max_kl=0.1, bits=8), {"bits", "max_kl", "keep_as"}, {"bits", "keep_as"}),
+        (Recipe.from_dict({"passes": "smooth,qdq", "max_kl": 0.1, "fastest": True}), {"fastest"}, {"fastest"}),
+        (Recipe(max_kl=0.1, fastest=True), {"fastest"}, set()),
+        (Recipe(fastest=True), {"fastest"}, set()),  # an error
+        (Recipe(), {"fastest"}, set()),  # given as false
     ],
 )
 def test_settings(recipe: Recipe, given: set[str], found: set[str]) -> None:

@@ -242,7 +242,9 @@ def test_formats_that_a_machine_has_no_time_of_are_not_chosen_and_gaps_are_told(
     with pytest.raises(UserError, match=rf"machine\.json. lacks 1 of .* products: {gap}: measure them there"):
         _plan(source, file)
     file.write_text(replace(table, times={Product(3, 3, "int4 g64 asym"): 1.0}).to_json())
-    with pytest.raises(UserError, match="has no time of any format that target qcompile offers here"):
+    with pytest.raises(
+        UserError, match="has no time of any format that target qcompile offers for some products: measure"
+    ):
         _plan(source, file)
 
 
@@ -253,6 +255,7 @@ def test_formats_that_a_machine_has_no_time_of_are_not_chosen_and_gaps_are_told(
         ({"max_kl": None, "budget": "4bpw"}, "fastest is of formats within a bound: give max_kl in nats a token"),
         ({"target": "qdq"}, r"machine\.json. is of target qcompile, and this compile is for qdq"),
         ({"max_kl": None, "fastest": False}, "tells of times where formats are chosen, and here are none"),
+        ({"passes": "smooth,qdq"}, "here are none to choose: give .* with a list that has pack, or leave it out"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_told(

@@ -93,6 +93,7 @@ def test_the_same_settings_may_be_changed_but_not_the_model_or_the_target(
         assert not (tmp_path / "p.onnx").exists()
         with pytest.raises(UserError, match=message):
             qcompile.dry_run(model, budget_file=file, **fields)  # type: ignore[arg-type]
+    assert qcompile.dry_run(source, budget_file=file, point=2, fastest=False, max_kl=None).frontier is not None
     with pytest.raises(UserError, match="point= is one of budget_file="):
         qcompile.compile(source, point=2, output=tmp_path / "p.onnx")
 

@@ -1,6 +1,7 @@
 """Products timed here: each stored as a compile stores it, once for a machine."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_products_are_timed_once_for_a_machine(cache: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With other products all are measured anew, since one measurement compares; other threads are another machine."""
+    """With other products all are measured anew, since one measurement compares; other threads are another machine, and
+    what another version stores is another product."""
     products = _products()
     with limited(1):
         assert not timed(products, "qcompile", 1, Silent(), measure=False).times
@@ -67,10 +69,12 @@ def test_products_are_timed_once_for_a_machine(cache: Path, quick: None, monkeyp
         assert asked == [set(both)]
         assert timed(products, "qcompile", 1, Silent()) == first
         assert timed(products, "qcompile", 64, Silent()).times == dict.fromkeys(products, 7.0)
+        monkeypatch.setattr(stopwatch, "versions", lambda: {"qcompile-onnx": "another"})
+        assert timed(products, "qcompile", 1, Silent()).times == dict.fromkeys(products, 7.0)
     with limited(2):
         assert timed(products, "qcompile", 1, Silent()).machine["threads"] == 2
-    assert len(asked) == 3
-    assert len(list(cache.glob("*.json"))) == 4
+    assert len(asked) == 4
+    assert len(list(cache.glob("*.json"))) == 5
 
 
 def test_what_is_damaged_in_the_cache_is_measured_again(cache: Path, quick: None) -> None:
@@ -140,6 +144,38 @@ def test_wide_products_are_timed_by_a_part_of_their_columns(quick: None, monkeyp
     assert whole.scale == 1
 
 
+def test_between_two_turns_of_a_product_all_others_have_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that none finds its weights in the caches where others find those of others."""
+    seen = list[int]()
+
+    def turn(own: Any) -> float:
+        seen.append(id(own))
+        return 0.0
+
+    monkeypatch.setattr(stopwatch, "_turn", turn)
+    timed(_products(), "qcompile", 1, Silent())
+    count = 1 + len(_products())
+    assert len(seen) >= 5 * count
+    assert all(len(set(seen[at : at + count])) == count for at in range(len(seen) - count + 1))
+
+
+def test_a_time_is_the_median_of_turns_less_that_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one copy, and of all columns where a part of them is run; what other work adds to a few turns is lost."""
+    monkeypatch.setattr(stopwatch, "_MOST", 64 * 128)
+    turns = Counter[int]()
+
+    def turn(own: Any) -> float:
+        turns[id(own)] += 1
+        late, nothing = turns[id(own)] in (1, 4), own.feeds["x"].shape == (1, 8)
+        return 1.0 * late + 10e-6 + (0.0 if nothing else 3e-6 * own.copies)
+
+    monkeypatch.setattr(stopwatch, "_turn", turn)
+    narrow, wide = Product(64, 96, FLOAT), Product(64, 1024, FLOAT)
+    found = timed({narrow: None, wide: None}, "qcompile", 1, Silent()).times
+    assert found == {narrow: pytest.approx(3.0), wide: pytest.approx(24.0)}
+
+
+@pytest.mark.slow  # of true times, which other work on the machine moves
 def test_larger_products_take_longer() -> None:
     """By far: 256 times the weights take more than 4 times as long, whatever else the machine does."""
     grid = _grid("int4(group=64)")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompile.compiler.results.timings import Product, Timings, check_complete
+from qcompile.compiler.results.timings import VERSION, Product, Timings, check_complete
 from qcompile.compiler.sweep.budget.fastest import load_timings
 from qcompile.passes.errors import UserError
 
@@ -27,7 +27,7 @@ ONE = {"k": 4, "n": 8, "format": "int4 g64 asym", "microseconds": 1.5}
 
 def _plain(**changes: Any) -> dict[str, Any]:
     machine = {"cpu": "a processor", "threads": 2}
-    return {"version": 1, "machine": machine, "target": "qcompile", "rows": 1, "times": [ONE], **changes}
+    return {"version": VERSION, "machine": machine, "target": "qcompile", "rows": 1, "times": [ONE], **changes}
 
 
 @given(st.dictionaries(PRODUCT, TIME, max_size=5), st.integers(1, 4096))
@@ -45,6 +45,11 @@ def test_a_file_made_by_hand_needs_no_more_than_it_tells(tmp_path: Path) -> None
     assert table.told == "an unnamed machine"
 
 
+def test_a_file_of_an_editor_that_marks_utf_8_is_read(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps(_plain()), encoding="utf-8-sig")
+    assert load_timings(tmp_path / "t.json", "qcompile", 1).times
+
+
 def test_the_machine_is_told_in_words() -> None:
     machine = {"cpu": "a processor", "kernels": "native kernels (avx2)", "library": "ab", "onnxruntime": "1.32.0"}
     told = "a processor, native kernels (avx2), ONNX Runtime 1.32.0"
@@ -58,7 +63,7 @@ def test_the_machine_is_told_in_words() -> None:
         ("{", "is no JSON: give what `qcompile timings MODEL -o FILE` wrote on that machine"),
         ("[]", "is no table of times: Expected `object`"),
         ("{}", "is no table of times: Object missing required field"),
-        (_plain(version=2), "it is of version 2, and this one reads 1"),
+        (_plain(version=1), f"it is of version 1, and this one reads {VERSION}"),
         (_plain(more=1), "unknown field `more`"),
         (_plain(rows=0), "rows must be at least 1"),
         (_plain(times=[{**ONE, "microseconds": 0}]), "microseconds of 4×8 in int4 g64 asym must be a positive number"),
@@ -71,6 +76,9 @@ def test_the_machine_is_told_in_words() -> None:
         (_plain(target="qdq"), "is of target qdq, and this compile is for qcompile"),
         (_plain(rows=64), "is of 64 rows at a time, and this model is timed with 1"),
         (b"\xff", "is no JSON"),
+        (b"1" * 5000, "is no JSON"),
+        (_plain(times=[{**ONE, "microseconds": float("nan")}]), "must be a positive number, got nan"),
+        (_plain(times=[{**ONE, "microseconds": 10**400}]), "is no table of times"),
         (None, "cannot be read"),
     ],
 )  # fmt: skip
