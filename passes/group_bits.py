@@ -19,7 +19,7 @@ from qcompile.passes.held import NOT_CONFIRMED, too_few
 from qcompile.passes.linears import Linear, find_linears
 from qcompile.passes.policy import Policy
 from qcompile.passes.spec import QuantSpec
-from qcompile.passes.state import set_node
+from qcompile.passes.state import node_state, set_node, set_weight, weight_state
 from qcompile.passes.statistics import Numbers, Statistics
 
 # Bits that have a format with one bit less and one with one more.
@@ -96,6 +96,10 @@ class GroupBits(Pass):
             return "all of its rows share a scale"
         if any(len(weight_users(linear.weight)) > 1 or linear.weight.is_graph_output() for linear in linears):
             return "another node reads its weight, too"
+        if any(weight_state(linear.weight).codes for linear in linears):
+            return "its codes are chosen already: list group_bits before what chooses them"
+        if any(node_state(linear.node).outliers is not None for linear in linears):
+            return "channels of its input stay in float already: list group_bits before what marks them"
         beside = (named(f"int{spec.bits + more}") for more in (-1, 1))
         return next((told for own in beside if (told := own.refusal(self.policy.target, spec, k))), "")
 
@@ -164,6 +168,7 @@ class GroupBits(Pass):
         for spec, channels in parts.items():
             name = names.fresh(f"{linear.weight.name}.{spec.format}.part")
             weight = add_initializer(graph, name, ir.tensor(np.ascontiguousarray(w[channels]), name=name))
+            set_weight(weight, clip=weight_state(linear.weight).clip)
             given.append(before("MatMul", [taken[spec], weight], names.fresh(f"{linear.name}.{spec.format}")))
             set_node(made[-1], grid=spec)
         total = given[0] if len(given) == 2 else before("Add", given[:2], names.fresh(f"{linear.name}.both"))

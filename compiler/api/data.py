@@ -12,7 +12,7 @@ import numpy.typing as npt
 from qcompile.compiler.api.models import PathLike
 from qcompile.compiler.data import user_code
 from qcompile.compiler.data.calibration import Calibration
-from qcompile.compiler.data.calibration_files import KINDS, Files
+from qcompile.compiler.data.calibration_files import GENERAL, KINDS, Files
 from qcompile.compiler.data.readers import Batches, Reader, dicts, document, documents, is_array, label_of, peeked, told
 from qcompile.passes.errors import UserError
 
@@ -85,7 +85,8 @@ def _words(words: Sequence[PathLike], tokenizer: Path | None) -> Calibration:
     files = [word for word in words if not isinstance(word, str) or os.path.exists(word)]
     if files:
         raise UserError(f"calibration has both files ({os.fspath(files[0])}) and texts: give one kind")
-    return Calibration(tokenizer=tokenizer, texts=tuple(map(str, words)))
+    general = [GENERAL] if GENERAL in words else []
+    return Calibration(general, tokenizer, texts=tuple(str(word) for word in words if word not in general))
 
 
 def _listed(given: Any) -> list[PathLike]:

@@ -76,7 +76,7 @@ class EvaluationSet:
     @property
     def has_data(self) -> bool:
         """Whether there are batches, not texts."""
-        return bool(self.data.files) or self.data.reader is not None
+        return bool(self.data.words) or self.data.reader is not None
 
     def given_labels(self) -> Labels | None:
         """The labels, by the names of images where they have some."""

@@ -209,7 +209,7 @@ def _recipe(args: Options) -> Recipe:
 
 def _evaluation(args: Options) -> Calibration | None:
     """What the accuracy is told on; None for the default."""
-    return replace(calibration_of(args), files=args.eval_data) if args.eval_data else None
+    return replace(calibration_of(args), files=args.eval_data, general=False) if args.eval_data else None
 
 
 def _judge(args: Options, output: Path) -> None:

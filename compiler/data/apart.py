@@ -85,7 +85,7 @@ def _rows(batch: Batch) -> Iterator[bytes]:
         arrays = [array[None] for array in arrays]
     for row in zip(*arrays, strict=True):
         total = hashlib.sha256()
-        for array in row:
+        for array in map(np.asarray, row):  # an item of strings is no array
             total.update(f"{array.dtype} {array.shape} ".encode())
             total.update(repr(array.tolist()).encode() if array.dtype == object else array.tobytes())
         yield total.digest()

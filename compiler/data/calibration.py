@@ -286,7 +286,7 @@ def data_batches(plan: InputPlan, model: Path, given: Calibration) -> list[Batch
     if files.images:
         return picture_batches(plan, files.images, given.pictures.beside(model), len(files.images))[0]
     if not files.arrays and not files.reference and given.reader is None:
-        told = f"{files.texts[0]}: " if files.texts else ""
+        told = f"{files.texts[0]}: " if files.texts else f"{GENERAL} is text: " if given.general else ""
         raise UserError(f"{told}no array (.npz, .npy) and no image")
     return _batches_given(plan, model, Sampling(1, 2), given, files)[0]
 
@@ -349,6 +349,11 @@ def _mixed(parts: Sequence[Sequence[int]], context: int, count: int) -> Sequence
     """
     if len(parts) == 1:
         return parts[0]
+    if short := [len(own) for own in parts if len(own) < context]:
+        told = (
+            f"of the texts to be mixed one has {short[0]} tokens, and a window {context}: nothing of it would be there"
+        )
+        raise UserError(f"{told}; give more of it, or leave it out")
     least = min(len(own) // context for own in parts)
     limit = max(least, count - least)
     return [token for own in parts for window in spread(own, context, limit) for token in window.tolist()]

@@ -50,23 +50,29 @@ class Files:
 def named(words: Sequence[str]) -> list[Path]:
     """The files that words name, those in folders among them, as far as there are any: what the work will read."""
     paths = [Path(word) for word in words if word]
-    return [file for path in paths for file in (in_folder(path, KINDS) if path.is_dir() else [path])]
+    return [file for path in paths for file in (_inside(path) if path.is_dir() else [path])]
 
 
 def _check_regular(path: Path) -> None:
     if path.exists() and not path.is_file():  # reading a pipe may wait for ever
         raise UserError(f"{path} is not a regular file: save the data in one")
     if not path.exists() and str(path) in (SELF, NORMS):
-        raise UserError(f"--calibration {path} stands alone: leave out what stands beside it")
+        raise UserError(
+            f"{path} is a word for --calibration, and stands alone there: leave it out, or what is beside it"
+        )
     if not path.exists() and path.suffix.lower() not in KINDS:
         raise UserError(f"{path}: no such file or folder{near(str(path), (GENERAL, SELF, NORMS))}")
 
 
 def _expanded(path: Path) -> list[Path]:
-    """What lies in a folder. Texts beside arrays or images tell about them (README.txt, labels.txt): no data."""
     if not path.is_dir():
         return [path]
-    found = in_folder(path, KINDS)
-    if not found:
-        raise UserError(f"{path}: no .npz, .npy, image, .txt or .jsonl file in this folder")
+    if found := _inside(path):
+        return found
+    raise UserError(f"{path}: no .npz, .npy, image, .txt or .jsonl file in this folder")
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder. Texts beside arrays or images tell about them (README.txt, labels.txt): no data."""
+    found = in_folder(folder, KINDS)
     return [file for file in found if file.suffix.lower() not in _TEXTS] or found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.console.numbers import percent
-from qcompile.compiler.plan import effective, ensuring, steps_that
+from qcompile.compiler.plan import effective, ensuring, make_policy, steps_that
 from qcompile.compiler.recipe import SETTINGS, Recipe
 from qcompile.compiler.results.report import Report
 from qcompile.passes import lists
@@ -71,11 +71,13 @@ def remedies(report: Report) -> list[Remedy]:
 
 
 def recipe_of(report: Report) -> Recipe | None:
-    """The recipe that ran; None where the report has none, or one of another version."""
+    """The recipe that ran; None where the report has none, or one of another version, or of packages that are gone."""
     try:
-        return Recipe.from_dict({k: v for k, v in report.recipe.items() if k in SETTINGS}, "report")
+        made = Recipe.from_dict({k: v for k, v in report.recipe.items() if k in SETTINGS}, "report")
+        make_policy(effective(made))
     except UserError:
         return None
+    return made
 
 
 def packs(report: Report) -> bool:

@@ -340,7 +340,7 @@ class _Fields:
 def _fields(value: ir.Value) -> _Fields | None:
     """The bytes that a value is unpacked of, if it is."""
     packed: ir.TensorProtocol | None = None
-    rows, shifts, found, book, bits = 0, [], [value], None, 0
+    rows, shifts, found, book, bits, lanes = 0, [], [value], None, 0, 0
     for current in found:  # grows while it is walked
         own, producer = stored(current), current.producer()
         packed = own if own is not None and len(own.shape) == 2 else packed
@@ -353,11 +353,12 @@ def _fields(value: ir.Value) -> _Fields | None:
             rows = _given(producer.inputs[2])
         if producer.op_type == "Split":
             bits = producer.attributes.get_int("num_outputs", 0)
+        lanes = max(lanes, len(producer.inputs) if producer.op_type == "Concat" else 0)
         taken = producer.inputs[: {"BitwiseOr": 2, "Concat": None}.get(producer.op_type, 1)]
         if producer.op_type == "Gather" and (table := _codebook(producer)) is not None:
             book, taken = table, producer.inputs[1:]
         found += [v for v in taken if v is not None and v not in found]
-    if bits and packed is not None:  # whole blocks of rows
+    if bits in bit_fields.ALL_FIELDS and lanes == 8 and packed is not None:  # whole blocks of rows
         shifts, rows = bit_fields.shifts(bits), 8 * _dims(packed)[0] // bits * (1 if book is None else 2)
     unpacking = [own for own in BY_NAME.usable() if shifts and sorted(own.shifts()) == sorted(shifts)]
     named = (own.name for own in unpacking if (own.rows_per_code == 1 if book is None else own.looks_up(book.numpy())))

@@ -106,29 +106,33 @@ class TextMetric(Metric):
         """kl and kl_error in nats per scored token, of several texts those of each; perplexity, agreement."""
         subject, scores, start = self.running.subject(path), TokenScores(), 0
         known: Any = np.load(self.stored, mmap_mode="r")
+        ends = [0]
         for number, window in enumerate(self.windows, 1):
             logits = subject.logits(window)[: len(window) - 1]
             scores.add(logits, window[1 : len(logits) + 1], known[start : start + len(logits)])
             start += len(logits)
+            ends.append(start)
             progress(number, len(self.windows))
         kl, error = mean_and_error(scores.kl)
         agreement = float(np.concatenate(scores.agree).mean())
         return {
             "kl": kl,
             "kl_error": error,
-            **(self._each(scores.kl) if len(self.texts) > 1 else {}),
+            **(self._each(np.concatenate(scores.kl), ends) if len(self.texts) > 1 else {}),
             "perplexity": perplexity(mean_and_error(scores.nll)[0]),
             "agreement": agreement,
         }
 
-    def _each(self, kl: Sequence[Any]) -> Scores:
-        """Of each text, by the KL of all scored tokens in their order."""
-        found, every, start = Scores(), np.concatenate(kl), 0
+    def _each(self, kl: Any, ends: Sequence[int]) -> Scores:
+        """Of each text, by the KL of all scored tokens in their order. ends: how many those of each window end behind;
+        a graph of fixed length leaves out the end of a window.
+        """
+        found, done = Scores(), 0
         for name, windows in self.texts.items():
-            end = start + sum(len(window) - 1 for window in windows)
-            mean, error = mean_and_error([every[start:end]])
+            own = kl[ends[done] : ends[done + len(windows)]]
+            done += len(windows)
+            mean, error = mean_and_error([own])
             found |= {f"kl {name}": mean, f"kl_error {name}": error}
-            start = end
         return found
 
     def close(self) -> None:

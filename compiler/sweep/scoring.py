@@ -1,7 +1,8 @@
 """What the models of a sweep are scored on: text or arrays that calibration has not seen."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from qcompile.compiler.data.apart import digests, repeated_rows, repeated_share
 from qcompile.compiler.data.calibration import Calibration, data_batches
 from qcompile.compiler.data.calibration_files import GENERAL, Files, named
 from qcompile.compiler.data.feeds import Batch, InputPlan, npz_batches, token_batches
-from qcompile.compiler.data.tokens import find_tokenizer, load_tokenizer, read_text
+from qcompile.compiler.data.tokens import Tokenizer, find_tokenizer, load_tokenizer, read_text
 from qcompile.compiler.files.cache import digest, files_digest, write_atomically
 from qcompile.compiler.measure.loaded import text_windows
 from qcompile.compiler.sweep.metric import Metric, OutputMetric, Running, TextMetric
@@ -50,22 +51,22 @@ class Evaluation:
 class Scoring:
     """A metric; its settings, which decide the figures; its data in words.
 
-    texts, batches: what must not be calibrated on, too; files: where that lies. bundled: what is left of the bundled
-    text for calibration, where its end is scored.
+    texts, batches: what must not be calibrated on, too, of texts by their names as far as they are scored; files: where
+    that lies. bundled: what is left of the bundled text for calibration, where its end is scored.
     """
 
     metric: Metric
     identity: dict[str, Any]
     source: str
     bundled: Path | None = None
-    texts: Sequence[Path] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
     files: Sequence[Path] = ()
     batches: Sequence[Batch] = ()
 
     def check_apart(self, plan: InputPlan, given: Calibration) -> None:
         """Raise UserError where data of a row is what every row is scored on, whatever files it comes in.
 
-        Case 1: the same file. Case 2: more than a tenth of a scored text. Case 3: rows of scored arrays.
+        Case 1: the same file. Case 2: more than a tenth of what is scored of a text. Case 3: rows of scored arrays.
         """
         calibrated, files = digests(map(Path, named(given.paths))), Files.of(given.paths)
         for content, name in digests(self.files).items():  # Case 1
@@ -74,10 +75,10 @@ class Scoring:
         own = read_texts(files.texts) if files.texts and self.texts else []
         if self.texts and given.bundled is None and (given.general or not given.files):
             own.append(calibration_text())
-        for text in self.texts:  # Case 2
-            if (share := repeated_share(read_text(text), own)) > _REPEATED:
-                told = f"{share:.0%} of {text.name}, which models are scored on"
-                raise UserError(f"{told}, is in the calibration data {' '.join(given.words) or GENERAL}: {_OTHERS}")
+        for name, text in self.texts.items():  # Case 2
+            if (share := repeated_share(text, own)) > _REPEATED:
+                told = f"{share:.0%} of what models are scored on of {name}"
+                raise UserError(f"{told} is in the calibration data {' '.join(given.words) or GENERAL}: {_OTHERS}")
         if self.batches and files.arrays:  # Case 3
             rows = sum(batch.rows for batch in self.batches)
             if count := repeated_rows(self.batches, npz_batches(plan, files.arrays)):
@@ -111,10 +112,13 @@ def scoring(
         raise UserError(f"{model} cannot be fed from text: give inputs to score it on with --data FILE.npz …")
     found, bundled, texts = load_tokenizer(tokenizer or model), None, dict[str, Path]()
     for text in wanted.texts or [Path(GENERAL)]:
-        if str(text) == GENERAL and not text.exists():
-            bundled, texts[GENERAL] = _split_bundled(folder)
-        elif text.name in texts:
+        general = str(text) == GENERAL and not text.exists()
+        if general and bundled is not None:
+            continue
+        if text.name in texts:
             raise UserError(f"--text: two files are called {text.name}: rename one, their scores have the names")
+        if general:
+            bundled, texts[GENERAL] = _split_bundled(folder)
         else:
             texts[text.name] = text
     windows = {
@@ -126,14 +130,22 @@ def scoring(
         "windows": [len(window) for window in every],
         "kernels": by,
         "provider": wanted.provider,
+        **({"names": [*texts]} if len(texts) > 1 else {}),  # scores have them
     }
-    told = ", ".join(_BUNDLED if name == GENERAL else name for name in texts)
+    files = [text for name, text in texts.items() if name != GENERAL or bundled is None]
+    told = ", ".join(name if text in files else _BUNDLED for name, text in texts.items())
     source = f"{told}, {len(every)} window{'s' * (len(every) != 1)} of {len(every[0])} tokens; {by}"
     metric: Metric = OutputMetric(model, token_batches(plan, every), running)
     if plan.logits is not None:
         metric = TextMetric(model, windows, running, folder / "cache", digest(identity | {"model": source_hash}))
-    scored = [text for name, text in texts.items() if name != GENERAL]
-    return Scoring(metric, identity, source, bundled, [*texts.values()], scored)
+    scored = {name: _scored(read_text(text), found, wanted.tokens) for name, text in texts.items()}
+    return Scoring(metric, identity, source, bundled, scored, files)
+
+
+def _scored(text: str, tokenizer: Tokenizer, tokens: int) -> str:
+    """About so many tokens of a text, from its beginning; all of it for 0."""
+    share = tokens / max(len(tokenizer.encode(text)), 1) if tokens else 1.0
+    return text[: math.ceil(len(text) * share)]
 
 
 def calibration_digest(given: Calibration, tokenizer: Path) -> str:

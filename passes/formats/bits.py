@@ -162,10 +162,6 @@ def unpacking_whole(made: str, packed: str, bits: int, *, clean: bool) -> str:
 class Fields(Format):
     """What formats with codes in fields of bytes have in common: K, the rows of the weight, is an attribute."""
 
-    @property
-    def whole_rows(self) -> int:
-        return 8 * self.rows_per_code
-
     def attributes(self, spec: Grid, block_size: int, k: int) -> dict[str, int]:
         """K: rows of the weight, which its bytes do not tell."""
         return super().attributes(spec, block_size, k) | {"K": k}
@@ -218,6 +214,10 @@ class BitFields(Fields):
 
     def without_zero_points(self, kind: str, word: str) -> onnx.FunctionProto:
         return self._body(kind, word, zero_points=False)
+
+    @property
+    def whole_rows(self) -> int:
+        return 8
 
     def body_of_whole(self, kind: str, word: str, *, zero_points: bool) -> onnx.FunctionProto:
         return self._body(kind, word, zero_points=zero_points, whole=True)

@@ -186,6 +186,10 @@ class CodebookPairs(Fields):
     def body(self, kind: str, word: str) -> onnx.FunctionProto:
         return self._body(kind, word)
 
+    @property
+    def whole_rows(self) -> int:
+        return 8 * self.rows_per_code
+
     def body_of_whole(self, kind: str, word: str, *, zero_points: bool) -> onnx.FunctionProto:
         return self._body(kind, word, whole=True)
 

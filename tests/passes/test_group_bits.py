@@ -19,8 +19,9 @@ from qcompile.passes.group_bits import GroupBits, choose, left_of
 from qcompile.passes.linears import find_linears
 from qcompile.passes.pack import Pack
 from qcompile.passes.policy import Policy
+from qcompile.passes.rounding import round_to_nearest
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
-from qcompile.passes.state import node_state
+from qcompile.passes.state import Outliers, node_state, set_node, set_weight, weight_state
 from qcompile.passes.statistics import Statistics
 
 K, SIZE = 136, 16  # eight whole groups and a partial one
@@ -137,6 +138,21 @@ def test_a_weight_that_others_read_stays() -> None:
     own, _ = _split(model, _x())
     assert _reasons(own)["linear0"] == ("skipped", "another node reads its weight, too")
     assert "w0" in model.graph.initializers
+
+
+def test_what_is_chosen_for_whole_products_is_not_lost() -> None:
+    """Codes and channels of a whole product say nothing of its parts; whether ranges may be clipped does."""
+    marked, coded, clipped = _model(), _model(), _model()
+    set_node(find_linears(marked.graph)[1].node, outliers=Outliers(np.array([3])))
+    weight = find_linears(coded.graph)[0].weight
+    set_weight(weight, codes={False: round_to_nearest(np.ones((K, 24), np.float32), SPEC, None)})
+    for model, reason in ((marked, "channels of its input stay in float already"), (coded, "its codes are chosen")):
+        own, _ = _split(model, _x())
+        assert [(action, reason in told) for action, told in _reasons(own).values()] == [("skipped", True)] * 2
+    for linear in find_linears(clipped.graph):
+        set_weight(linear.weight, clip=False)
+    _split(clipped, _x())
+    assert [weight_state(linear.weight).clip for linear in find_linears(clipped.graph)] == [False] * 6
 
 
 def test_a_threshold_is_a_share() -> None:

@@ -157,6 +157,8 @@ def test_strings_are_files_or_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert data_of(files) == Calibration([str(files)])
     assert data_of(["a.txt", Path("b.txt")]) == Calibration(["a.txt", "b.txt"])
     assert data_of("a text of words").texts == ("a text of words",)
+    mixed = data_of(["general", "a text of words"])
+    assert (mixed.general, mixed.texts) == (True, ("a text of words",)), "the bundled text beside it, as beside files"
     assert data_of("one\ntwo.txt").texts == ("one\ntwo.txt",)
     assert data_of(["a text", "word"]).texts == ("a text", "word")
     assert data_of(text for text in ["word", "a text"]).texts == ("word", "a text")

@@ -14,8 +14,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from qcompile.compiler.data import calibration
+from qcompile.compiler.data.apart import digests
 from qcompile.compiler.data.aside import apart
 from qcompile.compiler.data.calibration import Calibration, Data, Sampling, gather, spread
+from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import input_plan
 from qcompile.compiler.data.tokens import load_tokenizer
@@ -334,5 +336,26 @@ def test_half_of_a_mixture_is_the_bundled_text(bench: Any, length: int, general:
 def test_the_bundled_text_mixes_with_texts_alone(bench: Any, tmp_path: Path, beside: str) -> None:
     np.savez(tmp_path / "x.npz", x=np.zeros(2))
     given = Calibration(["general", str(tmp_path / beside) if beside == "x.npz" else beside])
-    with pytest.raises(UserError, match=r"general is text: give it alone|self stands alone"):
+    with pytest.raises(UserError, match=r"general is text: give it alone|self is a word .* stands alone"):
         gather(input_plan(tiny_decoder()), bench.save(tiny_decoder()), SAMPLING, given, needed=True)
+
+
+def test_a_text_shorter_than_a_window_is_not_mixed(bench: Any) -> None:
+    """Nothing of it would be there, and the report would say that it is."""
+    text = bench.folder / "short.txt"
+    path = bench.save(tiny_decoder())
+    text.write_text("a few words")
+    with pytest.raises(UserError, match=r"one has \d+ tokens, and a window 32: nothing of it would be there"):
+        gather(input_plan(tiny_decoder()), path, Sampling(4, 32), Calibration(["general", str(text)]), needed=True)
+
+
+def test_what_tells_about_a_folder_is_no_data(tmp_path: Path) -> None:
+    """Folders of arrays or images for calibration and for judging often have the same labels.txt."""
+    for name in ("seen", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "labels.txt").write_text("cat dog")
+        np.savez(tmp_path / name / "x.npz", x=np.zeros(len(name)))
+    folders = [str(tmp_path / name) for name in ("seen", "other")]
+    assert [path.name for path in named(folders)] == ["x.npz", "x.npz"]
+    assert len(digests(named(folders))) == 2
+    assert named([str(tmp_path / "none")]) == [tmp_path / "none"], "who reads it says what is wrong"

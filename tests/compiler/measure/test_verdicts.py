@@ -115,6 +115,17 @@ def test_calibration_data_is_no_test_data(compiled: tuple[Path, ...], capsys: An
     assert "it is calibrated on (as seen.npz), too" in capsys.readouterr().err
 
 
+def test_the_bundled_text_that_is_calibrated_on_is_not_judged_on(bench: Any, capsys: Any) -> None:
+    """--calibration general said so of --eval-data, too, which then was refused as calibrated on."""
+    source, other = bench.save(tiny_decoder(layers=1)), bench.folder / "other.txt"
+    other.write_text("".join(f"{number} is less than {number + 1}\n" for number in range(200)))
+    words = ["--passes", "smooth,dynamic", "--calibration", "general", "--eval-data"]
+    assert bench.run(source, *words, str(other)) == 0
+    assert "tokens of other.txt" in capsys.readouterr().out
+    assert bench.run(source, *words, "general") == 2
+    assert "the bundled text is no test data: it is calibrated on, too" in " ".join(capsys.readouterr().err.split())
+
+
 def test_accuracy_is_told_of_rows_that_nothing_was_fitted_to(compiled: tuple[Path, ...], capsys: Any) -> None:
     source, output, seen, other = compiled
     plain = json.loads(output.with_name("m.report.json").read_text())

@@ -47,6 +47,16 @@ def test_pairs_without_a_rotation_have_it_named(bench: Any) -> None:
     assert not any(told.values())
 
 
+@pytest.mark.parametrize("gone", [{"weights": "gone4"}, {"weights_of": ["*=gone4"]}, {"passes": ["gone", "pack"]}])
+def test_nothing_is_advised_where_a_package_is_gone(bench: Any, gone: dict[str, Any]) -> None:
+    """A page of an old report is made all the same."""
+    report = bench.compile(bench.save(tiny_decoder(layers=1)), "pack")
+    assert remedies(report)
+    report.recipe.update(gone)
+    assert remedies(report) == []
+    assert "What hurts most" in to_html(report)
+
+
 def test_the_command_has_its_data_and_names_are_quoted(bench: Any) -> None:
     source = bench.save(tiny_conv(), tokenizer=False)
     data = bench.folder / "some data.npz"

@@ -66,6 +66,20 @@ def test_a_quantized_activation_is_no_weight(tmp_path: Path) -> None:
     assert (_only(summary).kind, _only(summary).quantized) == ("product", False)
 
 
+@pytest.mark.parametrize("parts", [2, 3, 4, 8, 12])
+def test_a_split_weight_is_no_fields_of_bytes(tmp_path: Path, parts: int) -> None:
+    """Heads cut out of one table of codes: as many as bits of a format, or as no format has."""
+    heads = [f"w{i}" for i in range(parts)]
+    nodes = [helper.make_node("Split", ["w"], heads, axis=1, num_outputs=parts)]
+    nodes.append(helper.make_node("Concat", heads[::-1], ["turned"], axis=1))
+    for name in ("turned", "w0"):
+        nodes.append(helper.make_node("DequantizeLinear", [name, "s", "z"], [f"{name}.d"]))
+        nodes.append(helper.make_node("MatMul", ["x", f"{name}.d"], [f"{name}.y"], name=name))
+    arrays = {"w": np.zeros((K, 24), np.uint8), "s": np.float32(1), "z": np.uint8(0)}
+    summary = inspect(_save(tmp_path / "m.onnx", nodes, [_array(name, own) for name, own in arrays.items()]))
+    assert not any("int" in group.form and not group.form.startswith("uint8") for group in summary.weights)
+
+
 def test_tied_embedding_is_counted_once(tmp_path: Path) -> None:
     """An lm_head and an embedding that read one table, as initializers shared by both nodes."""
     nodes = [

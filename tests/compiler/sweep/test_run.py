@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from qcompile.compiler import stages
+from qcompile.compiler.data.apart import repeated_rows
+from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.data.inputs import input_plan
 from qcompile.compiler.data.tokens import load_tokenizer
 from qcompile.compiler.files import secret
@@ -22,6 +25,7 @@ from qcompile.compiler.measure.evaluate import evaluate
 from qcompile.compiler.measure.loaded import text_windows
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.sweep import run as module
+from qcompile.compiler.sweep.metric import Running, TextMetric
 from qcompile.compiler.sweep.rows import DONE, FAILED, OPEN, REFUSED, SAME, Row, Sweep
 from qcompile.compiler.sweep.run import sweep
 from qcompile.compiler.sweep.scoring import Evaluation
@@ -346,11 +350,58 @@ def test_what_is_scored_is_not_calibrated_on_under_another_name(bench: Any, tmp_
     (tmp_path / "copy.txt").write_text(calibration_text()[18_000:25_000])
     (tmp_path / "scored.txt").write_text("another tale of other whales and ships\n" * 100 + own.replace("\n", "  \n"))
     grid = {"calibration": [[tmp_path / word if word != "general" else word for word in given.split("+")], "self"]}
-    with pytest.raises(
-        UserError, match=r"^\d\d% of scored\.txt, which models are scored on, is in the calibration data"
-    ):
-        _sweep(bench, model, grid, evaluation=Evaluation([tmp_path / "scored.txt"], context=32, tokens=128))
+    told = r"^\d\d% of what models are scored on of scored\.txt is in the calibration data"
+    with pytest.raises(UserError, match=told):
+        _sweep(bench, model, grid, evaluation=Evaluation([tmp_path / "scored.txt"], context=32, tokens=0))
     assert not (bench.folder / "sweep" / "cache").exists()
+
+
+def test_of_a_long_text_that_counts_which_is_scored(bench: Any, tmp_path: Path) -> None:
+    """The calibration data is a fiftieth of the text, and all that models are scored on; or what none is scored on."""
+    model, text = bench.save(DECODER()), calibration_text()[:50_000]
+    (tmp_path / "scored.txt").write_text(text)
+    scored = Evaluation([tmp_path / "scored.txt"], context=32, tokens=128)
+    (tmp_path / "beginning.txt").write_text(text[:1000])
+    with pytest.raises(UserError, match=r"^100% of what models are scored on of scored\.txt is in"):
+        _sweep(bench, model, {"passes": ["smooth,pack"]}, calibration=[tmp_path / "beginning.txt"], evaluation=scored)
+    (tmp_path / "rest.txt").write_text(text[10_000:])
+    rest = _sweep(bench, model, {"passes": ["smooth,pack"]}, calibration=[tmp_path / "rest.txt"], evaluation=scored)
+    assert [row.status for row in rest.rows] == [DONE]
+
+
+def test_strings_are_rows_too() -> None:
+    """Of an input of one dimension each row is a str, which was taken for an array."""
+    scored = [Batch({"text": np.array(["a", "b", "c"], object), "x": np.arange(3)}, 3)]
+    others = [Batch({"text": np.array(["c", "b"], object), "x": np.array([2, 2])}, 2)]
+    assert repeated_rows(scored, others) == 1
+
+
+class _Cut(Running):
+    """Models that give logits of whole pieces of five tokens alone; the second one of every text is another one."""
+
+    def subject(self, path: Path) -> Any:
+        def logits(window: Any) -> Any:
+            own = np.random.default_rng(int(window[0])).normal(size=(len(window) // 5 * 5, 7)).astype(np.float32)
+            return own if path.name == "float" else own * (1.5 if window[0] else 1.1)
+
+        return SimpleNamespace(logits=logits)
+
+
+def test_each_text_has_its_own_tokens(tmp_path: Path) -> None:
+    """Where a graph of fixed length leaves out the end of each window, too."""
+    texts = {name: [np.full(12, number) for _ in range(3)] for number, name in enumerate(("a.txt", "b.txt"))}
+    alone = {}
+    for name, windows in texts.items():
+        metric = TextMetric(tmp_path / "float", {name: windows}, _Cut(), tmp_path, name)
+        metric.prepare(lambda *_: None)
+        alone[name] = metric.score(tmp_path / "coded", lambda *_: None)
+    metric = TextMetric(tmp_path / "float", texts, _Cut(), tmp_path, "both")
+    metric.prepare(lambda *_: None)
+    both = metric.score(tmp_path / "coded", lambda *_: None)
+    for name in texts:
+        assert both[f"kl {name}"] == pytest.approx(alone[name]["kl"], rel=1e-12)
+        assert both[f"kl_error {name}"] == pytest.approx(alone[name]["kl_error"], rel=1e-12)
+    assert both["kl b.txt"] > 2 * both["kl a.txt"]
 
 
 def test_the_pareto_front() -> None:
