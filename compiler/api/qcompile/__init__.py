@@ -65,7 +65,7 @@ _HOMES = {
     "explain": f"{_API}.judging",
     "generate": f"{_API}.running",
     "inspect": f"{_API}.judging",
-    "library_path": "qcompile.runtime.library",
+    "library_path": "qcompile.passes.library",
     "load_recipe": f"{_API}.recipes",
     "save_recipe": f"{_API}.recipes",
     "sensitivity": f"{_API}.jobs",
