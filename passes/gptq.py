@@ -1,6 +1,7 @@
 """Error-compensated rounding (GPTQ, Frantar et al. 2022) from the Gram matrix alone."""
 
-from collections.abc import Callable, Sequence, Set
+import itertools
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -180,7 +181,7 @@ class Gptq(Pass):
     def call(self, region: Region) -> None:
         """Leave the codes of every linear with statistics in its weight's state, for the pass that stores them."""
         vocabulary = region.vocabulary
-        together: dict[tuple[int, Grid], list[Linear]] = {}
+        inputs: dict[ir.Value, dict[Grid, list[Linear]]] = {}
         begun: set[tuple[ir.Value, bool]] = set()
         for linear in find_linears(region.live_nodes()):
             spec = self.policy.for_linear(linear, vocabulary)
@@ -204,16 +205,15 @@ class Gptq(Pass):
                 self.decide(linear.name, "skipped", "its input was not observed")
                 continue
             begun.add((linear.weight, linear.transposed))
-            together.setdefault((id(linear.activation), spec), []).append(linear)
-        groups = list(together.items())
+            inputs.setdefault(linear.activation, {}).setdefault(spec, []).append(linear)
         rounded = by_input(
-            round_together,
-            groups,
-            load=lambda own: (Beside.of(own[1]), own[0][1], region.statistics[own[1][0].activation]),
-            given=(self.rounding, self.by_rows),
-            channels=lambda own: own[1][0].shape[0],
+            self._rounded,
+            list(inputs.items()),
+            load=lambda own: (region.statistics[own[0]], own[1]),
+            channels=lambda own: next(iter(own[1].values()))[0].shape[0],
         )
-        for (_, linears), found in zip(groups, rounded, strict=True):
+        groups = [linears for own in inputs.values() for linears in own.values()]
+        for linears, found in zip(groups, itertools.chain.from_iterable(rounded), strict=True):
             for number, linear in enumerate(linears):
                 if isinstance(found, str):
                     self.decide(linear.name, "skipped", found)
@@ -222,6 +222,17 @@ class Gptq(Pass):
                 self.decide(linear.name, "rounded", "error-compensated", relative_error=error)
                 own = weight_state(linear.weight).codes
                 set_weight(linear.weight, codes={**own, linear.transposed: codes})
+
+    def _rounded(
+        self, statistics: Statistics, linears: Mapping[Grid, list[Linear]]
+    ) -> list[list[tuple[Quantized, float]] | str]:
+        """What `round_together` makes of the linears of an input, one grid after the other: all are fitted to the parts
+        of the statistics that passes before have left, which then go.
+        """
+        known = self.rounding, self.by_rows
+        found = [round_together(*known, Beside.of(own), spec, statistics) for spec, own in linears.items()]
+        statistics.forget()  # large, and of no more use
+        return found
 
 
 def round_together(
@@ -237,7 +248,6 @@ def round_together(
     if not spec.fine:  # else `pack` and `qdq` do not clip
         others.append(round_with_clip)
     joint = fitted(wanted, spec, statistics, rounding, others)
-    statistics.forget()  # large, and of no more use
     if joint is None:
         return too_few(statistics) or NOT_CONFIRMED
     start, found = 0, list[tuple[Quantized, float]]()

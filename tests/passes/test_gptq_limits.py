@@ -7,15 +7,17 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.models.tiny import tiny_decoder
+from qcompile.passes import gptq
 from qcompile.passes.affine import Quantized
 from qcompile.passes.base import Region
-from qcompile.passes.gptq import ErrorCompensated, Gptq
+from qcompile.passes.gptq import Beside, ErrorCompensated, Gptq
 from qcompile.passes.linears import find_linears
 from qcompile.passes.policy import Policy
-from qcompile.passes.rounding import round_to_nearest, round_with_clip
+from qcompile.passes.rounding import fitted, round_to_nearest, round_with_clip
 from qcompile.passes.spec import PerGroup, QuantSpec
 from qcompile.passes.state import weight_state
 from qcompile.passes.statistics import Statistics
+from qcompile.passes.threads import limited
 
 K, N = 64, 16
 SPECS = {"sym": QuantSpec(4, PerGroup(24), symmetric=True), "asym": QuantSpec(4, PerGroup(24))}
@@ -141,6 +143,29 @@ def test_every_linear_has_one_decision() -> None:
         reasons = {d.reason for d in step.decisions if d.node != "lm_head"}
         assert reasons == {"its weight is rounded already, for a node of an earlier segment" if again else
                            "error-compensated"}  # fmt: skip
+
+
+def test_weights_of_one_input_are_fitted_to_the_same_rows_on_several_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To what passes before have left of them: made anew, their Gram matrix has other last bits, so that codes would
+    depend on who of several threads comes first.
+    """
+    region, linears = _region()
+    first, body, seen = linears[0], QuantSpec(4, PerGroup(32)), []
+    x = np.random.default_rng(0).standard_normal((200, first.shape[0])).astype(np.float32)
+    statistics = replace(_statistics(x), sample=x, rest=np.zeros(x.shape[1], np.float32))
+    left, region.statistics[first.activation] = statistics.split(), statistics
+
+    def spied(wanted: Beside, spec: QuantSpec, given: Statistics, *more: object) -> Quantized | None:
+        seen.append((spec.bits, given.split()))
+        return fitted(wanted, spec, given, *more)
+
+    monkeypatch.setattr(gptq, "fitted", spied)
+    with limited(1):
+        Gptq(Policy(body, None, None, named=[(first.name, replace(body, bits=8))])).call(region)
+    seen = [own for own in seen if own[1] is not None]  # of the other inputs no rows are known
+    assert sorted(bits for bits, _ in seen) == [4, 8]
+    assert all(parts is left for _, parts in seen)
+    assert statistics.split() is not left, "large, and of no more use"
 
 
 def _check_rounded(region: Region, linear, error: float, spec: QuantSpec) -> None:
