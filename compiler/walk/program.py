@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_info
 
 from qcompile.passes import extensions
 from qcompile.passes.base import Pass
+from qcompile.passes.errors import UserError
 from qcompile.passes.library import library_digest, library_path
 from qcompile.passes.threads import workers
 from qcompile.runtime.library import chosen_kernel
@@ -35,8 +36,10 @@ def machine() -> list[str]:
 
 def _kernels() -> list[str]:
     """The content of the library of native kernels, and the instruction set that it takes here."""
-    digest = library_digest()
-    return [digest, chosen_kernel(library_path())] if digest else ["no native kernels"]
+    try:
+        return [library_digest(), chosen_kernel(library_path())]
+    except UserError:
+        return ["no native kernels"]
 
 
 def digest_of(passes: Sequence[Pass]) -> str:

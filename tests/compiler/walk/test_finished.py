@@ -22,6 +22,7 @@ from qcompile.compiler.settings.amount import TooLarge
 from qcompile.compiler.walk import program
 from qcompile.compiler.walk.checkpoints import Checkpoints
 from qcompile.models.tiny import tiny_decoder, tiny_encoder
+from qcompile.passes import library as native_kernels
 from qcompile.passes.errors import UserError
 
 # Of a report: what a run took, and where its files lie.
@@ -187,11 +188,20 @@ def test_other_kernels_walk_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch, 
             return library  # noqa: B023
 
         with monkeypatch.context() as patched:
-            patched.setattr(program, "library_path", there)
+            for module in (program, native_kernels):
+                patched.setattr(module, "library_path", there)
             patched.setattr(program, "chosen_kernel", lambda _: "avx2")
             assert not _compiled(bench, source, f"out{number}", settings, checkpoints=shelf).reused
             assert _compiled(bench, source, f"out{number}", settings, checkpoints=shelf).reused
         assert len(list(shelf.iterdir())) == number
+
+
+def test_a_file_that_is_no_library_counts_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As one built for another system: passes compute without it, and a compile that runs no session goes on."""
+    other = tmp_path / "other.so"
+    other.write_bytes(b"no library")
+    monkeypatch.setenv(native_kernels.VARIABLE, str(other))
+    assert program.machine()[-1] == "no native kernels"
 
 
 def test_a_damaged_walk_leaves_an_interrupted_compile(bench: Bench) -> None:
