@@ -7,7 +7,7 @@
 
 // One source for every instruction set: the loader takes the form that the machine runs. Where the compiler cannot, the
 // plain one.
-#if defined(QCOMPILE_X86) && defined(__ELF__) && !defined(QCOMPILE_SANITIZED)
+#if defined(QCOMPILE_X86) && defined(__GLIBC__) && !defined(QCOMPILE_SANITIZED) && __has_attribute(target_clones)
 #define FOR_EACH_MACHINE __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
 #define FOR_EACH_MACHINE
@@ -61,10 +61,11 @@ INLINE V to_half(V x) {
   return with_sign(rounded > kDenseTo ? all(INFINITY) : rounded, x);
 }
 
-// What finite fp16 numbers are in fp32: their bits are those of a number 2^112 times smaller.
+// What fp16 numbers are in fp32: their bits are those of a number 2^112 times smaller. Infinity for what is not finite.
 INLINE V from_half(Halves x) {
   const I whole = __builtin_convertvector(x, I);
-  return bits(bits(bits((whole & 0x7FFF) << 13) * 0x1p112f) | ((whole & 0x8000) << 16));
+  const V size = bits((whole & 0x7FFF) << 13) * 0x1p112f;
+  return bits(bits(size < 0x1p16f ? size : all(INFINITY)) | ((whole & 0x8000) << 16));
 }
 
 INLINE V load(const uint16_t* p, int lanes) {
@@ -82,11 +83,14 @@ INLINE V load(const float* p, int lanes) { return load(p, lanes, 0); }
 INLINE V storable(V scale, bool half) {
   const V size = magnitude(scale);
   V stored = to_half(scale);
-  if (!half) stored = (size >= kDenseFrom) & (size <= kDenseTo) ? stored : scale;
+  if (!half) stored = ((size >= kDenseFrom) & (size <= kDenseTo)) ? stored : scale;
   const V smallest = all(half ? kLeastHalf : kLeastScale);
   stored = magnitude(stored) < smallest ? with_sign(smallest, scale) : stored;
   return scale == 0 ? all(1) : stored;
 }
+
+// 0, or NaN where a number is not finite: added to a scale, it stays, as it does in numpy. Comparisons lose NaN.
+INLINE V fault(V x) { return x * 0.0f; }
 
 INLINE void store_codes(uint8_t* p, V x, int lanes) {
   const Bytes codes = __builtin_convertvector(__builtin_convertvector(x, I), Bytes);
@@ -138,10 +142,11 @@ INLINE Sums sums(const QCompileGrid& grid, const V* block, const V* weight, int6
 
 INLINE Range best_range(const QCompileGrid& grid, const V* block, const V* weight, int64_t rows, const float* shrinks,
                         int64_t count) {
-  V low{}, high{};
+  V low{}, high{}, faults{};
   for (int64_t row = 0; row < rows; ++row) {
     low = least(low, block[row]);
     high = most(high, block[row]);
+    faults += fault(block[row]);
   }
   Range best = span(grid, low, high, 1);
   V error = sums<false>(grid, block, weight, rows, best).error;
@@ -156,6 +161,7 @@ INLINE Range best_range(const QCompileGrid& grid, const V* block, const V* weigh
     best = {better ? own.scale : best.scale, better ? own.zero : best.zero};
     error = better ? left : error;
   }
+  best.scale += faults;
   return best;
 }
 
@@ -193,7 +199,7 @@ constexpr int kWide = 4;
 template <typename Number, bool kFull>
 INLINE void round_group(const QCompileGrid& grid, const Number* w, int64_t ld, int64_t rows, int64_t columns, float* scale,
                         float* zero_point, uint8_t* codes, int64_t ld_codes) {
-  V low[kWide] = {}, high[kWide] = {};
+  V low[kWide] = {}, high[kWide] = {}, faults[kWide] = {};
   Range range[kWide];
   const auto lanes = [columns](int part) {
     return kFull ? kLanes : int(std::max<int64_t>(0, std::min<int64_t>(kLanes, columns - part * kLanes)));
@@ -203,10 +209,12 @@ INLINE void round_group(const QCompileGrid& grid, const Number* w, int64_t ld, i
       const V own = load(w + row * ld + part * kLanes, lanes(part));
       low[part] = least(low[part], own);
       high[part] = most(high[part], own);
+      faults[part] += fault(own);
     }
   }
   for (int part = 0; part < kWide; ++part) {
     range[part] = span(grid, low[part], high[part], 1);
+    range[part].scale += faults[part];
     store(scale + part * kLanes, range[part].scale, lanes(part));
     store(zero_point + part * kLanes, range[part].zero, lanes(part));
   }

@@ -3,7 +3,7 @@
 // passes/native.py calls these instead of numpy, which takes a pass over memory for each step of the arithmetic; the clear
 // form is passes/affine.py, passes/row_steps.py and passes/gptq.py. Matrices are fp32 in rows, `ld` numbers from one row to the
 // next. Nothing allocates but a search for groups of many rows, and nothing fails. Products and sums are not contracted: each
-// step rounds as numpy's does.
+// step rounds as numpy's does. Where a group holds a number that is not finite, its scale is found to be NaN.
 #pragma once
 
 #include "c_api.h"
@@ -22,7 +22,7 @@ QCOMPILE_EXPORT void qcompile_fit(const QCompileGrid* grid, const float* w, int6
                                   float* scale, float* zero_point);
 
 // scale, zero_point (groups, n) that span each group's range (rows, n), and the nearest codes (k, n; ld_codes) by them. w is fp16
-// where `half`, else fp32, and finite.
+// where `half`, else fp32.
 QCOMPILE_EXPORT void qcompile_nearest(const QCompileGrid* grid, const void* w, int64_t half, int64_t ld, int64_t k, int64_t n,
                                       int64_t rows, float* scale, float* zero_point, int64_t ld_scale, uint8_t* codes,
                                       int64_t ld_codes);

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -54,8 +54,9 @@ def _weights(seed: int, k: int, n: int) -> np.ndarray:
 
 
 @settings(max_examples=60, deadline=None)
-@given(GRIDS, st.integers(0, 99), st.integers(1, 400), st.integers(1, 40), st.booleans())
+@given(GRIDS, st.integers(0, 99), st.integers(1, 400), st.integers(2, 40), st.booleans())
 def test_fit_gives_the_very_numbers(spec: QuantSpec, seed: int, k: int, n: int, each: bool) -> None:
+    """Of several columns: of one alone numpy adds several rows at once."""
     w = _weights(seed, k, n)
     importance = np.random.default_rng(seed).lognormal(0, 2, (k, n) if each else k).astype(np.float32)
     importance[::7] = 0
@@ -98,6 +99,22 @@ def test_every_half_precision_number_is_read_as_it_is() -> None:
         wanted = round_to_nearest(w.astype(np.float32), spec, None)
     np.testing.assert_array_equal(found.qparams.scale, wanted.qparams.scale)
     np.testing.assert_array_equal(found.codes, wanted.codes)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_not_finite_is_not_lost(fault: float, dtype: type) -> None:
+    """No number of its group decodes to a finite one, whatever rows come behind it; all others are as they were."""
+    w, spec = np.random.default_rng(0).standard_normal((96, 70)).astype(dtype), QuantSpec(4, PerGroup(32))
+    wanted, lost = round_to_nearest(w, spec, None).dequantize(), np.zeros(w.shape, bool)
+    w[[0, 40], [3, 69]], lost[:32, 3], lost[32:64, 69] = fault, True, True
+    for form in (nullcontext(), clear_form()):
+        with form, np.errstate(all="ignore"):
+            found = round_to_nearest(w, spec, None).dequantize()
+            fitted = spec.fit(w.astype(np.float32), np.ones(len(w), np.float32))
+        np.testing.assert_array_equal(np.isfinite(found), ~lost)
+        np.testing.assert_array_equal(found[~lost], wanted[~lost])
+        np.testing.assert_array_equal(np.isfinite(fitted.scale), ~lost[::32])
 
 
 def test_fit_reads_a_weight_however_it_lies() -> None:
