@@ -87,7 +87,9 @@ class Grid(ABC):
 
     @property
     def affine(self) -> "IntegerRange | None":
-        """The ends of the codes where the level is code - zero_point and every code between them is one."""
+        """The ends of the codes of a grid of integers: levels are code - zero_point, every code between them is one,
+        and ranges and scales are as those of `QuantSpec`, since `native` asks the grid for neither.
+        """
         return None
 
     @property

@@ -1,7 +1,8 @@
 """Loops over rows of a weight in C++ (runtime/kernels/rounding.h), for grids of integers: `Loops.of` a grid.
 
 The clear forms are `Grid.fit`, `row_steps` and the loops of `gptq` around them; an installation without the library of
-native kernels has these alone. `fit` gives the very numbers that `Grid.fit` gives; the others add in another order.
+native kernels has these alone. `fit` and `nearest` give the very numbers that numpy gives (`fit` not of one column, of
+which numpy adds several rows at once); the others add in another order.
 """
 
 import ctypes
@@ -16,6 +17,8 @@ from qcompile.passes.algebra import Compensation
 from qcompile.passes.errors import UserError
 from qcompile.passes.library import library_path
 
+# Functions of the library that are called here.
+_FUNCTIONS = ("fit", "nearest", "sweep", "recode", "rescale")
 # Rows that are rounded in one call, and rows whose codes are set in one: as many as rounding.cpp keeps at hand.
 RUN = 64
 _HALF_OR_SINGLE = (np.dtype(np.float16), np.dtype(np.float32))
@@ -33,12 +36,12 @@ class _Grid(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The library of native kernels; None where there is none, or one that was built before it had these loops."""
+    """The library of native kernels; None where there is none, or one built before it had all of these loops."""
     try:
         found = ctypes.CDLL(str(library_path()))
     except (UserError, OSError):
         return None
-    return found if hasattr(found, "qcompile_fit") else None
+    return found if all(hasattr(found, f"qcompile_{name}") for name in _FUNCTIONS) else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Rounding a weight one row at a time, on any grid: what GPTQ's sweep and coordinate descent do with rows.
 
 `Nearest` and `Descent` ask the grid itself; `NativeDescent` computes the same on integers, in a fraction of the time
-(tests/passes/test_gptq.py compares them).
+(tests/passes/test_native.py compares them).
 """
 
 import numpy as np
