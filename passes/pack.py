@@ -72,6 +72,8 @@ class Pack(Pass):
         nodes = list(region.live_nodes())
         chosen = [(linear, self.policy.for_linear(linear, vocabulary)) for linear in find_linears(nodes)]
         rounded = self._round(region, {linear: spec for linear, spec in chosen if not isinstance(spec, str)})
+        for known in region.statistics.values():  # large, and of no more use
+            known.forget()
         passed = {linear: self._passed_over(region, linear) for linear, _ in chosen}
         for linear, spec in chosen:
             if isinstance(spec, str):

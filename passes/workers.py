@@ -1,8 +1,8 @@
 """Who computes what does not depend on each other: threads of this process, or whoever `working` names.
 
 Invariant: results are those of one item after the other, whoever computes them, in whatever order they are done. So a
-computation gets plain values (arrays, statistics, grids; no node of a graph), changes none of them, and returns plain
-values; what is done with its result is done here.
+computation gets plain values (arrays, statistics, grids; no node of a graph), changes none of them (but for what they
+keep to be found again: `Statistics.split`), and returns plain values; what is done with its result is done here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
