@@ -9,7 +9,8 @@ beside them. Ends with exit code 1 and the first loss otherwise.
 
 --resumed: each kill of a compile of a decoder by the default list is followed by the same compile, which goes on behind
 the last checkpoint: the same bytes as undisturbed, nothing beside them, and both together at most 1.15 times the
-processor time of an undisturbed run. So that a compile of a minute has checkpoints, there is one every --every seconds.
+processor time of an undisturbed run. So that a compile of half a minute has checkpoints, there is one every --every
+seconds.
 """
 
 import argparse
@@ -130,7 +131,7 @@ class Resuming:
         self.source, self.output = folder / "in" / "model.onnx", folder / "out" / "model.onnx"
         self.every, self.random = every, random.Random(seed)
         importlib.import_module("onnxruntime")  # once, not in each process
-        save_model(tiny_decoder(layers=8, hidden=384, ffn=1152, vocab=512), self.source)
+        save_model(tiny_decoder(layers=16, hidden=512, ffn=1536, vocab=512), self.source)
         tiny_tokenizer(512, self.source.parent)
         started = time.monotonic()
         _, self.cpu = self.ended(self.begun())
