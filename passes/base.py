@@ -10,8 +10,9 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from qcompile.passes.affine import Grid
 from qcompile.passes.contract import WEIGHTS, Added, Fact, Reads, Stage
-from qcompile.passes.linears import Linear, vocabulary_size
+from qcompile.passes.linears import Linear, find_linears, vocabulary_size
 from qcompile.passes.observers.base import Observer
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import Rounding, round_to_nearest
@@ -199,6 +200,18 @@ class Pass(ABC):
     def decide(self, node: str, action: str, reason: str, *, format: str = "", **detail: Any) -> None:
         """Leave one decision behind."""
         self.decisions.append(Decision(node, action, reason, detail, format))
+
+    def quantized_inputs(self, region: Region, policy: Policy) -> dict[ir.Value, dict[Linear, Grid]]:
+        """The linears of a region that are quantized, with their grids, by what they read; of others it says why."""
+        inputs: dict[ir.Value, dict[Linear, Grid]] = {}
+        vocabulary = region.vocabulary
+        for linear in find_linears(region.live_nodes()):
+            spec = policy.for_linear(linear, vocabulary)
+            if isinstance(spec, str):
+                self.decide(linear.name, "skipped", spec)
+            else:
+                inputs.setdefault(linear.activation, {})[linear] = spec
+        return inputs
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from qcompile.passes.formats import named
 from qcompile.passes.formats.base import become, drop_weight
 from qcompile.passes.graph import Names, add_initializer, insert_before
 from qcompile.passes.held import NOT_CONFIRMED, too_few
-from qcompile.passes.linears import Linear, find_linears
+from qcompile.passes.linears import Linear
 from qcompile.passes.policy import Policy
 from qcompile.passes.spec import QuantSpec
 from qcompile.passes.state import node_state, set_node, set_weight, weight_state
@@ -62,14 +62,7 @@ class GroupBits(Pass):
 
     def call(self, region: Region) -> None:
         """Split the region's products; each linear has a decision."""
-        inputs: dict[ir.Value, dict[Linear, Grid]] = {}
-        vocabulary = region.vocabulary
-        for linear in find_linears(region.live_nodes()):
-            spec = self.policy.for_linear(linear, vocabulary)
-            if isinstance(spec, str):
-                self.decide(linear.name, "skipped", spec)
-            else:
-                inputs.setdefault(linear.activation, {})[linear] = spec
+        inputs = self.quantized_inputs(region, self.policy)
         for value, linears in inputs.items():
             found = self._refused(region, value, linears) or self._chosen(region.statistics[value], linears)
             if isinstance(found, str):

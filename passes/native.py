@@ -91,6 +91,7 @@ class Loops:
         spread: Array,
     ) -> None:
         """Round a part, at most RUN, of the rows of w (K, N) in the order of `by`, the last first, as `gptq._Sweep`."""
+        _check_run(part.stop - part.start)
         n, energy = w.shape[1], _rows(by.scale)
         place = part.start, part.stop, n, size, by.order, by.lower, by.lower.shape[1], energy, _step(energy, n)
         self._call("sweep", *place, w, qparams.scale, qparams.zero_point, codes, left, spread)
@@ -102,6 +103,7 @@ class Loops:
         gram: G's part of them (s, s), `added` (s,) to its diagonal. pull: their rows of G (W - Ŵ). scale, zero (N,).
         """
         count, n = levels.shape
+        _check_run(count)
         change, step = np.empty((count, n), np.float32), gram.strides[0] // gram.itemsize
         self._call("recode", count, n, gram, step, added, pull, scale, zero, levels, change, strided=(gram,))
         return change
@@ -128,6 +130,12 @@ class Loops:
                 raise ValueError(f"{name} takes arrays that lie row by row, not one of strides {value.strides}")
             given.append(ctypes.c_void_p(value.ctypes.data))
         getattr(self.library, f"qcompile_{name}")(ctypes.byref(self.grid), *given)
+
+
+def _check_run(rows: int) -> None:
+    """ValueError for more rows than the library has room for."""
+    if rows > RUN:
+        raise ValueError(f"at most {RUN} rows are rounded in one call, got {rows}")
 
 
 def _rows(values: Array) -> Array:

@@ -74,14 +74,7 @@ class Rotate(Pass):
 
     def call(self, region: Region) -> None:
         """Turn the inputs of the region's linears; each linear has a decision."""
-        inputs: dict[ir.Value, dict[Linear, Grid]] = {}
-        vocabulary = region.vocabulary
-        for linear in find_linears(region.live_nodes()):
-            spec = self.policy.for_linear(linear, vocabulary)
-            if isinstance(spec, str):
-                self.decide(linear.name, "skipped", spec)
-            else:
-                inputs.setdefault(linear.activation, {})[linear] = spec
+        inputs = self.quantized_inputs(region, self.policy)
         refused = {value: self._refused(list(linears), region) for value, linears in inputs.items()}
         judged = [value for value in inputs if self.judge and not refused[value]]
         left = mapped(

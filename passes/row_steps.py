@@ -112,8 +112,8 @@ class NativeDescent(Descent):
     """The same by the loops of `native`: levels are kept instead of codes."""
 
     def __init__(self, q: Quantized, loops: Loops) -> None:
-        super().__init__(q)
-        self.loops = loops
+        self.q, self.size, self.loops = q, q.spec.group_size(len(q.codes)), loops
+        self.scale, self.zero = q.qparams.scale.copy(), q.qparams.zero_point
         self._levels = q.codes - expand(self.zero, q.spec, len(q.codes))
 
     def levels(self, rows: slice) -> Array:

@@ -14,7 +14,7 @@ from qcompile.passes import native
 from qcompile.passes.affine import Quantized
 from qcompile.passes.algebra import Compensation
 from qcompile.passes.gptq import ErrorCompensated, _compensate, _Descending
-from qcompile.passes.native import Loops
+from qcompile.passes.native import RUN, Loops
 from qcompile.passes.rounding import round_to_nearest
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
@@ -221,3 +221,12 @@ def test_arrays_must_lie_row_by_row() -> None:
     w = np.ones((4, 8), np.float32)[:, ::2]
     with pytest.raises(ValueError, match="takes arrays that lie row by row"):
         loops.rescale(0, w, w, w, np.ones(4, np.float32), w)
+
+
+def test_no_more_rows_than_the_library_has_room_for() -> None:
+    """One more would be written behind its end."""
+    loops, rows = Loops.of(QuantSpec(4, PerGroup(128))), RUN + 1
+    assert loops is not None
+    gram, values, scale = np.eye(rows, dtype=np.float32), np.zeros((rows, 4), np.float32), np.ones(4, np.float32)
+    with pytest.raises(ValueError, match=f"at most {RUN} rows are rounded in one call, got {rows}"):
+        loops.recode(gram, np.zeros(rows, np.float32), values, scale, scale, values.copy())
