@@ -281,13 +281,14 @@ def alias(model: ir.Model, value: ir.Value) -> ir.Value:
 
 
 def as_bytes(model: ir.Model, value: ir.Value) -> ir.Value:
-    """A 4-bit tensor (R, V) as uint8 (R, ceil(V / 2)): with V even the very same bytes, which the file stores once."""
+    """A 4-bit tensor (R, V) as uint8 (R, ceil(V / 2)): with V even the very same bytes, stored once here, too."""
     name, tensor = f"{value.name}.bytes", constant(value)
     if name in model.graph.initializers:
         return model.graph.initializers[name]
     rows, columns = dimensions(value)
     if columns % 2 == 0:
-        packed = np.frombuffer(tensor.tobytes(), np.uint8).reshape(rows, columns // 2)
+        raw = tensor.raw if isinstance(tensor, ir.PackedTensor) else np.frombuffer(tensor.tobytes(), np.uint8)
+        packed = np.asarray(raw).view(np.uint8).reshape(rows, columns // 2)
     else:
         codes = np.asarray(tensor.numpy()).astype(np.uint8)
         packed = pack_nibbles(np.pad(codes, ((0, 0), (0, 1)))).reshape(rows, -1)

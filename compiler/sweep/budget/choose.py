@@ -104,7 +104,7 @@ class Search:
         if amount.size is None:
             return _within(self.options, (amount.bits or 0) / 8 * sum(self._counts), amount, self._counts)
         usable = amount.size - max(self._added, unforetold)
-        return _sized(self.options, usable, amount, self._counts, lambda own: self._size_of(self._with(own)))
+        return sized(self.options, usable, amount, self._counts, lambda own: self._size_of(self._with(own)))
 
     def of_bytes(self, size: float) -> Choice | None:
         """The choice that changes least with so many bytes for its weights alone; None where none is small enough."""
@@ -274,27 +274,38 @@ def check_packs(recipe: Recipe) -> None:
         raise UserError(f"{told}: add {ensuring(Fact.PACKED)}, or leave the budget out")
 
 
-def _sized(
+def sized(
     options: Sequence[Sequence[Option[str]]],
     size: float,
     amount: Amount,
     counts: Sequence[int],
     size_of: Callable[[Sequence[Option[str]]], int],
 ) -> list[Option[str]]:
-    """The best choice whose foretold file is within a size, but for what a rehearsal may be off by."""
-    usable = size - max(_SHARE * size, _BYTES)
-    smallest = [min(own, key=lambda option: option.size) for own in options]
-    rest = float(size_of(smallest)) - bytes_of(smallest)
+    """The best choice whose foretold file is within a size, but for what a rehearsal may be off by.
+
+    Nodes join by their formats, each of which has functions: that moves what is not weights. So what is taken off the
+    size for that is too little or enough, and lies between the two until hardly anything is left over.
+    """
+    margin = max(_SHARE * size, _BYTES)
+    usable, best = size - margin, [min(own, key=lambda option: option.size) for own in options]
+    rest = float(size_of(best)) - bytes_of(best)
     _within(options, usable - rest, amount, counts, rest + (amount.size or 0) - size)
-    for _ in range(_TRIES):  # nodes join by their formats, each of which has functions: that moves what is not weights
+    little, enough = -math.inf, math.inf
+    for _ in range(_TRIES):
         made = allocate(options, usable - rest)
-        if made is None:
+        if made == best:  # nothing fits into what is left over
             break
-        excess = size_of(made) - usable
-        if excess <= 0:
-            return made
-        rest += 1.1 * excess
-    return smallest
+        following = math.inf
+        if made is None:
+            enough = rest
+        elif (excess := size_of(made) - usable) > 0:
+            little, following = rest, rest + 1.1 * excess
+        else:
+            best, enough, following = made, rest, rest + 0.9 * excess
+            if -excess <= margin:
+                break
+        rest = following if little < following < enough else (little + enough) / 2
+    return best
 
 
 def _check_grids(recipe: Recipe, units: Sequence[Unit], vocabulary: int | None, chosen: Sequence[list[Grid]]) -> None:

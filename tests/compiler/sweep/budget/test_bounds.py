@@ -135,7 +135,7 @@ def test_what_holds_stays_where_a_smaller_one_is_refused(
 ) -> None:
     """Its file is written by then: an error would say that nothing is."""
     check, calls = pipeline.check_saved, list[int]()
-    _misprice(monkeypatch, 30)
+    _misprice(monkeypatch, 10)
 
     def checked(*args: Any) -> None:
         calls.append(1)

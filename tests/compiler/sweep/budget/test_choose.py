@@ -1,6 +1,7 @@
 """--budget: a model within it, whose formats follow from what each weight changes."""
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,18 @@ import onnx_ir as ir
 import pytest
 
 import qcompile
+from qcompile.compiler.api.rehearsal import rehearse
 from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.mixed.windows import check_windows
 from qcompile.compiler.plan import make_policy
 from qcompile.compiler.recipe import Recipe, parse_passes
 from qcompile.compiler.results.report import Report
+from qcompile.compiler.settings.amount import Amount
 from qcompile.compiler.stages import gather_data, prepare_model
 from qcompile.compiler.sweep.budget import prices
+from qcompile.compiler.sweep.budget.allocate import Option, bytes_of
+from qcompile.compiler.sweep.budget.choose import sized
 from qcompile.compiler.sweep.budget.effects import PROBE, errors, measured, probed
 from qcompile.compiler.sweep.budget.units import find_units, joined
 from qcompile.models.tiny import tiny_decoder
@@ -27,6 +32,7 @@ from qcompile.passes.spec import PerGroup, QuantSpec
 from qcompile.runtime.sessions import session
 
 VOCABULARY = 256
+WIDTHS = (200_000, *range(5_000, 45_000, 1_000))
 
 
 def _feeds(count: int = 8, length: int = 32) -> list[dict[str, Any]]:
@@ -48,6 +54,29 @@ def test_bytes_of_the_output_are_within_the_budget(source: Path, tmp_path: Path,
     allowed = float(budget[:-2]) * 1e3
     assert allowed - 32e3 < size <= allowed
     assert report.target[0].startswith(f"budget {float(budget[:-2]) / 1e3:g} MB: ")
+
+
+@pytest.mark.parametrize("size", range(4_100_000, 7_000_000, 400_000))
+def test_bytes_that_formats_add_leave_nothing_over(size: int) -> None:
+    """Those of functions, of each format that some weight has."""
+    cases = [("int3", 3.0, 64.0), ("int4", 4.0, 16.0), ("int5", 5.0, 4.0), ("int6", 6.0, 1.0)]
+    options = [[Option(name, width * bits, width * cost) for name, bits, cost in cases] for width in WIDTHS]
+
+    def size_of(made: Sequence[Option[str]]) -> int:
+        return round(bytes_of(made) + 150_000 * len({own.what for own in made}))
+
+    made = sized(options, size, Amount(size=size), [1] * len(options), size_of)
+    assert 0.98 * size < size_of(made) <= size
+
+
+def test_a_tied_table_counts_once_in_every_format(tmp_path: Path) -> None:
+    """Where the file stores it once: a dry run tells its size, which a budget of bytes goes by."""
+    ir.save(tiny_decoder(vocab=2048), tmp_path / "m.onnx")
+    for own in ("int3", "int4", "int5", "int6", "int8"):
+        recipe = Recipe(parse_passes("pack"), weights_of=(f"*={own}(group=64)",))
+        report = qcompile.compile(tmp_path / "m.onnx", recipe=recipe, output=tmp_path / f"{own}.onnx", verify="sample")
+        plan = rehearse(tmp_path / "m.onnx", recipe)
+        assert plan.report.compiled_bytes == pytest.approx(report.compiled_bytes, abs=16_000), own
 
 
 @pytest.mark.parametrize("budget", ["4bpw", "5.5bpw"])

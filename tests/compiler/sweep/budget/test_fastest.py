@@ -24,7 +24,7 @@ from qcompile.compiler.results.report import Report
 from qcompile.compiler.results.timings import FLOAT, Product, Timings
 from qcompile.compiler.sweep.budget import fastest as fast
 from qcompile.compiler.sweep.budget import stopwatch
-from qcompile.compiler.sweep.budget.allocate import Option, frontier, keeping
+from qcompile.compiler.sweep.budget.allocate import Option, keeping
 from qcompile.compiler.sweep.budget.fastest import Speeds, fastest
 from qcompile.models.tiny import tiny_encoder
 from qcompile.passes.errors import UserError
@@ -47,8 +47,8 @@ def _case(units: list[list[tuple[int, int, int]]]) -> tuple[list[list[Option[str
 
 
 @given(UNITS, st.integers(0, 100))
-def test_the_cost_is_kept_and_the_time_is_that_of_the_hull(units: list[list[tuple[int, int, int]]], cost: int) -> None:
-    """No choice of no more cost is faster than the hulls of times and costs allow; of that time none is larger."""
+def test_the_cost_is_kept_and_no_choice_is_faster(units: list[list[tuple[int, int, int]]], cost: int) -> None:
+    """By more than a thousandth, of those of no more cost."""
     options, speeds = _case(units)
     made = fastest(options, speeds, cost)
     every = [list(own) for own in itertools.product(*options)]
@@ -60,8 +60,7 @@ def test_the_cost_is_kept_and_the_time_is_that_of_the_hull(units: list[list[tupl
         assert sum(own.cost for own in made) == min(sum(one.cost for one in own) for own in every)
         return
     assert sum(own.cost for own in made) <= cost
-    widest = max(max(own.values()) - min(own.values()) for own in speeds.units)
-    assert speeds.of(made) <= min(map(speeds.of, holding)) + widest
+    assert speeds.of(made) * 0.999 <= min(map(speeds.of, holding))
 
 
 @given(UNITS, st.integers(0, 100), st.integers(1, 60))
@@ -74,13 +73,6 @@ def test_a_size_is_kept_where_the_smallest_choice_of_that_cost_has_it(
         assert sum(own.cost for own in made) <= cost
     if sum(own.size for own in smallest) <= size:
         assert sum(own.size for own in made) <= size
-
-
-@given(UNITS, st.integers(0, 100))
-def test_keeping_is_the_first_of_the_frontier(units: list[list[tuple[int, int, int]]], cost: int) -> None:
-    options, _ = _case(units)
-    every = frontier(options)
-    assert keeping(options, cost) == next((o for o in every if sum(one.cost for one in o) <= cost), every[-1])
 
 
 def test_times_within_the_noise_are_the_same_and_bytes_decide() -> None:
