@@ -4,6 +4,7 @@ Work is cut the same way whatever their number, each piece is computed with one 
 in the order of the work, so that no number that passes compute depends on it. (What ONNX Runtime's sessions sum may.)
 """
 
+import functools
 import itertools
 import os
 import threading
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from typing import Any, Generic, TypeVar
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 _LIMIT: ContextVar[int | None] = ContextVar("threads", default=None)
 _HELPERS: ContextVar[Executor | None] = ContextVar("helpers", default=None)
@@ -42,6 +43,12 @@ def workers() -> int:
     return _LIMIT.get() or cores
 
 
+@functools.cache
+def _pools() -> ThreadpoolController:
+    """The thread pools of the libraries that are loaded, numpy's among them: to look for them takes a millisecond."""
+    return ThreadpoolController()
+
+
 class _OneBlasThread(threading.local):
     """Inside, BLAS computes a product in the thread that asks for it: several would cut its sums by their number, and
     wait for each other where all are at work anyway. What BLAS was told before holds again behind it.
@@ -55,7 +62,7 @@ class _OneBlasThread(threading.local):
 
     def __enter__(self) -> None:
         if not self._inside:
-            self._limits = threadpool_limits(limits=1, user_api="blas")
+            self._limits = _pools().limit(limits=1, user_api="blas")
         self._inside += 1
 
     def __exit__(self, *failure: object) -> None:
