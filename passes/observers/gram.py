@@ -77,11 +77,12 @@ class Gram(Observer):
         add_outputs(graph, names.values())
 
     def update(self, outputs: Outputs) -> None:
-        """Sums and maxima."""
+        """Sums and maxima. Arrays are held, as they are, until they are multiplied."""
         seen = [outputs[_seen(own)] for own in (self.value, *self.others)]
         if any(not own.ndim for own in seen):  # what a Loop makes of a value is known only when it runs
             raise UserError(f"activation {self.value} has no axes when the model runs: nothing can be multiplied by it")
-        rows = np.concatenate([own.reshape(-1, own.shape[-1]) for own in seen])
+        several = [own.reshape(-1, own.shape[-1]) for own in seen]
+        rows = np.concatenate(several) if len(several) > 1 else several[0]
         if len(rows):
             self._add(rows, [_groups(own.shape) for own in seen])
         self._batches += 1
@@ -127,20 +128,21 @@ class Gram(Observer):
             self._held = []
 
     def _add(self, rows: Array, groups: list[Numbers]) -> None:
-        """rows (n, K) of a batch, of those groups of each value; they may be changed."""
-        absmax = _peaks_of(rows)
-        if not np.isfinite(absmax).all():
-            rows[~np.isfinite(rows).any(axis=1)] = 0
-            absmax = _peaks_of(rows)
-            self.check_finite(absmax)
+        """rows (n, K) of a batch, of those groups of each value."""
         step = _step(len(rows))
-        left = np.arange(len(rows)) % step != 0
-        self._peaks(absmax, _peaks_of(rows[left]) if step > 1 else np.zeros_like(absmax))
+        first, every = step * self._due, step * self._stride  # what the sample takes
+        peaks = _peaks_of(rows, every)
+        if not np.isfinite(peaks).all():
+            rows = np.where(np.isfinite(rows).any(axis=1, keepdims=True), rows, np.float32(0))
+            peaks = _peaks_of(rows, every)
+            self.check_finite(peaks.max(axis=0))
+        self._peaks(peaks.max(axis=0), np.delete(peaks, first, axis=0).max(axis=0, initial=0))
         self._held.append(rows)
         if sum(map(len, self._held)) >= TOGETHER:
             self._multiply()
         self.rows += len(rows)
-        self._take(rows[::step], self._begun + np.concatenate(groups)[::step])
+        self._offered += len(rows[::step])
+        self._keep(rows[first::every], self._begun + np.concatenate(groups)[first::every])
         self._begun += 1 + max(int(own[-1]) for own in groups if len(own))
 
     def range(self, spec: ActivationSpec) -> tuple[Array, Array]:
@@ -166,12 +168,21 @@ class Gram(Observer):
             self._stride, self._offered, self._begun = map(int, state["spread"])
 
     def _take(self, rows: Array, groups: Numbers) -> None:
-        """Add rows (n, K) of a batch, of those groups (n,), to the sample, as many as are due."""
-        due = (self._offered + np.arange(len(rows))) % self._stride == 0
+        """Add rows (n, K) of several batches, of those groups (n,), to the sample, as many as are due."""
+        due = slice(self._due, None, self._stride)
         self._offered += len(rows)
-        self._drop(rows[~due])
-        self._sample.append(rows[due])
-        self._groups.append(groups[due])
+        self._drop(np.delete(rows, due, axis=0))
+        self._keep(rows[due], groups[due])
+
+    @property
+    def _due(self) -> int:
+        """The next row offered to the sample that it takes."""
+        return -self._offered % self._stride
+
+    def _keep(self, rows: Array, groups: Numbers) -> None:
+        """Rows (n, K), of which a copy is taken, join the sample; half of it goes where that is too much."""
+        self._sample.append(rows.copy())
+        self._groups.append(groups)
         while not self.whole and sum(map(len, self._sample)) > CAPACITY:
             whole = np.concatenate(self._sample)
             self._drop(whole[1::2])
@@ -179,8 +190,7 @@ class Gram(Observer):
             self._groups = [np.concatenate(self._groups)[::2]]
 
     def _drop(self, rows: Array) -> None:
-        if len(rows):
-            self._rest = np.maximum(self._rest, np.abs(rows).max(axis=0))
+        self._rest = np.maximum(self._rest, _peaks_of(rows, 1)[0])
 
 
 def _seen(value: str) -> str:
@@ -188,9 +198,13 @@ def _seen(value: str) -> str:
     return f"{value}.seen"
 
 
-def _peaks_of(rows: Array) -> Array:
-    """max |x| (K,) of rows (n, K); what is not finite stays so."""
-    return np.asarray(np.maximum(rows.max(axis=0), -rows.min(axis=0)))
+def _peaks_of(rows: Array, every: int) -> Array:
+    """max |x| (every, K) of rows (n, K), of one after so many others; 0 of none, and what is not finite stays so."""
+    whole = len(rows) // every * every
+    turns, peaks = rows[:whole].reshape(-1, every, rows.shape[1]), np.zeros((every, rows.shape[1]), np.float32)
+    np.maximum(turns.max(axis=0, initial=0), -turns.min(axis=0, initial=0), out=peaks)
+    peaks[: len(rows) - whole] = np.maximum(peaks[: len(rows) - whole], np.abs(rows[whole:]))
+    return peaks
 
 
 def _groups(shape: tuple[int, ...]) -> Numbers:
