@@ -224,8 +224,8 @@ class Quantized:
         """The float32 (K, N) weight that the codes stand for."""
         return self.spec.decode(self.codes, self.qparams)
 
-    def columns(self, part: slice) -> "Quantized":
-        """Some of the columns, as views."""
+    def columns(self, part: slice | npt.NDArray[np.int64]) -> "Quantized":
+        """Some of the columns; as views where they are a slice."""
         own = QParams(self.qparams.scale[:, part], self.qparams.zero_point[:, part])
         return Quantized(self.codes[:, part], own, self.spec)
 

@@ -1,6 +1,7 @@
 """Linear algebra on Gram matrices: sums, damping, and Cholesky's factor, in place and by blocks."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -82,9 +83,10 @@ class Compensation:
         order = _rising(diagonal, together)
         lower = _in_order(gram, diagonal, order)
         if not _factored(lower) or _residual(lower, gram, diagonal, order) > _RESIDUAL:
-            more = (0.0, *10.0 ** np.arange(-6, 3))
-            exact = (_in_order(gram, diagonal * (1 + own), order).astype(np.float64) for own in more)
-            lower = next(own for own in exact if _factored(own)).astype(np.float32)
+            shares = (0.0, *10.0 ** np.arange(-6, 3))
+            exact = ((own, _in_order(gram, diagonal * (1 + own), order).astype(np.float64)) for own in shares)
+            more, found = next((own, matrix) for own, matrix in exact if _factored(matrix))
+            lower, added = found.astype(np.float32), np.asarray(added + more * diagonal, np.float32)
         return cls(gram, added, order, lower, np.ones((len(order), 1), np.float32))
 
     def rescaled(self, by: Array) -> "Compensation":
@@ -104,7 +106,7 @@ class Compensation:
             return self
         return replace(self, scale=self.scale[:, columns], by=self.by[:, columns])
 
-    @property
+    @cached_property
     def diagonal(self) -> Array:
         """That of G, (K, 1) or of each column (K, N)."""
         own = (np.diagonal(self.gram) + self.added)[:, None]
@@ -118,6 +120,11 @@ class Compensation:
         (by,) = self.by.T  # one for all columns
         gram: Array = self.gram / by[:, None] / by
         return gram, np.asarray(self.added / np.square(by), np.float32)
+
+    def damping(self, x: Array) -> Array:
+        """What the damping adds to the squares that G makes of x (K, n), of each column (n,)."""
+        squares = x if self.by is None else x / self.by
+        return np.asarray(self.added @ np.square(squares), np.float32)
 
     def transposed_times(self, x: Array) -> Array:
         """(s L)ᵀ x of x (K, n), all in `order`; the squares of a column of it are what G makes of one of x."""

@@ -42,6 +42,8 @@ _CHANNELS, _ROWS = 32, 8
 _LEAST_DAMPING, _SHARE = 0.01, 0.5
 # Dampings among which rows held aside choose, as multiples of `default_damping`, and columns that they judge by.
 _DAMPINGS, _TRIED = (0.3, 1.0, 3.0), 256
+# Errors of columns whose damping is all but so much of them come from a product: the difference has lost its digits.
+_CANCELLED = 0.01
 # Columns that tell the error of a weight.
 _TOLD = 512
 # Why codes of a linear would not be stored; empty where they would.
@@ -70,13 +72,32 @@ class ErrorCompensated:
             raise TypeError("error-compensated rounding needs statistics")
         w = np.ascontiguousarray(w, dtype=np.float32)
         by = self._known(statistics, spec)
-        best = _started(w, by, spec.fit(w, by.diagonal), spec)
+        best, _ = _started(w, by, spec.fit(w, by.diagonal), spec)
         if not self.sweeps and not self.refit:
             return best
         descending = _Descending(*by.damped, w, best)
         for number in range(max(self.sweeps, 1)):
             descending.round(forward=number % 2 == 0, codes=self.sweeps > 0, scales=self.refit)
         return descending.moving.result()
+
+    def told(self, w: Array, spec: Grid, statistics: Statistics) -> tuple[Array, Array]:
+        """Ŵ (K, N), and ‖X (Ŵ - W)‖² of each column: what the sweep is left with, less the damping. Where hardly
+        anything is left then, or coordinate descent went on, a product tells.
+        """
+        if self.sweeps or self.refit:
+            values = self(w, spec, statistics).dequantize()
+            return values, _squares(values - w, statistics)
+        by = self._known(statistics, spec)
+        made, damped = _started(w, by, spec.fit(w, by.diagonal), spec)
+        values = made.dequantize()
+        delta = values - w
+        if not statistics.damps_channels:
+            return values, _squares(delta, statistics)
+        errors = damped - by.damping(delta)
+        cancelled = np.flatnonzero(errors < _CANCELLED * damped)
+        if len(cancelled):
+            errors[cancelled] = _squares(delta, statistics)[cancelled]
+        return values, errors
 
     def prepare(self, statistics: Statistics, spec: Grid) -> None:
         """Factor the Gram matrix where it is kept, before several threads round by it."""
@@ -292,20 +313,29 @@ def _error(q: Quantized, w: npt.NDArray[np.floating], statistics: Statistics) ->
     return relative_error(q.columns(slice(None, None, step)).dequantize() - wanted, wanted, statistics.gram)
 
 
-def _started(w: Array, by: Compensation, qparams: QParams, spec: Grid) -> Quantized:
-    """Codes of w (K, N) after the sweep, or of a column those of plain rounding where their error is less.
+def _squares(delta: Array, statistics: Statistics) -> Array:
+    """‖X delta‖² of each column of delta (K, N)."""
+    return np.asarray(np.einsum("kn,kn->n", delta, statistics.times(delta)))
+
+
+def _started(w: Array, by: Compensation, qparams: QParams, spec: Grid) -> tuple[Quantized, Array]:
+    """Codes of w (K, N) after the sweep, or of a column those of plain rounding where their error is less; and the
+    damped error of each column (N,).
 
     That is looked at where the sweep leaves more than plain rounding would by the diagonal alone: where it ran
     into the ends of the grid, as a rule nowhere.
     """
     swept, spread = _compensate(w, by, qparams, spec)
     plain = Quantized(spec.project(w, qparams), qparams, spec)
-    delta, errors = w - plain.dequantize(), np.einsum("kn,kn->n", spread, spread)
-    doubtful = np.flatnonzero(errors > (by.diagonal * np.square(delta)).sum(axis=0))
-    others = np.full_like(errors, np.inf)
-    if len(doubtful):
-        others[doubtful] = np.square(by.of_columns(doubtful).transposed_times(delta[by.order][:, doubtful])).sum(axis=0)
-    return merge_columns(swept, plain, others < errors)
+    alone, errors = w - plain.dequantize(), np.einsum("kn,kn->n", spread, spread)
+    np.square(alone, out=alone)
+    alone *= by.diagonal
+    doubtful = np.flatnonzero(errors > alone.sum(axis=0))
+    if not len(doubtful):
+        return swept, errors
+    others, delta = np.full_like(errors, np.inf), w[:, doubtful] - plain.columns(doubtful).dequantize()
+    others[doubtful] = np.square(by.of_columns(doubtful).transposed_times(delta[by.order])).sum(axis=0)
+    return merge_columns(swept, plain, others < errors), np.minimum(errors, others)
 
 
 def _compensate(w: Array, by: Compensation, qparams: QParams, spec: Grid) -> tuple[Quantized, Array]:

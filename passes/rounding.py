@@ -53,6 +53,11 @@ class Prepared(Protocol):
     def prepare(self, statistics: Statistics, spec: Grid) -> None:
         """Make it."""
 
+    def told(self, w: Array, spec: Grid, statistics: Statistics) -> tuple[Array, Array]:
+        """What w (K, N) is rounded to, Ŵ (K, N), and ‖X (Ŵ - W)‖² of each column (N,), which it knows without a product
+        by the Gram matrix.
+        """
+
 
 def round_to_nearest(w: Weight, spec: Grid, statistics: Statistics | None) -> Quantized:
     """Plain rounding on the range of each group; uses no statistics.

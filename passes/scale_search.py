@@ -143,17 +143,14 @@ class Judge:
 
     def losses(self, own: Array, sample: list[Columns]) -> "_Loss":
         """The losses of the factor s (K,) on a sample after `rounding`."""
-        statistics = self.fitted.rescaled(own)
         errors, held = [], np.zeros(0 if self.held is None else len(self.held), np.float32)
         grid = self._grid(own)
         rows = self.held if self.held is None else self._with_rare(self.held, own, grid)
-        inputs = None if rows is None else self._rounded(rows / own, grid.limit)
+        inputs = None if rows is None else self._on_grid(rows / own, grid.limit)
         for columns in sample:
-            w, scaled = columns.w, columns.w * own[:, None]
-            rounded = self.rounding(scaled, columns.spec, statistics).dequantize()
-            delta = rounded / own[:, None] - w
-            squares = np.einsum("kn,kn->n", delta, self.fitted.times(delta)) + self._noise(scaled, own)
-            errors.append(columns.unit * squares)
+            w = columns.w
+            rounded, _, squares = self._rounded(w, own, columns.spec)
+            errors.append(columns.unit * (squares + self._noise(w * own[:, None], own)))
             if inputs is not None and rows is not None:
                 wanted = self._outputs[columns] if rows is self.held else rows @ w
                 sums = np.square(inputs @ rounded - wanted) @ (columns.unit * columns.stands)
@@ -197,7 +194,19 @@ class Judge:
         power = np.square(w, dtype=np.float64).sum(axis=0)
         return np.asarray(self.fitted.rows * self._step(factor) ** 2 / 12 * power)
 
-    def _rounded(self, rows: Array, limit: float) -> Array:
+    def _rounded(self, w: Array, own: Array, spec: Grid) -> tuple[Array, Array, Array]:
+        """What columns w (K, n) with factor s, (K,) or of each column (K, n), are rounded to: Ŵ, D = Ŵ / s - W, and
+        ‖X D‖² of each column (n,).
+        """
+        statistics, factor = self.fitted.rescaled(own), own.reshape(len(own), -1)
+        if isinstance(self.rounding, Prepared):
+            rounded, squares = self.rounding.told(w * factor, spec, statistics)
+            return rounded, rounded / factor - w, squares
+        rounded = self.rounding(w * factor, spec, statistics).dequantize()
+        delta = rounded / factor - w
+        return rounded, delta, np.einsum("kn,kn->n", delta, self.fitted.times(delta))
+
+    def _on_grid(self, rows: Array, limit: float) -> Array:
         """Rows of X / factor on their grid; beyond it they clip."""
         if self.grid is None or not limit > 0:
             return rows
@@ -253,10 +262,8 @@ class Judge:
         for columns in sample:
             n = columns.unit.size
             w, own = np.tile(columns.w, count), np.repeat(np.stack(factors, axis=1), n, axis=1)
-            rounded = self.rounding(w * own, columns.spec, self.fitted.rescaled(own)).dequantize()
-            delta = rounded / own - w
-            squares = np.einsum("kn,kn->n", delta, self.fitted.times(delta)).reshape(count, n)
-            for mine, found in zip(errors, columns.unit * squares, strict=True):
+            _, delta, squares = self._rounded(w, own, columns.spec)
+            for mine, found in zip(errors, columns.unit * squares.reshape(count, n), strict=True):
                 mine.append(found)
             if self.held is not None:
                 rows += np.square(self.held @ delta).reshape(held, count, n) @ (columns.unit * columns.stands)

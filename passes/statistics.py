@@ -80,6 +80,13 @@ class Statistics:
                 known[key] = Compensation.of(gram, np.zeros_like(before), together)
         return known[key]
 
+    @property
+    def damps_channels(self) -> bool:
+        """Whether the damping of `compensation` is of each channel: it is `Compensation.added` then, and the Gram
+        matrix is what it was.
+        """
+        return self.rotation is None
+
     def times(self, x: Array) -> Array:
         """The Gram matrix times x (K, n)."""
         return self.gram @ x
@@ -271,6 +278,10 @@ class _Rescaled(Statistics):
         if self.inverse.ndim == 1:
             return super().compensation(damping, together)
         return self.base.compensation(damping, together).rescaled(np.asarray(1 / self.inverse, np.float32))
+
+    @property
+    def damps_channels(self) -> bool:
+        return self.base.damps_channels
 
     def times(self, x: Array) -> Array:
         inverse = self.inverse.reshape(len(self.inverse), -1)

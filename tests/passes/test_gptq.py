@@ -9,6 +9,7 @@ import pytest
 from qcompile.passes.affine import QParams, Quantized
 from qcompile.passes.algebra import Compensation
 from qcompile.passes.gptq import ErrorCompensated, _compensate, _Descending, default_damping
+from qcompile.passes.rotation import Rotation
 from qcompile.passes.rounding import column_errors, round_to_nearest, round_with_clip
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
@@ -223,3 +224,38 @@ def test_few_rows_are_damped_more(rows: int) -> None:
     assert clipped < little
     assert chosen < 1.1 * clipped
     assert default_damping(k, rows) == pytest.approx(0.01 + 0.5 * k / rows)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 40, 2000])
+@pytest.mark.parametrize(
+    ("by", "refined"),
+    [("nothing", False), ("channel", False), ("column", False), ("nothing", True), ("channel", True)],
+)
+def test_it_tells_the_errors_that_a_product_tells(rows: int, by: str, refined: bool) -> None:
+    """Of few rows, too, whose damping is most of what the sweep is left with, and of rows that are all alike."""
+    (w, statistics), rng = _problem(48, 9, rows=rows), np.random.default_rng(1)
+    spec = QuantSpec(4, PerGroup(16))
+    shape = {"nothing": (1, 1), "channel": (48, 1), "column": (48, 9)}[by]
+    factor = np.ones(shape, np.float32) if by == "nothing" else rng.uniform(0.3, 3, shape).astype(np.float32)
+    known = statistics if by == "nothing" else statistics.rescaled(factor.squeeze())
+    rounding = ErrorCompensated() if refined else ErrorCompensated(sweeps=0, refit=False)
+    values, errors = rounding.told(w * factor, spec, known)
+    np.testing.assert_array_equal(values, rounding(w * factor, spec, known).dequantize())
+    delta = ((values - w * factor) / factor).astype(np.float64)
+    np.testing.assert_allclose(errors, column_errors(delta, statistics.gram.astype(np.float64)), rtol=2e-3)
+
+
+def test_it_tells_the_errors_of_turned_rows_and_of_a_matrix_that_had_to_be_raised() -> None:
+    w, statistics = _problem(64, 9, rows=300)
+    spec, rounding = QuantSpec(4, PerGroup(16)), ErrorCompensated(sweeps=0, refit=False)
+    turned = statistics.rotated(Rotation.of(64, 0))
+    values, errors = rounding.told(w, spec, turned)
+    np.testing.assert_allclose(errors, column_errors(values - w, turned.gram), rtol=2e-3)
+    sums = statistics.gram - 0.3 * np.diag(np.diagonal(statistics.gram))  # indefinite, as sums in float32 may be
+    assert np.linalg.eigvalsh(sums)[0] < 0
+    raised = Compensation.of(sums, np.zeros(64, np.float32))
+    swept, spread = _compensate(w, raised, spec.fit(w, raised.diagonal), spec)
+    delta = swept.dequantize() - w
+    np.testing.assert_allclose(
+        np.square(spread).sum(axis=0) - raised.damping(delta), column_errors(delta, sums), rtol=0.02
+    )
