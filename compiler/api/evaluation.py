@@ -7,6 +7,7 @@ from typing import Any
 
 from qcompile.compiler.api.gate import Gate, Kept, broken
 from qcompile.compiler.console.numbers import megabytes
+from qcompile.compiler.console.visible import told_apart
 from qcompile.compiler.data.apart import calibrated_on, check_apart, digests
 from qcompile.compiler.data.calibration import Calibration, data_batches
 from qcompile.compiler.data.calibration_files import Files, named
@@ -197,7 +198,8 @@ class Evaluation(Shown):
         heads = ("text", "model", "size", "perplexity", "KL to reference", "same top-1")
         title = f"{first.windows} windows of {first.context} tokens, {first.scored} scored; {by}"
         notes = [f"task {own.task}, {own.model}: {own.told()}" for own in self.tasks]
-        return Sheet(title, heads, [_text_cells(own) for own in self.rows], 4, notes)
+        names = told_apart(own.text for own in self.rows)
+        return Sheet(title, heads, [_text_cells(own, names[own.text]) for own in self.rows], 4, notes)
 
 
 def _told(score: DecoderScores | OutputScores) -> Iterator[str]:
@@ -215,12 +217,12 @@ def _output_cells(own: Evaluated) -> list[str]:
     return [score.model, score.output, size, f"{score.sqnr:.2f}", f"{score.cosine:.6f}", str(score.values)]
 
 
-def _text_cells(own: Evaluated) -> list[str]:
+def _text_cells(own: Evaluated, name: str) -> list[str]:
     score = own.scores
     assert isinstance(score, DecoderScores)
     kl = "" if score.kl is None else f"{score.kl:.5f} ± {score.kl_error:.5f}"
     agreement = "" if score.agreement is None else f"{score.agreement:.2%}"
-    name, size = Path(own.text).name, megabytes(own.sizes.file_bytes)
+    size = megabytes(own.sizes.file_bytes)
     return [name, score.model, size, f"{score.perplexity:.4f}", kl, agreement]
 
 
@@ -304,7 +306,7 @@ def _on_texts(
     """texts: the windows of each file. compared: the first subject is the others' reference."""
     sizes = [model_sizes(subject.path) for subject in subjects]
     together = [TokenScores() for _ in subjects]
-    rows: list[Evaluated] = []
+    rows, names = list[Evaluated](), told_apart(map(str, files))
 
     def scored(scores: Sequence[TokenScores], windows: Sequence[Ids], text: str) -> None:
         found = decoder_scores(subjects, scores, windows, running.accuracy_level, compared=compared)
@@ -312,7 +314,7 @@ def _on_texts(
 
     for text, windows in zip(files, texts, strict=True):
 
-        def progress(done: int, total: int, name: str = text.name) -> None:
+        def progress(done: int, total: int, name: str = names[str(text)]) -> None:
             told(name, done, total)
 
         scores = score_tokens(subjects, windows, compared=compared, progress=progress)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from qcompile.compiler.console.visible import told_apart
 from qcompile.compiler.data.tokens import read_text
 from qcompile.compiler.measure.changes import TokenChanges
 from qcompile.compiler.measure.classes import ClassScores
@@ -112,9 +113,9 @@ class Gate:
 
         UserError for a figure that a row has not; of classes, that no output has.
         """
-        found = []
+        found, names = [], told_apart(row["text"] for row in rows if "text" in row)
         for bound in self.bounds:
-            own = [made for row in rows for made in _kept(self.name, bound, row)]
+            own = [made for row in rows for made in _kept(self.name, bound, row, names)]
             if not own:
                 few = " six or more" * (bound.figure == "classes.top5")
                 raise UserError(f"{self.name}: {bound.figure} is not known here: no output scores{few} classes")
@@ -232,8 +233,8 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _kept(name: str, bound: Bound, row: Mapping[str, Any]) -> Iterator[Kept]:
-    """A bound on a row that has its figure; on several where that is one for each bin of positions."""
+def _kept(name: str, bound: Bound, row: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[Kept]:
+    """A bound on a row that has its figure; on several where that is one for each bin of positions. names: of texts."""
     on, figure, task = str(row.get("output", "")), bound.figure, row.get("task")
     if bound.figure.startswith("tasks.") or task is not None:
         on, before = f"task {task}", f"tasks.{task}."
@@ -241,7 +242,7 @@ def _kept(name: str, bound: Bound, row: Mapping[str, Any]) -> Iterator[Kept]:
             return
         figure = bound.figure.removeprefix(before)
     elif "text" in row:
-        on = Path(row["text"]).name
+        on = names[row["text"]]
     value: Any = row
     for part in figure.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -34,7 +34,7 @@ def of_recipe(recipe: Recipe, given: Collection[str], *, point: bool = False) ->
         by = "the budget chooses" if recipe.budget is not None else f"{bound_of(recipe)} is kept by"
         by = "the point has" if point else by
         settled = f"{by} the formats of the graph's weights"
-        found |= dict.fromkeys(("bits", "weights", *(() if _says_some(recipe) else _GROUPS)), settled)
+        found |= dict.fromkeys(("bits", "weights", *(() if says_some(recipe) else _GROUPS)), settled)
     if recipe.fastest and recipe.mixed and not bound_of(recipe):
         found["fastest"] = f"it is of formats of packed weights, and {recipe.mixed} keeps nodes in float here"
     if bound_of(recipe):
@@ -44,7 +44,7 @@ def of_recipe(recipe: Recipe, given: Collection[str], *, point: bool = False) ->
     return {name: why for name, why in found.items() if name in given and name in SETTINGS}
 
 
-def _says_some(recipe: Recipe) -> bool:
+def says_some(recipe: Recipe) -> bool:
     """Whether formats of some weights are said beside those that are chosen."""
     patterns = any(split_quoted(own)[0] is None for own in recipe.weights_of)
     return patterns or any(getattr(recipe, own) != SETTINGS[own].default for own in ("lm_head", "embedding"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.api.data import twice
+from qcompile.compiler.api.idle import says_some
 from qcompile.compiler.api.rehearsal import rehearse
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.progress import Progress, Silent
@@ -15,7 +16,7 @@ from qcompile.compiler.files.given_json import read_json
 from qcompile.compiler.files.load import hash_and_check, load_model
 from qcompile.compiler.pipeline import Chosen, rewrite_report
 from qcompile.compiler.plan import bound_of, check_settings, effective, ensuring, is_spent
-from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.recipe import SETTINGS, Recipe
 from qcompile.compiler.results.frontier import Frontier, Tried
 from qcompile.compiler.results.report import Report
 from qcompile.compiler.settings.amount import Amount, TooLarge
@@ -88,6 +89,8 @@ class Chooser:
         self.amount = None if recipe.budget is None else Amount.parse(recipe.budget)
         self.fastest, self._machine = recipe.fastest and bool(self.bound), machine
         bare = replace(recipe.keeping_none if self.bound else recipe, budget=None)
+        if not says_some(bare):  # nor may the target refuse what is no weight's
+            bare = replace(bare, group_size=SETTINGS["group_size"].default)
         plain = effective(bare)
         if self.amount is not None:
             check_amount(plain, self.amount)

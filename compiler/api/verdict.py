@@ -1,9 +1,9 @@
 """The verdict on models in short tables: flips, percentiles of KL, KL by position, and tasks, against the reference."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from qcompile.compiler.api.evaluation import Evaluated, Evaluation
+from qcompile.compiler.console.visible import told_apart
 from qcompile.compiler.measure.changes import TokenChanges
 from qcompile.compiler.measure.evaluate import DecoderScores
 from qcompile.compiler.measure.tasks.items import CHOICES
@@ -21,8 +21,9 @@ def verdict_sheets(evaluation: Evaluation) -> list[Sheet]:
 
 def _changed(rows: Sequence[Evaluated]) -> list[tuple[list[str], TokenChanges]]:
     """(text and model, what changed) of each row that has it."""
+    names = told_apart(own.text for own in rows)
     return [
-        ([Path(own.text).name, own.scores.model], own.scores.changes)
+        ([names[own.text], own.scores.model], own.scores.changes)
         for own in rows
         if isinstance(own.scores, DecoderScores) and own.scores.changes is not None
     ]

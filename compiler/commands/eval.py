@@ -1,6 +1,5 @@
 """`qcompile eval`: how good models are, alone or against a reference."""
 
-from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.api.evaluation import EvaluationSet, Running, evaluate_models
@@ -15,6 +14,7 @@ from qcompile.compiler.commands.options import (
 from qcompile.compiler.console.document import written
 from qcompile.compiler.console.numbers import megabytes
 from qcompile.compiler.console.terminal import Bar, console, table
+from qcompile.compiler.console.visible import told_apart
 from qcompile.compiler.data.calibration import Calibration
 from qcompile.compiler.data.calibration_files import named
 from qcompile.compiler.files.folders import model_file
@@ -107,7 +107,7 @@ def run(args: Options) -> Document:
 
 
 def _print_scores(rows: list[dict[str, Any]], running: Running, *, compared: bool) -> None:
-    first = rows[0]
+    first, names = rows[0], told_apart(row["text"] for row in rows)
     shown = table("text", "model", "size", "bits/weight", "perplexity", "KL to reference", "same top-1", numbers=5)
     for row in rows:
         bits = "" if row["linear_bits"] is None else f"{row['linear_bits']:.2f}"
@@ -115,7 +115,7 @@ def _print_scores(rows: list[dict[str, Any]], running: Running, *, compared: boo
         agreement = "" if row["agreement"] is None else f"{row['agreement']:.2%}"
         size, perplexity = megabytes(row["file_bytes"]), f"{row['perplexity']:.4f}"
         reference = kl if compared else ""
-        shown.add_row(Path(row["text"]).name, row["model"], size, bits, perplexity, reference, agreement)
+        shown.add_row(names[row["text"]], row["model"], size, bits, perplexity, reference, agreement)
     out = console(answer=True)
     out.print(shown)
     out.print(

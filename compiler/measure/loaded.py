@@ -12,6 +12,7 @@ from qcompile.compiler.data.tokens import Ids, Tokenizer, read_text, windows
 from qcompile.compiler.files.load import load_model
 from qcompile.compiler.measure.metrics import check_finite_output
 from qcompile.compiler.measure.randomness import repeatable
+from qcompile.models.text import read_texts
 from qcompile.passes.errors import UserError
 from qcompile.runtime.caches import Decoder
 from qcompile.runtime.sessions import run
@@ -66,9 +67,14 @@ class Subject:
         return outputs
 
 
+def scored_documents(path: Path) -> list[str]:
+    """The texts of a file that models are judged on: of .jsonl one a line, as calibration reads it; else all of it."""
+    return read_texts([path]) if path.suffix.lower() == ".jsonl" else [read_text(path)]
+
+
 def text_windows(path: Path, tokenizer: Tokenizer, plan: InputPlan, context: int, tokens: int | None) -> list[Ids]:
     """Windows over the first `tokens` tokens of a text file, checked against the model's vocabulary."""
     special = plan.logits is None  # an encoder wants its [CLS]; a decoder's text gets no BOS
-    ids = tokenizer.encode(read_text(path), special=special)[:tokens]
+    ids = [own for text in scored_documents(path) for own in tokenizer.encode(text, special=special)][:tokens]
     tokenizer.check_vocabulary(plan.vocabulary, ids)
     return windows(ids, plan.sequence if plan.sequence and not plan.past else context)

@@ -10,9 +10,9 @@ from qcompile.compiler.data.apart import digests, repeated_rows, repeated_share
 from qcompile.compiler.data.calibration import Calibration, data_batches
 from qcompile.compiler.data.calibration_files import GENERAL, Files, named
 from qcompile.compiler.data.feeds import Batch, InputPlan, npz_batches, token_batches
-from qcompile.compiler.data.tokens import Tokenizer, find_tokenizer, load_tokenizer, read_text
+from qcompile.compiler.data.tokens import Tokenizer, find_tokenizer, load_tokenizer
 from qcompile.compiler.files.cache import digest, files_digest, write_atomically
-from qcompile.compiler.measure.loaded import text_windows
+from qcompile.compiler.measure.loaded import scored_documents, text_windows
 from qcompile.compiler.sweep.metric import Metric, OutputMetric, Running, TextMetric
 from qcompile.models.text import calibration_text, read_texts
 from qcompile.passes.errors import UserError
@@ -138,7 +138,7 @@ def scoring(
     metric: Metric = OutputMetric(model, token_batches(plan, every), running)
     if plan.logits is not None:
         metric = TextMetric(model, windows, running, folder / "cache", digest(identity | {"model": source_hash}))
-    scored = {name: _scored(read_text(text), found, wanted.tokens) for name, text in texts.items()}
+    scored = {name: _scored("\n".join(scored_documents(text)), found, wanted.tokens) for name, text in texts.items()}
     return Scoring(metric, identity, source, bundled, scored, files)
 
 

@@ -33,7 +33,9 @@ class Options(JsonFile, Threads, Runs, CustomOps):
 
     models: Annotated[tuple[Path, ...], positional("MODEL", "models to judge, or their folders")]
     against: Annotated[Path | None, option("the model they should be like", "REF.onnx")] = None
-    text: Annotated[list[Path], option("UTF-8 text files", "FILE…", many=True)] = field(default_factory=list)
+    text: Annotated[list[Path], option("UTF-8 text files; .jsonl: a text a line", "FILE…", many=True)] = field(
+        default_factory=list
+    )
     data: Annotated[
         list[Path],
         option("inputs: .npz (arrays by name), .npy or image files, or folders of them", "FILE…", many=True),

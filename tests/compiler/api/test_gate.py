@@ -8,12 +8,15 @@ from xml.etree import ElementTree
 import numpy as np
 import onnx_ir as ir
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from said import complaints
 
 import qcompile
 from qcompile.compiler.api import evaluation
 from qcompile.compiler.api.gate import Gate, Kept, broken, junit
 from qcompile.compiler.cli import main
+from qcompile.compiler.console.visible import told_apart
 from qcompile.models.tiny import tiny_conv, tiny_decoder, tiny_tokenizer
 from qcompile.passes.errors import UserError
 
@@ -64,6 +67,36 @@ def test_bounds_that_hold_and_do_not(command: list[str], tmp_path: Path, capsys:
     assert [case.find("failure") is None for case in suite] == [True, False, True]
     assert main([*command, *_gate(tmp_path, "kl: {max: 100}"), "--junit", str(xml)]) == 0
     assert ElementTree.parse(xml).getroot().get("failures") == "0"
+
+
+def test_texts_of_one_name_are_told_apart_by_their_folders(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In all tables, and in the bounds; a text whose name no other has goes by that alone."""
+    texts = [tmp_path / "law" / "t.txt", tmp_path / "prose" / "t.txt", tmp_path / "prose" / "u.txt"]
+    for number, text in enumerate(texts):
+        text.parent.mkdir(exist_ok=True)
+        text.write_text(WORDS[10 * number :])
+    asked = [*command[:4], "--text", *map(str, texts), *command[6:]]
+    assert main([*asked, "--verdict", *_gate(tmp_path, "kl: {max: 100}"), "--json", str(tmp_path / "o.json")]) == 0
+    shown = capsys.readouterr().out.split()
+    for name, times in (("law/t.txt", 5), ("prose/t.txt", 5), ("u.txt", 5), ("t.txt", 0)):
+        assert shown.count(name) == times, name
+    rows = json.loads((tmp_path / "o.json").read_text())
+    assert [row["on"] for row in rows if "bound" in row] == ["law/t.txt", "prose/t.txt", "u.txt", "all texts"]
+    assert [row["text"] for row in rows if "text" in row][::2] == [*map(str, texts), "all texts"]
+
+
+@given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map("/".join), max_size=5))
+def test_names_of_files_tell_them_apart(paths: list[str]) -> None:
+    """Each is the end of its path, and no shorter one than needs be."""
+    names = told_apart(paths)
+    assert len(set(names.values())) == len(set(paths))
+    for path, name in names.items():
+        assert f"/{path}".endswith(f"/{name}")
+        shorter = name.partition("/")[2]
+        others = [f"/{other}" for other in names if other != path]
+        assert not shorter or any(other.endswith(f"/{shorter}") for other in others)
 
 
 def test_the_document_of_a_broken_gate_is_on_stdout(

@@ -262,6 +262,22 @@ def test_a_verdict_on_several_texts(
     assert "--verdict has no effect here" in capsys.readouterr().err
 
 
+def test_lines_of_jsonl_are_texts(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in calibration data: what is scored is what the lines say, and none of their JSON."""
+    tiny_tokenizer(256, tmp_path)
+    (tmp_path / "t.txt").write_text("every unhappy family\n is unhappy in its own way\n")
+    (tmp_path / "t.jsonl").write_text('"every unhappy family\\n"\n{"text": " is unhappy in its own way\\n", "id": 1}\n')
+    (tmp_path / "bad.jsonl").write_text('"every unhappy family"\n[3]\n')
+    rows = []
+    for name in ("t.txt", "t.jsonl"):
+        out = tmp_path / f"{name}.json"
+        assert main(["eval", str(pair[0]), "--text", str(tmp_path / name), "--json", str(out)]) == 0
+        rows.append({key: own for key, own in json.loads(out.read_text())[0].items() if key != "text"})
+    assert rows[0] == rows[1]
+    assert main(["eval", str(pair[0]), "--text", str(tmp_path / "bad.jsonl")]) == 2
+    assert "bad.jsonl, line 2: no text" in complaints(capsys.readouterr().err)
+
+
 def test_eval_command_on_encoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (_saved(tiny_encoder(), tmp_path / f"{n}.onnx", noise=s) for n, s in (("a", 0), ("b", 0.01)))
     tiny_tokenizer(256, tmp_path)

@@ -344,15 +344,20 @@ def test_what_calibrates_best(bench: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["general", "copy.txt", "copy.txt+general"])
-def test_what_is_scored_is_not_calibrated_on_under_another_name(bench: Any, tmp_path: Path, given: str) -> None:
+@pytest.mark.parametrize("scored", ["scored.txt", "scored.jsonl"])
+def test_what_is_scored_is_not_calibrated_on_under_another_name(
+    bench: Any, tmp_path: Path, given: str, scored: str
+) -> None:
     """A text whose second half is in the calibration data, in other lines."""
     model, own = bench.save(DECODER()), calibration_text()[20_000:24_000]
     (tmp_path / "copy.txt").write_text(calibration_text()[18_000:25_000])
-    (tmp_path / "scored.txt").write_text("another tale of other whales and ships\n" * 100 + own.replace("\n", "  \n"))
+    text = "another tale of other whales and ships\n" * 100 + own.replace("\n", "  \n")
+    lines = [json.dumps({"text": line}) for line in text.split("\n") if line.strip()]
+    (tmp_path / scored).write_text("\n".join(lines) if scored.endswith(".jsonl") else text)
     grid = {"calibration": [[tmp_path / word if word != "general" else word for word in given.split("+")], "self"]}
-    told = r"^\d\d% of what models are scored on of scored\.txt is in the calibration data"
+    told = r"^\d\d% of what models are scored on of scored\.(txt|jsonl) is in the calibration data"
     with pytest.raises(UserError, match=told):
-        _sweep(bench, model, grid, evaluation=Evaluation([tmp_path / "scored.txt"], context=32, tokens=0))
+        _sweep(bench, model, grid, evaluation=Evaluation([tmp_path / scored], context=32, tokens=0))
     assert not (bench.folder / "sweep" / "cache").exists()
 
 

@@ -198,6 +198,18 @@ def test_pairs_are_for_turned_inputs(source: Path, tmp_path: Path, passes: str, 
     assert ("pairs take up to int8's time" in report.target[0]) == some
 
 
+def test_a_group_size_that_is_no_weight_s_is_not_refused(source: Path, tmp_path: Path) -> None:
+    """Formats have their own; what says the format of some weights has the one that is given."""
+    given = {"target": "matmulnbits", "group_size": 48, "min_coverage": 0}
+    with pytest.warns(UserWarning, match="group_size has no effect here"):
+        report = _compiled(source, tmp_path, "5bpw", **given)
+    assert {own.told for own in report.decisions["pack"]} <= {
+        f"int{b} g{g} asym" for b in (4, 8) for g in (32, 64, 128)
+    }
+    with pytest.raises(UserError, match="target matmulnbits takes group sizes 16, 32, 64"):
+        _compiled(source, tmp_path, "5bpw", **given, lm_head=4)
+
+
 def test_a_target_of_one_format_has_group_sizes_to_choose(source: Path, tmp_path: Path) -> None:
     report = _compiled(source, tmp_path, "4.8bpw", target="tensorrt", min_coverage=0)
     made = {own.told for own in report.decisions["pack"] if own.format}
