@@ -8,7 +8,7 @@ affine one code - zero_point, zero_point shaped like scale.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -89,6 +89,13 @@ class Grid(ABC):
     def affine(self) -> "IntegerRange | None":
         """The ends of the codes of a grid of integers: levels are code - zero_point, every code between them is one,
         and ranges and scales are as those of `QuantSpec`, since `native` asks the grid for neither.
+        """
+        return None
+
+    @property
+    def looked_up(self) -> "LookedUp | None":
+        """The table of a grid whose ranges and nearest codes are those of `TableGrid`, and how its scales are stored:
+        `native` asks the grid for neither.
         """
         return None
 
@@ -198,6 +205,23 @@ class IntegerRange(Protocol):
     @property
     def qmax(self) -> int:
         """The largest."""
+
+
+@dataclass(frozen=True)
+class LookedUp:
+    """A table of at most 16 levels, each once, rising; the code of each; and the middles between them, up to which a
+    number goes to the lower one. largest: magnitude of a level.
+
+    scales: as `storable` has them; powers of two, of exponents from `least` to `most`; E4M3 numbers times 2^least.
+    """
+
+    levels: tuple[float, ...]
+    codes: tuple[float, ...]
+    middles: tuple[float, ...]
+    largest: float
+    scales: Literal["floats", "powers", "e4m3"] = "floats"
+    least: int = 0
+    most: int = 0
 
 
 class ActivationGrid(IntegerRange, Protocol):

@@ -1,8 +1,8 @@
-"""Loops over rows of a weight in C++ (runtime/kernels/rounding.h), for grids of integers: `Loops.of` a grid.
+"""Loops over rows of a weight in C++ (runtime/kernels/rounding.h), for grids of integers and tables: `Loops.of` a grid.
 
-The clear forms are `Grid.fit`, `row_steps` and the loops of `gptq` around them; an installation without the library of
-native kernels has these alone. `fit` and `nearest` give the very numbers that numpy gives (`fit` not of one column, of
-which numpy adds several rows at once); the others add in another order.
+The clear forms are those of `Grid`, `row_steps` and the loops of `gptq` around them; an installation without the
+library of native kernels has these alone. `fit`, `nearest` and `project` give the very numbers that numpy gives (`fit`
+not of one column, of which numpy adds several rows at once); the others add in another order.
 """
 
 import ctypes
@@ -18,10 +18,12 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.library import library_path
 
 # Functions of the library that are called here.
-_FUNCTIONS = ("fit", "nearest", "sweep", "recode", "rescale")
+_FUNCTIONS = ("fit", "nearest", "project", "sweep", "recode", "rescale")
 # Rows that are rounded in one call, and rows whose codes are set in one: as many as rounding.cpp keeps at hand.
 RUN = 64
 _HALF_OR_SINGLE = (np.dtype(np.float16), np.dtype(np.float32))
+# Levels of a table at most, and the ways in which scales are stored, as rounding.h numbers them.
+_PLACES, _HALF_SCALES, _SCALES = 16, 1, {"floats": 0, "powers": 2, "e4m3": 3}
 
 
 class _Grid(ctypes.Structure):
@@ -30,8 +32,30 @@ class _Grid(ctypes.Structure):
         ("qmax", ctypes.c_float),
         ("is_signed", ctypes.c_int32),
         ("signed_scale", ctypes.c_int32),
-        ("half", ctypes.c_int32),
+        ("scales", ctypes.c_int32),
+        ("least", ctypes.c_int32),
+        ("most", ctypes.c_int32),
+        ("levels", ctypes.c_int32),
+        ("level", ctypes.c_float * _PLACES),
+        ("middle", ctypes.c_float * _PLACES),
+        ("code", ctypes.c_float * _PLACES),
+        ("largest", ctypes.c_float),
     )
+
+    @classmethod
+    def of(cls, spec: Grid) -> "_Grid | None":
+        """None where the library has no loops for the grid."""
+        half = np.dtype(spec.scale_dtype) == np.float16
+        if (ends := spec.affine) is not None:
+            return cls(ends.qmin, ends.qmax, spec.code_dtype is np.int8, not spec.positive, half)
+        table = spec.looked_up
+        if table is None or len(table.levels) > _PLACES:
+            return None
+        scales = _HALF_SCALES if half and table.scales == "floats" else _SCALES[table.scales]
+        own = cls(scales=scales, least=table.least, most=table.most, levels=len(table.levels), largest=table.largest)
+        own.level[: own.levels], own.code[: own.levels] = table.levels, table.codes
+        own.middle[:] = (*table.middles, *[np.inf] * (_PLACES - len(table.middles)))
+        return own
 
 
 @functools.cache
@@ -46,7 +70,7 @@ def _library() -> ctypes.CDLL | None:
 
 @dataclass(frozen=True, eq=False)
 class Loops:
-    """The loops for one grid of integers whose scales are stored as float16 or float32 numbers."""
+    """The loops for one grid of weights of float16 or float32."""
 
     grid: _Grid
     library: ctypes.CDLL
@@ -54,11 +78,11 @@ class Loops:
     @classmethod
     def of(cls, spec: Grid) -> "Loops | None":
         """Those of a grid; None where it has none."""
-        ends, library = spec.affine, _library()
-        if ends is None or library is None or np.dtype(spec.scale_dtype) not in _HALF_OR_SINGLE:
+        library = _library()
+        if library is None or np.dtype(spec.scale_dtype) not in _HALF_OR_SINGLE:
             return None
-        half = np.dtype(spec.scale_dtype) == np.float16
-        return cls(_Grid(ends.qmin, ends.qmax, spec.code_dtype is np.int8, not spec.positive, half), library)
+        grid = _Grid.of(spec)
+        return None if grid is None else cls(grid, library)
 
     def fit(self, w: Array, importance: Array, size: int, shrinks: tuple[float, ...]) -> QParams:
         """`Grid.fit` of w (K, N) for groups of so many rows, with importance (K, 1) or (K, N)."""
@@ -78,6 +102,11 @@ class Loops:
         step, step_scale, step_codes = (own.strides[0] // own.itemsize for own in (w, scale, codes))
         places = w, half, step, k, n, size, scale, zero, step_scale, codes, step_codes
         self._call("nearest", *places, strided=(w, scale, zero, codes))
+
+    def project(self, w: Array, size: int, qparams: QParams, codes: Codes) -> None:
+        """The nearest codes of w (K, N) on the parameters of each group of so many rows."""
+        (k, n), w = w.shape, _rows(w)
+        self._call("project", w, n, k, n, size, _rows(qparams.scale), _rows(qparams.zero_point), codes)
 
     def sweep(
         self,
@@ -130,6 +159,25 @@ class Loops:
                 raise ValueError(f"{name} takes arrays that lie row by row, not one of strides {value.strides}")
             given.append(ctypes.c_void_p(value.ctypes.data))
         getattr(self.library, f"qcompile_{name}")(ctypes.byref(self.grid), *given)
+
+
+class LoopedGrid(Grid):
+    """A grid that is fitted and projected by its loops, where it has some."""
+
+    def fit(self, w: Array, importance: Array | None = None) -> QParams:
+        loops = None if importance is None or not w.size else Loops.of(self)
+        if importance is None or loops is None:
+            return super().fit(w, importance)
+        own = np.asarray(importance, np.float32).reshape(len(w), -1)
+        return loops.fit(w, own, self.group_size(len(w)), self.shrinks)
+
+    def project(self, w: Array, qparams: QParams) -> Codes:
+        loops = Loops.of(self)
+        if loops is None or not w.size:
+            return super().project(w, qparams)
+        codes = np.empty(w.shape, self.code_dtype)
+        loops.project(w, self.group_size(len(w)), qparams, codes)
+        return codes
 
 
 def _check_run(rows: int) -> None:

@@ -1,12 +1,12 @@
 """Rounding a weight one row at a time, on any grid: what GPTQ's sweep and coordinate descent do with rows.
 
-`Nearest` and `Descent` ask the grid itself; `NativeDescent` computes the same on integers, in a fraction of the time
+`Nearest` and `Descent` ask the grid itself; `NativeDescent` computes the same on levels, in a fraction of the time
 (tests/passes/test_native.py compares them).
 """
 
 import numpy as np
 
-from qcompile.passes.affine import Array, Codes, Grid, QParams, Quantized, expand
+from qcompile.passes.affine import Array, Codes, Grid, QParams, Quantized
 from qcompile.passes.native import Loops
 
 
@@ -114,7 +114,11 @@ class NativeDescent(Descent):
     def __init__(self, q: Quantized, loops: Loops) -> None:
         self.q, self.size, self.loops = q, q.spec.group_size(len(q.codes)), loops
         self.scale, self.zero = q.qparams.scale.copy(), q.qparams.zero_point
-        self._levels = q.codes - expand(self.zero, q.spec, len(q.codes))
+        self._levels = q.spec.decode(q.codes, self._unscaled)
+
+    @property
+    def _unscaled(self) -> QParams:
+        return QParams(np.ones_like(self.scale), self.zero)
 
     def levels(self, rows: slice) -> Array:
         return self._levels[rows]
@@ -128,8 +132,8 @@ class NativeDescent(Descent):
         self.loops.rescale(first, self._levels[rows], product, pull, own, change)
 
     def result(self) -> Quantized:
-        codes = self._levels + expand(self.zero, self.q.spec, len(self._levels))
-        return Quantized(codes.astype(self.q.codes.dtype), QParams(self.scale, self.zero), self.q.spec)
+        codes = self.q.spec.project(self._levels, self._unscaled)
+        return Quantized(codes, QParams(self.scale, self.zero), self.q.spec)
 
 
 def descent(q: Quantized) -> Descent:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from qcompile.passes.affine import Array, Codes, Grid, IntegerRange, QParams
 from qcompile.passes.bit_fields import FIELDS, byte_rows
 from qcompile.passes.errors import UserError
-from qcompile.passes.native import Loops
+from qcompile.passes.native import LoopedGrid
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ _BITS = sorted({4, 8, *FIELDS})
 
 
 @dataclass(frozen=True)
-class QuantSpec(Grid):
+class QuantSpec(LoopedGrid):
     """An integer grid for a (K, N) weight.
 
     `symmetric` grids are signed and have no zero point; asymmetric ones are unsigned with an integer zero point.
@@ -123,13 +123,6 @@ class QuantSpec(Grid):
     @property
     def affine(self) -> IntegerRange:
         return self
-
-    def fit(self, w: Array, importance: Array | None = None) -> QParams:
-        loops = None if importance is None or not w.size else Loops.of(self)
-        if importance is None or loops is None:
-            return super().fit(w, importance)
-        own = np.asarray(importance, np.float32).reshape(len(w), -1)
-        return loops.fit(w, own, self.group_size(len(w)), self.shrinks)
 
     def span(self, blocks: Array, shrink: np.float32) -> QParams:
         """Zero included: asymmetric min..max, symmetric signed amax / 8 at 4 bits."""

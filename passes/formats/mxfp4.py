@@ -5,14 +5,14 @@ specification's E2M1 * 2^(e - 127).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.affine import Array, Grid, Quantized
+from qcompile.passes.affine import Array, Grid, LookedUp, Quantized
 from qcompile.passes.formats.base import Cache
 from qcompile.passes.formats.tables import E2M1_TWICE, TableGrid, Tables
 from qcompile.passes.spec import PerGroup
@@ -41,6 +41,12 @@ class MicroGrid(TableGrid):
     def shrinks(self) -> tuple[float, ...]:
         """The scales beside the specification's own, which cuts off up to a quarter of the largest number."""
         return (1.0, 2.0, 0.5)
+
+    @property
+    def looked_up(self) -> LookedUp | None:
+        least, most = _ENDS[np.dtype(self.scale_dtype)]
+        own = super().looked_up
+        return None if own is None else replace(own, scales="powers", least=least, most=most)
 
     def storable(self, scale: Array) -> Array:
         """2^floor(log2(1.5 s)): for the span of a block the specification's 2^(floor(log2(max |w|)) - 2), halved."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.passes.affine import Array, Grid, Quantized
+from qcompile.passes.affine import Array, Grid, LookedUp, Quantized
 from qcompile.passes.formats.base import Cache
 from qcompile.passes.formats.tables import E2M1_TWICE, TableGrid, Tables
 from qcompile.passes.spec import PerGroup
@@ -56,6 +56,11 @@ class FloatScaledGrid(TableGrid):
         low, high = _ENDS[np.dtype(self.scale_dtype)]
         exponent = math.ceil(math.log2(amax / max(self.table) / _TOP))
         return replace(self, exponent=min(max(exponent, low), high))
+
+    @property
+    def looked_up(self) -> LookedUp | None:
+        own = super().looked_up
+        return None if own is None else replace(own, scales="e4m3", least=self.exponent)
 
     def storable(self, scale: Array) -> Array:
         """The nearest number that a byte stands for; of a group of zeros 2^exponent."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from qcompile.passes.affine import Array, Codes, Grid, QParams, Quantized
+from qcompile.passes.affine import Array, Codes, LookedUp, QParams, Quantized
 from qcompile.passes.formats.base import (
     ACTIVATION_BITS,
     BIASED,
@@ -31,6 +31,7 @@ from qcompile.passes.formats.base import (
     measured,
 )
 from qcompile.passes.graph import add_initializer
+from qcompile.passes.native import LoopedGrid
 from qcompile.passes.spec import Granularity, QuantSpec
 from qcompile.passes.state import Tensors
 
@@ -86,7 +87,7 @@ _ENDS = {
 
 
 @dataclass(frozen=True)
-class TableGrid(Grid):
+class TableGrid(LoopedGrid):
     """Levels of a table, at most 16, times a positive scale for each group of rows.
 
     name: of the format. table: the level of each code, in the order of the codes. scale_bits: stored for each group; 0:
@@ -114,12 +115,23 @@ class TableGrid(Grid):
         scale_bits = self.scale_bits or 8 * np.dtype(self.scale_dtype).itemsize
         return self.bits + scale_bits * self.groups(k) / max(k, 1)
 
+    @property
+    def looked_up(self) -> LookedUp | None:
+        """A subclass with other spans, nearest codes or storable scales has another one, or none."""
+        codes, middles, levels = _ordered(self.table)
+        rising = levels[codes.astype(np.uint8)]
+        return LookedUp(tuple(rising.tolist()), tuple(codes.tolist()), tuple(middles.tolist()), self._largest)
+
+    @property
+    def _largest(self) -> float:
+        return max(map(abs, self.table))
+
     def eight(self) -> QuantSpec:
         return QuantSpec(8, self.granularity, scale_dtype=self.scale_dtype)
 
     def span(self, blocks: Array, shrink: np.float32) -> QParams:
         """The largest magnitude of the group, times shrink, meets that of the table."""
-        scale = self.storable(np.abs(blocks).max(axis=1) * shrink / np.float32(max(map(abs, self.table))))
+        scale = self.storable(np.abs(blocks).max(axis=1) * shrink / np.float32(self._largest))
         return QParams(scale, np.zeros_like(scale))
 
     def nearest(self, blocks: Array, qparams: QParams) -> Array:

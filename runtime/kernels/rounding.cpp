@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 // One source for every instruction set: the loader takes the form that the machine runs. Where the compiler cannot, the
@@ -79,8 +80,31 @@ INLINE V load(const uint16_t* p, int lanes) {
 }
 INLINE V load(const float* p, int lanes) { return load(p, lanes, 0); }
 
-// affine.storable
-INLINE V storable(V scale, bool half) {
+INLINE I exponent(V x) { return (bits(magnitude(x)) >> 23) - 127; }
+INLINE V power(I exponent) { return bits((exponent + 127) << 23); }
+
+// formats.mxfp4: 2^floor(log2(1.5 s)).
+INLINE V nearby_power(const QCompileGrid& grid, V scale) {
+  I own = exponent(scale * 1.5f);
+  own = own < grid.least ? I{} + grid.least : own;
+  own = own > grid.most ? I{} + grid.most : own;
+  return scale == 0 ? all(1) : power(own);
+}
+
+// formats.nvfp4: the nearest E4M3 number, three bits of mantissa from 2^-6 on, times 2^exponent.
+INLINE V e4m3(const QCompileGrid& grid, V scale) {
+  const V unit = power(I{} + grid.least);
+  const V size = most(least(magnitude(scale) / unit, all(448)), all(0x1p-9f));
+  const I whole = bits(size);
+  const V normal = bits((whole + 0x7FFFF + ((whole >> 20) & 1)) & ~0xFFFFF), subnormal = (size + 0x1.8p14f) - 0x1.8p14f;
+  return scale == 0 ? unit : (size < 0x1p-6f ? subnormal : normal) * unit;
+}
+
+// Grid.storable
+INLINE V storable(const QCompileGrid& grid, V scale) {
+  if (grid.scales == kPowerScales) return nearby_power(grid, scale);
+  if (grid.scales == kE4M3Scales) return e4m3(grid, scale);
+  const bool half = grid.scales == kHalfScales;
   const V size = magnitude(scale);
   V stored = to_half(scale);
   if (!half) stored = ((size >= kDenseFrom) & (size <= kDenseTo)) ? stored : scale;
@@ -105,16 +129,37 @@ struct Range {
   V scale, zero;
 };
 
-// QuantSpec.span of a group's extremes, 0 among them.
+// The level nearest to x, and its code. kTable: ties go to the lower one; of integers, to an even one.
+struct Nearest {
+  V level, code;
+};
+
+template <bool kTable>
+INLINE Nearest nearest_level(const QCompileGrid& grid, V x, V zero) {
+  if constexpr (kTable) {
+    Nearest found{all(grid.level[0]), all(grid.code[0])};
+#pragma GCC unroll 15
+    for (int i = 0; i < 15; ++i) {
+      const I above = x > grid.middle[i];
+      found = {above ? all(grid.level[i + 1]) : found.level, above ? all(grid.code[i + 1]) : found.code};
+    }
+    return found;
+  }
+  const V level = cut(x, grid.qmin - zero, grid.qmax - zero);
+  return {level, level + zero};
+}
+
+// Grid.span of a group's extremes, 0 among them.
 INLINE Range span(const QCompileGrid& grid, V low, V high, float shrink) {
   low *= shrink;
   high *= shrink;
+  if (grid.levels) return {storable(grid, most(high, -low) / grid.largest), V{}};
   if (!grid.is_signed) {
-    const V scale = storable((high - low) / grid.qmax, grid.half);
+    const V scale = storable(grid, (high - low) / grid.qmax);
     return {scale, cut(-low / scale, all(grid.qmin), all(grid.qmax))};
   }
-  if (grid.signed_scale) return {storable((high > -low ? high : low) / grid.qmin, grid.half), V{}};
-  return {storable(most(high / grid.qmax, low / grid.qmin), grid.half), V{}};
+  if (grid.signed_scale) return {storable(grid, (high > -low ? high : low) / grid.qmin), V{}};
+  return {storable(grid, most(high / grid.qmax, low / grid.qmin)), V{}};
 }
 
 struct Sums {
@@ -122,12 +167,11 @@ struct Sums {
 };
 
 // The error of rounding rows of `block` by a range, weighted; with `refit`, the sums of the best scale for their levels instead.
-template <bool kRefit>
+template <bool kTable, bool kRefit>
 INLINE Sums sums(const QCompileGrid& grid, const V* block, const V* weight, int64_t rows, Range range) {
-  const V low = grid.qmin - range.zero, high = grid.qmax - range.zero;
   Sums own{};
   for (int64_t row = 0; row < rows; ++row) {
-    const V level = cut(block[row] / range.scale, low, high);
+    const V level = nearest_level<kTable>(grid, block[row] / range.scale, range.zero).level;
     if (kRefit) {
       const V weighted = level * weight[row];
       own.top += weighted * block[row];
@@ -140,6 +184,7 @@ INLINE Sums sums(const QCompileGrid& grid, const V* block, const V* weight, int6
   return own;
 }
 
+template <bool kTable>
 INLINE Range best_range(const QCompileGrid& grid, const V* block, const V* weight, int64_t rows, const float* shrinks,
                         int64_t count) {
   V low{}, high{}, faults{};
@@ -149,14 +194,14 @@ INLINE Range best_range(const QCompileGrid& grid, const V* block, const V* weigh
     faults += fault(block[row]);
   }
   Range best = span(grid, low, high, 1);
-  V error = sums<false>(grid, block, weight, rows, best).error;
+  V error = sums<kTable, false>(grid, block, weight, rows, best).error;
   for (int64_t i = 0; i < count; ++i) {
     Range own = span(grid, low, high, shrinks[i]);
-    const Sums found = sums<true>(grid, block, weight, rows, own);
+    const Sums found = sums<kTable, true>(grid, block, weight, rows, own);
     const V refit = found.top / found.bottom;
     const I usable = (found.bottom > 0) & (refit != 0) & (magnitude(refit) < INFINITY) & ((refit < 0) == (own.scale < 0));
-    own.scale = storable(usable ? refit : own.scale, grid.half);
-    const V left = sums<false>(grid, block, weight, rows, own).error;
+    own.scale = storable(grid, usable ? refit : own.scale);
+    const V left = sums<kTable, false>(grid, block, weight, rows, own).error;
     const I better = left < error;
     best = {better ? own.scale : best.scale, better ? own.zero : best.zero};
     error = better ? left : error;
@@ -186,7 +231,8 @@ void fit(const QCompileGrid& grid, const float* w, int64_t ld, int64_t k, int64_
         const float* own = importance + (start + row) * (importance_ld ? importance_ld : 1);
         weight[row] = importance_ld ? load(own + column, lanes, 0) : all(*own);
       }
-      const Range best = best_range(grid, block, weight, rows, shrinks, count);
+      const Range best = grid.levels ? best_range<true>(grid, block, weight, rows, shrinks, count)
+                                     : best_range<false>(grid, block, weight, rows, shrinks, count);
       store(scale + group * n + column, best.scale, lanes);
       store(zero_point + group * n + column, best.zero, lanes);
     }
@@ -196,7 +242,7 @@ void fit(const QCompileGrid& grid, const float* w, int64_t ld, int64_t k, int64_
 // Columns of a group that are looked at together: whole cache lines of every row.
 constexpr int kWide = 4;
 
-template <typename Number, bool kFull>
+template <bool kTable, typename Number, bool kFull>
 INLINE void round_group(const QCompileGrid& grid, const Number* w, int64_t ld, int64_t rows, int64_t columns, float* scale,
                         float* zero_point, uint8_t* codes, int64_t ld_codes) {
   V low[kWide] = {}, high[kWide] = {}, faults[kWide] = {};
@@ -220,13 +266,14 @@ INLINE void round_group(const QCompileGrid& grid, const Number* w, int64_t ld, i
   }
   for (int64_t row = 0; row < rows; ++row) {
     for (int part = 0; part < kWide; ++part) {
-      const V zero = range[part].zero, own = load(w + row * ld + part * kLanes, lanes(part)) / range[part].scale;
-      store_codes(codes + row * ld_codes + part * kLanes, cut(own, grid.qmin - zero, grid.qmax - zero) + zero, lanes(part));
+      const V own = load(w + row * ld + part * kLanes, lanes(part)) / range[part].scale;
+      const V code = nearest_level<kTable>(grid, own, range[part].zero).code;
+      store_codes(codes + row * ld_codes + part * kLanes, code, lanes(part));
     }
   }
 }
 
-template <typename Number>
+template <bool kTable, typename Number>
 INLINE void nearest(const QCompileGrid& grid, const Number* w, int64_t ld, int64_t k, int64_t n, int64_t size, float* scale,
                     float* zero_point, int64_t ld_scale, uint8_t* codes, int64_t ld_codes) {
   for (int64_t start = 0, group = 0; start < k; start += size, ++group) {
@@ -236,28 +283,58 @@ INLINE void nearest(const QCompileGrid& grid, const Number* w, int64_t ld, int64
       const Number* own = w + start * ld + column;
       uint8_t* out = codes + start * ld_codes + column;
       if (left >= kWide * kLanes) {
-        round_group<Number, true>(grid, own, ld, rows, left, scale + at, zero_point + at, out, ld_codes);
+        round_group<kTable, Number, true>(grid, own, ld, rows, left, scale + at, zero_point + at, out, ld_codes);
       } else {
-        round_group<Number, false>(grid, own, ld, rows, left, scale + at, zero_point + at, out, ld_codes);
+        round_group<kTable, Number, false>(grid, own, ld, rows, left, scale + at, zero_point + at, out, ld_codes);
       }
     }
   }
 }
 
+template <bool kTable>
+INLINE void nearest_of(const QCompileGrid& grid, const void* w, bool half, int64_t ld, int64_t k, int64_t n, int64_t size,
+                       float* scale, float* zero_point, int64_t ld_scale, uint8_t* codes, int64_t ld_codes) {
+  const auto rounded = [&](auto* own) __attribute__((always_inline)) {
+    nearest<kTable>(grid, own, ld, k, n, size, scale, zero_point, ld_scale, codes, ld_codes);
+  };
+  half ? rounded(static_cast<const uint16_t*>(w)) : rounded(static_cast<const float*>(w));
+}
+
 FOR_EACH_MACHINE
-void nearest_of(const QCompileGrid& grid, const void* w, bool half, int64_t ld, int64_t k, int64_t n, int64_t size, float* scale,
+void nearest_on(const QCompileGrid& grid, const void* w, bool half, int64_t ld, int64_t k, int64_t n, int64_t size, float* scale,
                 float* zero_point, int64_t ld_scale, uint8_t* codes, int64_t ld_codes) {
-  if (half) return nearest(grid, static_cast<const uint16_t*>(w), ld, k, n, size, scale, zero_point, ld_scale, codes, ld_codes);
-  nearest(grid, static_cast<const float*>(w), ld, k, n, size, scale, zero_point, ld_scale, codes, ld_codes);
+  if (grid.levels) return nearest_of<true>(grid, w, half, ld, k, n, size, scale, zero_point, ld_scale, codes, ld_codes);
+  nearest_of<false>(grid, w, half, ld, k, n, size, scale, zero_point, ld_scale, codes, ld_codes);
+}
+
+template <bool kTable>
+INLINE void project_as(const QCompileGrid& grid, const float* w, int64_t ld, int64_t k, int64_t n, int64_t size,
+                       const float* scale, const float* zero_point, uint8_t* codes) {
+  for (int64_t row = 0; row < k; ++row) {
+    const int64_t group = row / size * n;
+    for (int64_t column = 0; column < n; column += kLanes) {
+      const int lanes = int(std::min<int64_t>(kLanes, n - column));
+      const V own = load(w + row * ld + column, lanes, 0) / load(scale + group + column, lanes, 1);
+      const V zero = load(zero_point + group + column, lanes, 0);
+      store_codes(codes + row * n + column, nearest_level<kTable>(grid, own, zero).code, lanes);
+    }
+  }
+}
+
+FOR_EACH_MACHINE
+void project(const QCompileGrid& grid, const float* w, int64_t ld, int64_t k, int64_t n, int64_t size, const float* scale,
+             const float* zero_point, uint8_t* codes) {
+  if (grid.levels) return project_as<true>(grid, w, ld, k, n, size, scale, zero_point, codes);
+  project_as<false>(grid, w, ld, k, n, size, scale, zero_point, codes);
 }
 
 // Rows that are rounded one after another, so that what they leave stays in registers' reach.
 constexpr int64_t kRun = 64;
 
-FOR_EACH_MACHINE
-void sweep(const QCompileGrid& grid, int64_t start, int64_t stop, int64_t n, int64_t size, const int64_t* order,
-           const float* lower, int64_t ld_lower, const float* energy, int64_t energy_ld, const float* w, const float* scale,
-           const float* zero_point, uint8_t* codes, float* left, float* spread) {
+template <bool kTable>
+INLINE void sweep_as(const QCompileGrid& grid, int64_t start, int64_t stop, int64_t n, int64_t size, const int64_t* order,
+                     const float* lower, int64_t ld_lower, const float* energy, int64_t energy_ld, const float* w,
+                     const float* scale, const float* zero_point, uint8_t* codes, float* left, float* spread) {
   for (int64_t column = 0; column < n; column += kLanes) {
     const int lanes = int(std::min<int64_t>(kLanes, n - column));
     V known[kRun];
@@ -270,11 +347,44 @@ void sweep(const QCompileGrid& grid, int64_t start, int64_t stop, int64_t n, int
       const V by = energy_ld ? load(energy + i * energy_ld + column, lanes, 1) : all(energy[i]);
       const V unit = lower[i * ld_lower + i] * by, wish = own + carried / unit;
       const V step = load(scale + group * n + column, lanes, 1), zero = load(zero_point + group * n + column, lanes, 0);
-      const V level = cut(wish / step, grid.qmin - zero, grid.qmax - zero), decoded = level * step;
+      const Nearest found = nearest_level<kTable>(grid, wish / step, zero);
+      const V decoded = found.level * step;
       known[i - start] = by * (own - decoded);
       store(left + i * n + column, known[i - start], lanes);
       store(spread + i * n + column, unit * (wish - decoded), lanes);
-      store_codes(codes + row * n + column, level + zero, lanes);
+      store_codes(codes + row * n + column, found.code, lanes);
+    }
+  }
+}
+
+FOR_EACH_MACHINE
+void sweep(const QCompileGrid& grid, int64_t start, int64_t stop, int64_t n, int64_t size, const int64_t* order,
+           const float* lower, int64_t ld_lower, const float* energy, int64_t energy_ld, const float* w, const float* scale,
+           const float* zero_point, uint8_t* codes, float* left, float* spread) {
+  const auto rounded = [&](auto table) __attribute__((always_inline)) {
+    sweep_as<decltype(table)::value>(grid, start, stop, n, size, order, lower, ld_lower, energy, energy_ld, w, scale, zero_point,
+                                     codes, left, spread);
+  };
+  grid.levels ? rounded(std::true_type()) : rounded(std::false_type());
+}
+
+template <bool kTable>
+INLINE void recode_as(const QCompileGrid& grid, int64_t count, int64_t n, const float* gram, int64_t ld_gram,
+                      const float* added, const float* pull, const float* scale, const float* zero_point, float* levels,
+                      float* change) {
+  for (int64_t column = 0; column < n; column += kLanes) {
+    const int lanes = int(std::min<int64_t>(kLanes, n - column));
+    const V step = load(scale + column, lanes, 1), zero = load(zero_point + column, lanes, 0);
+    V known[kRun];
+    for (int64_t i = 0; i < count; ++i) {
+      V met{};
+      for (int64_t j = 0; j < i; ++j) met += gram[i * ld_gram + j] * known[j];
+      const V wanted = load(pull + i * n + column, lanes, 0) - met, level = load(levels + i * n + column, lanes, 0);
+      const V wish = level + wanted / ((gram[i * ld_gram + i] + added[i]) * step);
+      const V better = nearest_level<kTable>(grid, wish, zero).level;
+      known[i] = (better - level) * step;
+      store(levels + i * n + column, better, lanes);
+      store(change + i * n + column, known[i], lanes);
     }
   }
 }
@@ -282,21 +392,8 @@ void sweep(const QCompileGrid& grid, int64_t start, int64_t stop, int64_t n, int
 FOR_EACH_MACHINE
 void recode(const QCompileGrid& grid, int64_t count, int64_t n, const float* gram, int64_t ld_gram, const float* added,
             const float* pull, const float* scale, const float* zero_point, float* levels, float* change) {
-  for (int64_t column = 0; column < n; column += kLanes) {
-    const int lanes = int(std::min<int64_t>(kLanes, n - column));
-    const V step = load(scale + column, lanes, 1), zero = load(zero_point + column, lanes, 0);
-    const V low = grid.qmin - zero, high = grid.qmax - zero;
-    V known[kRun];
-    for (int64_t i = 0; i < count; ++i) {
-      V met{};
-      for (int64_t j = 0; j < i; ++j) met += gram[i * ld_gram + j] * known[j];
-      const V wanted = load(pull + i * n + column, lanes, 0) - met, level = load(levels + i * n + column, lanes, 0);
-      const V better = cut(level + wanted / ((gram[i * ld_gram + i] + added[i]) * step), low, high);
-      known[i] = (better - level) * step;
-      store(levels + i * n + column, better, lanes);
-      store(change + i * n + column, known[i], lanes);
-    }
-  }
+  if (grid.levels) return recode_as<true>(grid, count, n, gram, ld_gram, added, pull, scale, zero_point, levels, change);
+  recode_as<false>(grid, count, n, gram, ld_gram, added, pull, scale, zero_point, levels, change);
 }
 
 FOR_EACH_MACHINE
@@ -313,7 +410,7 @@ void rescale(const QCompileGrid& grid, int64_t total, int64_t first, int64_t cou
     const V own = load(scale + column, lanes, 1), wish = own + (power > 0 ? gain / power : V{});
     const bool positive = !grid.is_signed || !grid.signed_scale;
     const I usable = (magnitude(wish) < INFINITY) & (positive ? wish > 0 : wish != 0);
-    V step = storable(usable ? wish : own, grid.half) - own;
+    V step = storable(grid, usable ? wish : own) - own;
     step = step * (step * power - 2 * gain) < 0 ? step : V{};
     store(scale + column, own + step, lanes);
     for (int64_t row = 0; row < total; ++row) {
@@ -337,7 +434,12 @@ void qcompile_fit(const QCompileGrid* grid, const float* w, int64_t ld, int64_t 
 
 void qcompile_nearest(const QCompileGrid* grid, const void* w, int64_t half, int64_t ld, int64_t k, int64_t n, int64_t rows,
                       float* scale, float* zero_point, int64_t ld_scale, uint8_t* codes, int64_t ld_codes) {
-  nearest_of(*grid, w, half != 0, ld, k, n, rows, scale, zero_point, ld_scale, codes, ld_codes);
+  nearest_on(*grid, w, half != 0, ld, k, n, rows, scale, zero_point, ld_scale, codes, ld_codes);
+}
+
+void qcompile_project(const QCompileGrid* grid, const float* w, int64_t ld, int64_t k, int64_t n, int64_t rows,
+                      const float* scale, const float* zero_point, uint8_t* codes) {
+  project(*grid, w, ld, k, n, rows, scale, zero_point, codes);
 }
 
 void qcompile_sweep(const QCompileGrid* grid, int64_t start, int64_t stop, int64_t n, int64_t rows, const int64_t* order,

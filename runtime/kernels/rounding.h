@@ -8,11 +8,19 @@
 
 #include "c_api.h"
 
+// How a file holds scales: as fp32 or fp16 numbers; as powers of two; as E4M3 numbers times a power of two. A table's
+// scales are positive.
+enum QCompileScales : int32_t { kFloatScales, kHalfScales, kPowerScales, kE4M3Scales };
+
 // A grid of integers: the smallest and the largest code. is_signed: a symmetric one, without zero points.
-// signed_scale: scales of a symmetric grid may be negative. half: scales are stored as fp16, else as fp32.
+// signed_scale: scales of a symmetric grid may be negative.
+// Or one of a table, with levels > 0 of the 16 places: `level` rises, `code` stands for it, and `middle` lies behind it, up to
+// which a number goes to it; behind the last there is infinity. largest: of the magnitudes.
+// least, most: exponents of powers; of E4M3 scales both are that of the tensor's.
 struct QCompileGrid {
   float qmin, qmax;
-  int32_t is_signed, signed_scale, half;
+  int32_t is_signed, signed_scale, scales, least, most, levels;
+  float level[16], middle[16], code[16], largest;
 };
 
 // scale, zero_point (groups, n) of the fractions of each group's range (rows, n) that make the error least, weighted by
@@ -26,6 +34,10 @@ QCOMPILE_EXPORT void qcompile_fit(const QCompileGrid* grid, const float* w, int6
 QCOMPILE_EXPORT void qcompile_nearest(const QCompileGrid* grid, const void* w, int64_t half, int64_t ld, int64_t k, int64_t n,
                                       int64_t rows, float* scale, float* zero_point, int64_t ld_scale, uint8_t* codes,
                                       int64_t ld_codes);
+
+// The nearest codes (k, n) of w by a scale and a zero point for each group.
+QCOMPILE_EXPORT void qcompile_project(const QCompileGrid* grid, const float* w, int64_t ld, int64_t k, int64_t n, int64_t rows,
+                                      const float* scale, const float* zero_point, uint8_t* codes);
 
 // Rounds rows start … stop - 1 of a sweep, the last first. order, lower (ld_lower), energy: as `Compensation` has them (scale);
 // energy_ld 0: one for all columns. w, codes by row of the weight; left, spread by place in the order; all with ld n.

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +12,21 @@ from hypothesis import strategies as st
 from native_models import native_library
 
 from qcompile.passes import native
-from qcompile.passes.affine import Quantized
+from qcompile.passes.affine import Grid, Quantized, expand
 from qcompile.passes.algebra import Compensation
+from qcompile.passes.formats import FORMATS
+from qcompile.passes.formats.iq4_nl import IQ4NL
+from qcompile.passes.formats.mxfp4 import MXFP4, MicroGrid
+from qcompile.passes.formats.nf4 import NF4
+from qcompile.passes.formats.nvfp4 import NVFP4, FloatScaledGrid
+from qcompile.passes.formats.tables import TableGrid
 from qcompile.passes.gptq import ErrorCompensated, _compensate, _Descending
 from qcompile.passes.native import RUN, Loops
 from qcompile.passes.rounding import round_to_nearest
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
 
-GRIDS = st.builds(
+INTEGERS = st.builds(
     lambda bits, size, symmetric, signed, half: QuantSpec(
         bits, PerGroup(size) if size else PerChannel(1), symmetric, signed, np.float16 if half else np.float32
     ),
@@ -29,6 +36,26 @@ GRIDS = st.builds(
     st.booleans(),
     st.booleans(),
 )
+
+
+def _table(name: str, target: str, size: int, exponent: int, half: bool) -> TableGrid:
+    own = next(own for own in (*FORMATS, IQ4NL()) if own.name == name).grid(target)
+    assert isinstance(own, TableGrid)
+    own = own.typed(np.float16 if half else np.float32)
+    if isinstance(own, FloatScaledGrid):
+        return replace(own, exponent=max(exponent, -15) if half else exponent)
+    return own if isinstance(own, MicroGrid) else replace(own, granularity=PerGroup(size) if size else PerChannel(1))
+
+
+TABLES = st.builds(
+    _table,
+    st.sampled_from(["nf4", "fp4", "mxfp4", "nvfp4", "iq4_nl"]),
+    st.sampled_from(["qcompile", "matmulnbits"]),
+    st.sampled_from([0, 1, 8, 32, 300]),
+    st.integers(-30, 1),
+    st.booleans(),
+) | st.just(TableGrid("three", (0.0, 1.0, -1.0), PerGroup(16)))
+GRIDS = INTEGERS | TABLES
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,7 +82,7 @@ def _weights(seed: int, k: int, n: int) -> np.ndarray:
 
 @settings(max_examples=60, deadline=None)
 @given(GRIDS, st.integers(0, 99), st.integers(1, 400), st.integers(2, 40), st.booleans())
-def test_fit_gives_the_very_numbers(spec: QuantSpec, seed: int, k: int, n: int, each: bool) -> None:
+def test_fit_gives_the_very_numbers(spec: Grid, seed: int, k: int, n: int, each: bool) -> None:
     """Of several columns: of one alone numpy adds several rows at once."""
     w = _weights(seed, k, n)
     importance = np.random.default_rng(seed).lognormal(0, 2, (k, n) if each else k).astype(np.float32)
@@ -75,7 +102,7 @@ def test_fit_gives_the_very_numbers(spec: QuantSpec, seed: int, k: int, n: int, 
     st.integers(1, 150),
     st.sampled_from(["row", "column", "half", "double"]),
 )
-def test_plain_rounding_gives_the_very_codes(spec: QuantSpec, seed: int, k: int, n: int, kind: str) -> None:
+def test_plain_rounding_gives_the_very_codes(spec: Grid, seed: int, k: int, n: int, kind: str) -> None:
     w = _weights(seed, k, n)
     if kind == "half":
         w = np.clip(w, -60000, 60000).astype(np.float16)
@@ -87,6 +114,39 @@ def test_plain_rounding_gives_the_very_codes(spec: QuantSpec, seed: int, k: int,
     np.testing.assert_array_equal(found.codes, wanted.codes)
     np.testing.assert_array_equal(found.qparams.scale, wanted.qparams.scale)
     np.testing.assert_array_equal(found.qparams.zero_point, wanted.qparams.zero_point)
+
+
+@settings(max_examples=60, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.integers(1, 400), st.integers(1, 40))
+def test_project_gives_the_very_codes(spec: Grid, seed: int, k: int, n: int) -> None:
+    """Of ties, too: half of the numbers lie in the middle of two levels, on scales that divide them exactly."""
+    w, rng = _weights(seed, k, n), np.random.default_rng(seed)
+    qparams = spec.fit(w)
+    qparams = replace(qparams, scale=np.exp2(np.round(np.log2(np.abs(qparams.scale)))).astype(np.float32))
+    middles = spec.looked_up.middles if spec.looked_up is not None else np.arange(-20, 20) + 0.5
+    ties = rng.choice(middles, (k, n)) * expand(qparams.scale, spec, k)
+    w = np.where(rng.random((k, n)) < 0.5, ties, w).astype(np.float32)
+    found = spec.project(w, qparams)
+    with clear_form():
+        wanted = spec.project(w, qparams)
+    assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("table", [MXFP4().grid("qcompile"), NVFP4().grid("qcompile")])
+def test_scales_are_stored_as_the_grid_says(table: TableGrid) -> None:
+    """Across all magnitudes of a weight, ends of what a byte holds and ties of its numbers among them."""
+    rng = np.random.default_rng(0)
+    w = np.ldexp(
+        rng.choice([1, 1.0625, 1.1875, 1.25, 4 / 3, 1.5, 1.999], (1, 4000)), rng.integers(-126, 126, (1, 4000))
+    )
+    for dtype in (np.float32, np.float16):
+        spec = table.typed(dtype)
+        found = round_to_nearest(w.astype(np.float32), spec, None)
+        with clear_form(), np.errstate(over="ignore"):
+            wanted = round_to_nearest(w.astype(np.float32), spec, None)
+        np.testing.assert_array_equal(found.qparams.scale, wanted.qparams.scale)
+        np.testing.assert_array_equal(found.codes, wanted.codes)
 
 
 def test_every_half_precision_number_is_read_as_it_is() -> None:
@@ -146,7 +206,7 @@ def _losses(q: Quantized, w: np.ndarray, gram: np.ndarray) -> np.ndarray:
 
 @settings(max_examples=40, deadline=None)
 @given(GRIDS, st.integers(0, 99), st.integers(1, 200), st.integers(1, 40))
-def test_the_sweep_rounds_as_row_by_row(spec: QuantSpec, seed: int, k: int, n: int) -> None:
+def test_the_sweep_rounds_as_row_by_row(spec: Grid, seed: int, k: int, n: int) -> None:
     """Sums are in another order: a value that lies between two codes may go to the other one, and others follow."""
     w, gram = _problem(seed, k, n)
     by, qparams = Compensation.of(gram, 0.01 * np.diagonal(gram)), spec.fit(w)
@@ -171,7 +231,7 @@ def test_the_sweep_follows_factors_of_each_column() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(GRIDS, st.integers(0, 99), st.integers(1, 300), st.integers(1, 40), st.booleans(), st.booleans())
-def test_descent_ends_as_row_by_row(spec: QuantSpec, seed: int, k: int, n: int, codes: bool, scales: bool) -> None:
+def test_descent_ends_as_row_by_row(spec: Grid, seed: int, k: int, n: int, codes: bool, scales: bool) -> None:
     w, gram = _problem(seed, k, n)
     q, added = Quantized(spec.project(w, spec.fit(w)), spec.fit(w), spec), 0.01 * np.diagonal(gram)
 
@@ -194,10 +254,18 @@ def test_descent_ends_as_row_by_row(spec: QuantSpec, seed: int, k: int, n: int, 
         assert (found.qparams.scale > 0).all()
 
 
-@pytest.mark.parametrize("size", [32, 0])
-def test_error_compensation_gains_the_same(size: int) -> None:
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(4, PerGroup(32)),
+        QuantSpec(4, PerChannel(1)),
+        *(own.grid("qcompile") for own in (NF4(), MXFP4(), NVFP4())),
+    ],
+    ids=str,
+)
+def test_error_compensation_gains_the_same(spec: Grid) -> None:
     w, gram = _problem(5, 256, 64)
-    spec = QuantSpec(4, PerGroup(size) if size else PerChannel(1))
+    spec = spec.ranged(lambda: float(np.abs(w).max()))
     statistics = Statistics(600, gram, np.ones(256, np.float32))
     found = ErrorCompensated()(w, spec, statistics)
     with clear_form():
@@ -211,6 +279,8 @@ def test_other_grids_have_no_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = QuantSpec(4, PerGroup(32))
     assert Loops.of(spec) is not None
     assert Loops.of(spec.typed(ml_dtypes.bfloat16)) is None, "scales are stored in a type that they do not know"
+    for own in FORMATS:
+        assert (Loops.of(own.grid("qcompile")) is None) == (own.grid("qcompile").rows_per_code > 1), own.name
     monkeypatch.setattr(native, "_library", functools.cache(lambda: None))
     assert Loops.of(spec) is None
 
