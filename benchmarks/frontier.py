@@ -1,16 +1,16 @@
 """Formats chosen by a budget against uniform settings and against random ones of equal bytes, by their true KL.
 
-python benchmarks/frontier.py MODEL_FOLDER -o OUT [--passes pack] [--random 20] [--tokens 511]
+python benchmarks/frontier.py MODEL_FOLDER -o OUT [--passes pack] [--random 20] [--tokens 511] [--beside "NAME=OTHER"]
 
 Every row is compiled, run, and compared with the float model on both texts of benchmarks/text. The frontier is measured
-once, on windows of the bundled calibration text. `frontier.json` has all rows, `frontier.svg` the picture; what is
-there already is not made again.
+once, on windows of the bundled calibration text. `frontier.json` has all rows, `frontier.svg` the picture, with the
+rows of another list of passes beside it; what is there already is not made again.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -50,18 +50,20 @@ def main() -> None:
     parser.add_argument("--uniform", nargs="*", default=UNIFORM, help="formats for all weights")
     parser.add_argument("--random", type=int, default=20, help="draws of equal bytes")
     parser.add_argument("--tokens", type=int, default=511, help="of each text")
+    parser.add_argument("--samples", type=int, default=32, help="windows of 512 tokens that compiles calibrate on")
+    parser.add_argument("--beside", metavar="NAME=OUT", action="append", default=[], help="rows for the picture alone")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     source, kept = args.model / "model.onnx", args.output / "frontier.json"
     recipe = qcompile.Recipe(passes=args.passes, scale_bits=args.scale_bits, budget="8bpw")
     with Bar() as bar:
         found = Chooser(source, recipe, Calibration(), bar)
-    rows = [Row(**{**own, "kl": tuple(own["kl"])}) for own in json.loads(kept.read_text())] if kept.exists() else []
+    rows = read(kept) if kept.exists() else []
     for name, made in choices(found.search, args.uniform, args.random):
         if name in [row.name for row in rows]:
             continue
         target = args.output / "made.onnx"
-        own = replace(found.search.recipe_of(made), min_coverage=0)
+        own = replace(found.search.recipe_of(made), min_coverage=0, samples=args.samples)
         report = qcompile.compile(source, recipe=own, output=target, verify="sample", tokenizer=args.model)
         scored = qcompile.evaluate(target, against=source, text=TEXT, tokens=args.tokens, tokenizer=args.model)
         kl = tuple(float(one["kl"]) for one in scored.records() if one["kl"] is not None)[: len(TEXT)]
@@ -69,7 +71,13 @@ def main() -> None:
         kept.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
         print(table(rows[-1:]), flush=True)
     print(table(rows))
-    draw(rows, args.output / "frontier.svg")
+    beside = {name: read(Path(out) / "frontier.json") for name, _, out in (own.partition("=") for own in args.beside)}
+    draw({args.passes: rows, **beside}, args.output / "frontier.svg")
+
+
+def read(path: Path) -> list[Row]:
+    """What `frontier.json` has."""
+    return [Row(**{**own, "kl": tuple(own["kl"])}) for own in json.loads(path.read_text())]
 
 
 def choices(search: Search, uniform: Sequence[str], draws: int) -> Iterator[tuple[str, Choice]]:
@@ -105,18 +113,20 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """KL over size: the frontier as a line, uniform settings and random draws as points."""
+def draw(lists: Mapping[str, list[Row]], path: Path) -> None:
+    """KL over size, by lists of passes, a colour each: the frontier as a line, uniform settings and random draws."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     groups = {"frontier": "o-", "int": "s", "random": "."}
-    for word, style in groups.items():
-        own = sorted((row.size / 1e6, row.mean) for row in rows if row.name.startswith(word))
-        axes.plot(*zip(*own, strict=True), style, label={"int": "uniform"}.get(word, word)) if own else None
+    for colour, (passes, rows) in enumerate(lists.items()):
+        for word, style in groups.items():
+            own = sorted((row.size / 1e6, row.mean) for row in rows if row.name.startswith(word))
+            label = f"{'uniform' if word == 'int' else word}, {passes}"
+            axes.plot(*zip(*own, strict=True), style, color=f"C{colour}", label=label) if own else None
     axes.set(yscale="log", xlabel="MB", ylabel="KL to float, nats a token, mean of two texts")
-    axes.legend()
-    figure.savefig(path)
+    axes.legend(fontsize="small")
+    figure.savefig(path, bbox_inches="tight")
 
 
 if __name__ == "__main__":

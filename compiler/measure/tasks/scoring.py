@@ -13,6 +13,8 @@ from qcompile.compiler.measure.paired import Paired, wilson
 from qcompile.compiler.measure.tasks.items import CHOICES, Item, digest
 from qcompile.passes.errors import UserError
 
+# Log-softmaxes (rows, V).
+Scores = npt.NDArray[np.float32]
 # Called with a task, and how many of how many items are done by all models.
 Told = Callable[[str, int, int], None]
 
@@ -45,8 +47,7 @@ class TaskScores:
 class Encoded:
     """An item in token ids. windows: (context and choice, how many of its ids stand before the choice), one a choice.
 
-    sizes: bytes of the choices, by which log-likelihoods are divided. Choices that are one token each behind the same
-    ids take one run of the model.
+    sizes: bytes of the choices, by which log-likelihoods are divided.
     """
 
     windows: Sequence[tuple[Ids, int]]
@@ -66,13 +67,7 @@ class Encoded:
 
     def right(self, subject: Subject) -> bool:
         """Whether the model has the right choice as the likeliest."""
-        first, start = self.windows[0]
-        if all(len(ids) == len(first) == start + 1 and (ids[:-1] == first[:-1]).all() for ids, _ in self.windows):
-            scores = _scores(subject, first[:-1], start - 1)[-1]
-            sums = [float(scores[ids[-1]]) for ids, _ in self.windows]
-        else:
-            sums = [_likelihood(subject, ids, begin) for ids, begin in self.windows]
-        return int(np.argmax(np.array(sums) / self.sizes)) == self.answer
+        return int(np.argmax(_likelihoods(subject, self.windows) / self.sizes)) == self.answer
 
 
 def check_fit(task: str, items: Sequence[Item], tokenizer: Tokenizer, tokens: int) -> None:
@@ -111,13 +106,31 @@ def score_tasks(
     return found
 
 
-def _likelihood(subject: Subject, ids: Ids, start: int) -> float:
-    """The log-likelihood of the ids from `start` on, behind those before."""
-    scores = _scores(subject, ids[:-1], start - 1)
-    return float(scores[np.arange(len(ids) - start), ids[start:]].sum(dtype=np.float64))
+def _likelihoods(subject: Subject, windows: Sequence[tuple[Ids, int]]) -> npt.NDArray[np.float64]:
+    """The log-likelihood of each window's ids from its start on, behind those before.
+
+    What a choice stands behind, all but its last id, is run once for all that stand behind it or its beginning: choices
+    of one token behind the same ids take one run together. Where long contexts are cut, so are those of equal length.
+    """
+    cut, runs, sums = bool(subject.plan.sequence), list[tuple[Ids, int, Scores]](), np.zeros(len(windows))
+    for at in sorted(range(len(windows)), key=lambda own: -len(windows[own][0])):
+        ids, start = windows[at]
+        read, first = ids[:-1], start - 1
+        run = next((one for one in runs if one[1] <= first and _begins(one[0], read, whole=cut)), None)
+        if run is None:
+            run = read, first, _scores(subject, read, first)
+            runs.append(run)
+        rows = run[2][first - run[1] :][: len(ids) - start]
+        sums[at] = rows[np.arange(len(rows)), ids[start:]].sum(dtype=np.float64)
+    return sums
 
 
-def _scores(subject: Subject, ids: Ids, first: int) -> npt.NDArray[np.float32]:
+def _begins(ids: Ids, beginning: Ids, *, whole: bool) -> bool:
+    """Whether ids begin so, or are so as a whole."""
+    return np.array_equal(ids if whole else ids[: len(beginning)], beginning)
+
+
+def _scores(subject: Subject, ids: Ids, first: int) -> Scores:
     """Log-softmaxes of what follows the ids from number `first` on: (len(ids) - first, V).
 
     A graph of fixed length gets as many ids as it takes: what stands behind changes nothing before it, and of more than

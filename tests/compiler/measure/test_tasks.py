@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from said import complaints
 
 import qcompile
@@ -22,7 +24,7 @@ from qcompile.compiler.data.tokens import Tokenizer
 from qcompile.compiler.measure.loaded import Subject
 from qcompile.compiler.measure.tasks import generated, texts
 from qcompile.compiler.measure.tasks.items import Item, digest, item
-from qcompile.compiler.measure.tasks.scoring import Encoded, check_fit, score_tasks
+from qcompile.compiler.measure.tasks.scoring import Encoded, _likelihoods, check_fit, score_tasks
 from qcompile.compiler.measure.tasks.table import TASKS, named
 from qcompile.models.text import calibration_text, tasks_text
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
@@ -188,6 +190,18 @@ class _Known:
         return np.tile(self._row, (len(window), 1)).astype(np.float32)
 
 
+class _Counting(_Known):
+    """A model of four tokens whose scores tell all that stands before."""
+
+    def __init__(self, sequence: int | None) -> None:
+        super().__init__([0.25] * 4, sequence)
+
+    def logits(self, window: np.ndarray) -> np.ndarray:
+        self.runs.append(len(window))
+        sums = np.cumsum(window * np.arange(1, len(window) + 1))
+        return np.stack([np.sin(sums + number) for number in range(4)], axis=1).astype(np.float32)
+
+
 class _Letters:
     """a, b, c, d are 0 to 3."""
 
@@ -204,7 +218,7 @@ def _right(own: Item, model: _Known, before: Sequence[int] = ()) -> bool:
 
 
 def test_the_likeliest_choice_is_the_models() -> None:
-    """By log-likelihood a byte: -0.69 of "b" twice beats -1.05 a byte of "c"; one run where each is one token."""
+    """By log-likelihood a byte: -0.69 of "b" twice beats -1.05 a byte of "c". What all stand behind is run once."""
     short = Item("aa", ("b", "c", "d", "a"), 0)
     model = _Known([0.05, 0.5, 0.35, 0.1])
     assert _right(short, model)
@@ -213,7 +227,23 @@ def test_the_likeliest_choice_is_the_models() -> None:
     longer = Item("aa", ("bb", "c", "dd", "a"), 0)
     model = _Known([0.05, 0.5, 0.35, 0.1])
     assert _right(longer, model)
-    assert model.runs == [3, 2, 3, 2]
+    assert model.runs == [3, 3]
+
+
+@given(
+    st.text("abcd", min_size=1, max_size=4),
+    st.lists(st.text("abcd", min_size=1, max_size=4), min_size=4, max_size=4, unique=True),
+    st.sampled_from([None, 8]),
+)
+def test_runs_that_are_shared_change_no_likelihood(context: str, choices: list[str], sequence: int | None) -> None:
+    """By a model whose next token depends on all before it, against each choice by itself."""
+    model = _Counting(sequence)
+    encoded = Encoded.of(Item(context, tuple(choices), 0), _Letters(), [])  # type: ignore[arg-type]
+    found = _likelihoods(model, encoded.windows)  # type: ignore[arg-type]
+    assert len(model.runs) <= len({choice[:-1] for choice in choices})
+    for own, (ids, start) in zip(found, encoded.windows, strict=True):
+        (alone,) = _likelihoods(_Counting(sequence), [(ids, start)])  # type: ignore[arg-type]
+        assert own == alone
 
 
 def test_fixed_lengths_and_texts_of_one_token() -> None:
