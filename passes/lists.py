@@ -13,8 +13,10 @@ FORMATS = (
     *("int4", "int8", "nf4", "mxfp4", "int2", "int3", "int5", "int6", "nvfp4", "fp4"),
     *("pairs2", "pairs2.5", "pairs3", "pairs3.5", "pairs4"),
 )
-# Those that a budget chooses from, of 3 bits and more: below, errors are too large for their sum to be what all change.
+# Those that a budget chooses from. Of less than 3 bits none but pairs: what integers change then is too much for their
+# sum to be what all change.
 CANDIDATES = (
-    *("int3(group=64)", "int3(group=128)", "pairs3", "pairs3.5", "int4(group=32)", "int4(group=64)", "int4(group=128)"),
-    *("int5(group=64)", "int5(group=128)", "int6(group=64)", "int6(group=128)", "int8(group=64)", "int8(group=128)"),
+    *("pairs2", "pairs2.5", "int3(group=64)", "int3(group=128)", "pairs3", "pairs3.5", "pairs4"),
+    *("int4(group=32)", "int4(group=64)", "int4(group=128)", "int5(group=64)", "int5(group=128)"),
+    *("int6(group=64)", "int6(group=128)", "int8(group=64)", "int8(group=128)"),
 )

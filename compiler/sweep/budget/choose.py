@@ -29,9 +29,9 @@ from qcompile.compiler.sweep.budget.prices import (
     power,
     ranking_of,
     taken,
-    turns,
     with_formats,
 )
+from qcompile.compiler.sweep.budget.rounded import turns
 from qcompile.compiler.sweep.budget.units import Unit, find_units
 from qcompile.passes import lists
 from qcompile.passes.affine import Grid

@@ -14,6 +14,7 @@ from qcompile.compiler.settings.bound import Bound
 from qcompile.compiler.stages import Prepared, gather_data
 from qcompile.compiler.sweep.budget.allocate import Option
 from qcompile.compiler.sweep.budget.effects import errors, measured
+from qcompile.compiler.sweep.budget.rounded import rounded_by, rounding_of, turns
 from qcompile.compiler.sweep.budget.units import Site, Unit
 from qcompile.passes import lists
 from qcompile.passes.affine import Grid
@@ -21,7 +22,6 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.exact import quoted
 from qcompile.passes.formats import named as by_name
 from qcompile.passes.linears import Embedding, is_lm_head
-from qcompile.passes.table import PASSES
 from qcompile.passes.targets import TARGETS
 
 # What `gptq` leaves of errors where rows share a code, over what it leaves of others that are as large when rounded to
@@ -87,6 +87,7 @@ def ranking_of(
     """The cached measurement, or a new one."""
     settings = prepared.recipe.to_dict() | {"budget": [list(unit.names_of_weights) for unit in units]}
     settings |= {"held": True} if bound else {}
+    settings |= {"rounded": [str(step) for step in rounding_of(recipe)], "turned": turns(recipe)}
     key = prepared.source, prepared.report.source_hash, settings, versions(), calibration
     cache = RankingCache(*key, judged=evaluation is not None)
     known = cache.get()
@@ -94,7 +95,8 @@ def ranking_of(
         data = gather_data(prepared, calibration, evaluation=evaluation, aside=True, bound=bool(bound))
         if bound:
             bounding_windows(prepared.plan, data, bound)
-        known = measured(prepared, data, units, progress)
+        probe = rounded_by(prepared, units, recipe, calibration, evaluation, progress, bound=bool(bound))
+        known = measured(prepared, data, units, progress, probe)
         cache.put(known)
     return known
 
@@ -120,10 +122,6 @@ def options_of(
 def power(ranking: Ranking) -> int:
     """Of what adds up: KL does, of independent errors the squares."""
     return 1 if ranking.metric == "KL" else 2
-
-
-def turns(recipe: Recipe) -> bool:
-    return any(PASSES.required(step.name).turns for step in recipe.passes)
 
 
 def _refused(unit: Unit, grids: Sequence[Grid], recipe: Recipe) -> bool:

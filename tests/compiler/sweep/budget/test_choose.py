@@ -22,7 +22,8 @@ from qcompile.compiler.stages import gather_data, prepare_model
 from qcompile.compiler.sweep.budget import prices
 from qcompile.compiler.sweep.budget.allocate import Option, bytes_of
 from qcompile.compiler.sweep.budget.choose import sized
-from qcompile.compiler.sweep.budget.effects import PROBE, errors, measured, probed
+from qcompile.compiler.sweep.budget.effects import errors, measured, probed
+from qcompile.compiler.sweep.budget.rounded import PROBE
 from qcompile.compiler.sweep.budget.units import find_units, joined
 from qcompile.models.tiny import tiny_decoder
 from qcompile.passes.errors import UserError
