@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--scale-bits", type=int, default=16)
     parser.add_argument("--uniform", nargs="*", default=UNIFORM, help="formats for all weights")
     parser.add_argument("--random", type=int, default=20, help="draws of equal bytes")
+    parser.add_argument("--size", type=float, help="bytes of weights of the draws (default: those of int4 g64)")
     parser.add_argument("--tokens", type=int, default=511, help="of each text")
     parser.add_argument("--samples", type=int, default=32, help="windows of 512 tokens that compiles calibrate on")
     parser.add_argument("--beside", metavar="NAME=OUT", action="append", default=[], help="rows for the picture alone")
@@ -59,7 +60,7 @@ def main() -> None:
     with Bar() as bar:
         found = Chooser(source, recipe, Calibration(), bar)
     rows = read(kept) if kept.exists() else []
-    for name, made in choices(found.search, args.uniform, args.random):
+    for name, made in choices(found.search, args.uniform, args.random, args.size):
         if name in [row.name for row in rows]:
             continue
         target = args.output / "made.onnx"
@@ -80,15 +81,17 @@ def read(path: Path) -> list[Row]:
     return [Row(**{**own, "kl": tuple(own["kl"])}) for own in json.loads(path.read_text())]
 
 
-def choices(search: Search, uniform: Sequence[str], draws: int) -> Iterator[tuple[str, Choice]]:
-    """Uniform settings and, with at most as many bytes, the frontier's choice; random ones with those of int4 g64."""
+def choices(
+    search: Search, uniform: Sequence[str], draws: int, size: float | None = None
+) -> Iterator[tuple[str, Choice]]:
+    """Uniform settings and the frontier's choices of as many bytes at most; random ones, by default of int4 g64's."""
     options = search.options
     for name in uniform:
         made = [next((own for own in unit if own.what == name), unit[0]) for unit in options]
         yield name, made
         if (best := search.of_bytes(sum(own.size for own in made))) is not None:
             yield f"frontier at {name}", best
-    size = sum(next(own for own in unit if own.what == "int4(group=64)").size for unit in options)
+    size = size or sum(next(own for own in unit if own.what == "int4(group=64)").size for unit in options)
     for seed in range(draws):
         yield f"random {seed}", drawn(options, size, random.Random(seed))
 

@@ -6,7 +6,7 @@ steps are filled by what still fits, and then unit by unit, by sums that may sti
 1969), within bounds that the hulls of the units to come give (Dyer, Riha and Walker 1995).
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -107,7 +107,10 @@ def _better(units: Sequence[Sequence[Option[T]]], size: float, goal: float) -> l
     of the units to come may still reach the goal.
     """
     sums, before = np.zeros((1, 2)), list[tuple[list[Option[T]], np.ndarray, np.ndarray]]()
-    for options, (sizes, costs) in zip(units, _bounds(units), strict=True):
+    bounds = _bounds(units)
+    if np.interp(size, *next(bounds)) > goal:
+        return None
+    for options, (sizes, costs) in zip(units, bounds, strict=True):
         added = (sums[:, None] + np.array([(own.size, own.cost) for own in options])).reshape(-1, 2)
         least = added[:, 1] + np.interp(size - added[:, 0], sizes, costs)
         kept = np.flatnonzero((added[:, 0] + sizes[0] <= size) & (least <= goal))
@@ -126,16 +129,17 @@ def _better(units: Sequence[Sequence[Option[T]]], size: float, goal: float) -> l
     return made[::-1]
 
 
-def _bounds(units: Sequence[Sequence[Option[T]]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Behind each unit, (sizes, least costs) of all to come, between which costs are at least what lies between."""
+def _bounds(units: Sequence[Sequence[Option[T]]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Before the first unit, and behind each: (sizes, least costs) of all to come, between which costs are at least
+    what lies between.
+    """
     hulls = [hull(options) for options in units]
     steps = [(step.unit, step.size, -step.gain) for step in _steps(hulls)]
-    moved, first = np.array(steps).reshape(-1, 3), np.array([(own[0].size, own[0].cost) for own in hulls])
-    found = []
-    for number in range(1, len(hulls) + 1):
+    moved = np.array(steps).reshape(-1, 3)
+    first = np.array([(own[0].size, own[0].cost) for own in hulls]).reshape(-1, 2)
+    for number in range(len(hulls) + 1):
         whole = np.vstack([first[number:].sum(0), moved[moved[:, 0] >= number, 1:]]).cumsum(0)
-        found.append((whole[:, 0], whole[:, 1]))
-    return found
+        yield whole[:, 0], whole[:, 1]
 
 
 def _slope(a: Option[T], b: Option[T]) -> float:
