@@ -4,11 +4,16 @@
 
 A decoder of scale_models.py is compiled by the default list and swept over four settings, first by this process alone,
 then by each number of nodes; this process then loads and merges, on one thread. --kill: one more run in which a node
-dies when a third of the rows went through. Where fewer cores are free than nodes, no speed-up can be seen.
+dies when a third of the rows went through.
+
+What nodes of one machine can gain at most is measured as well: processes that know nothing of each other, each with all
+of the work, run at once. Of N that take no longer than one alone the ceiling is N; of processors that share the units of
+one core it is near 1, whatever the system calls them.
 """
 
 import argparse
 import hashlib
+import multiprocessing
 import os
 import tempfile
 import time
@@ -81,8 +86,21 @@ def measured(model: Path, data: Path, folder: Path, progress: Silent | None = No
     return found | {"sha256": digest.hexdigest()[:12]}
 
 
+def alone(model: Path, data: Path, cache: Path) -> dict[str, Any]:
+    """`measured` by this process, on one thread."""
+    with tempfile.TemporaryDirectory(dir=cache) as folder, limited(1):
+        return measured(model, data, Path(folder))
+
+
+def ceiling(count: int, own: dict[str, Any], model: Path, data: Path, cache: Path) -> dict[str, float]:
+    """How many times as much so many processes do at once as one does, whose seconds are given, phase by phase."""
+    with multiprocessing.get_context("spawn").Pool(count) as pool:
+        rows = pool.starmap(alone, [(model, data, cache)] * count, chunksize=1)
+    return {name: count * own[name] / max(row[name] for row in rows) for name in own if name != "sha256"}
+
+
 def main() -> None:
-    """Print a row for each number of nodes."""
+    """Print a row for each number of nodes, and the ceiling."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=2)
@@ -97,17 +115,27 @@ def main() -> None:
     print(f"{args.shape}: {asdict(shape)}, {args.tokens[0]} x {args.tokens[1]} tokens, seconds on the clock\n")
     columns = [*PHASES, "compile", "sweep", "sha256"]
     print(f"| nodes | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
-    for count in [0, *args.nodes, *([-max(args.nodes)] if args.kill else [])]:
-        with tempfile.TemporaryDirectory(dir=args.cache) as folder, limited(1):
-            if not count:
-                row, told = measured(model, data, Path(folder)), "this process"
-            else:
-                with local(abs(count)) as (nodes, own), clustered(nodes.address):
-                    killing = Killing(nodes, own[-1]) if count < 0 else None
-                    row = measured(model, data, Path(folder), killing)
-                told = f"{count}" if count > 0 else f"{-count}, one killed"
-        cells = [f"{row.get(name, 0.0):.1f}" for name in columns[:-1]]
-        print(f"| {told} | {' | '.join(cells)} | {row['sha256']} |", flush=True)
+    first = alone(model, data, args.cache)
+    _print("this process", [f"{first.get(name, 0.0):.1f}" for name in columns[:-1]], first["sha256"])
+    for count in [*args.nodes, *([-max(args.nodes)] if args.kill else [])]:
+        with (
+            tempfile.TemporaryDirectory(dir=args.cache) as folder,
+            limited(1),
+            local(abs(count)) as (nodes, own),
+            clustered(nodes.address),
+        ):
+            killing = Killing(nodes, own[-1]) if count < 0 else None
+            row = measured(model, data, Path(folder), killing)
+        told = f"{count}" if count > 0 else f"{-count}, one killed"
+        _print(told, [f"{row.get(name, 0.0):.1f}" for name in columns[:-1]], row["sha256"])
+    most = max(args.nodes)
+    if most > 1:
+        found = ceiling(most, first, model, data, args.cache)
+        _print(f"times as much by {most} processes at once", [f"{found[name]:.2f} x" for name in columns[:-1]], "")
+
+
+def _print(told: str, cells: list[str], sha256: str) -> None:
+    print(f"| {told} | {' | '.join(cells)} | {sha256} |", flush=True)
 
 
 if __name__ == "__main__":
