@@ -6,9 +6,9 @@ A decoder of scale_models.py is compiled by the default list and swept over four
 then by each number of nodes; this process then loads and merges, on one thread. --kill: one more run in which a node
 dies when a third of the rows went through.
 
-What nodes of one machine can gain at most is measured as well: processes that know nothing of each other, each with all
-of the work, run at once. Of N that take no longer than one alone the ceiling is N; of processors that share the units of
-one core it is near 1, whatever the system calls them.
+What nodes of one machine can gain at most is measured as well: processes that know nothing of each other, each with
+all of the work, run at once. Of N that take no longer than one alone the ceiling is N; of processors that share the
+units of one core it is near 1, whatever the system calls them.
 """
 
 import argparse

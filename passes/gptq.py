@@ -17,7 +17,7 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.formats.columns import coded
 from qcompile.passes.held import NOT_CONFIRMED, row_weights, too_few
 from qcompile.passes.linears import Linear, find_linears
-from qcompile.passes.native import RUN, Loops
+from qcompile.passes.native import RUN, Loops, widened
 from qcompile.passes.policy import Policy
 from qcompile.passes.rounding import (
     Rounding,
@@ -298,12 +298,12 @@ class Beside:
 
     def __getitem__(self, place: tuple[slice, slice]) -> Array:
         rows, columns = place
-        parts, before = list[npt.NDArray[np.floating]](), 0
+        parts, before = list[Array](), 0
         for w in self.weights:
             own = slice(max(columns.start - before, 0), max(columns.stop - before, 0))
-            parts.append(w[rows, own])
+            parts.append(widened(w[rows, own]))
             before += w.shape[1]
-        return np.concatenate(parts, axis=1, dtype=np.float32)
+        return np.concatenate(parts, axis=1)
 
 
 def _error(q: Quantized, w: npt.NDArray[np.floating], statistics: Statistics) -> float:

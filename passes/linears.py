@@ -8,6 +8,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.passes.affine import Array
+from qcompile.passes.native import widened
 from qcompile.passes.state import node_state
 from qcompile.passes.tensors import read
 
@@ -48,7 +49,7 @@ class Linear:
 
     def read(self) -> Array:
         """The weight as float32 (K, N); a copy or a read-only view. Nothing of it stays in memory with the model."""
-        return np.asarray(self.mapped(), dtype=np.float32)
+        return widened(self.mapped())
 
     def mapped(self) -> npt.NDArray[np.floating]:
         """The weight (K, N) in the type that it is stored in: a read-only view of its file, where it lies in one."""

@@ -8,6 +8,7 @@ not of one column, of which numpy adds several rows at once); the others add in 
 import ctypes
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,11 @@ from qcompile.passes.errors import UserError
 from qcompile.passes.library import library_path
 
 # Functions of the library that are called here.
-_FUNCTIONS = ("fit", "nearest", "project", "sweep", "recode", "rescale")
+_FUNCTIONS = ("fit", "nearest", "project", "decode", "widen", "sweep", "recode", "rescale")
 # Rows that are rounded in one call, and rows whose codes are set in one: as many as rounding.cpp keeps at hand.
 RUN = 64
+# Codes from which a call takes less than numpy's four passes.
+_LEAST = 1 << 12
 _HALF_OR_SINGLE = (np.dtype(np.float16), np.dtype(np.float32))
 # Levels of a table at most, and the ways in which scales are stored, as rounding.h numbers them.
 _PLACES, _HALF_SCALES, _SCALES = 16, 1, {"floats": 0, "powers": 2, "e4m3": 3}
@@ -108,6 +111,17 @@ class Loops:
         (k, n), w = w.shape, _rows(w)
         self._call("project", w, n, k, n, size, _rows(qparams.scale), _rows(qparams.zero_point), codes)
 
+    def decode(self, codes: Codes, size: int, qparams: QParams) -> Array:
+        """The values (K, N) that codes stand for on the parameters of each group of so many rows."""
+        (k, n), codes = codes.shape, _by_rows(codes)
+        scale, zero = _by_rows(qparams.scale), _by_rows(qparams.zero_point)
+        if scale.strides[0] != zero.strides[0]:
+            scale, zero = _rows(scale), _rows(zero)
+        values = np.empty((k, n), np.float32)
+        places = codes, codes.strides[0], k, n, size, scale, zero, scale.strides[0] // scale.itemsize, values
+        self._call("decode", *places, strided=(codes, scale, zero))
+        return values
+
     def sweep(
         self,
         by: Compensation,
@@ -162,7 +176,7 @@ class Loops:
 
 
 class LoopedGrid(Grid):
-    """A grid that is fitted and projected by its loops, where it has some."""
+    """A grid that is fitted, projected and decoded by its loops, where it has some."""
 
     def fit(self, w: Array, importance: Array | None = None) -> QParams:
         loops = None if importance is None or not w.size else Loops.of(self)
@@ -179,11 +193,35 @@ class LoopedGrid(Grid):
         loops.project(w, self.group_size(len(w)), qparams, codes)
         return codes
 
+    def decode(self, codes: Codes, qparams: QParams) -> Array:
+        loops = Loops.of(self) if codes.size >= _LEAST and codes.dtype == self.code_dtype else None
+        if loops is None or qparams.scale.dtype != np.float32 or qparams.zero_point.dtype != np.float32:
+            return super().decode(codes, qparams)
+        return loops.decode(codes, self.group_size(len(codes)), qparams)
+
+
+def widened(w: npt.NDArray[np.floating]) -> Array:
+    """w (K, N) of any float type in float32, row by row or column by column as it lies; no copy where it is float32."""
+    library = _library()
+    if library is None or w.dtype != np.float16 or not w.size:
+        return np.asarray(w, np.float32)
+    if w.strides[1] != w.itemsize:
+        return widened(w.T).T if w.strides[0] == w.itemsize else np.asarray(w, np.float32)
+    (k, n), found = w.shape, np.empty(w.shape, np.float32)
+    places = (ctypes.c_int64(own) for own in (w.strides[0] // w.itemsize, k, n))
+    library.qcompile_widen(ctypes.c_void_p(w.ctypes.data), *places, ctypes.c_void_p(found.ctypes.data))
+    return found
+
 
 def _check_run(rows: int) -> None:
     """ValueError for more rows than the library has room for."""
     if rows > RUN:
         raise ValueError(f"at most {RUN} rows are rounded in one call, got {rows}")
+
+
+def _by_rows(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array, or a copy where the numbers of a row do not lie side by side."""
+    return values if values.strides[1] == values.itemsize and values.strides[0] > 0 else np.ascontiguousarray(values)
 
 
 def _rows(values: Array) -> Array:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from qcompile.passes.affine import Array, Grid, QParams, Quantized, output_error
 from qcompile.passes.held import confirmed, too_few
-from qcompile.passes.native import Loops
+from qcompile.passes.native import Loops, widened
 from qcompile.passes.statistics import Statistics
 from qcompile.passes.threads import side_by_side
 from qcompile.passes.workers import mapped
@@ -217,7 +217,7 @@ def by_input(
 
 
 def _read(w: Weight, columns: slice) -> Array:
-    return np.ascontiguousarray(w[:, columns], np.float32)
+    return np.ascontiguousarray(widened(w[:, columns]))
 
 
 def _joined(spec: Grid, parts: list[Quantized]) -> Quantized:

@@ -19,6 +19,7 @@ from qcompile.compiler.walk.extract import Piece
 from qcompile.passes import activations
 from qcompile.passes.affine import Array, Quantized
 from qcompile.passes.errors import UserError
+from qcompile.passes.native import widened
 from qcompile.passes.observers import nodes as observers
 from qcompile.passes.state import node_state, set_node
 from qcompile.passes.threads import side_by_side
@@ -127,7 +128,7 @@ def compared(
     def block(start: int) -> npt.NDArray[np.float64]:
         part = slice(start, start + step)
         with np.errstate(over="ignore", invalid="ignore"):
-            wanted, products = x @ weight[:, part].astype(np.float32), both @ quantized.columns(part).dequantize()
+            wanted, products = x @ widened(weight[:, part]), both @ quantized.columns(part).dequantize()
             exact, moved = products[: len(x)], products[len(x) :]
             own = (y[:, part] - wanted, wanted, y[:, part] - exact, exact, moved)
             return np.array([np.square(array, dtype=np.float64).sum() for array in own])

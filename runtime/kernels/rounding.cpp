@@ -62,11 +62,11 @@ INLINE V to_half(V x) {
   return with_sign(rounded > kDenseTo ? all(INFINITY) : rounded, x);
 }
 
-// What fp16 numbers are in fp32: their bits are those of a number 2^112 times smaller. Infinity for what is not finite.
+// What fp16 numbers are in fp32: their bits are those of a number 2^112 times smaller, or of what is not finite there.
 INLINE V from_half(Halves x) {
   const I whole = __builtin_convertvector(x, I);
   const V size = bits((whole & 0x7FFF) << 13) * 0x1p112f;
-  return bits(bits(size < 0x1p16f ? size : all(INFINITY)) | ((whole & 0x8000) << 16));
+  return bits((size < 0x1p16f ? bits(size) : bits(size) | bits(all(INFINITY))) | ((whole & 0x8000) << 16));
 }
 
 INLINE V load(const uint16_t* p, int lanes) {
@@ -123,6 +123,17 @@ INLINE void store_codes(uint8_t* p, V x, int lanes) {
   } else {
     std::memcpy(p, &codes, size_t(lanes));
   }
+}
+
+INLINE I load_codes(const uint8_t* p, bool is_signed, int lanes) {
+  typedef int8_t Signed __attribute__((vector_size(kLanes)));
+  Bytes codes{};
+  if (lanes == kLanes) {
+    std::memcpy(&codes, p, sizeof codes);
+  } else {
+    std::memcpy(&codes, p, size_t(lanes));
+  }
+  return is_signed ? __builtin_convertvector(Signed(codes), I) : __builtin_convertvector(codes, I);
 }
 
 struct Range {
@@ -307,6 +318,36 @@ void nearest_on(const QCompileGrid& grid, const void* w, bool half, int64_t ld, 
   nearest_of<false>(grid, w, half, ld, k, n, size, scale, zero_point, ld_scale, codes, ld_codes);
 }
 
+FOR_EACH_MACHINE
+void decode(const QCompileGrid& grid, const uint8_t* codes, int64_t ld_codes, int64_t k, int64_t n, int64_t size,
+            const float* scale, const float* zero_point, int64_t ld_scale, float* w) {
+  float level[256] = {};
+  for (int place = 0; place < grid.levels; ++place) level[uint8_t(grid.code[place])] = grid.level[place];
+  for (int64_t row = 0; row < k; ++row) {
+    const int64_t group = row / size * ld_scale;
+    for (int64_t column = 0; column < n; column += kLanes) {
+      const int lanes = int(std::min<int64_t>(kLanes, n - column));
+      const I code = load_codes(codes + row * ld_codes + column, grid.is_signed != 0, lanes);
+      V own = __builtin_convertvector(code, V);
+      if (grid.levels) {
+        for (int i = 0; i < kLanes; ++i) own[i] = level[uint8_t(code[i])];
+      }
+      own = (own - load(zero_point + group + column, lanes, 0)) * load(scale + group + column, lanes, 1);
+      store(w + row * n + column, own, lanes);
+    }
+  }
+}
+
+FOR_EACH_MACHINE
+void widen(const uint16_t* halves, int64_t ld, int64_t k, int64_t n, float* w) {
+  for (int64_t row = 0; row < k; ++row) {
+    for (int64_t column = 0; column < n; column += kLanes) {
+      const int lanes = int(std::min<int64_t>(kLanes, n - column));
+      store(w + row * n + column, load(halves + row * ld + column, lanes), lanes);
+    }
+  }
+}
+
 template <bool kTable>
 INLINE void project_as(const QCompileGrid& grid, const float* w, int64_t ld, int64_t k, int64_t n, int64_t size,
                        const float* scale, const float* zero_point, uint8_t* codes) {
@@ -436,6 +477,13 @@ void qcompile_nearest(const QCompileGrid* grid, const void* w, int64_t half, int
                       float* scale, float* zero_point, int64_t ld_scale, uint8_t* codes, int64_t ld_codes) {
   nearest_on(*grid, w, half != 0, ld, k, n, rows, scale, zero_point, ld_scale, codes, ld_codes);
 }
+
+void qcompile_decode(const QCompileGrid* grid, const uint8_t* codes, int64_t ld_codes, int64_t k, int64_t n, int64_t rows,
+                     const float* scale, const float* zero_point, int64_t ld_scale, float* w) {
+  decode(*grid, codes, ld_codes, k, n, rows, scale, zero_point, ld_scale, w);
+}
+
+void qcompile_widen(const uint16_t* halves, int64_t ld, int64_t k, int64_t n, float* w) { widen(halves, ld, k, n, w); }
 
 void qcompile_project(const QCompileGrid* grid, const float* w, int64_t ld, int64_t k, int64_t n, int64_t rows,
                       const float* scale, const float* zero_point, uint8_t* codes) {

@@ -39,6 +39,13 @@ QCOMPILE_EXPORT void qcompile_nearest(const QCompileGrid* grid, const void* w, i
 QCOMPILE_EXPORT void qcompile_project(const QCompileGrid* grid, const float* w, int64_t ld, int64_t k, int64_t n, int64_t rows,
                                       const float* scale, const float* zero_point, uint8_t* codes);
 
+// What codes (k, n; ld_codes) stand for by a scale and a zero point (groups, n; ld_scale) for each group, w (k, n).
+QCOMPILE_EXPORT void qcompile_decode(const QCompileGrid* grid, const uint8_t* codes, int64_t ld_codes, int64_t k, int64_t n,
+                                     int64_t rows, const float* scale, const float* zero_point, int64_t ld_scale, float* w);
+
+// w (k, n), the fp16 numbers (k, n; ld) in fp32.
+QCOMPILE_EXPORT void qcompile_widen(const uint16_t* halves, int64_t ld, int64_t k, int64_t n, float* w);
+
 // Rounds rows start … stop - 1 of a sweep, the last first. order, lower (ld_lower), energy: as `Compensation` has them (scale);
 // energy_ld 0: one for all columns. w, codes by row of the weight; left, spread by place in the order; all with ld n.
 QCOMPILE_EXPORT void qcompile_sweep(const QCompileGrid* grid, int64_t start, int64_t stop, int64_t n, int64_t rows,

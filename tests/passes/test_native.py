@@ -21,7 +21,7 @@ from qcompile.passes.formats.nf4 import NF4
 from qcompile.passes.formats.nvfp4 import NVFP4, FloatScaledGrid
 from qcompile.passes.formats.tables import TableGrid
 from qcompile.passes.gptq import ErrorCompensated, _compensate, _Descending
-from qcompile.passes.native import RUN, Loops
+from qcompile.passes.native import RUN, Loops, widened
 from qcompile.passes.rounding import round_to_nearest
 from qcompile.passes.spec import PerChannel, PerGroup, QuantSpec
 from qcompile.passes.statistics import Statistics
@@ -131,6 +131,29 @@ def test_project_gives_the_very_codes(spec: Grid, seed: int, k: int, n: int) -> 
         wanted = spec.project(w, qparams)
     assert found.dtype == wanted.dtype
     np.testing.assert_array_equal(found, wanted)
+
+
+@settings(deadline=None, max_examples=60)
+@given(spec=GRIDS, seed=st.integers(0, 99), k=st.integers(1, 300), n=st.integers(1, 70), part=st.booleans())
+def test_codes_stand_for_the_very_numbers(spec: Grid, seed: int, k: int, n: int, part: bool) -> None:
+    """Of some of the columns, too, whose rows lie apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_LEAST", 0)
+        q = round_to_nearest(_weights(seed, k, n), spec, None)
+        q = q.columns(slice(n // 3, n - n // 4)) if part else q
+        found = q.dequantize()
+        with clear_form():
+            wanted = q.dequantize()
+    assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_half_precision_becomes_the_very_numbers_however_it_lies() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(128, 512)
+    for w in (every, every.T, every[:, 3:40], every[::-2], every[:, ::3], every[:1], every[:, :1], every[:0]):
+        np.testing.assert_array_equal(widened(w), w.astype(np.float32))
+    assert widened(wide := np.ones((2, 3), np.float32)) is wide
+    assert widened(np.ones((2, 3))).dtype == np.float32
 
 
 @pytest.mark.parametrize("table", [MXFP4().grid("qcompile"), NVFP4().grid("qcompile")])
