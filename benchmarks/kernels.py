@@ -56,6 +56,7 @@ from onnx import TensorProto, helper
 
 from qcompile.passes.formats import FORMATS, functions
 from qcompile.passes.formats.base import PRODUCT, pack_nibbles
+from qcompile.passes.formats.nvfp4 import FloatScaledGrid
 from qcompile.passes.formats.tables import TableGrid
 from qcompile.passes.library import library_path
 from qcompile.runtime.bench import cpu_name
@@ -65,8 +66,13 @@ ROWS = "1,2,4,16,64,256,512"
 COLD_BELOW = 64  # rows; from here on a layer is bound by arithmetic
 # Layers of other runs, at most.
 COPIES = 16
-# Formats whose codes are looked up in a table, by name: their grids, and their operators.
-GRIDS = {own.name: grid for own in FORMATS if own.native and isinstance(grid := own.grid("qcompile"), TableGrid)}
+# Formats whose codes are looked up in a table, by name: their grids, and their operators. nvfp4, whose scales are of
+# another kind, is not among them.
+GRIDS = {
+    own.name: grid
+    for own in FORMATS
+    if own.native and isinstance(grid := own.grid("qcompile"), TableGrid) and not isinstance(grid, FloatScaledGrid)
+}
 TABLES = {own.name: PRODUCT + own.native[0] for own in FORMATS if own.name in GRIDS}
 OURS = ("int8", "a16", "w8", *TABLES)
 THEIRS = ("a4", "a0")

@@ -85,8 +85,9 @@ class Case:
             "w": rng.integers(low, high, (rows, self.n)).astype(codes),
             "scale": (rng.uniform(0.5, 2, (groups, self.n)) / high).astype(self.dtype),
         }
-        if self.powers:
-            self.arrays["scale"] = rng.integers(118, 126, (groups, self.n)).astype(np.uint8)
+        if self.byte_scales:
+            ends = (30, 60) if self.tensor_scale else (118, 126)
+            self.arrays["scale"] = rng.integers(*ends, (groups, self.n)).astype(np.uint8)
         if "Add" in self.op:
             self.arrays["bias"] = rng.normal(size=self.n).astype(self.dtype)
         if self.zero_point:
@@ -113,9 +114,14 @@ class Case:
         return "zero_point" in _inputs(self.op)
 
     @property
-    def powers(self) -> bool:
-        """Whether scales are powers of two, stored in bytes; an attribute then says the type of x."""
+    def byte_scales(self) -> bool:
+        """Whether scales are stored in bytes; an attribute then says the type of x."""
         return "dtype" in _attributes(self.op)
+
+    @property
+    def tensor_scale(self) -> bool:
+        """Whether they are E4M3 numbers, which an attribute says a power of two to."""
+        return "exponent" in _attributes(self.op)
 
     def tensor(self, name: str) -> onnx.TensorProto:
         array = self.arrays[name]
@@ -128,7 +134,8 @@ class Case:
     def proto(self) -> onnx.ModelProto:
         kind = TensorProto.FLOAT16 if self.half else TensorProto.FLOAT
         tensors = [self.tensor(name) for name in self.arrays]
-        standard = {"block_size": self.block_size} | ({"dtype": kind} if self.powers else {})
+        standard = {"block_size": self.block_size} | ({"dtype": kind} if self.byte_scales else {})
+        standard |= {"exponent": 0} if self.tensor_scale else {}
         standard |= {"K": self.k} if self.in_fields else {}
         attributes = {**standard, **self.attributes}
         attributes = {name: value for name, value in attributes.items() if value is not None}
@@ -178,7 +185,7 @@ class Case:
 def decoded(word: str, codes: np.ndarray, scale: np.ndarray, block_size: int) -> np.ndarray:
     """(K, N) in float64 of codes (K, N) that a table is for: what the body of their product makes of the identity."""
     case = Case(PRODUCT + word, *codes.shape, block_size, body=True, x_shape=("rows", len(codes)))
-    case.arrays = {"w": codes.astype(np.uint8), "scale": scale if case.powers else scale.astype(np.float32)}
+    case.arrays = {"w": codes.astype(np.uint8), "scale": scale if case.byte_scales else scale.astype(np.float32)}
     plain = session(case.model(), kernels="portable", optimize=False, threads=1)
     return np.asarray(plain.run(None, {"x": np.eye(len(codes), dtype=np.float32)})[0], np.float64)
 

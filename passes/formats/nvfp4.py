@@ -72,7 +72,8 @@ class FloatScaledGrid(TableGrid):
 class NVFP4(Tables):
     """NVIDIA's float4: E2M1 numbers, an 8-bit float for each block of 16 rows."""
 
-    name, words, extra, apart = "nvfp4", ("NVFP4",), ("dtype", "exponent"), ("exponent",)
+    name, words, native, apart = "nvfp4", ("NVFP4",), ("NVFP4",), ("exponent",)
+    extra = ("dtype", "exponent")
 
     def grid(self, target: str) -> FloatScaledGrid:
         return FloatScaledGrid(self.name, _LEVELS, PerGroup(_BLOCK), scale_bits=8)

@@ -27,6 +27,7 @@ QCOMPILE_EXPORT const char* qcompile_formats();
 
 // A packed weight for the named kernel, or nullptr if a name is unknown, the machine lacks it, or a number is absurd.
 // format: its word. codes, scale, zero_point: as in packing.h; codes of a table are unsigned, without zero points.
+// Of E4M3 scales, the tensor's is 1.
 QCOMPILE_EXPORT void* qcompile_weight_create(const char* kernel, int64_t k, int64_t n, int64_t block_size,
                                              const char* format, int is_signed, const void* codes, const void* scale,
                                              int scale_is_half, const void* zero_point);

@@ -68,7 +68,7 @@ class Random {
   uint64_t state_;
 };
 
-enum class Scales { kFloatOfHalf, kHalf, kFloat };   // fp32 that fit fp16; fp16; fp32 that do not; powers likewise
+enum class Scales { kFloatOfHalf, kHalf, kFloat };   // fp32 that fit fp16; fp16; fp32 that do not; of bytes likewise
 enum class ZeroPoints { kAbsent, kMiddle, kAny };
 enum class Row { kPlain, kOutliers, kZero, kDenormal, kMixed, kHuge, kExtreme, kNan, kInf, kInfs, kCount };
 
@@ -100,7 +100,7 @@ class Weight {
  public:
   Weight(const Case& c, Random& random)
       : codes_(bytes_of(c, c.k)), zero_points_(bytes_of(c, c.groups())),
-        floats_(c.groups() * c.n), halves_(c.groups() * c.n), powers_(c.groups() * c.n), w(size_t(c.k * c.n)),
+        floats_(c.groups() * c.n), halves_(c.groups() * c.n), bytes_(c.groups() * c.n), w(size_t(c.k * c.n)),
         case_(c) {
     std::memset(codes_.data(), 0, size_t(codes_.size()));
     std::memset(zero_points_.data(), 0, size_t(zero_points_.size()));
@@ -114,8 +114,8 @@ class Weight {
   qcompile::Source source() const {
     const bool half = case_.scales == Scales::kHalf;
     const void* scale = half ? static_cast<const void*>(halves_.data()) : floats_.data();
-    return {codes_.data(), case_.of().powers ? powers_.data() : scale, half,
-            case_.zero_points == ZeroPoints::kAbsent ? nullptr : zero_points_.data(), case_.is_signed};
+    return {codes_.data(), case_.of().byte_scales() ? bytes_.data() : scale, half,
+            case_.zero_points == ZeroPoints::kAbsent ? nullptr : zero_points_.data(), case_.is_signed, exponent()};
   }
 
   // One code, one step off, in what `source` hands out; `w` keeps the old value.
@@ -125,7 +125,7 @@ class Weight {
   Guarded<uint8_t> codes_, zero_points_;
   Guarded<float> floats_;
   Guarded<uint16_t> halves_;
-  Guarded<uint8_t> powers_;
+  Guarded<uint8_t> bytes_;
 
  public:
   std::vector<double> w;  // (K, N)
@@ -135,8 +135,9 @@ class Weight {
   int last() const { return (1 << case_.of().bits) - 1; }
   int middle() const { return case_.is_signed ? 0 : last() / 2 + 1; }
   int value(int code) const { return case_.is_signed && code > last() / 2 ? code - last() - 1 : code; }
-  int level(int code) const { return case_.of().affine ? value(code) : case_.of().table[code]; }
+  int level(int code) const { return case_.of().affine ? value(code) : case_.of().table[code] * case_.of().levels_by(); }
 
+  int exponent() const { return case_.scales == Scales::kFloat ? -40 : -9; }
   bool fields() const { return case_.of().in_fields(); }
   static int64_t bytes_of(const Case& c, int64_t rows) {
     return !c.of().in_fields() ? (rows * c.n * c.of().bits + 7) / 8 : c.of().byte_rows(rows) * c.n;
@@ -178,11 +179,16 @@ class Weight {
 
   void fill_group(int64_t index, Random& random) {
     float scale = float((0.2 + random.uniform()) * (random.below(4) ? 1 : -1) * 1.5 / case_.of().largest());
-    if (case_.of().powers) {
+    if (case_.of().scales == qcompile::Stored::kE4M3) {
+      // Those of 2^-40 have to stay fp32; 448 times 2^-9 is less than 1.
+      bytes_[index] = uint8_t(random.below(127));
+      const int bits = bytes_[index] >> 3, rest = bytes_[index] & 7;
+      scale = float(std::ldexp(bits ? 8 + rest : rest, (bits ? bits : 1) - 10 + exponent()));
+    } else if (case_.of().scales == qcompile::Stored::kPowers) {
       // 2^-24 is the least of fp16, 2^-25 and below become 0 there; what lies below 2^-30 has to stay fp32.
       const int first = case_.scales == Scales::kFloat ? 30 : 0, least = case_.scales == Scales::kHalf ? 26 : 24;
-      powers_[index] = uint8_t(128 - first - random.below(random.below(8) ? 4 : least + 1));
-      scale = float(std::ldexp(1.0, powers_[index] - 128));
+      bytes_[index] = uint8_t(128 - first - random.below(random.below(8) ? 4 : least + 1));
+      scale = float(std::ldexp(1.0, bytes_[index] - 128));
     }
     halves_[index] = qcompile::float_to_half(scale);
     floats_[index] = case_.scales == Scales::kFloat ? scale : qcompile::half_to_float(halves_[index]);

@@ -17,7 +17,7 @@ size_t input_count(const OrtCustomOp* op) { return size_t(3 + self(op).bias + se
 ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
   const Operator& mine = self(op);
   const Input input = input_at(mine, index);
-  if (input == kScale && mine.of().powers) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+  if (input == kScale && mine.of().byte_scales()) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
   if (input != kW && input != kZeroPoint) return mine.element;
   if (mine.of().bits == 4 && !mine.of().in_fields()) return mine.is_signed ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4 : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4;
   return mine.is_signed ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;

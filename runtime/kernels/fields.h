@@ -34,7 +34,7 @@ inline FieldWords& words_at(uint8_t* bytes) { return *reinterpret_cast<FieldWord
 // The bits that one field has, from bit kBelow of the codes on, of rows 8 eight + 4 half … + 3 of some columns of a unit.
 template <int kBits, int kBelow>
 QCOMPILE_INLINE FieldWords field_of(const uint8_t* part, int eight, int half) {
-  constexpr Format format{"", kBits, 0, true, false, {}};
+  constexpr Format format{"", kBits, 0, true, Stored::kNumbers, {}};
   constexpr int width = Format::widest_field(kBits - kBelow), narrower = (kBits - kBelow - width) * format.unit_codes() / 32;
   const FieldWords own = words_at(part + (narrower + eight * width / 4) * kVector);
   const int at = kBelow - width * (eight % (4 / width)) - 4 * half;  // to the left; to the right where below 0
@@ -108,7 +108,7 @@ QCOMPILE_INLINE FieldWords look_up(const uint8_t* table, FieldWords codes) {
 // Some of the 16 columns of one part of a unit. kMore: `more` is added to the code in every byte (of Int4: in both halves of it).
 template <int kBits, bool kMore>
 QCOMPILE_INLINE void expand_columns(const uint8_t* in, uint32_t more, uint8_t* __restrict__ out) {
-  constexpr Format format{"", kBits, 0, true, false, {}};
+  constexpr Format format{"", kBits, 0, true, Stored::kNumbers, {}};
   constexpr int low = format.low(), high = format.high(), blocks = format.unit_rows() / 8;
 #pragma GCC unroll 4
   for (int q = 0; q < blocks; ++q) {  // 8 rows
@@ -131,7 +131,7 @@ QCOMPILE_INLINE void expand_columns(const uint8_t* in, uint32_t more, uint8_t* _
 template <int kBits>
 QCOMPILE_INLINE void expand_pairs(const uint8_t* in, uint8_t* __restrict__ out) {
   static constexpr PairLevels<1 << kBits> kLevelsOf = pair_levels<1 << kBits>();
-  constexpr int fours = Format{"", kBits, 0, true, false, {}, 1 << kBits}.unit_codes() / 4;
+  constexpr int fours = Format{"", kBits, 0, true, Stored::kNumbers, {}, 1 << kBits}.unit_codes() / 4;
 #pragma GCC unroll 8
   for (int i = 0; i < fours; ++i) {
     const FieldWords codes = codes_of<kBits>(in, i / 2, i % 2);
@@ -142,7 +142,7 @@ QCOMPILE_INLINE void expand_pairs(const uint8_t* in, uint8_t* __restrict__ out) 
 
 template <int kBits, bool kPairs>
 inline void expand_units(const uint8_t* codes, int64_t units, bool cold, uint32_t more, uint8_t* blocks) {
-  constexpr Format format{"", kBits, 0, true, false, {}, kPairs ? 1 << kBits : 0};
+  constexpr Format format{"", kBits, 0, true, Stored::kNumbers, {}, kPairs ? 1 << kBits : 0};
   constexpr int bytes = format.unit_bytes(), made = format.unit_rows() * kPanel * kFormats[format.base()].bits / 8;
   for (int64_t i = 0; i < units; ++i, codes += bytes, blocks += made) {
     if (cold) {

@@ -25,15 +25,22 @@ QCOMPILE_INLINE constexpr int log2_of(int power) {
   return n;
 }
 
+// Scales of a file: numbers; bytes e, for 2^(e - 128); or bytes of E4M3 numbers, times 2^exponent, which an attribute says.
+enum class Stored { kNumbers, kPowers, kE4M3 };
+
 struct Format {
   const char* word;       // the end of its operators' names: MatMul…, MatMulAdd…
   int bits;               // of a code: 4 or 8; or others, in fields of bits
   int middle;             // a power of two
   bool affine;            // codes are numbers, maybe signed, with zero points or without; otherwise there is a table
-  bool powers;            // scales of a file are bytes e, for 2^(e - 128), of the type that an attribute `dtype` says
+  Stored scales;          // where they are bytes, an attribute `dtype` says of which type
   int8_t table[kLevels];  // the level of each code
   int pairs = 0;          // of a codebook: a code stands for two rows of a column, for the numbers of a pair with `middle` added
 
+  // Whether scales are stored as bytes.
+  QCOMPILE_INLINE constexpr bool byte_scales() const { return scales != Stored::kNumbers; }
+  // What the levels of the body are of those of the table.
+  QCOMPILE_INLINE constexpr int levels_by() const { return scales == Stored::kE4M3 ? 4 : 1; }
   // Whether a weight may have zero points, or signed codes.
   QCOMPILE_INLINE constexpr bool zeros() const { return affine && !pairs; }
   // The row of kFormats whose blocks its codes are brought into to be multiplied; -1 where products take them as they are.
@@ -71,21 +78,23 @@ struct Format {
 };
 
 constexpr Format kFormats[] = {
-    {"Int4", 4, 8, true, false, {}},
-    {"Int8", 8, 128, true, false, {}},
-    {"NF4", 4, 128, false, false, {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127}},
-    {"MXFP4", 4, 16, false, true, {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}},
-    {"Int2", 2, 2, true, false, {}},
-    {"Int3", 3, 4, true, false, {}},
-    {"Int5", 5, 16, true, false, {}},
-    {"Int6", 6, 32, true, false, {}},
-    {"FP4", 4, 128, false, false, {0, 1, 85, 127, 42, 64, 21, 32, 0, -1, -85, -127, -42, -64, -21, -32}},
-    {"IQ4NL", 4, 128, false, false, {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}},
-    {"Pairs16", 4, 128, true, false, {}, 16},
-    {"Pairs32", 5, 128, true, false, {}, 32},
-    {"Pairs64", 6, 128, true, false, {}, 64},
-    {"Pairs128", 7, 128, true, false, {}, 128},
-    {"Pairs256", 8, 128, true, false, {}, 256},
+    {"Int4", 4, 8, true, Stored::kNumbers, {}},
+    {"Int8", 8, 128, true, Stored::kNumbers, {}},
+    {"NF4", 4, 128, false, Stored::kNumbers, {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127}},
+    {"MXFP4", 4, 16, false, Stored::kPowers, {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}},
+    // The table of MXFP4, a quarter of the body's, and four times its scales: products of small levels are faster.
+    {"NVFP4", 4, 16, false, Stored::kE4M3, {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}},
+    {"Int2", 2, 2, true, Stored::kNumbers, {}},
+    {"Int3", 3, 4, true, Stored::kNumbers, {}},
+    {"Int5", 5, 16, true, Stored::kNumbers, {}},
+    {"Int6", 6, 32, true, Stored::kNumbers, {}},
+    {"FP4", 4, 128, false, Stored::kNumbers, {0, 1, 85, 127, 42, 64, 21, 32, 0, -1, -85, -127, -42, -64, -21, -32}},
+    {"IQ4NL", 4, 128, false, Stored::kNumbers, {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}},
+    {"Pairs16", 4, 128, true, Stored::kNumbers, {}, 16},
+    {"Pairs32", 5, 128, true, Stored::kNumbers, {}, 32},
+    {"Pairs64", 6, 128, true, Stored::kNumbers, {}, 64},
+    {"Pairs128", 7, 128, true, Stored::kNumbers, {}, 128},
+    {"Pairs256", 8, 128, true, Stored::kNumbers, {}, 256},
 };
 constexpr int kFormatCount = int(sizeof kFormats / sizeof kFormats[0]);
 

@@ -348,8 +348,8 @@ std::vector<LightOperator> light_operators(const OrtApi& api) {
     all.push_back(make_swiglu(api, element));
     all.push_back(make_hadamard(api, element));
     for (int format = 0; format < kFormatCount; ++format) {
-      // Of powers, an attribute says the type of the output: no inputs tell it. Fields of bits are left to their bodies.
-      if (kFormats[format].powers || kFormats[format].in_fields()) continue;
+      // Of scales in bytes, an attribute says the type of the output: no inputs tell it. Fields of bits are left to their bodies.
+      if (kFormats[format].byte_scales() || kFormats[format].in_fields()) continue;
       for (auto index : {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}) {
         all.push_back(make_embedding(api, format, element, index, false));
         const bool bytes = kFormats[format].affine && kFormats[format].bits == 8;  // tables of qdq and dynamic are signed

@@ -14,6 +14,7 @@ using namespace ort;
 namespace {
 
 constexpr int64_t kMaxSize = int64_t(1) << 31;  // of K, N and block_size: products of two stay far from overflow
+constexpr int kLeastExponent = -126, kMostExponent = 127;  // 2^exponent is a float, and no subnormal one
 constexpr Input kAllInputs[] = {kX, kW, kScale, kBias, kZeroPoint};
 
 // Whether it failed; the failure itself is dropped.
@@ -155,11 +156,17 @@ void Node::check_attributes(const OrtKernelInfo* info) {
       refuse("block_size is %lld, it must be even or all of K: compile the model again", (long long)block_size_);
     }
   }
-  if (!op_.of().powers) return;  // the type of x is that of the scales
+  if (!op_.of().byte_scales()) return;  // the type of x is that of the scales
   const int64_t dtype = attribute(info, "dtype", std::nullopt);
   if (dtype != op_.element) {
     refuse("dtype is %lld, but x is of type %d: compile the model again", (long long)dtype, int(op_.element));
   }
+  if (op_.of().scales != Stored::kE4M3) return;
+  const int64_t exponent = attribute(info, "exponent", std::nullopt);
+  if (exponent < kLeastExponent || exponent > kMostExponent) {
+    refuse("exponent is %lld, it must be %d to %d: compile the model again", (long long)exponent, kLeastExponent, kMostExponent);
+  }
+  exponent_ = int(exponent);
 }
 
 // ---- Inputs
@@ -293,6 +300,7 @@ Source Node::source(const Given& given) const {
   source.scale_is_half = element_bytes() == 2;
   if (given.value[kZeroPoint]) source.zero_point = static_cast<const uint8_t*>(data_of(api_, given.value[kZeroPoint]));
   source.is_signed = op_.is_signed;
+  source.exponent = exponent_;
   return source;
 }
 
@@ -301,7 +309,7 @@ void Node::give_back(const Given& given) const {
     if (!given.value[input]) continue;
     const Shape& shape = *given.shape[input];
     const int64_t codes = !op_.of().in_fields() ? op_.of().bits : 8;  // of an element of w
-    const int64_t bits = input != kScale ? codes : op_.of().powers ? 8 : 8 * element_bytes();
+    const int64_t bits = input != kScale ? codes : op_.of().byte_scales() ? 8 : 8 * element_bytes();
     give_back_pages(data_of(api_, given.value[input]), shape[0] * shape[1] * bits / 8);
   }
 }

@@ -144,7 +144,7 @@ class Node {
   const ort::OrtApi& api_;
   std::string name_;
   int64_t block_size_, rows_ = 0;
-  int activation_bits_;
+  int activation_bits_, exponent_ = 0;
   std::vector<int64_t> columns_at_8_;
 };
 

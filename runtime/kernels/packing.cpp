@@ -53,10 +53,20 @@ void read_row(const Matrix& matrix, const Format& format, int64_t row, int64_t c
   for (; i < count; ++i) out[i] = uint8_t(element(codes, bits, index + i) ^ flip);
 }
 
+// The number of an E4M3 byte; 0 for one that is none, as the table of the body has it.
+float e4m3(uint8_t byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  if ((byte & 127) == 127) return 0.0f;
+  const float magnitude = exponent ? std::ldexp(float(8 + mantissa), exponent - 10) : std::ldexp(float(mantissa), -9);
+  return byte & 128 ? -magnitude : magnitude;
+}
+
 float scale_at(const Format& format, const Source& source, int64_t index) {
-  if (format.powers) {
-    const float power = std::ldexp(1.0f, int(static_cast<const uint8_t*>(source.scale)[index]) - 128);
-    return source.scale_is_half ? half_to_float(float_to_half(power)) : power;
+  if (format.byte_scales()) {
+    const uint8_t byte = static_cast<const uint8_t*>(source.scale)[index];
+    const bool powers = format.scales == Stored::kPowers;
+    const float scale = powers ? std::ldexp(1.0f, byte - 128) : std::ldexp(e4m3(byte), source.exponent);
+    return (source.scale_is_half ? half_to_float(float_to_half(scale)) : scale) * float(format.levels_by());
   }
   if (source.scale_is_half) return half_to_float(static_cast<const uint16_t*>(source.scale)[index]);
   return static_cast<const float*>(source.scale)[index];
@@ -99,7 +109,7 @@ void pack_unit(const Format& format, const uint8_t (*rows)[kPanel], uint8_t* blo
 }
 
 bool scales_fit_half(const Layout& layout, const Source& source, int64_t count) {
-  if (source.scale_is_half) return true;
+  if (source.scale_is_half && layout.of().levels_by() == 1) return true;
   for (int64_t i = 0; i < count; ++i) {
     const float scale = scale_at(layout.of(), source, i);
     if (!(half_to_float(float_to_half(scale)) == scale)) return false;

@@ -8,11 +8,12 @@ namespace qcompile {
 struct Source {
   const uint8_t* codes;        // (K, N) of 4 or 8 bits; or fields of bits, (byte_rows(K), N) of bytes: field after field,
                                // row j of the B of one of w bits has row j + i B of the codes from bit w i on
-  const void* scale;           // (file groups, N) fp32 or fp16; of a format with powers, bytes
-  bool scale_is_half;          // fp16; powers are rounded to it
+  const void* scale;           // (file groups, N) fp32 or fp16; or bytes, as the format says
+  bool scale_is_half;          // fp16; what bytes stand for is rounded to it
   const uint8_t* zero_point;   // (file groups, N) packed like the codes, or nullptr: 0 for signed, and for unsigned codes
                                // too, but the middle for fields
   bool is_signed;              // int4 / int8 instead of uint4 / uint8
+  int exponent = 0;            // of E4M3 scales: they are multiplied by 2^exponent
 };
 
 // The layout of a weight: fp16 scales where every scale is exactly an fp16 number, so that packing them as such loses

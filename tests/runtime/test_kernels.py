@@ -107,9 +107,9 @@ def weights(draw: st.DrawFn) -> Weight:
 
 
 def _looked_up(table: str, shape: tuple[int, int], block_size: int, seed: int, *, half: bool) -> Weight:
-    """Codes of a table at random; half: scales in fp16, where they are no powers of two."""
+    """Codes of a table at random; half: scales in fp16, where they are no bytes."""
     case = Case(f"MatMul{table}", *shape, block_size, seed=seed)
-    scale = case.arrays["scale"].astype(np.float16) if half and not case.powers else case.arrays["scale"]
+    scale = case.arrays["scale"].astype(np.float16) if half and not case.byte_scales else case.arrays["scale"]
     return Weight(case.arrays["w"], scale, None, block_size, case.bits, signed=False, table=table)
 
 
@@ -244,7 +244,7 @@ def test_both_languages_have_the_same_codebooks() -> None:
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("half", [False, True])
 def test_every_level_is_the_body_s(library, names, table: str, half: bool) -> None:
-    """All 16 codes; of scales, where they are powers, all bytes that give finite numbers, subnormal ones too."""
+    """All 16 codes; of scales, where they are bytes, all that give finite numbers, subnormal ones too."""
     weight = _looked_up(table, (16, 252), 16, 1, half=half)
     codes = np.repeat(np.arange(16, dtype=np.uint8)[:, None], 252, 1)
     scale = np.arange(252, dtype=np.uint8)[None] if weight.scale.dtype == np.uint8 else weight.scale

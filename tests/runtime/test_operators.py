@@ -125,12 +125,40 @@ def test_the_body_is_what_the_kernel_computes(library: Path, op: str, half: bool
         assert not np.array_equal(native, portable), "the body ran in both"
 
 
-@pytest.mark.parametrize("table", [table for table in TABLES if Case(f"MatMul{table}").powers])
-def test_the_type_that_powers_are_of_is_that_of_x(library: Path, table: str) -> None:
+@pytest.mark.parametrize("table", [table for table in TABLES if Case(f"MatMul{table}").byte_scales])
+def test_the_type_that_scales_in_bytes_are_of_is_that_of_x(library: Path, table: str) -> None:
     for dtype, message in ((10, r"dtype is 10, but x is of type 1: compile"), (None, "attribute dtype is missing")):
         case = Case(f"MatMul{table}", attributes={"dtype": dtype})
         with pytest.raises(Exception, match=rf"node 'node_0' \(MatMul{table}\): .*{message}"):
             open_session(case.model(), library)
+
+
+@pytest.mark.parametrize(("half", "exponents"), [(False, (-126, -40, -11, 7, 60)), (True, (-15, -9, 1))])
+def test_the_scale_of_the_tensor(library: Path, half: bool, exponents: tuple[int, ...]) -> None:
+    """All bytes of scales that are numbers, of both signs; blocks of 16 rows, the last one partial."""
+    for exponent in exponents:
+        case = Case("MatMulNVFP4", 70, 254, 16, half, body=True, attributes={"exponent": exponent}, x_shape=("a", 70))
+        case.arrays["scale"] = np.tile(np.delete(np.arange(256, dtype=np.uint8), [127, 255]), (5, 1))
+        x = case.x(3) / 64
+        (native,) = open_session(case.model(), library).run(None, {"x": x})
+        (portable,) = session(case.model(), kernels="portable", optimize=False, threads=1).run(None, {"x": x})
+        assert np.isfinite(portable).all()
+        assert relative(native, portable.astype(np.float64)) < (1e-3 if half else NEAR_EXACT)
+
+
+@pytest.mark.parametrize(
+    ("exponent", "message"),
+    [
+        (None, "attribute exponent is missing"),
+        (-127, "exponent is -127, it must be -126 to 127"),
+        (128, "exponent is 128"),
+        (1.0, "attribute exponent must be an integer"),
+    ],
+)
+def test_scales_of_the_tensor_that_are_refused(library: Path, exponent: object, message: str) -> None:
+    case = Case("MatMulNVFP4", attributes={"exponent": exponent})
+    with pytest.raises(Exception, match=rf"node 'node_0' \(MatMulNVFP4\): .*{message}"):
+        open_session(case.model(), library)
 
 
 def test_an_overridden_weight_is_used(library: Path) -> None:
