@@ -119,8 +119,8 @@ def _print_scores(rows: list[dict[str, Any]], running: Running, *, compared: boo
     out = console(answer=True)
     out.print(shown)
     out.print(
-        f"{first['windows']} windows of {first['context']} tokens, first token of each not scored "
-        f"({first['scored']} scored), no BOS added, accuracy level {first['accuracy_level']}, "
+        f"{first['windows']} windows of {first['context']} tokens, begun as the tokenizer begins a text, first token "
+        f"of each not scored ({first['scored']} scored), accuracy level {first['accuracy_level']}, "
         f"{operator_kernels(running.kernels, running.provider)}"
         + ("; KL(reference ‖ model) in nats per token ± standard error over tokens" if compared else "")
     )

@@ -18,7 +18,7 @@ from qcompile.compiler.data.picture_batches import left_out as pictures_left_out
 from qcompile.compiler.data.picture_batches import picture_batches
 from qcompile.compiler.data.readers import Reader, is_reference, label_of, read_batches
 from qcompile.compiler.data.sampling import sample_windows
-from qcompile.compiler.data.tokens import Ids, Tokenizer, find_tokenizer, load_tokenizer
+from qcompile.compiler.data.tokens import Ids, Tokenizer, begun, find_tokenizer, load_tokenizer
 from qcompile.compiler.files.load import data_files
 from qcompile.models.text import calibration_text, read_texts
 from qcompile.passes.errors import UserError
@@ -270,9 +270,10 @@ def with_evaluation(plan: InputPlan, model: Path, data: Data, given: Calibration
         return replace(data, evaluation=batches, evaluated_on=f"{rows} row{'s' * (rows != 1)} of {where}")
     sources, told = _sources(given, files)
     found = load_tokenizer(given.tokenizer or model)
-    length, count = plan.sequence or _JUDGED_TOKENS, _GIVEN * (plan.batch or 1)
+    before, count = found.before(decoder=plan.logits is not None), _GIVEN * (plan.batch or 1)
+    length = max((plan.sequence or _JUDGED_TOKENS) - len(before), 1)
     ids = _mixed([_encoded(plan, found, documents) for documents in sources], length, count)
-    windows = spread(ids, plan.sequence or min(length, max(len(ids), 2)), count)
+    windows = begun(before, spread(ids, length if plan.sequence else min(length, max(len(ids), 2)), count))
     if not windows:
         raise UserError(f"{told}: the evaluation text has {len(ids)} tokens: give at least two")
     batches = [batch for batch in token_batches(plan, windows) if batch.follows is None]
@@ -369,7 +370,9 @@ def _from_text(
     needed: bool,
     learnt: bool,
 ) -> Data:
-    context = plan.sequence or sampling.context
+    before = tokenizer.before(decoder=plan.logits is not None)
+    tokenizer.check_vocabulary(plan.vocabulary, before)
+    context = max((plan.sequence or sampling.context) - len(before), 1)
     parts = [_encoded(plan, tokenizer, documents) for documents in sources]
     ids = _mixed(parts, context, sampling.samples + _BESIDE * (plan.batch or 1))
     windows = spread(ids, context, sampling.samples)
@@ -382,11 +385,13 @@ def _from_text(
     left, held, size = left_out(ids, context, sampling.samples), list[Ids](), plan.batch or 1
     others, left = evenly(left, _UNSEEN * size) if sampling.aside else ([], left)
     held, left = evenly(left, _UNSEEN * size) if sampling.bound else ([], left)
-    shown = _shown(plan, ids, left, [] if needed or learnt else windows[_CHECKS * size :], context)
+    free = [] if needed or learnt else windows[_CHECKS * size :]
+    shown = _shown(plan, ids, left, free, context, _JUDGED_TOKENS - len(before))
     if sampling.aside and not others and len(windows) >= 2 * (plan.batch or 1):  # a text that is all windows
         stacks = min(_UNSEEN, max(len(windows) // (plan.batch or 1) // 4, 1))
         cut = len(windows) - stacks * (plan.batch or 1)
         windows, others = windows[:cut], windows[cut:]
+    windows, others, held, shown = (begun(before, own) for own in (windows, others, held, shown))
     length = f"{len(windows[0])}"
     if plan.logits is None and not plan.past and not plan.sequence and plan.batch in (None, 1):
         windows, others, held, shown = (_as_texts(tokenizer, own) for own in (windows, others, held, shown))
@@ -402,16 +407,18 @@ def _from_text(
     return replace(data, evaluation=judged, evaluated_on=told)
 
 
-def _shown(plan: InputPlan, ids: Sequence[int], left: Sequence[Ids], free: Sequence[Ids], context: int) -> list[Ids]:
-    """The windows that accuracy is told on, cut short where the graph allows it: of those that were left out, or that
-    nothing needs; else what follows the last whole window.
+def _shown(
+    plan: InputPlan, ids: Sequence[int], left: Sequence[Ids], free: Sequence[Ids], context: int, most: int
+) -> list[Ids]:
+    """The windows that accuracy is told on, cut to `most` tokens where the graph allows it: of those that were left
+    out, or that nothing needs; else what follows the last whole window.
     """
     whole = len(ids) // context * context
     rest = np.asarray(ids[whole:] if whole else [], np.int64)  # a text that is no longer is a window itself
     windows, _ = evenly(left or free or ([rest] if len(rest) > 1 else []), _JUDGED * (plan.batch or 1))
     if plan.sequence:
-        return [window for window in windows if len(window) == plan.sequence]
-    length = min([_JUDGED_TOKENS, *map(len, windows)])
+        return [window for window in windows if len(window) == context]
+    length = min([most, *map(len, windows)])
     return [window[:length] for window in windows]
 
 

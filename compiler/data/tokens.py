@@ -70,6 +70,10 @@ class Tokenizer:
                 return whole[:start], whole[start + len(inner) :]
         return [], []
 
+    def before(self, *, decoder: bool) -> list[int]:
+        """What every window of a text begins with: of a decoder BOS, if the tokenizer puts one before a text."""
+        return self.around()[0] if decoder else []
+
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of the ids. special: keep special tokens visible."""
         with _told(f"{self.path} cannot decode {len(ids)} ids"):
@@ -191,21 +195,35 @@ def read_text(path: Path) -> str:
     return text
 
 
-def windows(ids: Sequence[int] | Ids, context: int, count: int | None = None, *, partial: bool = False) -> list[Ids]:
-    """Non-overlapping windows of `context` ids from the start, at most `count`, each int64 (context,).
+def windows(
+    ids: Sequence[int] | Ids,
+    context: int,
+    count: int | None = None,
+    *,
+    partial: bool = False,
+    before: Sequence[int] = (),
+) -> list[Ids]:
+    """Windows of `context` ids from the start, no id in two of them, at most `count`, each int64 (context,).
 
     A remainder shorter than `context` is left out unless `partial`; a text shorter than one window is one short window.
+    before: ids at the start of every window, within `context`.
     """
-    if context < 2:
-        raise UserError(f"a context needs at least 2 tokens, got {context}")
+    room = context - len(before)
+    if context < 2 or room < 1:
+        raise UserError(f"a context needs at least {max(len(before) + 1, 2)} tokens, got {context}")
     flat = np.asarray(ids, dtype=np.int64)
     if len(flat) < 2:
         raise UserError(f"the text has {len(flat)} tokens: at least 2 are needed")
-    starts = range(0, len(flat), context)
-    cut = [flat[start : start + context] for start in starts][:count]
-    if not partial and len(cut) > 1 and len(cut[-1]) < context:
+    starts = range(0, len(flat), room)
+    cut = [flat[start : start + room] for start in starts][:count]
+    if not partial and len(cut) > 1 and len(cut[-1]) < room:
         cut.pop()
-    return [window for window in cut if len(window) > 1]
+    return [window for window in begun(before, cut) if len(window) > 1]
+
+
+def begun(before: Sequence[int], windows: Sequence[Ids]) -> list[Ids]:
+    """The windows behind the ids that stand before every text."""
+    return [np.concatenate([np.asarray(before, np.int64), window]) for window in windows] if before else list(windows)
 
 
 def _json(path: Path) -> dict[str, Any]:

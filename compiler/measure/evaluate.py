@@ -25,7 +25,7 @@ Counted = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class DecoderScores:
-    """A decoder on windows of text. The first token of each window is given, not scored; no BOS is added.
+    """A decoder on windows of text. The first token of each window is given, not scored.
 
     nll: mean negative log-likelihood, nats per scored token. kl: mean KL(reference ‖ model), nats per scored token;
     kl_error: its standard error over tokens, taken as independent. agreement: share of equal most likely tokens.

@@ -73,8 +73,13 @@ def scored_documents(path: Path) -> list[str]:
 
 
 def text_windows(path: Path, tokenizer: Tokenizer, plan: InputPlan, context: int, tokens: int | None) -> list[Ids]:
-    """Windows over the first `tokens` tokens of a text file, checked against the model's vocabulary."""
-    special = plan.logits is None  # an encoder wants its [CLS]; a decoder's text gets no BOS
+    """Windows over the first `tokens` tokens of a text file, checked against the model's vocabulary.
+
+    An encoder's text has [CLS] and [SEP] around it. Each window of a decoder begins with what its tokenizer puts before
+    a text: BOS, or nothing.
+    """
+    special = plan.logits is None
     ids = [own for text in scored_documents(path) for own in tokenizer.encode(text, special=special)][:tokens]
-    tokenizer.check_vocabulary(plan.vocabulary, ids)
-    return windows(ids, plan.sequence if plan.sequence and not plan.past else context)
+    before = tokenizer.before(decoder=not special)
+    tokenizer.check_vocabulary(plan.vocabulary, [*before, *ids])
+    return windows(ids, plan.sequence if plan.sequence and not plan.past else context, before=before)

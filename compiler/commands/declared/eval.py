@@ -15,13 +15,14 @@ from qcompile.compiler.commands.options import (
 )
 
 _EPILOG = """Perplexity: non-overlapping windows of --context tokens from the start of the text; the first token of a
-window is given, not scored; no BOS is added. KL(reference ‖ model): mean over the scored tokens, in nats, ± its
-standard error. --verdict: flips, percentiles of KL and KL by position, with 95 % intervals. Several texts have rows
-over all of them, too. A model that is no decoder is compared with --against by SQNR and cosine of every output, and
-where an output scores classes (rows, classes) by the most likely ones. --metric calls function(inputs, outputs,
-labels): lists of dicts of arrays, one for each batch, and the labels or None; it returns a number of which more is
-better, unless it has an attribute lower_is_better. Exit code 1: a bound is broken (--max-kl, --min-sqnr, --max-drop,
---gate; docs/verdict.md has its figures). What the report beside a model names as calibrated on is refused."""
+window is given, not scored: BOS, where the tokenizer puts one before a text. KL(reference ‖ model): mean over the
+scored tokens, in nats, ± its standard error. --verdict: flips, percentiles of KL and KL by position, with 95 %
+intervals. Several texts have rows over all of them, too. A model that is no decoder is compared with --against by
+SQNR and cosine of every output, and where an output scores classes (rows, classes) by the most likely ones. --metric
+calls function(inputs, outputs, labels): lists of dicts of arrays, one for each batch, and the labels or None; it
+returns a number of which more is better, unless it has an attribute lower_is_better. Exit code 1: a bound is broken
+(--max-kl, --min-sqnr, --max-drop, --gate; docs/verdict.md has its figures). What the report beside a model names as
+calibrated on is refused."""
 _BOUNDS = "bounds"
 
 

@@ -3,12 +3,15 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+import tokenizers
+from bos import put_before_texts
 from hypothesis import given as given_data
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -169,6 +172,35 @@ def test_the_bundled_text_where_a_tokenizer_lies_beside_the_model(bench: Any) ->
     assert len(data.calibration) == 4
     assert data.description == "4 windows of 16 tokens from the bundled text (speeches and a novel, English)"
     assert [batch.rows for batch in data.checks] == [16, 16]
+
+
+@pytest.mark.parametrize("sequence", [None, 16])
+def test_a_decoders_windows_begin_with_bos(bench: Any, tmp_path: Path, sequence: int | None) -> None:
+    """Of its tokenizer, and are no longer for that; those that accuracy is told on and the user's own, too."""
+    path = bench.save(tiny_decoder())
+    put_before_texts(bench.folder / "in" / "tokenizer.json", 3)
+    plan = replace(input_plan(tiny_decoder()), sequence=sequence)
+    data = gather(plan, path, SAMPLING, Calibration([]), needed=True)
+    start = load_tokenizer(bench.folder / "in").encode(calibration_text()[:64])[:15]
+    assert _ids(data)[0] == [3, *start]
+    assert {len(ids) for ids in _ids(data)} == {16}
+    assert data.evaluation
+    (tmp_path / "mine.txt").write_text("abcdefgh" * 64)
+    given = calibration.with_evaluation(plan, path, data, Calibration([str(tmp_path / "mine.txt")]))
+    for batch in [*data.calibration, *data.checks, *data.evaluation, *given.evaluation]:
+        assert (batch.feeds["input_ids"][:, 0] == 3).all()
+        assert sequence is None or batch.feeds["input_ids"].shape[1] == sequence
+
+
+def test_bos_beyond_the_vocabulary_is_refused(bench: Any) -> None:
+    path = bench.save(tiny_decoder())
+    file = bench.folder / "in" / "tokenizer.json"
+    inner = tokenizers.Tokenizer.from_file(str(file))
+    inner.add_special_tokens(["<far>"])
+    inner.save(str(file))
+    put_before_texts(file, inner.token_to_id("<far>"))
+    with pytest.raises(UserError, match="does not fit the model"):
+        gather(input_plan(tiny_decoder()), path, SAMPLING, Calibration([]), needed=True)
 
 
 def test_an_encoder_sees_texts_of_five_lengths(bench: Any) -> None:

@@ -110,6 +110,18 @@ def test_windows_do_not_overlap_and_leave_the_remainder_out() -> None:
     assert [list(w) for w in windows(range(3), 8)] == [[0, 1, 2]]
 
 
+def test_windows_of_a_decoder_begin_as_its_tokenizer_begins_a_text(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.before(decoder=True) == [4]
+    assert tokenizer.before(decoder=False) == []
+    assert [list(w) for w in windows(range(7), 4, before=[9])] == [[9, 0, 1, 2], [9, 3, 4, 5]]
+    assert [list(w) for w in windows(range(7), 4, before=[9], partial=True)][-1] == [9, 6], (
+        "one token behind BOS counts"
+    )
+    with pytest.raises(UserError, match="at least 3 tokens, got 2"):
+        windows(range(9), 2, before=[7, 8])
+
+
 def test_windows_need_two_tokens() -> None:
     with pytest.raises(UserError, match="context needs at least 2"):
         windows(range(9), 1)

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from bos import put_before_texts
 from graphs.inputs import strings_that_become_rows_of_a_table
 from said import complaints
 
@@ -16,7 +17,9 @@ from qcompile.compiler.api import evaluation
 from qcompile.compiler.cli import main
 from qcompile.compiler.data.feeds import npz_batches
 from qcompile.compiler.data.inputs import input_plan
+from qcompile.compiler.data.tokens import load_tokenizer
 from qcompile.compiler.measure.evaluate import evaluate, evaluate_many, score_outputs
+from qcompile.compiler.measure.loaded import text_windows
 from qcompile.compiler.measure.metric import Metric
 from qcompile.compiler.measure.metrics import OutputNoise, log_softmax
 from qcompile.models.tiny import tiny_decoder, tiny_encoder, tiny_mlp, tiny_tokenizer
@@ -217,6 +220,19 @@ def test_eval_command(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.Ca
     assert (first["kl"], second["scored"]) == (None, 124)
     assert second["kl"] > 0
     assert second["file_bytes"] == pair[1].stat().st_size
+
+
+def test_every_window_begins_with_bos(tmp_path: Path) -> None:
+    """Where the tokenizer puts one before a text: the first is scored on nothing else, and no window is longer."""
+    tokenizer = tiny_tokenizer(256, tmp_path)
+    text, plan = tmp_path / "text.txt", input_plan(tiny_decoder())
+    text.write_text("All happy families are alike. " * 8)
+    ids = load_tokenizer(tokenizer).encode(text.read_text())
+    put_before_texts(tokenizer, 7)
+    windows = text_windows(text, load_tokenizer(tokenizer), plan, 16, 60)
+    assert [list(window) for window in windows] == [[7, *ids[at : at + 15]] for at in range(0, 60, 15)]
+    encoder = text_windows(text, load_tokenizer(tokenizer), input_plan(tiny_encoder()), 16, 32)
+    assert [list(window) for window in encoder] == [[7, *ids[:15]], ids[15:31]], "an encoder's text has it once"
 
 
 def test_a_file_of_scores_is_strict_json(pair: tuple[Path, Path], tmp_path: Path) -> None:
