@@ -140,7 +140,7 @@ class Bar:
     def at(self, done: float, total: float, name: str = "") -> None:
         """So much of so much is done, in all."""
         self._show(completed=done, total=total, **({"description": visible(name)} if name else {}))
-        self._tell(f"{name}: {done:.0f} of {total:.0f}", often=True)
+        self._tell(f"{name}: {int(done)} of {int(total)}" if total else name, often=True)
 
     def line(self, text: str) -> None:
         """A line that stays."""

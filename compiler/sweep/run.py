@@ -137,8 +137,9 @@ class _Job:
         pending = [row for row in self.sweep.rows if row.status == OPEN]
         chosen = pending[:limit]
         if chosen:
-            self.watcher.share("running the float model", 0.0)
-            self.scoring.metric.prepare(lambda done, total: self.watcher.share("running the float model", 0.0))
+            what = "running the float model"
+            self.watcher.share(what, 0.0)
+            self.scoring.metric.prepare(lambda done, total: self.watcher.share(f"{what}: {done} of {total}", 0.0))
             self.sweep.float_scores = self.scoring.metric.float_scores
         ended = list[Row]()
         self.walks = self._alike(chosen)

@@ -6,6 +6,7 @@ import pytest
 from said import complaints
 
 from qcompile.compiler.cli import main
+from qcompile.compiler.console import terminal
 from qcompile.compiler.sweep import run as module
 from qcompile.models.tiny import tiny_decoder
 
@@ -34,6 +35,22 @@ def test_the_command(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"wrote     {folder / 'accuracy.svg'}" in shown.out
     assert main([str(word) for word in [*words, *options]]) == 0
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_plain_lines_say_what_is_done(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The float model's windows before any combination, then combinations: none is done before its end."""
+    monkeypatch.setattr(terminal, "_OFTEN", -1)
+    words = ["sweep", bench.save(tiny_decoder(layers=1)), "--grid", "bits=4", "passes=pack", "context=32", "samples=4"]
+    words += ["--context", "32", "--tokens", "128", "-o", bench.folder / "out"]
+    assert main([str(word) for word in words]) == 0
+    told = [line.split("s  ", 1)[-1] for line in capsys.readouterr().err.splitlines()]
+    assert told[0] == "running the float model"
+    assert [line.split(",")[0] for line in told if "float model: " in line] == [
+        f"running the float model: {done} of 4" for done in range(1, 5)
+    ]
+    scoring = [line for line in told if ": scoring: " in line]
+    assert scoring
+    assert all(": 0 of 1" in line for line in scoring[:-1])
 
 
 def test_ctrl_c(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
