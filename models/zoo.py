@@ -105,7 +105,7 @@ ZOO: dict[str, ZooModel] = {
             members=tuple(f"{_GEMMA[0]}/data/{file}" for file in ("NOTICE.md", "GEMMA_TERMS.html")),
             entry=_GEMMA[1],
             licence="Gemma Terms of Use",
-            description="Gemma 3 270M, not tuned for chats, decoder (GGUF Q4_K_M: Q8_0, Q5_0, Q4_K, Q6_K)",
+            description="Gemma 3 270M, base decoder (GGUF Q4_K_M + Q8_0)",
             parts=tuple(_gemma_part(i, sha256) for i, sha256 in enumerate(_GEMMA_PARTS)),
         ),
         ZooModel(
