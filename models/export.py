@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from qcompile.models import cache, check, hf, kinds, parts, publish, tidy, trace, zoo
 from qcompile.models.gguf_file import GGUFFile
+from qcompile.models.licences import licence_files
 from qcompile.passes.errors import UserError
 from qcompile.passes.near import near
 
@@ -91,6 +92,10 @@ def export_model(
             checkpoint = _checkpoint(source, say)
             kept = _kept(checkpoint, keep, say)
             record = _export(checkpoint, work, open_model, kv_cache, dtype, logits, max_layers, kept, say)
+        if str(source) in zoo.ZOO:
+            own = zoo.fetch(str(source))
+            for terms in licence_files(own if own.is_dir() else own.parent):
+                shutil.copyfile(terms, work / terms.name)
         (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         say(f"writing {target}")
         written = [name for graph in publish.graphs(work) for name in (graph, f"{graph}.data")]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.models import cache, experts, kinds
+from qcompile.models.licences import licence_files
 from qcompile.passes.errors import UserError
 
 # What a model needs beside its weights: ids of special tokens, the tokenizer, the chat template.
@@ -126,10 +127,10 @@ def cut_layers(config: Any, layers: int | None) -> None:
 
 
 def copy_companions(checkpoint: Checkpoint, config: Any, target: Path) -> None:
-    """Tokenizer and configuration files into `target`; a tokenizer without tokenizer.json is converted."""
-    for name in COMPANIONS:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, target / name)
+    """Tokenizer, configuration and licences into `target`; a tokenizer without tokenizer.json is converted."""
+    named = (checkpoint.folder / name for name in COMPANIONS)
+    for path in [*(path for path in named if path.is_file()), *licence_files(checkpoint.folder)]:
+        shutil.copyfile(path, target / path.name)
     convertible = any((checkpoint.folder / name).is_file() for name in _VOCABULARIES)
     if convertible and not (target / "tokenizer.json").is_file():
         from transformers import AutoTokenizer

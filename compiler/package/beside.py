@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.compiler.data.tokens import Tokenizer, load_tokenizer
+from qcompile.models import licences
 from qcompile.models.hf import COMPANIONS
 from qcompile.passes.errors import UserError
 
 GENAI, LICENCES = "genai_config.json", "LICENSES.txt"
 _MORE = ("chat_template.json", "vocab.json", "merges.txt", "tokenizer.model")
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 
 
 def companions(folder: Path) -> list[Path]:
@@ -67,8 +67,7 @@ class Beside:
 
 def licence_files(folder: Path) -> list[Path]:
     """A model's own licence and notices in a folder; what a package says of them (`LICENCES`) is none."""
-    own = (path for path in folder.iterdir() if path.name.upper().startswith(_LICENCES) and path.is_file())
-    return sorted(path for path in own if path.name != LICENCES)
+    return [path for path in licences.licence_files(folder) if path.name != LICENCES]
 
 
 def table(path: Path) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """Export of small transformers models, end to end: torch, ONNX, the check, the folder that appears."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lazily import torch, transformers
 
 from qcompile.compiler.cli import main
 from qcompile.compiler.commands import export as command
-from qcompile.models import trace
+from qcompile.models import trace, zoo
 from qcompile.models.export import export_model
 from qcompile.models.tiny import tiny_decoder, tiny_tokenizer
 from qcompile.passes.errors import UserError
@@ -177,6 +178,26 @@ def test_command_exports_fp16_and_says_what_to_type_next(
     assert {linear.weight.dtype for linear in linears} == {ir.DataType.FLOAT16}
     assert model.graph.outputs[0].dtype == ir.DataType.FLOAT16
     assert json.loads((target / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def test_licences_of_a_model_come_along(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in a folder of Hugging Face, and beside a file of the zoo; of a file that lies anywhere nothing does."""
+    folder = tmp_path / "llama"
+    shutil.copytree(llama, folder)
+    (folder / "LICENSE.txt").write_text("as is")
+    (folder / "notes.txt").write_text("mine")
+    export_model(folder, tmp_path / "out", open_model=command.open_model)
+    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "as is"
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    kept = tmp_path / "cache"
+    kept.mkdir()
+    for name in ("NOTICE.md", "GEMMA_TERMS.html", "shopping_terms.txt"):
+        (kept / name).write_text(name)
+    shutil.copyfile(tmp_path / "out" / "model.onnx", kept / "own.onnx")
+    monkeypatch.setattr(zoo, "fetch", lambda name: kept / "own.onnx")
+    export_model("rapidocr-cls", tmp_path / "zoo", open_model=command.open_model)
+    names = {path.name for path in (tmp_path / "zoo").iterdir()}
+    assert names == {"model.onnx", "export.json", "NOTICE.md", "GEMMA_TERMS.html"}
 
 
 def test_encoder_and_an_overwritten_export(tmp_path: Path) -> None:
