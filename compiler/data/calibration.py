@@ -271,6 +271,7 @@ def with_evaluation(plan: InputPlan, model: Path, data: Data, given: Calibration
     sources, told = _sources(given, files)
     found = load_tokenizer(given.tokenizer or model)
     before, count = found.before(decoder=plan.logits is not None), _GIVEN * (plan.batch or 1)
+    found.check_vocabulary(plan.vocabulary, before)
     length = max((plan.sequence or _JUDGED_TOKENS) - len(before), 1)
     ids = _mixed([_encoded(plan, found, documents) for documents in sources], length, count)
     windows = begun(before, spread(ids, length if plan.sequence else min(length, max(len(ids), 2)), count))

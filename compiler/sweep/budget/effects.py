@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.compiler.data.calibration import Data
+from qcompile.compiler.data.feeds import Batch
 from qcompile.compiler.measure.distance import effect_of
 from qcompile.compiler.mixed.if_nodes import ALL_FLOAT, Setting
 from qcompile.compiler.mixed.ranking import Ranked, Ranking
@@ -37,8 +38,7 @@ def measured(prepared: Prepared, data: Data, units: Sequence[Unit], progress: St
     Raises UserError where there is no data to measure on, or not enough memory.
     """
     plan, provider, started = prepared.plan, prepared.recipe.provider, time.monotonic()
-    batches, windows = check_windows(plan, data)
-    check_memory(prepared.model, sum(batch.rows for batch in batches) * (plan.vocabulary or 0))
+    batches, windows = measurable(prepared, data)
     effect = effect_of(plan, float_outputs(prepared.source, plan, batches, provider))
     switched = Switched(probed(prepared.model, units, probe), {}, batches, effect.outputs, provider)
     found = list[Ranked]()
@@ -51,6 +51,13 @@ def measured(prepared: Prepared, data: Data, units: Sequence[Unit], progress: St
     every = Setting.of(name for unit in units for name in unit.names)
     plain, coded = (effect.distance(switched.run(setting)) for setting in (ALL_FLOAT, every))
     return Ranking(effect.metric, windows, plain, coded, tuple(found), time.monotonic() - started)
+
+
+def measurable(prepared: Prepared, data: Data) -> tuple[list[Batch], str]:
+    """(batches that units are measured on, what they are); UserError as of `measured`, before any work is done."""
+    batches, windows = check_windows(prepared.plan, data)
+    check_memory(prepared.model, sum(batch.rows for batch in batches) * (prepared.plan.vocabulary or 0))
+    return batches, windows
 
 
 def probed(model: ir.Model, units: Sequence[Unit], probe: Probe = NEAREST) -> ir.Model:

@@ -13,7 +13,7 @@ from qcompile.compiler.recipe import SETTINGS, Recipe, parse_passes, parse_step
 from qcompile.compiler.settings.bound import Bound
 from qcompile.compiler.stages import Prepared, gather_data
 from qcompile.compiler.sweep.budget.allocate import Option
-from qcompile.compiler.sweep.budget.effects import errors, measured
+from qcompile.compiler.sweep.budget.effects import errors, measurable, measured
 from qcompile.compiler.sweep.budget.rounded import rounded_by, rounding_of, turns
 from qcompile.compiler.sweep.budget.units import Site, Unit
 from qcompile.passes import lists
@@ -96,6 +96,7 @@ def ranking_of(
         data = gather_data(prepared, calibration, evaluation=evaluation, aside=True, bound=bool(bound))
         if bound:
             bounding_windows(prepared.plan, data, bound)
+        measurable(prepared, data)  # rounding all weights may take hours
         probe = rounded_by(prepared, units, recipe, calibration, evaluation, progress, bound=bool(bound))
         known = measured(prepared, data, units, progress, probe)
         cache.put(known)

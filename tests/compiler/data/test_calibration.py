@@ -201,6 +201,10 @@ def test_bos_beyond_the_vocabulary_is_refused(bench: Any) -> None:
     put_before_texts(file, inner.token_to_id("<far>"))
     with pytest.raises(UserError, match="does not fit the model"):
         gather(input_plan(tiny_decoder()), path, SAMPLING, Calibration([]), needed=True)
+    (bench.folder / "mine.txt").write_text("abcdefgh" * 64)
+    mine, arrays = Calibration([str(bench.folder / "mine.txt")]), Data([], [], "arrays")
+    with pytest.raises(UserError, match="does not fit the model"):
+        calibration.with_evaluation(input_plan(tiny_decoder()), path, arrays, mine)
 
 
 def test_an_encoder_sees_texts_of_five_lengths(bench: Any) -> None:

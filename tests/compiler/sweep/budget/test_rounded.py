@@ -10,15 +10,19 @@ import pytest
 import qcompile
 from qcompile.compiler.console.progress import Silent
 from qcompile.compiler.data.calibration import Calibration
+from qcompile.compiler.mixed import sensitivity
 from qcompile.compiler.recipe import Recipe
+from qcompile.compiler.settings.bound import NO_BOUND
 from qcompile.compiler.settings.steps import Step
 from qcompile.compiler.stages import Prepared, gather_data, prepare_model
+from qcompile.compiler.sweep.budget import prices
 from qcompile.compiler.sweep.budget.choose import chosen_of
 from qcompile.compiler.sweep.budget.effects import measured, probed
 from qcompile.compiler.sweep.budget.prices import measuring
 from qcompile.compiler.sweep.budget.rounded import NEAREST, PROBE, Probe, rounded_by, rounding_of
 from qcompile.compiler.sweep.budget.units import Unit
 from qcompile.passes.errors import UserError
+from qcompile.passes.formats.hadamard import HADAMARD
 from qcompile.passes.linears import Linear, constant
 from qcompile.passes.rotation import Rotation
 from qcompile.passes.rounding import round_to_nearest
@@ -114,7 +118,9 @@ def test_what_measures_leaves_the_model_as_it_was(source: Path) -> None:
     before = {name: value.const_value for name, value in prepared.model.graph.initializers.items()}
     rounded_by(prepared, units, recipe, Calibration(reader=_feeds()), None, Silent(), bound=False)
     assert {name: value.const_value for name, value in prepared.model.graph.initializers.items()} == before
-    assert [own.activation.producer().op_type != "Hadamard" for own in _products(units)]  # type: ignore[union-attr]
+    producers = [own.activation.producer() for own in _products(units)]
+    assert producers
+    assert all(node is None or node.op_type != HADAMARD for node in producers)
 
 
 @pytest.mark.parametrize("passes", ["rotate(judge=false),pack", "rotate(judge=false),gptq,pack"])
@@ -129,3 +135,17 @@ def test_budgets_below_three_bits_are_for_pairs_of_turned_products(source: Path,
     plain = passes.removeprefix("rotate(judge=false),")
     with pytest.raises(UserError, match=r"budget 2\.6 bits a weight is too small"):
         qcompile.compile(source, plain, output=tmp_path / "p.onnx", **given, **kept)
+
+
+def test_too_little_memory_is_told_before_weights_are_rounded(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sensitivity, "available", lambda: 1000)
+    recipe = Recipe(passes=LISTS[0])
+    prepared, units = _prepared(source, recipe)
+    done: list[str] = []
+    monkeypatch.setattr(prices, "rounded_by", lambda *given, **named: done.append("rounded"))
+    with pytest.raises(UserError, match="in memory at once"):
+        prices.ranking_of(prepared, recipe, Calibration(reader=_feeds()), units, Silent(), None, bound=NO_BOUND)
+    assert not done
