@@ -204,9 +204,10 @@ def test_observers_hold_what_is_foretold(widths: list[int], rows: int, batches: 
 
 
 def _observe(observers: Iterable[Gram], feeds: Arrays, batches: int) -> None:
+    """Each batch in arrays of its own, as a session gives it: observers hold them."""
     for _ in range(batches):
-        for own in observers:
-            own.update(feeds)
+        for own, (name, array) in zip(observers, feeds.items(), strict=True):
+            own.update({name: array.copy()})
 
 
 def test_little_data_is_spilled_little(tmp_path: Path) -> None:
