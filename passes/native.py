@@ -1,8 +1,8 @@
 """Loops over rows of a weight in C++ (runtime/kernels/rounding.h), for grids of integers and tables: `Loops.of` a grid.
 
 The clear forms are those of `Grid`, `row_steps` and the loops of `gptq` around them; an installation without the
-library of native kernels has these alone. `fit`, `nearest` and `project` give the very numbers that numpy gives (`fit`
-not of one column, of which numpy adds several rows at once); the others add in another order.
+library of native kernels has these alone. `fit`, `nearest`, `project`, `decode` and `widened` give the very numbers
+that numpy gives (`fit` not of one column, of which numpy adds several rows at once); the others add in another order.
 """
 
 import ctypes
@@ -186,18 +186,27 @@ class LoopedGrid(Grid):
         return loops.fit(w, own, self.group_size(len(w)), self.shrinks)
 
     def project(self, w: Array, qparams: QParams) -> Codes:
-        loops = Loops.of(self)
-        if loops is None or not w.size:
+        loops = self._loops(w, qparams) if w.size else None
+        if loops is None:
             return super().project(w, qparams)
         codes = np.empty(w.shape, self.code_dtype)
         loops.project(w, self.group_size(len(w)), qparams, codes)
         return codes
 
     def decode(self, codes: Codes, qparams: QParams) -> Array:
-        loops = Loops.of(self) if codes.size >= _LEAST and codes.dtype == self.code_dtype else None
-        if loops is None or qparams.scale.dtype != np.float32 or qparams.zero_point.dtype != np.float32:
+        known = codes.size >= _LEAST and codes.dtype == self.code_dtype
+        loops = self._loops(codes, qparams) if known else None
+        if loops is None:
             return super().decode(codes, qparams)
         return loops.decode(codes, self.group_size(len(codes)), qparams)
+
+    def _loops(self, w: npt.NDArray[Any], qparams: QParams) -> Loops | None:
+        """None, too, where the parameters are not float32 ones of each group of w (K, N): the loops would read beyond
+        their end, numpy repeats them or says what is wrong.
+        """
+        whole = self.groups(len(w)), w.shape[1]
+        fitting = all(own.shape == whole and own.dtype == np.float32 for own in (qparams.scale, qparams.zero_point))
+        return Loops.of(self) if fitting else None
 
 
 def widened(w: npt.NDArray[np.floating]) -> Array:

@@ -43,10 +43,9 @@ class MicroGrid(TableGrid):
         return (1.0, 2.0, 0.5)
 
     @property
-    def looked_up(self) -> LookedUp | None:
+    def looked_up(self) -> LookedUp:
         least, most = _ENDS[np.dtype(self.scale_dtype)]
-        own = super().looked_up
-        return None if own is None else replace(own, scales="powers", least=least, most=most)
+        return replace(self._own_table, scales="powers", least=least, most=most)
 
     def storable(self, scale: Array) -> Array:
         """2^floor(log2(1.5 s)): for the span of a block the specification's 2^(floor(log2(max |w|)) - 2), halved."""

@@ -58,9 +58,8 @@ class FloatScaledGrid(TableGrid):
         return replace(self, exponent=min(max(exponent, low), high))
 
     @property
-    def looked_up(self) -> LookedUp | None:
-        own = super().looked_up
-        return None if own is None else replace(own, scales="e4m3", least=self.exponent)
+    def looked_up(self) -> LookedUp:
+        return replace(self._own_table, scales="e4m3", least=self.exponent)
 
     def storable(self, scale: Array) -> Array:
         """The nearest number that a byte stands for; of a group of zeros 2^exponent."""

@@ -117,7 +117,15 @@ class TableGrid(LoopedGrid):
 
     @property
     def looked_up(self) -> LookedUp | None:
-        """A subclass with other spans, nearest codes or storable scales has another one, or none."""
+        """None of a subclass, which may have other spans, nearest codes or storable scales and says its own; nor where
+        several codes stand for one level that is not 0.
+        """
+        _, _, levels = _ordered(self.table)
+        once = len(np.unique(levels[levels != 0])) == np.count_nonzero(levels)
+        return self._own_table if once and type(self) is TableGrid else None
+
+    @property
+    def _own_table(self) -> LookedUp:
         codes, middles, levels = _ordered(self.table)
         rising = levels[codes.astype(np.uint8)]
         return LookedUp(tuple(rising.tolist()), tuple(codes.tolist()), tuple(middles.tolist()), self._largest)

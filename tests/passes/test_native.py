@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from native_models import native_library
 
 from qcompile.passes import native
-from qcompile.passes.affine import Grid, Quantized, expand
+from qcompile.passes.affine import Grid, QParams, Quantized, expand
 from qcompile.passes.algebra import Compensation
 from qcompile.passes.formats import FORMATS
 from qcompile.passes.formats.iq4_nl import IQ4NL
@@ -306,6 +306,35 @@ def test_other_grids_have_no_loops(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (Loops.of(own.grid("qcompile")) is None) == (own.grid("qcompile").rows_per_code > 1), own.name
     monkeypatch.setattr(native, "_library", functools.cache(lambda: None))
     assert Loops.of(spec) is None
+
+
+@dataclass(frozen=True)
+class _Powers(TableGrid):
+    """A table's grid of somebody else, who says nothing of loops."""
+
+    def storable(self, scale: np.ndarray) -> np.ndarray:
+        return np.where(scale == 0, 1, np.exp2(np.ceil(np.log2(np.maximum(scale, 1e-30))))).astype(np.float32)
+
+
+def test_a_subclass_that_says_nothing_of_loops_has_its_own_scales() -> None:
+    spec, w = _Powers("powers", (-1.0, 0.0, 1.0), PerGroup(16)), _weights(0, 64, 20)
+    for scale in (round_to_nearest(w, spec, None).qparams.scale, spec.fit(w, np.ones(64, np.float32)).scale):
+        np.testing.assert_array_equal(np.frexp(scale)[0], 0.5)
+
+
+def test_several_codes_of_one_level_stand_for_it() -> None:
+    spec = TableGrid("twice", (-1.0, 0.5, 0.5, 1.0), PerGroup(16))
+    codes, ones = np.full((128, 64), 2, np.uint8), np.ones((8, 64), np.float32)
+    np.testing.assert_array_equal(spec.decode(codes, QParams(ones, 0 * ones)), 0.5)
+
+
+def test_parameters_of_fewer_groups_are_not_read_beyond_their_end() -> None:
+    spec, codes = QuantSpec(4, PerGroup(16)), np.full((128, 64), 3, np.uint8)
+    one, wide = np.ones((1, 64), np.float32), np.ones((8, 64), np.float32)
+    with pytest.raises(ValueError, match="broadcast"):
+        spec.decode(codes, QParams(one, one))
+    np.testing.assert_array_equal(spec.decode(codes, QParams(wide, wide[:, :1])), 2)
+    np.testing.assert_array_equal(spec.project(2 * codes.astype(np.float32), QParams(one, one)), 7)
 
 
 def test_arrays_must_lie_row_by_row() -> None:
