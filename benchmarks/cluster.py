@@ -131,7 +131,8 @@ def main() -> None:
     most = max(args.nodes)
     if most > 1:
         found = ceiling(most, first, model, data, args.cache)
-        _print(f"times as much by {most} processes at once", [f"{found[name]:.2f} x" for name in columns[:-1]], "")
+        cells = [f"{found.get(name, 0.0):.2f} x" for name in columns[:-1]]
+        _print(f"times as much by {most} processes at once", cells, "")
 
 
 def _print(told: str, cells: list[str], sha256: str) -> None:
