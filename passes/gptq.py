@@ -86,17 +86,17 @@ class ErrorCompensated:
         """
         if self.sweeps or self.refit:
             values = self(w, spec, statistics).dequantize()
-            return values, _squares(values - w, statistics)
+            return values, statistics.squares(values - w)
         by = self._known(statistics, spec)
         made, damped = _started(w, by, spec.fit(w, by.diagonal), spec)
         values = made.dequantize()
         delta = values - w
         if not statistics.damps_channels:
-            return values, _squares(delta, statistics)
+            return values, statistics.squares(delta)
         errors = damped - by.damping(delta)
         cancelled = np.flatnonzero(errors < _CANCELLED * damped)
         if len(cancelled):
-            errors[cancelled] = _squares(delta, statistics)[cancelled]
+            errors[cancelled] = statistics.squares(delta)[cancelled]
         return values, errors
 
     def prepare(self, statistics: Statistics, spec: Grid) -> None:
@@ -311,11 +311,6 @@ def _error(q: Quantized, w: npt.NDArray[np.floating], statistics: Statistics) ->
     step = max(1, w.shape[1] // _TOLD)
     wanted = np.asarray(w[:, ::step], np.float32)
     return relative_error(q.columns(slice(None, None, step)).dequantize() - wanted, wanted, statistics.gram)
-
-
-def _squares(delta: Array, statistics: Statistics) -> Array:
-    """‖X delta‖² of each column of delta (K, N)."""
-    return np.asarray(np.einsum("kn,kn->n", delta, statistics.times(delta)))
 
 
 def _started(w: Array, by: Compensation, qparams: QParams, spec: Grid) -> tuple[Quantized, Array]:

@@ -204,7 +204,7 @@ class Judge:
             return rounded, rounded / factor - w, squares
         rounded = self.rounding(w * factor, spec, statistics).dequantize()
         delta = rounded / factor - w
-        return rounded, delta, np.einsum("kn,kn->n", delta, self.fitted.times(delta))
+        return rounded, delta, self.fitted.squares(delta)
 
     def _on_grid(self, rows: Array, limit: float) -> Array:
         """Rows of X / factor on their grid; beyond it they clip."""

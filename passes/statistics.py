@@ -91,6 +91,10 @@ class Statistics:
         """The Gram matrix times x (K, n)."""
         return self.gram @ x
 
+    def squares(self, delta: Array) -> Array:
+        """‖X delta‖² of each column of delta (K, n), (n,)."""
+        return np.asarray(np.einsum("kn,kn->n", delta, self.times(delta)))
+
     @property
     def diagonal(self) -> Array:
         """That of the Gram matrix, (K,)."""
